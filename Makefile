@@ -1,0 +1,37 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test install lint proto clean
+
+demo: $(INSTALLED)
+	$(BIN)/siloweave demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy siloweave.py federated/app/siloweave_app.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and alone: asked for by a range through another package, pip may fetch a CUDA build of gigabytes.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,flower-simulation,test]'
+	touch $@
+
+# Regenerates the gRPC stubs in an environment of their own: grpcio-tools needs a protobuf that Flower does not allow.
+proto:
+	$(PYTHON) -m venv build/proto
+	build/proto/bin/pip install --quiet 'grpcio-tools==1.78.*' 'protobuf<7'
+	build/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. federated/silo.proto
+
+clean:
+	rm -rf $(VENV) build

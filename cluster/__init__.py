@@ -1,0 +1,1 @@
+"""Ray, and the pipeline that strings the stages together."""

@@ -1,0 +1,185 @@
+"""The pipeline's commands. Heavy libraries are imported inside the command that needs them."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from configs.load import load, presets
+
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help=f"A TOML file, or a preset: {', '.join(presets())}.", show_default=True)
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Overrides a setting: group.field=value. May be repeated.")
+]
+AddressOption = Annotated[
+    str, typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, else a Ray of our own on this machine.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers the commands."""
+    for command in (demo, prepare, pretrain, export, federate, evaluate, generate, report, plan, doctor):
+        app.command()(command)
+
+
+def demo(
+    config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
+) -> None:
+    """The whole pipeline on embedded data: prepare, pretrain, export, federate, evaluate, generate, report."""
+    from rich.console import Console
+
+    from cluster.workflow import pipeline
+    from cluster.workflow.console import result_table
+
+    settings = load(config, _overrides(override, address))
+    pipeline.set_aside_finished(settings, lambda line: typer.echo(line, err=True))
+
+    def work(run: Any) -> dict[str, Any]:
+        return pipeline.demo(run, lambda text: typer.echo(text, nl=False, err=True))
+
+    document, directory = _with_run(settings, work, as_json)
+    if as_json:
+        typer.echo(json.dumps(document))
+        return
+    Console().print(result_table(document))
+    typer.echo(f"report: {directory / 'report.html'}")
+
+
+def prepare(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
+    """Cleans the public corpus, trains the tokenizer on it, packs it."""
+    _stage("prepare", config, override, "", as_json)
+
+
+def pretrain(
+    config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
+) -> None:
+    """Pretrains on a gang of Ray actors with DeepSpeed; continues from the last commit."""
+    _stage("pretrain", config, override, address, as_json)
+
+
+def export(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
+    """Writes the pretrained model as a Hugging Face directory."""
+    _stage("export", config, override, "", as_json)
+
+
+def federate(
+    config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
+) -> None:
+    """Fine-tunes across the silos of a simulation under DP; continues from the last committed round."""
+    _stage("federate", config, override, address, as_json)
+
+
+def evaluate(
+    config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
+) -> None:
+    """Bits per character on the held-out records of a simulation's public silos."""
+    _stage("evaluate", config, override, address, as_json)
+
+
+def report(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
+    """Writes report.json and report.html of a finished run."""
+    _stage("report", config, override, "", as_json)
+
+
+def generate(
+    config: ConfigOption = "demo",
+    override: SetOption = None,
+    prompt: Annotated[str | None, typer.Option(help="Start of the text. Default: evaluate.prompt.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Streams a sample from the final model."""
+    from cluster.workflow import pipeline
+
+    def on_text(text: str) -> None:
+        if not as_json:
+            typer.echo(text, nl=False)
+
+    text, _ = _with_run(
+        load(config, override or []), lambda run: pipeline.generate(run, on_text, prompt), as_json, quiet=True
+    )
+    if as_json:
+        typer.echo(json.dumps({"text": text}))
+
+
+def plan(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
+    """What a run will need and spend, before anything runs: bytes a rank, batches, steps, noise and epsilon."""
+    _quiet_libraries()
+    from cluster.workflow.estimate import estimate
+
+    found = estimate(load(config, override or []))
+    typer.echo(json.dumps(found) if as_json else "\n".join(_lines(found)))
+
+
+def doctor(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
+    """Looks at this machine before a run does. Exit status 1 where something must be fixed."""
+    from dataclasses import asdict
+
+    from cluster.workflow.doctor import examine
+
+    findings = examine(load(config, override or []))
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            mark = "ok  " if finding.ok else "FIX "
+            typer.echo(f"{mark}{finding.check}: {finding.found}" + ("" if finding.ok else f"; {finding.fix}"))
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def _stage(name: str, config: str, override: list[str] | None, address: str, as_json: bool) -> None:
+    from cluster.workflow import pipeline
+
+    settings = load(config, _overrides(override, address))
+    _, directory = _with_run(settings, getattr(pipeline, name), as_json)
+    done = {"stage": name, "directory": str(directory)}
+    typer.echo(json.dumps(done) if as_json else f"{name}: done in {directory}")
+
+
+def _overrides(override: list[str] | None, address: str) -> list[str]:
+    return [*(override or []), *([f'cluster.address="{address}"'] if address else [])]
+
+
+def _with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet: bool = False) -> tuple[Any, Any]:
+    """Binds the run's directory, shows progress, and does the work."""
+    from cluster.workflow.console import Progressing
+    from cluster.workflow.pipeline import Run
+
+    _quiet_libraries()
+    with Progressing(quiet=quiet or as_json) as progress:
+        run = Run(settings, (progress,))
+        return work(run), run.directory
+
+
+def _quiet_libraries() -> None:
+    """Other people's warnings and bars would drown our own lines; --debug lets them through."""
+    if os.environ.get("SILOWEAVE_DEBUG"):
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if not _has_gpu() else "cuda")
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", DATASETS_VERBOSITY="error")
+    os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", TOKENIZERS_PARALLELISM="false")
+    warnings.simplefilter("ignore")
+    for name in ("DeepSpeed", "flwr", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _has_gpu() -> bool:
+    from pathlib import Path
+
+    return Path("/dev/nvidia0").exists()
+
+
+def _lines(value: Any, name: str = "", indent: int = 0) -> list[str]:
+    """A tree as indented lines for people."""
+    if isinstance(value, dict):
+        head = [f"{'  ' * indent}{name}"] if name else []
+        return [*head, *(line for key, item in value.items() for line in _lines(item, key, indent + bool(name)))]
+    shown = f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) and value >= 1e-3 else f"{value}"
+    return [f"{'  ' * indent}{name}: {shown}"]

@@ -1,0 +1,58 @@
+"""Joins a Ray cluster, or starts one of our own on this machine for as long as it is needed."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from configs.errors import InputError
+from configs.schema import ClusterSettings
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+}
+
+
+@contextmanager
+def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
+    """A connected Ray: ``cluster.address``, else RAY_ADDRESS, else an embedded one with the CPUs that are needed.
+
+    Args:
+        settings: address and CPUs a process.
+        processes: how many actors will run at once.
+
+    Raises:
+        InputError: no Ray answers at the address.
+    """
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    import ray
+
+    if ray.is_initialized():  # a stage inside a pipeline that holds the session already
+        yield ray
+        return
+    address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"cluster.address {address!r}: no Ray answers there ({reason}); start it or unset it"
+            ) from error
+    else:
+        # `address="local"`: never join another Ray of this machine by accident.
+        ray.init(
+            address="local",
+            num_cpus=processes * settings.threads_per_rank,
+            include_dashboard=False,
+            object_store_memory=256 * 2**20,
+            **quiet,
+        )
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

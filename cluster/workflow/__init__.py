@@ -1,0 +1,1 @@
+"""The pipeline, its estimate, the preflight and the report."""

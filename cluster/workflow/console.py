@@ -1,0 +1,118 @@
+"""What a person sees while a run goes on: progress bars on a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+_TOTALS = {"step": "steps", "round": "rounds", "scored": "of"}
+_POSITIONS = {"step": "step", "round": "round", "scored": "done"}
+_PLAIN_EVERY_S = 10.0
+
+
+class Progressing:
+    """Listens to events and shows them. Use as a context; standard output stays free for results."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._bars = self._console.is_terminal and not quiet
+        self._progress = Progress(
+            TextColumn("[bold]{task.description:16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> "Progressing":
+        if self._bars:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars:
+            self._progress.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Shows one event."""
+        kind, stage = event["event"], event["stage"]
+        if kind in _TOTALS:
+            self._advance(stage, event[_POSITIONS[kind]], event[_TOTALS[kind]], _note(event))
+        elif kind == "start" and stage == "generate":
+            self._progress.stop()  # text streams by; a live display would hold it back until the end of a line
+        elif kind == "start" and self._bars and stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=None, note="")
+        elif kind == "end":
+            self._finish(stage, event["seconds"])
+        elif kind in ("damaged", "restart", "refused", "rejected", "resume", "timeout"):
+            self._console.print(f"{stage}: {kind}: {_detail(event)}", markup=False, highlight=False)
+
+    def _advance(self, stage: str, position: int, total: int, note: str) -> None:
+        if self._bars:
+            task = self._tasks.setdefault(stage, self._progress.add_task(stage, total=total, note=""))
+            self._progress.update(task, completed=position, total=total, note=note)
+        elif position == total or time.monotonic() - self._last_line > _PLAIN_EVERY_S:
+            self._last_line = time.monotonic()
+            self._console.print(f"{stage}: {position}/{total} {note}", markup=False, highlight=False)
+
+    def _finish(self, stage: str, seconds: float) -> None:
+        if self._bars and stage in self._tasks:
+            total = self._progress.tasks[self._tasks[stage]].total or 1
+            self._progress.update(self._tasks[stage], total=total, completed=total)
+        if not self._bars:
+            self._console.print(f"{stage}: done in {seconds:.1f} s", markup=False, highlight=False)
+
+
+def _note(event: dict[str, Any]) -> str:
+    if event["event"] == "step":
+        return f"loss {event['loss']:.3f}, {event['tokens'] / event['seconds']:,.0f} tokens/s"
+    if event["event"] == "round":
+        return f"{len(event['answered'])} silos, {event['bytes'] / 1e6:.1f} MB"
+    return ""
+
+
+def _detail(event: dict[str, Any]) -> str:
+    if "message" in event or "cause" in event:
+        return str(event.get("message") or event.get("cause"))
+    return ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("time", "stage", "event"))
+
+
+def result_table(report: dict[str, Any]) -> Table:
+    """The demo's result at a glance."""
+    federated, privacy, pretrain = report["federated"], report["privacy"], report["pretrain"]
+    table = Table(title=f"Siloweave: {report['name']}", title_justify="left")
+    table.add_column("")
+    table.add_column("bits per character on the silos' held-out text", justify="right")
+    table.add_column("epsilon (delta)", justify="right")
+    base = federated["bits_per_char_base"]
+    rows = [
+        ("base model, public text only", base, "0"),
+        ("federated with DP", federated["bits_per_char_dp"], f"{privacy['epsilon']:.2f} ({privacy['delta']:g})"),
+        ("federated without DP", federated["bits_per_char_no_dp"], "unbounded"),
+    ]
+    for label, value, epsilon in rows:
+        change = f"  ({100 * (value / base - 1):+.1f}%)" if value and value is not base else ""
+        table.add_row(label, f"{value:.3f}{change}" if value else "not available", epsilon)
+    table.caption = (
+        f"{pretrain['tokens']:,} tokens at {pretrain['tokens_per_s']:,.0f} tokens/s on {pretrain['world_size']} ranks; "
+        f"{federated['silos']} silos, {federated['rounds']} rounds of {federated['bytes_per_round'] / 1e6:.1f} MB; "
+        "held-out figures are simulation_only"
+    )
+    return table

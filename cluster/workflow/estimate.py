@@ -1,0 +1,66 @@
+"""``siloweave plan``: what a run will need and spend, before anything runs."""
+
+from typing import Any
+
+from configs.schema import RunConfig
+from federated.rounds import plan_request
+from trainer.models import LORA_TARGETS, count_parameters
+from trainer.zero import accumulation_steps, state_bytes
+
+
+def estimate(config: RunConfig) -> dict[str, Any]:
+    """Parameters, bytes a rank by ZeRO stage, batch factorisation, steps, noise and epsilon.
+
+    Raises:
+        PolicyRefusal: a silo's rule for delta does not hold.
+        InputError: no noise multiplier reaches the epsilon.
+    """
+    pretrain, cluster, private = config.pretrain, config.cluster, config.data.private
+    parameters = count_parameters(config.model, config.tokenizer.vocab_size)
+    plan = plan_request(config)
+    counts = {"(default)": private.public_record_count, **private.public_record_counts}
+    return {
+        "model": {"parameters": parameters, "context_length": config.model.context_length},
+        "pretrain": {
+            "world_size": cluster.world_size,
+            "steps": pretrain.steps,
+            "tokens": pretrain.steps * pretrain.batch_size * config.model.context_length,
+            "batch": {
+                "sequences": pretrain.batch_size,
+                "ranks": cluster.world_size,
+                "micro_batch": pretrain.micro_batch_size,
+                "accumulation": accumulation_steps(pretrain, cluster.world_size),
+            },
+            "state_bytes_per_rank": {
+                str(stage): state_bytes(parameters, stage, cluster.world_size, pretrain.precision) for stage in range(4)
+            },
+            "zero_stage": pretrain.zero_stage,
+        },
+        "federated": {
+            "rounds": config.federated.rounds,
+            "steps_per_round": config.federated.local_steps,
+            "adapter_parameters": adapter_parameters(config),
+        },
+        "privacy": {
+            "noise_multiplier": plan.noise_multiplier,
+            "steps": plan.steps,
+            **plan.guarantee().as_dict(),
+            "silos": {
+                name: {
+                    "public_record_count": count,
+                    "expected_batch": plan.bind(count).expected_batch_size,
+                    "runs_in_budget": int(config.privacy.budget_epsilon // plan.epsilon),
+                }
+                for name, count in counts.items()
+            },
+        },
+    }
+
+
+def adapter_parameters(config: RunConfig) -> int:
+    """Trainable parameters of the adapters: rank times (inputs + outputs) of every adapted layer."""
+    model = config.model
+    hidden, middle, vocabulary = model.hidden_size, model.intermediate_size, config.tokenizer.vocab_size
+    sizes = {"gate_proj": hidden + middle, "up_proj": hidden + middle, "down_proj": middle + hidden}
+    a_block = sum(sizes.get(name, 2 * hidden) for name in LORA_TARGETS if name != "lm_head")
+    return config.federated.lora_rank * (model.layers * a_block + hidden + vocabulary)

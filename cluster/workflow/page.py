@@ -1,0 +1,83 @@
+"""``report.html``: one self-contained page, plots inside as SVG."""
+
+import io
+from typing import Any
+
+from privacy.accountant import pld_epsilon
+
+_INK, _ACCENT, _MUTED = "#1d3557", "#d1495b", "#8d99ae"
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page of a report."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(loader=PackageLoader("cluster.workflow", "."), autoescape=select_autoescape(default=True))
+    plots = {"loss": _loss_plot(report), "rounds": _rounds_plot(report), "epsilon": _epsilon_plot(report)}
+    return environment.get_template("report.html.j2").render(report=report, plots=plots)
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _loss_plot(report: dict[str, Any]) -> str:
+    figure, axes = _figure()
+    losses = report["pretrain"]["losses"]
+    axes.plot(range(1, len(losses) + 1), losses, color=_INK, linewidth=1)
+    axes.set(title="Pretraining loss", xlabel="step", ylabel="nats a token")
+    return _svg(figure)
+
+
+def _rounds_plot(report: dict[str, Any]) -> str:
+    federated = report["federated"]
+    figure, axes = _figure()
+    for key, label, color in (("dp", "with DP", _ACCENT), ("no_dp", "without DP", _INK)):
+        values = federated["by_round"][key]
+        if values:
+            series = [federated["bits_per_char_base"], *values]
+            axes.plot(range(len(series)), series, marker="o", color=color, label=label)
+    axes.set(title="Held-out text of the silos", xlabel="round", ylabel="bits per character")
+    if axes.lines:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def _epsilon_plot(report: dict[str, Any]) -> str:
+    """What a silo has spent by round: all silos run the same plan, those that missed rounds spent less."""
+    privacy, rounds = report["privacy"], report["federated"]["rounds"]
+    figure, axes = _figure()
+    spent = [
+        pld_epsilon(
+            privacy["sampling_rate"], privacy["noise_multiplier"], done * privacy["steps_per_round"], privacy["delta"]
+        )
+        for done in range(1, rounds + 1)
+    ]
+    groups: dict[int, list[str]] = {}
+    for name, silo in privacy["silos"].items():
+        groups.setdefault(silo["charges"], []).append(name)
+    for charges, names in groups.items():
+        label = ", ".join(names) if len(names) < 4 else f"{len(names)} silos"
+        axes.plot(range(charges + 1), [0.0, *spent[:charges]], marker="o", color=_ACCENT, label=label)
+    axes.axhline(privacy["epsilon"], color=_MUTED, linestyle="--", label="reserved")
+    axes.set(title="Epsilon spent by a silo in this run", xlabel="round", ylabel=f"epsilon at {privacy['delta']:g}")
+    axes.legend(frameon=False)
+    return _svg(figure)

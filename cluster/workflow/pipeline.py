@@ -1,0 +1,185 @@
+"""The main job, stage after stage, as one story. Each stage can be run alone, again, and after a kill.
+
+prepare -> pretrain -> export -> federate -> evaluate -> generate -> report
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.runtime.session import ray_session
+from configs.artifacts import Manifest, commit_manifest, require_manifest, write_atomic
+from configs.events import EventLog, Listener
+from configs.load import bind_run_directory, config_digest, run_directory
+from configs.schema import RunConfig
+
+Printer = Callable[[str], None]
+
+
+class Run:
+    """One run: its settings, its directory, its events."""
+
+    def __init__(self, config: RunConfig, listeners: tuple[Listener, ...] = ()) -> None:
+        self.config = config
+        self.directory = bind_run_directory(config)
+        self.model = self.directory / "model"
+        self.log = EventLog(self.directory / "events.jsonl", listeners)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage and says so in the events."""
+        self.log.emit(name, "start")
+        began = time.perf_counter()
+        yield
+        self.log.emit(name, "end", seconds=time.perf_counter() - began)
+
+    def ray(self) -> Any:
+        """A Ray with room for the larger of gang and silo workers."""
+        cluster, federated = self.config.cluster, self.config.federated
+        return ray_session(cluster, max(cluster.world_size, federated.workers))
+
+
+def demo(run: Run, on_text: Printer) -> dict[str, Any]:
+    """The whole job. Returns the report."""
+    prepare(run)
+    with run.ray():
+        pretrain(run)
+        export(run)
+        federate(run)
+        evaluate(run)
+    generate(run, on_text)
+    return report(run)
+
+
+def prepare(run: Run) -> None:
+    """Public text to tokens, and the tokenizer."""
+    from trainer.data.prepare import prepare as prepare_corpus
+
+    with run.stage("prepare"):
+        manifest = prepare_corpus(run.config, run.directory)
+    run.log.emit("prepare", "corpus", **manifest.metadata)
+
+
+def pretrain(run: Run) -> None:
+    """Tokens to a trained checkpoint, on a gang of Ray actors; continues from the newest commit."""
+    from cluster.runtime.gang import run_gang
+    from trainer.checkpoints import newest
+    from trainer.pretrain import pretrain_digest
+
+    corpus = require_manifest(run.directory / "corpus", "corpus", "prepare")
+    digest = pretrain_digest(run.config, corpus.content_digest)
+    commit = newest(run.directory / "pretrain" / "checkpoints", digest, lambda _: None)
+    if commit is not None and commit.step == run.config.pretrain.steps:
+        return
+    with run.stage("pretrain"), run.ray():
+        run_gang(run.config, run.directory, partial(_forward, run.log, "pretrain"))
+
+
+def _forward(log: EventLog, stage: str, event: dict[str, Any]) -> None:
+    """Passes another log's, or a rank's, event on as one of this stage."""
+    values = {name: value for name, value in event.items() if name not in ("time", "stage", "event")}
+    log.emit(stage, event["event"], **values)
+
+
+def export(run: Run) -> None:
+    """Checkpoint to a portable Hugging Face directory."""
+    from trainer.export import export as export_model
+
+    with run.stage("export"):
+        export_model(run.config, run.directory)
+
+
+def federate(run: Run) -> None:
+    """Fine-tunes across the silos under DP; then the same without DP where the settings ask for it."""
+    from federated.simulation import simulate
+
+    require_manifest(run.model, "model", "export")
+    for stage, with_dp in _federations(run.config):
+        directory = run.directory / stage
+        if (directory / "manifest.json").exists():
+            require_manifest(directory, stage, "federate")
+            continue
+        with run.stage(stage), run.ray() as ray:
+            on_event = partial(_forward, run.log, stage)
+            simulate(ray, run.config, run.model, directory, with_dp=with_dp, on_event=on_event)
+            _publish(run, directory, stage)
+
+
+def _federations(config: RunConfig) -> list[tuple[str, bool]]:
+    return [("federated", True), *([("federated-no-dp", False)] if config.evaluate.without_dp else [])]
+
+
+def _publish(run: Run, directory: Path, kind: str) -> None:
+    """Writes the last round's adapter as a peft directory, and the federation's manifest."""
+    from federated.held_out import save_peft
+
+    save_peft(run.config, run.model, directory)
+    inputs = {"model": require_manifest(run.model, "model", "export").content_digest}
+    commit_manifest(directory, Manifest(kind, config_digest(run.config), inputs=inputs))
+
+
+def evaluate(run: Run) -> None:
+    """Bits per character on the silos' held-out records, before, by round, and after; only for public silos."""
+    from federated.held_out import evaluate_rounds
+
+    with run.stage("evaluate"), run.ray() as ray:
+        federations = {stage: run.directory / stage for stage, _ in _federations(run.config)}
+        for stage, directory in federations.items():
+            require_manifest(directory, stage, "federate")
+        scores = evaluate_rounds(
+            ray, run.config, run.model, federations, lambda **v: run.log.emit("evaluate", "scored", **v)
+        )
+    write_atomic(run.directory / "evaluation.json", json.dumps(scores, indent=2, sort_keys=True).encode())
+
+
+def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
+    """A sample from the final model, streamed."""
+    from federated.held_out import final_model
+    from trainer.data.tokenizer import load_tokenizer
+    from trainer.generation import generate as sample
+
+    require_manifest(run.directory / "federated", "federated", "federate")
+    settings = run.config.evaluate
+    with run.stage("generate"):
+        text = sample(
+            final_model(run.config, run.model, run.directory / "federated"),
+            load_tokenizer(run.model),
+            prompt or settings.prompt,
+            settings.sample_tokens,
+            settings.temperature,
+            run.config.run.seed,
+            on_text,
+        )
+        on_text("\n")
+    write_atomic(run.directory / "sample.txt", text.encode())
+    return text
+
+
+def report(run: Run) -> dict[str, Any]:
+    """``report.json`` for machines and ``report.html`` for people."""
+    from cluster.workflow.page import render
+    from cluster.workflow.report import build
+
+    document = build(run.config, run.directory)
+    write_atomic(run.directory / "report.json", json.dumps(document, indent=2).encode() + b"\n")
+    write_atomic(run.directory / "report.html", render(document).encode())
+    return document
+
+
+def set_aside_finished(config: RunConfig, say: Printer) -> None:
+    """Moves a finished run of this name away, so that the demo starts anew; an unfinished one is continued.
+
+    The silos' ledgers stay where they are: a new run is a new reservation.
+    """
+    directory = run_directory(config)
+    if not (directory / "report.json").exists():
+        return
+    stamp = datetime.now(tz=UTC).strftime("%Y%m%d-%H%M%S")
+    target = directory.with_name(f"{directory.name}-until-{stamp}")
+    directory.rename(target)
+    say(f"{directory.name} had finished before: kept as {target}, starting anew")

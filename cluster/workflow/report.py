@@ -1,0 +1,158 @@
+"""``report.json`` for machines: every figure is read from the run's own files, none is computed anew from data."""
+
+import json
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from configs.artifacts import require_manifest
+from configs.errors import InputError
+from configs.events import read_events
+from configs.load import to_toml
+from configs.schema import RunConfig
+from configs.silo import simulated_silo
+from privacy.chain import read_entries, verify_entries
+from privacy.ledger import LEDGER_FILE, connect
+
+REPORT_VERSION = 1
+_LIBRARIES = ("siloweave", "torch", "ray", "deepspeed", "flwr", "opacus", "dp-accounting", "transformers", "peft")
+
+
+def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Raises:
+        InputError: a stage has not finished; the message names the command.
+    """
+    federation = run_directory / "federated"
+    require_manifest(federation, "federated", "federate")
+    evaluation = _read(run_directory / "evaluation.json", "evaluate")
+    certificate = _read(federation / "certificate.json", "federate")
+    events = list(read_events(run_directory / "events.jsonl"))
+    sample = run_directory / "sample.txt"
+    return {
+        "version": REPORT_VERSION,
+        "name": config.run.name,
+        "pretrain": _pretrain(config, events),
+        "federated": _federated(config, run_directory, certificate, evaluation, events),
+        "privacy": _privacy(config, run_directory, certificate),
+        "sample": sample.read_text(encoding="utf-8") if sample.exists() else "",
+        "simulation_only": [
+            "federated.bits_per_char_*",
+            "federated.by_silo",
+            "federated.by_round",
+            "privacy.silos.*.charges",
+        ],
+        "settings": to_toml(config),
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "seconds": _seconds(events),
+    }
+
+
+def _read(path: Path, command: str) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(f"{path}: not there yet; run `siloweave {command}` first")
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def _pretrain(config: RunConfig, events: list[dict[str, Any]]) -> dict[str, Any]:
+    # A restart does some steps again; the last time counts.
+    steps = {event["step"]: event for event in events if (event["stage"], event["event"]) == ("pretrain", "step")}
+    validations = [event for event in events if (event["stage"], event["event"]) == ("pretrain", "validation")]
+    ordered = [steps[step] for step in sorted(steps)]
+    steady = [event["tokens"] / event["seconds"] for event in ordered[len(ordered) // 10 :]]
+    return {
+        "world_size": config.cluster.world_size,
+        "zero_stage": config.pretrain.zero_stage,
+        "steps": len(ordered),
+        "tokens": sum(event["tokens"] for event in ordered),
+        "tokens_per_s": statistics.median(steady),
+        "loss_first": ordered[0]["loss"],
+        "loss_last": ordered[-1]["loss"],
+        "validation_bits_per_char": validations[-1]["bits_per_char"],
+        "restarts": sum(event["event"] == "restart" for event in events),
+        "losses": [round(event["loss"], 4) for event in ordered],
+    }
+
+
+def _federated(
+    config: RunConfig,
+    run_directory: Path,
+    certificate: dict[str, Any],
+    evaluation: dict[str, Any],
+    events: list[dict[str, Any]],
+) -> dict[str, Any]:
+    rounds = [event for event in events if (event["stage"], event["event"]) == ("federated", "round")]
+    dp, no_dp = evaluation.get("federated") or [], evaluation.get("federated-no-dp") or []
+    base = evaluation.get("base")
+    return {
+        "silos": len(certificate["silos"]),
+        "rounds": config.federated.rounds,
+        "bytes_per_round": statistics.median(event["bytes"] for event in rounds),
+        "full_model_bytes": (run_directory / "model" / "model.safetensors").stat().st_size,
+        "bits_per_char_base": _overall(base),
+        "bits_per_char_dp": _overall(dp[-1]) if dp else None,
+        "bits_per_char_no_dp": _overall(no_dp[-1]) if no_dp else None,
+        "improvement_dp": 1 - dp[-1]["bits_per_char"] / base["bits_per_char"] if base and dp else None,
+        "by_silo": _by_silo(base, dp, no_dp) if base and dp else {},
+        "by_round": {"dp": [_overall(entry) for entry in dp], "no_dp": [_overall(entry) for entry in no_dp]},
+        "not_available": evaluation.get("not_available"),
+    }
+
+
+def _by_silo(base: dict[str, Any], dp: list[dict[str, Any]], no_dp: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: {
+            "records": silo["records"],
+            "bits_per_char_base": silo["bits_per_char"],
+            "bits_per_char_dp": dp[-1]["by_silo"][name]["bits_per_char"],
+            "bits_per_char_no_dp": no_dp[-1]["by_silo"][name]["bits_per_char"] if no_dp else None,
+        }
+        for name, silo in base["by_silo"].items()
+    }
+
+
+def _overall(entry: dict[str, Any] | None) -> float | None:
+    return entry["bits_per_char"] if entry else None
+
+
+def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]) -> dict[str, Any]:
+    silos = {}
+    for name, public in certificate["silos"].items():
+        silo = simulated_silo(config, name, run_directory / "model").silo
+        ledger = Path(silo.state_dir) / LEDGER_FILE
+        bodies = verify_entries(read_entries(connect(ledger, create=False)), str(ledger), public["public_key"])
+        charges = [body for body in bodies if body["kind"] == "charge" and body["run"] == certificate["run_id"]]
+        silos[name] = {
+            "epsilon": public["receipt"]["epsilon_reserved"],
+            "budget_epsilon": config.privacy.budget_epsilon,
+            "epsilon_left": public["receipt"]["epsilon_left"],
+            "public_record_count": public["public_record_count"],
+            "charges": len(charges),
+            "ledger_head": public["receipt"]["head"],
+        }
+    return {
+        "unit": certificate["unit"],
+        "relation": certificate["relation"],
+        "delta": certificate["delta"],
+        "epsilon": max(silo["epsilon"] for silo in silos.values()),
+        "epsilon_sum": sum(silo["epsilon"] for silo in silos.values()),
+        "epsilon_rdp": certificate["epsilon_rdp"],
+        "epsilon_prv": certificate["epsilon_prv"],
+        "noise_multiplier": certificate["plan"]["noise_multiplier"],
+        "sampling_rate": certificate["plan"]["sampling_rate"],
+        "max_grad_norm": certificate["plan"]["max_grad_norm"],
+        "steps_per_round": certificate["plan"]["steps_per_round"],
+        "silos": silos,
+        "not_covered": certificate["not_covered"],
+    }
+
+
+def _seconds(events: list[dict[str, Any]]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "end":
+            seconds[event["stage"]] = round(seconds.get(event["stage"], 0.0) + event["seconds"], 2)
+    return seconds

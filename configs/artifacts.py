@@ -1,0 +1,200 @@
+"""How stages hand over: directories with a manifest, digests, and writes that never leave half a file.
+
+A directory is complete when its manifest is there, because the manifest is written last and atomically.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError, SiloweaveError
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+
+
+def canonical_json(value: object) -> bytes:
+    """JSON with sorted keys and no spaces: equal values have equal bytes, and so equal digests."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def digest_bytes(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_json(value: object) -> str:
+    """SHA-256 of the canonical JSON."""
+    return digest_bytes(canonical_json(value))
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes the names in a directory durable (fsync of the directory itself)."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(directory: Path) -> None:
+    """Makes every file below a directory, and their names, durable."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            handle = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_directory(Path(folder))
+
+
+def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Writes a file so that a reader sees the old content or the new, never a part of it.
+
+    Raises:
+        SiloweaveError: the disk is full or not writable; what was there before is unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(mode)
+        Path(temporary).replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise write_failure(path, error) from error
+
+
+def write_failure(path: Path, error: OSError) -> SiloweaveError:
+    """The one line for a write that failed."""
+    return SiloweaveError(
+        f"{path}: could not be written ({error.strerror or error}); what was committed before is intact: "
+        "free some space or choose another run.storage, then run the same command again"
+    )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a directory holds and what it was made from.
+
+    Attributes:
+        kind: what the directory is, for instance ``corpus`` or ``model``.
+        config_digest: digest of the settings that shaped the content.
+        inputs: digests of what it was made from, by name.
+        files: relative path -> {"size_bytes", "sha256"}.
+        metadata: facts about the content, for people and for the report.
+    """
+
+    kind: str
+    config_digest: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    version: int = MANIFEST_VERSION
+    creator: str = field(default_factory=lambda: f"siloweave {version('siloweave')}")
+
+    @property
+    def content_digest(self) -> str:
+        """One digest for all files of the directory."""
+        return digest_json({name: entry["sha256"] for name, entry in self.files.items()})
+
+
+def describe_files(directory: Path, exclude: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Sizes and digests of all files below a directory, by relative path."""
+    skipped = set(exclude)
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        name: {"size_bytes": path.stat().st_size, "sha256": digest_file(path)}
+        for path in paths
+        if (name := path.relative_to(directory).as_posix()) not in skipped
+    }
+
+
+def commit_manifest(directory: Path, manifest: Manifest, name: str = MANIFEST) -> Manifest:
+    """Makes the directory's files durable, digests them, and writes the manifest last.
+
+    Returns:
+        The manifest with its ``files`` filled in.
+    """
+    try:
+        sync_tree(directory)
+    except OSError as error:
+        raise write_failure(directory, error) from error
+    complete = Manifest(**{**asdict(manifest), "files": describe_files(directory, exclude=[name])})
+    write_atomic(directory / name, json.dumps(asdict(complete), indent=2, sort_keys=True).encode() + b"\n")
+    return complete
+
+
+def read_manifest(directory: Path, kind: str, name: str = MANIFEST) -> Manifest | None:
+    """The manifest of a complete directory, or None where there is none.
+
+    Raises:
+        InputError: the manifest can't be read, is of another kind, or was written by a newer Siloweave.
+    """
+    path = directory / name
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest(**value)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise InputError(f"{path}: not a readable manifest ({error}); delete {directory} to make it again") from None
+    if manifest.version > MANIFEST_VERSION:
+        raise InputError(
+            f"{path}: version {manifest.version} is newer than this Siloweave reads ({MANIFEST_VERSION}); "
+            "upgrade Siloweave"
+        )
+    if manifest.kind != kind:
+        raise InputError(f"{path}: kind is {manifest.kind!r}, expected {kind!r}; give the directory of a {kind}")
+    return manifest
+
+
+def damaged_file(directory: Path, manifest: Manifest) -> str | None:
+    """The first file that doesn't hold what the manifest says, or None when all do."""
+    for name, entry in manifest.files.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry["size_bytes"] or digest_file(path) != entry["sha256"]:
+            return name
+    return None
+
+
+def require_manifest(directory: Path, kind: str, made_by: str) -> Manifest:
+    """The manifest of a directory that must be complete and undamaged.
+
+    Args:
+        directory: where to look.
+        kind: what must lie there.
+        made_by: the command that makes it, named in the error.
+
+    Raises:
+        InputError: it is not there, or a file does not hold what the manifest says.
+    """
+    manifest = read_manifest(directory, kind)
+    if manifest is None:
+        raise InputError(f"{directory}: no finished {kind} here; run `siloweave {made_by}` first")
+    damaged = damaged_file(directory, manifest)
+    if damaged is not None:
+        raise InputError(
+            f"{directory / damaged}: its digest is not the manifest's; delete {directory} and run "
+            f"`siloweave {made_by}` again"
+        )
+    return manifest

@@ -1,0 +1,162 @@
+"""From a TOML file, or a preset's name, and ``--set`` overrides to a checked ``RunConfig``."""
+
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from configs.artifacts import digest_json, write_atomic
+from configs.errors import InputError
+from configs.schema import RunConfig
+
+PRESETS = Path(__file__).parent
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def presets() -> list[str]:
+    """Names of the shipped configurations."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load(config: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads and checks a configuration.
+
+    Args:
+        config: path of a TOML file, or the name of a preset (``demo``, ``tiny``, ...).
+        overrides: ``group.field=value`` texts; a value is read as TOML, or else as plain text.
+
+    Raises:
+        InputError: no such file, not TOML, or a setting that does not hold; one line for each.
+    """
+    path = PRESETS / f"{config}.toml" if config in presets() else Path(config)
+    tree = read_toml(path)
+    for override in overrides:
+        _apply(tree, override)
+    return parse(RunConfig, tree, str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a tree.
+
+    Raises:
+        InputError: it is missing, unreadable, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give a TOML file or a preset ({', '.join(presets())})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read ({error})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+
+
+def parse(schema: type[Model], tree: dict[str, Any], origin: str) -> Model:
+    """Validates a tree; each problem becomes one line with field, value and fix.
+
+    Raises:
+        InputError: the tree doesn't fit the schema.
+    """
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise InputError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _explain(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{field}: no such setting; remove it or check its spelling"
+    if problem["type"] == "missing":
+        return f"{field}: missing; give it a value"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{field} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or len(parts) < 2:
+        raise InputError(f"--set {override!r}: write it as group.field=value, for instance pretrain.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"--set {override!r}: {part} is a value, not a group of settings")
+    tree[parts[-1]] = value
+
+
+def config_digest(config: BaseModel) -> str:
+    """Digest of settings, for manifests."""
+    return digest_json(config.model_dump(mode="json"))
+
+
+def to_toml(config: BaseModel) -> str:
+    """The resolved settings as TOML; ``load`` reads it back to the same value."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def bind_run_directory(config: RunConfig) -> Path:
+    """Creates the run's directory, or checks that it belongs to this configuration.
+
+    Where a run's storage is reached from may change between two starts; what shapes its results may not.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        InputError: the directory was made with other settings; the message names them.
+    """
+    directory = run_directory(config)
+    stored = directory / "config.toml"
+    if not stored.exists():
+        write_atomic(stored, to_toml(config).encode())
+        return directory
+    before = parse(RunConfig, read_toml(stored), str(stored))
+    changed = [
+        f"{name} was {old!r} and is {new!r}"
+        for (name, old), (_, new) in zip(_flatten(before), _flatten(config), strict=True)
+        if old != new and name not in _MOVABLE
+    ]
+    if changed:
+        raise InputError(
+            f"{directory}: belongs to another configuration ({'; '.join(changed)}); choose another run.name, "
+            "or delete that directory"
+        )
+    return directory
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Absolute path of the run's directory."""
+    return (Path(config.run.storage) / config.run.name).absolute()
+
+
+_MOVABLE = {
+    "run.storage",
+    "cluster.address",
+    "cluster.max_failures",
+    "cluster.placement_timeout_s",
+    "federated.state_dir",
+    "federated.workers",
+}
+
+
+def _flatten(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    for group, value in config:
+        yield from _flatten_group(group, value)
+
+
+def _flatten_group(prefix: str, group: BaseModel) -> Iterator[tuple[str, Any]]:
+    for name, value in group:
+        if isinstance(value, BaseModel):
+            yield from _flatten_group(f"{prefix}.{name}", value)
+        else:
+            yield f"{prefix}.{name}", value

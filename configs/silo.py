@@ -1,0 +1,115 @@
+"""``silo.toml``: what a silo is, where its data lies, and what its steward's policy allows."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from configs.load import parse, read_toml
+from configs.schema import Count, Positive, Probability, RunConfig, Settings, SourceSettings
+
+
+class SiloSettings(Settings):
+    """Identity and places of a silo."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]
+    """The silo's name in the federation."""
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The steward's name for the dataset; the ledger is bound to it."""
+    state_dir: str
+    """Folder of keys and ledger. It outlives runs."""
+    base_model: str
+    """Folder of the exported base model that the silo may fine-tune."""
+    public_record_count: Count
+    """Training units, rounded, declared by the steward; never computed from the data."""
+    micro_batch_size: Count = 16
+    """Units processed at once; speed only."""
+
+
+class SiloDataSettings(SourceSettings):
+    """The silo's records."""
+
+    silo: str = ""
+    """Column that names the silo, where one source holds several; empty: all of the source is this silo's."""
+    unit: str = ""
+    """Column that names the privacy unit; empty: every record is a unit of its own."""
+    max_rows_per_unit: Count = 8
+    """Rows kept of one unit."""
+    held_out_fraction: Probability = 0.1
+    """Share of the units that are never trained on."""
+    public: bool = False
+    """True only for data that everyone may see."""
+
+
+class SiloPolicy(Settings):
+    """What may leave, at most. Every check is computed from these numbers alone, without reading data."""
+
+    budget_epsilon: Positive
+    """Epsilon that the dataset may ever spend."""
+    budget_delta: Probability
+    """Delta that the dataset may ever spend."""
+    max_epsilon_per_run: Positive = 8.0
+    """Epsilon of one run."""
+    min_noise_multiplier: Positive = 0.3
+    """Smallest noise multiplier."""
+    max_sampling_rate: Probability = 0.1
+    """Largest sampling rate."""
+    max_steps_per_round: Count = 1000
+    """Most steps of one round."""
+    max_lora_rank: Count = 64
+    """Largest adapter rank."""
+
+
+class SiloConfig(Settings):
+    """Everything a silo is configured with."""
+
+    silo: SiloSettings
+    data: SiloDataSettings
+    policy: SiloPolicy
+
+    @model_validator(mode="after")
+    def _absolute(self) -> "SiloConfig":
+        for name in ("state_dir", "base_model"):
+            if not Path(getattr(self.silo, name)).is_absolute():
+                raise ValueError(f"silo.{name} is {getattr(self.silo, name)!r}: give an absolute path")
+        return self
+
+
+def load_silo(path: Path) -> SiloConfig:
+    """Reads and checks a ``silo.toml``.
+
+    Raises:
+        InputError: it is missing, unreadable, or a setting does not hold.
+    """
+    return parse(SiloConfig, read_toml(path), str(path))
+
+
+def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig:
+    """A silo of a simulation: its share of the run's private data, and the simulated steward's policy."""
+    private, privacy = config.data.private, config.privacy
+    state_dir = Path(config.federated.state_dir).absolute() / private.dataset_id / name
+    return SiloConfig(
+        silo=SiloSettings(
+            id=name,
+            dataset_id=private.dataset_id,
+            state_dir=str(state_dir),
+            base_model=str(base_model),
+            public_record_count=private.record_count(name),
+            micro_batch_size=config.federated.micro_batch_size,
+        ),
+        data=SiloDataSettings(
+            source=private.source,
+            text=private.text,
+            split=private.split,
+            silo=private.silo,
+            unit=private.unit,
+            max_rows_per_unit=private.max_rows_per_unit,
+            held_out_fraction=private.held_out_fraction,
+            public=private.public,
+        ),
+        policy=SiloPolicy(
+            budget_epsilon=privacy.budget_epsilon,
+            budget_delta=privacy.budget_delta,
+            max_epsilon_per_run=privacy.budget_epsilon,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Silos, their service, the rounds, and the local grid."""

@@ -1,0 +1,75 @@
+"""Adapters as bytes: safetensors, float32, names in order; and an exact sum in which order doesn't matter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+
+_FRACTION_BITS = 32
+_LARGEST_VALUE = 2.0**15
+_LARGEST_COUNT = 2**15
+
+
+def to_bytes(arrays: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
+    """Safetensors bytes; equal arrays have equal bytes."""
+    return save({name: np.ascontiguousarray(arrays[name], dtype=np.float32) for name in sorted(arrays)})
+
+
+def from_bytes(content: bytes) -> Arrays:
+    """The arrays of safetensors bytes.
+
+    Raises:
+        ValueError: not safetensors, or not float32.
+    """
+    try:
+        arrays = load(content)
+    except SafetensorError as error:
+        raise ValueError(f"not safetensors ({error})") from None
+    if any(array.dtype != np.float32 for array in arrays.values()):
+        raise ValueError("an adapter is float32")
+    # Own memory: what safetensors gives is a read-only view of the message.
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+class FixedPointSum:
+    """Adds float32 arrays as 64-bit integers: exact and associative, so replies may come in any order.
+
+    A value is rounded to a multiple of 2^-32 once, on its way in; sums of up to 2^15 updates can't overflow.
+    """
+
+    def __init__(self, template: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        self._totals = {name: np.zeros(array.shape, dtype=np.int64) for name, array in template.items()}
+        self.count = 0
+
+    def add(self, update: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Folds one update in.
+
+        Raises:
+            ValueError: names or shapes differ, a value is not finite or beyond 2^15, or there are too many updates.
+        """
+        if {name: array.shape for name, array in update.items()} != {
+            name: total.shape for name, total in self._totals.items()
+        }:
+            raise ValueError("its names or shapes are not the adapter's")
+        if self.count >= _LARGEST_COUNT:
+            raise ValueError(f"more than {_LARGEST_COUNT} updates in one round")
+        # First check all, then add: a bad update leaves no part of itself behind.
+        if not all(np.isfinite(array).all() and (np.abs(array) < _LARGEST_VALUE).all() for array in update.values()):
+            raise ValueError(f"a value is not finite or not below {_LARGEST_VALUE:g}")
+        for name, array in update.items():
+            self._totals[name] += np.rint(array.astype(np.float64) * 2.0**_FRACTION_BITS).astype(np.int64)
+        self.count += 1
+
+    def mean(self) -> Arrays:
+        """The sum over the number of updates: equal, public weights."""
+        scale = 2.0**-_FRACTION_BITS / self.count
+        return {name: (total * scale).astype(np.float32) for name, total in self._totals.items()}

@@ -1,0 +1,66 @@
+"""Committed rounds: ``round-N/`` with the adapter after it and the silos' ledger heads; ``COMMITTED`` comes last."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.artifacts import Manifest, commit_manifest, damaged_file, read_manifest, write_failure
+
+COMMITTED = "COMMITTED"
+KIND = "round"
+ADAPTER = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Round:
+    """A committed round."""
+
+    round_number: int
+    adapter: bytes
+
+
+def save(
+    directory: Path, config_digest: str, round_number: int, adapter: bytes, receipts: Mapping[str, Any], run_id: str
+) -> Round:
+    """Writes a round and commits it.
+
+    Raises:
+        SiloweaveError: the disk is full or not writable; earlier rounds are unchanged.
+    """
+    target = directory / f"round-{round_number:05d}"
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        target.mkdir(parents=True)
+        (target / ADAPTER).write_bytes(adapter)
+        (target / "receipts.json").write_text(json.dumps(receipts, indent=2, sort_keys=True), encoding="utf-8")
+    except OSError as error:
+        raise write_failure(target, error) from error
+    metadata = {"round": round_number, "run_id": run_id}
+    commit_manifest(target, Manifest(KIND, config_digest, metadata=metadata), name=COMMITTED)
+    return Round(round_number, adapter)
+
+
+def newest(directory: Path, config_digest: str, damaged: Callable[[str], None]) -> Round | None:
+    """The newest round whose digests hold, else the one before it, else None."""
+    for target in sorted(directory.glob("round-*"), reverse=True):
+        manifest = read_manifest(target, KIND, name=COMMITTED)
+        if manifest is None or manifest.config_digest != config_digest:
+            continue
+        broken = damaged_file(target, manifest)
+        if broken is None:
+            return Round(int(manifest.metadata["round"]), (target / ADAPTER).read_bytes())
+        damaged(f"{target / broken}: its digest doesn't hold; going back to the round before")
+    return None
+
+
+def all_rounds(directory: Path) -> list[Round]:
+    """Every committed round, oldest first; round 0 is the start."""
+    found = []
+    for target in sorted(directory.glob("round-*")):
+        manifest = read_manifest(target, KIND, name=COMMITTED)
+        if manifest is not None and damaged_file(target, manifest) is None:
+            found.append(Round(int(manifest.metadata["round"]), (target / ADAPTER).read_bytes()))
+    return found

@@ -1,0 +1,99 @@
+"""One silo's local steps of one round, from the shared adapter to an update.
+
+With DP for a silo, and without for the comparison on public data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from federated.adapters import Arrays
+from privacy.engine import train_privately
+from privacy.plan import PrivacyPlan
+from privacy.sampler import poisson_sample
+from privacy.streams import Streams
+from trainer.models import adapter_weights, load_adapter_weights, trainable
+from trainer.tasks import CausalTask, Encoded, by_length
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """What changes quality or speed, but no guarantee.
+
+    Attributes:
+        learning_rate: of Adam, fresh in every round (its moments see noised gradients only).
+        micro_batch_size: units processed at once.
+    """
+
+    learning_rate: float
+    micro_batch_size: int
+
+
+def private_update(
+    plan: PrivacyPlan,
+    streams: Streams,
+    model: Any,
+    task: CausalTask,
+    adapter: Arrays,
+    records: Sequence[Encoded],
+    settings: LocalSettings,
+) -> Arrays:
+    """The clipped, noised update of one round: adapter after minus adapter before.
+
+    Raises:
+        ValueError: the adapter doesn't fit the model.
+    """
+    before = _load(model, adapter)
+    optimizer = torch.optim.Adam(list(trainable(model).values()), lr=settings.learning_rate)
+    train_privately(
+        plan,
+        streams,
+        model,
+        optimizer,
+        records,
+        micro_batches=lambda batch: by_length(batch, settings.micro_batch_size),
+        unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
+        synthetic=_synthetic(task),
+    )
+    return _difference(model, before)
+
+
+def public_update(
+    plan: PrivacyPlan,
+    streams: Streams,
+    model: Any,
+    task: CausalTask,
+    adapter: Arrays,
+    records: Sequence[Encoded],
+    settings: LocalSettings,
+) -> Arrays:
+    """The same steps on the same batches without clipping and without noise: for data declared public only."""
+    before = _load(model, adapter)
+    optimizer = torch.optim.Adam(list(trainable(model).values()), lr=settings.learning_rate)
+    model.train()
+    for step in range(plan.request.steps_per_round):
+        batch = [records[index] for index in poisson_sample(plan, streams, step, len(records))]
+        for micro in by_length(batch, settings.micro_batch_size):
+            loss = task.record_losses(model, task.collate(micro)).sum() / plan.expected_batch_size
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _difference(model, before)
+
+
+def _synthetic(task: CausalTask) -> list[Encoded]:
+    """Made-up units of different lengths: nothing private is needed to prove that clipping is right."""
+    return [task.encode(" ".join(f"{word}" for word in range(start, start + 3 + start))) for start in range(3)]
+
+
+def _load(model: Any, adapter: Arrays) -> dict[str, torch.Tensor]:
+    weights = {name: torch.from_numpy(array) for name, array in adapter.items()}
+    load_adapter_weights(model, weights)
+    return weights
+
+
+def _difference(model: Any, before: dict[str, torch.Tensor]) -> Arrays:
+    return {name: (weight - before[name]).numpy().astype(np.float32) for name, weight in adapter_weights(model).items()}

@@ -1,0 +1,253 @@
+"""The coordinator's rounds: reserve, train, fold, commit, close. The same code over the local grid and over Flower."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from configs.artifacts import digest_bytes, require_manifest, write_atomic
+from configs.errors import PolicyRefusal, SiloweaveError
+from configs.events import EventLog
+from configs.load import config_digest
+from configs.schema import RunConfig
+from federated import commits
+from federated import silo_pb2 as pb
+from federated.adapters import Arrays, FixedPointSum, from_bytes, to_bytes
+from federated.client_app import pack, unpack
+from federated.silo import PROTOCOL_VERSION
+from privacy.accountant import calibrate
+from privacy.certificate import certificate
+from privacy.plan import PlanRequest
+from trainer.tasks import CausalTask
+
+POLL_S = 0.05
+TRAIN, QUERY = "train", "query"
+
+
+def plan_request(config: RunConfig) -> PlanRequest:
+    """The plan that the settings ask for: noise calibrated to epsilon over the whole schedule."""
+    privacy, federated = config.privacy, config.federated
+    steps = federated.rounds * federated.local_steps
+    return PlanRequest(
+        unit=privacy.unit,
+        sampling_rate=privacy.sampling_rate,
+        max_grad_norm=privacy.max_grad_norm,
+        noise_multiplier=calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps),
+        rounds=federated.rounds,
+        steps_per_round=federated.local_steps,
+        delta=privacy.delta,
+    )
+
+
+@dataclass
+class Coordinator:
+    """One run of a federation.
+
+    Attributes:
+        grid: reaches the silos' nodes.
+        config: the run's settings.
+        base_model: exported model directory.
+        directory: receives the rounds' commits, the certificate and the final adapter.
+        num_silos: nodes to wait for.
+        log: receives one event a round, refusal or rejected reply.
+    """
+
+    grid: Grid
+    config: RunConfig
+    base_model: Path
+    directory: Path
+    num_silos: int
+    log: EventLog
+    nodes: dict[str, int] = field(default_factory=dict)
+    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    silos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bytes_moved: int = 0
+
+    def run(self, initial_adapter: Callable[[], Arrays]) -> None:
+        """All rounds, from the one after the newest commit.
+
+        Raises:
+            PolicyRefusal: fewer than ``federated.min_silos`` silos are left because policies refuse.
+            SiloweaveError: fewer are left for another reason.
+        """
+        self.run_id = run_id(self.directory)
+        self.plan = plan_request(self.config)
+        self.model_digest = require_manifest(self.base_model, "model", "export").content_digest
+        digest = config_digest(self.config)
+        commit = commits.newest(self.directory, digest, lambda line: self.log.emit("federate", "damaged", message=line))
+        if commit is None:
+            commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, self.run_id)
+        self._discover()
+        self._reserve()
+        adapter = from_bytes(commit.adapter)
+        for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
+            began, self.bytes_moved = time.perf_counter(), 0
+            adapter, answered = self._round(round_number, adapter)
+            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.receipts, self.run_id)
+            self.log.emit(
+                "federate",
+                "round",
+                round=round_number,
+                rounds=self.plan.rounds,
+                answered=answered,
+                bytes=self.bytes_moved,
+                seconds=time.perf_counter() - began,
+            )
+        self._close()
+        document = certificate(self.run_id, self.plan, self.silos, self.receipts)
+        write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
+
+    def _discover(self) -> None:
+        deadline = time.monotonic() + self.config.federated.round_timeout_s
+        while len(node_ids := list(self.grid.get_node_ids())) < self.num_silos:
+            if time.monotonic() > deadline:
+                raise SiloweaveError(f"{len(node_ids)} of {self.num_silos} silos have connected; start the others")
+            time.sleep(1)
+        body = pb.Request(version=PROTOCOL_VERSION, request_id="describe", describe=pb.Describe()).SerializeToString()
+        for node, reply in self._exchange(dict.fromkeys(node_ids, body), QUERY, "describe"):
+            described = reply.described
+            self.nodes[reply.silo_id] = node
+            self.silos[reply.silo_id] = {
+                "dataset_id": described.dataset_id,
+                "public_key": described.public_key,
+                "public_record_count": described.public_record_count,
+            }
+
+    def _reserve(self) -> None:
+        text = json.dumps(self.plan.model_dump(), sort_keys=True)
+        bodies = self._bodies("reserve", reserve=pb.Reserve(plan=text))
+        self._collect(bodies, QUERY, "reserve", lambda silo, reply: self._receipt(silo, reply.reserved.receipt))
+
+    def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
+        content = to_bytes(adapter)
+        train = pb.Train(
+            round=round_number,
+            plan_digest=self.plan.digest,
+            base_model_digest=self.model_digest,
+            task=CausalTask.name,
+            adapter_spec=pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha),
+            adapter=content,
+            learning_rate=self.config.federated.learning_rate,
+        )
+        total = FixedPointSum(adapter)
+
+        def fold(silo: str, reply: pb.Reply) -> None:
+            total.add(from_bytes(reply.trained.update))
+            self._receipt(silo, reply.trained.receipt)
+
+        answered = self._collect(self._bodies(f"round-{round_number}", train=train), TRAIN, str(round_number), fold)
+        mean = total.mean()
+        return {name: array + mean[name] for name, array in adapter.items()}, answered
+
+    def _close(self) -> None:
+        bodies = self._bodies("close", close=pb.Close())
+        for _ in self._exchange({self.nodes[silo]: body for silo, body in bodies.items()}, QUERY, "close"):
+            pass
+
+    def _receipt(self, silo: str, receipt: pb.Receipt) -> None:
+        self.receipts[silo] = {
+            "number": receipt.number,
+            "head": receipt.head,
+            "epsilon_reserved": receipt.epsilon_reserved,
+            "epsilon_left": receipt.epsilon_left,
+            "delta_left": receipt.delta_left,
+        }
+
+    def _bodies(self, request_id: str, **kind: Any) -> dict[str, bytes]:
+        """One request a silo. The same step of the same run has the same bytes, so a restart asks nothing new."""
+        return {
+            silo: pb.Request(
+                version=PROTOCOL_VERSION, run_id=self.run_id, silo_id=silo, request_id=request_id, **kind
+            ).SerializeToString(deterministic=True)
+            for silo in sorted(self.nodes)
+        }
+
+    def _collect(
+        self, bodies: Mapping[str, bytes], kind: str, group: str, accept: Callable[[str, pb.Reply], None]
+    ) -> list[str]:
+        """Sends the requests and accepts each sound reply as it comes; the others are recorded and passed over.
+
+        Raises:
+            PolicyRefusal: too few silos are left, and a policy refused.
+            SiloweaveError: too few silos are left.
+        """
+        silo_of = {self.nodes[silo]: silo for silo in bodies}
+        answered: list[str] = []
+        refusals: list[PolicyRefusal] = []
+        for node, reply in self._exchange({self.nodes[silo]: body for silo, body in bodies.items()}, kind, group):
+            silo = silo_of[node]
+            try:
+                self._check(silo, reply, digest_bytes(bodies[silo]))
+                accept(silo, reply)
+                answered.append(silo)
+            except PolicyRefusal as refusal:
+                refusals.append(refusal)
+                self.log.emit("federate", "refused", silo=silo, step=group, rule=refusal.rule, message=str(refusal))
+            except ValueError as error:
+                self.log.emit("federate", "rejected", silo=silo, step=group, message=str(error))
+        if len(answered) < self.config.federated.min_silos:
+            message = f"step {group}: {len(answered)} of {len(bodies)} silos answered, federated.min_silos is "
+            message += f"{self.config.federated.min_silos}"
+            if refusals:
+                first = refusals[0]
+                raise PolicyRefusal(f"{message}; {first}", rule=first.rule, asked=first.asked, allowed=first.allowed)
+            raise SiloweaveError(
+                f"{message}; see {self.log.path} and the silos' own logs, then run the same command again"
+            )
+        return sorted(answered)
+
+    def _check(self, silo: str, reply: pb.Reply, request_digest: str) -> None:
+        kind = reply.WhichOneof("kind")
+        if kind == "refusal":
+            refusal = reply.refusal
+            message = f"silo {silo} refuses: {refusal.message}"
+            raise PolicyRefusal(message, rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed)
+        if reply.silo_id != silo or reply.request_digest != request_digest:
+            raise ValueError("the reply is not to this request")
+        if kind not in ("reserved", "trained", "closed"):
+            raise ValueError(f"the reply is {kind}: {reply.failure.code}")
+
+    def _exchange(self, bodies: Mapping[int, bytes], kind: str, group: str) -> Iterator[tuple[int, pb.Reply]]:
+        """Sends one body a node and yields (node, reply) as they come, until all have or time is up."""
+        messages = [Message(pack(body), node, kind, group_id=group) for node, body in bodies.items()]
+        self.bytes_moved += sum(len(body) for body in bodies.values())
+        waiting = set(self.grid.push_messages(messages))
+        deadline = time.monotonic() + self.config.federated.round_timeout_s
+        while waiting and time.monotonic() < deadline:
+            for message in self.grid.pull_messages(waiting):
+                waiting.discard(message.metadata.reply_to_message_id)
+                node = message.metadata.src_node_id
+                reply = self._parse(message, node, group)
+                if reply is not None:
+                    yield node, reply
+            if waiting:
+                time.sleep(POLL_S)
+        if waiting:
+            self.log.emit("federate", "timeout", step=group, missing=len(waiting))
+
+    def _parse(self, message: Message, node: int, group: str) -> pb.Reply | None:
+        reply = pb.Reply()
+        try:
+            if message.has_error():
+                raise ValueError(f"Flower reports {message.error.code}: {message.error.reason}")
+            body = unpack(message.content)
+            self.bytes_moved += len(body)
+            reply.ParseFromString(body)
+        except Exception as error:  # protobuf's DecodeError lives in an untyped module
+            self.log.emit("federate", "rejected", node=node, step=group, message=str(error)[:500])
+            return None
+        return reply
+
+
+def run_id(directory: Path) -> str:
+    """The id under which silos know this run; made at its first start and kept for its restarts."""
+    path = directory / "run.json"
+    if not path.exists():
+        write_atomic(path, json.dumps({"run_id": uuid.uuid4().hex}).encode())
+    return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])

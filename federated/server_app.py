@@ -1,0 +1,43 @@
+"""The Flower ServerApp: reads the run's settings from Flower's context and hands over to the coordinator."""
+
+import tomllib
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from configs.events import EventLog, Listener
+from configs.load import parse
+from configs.schema import RunConfig
+from federated.adapters import Arrays
+from federated.rounds import Coordinator
+
+app = ServerApp()
+
+
+def run_federation(
+    grid: Grid, config: RunConfig, base_model: Path, directory: Path, num_silos: int, on_event: Listener
+) -> None:
+    """Runs a federation over a grid to its end, from its newest commit."""
+    directory.mkdir(parents=True, exist_ok=True)
+    log = EventLog(directory / "events.jsonl", (on_event,))
+    coordinator = Coordinator(grid, config, base_model, directory, num_silos, log)
+    coordinator.run(lambda: initial_adapter(config, base_model))
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Flower's entry: the settings come as one TOML text, because a run configuration holds only scalars."""
+    given = context.run_config
+    config = parse(RunConfig, tomllib.loads(str(given["config"])), "run configuration")
+    base_model, directory = Path(str(given["base-model"])), Path(str(given["directory"]))
+    run_federation(grid, config, base_model, directory, int(given["num-silos"]), lambda _: None)
+
+
+def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
+    """The adapter before the first round: A at random from the run's seed, B zero."""
+    from trainer.models import adapter_weights, add_adapter, load_model
+
+    federated = config.federated
+    model = add_adapter(load_model(base_model), federated.lora_rank, federated.lora_alpha, config.run.seed)
+    return {name: weight.numpy() for name, weight in adapter_weights(model).items()}

@@ -1,0 +1,275 @@
+"""A silo: owns data, policy, ledger and a warm model. One entry point, ``handle(request bytes) -> reply bytes``.
+
+The same object answers in process (local grid), behind gRPC (silo service), and so behind Flower. Order of a training
+request: policy without reading data, charge, train, store the reply, only then send it.
+"""
+
+import hmac
+import json
+import logging
+import threading
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from configs.artifacts import digest_bytes, require_manifest
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
+from configs.load import parse
+from configs.silo import SiloConfig
+from federated import silo_pb2 as pb
+from federated.adapters import Arrays, from_bytes, to_bytes
+from federated.local_training import LocalSettings, private_update
+from federated.silo_data import Units, load_units
+from privacy.chain import Budget
+from privacy.ledger import Ledger, Receipt
+from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.signing import load_or_create_secret
+from privacy.streams import SEED_BYTES, Streams
+from trainer.data.tokenizer import load_tokenizer
+from trainer.models import add_adapter, load_model, shapes, trainable
+from trainer.tasks import CausalTask, Encoded
+
+PROTOCOL_VERSION = 1
+FAILED = "FAILED"
+Handler = Callable[[bytes], bytes]
+
+
+class Silo:
+    """One silo.
+
+    Args:
+        config: identity, data and policy.
+        injected_seed: for tests of a simulated silo in this process only: makes its charges' seeds repeatable. A
+            service never passes it.
+    """
+
+    def __init__(self, config: SiloConfig, injected_seed: bytes | None = None) -> None:
+        self.config = config
+        state_dir = Path(config.silo.state_dir)
+        self.base_model = require_manifest(Path(config.silo.base_model), "model", "export")
+        if self.base_model.metadata.get("trained_on") != "public":
+            raise InputError(
+                f"{config.silo.base_model}: its manifest does not say that it was trained on public text only; "
+                "give a base model that `siloweave export` made"
+            )
+        budget = Budget(config.policy.budget_epsilon, config.policy.budget_delta)
+        self.ledger = Ledger.open(
+            state_dir, config.silo.id, config.silo.dataset_id, budget, _seed_source(injected_seed, config.silo.id)
+        )
+        self.units: Units = load_units(config, load_or_create_secret(state_dir / "split.key"))
+        self._log = _private_log(state_dir)
+        self._one_at_a_time = threading.Lock()
+
+    def close(self) -> None:
+        """Closes the ledger's file."""
+        self.ledger.close_file()
+
+    def handle(self, body: bytes) -> bytes:
+        """Answers one request. Never raises: a refusal or a failure is a reply."""
+        digest = digest_bytes(body)
+        try:
+            request = decode(body, self.config.silo.id)
+            with self._one_at_a_time:
+                return self._dispatch(request, digest)
+        except PolicyRefusal as refusal:
+            self._log.warning("refused %s: %s", digest, refusal)
+            return self._reply(digest, refusal=refusal_message(refusal)).SerializeToString(deterministic=True)
+        except Exception:
+            # Whatever failed may depend on the data: one constant code leaves, the details stay here.
+            self._log.exception("failed %s", digest)
+            return self._reply(digest, failure=pb.Failure(code=FAILED)).SerializeToString(deterministic=True)
+
+    def _dispatch(self, request: pb.Request, digest: str) -> bytes:
+        kind = request.WhichOneof("kind")
+        if kind == "train":
+            return self._train(request, digest)
+        if kind == "reserve":
+            reply = self._reply(digest, reserved=pb.Reserved(receipt=self._reserve(request)))
+        elif kind == "close":
+            reply = self._reply(digest, closed=pb.Closed(receipt=receipt_message(self.ledger.close(request.run_id))))
+        else:
+            reply = self._reply(digest, described=self.describe())
+        return reply.SerializeToString(deterministic=True)
+
+    def _reply(self, digest: str, **kind: Any) -> pb.Reply:
+        return pb.Reply(version=PROTOCOL_VERSION, silo_id=self.config.silo.id, request_digest=digest, **kind)
+
+    def describe(self) -> pb.Described:
+        """Who this silo is: public facts only."""
+        silo = self.config.silo
+        return pb.Described(
+            dataset_id=silo.dataset_id,
+            public_key=self.ledger.public_key,
+            public_record_count=silo.public_record_count,
+        )
+
+    def _reserve(self, request: pb.Request) -> pb.Receipt:
+        plan = self._plan(request.reserve.plan)
+        return receipt_message(self.ledger.reserve(request.run_id, plan))
+
+    def _plan(self, text: str) -> PrivacyPlan:
+        """The plan, bound to this silo's own size and checked against its policy."""
+        if len(text) > 10_000:
+            raise _refuse("plan", f"{len(text)} characters", "at most 10000 characters")
+        try:
+            request = parse(PlanRequest, _json_object(text), "plan")
+        except InputError as error:
+            raise _refuse("plan", "an inconsistent plan", str(error)) from None
+        policy = self.config.policy
+        if request.noise_multiplier < policy.min_noise_multiplier:
+            raise _refuse("min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}")
+        if request.sampling_rate > policy.max_sampling_rate:
+            raise _refuse("max_sampling_rate", f"{request.sampling_rate:g}", f"{policy.max_sampling_rate:g}")
+        if request.steps_per_round > policy.max_steps_per_round:
+            raise _refuse("max_steps_per_round", f"{request.steps_per_round}", f"{policy.max_steps_per_round}")
+        plan = request.bind(self.config.silo.public_record_count)
+        epsilon = request.epsilon
+        if epsilon > policy.max_epsilon_per_run:
+            raise _refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
+        return plan
+
+    def _train(self, request: pb.Request, digest: str) -> bytes:
+        train = request.train
+        # 1. Policy: from the request and the settings alone, without reading data.
+        plan = self._reserved_plan(request.run_id, train.plan_digest)
+        self._check_training(train)
+        model, adapter = self.model(train), _arrays(train.adapter)
+        if shapes(trainable(model)) != shapes(adapter):
+            raise _refuse("adapter", "other names or shapes", "those of the adapter that adapter_spec describes")
+        # 2. Charge. A request that was answered before gets the stored reply.
+        charge = self.ledger.charge(request.run_id, request.request_id, digest, train.round)
+        if charge.reply is not None:
+            return charge.reply
+        if charge.seed is None:
+            raise SiloweaveError(f"charge {charge.number} has neither seed nor reply")
+        # 3. Train under the charge's own randomness.
+        streams = Streams(charge.seed, digest)
+        settings = self.local_settings(train)
+        update = private_update(plan, streams, model, self.task, adapter, self.records, settings)
+        # 4. Store the reply, erase the seed; only then may a byte of it leave.
+        receipt = receipt_message(self.ledger.receipt(request.run_id))
+        trained = pb.Trained(receipt=receipt, update=to_bytes(update))
+        reply = self._reply(digest, trained=trained).SerializeToString(deterministic=True)
+        return self.ledger.release(charge.number, request.run_id, reply)
+
+    def _reserved_plan(self, run_id: str, plan_digest: str) -> PrivacyPlan:
+        reservation = self.ledger.reservation(run_id)
+        if reservation is None or not hmac.compare_digest(reservation["plan_digest"], plan_digest):
+            raise _refuse("reservation", plan_digest or "no plan", "the plan that the run reserved")
+        request = parse(PlanRequest, reservation["plan"], "ledger")
+        return PrivacyPlan(request=request, public_record_count=reservation["public_record_count"])
+
+    def _check_training(self, train: pb.Train) -> None:
+        policy = self.config.policy
+        if train.base_model_digest != self.base_model.content_digest:
+            raise _refuse("base_model", train.base_model_digest, self.base_model.content_digest)
+        if train.task != CausalTask.name:
+            raise _refuse("task", train.task, CausalTask.name)
+        if not 1 <= train.adapter_spec.rank <= policy.max_lora_rank:
+            raise _refuse("max_lora_rank", str(train.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
+        if not 0 < train.learning_rate <= 1:
+            raise _refuse("learning_rate", f"{train.learning_rate:g}", "above 0, at most 1")
+
+    def model(self, train: pb.Train) -> Any:
+        """The warm base model with the adapter that a request describes."""
+        return warm_model(Path(self.config.silo.base_model), train.adapter_spec.rank, train.adapter_spec.alpha)
+
+    @cached_property
+    def task(self) -> CausalTask:
+        """What a record is to the model."""
+        tokenizer = load_tokenizer(Path(self.config.silo.base_model))
+        return CausalTask(tokenizer, self.base_model.metadata["context_length"])
+
+    @cached_property
+    def records(self) -> list[Encoded]:
+        """The training units as tokens. Private."""
+        return [self.task.encode(unit) for unit in self.units.train]
+
+    def local_settings(self, train: pb.Train) -> LocalSettings:
+        """Learning rate of the request, speed of the silo."""
+        return LocalSettings(learning_rate=train.learning_rate, micro_batch_size=self.config.silo.micro_batch_size)
+
+
+@lru_cache(maxsize=1)
+def warm_model(directory: Path, rank: int, alpha: float) -> Any:
+    """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time)."""
+    return add_adapter(load_model(directory), rank, alpha, seed=0)
+
+
+def decode(body: bytes, silo_id: str) -> pb.Request:
+    """Parses a request and checks that it is for this silo, in a version that it speaks.
+
+    Raises:
+        PolicyRefusal: it is not.
+    """
+    request = pb.Request()
+    try:
+        request.ParseFromString(body)
+    except Exception as error:  # protobuf's DecodeError lives in an untyped module
+        raise _refuse("request", type(error).__name__, "a serialized Request") from None
+    kind = request.WhichOneof("kind")
+    if request.version != PROTOCOL_VERSION:
+        raise _refuse("version", str(request.version), str(PROTOCOL_VERSION))
+    if kind is None:
+        raise _refuse("request", "no kind", "describe, reserve, train or close")
+    if kind != "describe" and request.silo_id != silo_id:
+        raise _refuse("silo_id", request.silo_id, silo_id)
+    if kind != "describe" and not (request.run_id and len(request.run_id) <= 100 and len(request.request_id) <= 200):
+        raise _refuse("run_id", request.run_id[:100] or "empty", "1 to 100 characters, request_id up to 200")
+    return request
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        raise _refuse("plan", "not JSON", "a JSON object") from None
+    if not isinstance(value, dict):
+        raise _refuse("plan", type(value).__name__, "a JSON object")
+    return value
+
+
+def _arrays(content: bytes) -> Arrays:
+    try:
+        return from_bytes(content)
+    except ValueError as error:
+        raise _refuse("adapter", str(error), "float32 safetensors") from None
+
+
+def _refuse(rule: str, asked: str, allowed: str) -> PolicyRefusal:
+    return PolicyRefusal(f"{rule}: asked {asked}, allowed {allowed}", rule=rule, asked=asked, allowed=allowed)
+
+
+def refusal_message(refusal: PolicyRefusal) -> pb.Refusal:
+    """A refusal as it leaves."""
+    return pb.Refusal(rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed, message=str(refusal))
+
+
+def receipt_message(receipt: Receipt) -> pb.Receipt:
+    """A receipt as it leaves."""
+    return pb.Receipt(
+        number=receipt.number,
+        head=receipt.head,
+        epsilon_reserved=receipt.epsilon_reserved,
+        epsilon_left=receipt.epsilon_left,
+        delta_left=receipt.delta_left,
+    )
+
+
+def _seed_source(injected: bytes | None, silo_id: str) -> Callable[[str], bytes] | None:
+    """None draws from the operating system; an injected seed derives one for each request's digest."""
+    if injected is None:
+        return None
+    return lambda digest: hmac.digest(injected, f"{silo_id}/{digest}".encode(), "sha256")[:SEED_BYTES]
+
+
+def _private_log(state_dir: Path) -> logging.Logger:
+    """The silo's own log, in its state directory; nothing of it is sent."""
+    logger = logging.getLogger(f"siloweave.silo.{state_dir}")
+    if not logger.handlers:
+        handler = logging.FileHandler(state_dir / "silo.log", delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    return logger

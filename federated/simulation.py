@@ -1,0 +1,119 @@
+"""The silos of a simulation on one machine, and what only a simulation may do: read public silos in the clear."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from configs.artifacts import digest_bytes
+from configs.errors import InputError, PolicyRefusal
+from configs.events import Listener
+from configs.schema import RunConfig
+from configs.silo import SiloConfig, simulated_silo
+from federated import silo_pb2 as pb
+from federated.adapters import from_bytes, to_bytes
+from federated.local_grid import Handler, LocalGrid, OpenSilo
+from federated.local_training import public_update
+from federated.rounds import plan_request
+from federated.server_app import run_federation
+from federated.silo import PROTOCOL_VERSION, Silo, decode
+from federated.silo_data import rows_of
+from privacy.plan import PlanRequest
+from privacy.streams import Streams
+
+
+def silo_names(config: RunConfig, base_model: Path) -> list[str]:
+    """Names of the simulated silos, from the data's silo column.
+
+    Raises:
+        InputError: a silo with a declared size has no record, or there is no silo at all.
+    """
+    probe = simulated_silo(config, "probe", base_model)
+    rows, _ = rows_of(probe.data)
+    missing = sorted(set(config.data.private.public_record_counts) - set(rows))
+    if missing or not rows:
+        raise InputError(
+            f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'} (there are "
+            f"{', '.join(sorted(rows)) or 'none'}); check data.private.silo and data.private.public_record_counts"
+        )
+    return sorted(rows)
+
+
+def simulate(
+    ray: Any,
+    config: RunConfig,
+    base_model: Path,
+    directory: Path,
+    *,
+    on_event: Listener,
+    with_dp: bool = True,
+    injected_seed: bytes | None = None,
+) -> None:
+    """Runs the federation of the settings over the local grid, to the end, from its newest commit.
+
+    Args:
+        ray: a running Ray.
+        config: the run's settings.
+        base_model: exported model directory.
+        directory: the federation's own directory.
+        on_event: receives the coordinator's events.
+        with_dp: False runs the comparison without DP, for data declared public only.
+        injected_seed: for tests: makes the silos' noise repeatable.
+    """
+    names = silo_names(config, base_model)
+    if with_dp:
+        opener: OpenSilo = partial(_open_silo, config, base_model, injected_seed)
+    else:
+        opener = partial(_open_comparison, config, base_model, plan_request(config))
+    with LocalGrid(ray, opener, names, config.federated.workers, config.cluster.threads_per_rank) as grid:
+        run_federation(grid, config, base_model, directory, len(names), on_event)
+
+
+def _open_silo(config: RunConfig, base_model: Path, injected_seed: bytes | None, name: str) -> Handler:
+    return Silo(simulated_silo(config, name, base_model), injected_seed).handle
+
+
+def _open_comparison(config: RunConfig, base_model: Path, plan: PlanRequest, name: str) -> Handler:
+    return PublicSilo(simulated_silo(config, name, base_model), plan).handle
+
+
+class PublicSilo:
+    """Trains without clipping and noise, to show what privacy costs. Exists only for data declared public.
+
+    Raises:
+        PolicyRefusal: the data is not declared public.
+    """
+
+    def __init__(self, config: SiloConfig, plan: PlanRequest) -> None:
+        if not config.data.public:
+            raise PolicyRefusal(
+                f"silo {config.silo.id!r}: training without DP needs data declared public = true",
+                rule="public",
+                asked="no DP",
+                allowed="data declared public",
+            )
+        self._silo = Silo(config)  # for its data and model; its ledger is neither charged nor asked
+        self._plan = plan.bind(config.silo.public_record_count)  # for its batches
+
+    def handle(self, body: bytes) -> bytes:
+        """Answers like a silo, without receipts."""
+        silo, digest = self._silo, digest_bytes(body)
+        request = decode(body, silo.config.silo.id)
+        kind = request.WhichOneof("kind")
+        reply = pb.Reply(version=PROTOCOL_VERSION, silo_id=silo.config.silo.id, request_digest=digest)
+        if kind == "describe":
+            reply.described.CopyFrom(silo.describe())
+        elif kind == "reserve":
+            reply.reserved.SetInParent()
+        elif kind == "close":
+            reply.closed.SetInParent()
+        else:
+            reply.trained.update = self._update(request.train, digest)
+        return reply.SerializeToString(deterministic=True)
+
+    def _update(self, train: pb.Train, digest: str) -> bytes:
+        silo = self._silo
+        streams = Streams(bytes(32), digest)  # nothing here is private, so the batches may be predictable
+        model, settings = silo.model(train), silo.local_settings(train)
+        return to_bytes(
+            public_update(self._plan, streams, model, silo.task, from_bytes(train.adapter), silo.records, settings)
+        )

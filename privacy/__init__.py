@@ -1,0 +1,4 @@
+"""The privacy engine: plan, sampling, clipping, noise, accounting, ledger, certificate.
+
+Knows no model and no network.
+"""

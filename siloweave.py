@@ -1,0 +1,57 @@
+"""The front door: parses and calls one function a command. ``python -m siloweave`` works as well."""
+
+import json
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from cluster import commands as cluster_commands
+from configs.errors import SiloweaveError
+from federated.commands import silo_app
+from privacy.commands import ledger_app
+
+app = typer.Typer(
+    name="siloweave",
+    help="Trains language models where the data may not move.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cluster_commands.add_to(app)
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(silo_app, name="silo")
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    """Options of every command."""
+    os.environ["SILOWEAVE_DEBUG"] = "1" if debug else ""
+
+
+def main() -> None:
+    """Runs a command. Exit status: 0, 1 the run failed, 2 the input is wrong, 3 refused by a privacy policy."""
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("SILOWEAVE_DEBUG"):
+            traceback.print_exc()
+        status = error.exit_status if isinstance(error, SiloweaveError) else 1
+        message = (
+            str(error)
+            if isinstance(error, SiloweaveError)
+            else f"{type(error).__name__}: {error} (--debug shows where)"
+        )
+        line = " ".join(message.split())
+        if "--json" in sys.argv:
+            print(json.dumps({"error": line, "exit_status": status}))
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

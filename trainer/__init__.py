@@ -1,0 +1,1 @@
+"""Text to tokens to a pretrained model: data, ZeRO training, checkpoints, export, evaluation, generation."""

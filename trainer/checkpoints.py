@@ -1,0 +1,79 @@
+"""Committed checkpoints: a folder ``step-N`` counts only once ``COMMITTED``, its manifest, is there."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.artifacts import Manifest, commit_manifest, damaged_file, read_manifest
+from configs.errors import SiloweaveError
+
+COMMITTED = "COMMITTED"
+KIND = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint whose digests hold."""
+
+    directory: Path
+    step: int
+    manifest: Manifest
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step, so that names sort as numbers do."""
+    return f"step-{step:08d}"
+
+
+def save(engine: Any, root: Path, step: int, config_digest: str, barrier: Callable[[], None], rank: int) -> None:
+    """Writes every rank's shards, then rank 0 commits them.
+
+    Raises:
+        SiloweaveError: the disk is full or not writable; earlier commits are unchanged.
+    """
+    directory = root / step_name(step)
+    try:
+        if rank == 0:
+            # What a kill left there without COMMITTED is garbage, perhaps of another number of ranks.
+            shutil.rmtree(directory, ignore_errors=True)
+        barrier()
+        engine.save_checkpoint(str(root), tag=step_name(step), save_latest=False)
+        barrier()
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as RuntimeError.
+        raise SiloweaveError(
+            f"{directory}: the checkpoint could not be written ({str(error).splitlines()[0]}); the commit before it is "
+            "intact: free some space or choose another run.storage, then run the same command again"
+        ) from error
+    if rank == 0:
+        commit_manifest(directory, Manifest(KIND, config_digest, metadata={"step": step}), name=COMMITTED)
+
+
+def newest(root: Path, config_digest: str, damaged: Callable[[str], None]) -> Checkpoint | None:
+    """The newest commit whose digests hold, else the one before it, else None.
+
+    Args:
+        root: folder of the checkpoints.
+        config_digest: only commits made with these settings count.
+        damaged: told, in one line, about every commit that is passed over.
+    """
+    for directory in sorted(root.glob("step-*"), reverse=True):
+        manifest = read_manifest(directory, KIND, name=COMMITTED)
+        if manifest is None or manifest.config_digest != config_digest:
+            continue
+        broken = damaged_file(directory, manifest)
+        if broken is None:
+            return Checkpoint(directory, int(manifest.metadata["step"]), manifest)
+        damaged(f"{directory / broken}: its digest doesn't hold; going back to the commit before")
+    return None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Removes all but the newest ``keep`` commits, and what was never committed before the newest."""
+    committed = sorted(path.parent for path in root.glob(f"step-*/{COMMITTED}"))
+    for directory in committed[:-keep]:
+        # The manifest goes first, so that a kill in between leaves garbage and not a damaged commit.
+        (directory / COMMITTED).unlink()
+        shutil.rmtree(directory)

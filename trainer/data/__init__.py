@@ -1,0 +1,1 @@
+"""Sources, cleaning, tokenizer and packed token files."""

@@ -1,0 +1,153 @@
+"""Records from where a user has them: embedded, JSONL, CSV, Parquet, text, folders of them, Hugging Face datasets."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.schema import SourceSettings
+from trainer.data.embedded import EMBEDDED
+
+Row = dict[str, Any]
+
+
+@dataclass
+class ReadCounts:
+    """What was seen while reading; for the reader's own eyes (exact counts of private data don't leave a silo)."""
+
+    rows: int = 0
+    replaced_utf8: int = 0
+    empty: int = 0
+
+
+def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts) -> Iterator[Row]:
+    """Yields the rows of a source that have text; invalid UTF-8 is replaced and counted.
+
+    Args:
+        source: where to read.
+        columns: further columns that every row must have (``silo``, ``unit``).
+        counts: filled while reading.
+
+    Raises:
+        InputError: the file is missing or unreadable, or a column is not there.
+    """
+    required = [source.text, *columns]
+    for row in _open(source, counts):
+        for column in required:
+            if column not in row:
+                raise InputError(
+                    f"{source.source}: no column {column!r} in row {counts.rows + 1}; it has {sorted(row)}: "
+                    "name the right one in the configuration"
+                )
+        counts.rows += 1
+        text = row[source.text]
+        if isinstance(text, str) and text.strip():
+            yield row
+        else:
+            counts.empty += 1
+
+
+def _open(source: SourceSettings, counts: ReadCounts) -> Iterator[Row]:
+    kind, _, name = source.source.partition(":")
+    if kind == "embedded":
+        if name not in EMBEDDED:
+            raise InputError(f"{source.source}: no such embedded text; there is {', '.join(EMBEDDED)}")
+        return EMBEDDED[name]()
+    if kind == "hf":
+        return _read_hugging_face(name, source.split)
+    return _read_path(Path(source.source), counts)
+
+
+def _read_hugging_face(name: str, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, split=split)
+    except Exception as error:
+        # The hub client and the builders raise a dozen unrelated types; each means that this input can't be read.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"hf:{name} (split {split!r}): can't be loaded ({reason}); check the name and the network"
+        ) from error
+    yield from dataset
+
+
+def _read_path(path: Path, counts: ReadCounts) -> Iterator[Row]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS)
+        if not files:
+            raise InputError(f"{path}: no {', '.join(_READERS)} file below this folder")
+    elif path.suffix in _READERS:
+        files = [path]
+    else:
+        raise InputError(
+            f"{path}: unknown kind of file; give {', '.join(_READERS)}, a folder, embedded:NAME or hf:NAME"
+        )
+    for file in files:
+        try:
+            yield from _READERS[file.suffix](file, counts)
+        except FileNotFoundError:
+            raise InputError(f"{file}: no such file") from None
+        except OSError as error:
+            raise InputError(f"{file}: can't be read ({error})") from None
+
+
+def _decode(content: bytes, counts: ReadCounts) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        counts.replaced_utf8 += 1
+        return content.decode("utf-8", errors="replace")
+
+
+def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(_decode(line, counts))
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}: line {number} is not JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}: line {number} is not a JSON object; write one object a line")
+            yield row
+
+
+def _read_csv(path: Path, counts: ReadCounts) -> Iterator[Row]:
+    with path.open("rb") as file:
+        lines = (_decode(line, counts) for line in file)
+        try:
+            yield from csv.DictReader(lines, strict=True)
+        except csv.Error as error:
+            raise InputError(f"{path}: not CSV ({error})") from None
+
+
+def _read_parquet(path: Path, _: ReadCounts) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path}: not Parquet ({error})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: a text column is not UTF-8; write it again with UTF-8 text") from None
+
+
+def _read_text(path: Path, counts: ReadCounts) -> Iterator[Row]:
+    yield {"text": _decode(path.read_bytes(), counts), "file": path.name, "folder": path.parent.name}
+
+
+_READERS: dict[str, Callable[[Path, ReadCounts], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+    ".md": _read_text,
+}

@@ -1,0 +1,92 @@
+"""From a sharded checkpoint to a directory that ``AutoModelForCausalLM.from_pretrained`` loads."""
+
+import contextlib
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+from configs.artifacts import Manifest, commit_manifest, require_manifest
+from configs.errors import InputError, SiloweaveError
+from configs.schema import RunConfig
+from trainer import checkpoints
+from trainer.data.prepare import finished
+from trainer.models import new_model
+from trainer.pretrain import pretrain_digest
+
+_CARD = """---
+license: apache-2.0
+library_name: transformers
+---
+# {name}
+
+A Llama-style language model of {parameters:,} parameters, pretrained from a random start by Siloweave.
+
+- **Data**: {source} ({tokens:,} tokens, {characters:,} characters after cleaning). Public text only: no private record
+  has touched the weights or the tokenizer.
+- **Training**: {steps} steps of {batch_size} sequences of {context} tokens, AdamW, ZeRO stage {stage} on {ranks} ranks.
+- **Use**: a starting point for fine-tuning across silos. It is far too small to answer questions.
+"""
+
+
+def export(config: RunConfig, run_directory: Path) -> Manifest:
+    """Writes ``model/``: safetensors, configuration, tokenizer, model card, manifest.
+
+    Raises:
+        InputError: pretraining has not finished.
+    """
+    corpus = require_manifest(run_directory / "corpus", "corpus", "prepare")
+    digest = pretrain_digest(config, corpus.content_digest)
+    target = run_directory / "model"
+    done = finished(target, "model", digest)
+    if done is not None:
+        return done
+    root = run_directory / "pretrain" / "checkpoints"
+    checkpoint = checkpoints.newest(root, digest, _refuse_damaged)
+    if checkpoint is None or checkpoint.step < config.pretrain.steps:
+        at = f"is at step {checkpoint.step} of {config.pretrain.steps}" if checkpoint else "has no commit yet"
+        raise InputError(f"{root}: pretraining {at}; run `siloweave pretrain` first")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(run_directory / "tokenizer", target, ignore=shutil.ignore_patterns("manifest.json"))
+    model = new_model(config.model, corpus.metadata["vocab_size"], config.run.seed)
+    model.load_state_dict(_consolidated(root, checkpoint, config.pretrain.zero_stage))
+    model.save_pretrained(target)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (target / "README.md").write_text(_card(config, corpus, parameters), encoding="utf-8")
+    metadata = {"parameters": parameters, "trained_on": "public", "context_length": config.model.context_length}
+    inputs = {"corpus": corpus.content_digest, "checkpoint": checkpoint.manifest.content_digest}
+    return commit_manifest(target, Manifest("model", digest, inputs=inputs, metadata=metadata))
+
+
+def _refuse_damaged(message: str) -> None:
+    raise SiloweaveError(
+        f"{message.split(';', maxsplit=1)[0]}; run `siloweave pretrain` again: it continues from the commit before"
+    )
+
+
+def _consolidated(root: Path, checkpoint: checkpoints.Checkpoint, stage: int) -> dict[str, Any]:
+    """Full float32 weights from the ranks' shards."""
+    import torch
+
+    if stage == 0:
+        states = torch.load(checkpoint.directory / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return dict(states["module"])
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints; standard output is for results
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=checkpoint.directory.name))
+
+
+def _card(config: RunConfig, corpus: Manifest, parameters: int) -> str:
+    return _CARD.format(
+        name=f"{config.run.name} base model",
+        parameters=parameters,
+        source=config.data.public.source,
+        tokens=corpus.metadata["train"]["tokens"],
+        characters=corpus.metadata["train"]["characters"],
+        steps=config.pretrain.steps,
+        batch_size=config.pretrain.batch_size,
+        context=config.model.context_length,
+        stage=config.pretrain.zero_stage,
+        ranks=config.cluster.world_size,
+    )

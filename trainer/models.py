@@ -1,0 +1,117 @@
+"""Model families through transformers' configurations, started at random, and adapters through peft."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import ModelSettings
+
+# All linear layers. The output head matters most: a new domain's words are the first thing to learn.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+def model_config(settings: ModelSettings, vocab_size: int) -> Any:
+    """The transformers configuration of a Llama-style decoder; embeddings and head are not tied."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        intermediate_size=settings.intermediate_size,
+        max_position_embeddings=settings.context_length,
+        tie_word_embeddings=False,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def new_model(settings: ModelSettings, vocab_size: int, seed: int) -> Any:
+    """A model with random float32 weights that depend on the seed alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            model_config(settings, vocab_size), dtype=torch.float32, attn_implementation=attention()
+        )
+
+
+def attention() -> str:
+    """Attention kernel: on a CPU, at these sizes, plain matrix products beat torch's fused kernel."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def count_parameters(settings: ModelSettings, vocab_size: int) -> int:
+    """Number of parameters, without allocating them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(settings, vocab_size))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load_model(directory: Path) -> Any:
+    """The model of an exported directory, float32, in evaluation mode. Reads safetensors only, never pickles."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        attn_implementation=attention(),
+    )
+    return model.eval()
+
+
+def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> Any:
+    """Wraps a model with LoRA on all its linear layers (Hu et al. 2021; peft); only the adapter trains.
+
+    A starts at random from the seed, B at zero: the wrapped model starts out equal to the base model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0, task_type="CAUSAL_LM"
+            ),
+        )
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Detached copies of the trainable parameters, by name, in name order."""
+    return {name: value.detach().clone() for name, value in sorted(trainable(model).items())}
+
+
+def load_adapter_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Copies weights into the trainable parameters.
+
+    Raises:
+        ValueError: names or shapes are not those of the model's adapter.
+    """
+    parameters = trainable(model)
+    if shapes(parameters) != shapes(weights):
+        raise ValueError("the adapter's names or shapes are not the model's")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each array or tensor, by name."""
+    return {name: tuple(value.shape) for name, value in arrays.items()}
+
+
+def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}

@@ -1,0 +1,189 @@
+"""The pretraining loop of one rank: DeepSpeed engine, exact data, committed checkpoints."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.artifacts import digest_json, require_manifest
+from configs.schema import PretrainSettings, RunConfig
+from trainer import checkpoints
+from trainer.data.packing import Cursor, TokenFile
+from trainer.data.prepare import TRAIN_TOKENS, VALIDATION_TOKENS
+from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
+
+Report = Callable[[dict[str, Any]], None]
+COLLECTIVE_TIMEOUT_S = 600.0
+
+
+def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
+    """Digest of everything that shapes the weights; checkpoints of another one are not continued."""
+    return digest_json(
+        [
+            config.model.model_dump(),
+            config.pretrain.model_dump(),
+            config.cluster.world_size,
+            config.run.seed,
+            corpus_digest,
+        ]
+    )
+
+
+def learning_rate(settings: PretrainSettings, step: int) -> float:
+    """Linear warm-up, then a cosine down to ``min_learning_rate_ratio`` of the peak."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    floor = settings.min_learning_rate_ratio
+    return settings.learning_rate * (floor + (1 - floor) * cosine)
+
+
+def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report) -> None:
+    """Trains to the last step, from the newest committed checkpoint where there is one.
+
+    Args:
+        config: the run's settings.
+        run_directory: holds ``corpus/``; receives ``pretrain/checkpoints/``.
+        rank: this process's place in the gang; its environment is already prepared.
+        report: receives one dict an event (rank 0 only).
+
+    Raises:
+        SiloweaveError: a checkpoint could not be written.
+    """
+    import torch
+    from torch import distributed
+
+    settings, corpus = config.pretrain, run_directory / "corpus"
+    manifest = require_manifest(corpus, "corpus", "prepare")
+    digest = pretrain_digest(config, manifest.content_digest)
+    root = run_directory / "pretrain" / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    report = report if rank.rank == 0 else _ignore
+    join_process_group(rank, COLLECTIVE_TIMEOUT_S)
+
+    engine = build_engine(config, rank, manifest.metadata["vocab_size"])
+    start = _resume(engine, root, digest, report)
+    train = TokenFile(corpus / TRAIN_TOKENS, config.model.context_length)
+    cursor = Cursor(train.num_windows, settings.batch_size, config.run.seed)
+    targets_per_step = settings.batch_size * (config.model.context_length - 1)
+    # DeepSpeed averages over ranks and micro-batches; the loss is the global sum over the global number of targets.
+    scale = rank.world_size * accumulation_steps(settings, rank.world_size) / targets_per_step
+
+    for step in range(start, settings.steps):
+        began = time.perf_counter()
+        # 1. The rank's share of the global batch, a pure function of (seed, step, position).
+        windows = train.windows(cursor.rank_windows(step, rank.rank, rank.world_size))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        # 2. Forward and backward, micro-batch by micro-batch; the optimizer steps after the last.
+        nats = torch.zeros((), device=engine.device)
+        for micro in torch.from_numpy(windows).split(settings.micro_batch_size):
+            loss = next_token_nats(engine, micro.to(engine.device))
+            engine.backward(loss * scale)
+            engine.step()
+            nats += loss.detach()
+        # 3. The global loss, for people.
+        distributed.all_reduce(nats)
+        done = step + 1
+        report(
+            {
+                "event": "step",
+                "step": done,
+                "steps": settings.steps,
+                "loss": nats.item() / targets_per_step,
+                "learning_rate": learning_rate(settings, step),
+                "tokens": settings.batch_size * config.model.context_length,
+                "seconds": time.perf_counter() - began,
+            }
+        )
+        # 4. Validation and commit.
+        if done % settings.validate_every == 0 or done == settings.steps:
+            report({"event": "validation", "step": done, **validate(engine, config, corpus, manifest.metadata, rank)})
+        if done % settings.commit_every == 0 or done == settings.steps:
+            checkpoints.save(engine, root, done, digest, distributed.barrier, rank.rank)
+            if rank.rank == 0:
+                checkpoints.prune(root, settings.keep_commits)
+            report({"event": "commit", "step": done})
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _ignore(_: dict[str, Any]) -> None:
+    """Only rank 0 reports."""
+
+
+def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
+    """The DeepSpeed engine around a model at its random start and torch's AdamW."""
+    import deepspeed
+    import torch
+
+    from trainer.models import new_model
+
+    settings = config.pretrain
+    model = new_model(config.model, vocab_size, config.run.seed).train()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(settings, rank.world_size)
+    )
+    return engine
+
+
+def _resume(engine: Any, root: Path, digest: str, report: Report) -> int:
+    found = checkpoints.newest(root, digest, lambda line: report({"event": "damaged", "message": line}))
+    if found is None:
+        return 0
+    # Pickles: loaded only from the run's own storage, after their digests held.
+    engine.load_checkpoint(str(root), tag=found.directory.name)
+    report({"event": "resume", "step": found.step})
+    return found.step
+
+
+def next_token_nats(model: Any, tokens_BT: Any) -> Any:
+    """Sum over the batch of the next tokens' negative log-likelihood, in nats."""
+    from torch.nn import functional
+
+    logits_BTV = model(input_ids=tokens_BT).logits.float()
+    return functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum")
+
+
+def validate(engine: Any, config: RunConfig, corpus: Path, metadata: dict[str, Any], rank: Rank) -> dict[str, float]:
+    """Validation loss (nats a token) and bits per character, over all windows of the validation file.
+
+    Bits per character don't depend on the tokenizer: bits a token times tokens a character of the held-out text.
+    """
+    import numpy as np
+    import torch
+    from torch import distributed
+
+    tokens = TokenFile(corpus / VALIDATION_TOKENS, config.model.context_length)
+    # Equal numbers of batches on every rank: under ZeRO-3 each forward is a collective.
+    share = math.ceil(tokens.num_windows / rank.world_size)
+    mine = [index for i in range(share) if (index := rank.rank + i * rank.world_size) < tokens.num_windows]
+    totals = torch.zeros(2, device=engine.device)
+    engine.eval()
+    with torch.no_grad():
+        for start in range(0, share, config.pretrain.micro_batch_size):
+            indices = mine[start : start + config.pretrain.micro_batch_size]
+            windows = torch.from_numpy(tokens.windows(np.asarray(indices or [0]))).to(engine.device)
+            if indices:
+                totals += torch.stack(
+                    [
+                        next_token_nats(engine, windows),
+                        torch.tensor(float(windows[:, 1:].numel()), device=engine.device),
+                    ]
+                )
+            else:
+                next_token_nats(engine, windows)
+    engine.train()
+    distributed.all_reduce(totals)
+    loss = (totals[0] / totals[1]).item()
+    counts = metadata["validation"]
+    return {"loss": loss, "bits_per_char": loss / math.log(2) * counts["tokens"] / counts["characters"]}

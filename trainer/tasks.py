@@ -1,0 +1,78 @@
+"""What a record is to the model. Only a task knows how text becomes a batch, and what its loss is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One record as tokens.
+
+    Attributes:
+        ids: end-of-text, the text's tokens, and end-of-text where it fits the context.
+        characters: characters of the text that the tokens cover.
+        truncated: whether the record was longer than the context.
+    """
+
+    ids: tuple[int, ...]
+    characters: int
+    truncated: bool
+
+
+class CausalTask:
+    """Next-token prediction inside one record; a sequence never crosses records."""
+
+    name = "causal"
+
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self._tokenizer, self._context_length = tokenizer, context_length
+
+    def encode(self, text: str) -> Encoded:
+        """Tokens of a record, truncated to the context."""
+        end = self._tokenizer.eos_token_id
+        # The backend is called directly: the wrapper warns of long texts, and truncation is ours.
+        ids = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        whole = [end, *ids, end]
+        if len(whole) <= self._context_length:
+            return Encoded(tuple(whole), len(text), truncated=False)
+        kept = whole[: self._context_length]
+        return Encoded(tuple(kept), len(self._tokenizer.decode(kept[1:])), truncated=True)
+
+    def collate(self, records: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``targets``, both (B, T), padded on the right.
+
+        No attention mask is needed: under a causal mask nothing attends to what comes after it.
+        """
+        longest = max(len(record.ids) for record in records)
+        input_ids = torch.zeros((len(records), longest), dtype=torch.long)
+        targets = torch.full((len(records), longest), IGNORED, dtype=torch.long)
+        for row, record in enumerate(records):
+            ids = torch.tensor(record.ids)
+            input_ids[row, : len(ids)] = ids
+            targets[row, : len(ids) - 1] = ids[1:]
+        return {"input_ids": input_ids, "targets": targets}
+
+    def record_nats(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Negative log-likelihood of each record in nats, shape (B,)."""
+        logits_BTV = model(input_ids=batch["input_ids"]).logits.float()
+        losses_BT = functional.cross_entropy(
+            logits_BTV.transpose(1, 2), batch["targets"], ignore_index=IGNORED, reduction="none"
+        )
+        return losses_BT.sum(dim=1)
+
+    def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Training loss of each record, shape (B,): nats a token, a function of that record alone."""
+        return self.record_nats(model, batch) / (batch["targets"] != IGNORED).sum(dim=1)
+
+
+def by_length(records: Sequence[Encoded], micro_batch_size: int) -> Iterator[list[Encoded]]:
+    """Micro-batches of records of like length: less padding, the same sum."""
+    ordered = sorted(records, key=lambda record: len(record.ids))
+    for start in range(0, len(ordered), micro_batch_size):
+        yield list(ordered[start : start + micro_batch_size])
