@@ -83,7 +83,7 @@ class DataSettings(Settings):
     """Share of the public documents held out from pretraining."""
     min_characters: Count = 40
     """Shorter public documents are dropped."""
-    near_duplicate_similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
+    near_duplicate_similarity: Annotated[float, Field(ge=0.1, le=0.95)] = 0.8
     """Public documents with at least this Jaccard similarity (5-word shingles, MinHash) count as copies."""
 
 

@@ -1,6 +1,6 @@
 """Per-record clipping over all trainable parameters together, on Opacus' per-record gradients (hooks)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,27 +45,30 @@ class Clipper:
         self._reset()
         return sums
 
-    def probe(self, record_losses: Callable[[], torch.Tensor]) -> None:
-        """Proves on synthetic records that the per-record gradients add up to the ordinary gradient.
+    def probe(self, unit_losses: Callable[[Sequence[Any]], torch.Tensor], synthetic: Sequence[Any]) -> None:
+        """Proves on synthetic units that each per-record gradient is the gradient of that record alone.
 
         This catches tied weights, broadcast inputs and operations that mix records.
 
         Args:
-            record_losses: a forward over the synthetic records, giving their losses (B,).
+            unit_losses: losses of a batch of units, shape (B,).
+            synthetic: at least two made-up units.
 
         Raises:
-            InputError: they don't for some parameter, or its per-record gradient is not known.
+            InputError: it is not so for some parameter, or its per-record gradient is not known.
         """
+        parameters = list(self._parameters.values())
         self._hooked.disable_hooks()
-        ordinary = torch.autograd.grad(record_losses().sum(), list(self._parameters.values()))
+        alone = [torch.autograd.grad(unit_losses([unit]).sum(), parameters) for unit in synthetic]
         self._hooked.enable_hooks()
-        losses_B = record_losses()
-        gradients = self._per_record_gradients(losses_B)
-        for (name, gradient), expected in zip(gradients.items(), ordinary, strict=True):
-            error = (gradient.sum(dim=0) - expected).norm() / expected.norm().clamp(min=1e-6)
-            if gradient.shape[0] != len(losses_B) or not error <= _PROBE_TOLERANCE:
+        together = self._per_record_gradients(unit_losses(synthetic))
+        for position, (name, gradient_B) in enumerate(together.items()):
+            expected_B = torch.stack([gradients[position] for gradients in alone])
+            fits = gradient_B.shape == expected_B.shape
+            error = (gradient_B - expected_B).norm() / expected_B.norm().clamp(min=1e-6) if fits else torch.inf
+            if not error <= _PROBE_TOLERANCE:
                 raise InputError(
-                    f"parameter {name}: its per-record gradients do not add up to its gradient (relative error "
+                    f"parameter {name}: its per-record gradients are not those of single records (relative error "
                     f"{error:.2g}); this model can't be trained under record-level privacy: freeze it or untie it"
                 )
 

@@ -46,7 +46,7 @@ def train_privately(
     parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
     model.train()  # Opacus records nothing in evaluation mode; adapters have no dropout
     with clipping(model, plan.request.max_grad_norm) as clipper:
-        clipper.probe(lambda: unit_losses(synthetic))
+        clipper.probe(unit_losses, synthetic)
         for step in range(plan.request.steps_per_round):
             # 1. Every unit is in the batch with probability q; the batch may be empty.
             batch = [units[index] for index in poisson_sample(plan, streams, step, len(units))]

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# `flwr build` parses this file for its components' names and never runs it.
+__all__ = ["client", "server"]  # noqa: F822
+
 
 def __getattr__(name: str) -> Any:
     """``server`` and ``client``: a silo's relay must never import what the coordinator needs."""

@@ -1,0 +1,74 @@
+"""One tiny run a session: the whole pipeline through the real command line, shared by every test that needs a model."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.load import load
+from configs.schema import RunConfig
+
+
+def run_siloweave(
+    *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The installed command, as a user would run it."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("siloweave")), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def siloweave():
+    return run_siloweave
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A finished `siloweave demo -c tiny`."""
+
+    root: Path
+    directory: Path
+    report: dict[str, Any]
+    stderr: str
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+    def config(self, *overrides: str) -> RunConfig:
+        """The tiny settings with a run and silo states of one's own."""
+        return load("tiny", overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> TinyRun:
+    root = tmp_path_factory.mktemp("tiny")
+    done = run_siloweave("demo", "-c", "tiny", "--json", cwd=root)
+    assert done.returncode == 0, done.stderr
+    return TinyRun(root, root / "runs" / "tiny", json.loads(done.stdout), done.stderr)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_run) -> Path:
+    return tiny_run.model
+
+
+@pytest.fixture(scope="session")
+def shared_ray():
+    """One embedded Ray for all in-process federations of the session."""
+    from cluster.runtime.session import ray_session
+
+    with ray_session(load("tiny").cluster, 2) as ray:
+        yield ray

@@ -1,0 +1,220 @@
+"""Clipping and the engine against a loop over single records, which is slow and obviously right."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from configs.errors import InputError
+from configs.schema import ModelSettings
+from privacy.clipping import clipping
+from privacy.engine import train_privately
+from privacy.noise import noised
+from privacy.plan import PlanRequest
+from privacy.sampler import poisson_sample
+from privacy.streams import Streams
+from trainer.models import add_adapter, adapter_weights, new_model, trainable
+from trainer.tasks import CausalTask, Encoded, by_length
+
+DIGEST = "ab" * 32
+
+
+class Words:
+    """Stands in for a tokenizer: the task needs its end-of-text id here, and nothing else."""
+
+    eos_token_id = 0
+
+
+TASK = CausalTask(Words(), 16)
+
+
+def record(seed, length=10):
+    ids = np.random.default_rng(seed).integers(1, 50, size=length)
+    return Encoded((0, *ids.tolist()), characters=length, truncated=False)
+
+
+RECORDS = [record(i, 3 + i % 9) for i in range(32)]
+
+
+def lora_model():
+    settings = ModelSettings(hidden_size=16, layers=2, heads=2, intermediate_size=24, context_length=16)
+    model = add_adapter(new_model(settings, 50, seed=1), 3, 6.0, seed=2)
+    with torch.no_grad():  # B is zero at the start, and with it A's gradient: make both matter
+        for name, value in trainable(model).items():
+            if "lora_B" in name:
+                value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    return model.train()
+
+
+def losses(model, batch):
+    return TASK.record_losses(model, TASK.collate(batch))
+
+
+def clipped_one_by_one(model, batch, norm):
+    """The oracle: one ordinary backward a record."""
+    parameters = trainable(model)
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    for one in batch:
+        gradients = torch.autograd.grad(losses(model, [one]).sum(), list(parameters.values()))
+        length = torch.sqrt(sum(gradient.square().sum() for gradient in gradients))
+        factor = min(1.0, norm / (length.item() + 1e-6))
+        for name, gradient in zip(parameters, gradients, strict=True):
+            total[name] += factor * gradient
+    return total
+
+
+def clipped(model, micro_batches, norm):
+    with clipping(model, norm) as clipper:
+        for micro in micro_batches:
+            clipper.accumulate(losses(model, micro))
+        return clipper.take()
+
+
+@pytest.mark.parametrize("norm", [0.05, 0.5, 100.0])
+def test_the_clipped_sum_is_that_of_single_records(norm):
+    model = lora_model()
+    expected = clipped_one_by_one(model, RECORDS, norm)
+    for name, value in clipped(model, by_length(RECORDS, 8), norm).items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-4, atol=2e-6)
+
+
+def test_clipping_bounds_what_one_record_can_do():
+    model = lora_model()
+    for one in RECORDS[:4]:
+        total = clipped(model, [[one]], 0.05)
+        assert torch.sqrt(sum(value.double().square().sum() for value in total.values())) <= 0.05
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_micro_batches_do_not_change_the_sum(size):
+    model = lora_model()
+    whole = clipped(model, [RECORDS], 0.3)
+    parts = clipped(model, [RECORDS[start : start + size] for start in range(0, 32, size)], 0.3)
+    for name, value in whole.items():
+        torch.testing.assert_close(value, parts[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_non_finite_record_adds_nothing(bad):
+    model = lora_model()
+    expected = clipped(model, [RECORDS[1:8]], 0.3)
+    with clipping(model, 0.3) as clipper:
+        factor = torch.ones(8)
+        factor[0] = bad
+        clipper.accumulate(losses(model, RECORDS[:8]) * factor)
+        for name, value in clipper.take().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_no_record_gives_a_zero_sum():
+    model = lora_model()
+    assert all(not value.any() for value in clipped(model, [], 0.3).values())
+
+
+class Mixing(nn.Module):
+    """Subtracts the batch's mean: one record's loss depends on the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.layer(x)
+        return (y - y.mean(dim=0)).square().sum(dim=1)
+
+
+class Tied(nn.Module):
+    """Uses one weight twice, the second time where no hook sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.layer(x).tanh(), self.layer.weight).square().sum(dim=1)
+
+
+@pytest.mark.parametrize("kind", [Mixing, Tied])
+def test_the_probe_refuses_what_would_break_the_guarantee(kind):
+    rows = list(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
+    model = kind().train()
+    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match=r"parameter layer.weight"):
+        clipper.probe(lambda batch: model(torch.stack(batch)), rows)
+
+
+def test_the_probe_passes_a_sound_model():
+    model = lora_model()
+    with clipping(model, 1.0) as clipper:
+        clipper.probe(lambda batch: losses(model, batch), RECORDS[:3])
+
+
+PLAN = PlanRequest(
+    sampling_rate=0.1, max_grad_norm=0.3, noise_multiplier=0.7, rounds=2, steps_per_round=4, delta=1e-5
+).bind(100)
+
+
+def run(model, records, plan=PLAN, seed=b"s" * 32, micro=8):
+    optimizer = torch.optim.Adam(list(trainable(model).values()), lr=1e-2)
+    train_privately(
+        plan,
+        Streams(seed, DIGEST),
+        model,
+        optimizer,
+        records,
+        micro_batches=lambda batch: by_length(batch, micro),
+        unit_losses=lambda batch: losses(model, batch),
+        synthetic=RECORDS[:3],
+    )
+    return adapter_weights(model)
+
+
+def test_the_engine_is_dp_sgd_written_by_hand():
+    found = run(lora_model(), RECORDS)
+    model, streams = lora_model(), Streams(b"s" * 32, DIGEST)
+    optimizer = torch.optim.Adam(list(trainable(model).values()), lr=1e-2)
+    for step in range(4):
+        batch = [RECORDS[i] for i in poisson_sample(PLAN, streams, step, 32)]
+        sums = clipped_one_by_one(model, batch, 0.3)
+        for name, value in trainable(model).items():
+            value.grad = noised(sums[name], PLAN, streams, step, name) / (0.1 * 100)
+        optimizer.step()
+    for name, value in adapter_weights(model).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
+    first, again, other = (run(lora_model(), RECORDS, seed=seed) for seed in (b"s" * 32, b"s" * 32, b"t" * 32))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_no_data_at_all_still_takes_every_noised_step():
+    before = adapter_weights(lora_model())
+    after = run(lora_model(), [])
+    assert all((after[name] != before[name]).any() for name in before)
+
+
+def test_the_normaliser_is_the_declared_count_not_the_data():
+    """With one record instead of 32, the noise in the update has the same size: nothing shows how many there are."""
+    plan = PlanRequest(
+        sampling_rate=0.1, max_grad_norm=1e-6, noise_multiplier=1e6, rounds=1, steps_per_round=1, delta=1e-5
+    )
+    optimizer_free = []
+    for records in (RECORDS, RECORDS[:1]):
+        model = lora_model()
+        before = adapter_weights(model)
+        optimizer = torch.optim.SGD(list(trainable(model).values()), lr=1.0)
+        train_privately(
+            plan.bind(100),
+            Streams(b"s" * 32, DIGEST),
+            model,
+            optimizer,
+            records,
+            micro_batches=lambda batch: by_length(batch, 8),
+            unit_losses=lambda batch, model=model: losses(model, batch),
+            synthetic=RECORDS[:3],
+        )
+        after = adapter_weights(model)
+        optimizer_free.append(torch.cat([(after[name] - before[name]).flatten() for name in before]))
+    assert optimizer_free[0].std().item() == pytest.approx(1.0 / 10, rel=0.05)
+    torch.testing.assert_close(optimizer_free[0], optimizer_free[1], rtol=1e-3, atol=1e-5)
