@@ -8,9 +8,10 @@ from flwr.clientapp import ClientApp
 
 from federated import silo_pb2 as pb
 from federated import silo_pb2_grpc
+from federated.protocol import MAX_MESSAGE_BYTES
 
 RECORD, BODY = "siloweave", "body"
-MAX_MESSAGE_BYTES = 256 * 2**20
+
 Connect = Callable[[Context], Callable[[bytes], bytes]]
 
 

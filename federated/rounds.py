@@ -20,7 +20,7 @@ from federated import commits
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, FixedPointSum, from_bytes, to_bytes
 from federated.client_app import pack, unpack
-from federated.silo import PROTOCOL_VERSION
+from federated.protocol import PROTOCOL_VERSION
 from privacy.accountant import calibrate
 from privacy.certificate import certificate
 from privacy.plan import PlanRequest

@@ -20,6 +20,7 @@ from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, from_bytes, to_bytes
 from federated.local_training import LocalSettings, private_update
+from federated.protocol import PROTOCOL_VERSION
 from federated.silo_data import Units, load_units
 from privacy.chain import Budget
 from privacy.ledger import Ledger, Receipt
@@ -30,7 +31,6 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.models import add_adapter, load_model, shapes, trainable
 from trainer.tasks import CausalTask, Encoded
 
-PROTOCOL_VERSION = 1
 FAILED = "FAILED"
 Handler = Callable[[bytes], bytes]
 

@@ -1,5 +1,6 @@
 """A silo as a warm gRPC service on a Unix socket, with the standard health service."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from configs.errors import InputError
 from federated import silo_pb2 as pb
 from federated import silo_pb2_grpc
-from federated.client_app import MAX_MESSAGE_BYTES
+from federated.protocol import MAX_MESSAGE_BYTES
 from federated.silo import Silo
 
 SERVICE = "siloweave.v1.Silo"
@@ -46,7 +47,10 @@ def serve(silo: Silo, socket: Path) -> grpc.Server:
     status = health.HealthServicer()
     status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
-    server.add_insecure_port(f"unix:{socket}")
-    server.start()
-    socket.chmod(0o600)
+    before = os.umask(0o177)  # the socket is its owner's alone from its first moment on
+    try:
+        server.add_insecure_port(f"unix:{socket}")
+        server.start()
+    finally:
+        os.umask(before)
     return server

@@ -13,9 +13,10 @@ from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
 from federated.local_grid import Handler, LocalGrid, OpenSilo
 from federated.local_training import public_update
+from federated.protocol import PROTOCOL_VERSION
 from federated.rounds import plan_request
 from federated.server_app import run_federation
-from federated.silo import PROTOCOL_VERSION, Silo, decode
+from federated.silo import Silo, decode
 from federated.silo_data import rows_of
 from privacy.plan import PlanRequest
 from privacy.streams import Streams

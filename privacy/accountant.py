@@ -9,9 +9,10 @@ from typing import Any
 
 from configs.errors import InputError, SiloweaveError
 
-_FINE, _COARSE = 1e-4, 2e-3
+_COARSE = 5e-3
 _SIGMA_TOLERANCE = 1e-3
-_LARGEST_SIGMA = 1e4
+_SMALLEST_SIGMA, _LARGEST_SIGMA = 0.2, 1e4
+_STRIDE = 0.4  # in log sigma
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Guarantee:
 
 @lru_cache(maxsize=256)
 def pld_epsilon(
-    q: float, sigma: float, steps: int, delta: float, *, pessimistic: bool = True, interval: float = _FINE
+    q: float, sigma: float, steps: int, delta: float, *, pessimistic: bool = True, interval: float | None = None
 ) -> float:
     """Epsilon of ``steps`` Poisson-subsampled Gaussians under add-or-remove-one.
 
@@ -51,7 +52,8 @@ def pld_epsilon(
         steps: number of steps.
         delta: delta.
         pessimistic: an upper bound; otherwise dp-accounting's lower estimate.
-        interval: width of the privacy loss' bins; smaller is tighter and slower.
+        interval: width of the privacy loss' bins; smaller is tighter and slower. Every width gives an upper bound;
+            None takes one that costs less than a part in a thousand of epsilon.
     """
     from dp_accounting.pld import privacy_loss_distribution as pld
 
@@ -59,10 +61,15 @@ def pld_epsilon(
         sigma,
         sampling_prob=q,
         pessimistic_estimate=pessimistic,
-        value_discretization_interval=interval,
+        value_discretization_interval=interval or _interval(steps),
         use_connect_dots=pessimistic,  # the tighter construction has no lower estimate
     )
     return float(single.self_compose(steps).get_epsilon_for_delta(delta))
+
+
+def _interval(steps: int) -> float:
+    """What rounding to bins adds grows with the steps, and so the bins shrink with them."""
+    return min(1e-3, max(1e-4, 0.1 / steps))
 
 
 @lru_cache(maxsize=64)
@@ -119,30 +126,32 @@ def _prv_epsilon(q: float, sigma: float, steps: int, delta: float) -> float | No
 
 @lru_cache(maxsize=64)
 def calibrate(epsilon: float, delta: float, q: float, steps: int) -> float:
-    """The smallest noise multiplier (to 1e-3, rounded up) whose schedule spends at most epsilon.
+    """The smallest noise multiplier (to one part in a thousand, at least 0.13) whose schedule spends at most epsilon.
 
     Raises:
         InputError: no noise multiplier up to 10,000 is enough.
     """
-    if pld_epsilon(q, _LARGEST_SIGMA, steps, delta, interval=_COARSE) > epsilon:
-        raise InputError(
-            f"privacy.epsilon is {epsilon:g}: no noise multiplier up to {_LARGEST_SIGMA:g} reaches it with {steps} "
-            f"steps at sampling rate {q:g} and delta {delta:g}; raise privacy.epsilon, or lower the rounds or the steps"
-        )
-    # Coarse bins are fast and err on the safe side: their answer is an upper end, refined with fine bins.
-    high = _bisect(0.1, _LARGEST_SIGMA, lambda sigma: pld_epsilon(q, sigma, steps, delta, interval=_COARSE) <= epsilon)
-    sigma = _bisect(high * 0.9, high, lambda sigma: pld_epsilon(q, sigma, steps, delta) <= epsilon)
-    rounded = math.ceil(sigma * 1e4) / 1e4
-    if pld_epsilon(q, rounded, steps, delta) > epsilon:
-        raise SiloweaveError(f"calibration missed: noise multiplier {rounded} spends more than epsilon {epsilon}")
-    return rounded
+    from scipy.optimize import brentq
 
+    def excess(log_sigma: float, interval: float | None = None) -> float:
+        return pld_epsilon(q, math.exp(log_sigma), steps, delta, interval=interval) - epsilon
 
-def _bisect(low: float, high: float, enough: Any) -> float:
-    """The upper end of an interval, narrower than the tolerance, whose upper end is enough noise."""
-    if enough(low):
-        return low
-    while high / low > 1 + _SIGMA_TOLERANCE:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    # Wide bins are fast and err on the safe side: they bracket the answer, which narrow bins then find.
+    high = 0.0
+    while excess(high, _COARSE) > 0:
+        high += _STRIDE
+        if math.exp(high) > _LARGEST_SIGMA:
+            raise InputError(
+                f"privacy.epsilon is {epsilon:g}: no noise multiplier up to {_LARGEST_SIGMA:g} reaches it with {steps} "
+                f"steps at sampling rate {q:g} and delta {delta:g}; raise privacy.epsilon, or lower rounds or steps"
+            )
+    low = high - _STRIDE
+    while excess(low, _COARSE) <= 0 and math.exp(low) > _SMALLEST_SIGMA:
+        low, high = low - _STRIDE, low
+    if excess(low) > 0:
+        low = brentq(excess, low, high, xtol=_SIGMA_TOLERANCE / 2)
+    # The root is good to the tolerance; one step up makes sure that it lies on the safe side.
+    sigma = math.ceil(math.exp(low) * 1e4) / 1e4
+    while pld_epsilon(q, sigma, steps, delta) > epsilon:
+        sigma = math.ceil(sigma * (1 + _SIGMA_TOLERANCE / 4) * 1e4) / 1e4
+    return sigma

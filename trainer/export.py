@@ -73,7 +73,10 @@ def _consolidated(root: Path, checkpoint: checkpoints.Checkpoint, stage: int) ->
         return dict(states["module"])
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints; standard output is for results
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # it prints, and shows bars
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=checkpoint.directory.name))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,18 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
+
+
+def unreachable(address: str) -> str | None:
+    """Why nothing answers at a Ray address, or None where something does."""
+    if address in ("auto", "local"):
+        return None
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return None
+    except (OSError, ValueError) as error:
+        return str(error)
 
 
 @contextmanager
@@ -36,6 +49,9 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
     address = settings.address or os.environ.get("RAY_ADDRESS", "")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
+        reason = unreachable(address)
+        if reason:  # Ray itself would try for minutes
+            raise InputError(f"cluster.address {address!r}: no Ray answers there ({reason}); start it or unset it")
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:

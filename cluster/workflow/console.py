@@ -62,7 +62,7 @@ class Progressing:
         elif kind == "end":
             self._finish(stage, event["seconds"])
         elif kind in ("damaged", "restart", "refused", "rejected", "resume", "timeout"):
-            self._console.print(f"{stage}: {kind}: {_detail(event)}", markup=False, highlight=False)
+            self._console.print(f"{stage}: {kind}: {_detail(event)}", markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, stage: str, position: int, total: int, note: str) -> None:
         if self._bars:
@@ -70,14 +70,14 @@ class Progressing:
             self._progress.update(task, completed=position, total=total, note=note)
         elif position == total or time.monotonic() - self._last_line > _PLAIN_EVERY_S:
             self._last_line = time.monotonic()
-            self._console.print(f"{stage}: {position}/{total} {note}", markup=False, highlight=False)
+            self._console.print(f"{stage}: {position}/{total} {note}", markup=False, highlight=False, soft_wrap=True)
 
     def _finish(self, stage: str, seconds: float) -> None:
         if self._bars and stage in self._tasks:
             total = self._progress.tasks[self._tasks[stage]].total or 1
             self._progress.update(self._tasks[stage], total=total, completed=total)
         if not self._bars:
-            self._console.print(f"{stage}: done in {seconds:.1f} s", markup=False, highlight=False)
+            self._console.print(f"{stage}: done in {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)
 
 
 def _note(event: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from cluster.runtime.session import unreachable
 from configs.schema import RunConfig
 
 _WANTED = {
@@ -129,13 +130,8 @@ def _build_locks() -> Finding:
 
 def _address(config: RunConfig) -> Finding:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
-    if not address or address == "auto":
-        return Finding("Ray address", ok=True, found=address or "none: a Ray of our own on this machine")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=3):
-            return Finding("Ray address", ok=True, found=f"{address} answers")
-    except (OSError, ValueError) as error:
-        return Finding(
-            "Ray address", ok=False, found=f"{address}: {error}", fix="start Ray there, or unset cluster.address"
-        )
+    if not address:
+        return Finding("Ray address", ok=True, found="none: a Ray of our own on this machine")
+    reason = unreachable(address)
+    found = f"{address}: {reason}" if reason else f"{address} answers"
+    return Finding("Ray address", reason is None, found, fix="start Ray there, or unset cluster.address")

@@ -28,7 +28,8 @@ def request(**changes):
 def test_epsilon_is_that_of_dp_accountings_event(q, sigma, steps, delta):
     event = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma))
     oracle = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event, steps)
-    assert pld_epsilon(q, sigma, steps, delta) == pytest.approx(oracle.get_epsilon(delta), rel=1e-9)
+    expected = oracle.get_epsilon(delta)  # with bins of 1e-4; ours are as wide or wider, and so never below it
+    assert expected * (1 - 1e-9) <= pld_epsilon(q, sigma, steps, delta) <= expected * 1.001
 
 
 def test_the_accountants_agree_as_far_as_they_should():

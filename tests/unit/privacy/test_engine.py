@@ -13,7 +13,7 @@ from privacy.noise import noised
 from privacy.plan import PlanRequest
 from privacy.sampler import poisson_sample
 from privacy.streams import Streams
-from trainer.models import add_adapter, adapter_weights, new_model, trainable
+from trainer.models import adapter_weights, add_adapter, new_model, trainable
 from trainer.tasks import CausalTask, Encoded, by_length
 
 DIGEST = "ab" * 32

@@ -1,0 +1,132 @@
+"""The README's commands as a user gives them, with `tiny` for `demo`."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_the_report_has_every_promised_figure(tiny_run):
+    report = tiny_run.report
+    assert report == json.loads((tiny_run.directory / "report.json").read_text())
+    pretrain, federated, privacy = report["pretrain"], report["federated"], report["privacy"]
+    assert (pretrain["world_size"], pretrain["zero_stage"], pretrain["steps"]) == (2, 2, 40)
+    assert pretrain["tokens"] == 40 * 8 * 64
+    assert pretrain["loss_last"] < pretrain["loss_first"]
+    assert pretrain["tokens_per_s"] > 0
+    assert 1 < pretrain["validation_bits_per_char"] < 8
+    assert (federated["silos"], federated["rounds"]) == (6, 2)
+    assert 0 < federated["bytes_per_round"] / (2 * 6) < federated["full_model_bytes"]
+    assert federated["bits_per_char_dp"] < federated["bits_per_char_base"]
+    assert federated["bits_per_char_no_dp"] < federated["bits_per_char_base"]
+    assert len(federated["by_silo"]) == 6
+    assert len(federated["by_round"]["dp"]) == 2
+    assert (privacy["unit"], privacy["delta"]) == ("record", 1e-5)
+    assert 7.5 < privacy["epsilon"] <= 8
+    assert privacy["epsilon_sum"] == pytest.approx(6 * privacy["epsilon"])
+    assert privacy["epsilon_rdp"] > privacy["epsilon"]
+    assert privacy["epsilon_prv"] is None or privacy["epsilon_prv"] == pytest.approx(privacy["epsilon"], rel=0.02)
+    for silo in privacy["silos"].values():
+        assert silo["charges"] == 2
+        assert silo["epsilon"] == privacy["epsilon"]
+        assert silo["budget_epsilon"] == 32
+        assert silo["public_record_count"] % 100 == 0
+    assert report["sample"].startswith("What is")
+    assert "federated.bits_per_char_*" in report["simulation_only"]
+    assert set(report["versions"]) >= {"torch", "ray", "deepspeed", "flwr", "opacus"}
+    assert set(report["seconds"]) >= {"prepare", "pretrain", "export", "federated", "federated-no-dp", "evaluate"}
+
+
+def test_the_page_is_self_contained(tiny_run):
+    page = (tiny_run.directory / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert not re.search(r'(src|href)="(?!#)', page)
+    assert "Certificate" in page
+    assert "simulation_only" in page
+
+
+def test_progress_is_shown_as_plain_lines_without_a_terminal(tiny_run, siloweave, tmp_path):
+    shutil.copytree(tiny_run.root, tmp_path / "copy")
+    done = siloweave("evaluate", "-c", "tiny", cwd=tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+    assert "evaluate: 5/5" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_no_exact_figure_of_a_silo_is_in_the_run_directory(tiny_run):
+    """Events, receipts and certificate hold no loss, norm or count of private data."""
+    federation = tiny_run.directory / "federated"
+    allowed = {"time", "stage", "event", "round", "rounds", "answered", "bytes", "seconds"}
+    for line in (federation / "events.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) <= allowed
+    for path in federation.glob("round-*/receipts.json"):
+        for receipt in json.loads(path.read_text()).values():
+            assert set(receipt) == {"number", "head", "epsilon_reserved", "epsilon_left", "delta_left"}
+    assert not list(tiny_run.directory.rglob("*.sqlite*"))
+    assert len(list((tiny_run.root / "state").rglob("ledger.sqlite"))) == 6
+
+
+def test_the_adapter_is_a_peft_directory(tiny_run):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_run.model)
+    ids = torch.tensor([[0, 5, 6, 7]])
+    before = base(input_ids=ids).logits.detach()
+    tuned = PeftModel.from_pretrained(base, tiny_run.directory / "federated" / "adapter")
+    assert not torch.allclose(tuned(input_ids=ids).logits, before)
+
+
+def test_the_readmes_commands_run(tiny_run, siloweave, tmp_path):
+    """Every `siloweave ...` line of the README's code blocks, on a copy of the tiny run."""
+    root = tmp_path / "readme"
+    shutil.copytree(tiny_run.root, root)
+    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith("siloweave ")]
+    assert len(commands) >= 8
+    for arguments in commands:
+        given = [argument.replace("demo", "tiny") for argument in arguments]
+        if given[0] in ("tiny", "silo"):
+            continue  # the demo is the fixture's own command; silo serve runs until it is ended (test_flower)
+        done = siloweave(*given, cwd=root)
+        assert done.returncode == 0, f"{given}: {done.stderr}"
+
+
+def test_a_second_demo_starts_anew_and_reserves_again(tiny_run, siloweave, tmp_path):
+    root = tmp_path / "again"
+    shutil.copytree(tiny_run.root, root)
+    arguments = ["--set", "federated.rounds=1", "--set", "evaluate.without_dp=false", "--set", "pretrain.steps=10"]
+    done = siloweave("demo", "-c", "tiny", "--json", *arguments, cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert "had finished before: kept as" in done.stderr
+    kept = [path for path in (root / "runs").iterdir() if path.name.startswith("tiny-until-")]
+    assert (kept[0] / "report.json").exists()
+    shown = siloweave("ledger", "show", "--json", "state/plays-tiny/roman", cwd=root)
+    kinds = [entry["kind"] for entry in json.loads(shown.stdout)["entries"]]
+    assert kinds.count("reserve") == 2
+    again = json.loads(done.stdout)["privacy"]["silos"]["roman"]
+    assert again["charges"] == 1
+    # A third one is too much for a budget of 20: refused by policy, with a single line.
+    spent = siloweave(
+        "demo",
+        "-c",
+        "tiny",
+        "--json",
+        *arguments,
+        "--set",
+        "privacy.budget_epsilon=20",
+        "--set",
+        "run.name=third",
+        cwd=root,
+    )
+    assert spent.returncode == 3
+    assert json.loads(spent.stdout)["exit_status"] == 3
+    errors = [line for line in spent.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "budget_epsilon" in errors[0]

@@ -1,0 +1,225 @@
+"""Pretraining with real ranks: killed, damaged, too large for the machine, and against plain PyTorch."""
+
+import json
+import math
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from configs.events import read_events
+from trainer import checkpoints
+from trainer.data.packing import Cursor, TokenFile
+from trainer.models import new_model
+from trainer.pretrain import learning_rate, next_token_nats
+
+SILOWEAVE = Path(sys.executable).with_name("siloweave")
+
+
+def events(run, kind):
+    return [event for event in read_events(run / "events.jsonl", "pretrain") if event["event"] == kind]
+
+
+def losses(run):
+    """The last loss of every step."""
+    return {event["step"]: event["loss"] for event in events(run, "step")}
+
+
+def wait_for(condition, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.fixture
+def prepared(tiny_run, tmp_path):
+    """A run directory with the tiny corpus, ready to pretrain a while longer than tiny does."""
+
+    def prepare(*overrides):
+        arguments = ["-c", "tiny", *(part for override in overrides for part in ("--set", override))]
+        storage = tmp_path / "runs" / "tiny"
+        storage.mkdir(parents=True)
+        for name in ("corpus", "tokenizer"):
+            shutil.copytree(tiny_run.directory / name, storage / name)
+        return arguments, storage
+
+    return prepare
+
+
+def start(arguments, cwd):
+    return subprocess.Popen(
+        [SILOWEAVE, "pretrain", *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_zero_training_equals_plain_pytorch(tiny_run):
+    """Two ranks under ZeRO-2 with clipping against a loop on one process: the same loss at every step."""
+    config = tiny_run.config()
+    settings, vocabulary = config.pretrain, config.tokenizer.vocab_size
+    tokens = TokenFile(tiny_run.directory / "corpus" / "tokens-train.bin", config.model.context_length)
+    cursor = Cursor(tokens.num_windows, settings.batch_size, config.run.seed)
+    model = new_model(config.model, vocabulary, config.run.seed).train()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    found = losses(tiny_run.directory)
+    for step in range(settings.steps):
+        batch = torch.from_numpy(tokens.windows(cursor.rank_windows(step, 0, 1)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        loss = next_token_nats(model, batch) / (settings.batch_size * (config.model.context_length - 1))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        assert found[step + 1] == pytest.approx(loss.item(), rel=1e-4), step
+
+
+def test_killed_ranks_and_a_killed_driver_resume_exactly(prepared, tiny_run, tmp_path):
+    arguments, run = prepared("pretrain.steps=400", "pretrain.commit_every=20", "pretrain.validate_every=400")
+    first = start(arguments, tmp_path)
+    wait_for(lambda: len(events(run, "commit")) >= 2)
+    # 1. One rank dies: the gang restarts by itself from the last commit.
+    victim = wait_for(lambda: [p for p in children(first) if "RankActor" in " ".join(p.cmdline())])[0]
+    victim.kill()
+    restart = wait_for(lambda: events(run, "restart"))[0]
+    assert "died" in restart["cause"]
+    resume = wait_for(lambda: events(run, "resume"))[0]
+    assert resume["step"] % 20 == 0
+    # 2. The driver and all that is left are killed; the command is given again.
+    wait_for(lambda: max(losses(run)) > resume["step"] + 20)
+    everything = [*children(first), psutil.Process(first.pid)]
+    for process in everything:
+        process.send_signal(signal.SIGKILL)
+    first.communicate(timeout=60)
+    committed = max(event["step"] for event in events(run, "commit"))
+    second = start([*arguments, "--set", "cluster.max_failures=0"], tmp_path)
+    _, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    assert committed - 20 <= events(run, "resume")[-1]["step"] <= committed + 20
+    # 3. Every step that was done twice had the same loss both times, and the whole curve is there.
+    seen = {}
+    for event in events(run, "step"):
+        assert event["loss"] == pytest.approx(seen.setdefault(event["step"], event["loss"]), rel=1e-6)
+    assert sorted(seen) == list(range(1, 401))
+    assert losses(run)[400] < losses(run)[1]
+
+
+def children(process):
+    return [child for child in psutil.Process(process.pid).children(recursive=True) if child.is_running()]
+
+
+def finish(arguments, cwd, expected):
+    process = start(arguments, cwd)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == expected, errors
+    return errors
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_used(tiny_run, tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(tiny_run.directory, run)
+    newest = run / "pretrain" / "checkpoints" / "step-00000040"
+    shard = next(newest.glob("*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    expected = losses(run)
+    errors = finish(["-c", "tiny"], tmp_path, 0)
+    assert "its digest doesn't hold; going back to the commit before" in errors
+    assert events(run, "resume")[-1]["step"] == 30
+    assert losses(run)[40] == pytest.approx(expected[40], rel=1e-6)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from configs.load import load
+from trainer import checkpoints
+from trainer.pretrain import build_engine
+from trainer.zero import Rank, join_process_group, prepare_process
+
+root, port = Path(sys.argv[1]), int(sys.argv[2])
+rank = Rank(0, 1, 0, 1, "127.0.0.1", port, "cpu", 1)
+prepare_process(rank)
+join_process_group(rank, 60)
+config = load("tiny", ["cluster.world_size=1"])
+engine = build_engine(config, rank, 512)
+checkpoints.save(engine, root, 1, "digest", lambda: None, 0)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+checkpoints.save(engine, root, 2, "digest", lambda: None, 0)
+"""
+
+
+def test_a_full_disk_leaves_the_last_commit_intact(tmp_path):
+    """A real DeepSpeed engine whose process may not let a file grow beyond 20 kB (RLIMIT_FSIZE)."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(free_port())],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the commit before it is intact" in done.stderr
+    assert not (tmp_path / "step-00000002" / "COMMITTED").exists()
+    found = checkpoints.newest(tmp_path, "digest", pytest.fail)
+    assert found.step == 1
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_more_ranks_than_the_cluster_has_is_said_before_anything_starts(prepared, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    arguments, run = prepared()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        errors = finish([*arguments, "--address", cluster.address], tmp_path, 2)
+    finally:
+        cluster.shutdown()
+    assert "cluster.world_size 2: the gang needs 2 CPU, the Ray cluster has 1" in errors
+    assert not events(run, "step")
+
+
+def test_no_ray_at_the_address_is_an_input_error(prepared, tmp_path):
+    arguments, _ = prepared()
+    errors = finish([*arguments, "--address", "127.0.0.1:1"], tmp_path, 2)
+    assert "no Ray answers there" in errors
+
+
+def test_pretraining_needs_a_corpus(tmp_path):
+    errors = finish(["-c", "tiny"], tmp_path, 2)
+    assert "run `siloweave prepare` first" in errors
+
+
+def test_the_export_is_a_hugging_face_directory(tiny_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_run.model)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run.model)
+    tokens = TokenFile(tiny_run.directory / "corpus" / "tokens-validation.bin", 64)
+    batch = torch.from_numpy(tokens.windows(torch.arange(tokens.num_windows).numpy()))
+    with torch.no_grad():
+        loss = next_token_nats(model, batch).item() / batch[:, 1:].numel()
+    counts = json.loads((tiny_run.directory / "corpus" / "manifest.json").read_text())["metadata"]["validation"]
+    bits = loss / math.log(2) * counts["tokens"] / counts["characters"]
+    assert bits == pytest.approx(tiny_run.report["pretrain"]["validation_bits_per_char"], rel=1e-4)
+    assert tokenizer.decode(tokenizer.encode("def f(x): return x", add_special_tokens=False)) == "def f(x): return x"
+    assert "license: apache-2.0" in (tiny_run.model / "README.md").read_text()

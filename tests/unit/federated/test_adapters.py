@@ -1,0 +1,53 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from federated.adapters import FixedPointSum, from_bytes, to_bytes
+
+
+def update(seed):
+    rng = np.random.default_rng(seed)
+    return {"a": rng.normal(size=(3, 4)).astype(np.float32), "b": rng.normal(scale=1e-4, size=5).astype(np.float32)}
+
+
+def test_adapters_survive_the_wire_with_equal_bytes():
+    value = update(0)
+    content = to_bytes(value)
+    assert to_bytes(dict(reversed(value.items()))) == content
+    assert all(np.array_equal(array, value[name]) for name, array in from_bytes(content).items())
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 64, to_bytes(update(0))[:-4]])
+def test_what_is_no_adapter_is_refused(content):
+    with pytest.raises(ValueError, match="not safetensors"):
+        from_bytes(content)
+
+
+def test_the_sum_does_not_depend_on_the_order_of_replies():
+    updates = [update(seed) for seed in range(5)]
+    means = set()
+    for order in itertools.permutations(updates):
+        total = FixedPointSum(updates[0])
+        for one in order:
+            total.add(one)
+        means.add(to_bytes(total.mean()))
+    assert len(means) == 1
+    plain = {name: np.mean([one[name] for one in updates], axis=0) for name in updates[0]}
+    for name, array in from_bytes(means.pop()).items():
+        np.testing.assert_allclose(array, plain[name], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 40_000.0])
+def test_a_bad_update_is_refused_and_leaves_no_part_behind(value):
+    good, bad = update(0), update(1)
+    bad["b"][2] = value
+    total = FixedPointSum(good)
+    total.add(good)
+    with pytest.raises(ValueError, match="not finite or not below"):
+        total.add(bad)
+    with pytest.raises(ValueError, match="names or shapes"):
+        total.add({"a": good["a"]})
+    assert total.count == 1
+    for name, array in total.mean().items():
+        np.testing.assert_allclose(array, good[name], atol=2**-31)

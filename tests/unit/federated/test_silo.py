@@ -1,0 +1,253 @@
+"""One silo in this process: policy, idempotence, and what leaves."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from configs.artifacts import digest_bytes
+from configs.errors import InputError, PolicyRefusal
+from configs.silo import SiloConfig
+from federated import silo_pb2 as pb
+from federated.adapters import from_bytes, to_bytes
+from federated.server_app import initial_adapter
+from federated.silo import FAILED, Silo
+from federated.simulation import PublicSilo
+from privacy.plan import PlanRequest
+
+PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
+SEED = bytes(range(32))
+
+
+def silo_config(tmp_path, model, name="north", rows=120, **policy):
+    tmp_path.mkdir(exist_ok=True)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"patient note number {i} of the ward"}) + "\n" for i in range(rows)))
+    return SiloConfig(
+        silo={
+            "id": name,
+            "dataset_id": "ward",
+            "state_dir": str(tmp_path / "state" / name),
+            "base_model": str(model),
+            "public_record_count": 100,
+        },
+        data={"source": str(data)},
+        policy={"budget_epsilon": 20.0, "budget_delta": 1e-4, "max_epsilon_per_run": 10.0, **policy},
+    )
+
+
+@pytest.fixture
+def silo(tmp_path, tiny_model):
+    silo = Silo(silo_config(tmp_path, tiny_model))
+    yield silo
+    silo.close()
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_run):
+    return to_bytes(initial_adapter(tiny_run.config(), tiny_run.model))
+
+
+def ask(silo, request_id, run_id="run-1", silo_id="north", version=1, **kind):
+    body = pb.Request(version=version, run_id=run_id, silo_id=silo_id, request_id=request_id, **kind).SerializeToString(
+        deterministic=True
+    )
+    return pb.Reply.FromString(silo.handle(body)), body
+
+
+def reserve(silo, plan=PLAN, **changes):
+    return ask(silo, "reserve", reserve=pb.Reserve(plan=plan.model_dump_json()), **changes)[0]
+
+
+def train_kind(silo, content, round_number=1, **changes):
+    values = {
+        "round": round_number,
+        "plan_digest": PLAN.digest,
+        "base_model_digest": silo.base_model.content_digest,
+        "task": "causal",
+        "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0),
+        "adapter": content,
+        "learning_rate": 0.01,
+    }
+    return {"train": pb.Train(**{**values, **changes})}
+
+
+def kinds(silo):
+    return [json.loads(entry["body"])["kind"] for entry in silo.ledger.entries()]
+
+
+def test_a_whole_run(silo, adapter):
+    assert reserve(silo).reserved.receipt.epsilon_reserved == pytest.approx(PLAN.epsilon)
+    reply, body = ask(silo, "round-1", **train_kind(silo, adapter))
+    assert reply.request_digest == digest_bytes(body)
+    update = from_bytes(reply.trained.update)
+    assert {name: array.shape for name, array in update.items()} == {
+        name: array.shape for name, array in from_bytes(adapter).items()
+    }
+    assert all(np.isfinite(array).all() and array.any() for array in update.values())
+    assert kinds(silo) == ["open", "reserve", "charge", "release"]
+    closed, _ = ask(silo, "close", close=pb.Close())
+    assert closed.closed.receipt.epsilon_left == pytest.approx(20 - PLAN.epsilon)
+    late, _ = ask(silo, "round-2", **train_kind(silo, adapter, 2))
+    assert late.refusal.rule == "closed"
+
+
+def test_a_repeated_request_gets_the_same_bytes_and_no_second_charge(silo, adapter):
+    reserve(silo)
+    _, body = ask(silo, "round-1", **train_kind(silo, adapter))
+    assert silo.handle(body) == silo.handle(body)
+    assert kinds(silo).count("charge") == 1
+
+
+def test_a_crash_before_the_release_repeats_the_same_noise(silo, adapter, monkeypatch):
+    reserve(silo)
+    request = train_kind(silo, adapter)
+    monkeypatch.setattr(silo.ledger, "release", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    failed, _ = ask(silo, "round-1", **request)
+    assert failed.failure.code == FAILED
+    monkeypatch.undo()
+    first, _ = ask(silo, "round-1", **request)
+    second, _ = ask(silo, "round-1", **request)
+    assert first.trained.update == second.trained.update
+    assert kinds(silo).count("charge") == 1
+
+
+def test_two_requests_of_one_round_with_other_adapters_never_share_noise(tmp_path, tiny_model, adapter):
+    """Learning rate next to nothing: an update is the noise's direction. Another adapter, another direction."""
+    signs = []
+    for number, changed in enumerate((0.0, 1e-3)):
+        silo = Silo(silo_config(tmp_path / str(number), tiny_model), SEED)
+        reserve(silo)
+        arrays = {name: array + np.float32(changed) for name, array in from_bytes(adapter).items()}
+        reply, _ = ask(silo, "round-1", **train_kind(silo, to_bytes(arrays), learning_rate=1e-4))
+        signs.append(np.concatenate([np.sign(a).ravel() for a in from_bytes(reply.trained.update).values()]))
+        silo.close()
+    agreement = np.mean(signs[0] == signs[1])
+    assert abs(agreement - 0.5) < 0.05
+
+
+def test_an_injected_seed_makes_a_simulated_silo_repeatable(tmp_path, tiny_model, adapter):
+    updates = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        config = silo_config(folder, tiny_model)
+        if number:
+            (folder / "state" / "north").mkdir(parents=True)
+            shutil.copy(tmp_path / "0/state/north/split.key", folder / "state/north/split.key")
+        silo = Silo(config, SEED)
+        reserve(silo)
+        reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
+        updates.append(reply.trained.update)
+        silo.close()
+    assert updates[0] == updates[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"noise_multiplier": 0.2}, "min_noise_multiplier"),
+        ({"sampling_rate": 0.5}, "max_sampling_rate"),
+        ({"steps_per_round": 2000}, "max_steps_per_round"),
+        ({"noise_multiplier": 0.4, "rounds": 500}, "max_epsilon_per_run"),
+    ],
+)
+def test_plans_outside_the_policy_are_refused_and_nothing_is_reserved(silo, changes, rule):
+    refusal = reserve(silo, PLAN.model_copy(update=changes)).refusal
+    assert refusal.rule == rule
+    assert refusal.asked
+    assert refusal.allowed
+    assert kinds(silo) == ["open"]
+
+
+def test_a_budget_too_small_for_the_run_is_refused(tmp_path, tiny_model):
+    silo = Silo(silo_config(tmp_path, tiny_model, budget_epsilon=PLAN.epsilon / 2))
+    assert reserve(silo).refusal.rule == "budget_epsilon"
+    silo.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"base_model_digest": "00" * 32}, "base_model"),
+        ({"task": "classify"}, "task"),
+        ({"adapter_spec": pb.AdapterSpec(rank=1000, alpha=1.0)}, "max_lora_rank"),
+        ({"adapter_spec": pb.AdapterSpec(rank=2, alpha=1.0)}, "adapter"),
+        ({"learning_rate": 7.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"plan_digest": "00" * 32}, "reservation"),
+        ({"adapter": b"lies"}, "adapter"),
+        ({"round": 9}, "schedule"),
+    ],
+)
+def test_training_outside_the_policy_is_refused_and_never_charged(silo, adapter, changes, rule):
+    reserve(silo)
+    reply, _ = ask(silo, "round-1", **train_kind(silo, adapter, **changes))
+    assert reply.refusal.rule == rule
+    assert kinds(silo) == ["open", "reserve"]
+
+
+def test_training_without_a_reservation_is_refused(silo, adapter):
+    assert ask(silo, "round-1", **train_kind(silo, adapter))[0].refusal.rule == "reservation"
+
+
+def test_other_versions_and_other_silos_are_refused(silo):
+    assert ask(silo, "r", version=2, close=pb.Close())[0].refusal.rule == "version"
+    assert ask(silo, "r", silo_id="south", close=pb.Close())[0].refusal.rule == "silo_id"
+    assert ask(silo, "r", run_id="", close=pb.Close())[0].refusal.rule == "run_id"
+    assert ask(silo, "r")[0].refusal.rule == "request"
+
+
+def test_a_failure_leaves_as_one_constant_code(silo, adapter, monkeypatch):
+    reserve(silo)
+    monkeypatch.setattr("federated.silo.private_update", lambda *_: 1 / 0)
+    reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
+    assert reply.failure == pb.Failure(code=FAILED)
+    log = (silo.ledger.path.parent / "silo.log").read_text()
+    assert "ZeroDivisionError" in log
+
+
+def test_refusals_are_alike_on_neighbouring_datasets(tmp_path, tiny_model, adapter):
+    replies = []
+    for number, rows in enumerate((120, 119)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        silo = Silo(silo_config(folder, tiny_model, rows=rows))
+        shown = [
+            ask(silo, "r", **train_kind(silo, adapter))[0],
+            reserve(silo, PLAN.model_copy(update={"rounds": 9999})),
+        ]
+        silo.close()
+        replies.append(shown)
+    assert replies[0] == replies[1]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=400))
+def test_no_bytes_make_a_silo_crash_or_talk(silo, body):
+    reply = pb.Reply.FromString(silo.handle(body))
+    assert reply.WhichOneof("kind") in ("refusal", "described", "failure")
+    assert "Traceback" not in str(reply)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"rounds": "NaN"}', "[" * 5000, "1" * 20_000])
+def test_plans_that_are_none_are_refused(silo, text):
+    assert ask(silo, "reserve", reserve=pb.Reserve(plan=text))[0].refusal.rule == "plan"
+
+
+def test_a_base_model_that_is_not_from_public_text_is_refused(tmp_path, tiny_model):
+    copy = tmp_path / "model"
+    shutil.copytree(tiny_model, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["metadata"]["trained_on"] = "private"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="public text only"):
+        Silo(silo_config(tmp_path, copy))
+
+
+def test_training_without_dp_needs_public_data(tmp_path, tiny_model):
+    with pytest.raises(PolicyRefusal, match="declared public = true"):
+        PublicSilo(silo_config(tmp_path, tiny_model), PLAN)
