@@ -183,8 +183,12 @@ class Silo:
 
     @cached_property
     def records(self) -> list[Encoded]:
-        """The training units as tokens. Private."""
-        return [self.task.encode(unit) for unit in self.units.train]
+        """The training units as tokens. Private; what was mended on the way is counted in the silo's own log."""
+        records = [self.task.encode(unit) for unit in self.units.train]
+        truncated, counts = sum(record.truncated for record in records), self.units.counts
+        self._log.info("%d of %d training units were truncated to the context", truncated, len(records))
+        self._log.info("source: %d texts with invalid UTF-8 replaced, %d empty", counts.replaced_utf8, counts.empty)
+        return records
 
     def local_settings(self, train: pb.Train) -> LocalSettings:
         """Learning rate of the request, speed of the silo."""
@@ -271,5 +275,6 @@ def _private_log(state_dir: Path) -> logging.Logger:
         handler = logging.FileHandler(state_dir / "silo.log", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_json, require_manifest
+from configs.errors import InputError
 from configs.schema import PretrainSettings, RunConfig
 from trainer import checkpoints
 from trainer.data.packing import Cursor, TokenFile
@@ -62,6 +63,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
     root.mkdir(parents=True, exist_ok=True)
     report = report if rank.rank == 0 else _ignore
     join_process_group(rank, COLLECTIVE_TIMEOUT_S)
+    _prove_shared(root, rank)
 
     engine = build_engine(config, rank, manifest.metadata["vocab_size"])
     start = _resume(engine, root, digest, report)
@@ -108,6 +110,24 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
             report({"event": "commit", "step": done})
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def _prove_shared(root: Path, rank: Rank) -> None:
+    """Every rank must see rank 0's file: a storage folder that is not shared would lose its checkpoints."""
+    from torch import distributed
+
+    probe = root / f"probe-{rank.master_port}"
+    if rank.rank == 0:
+        probe.touch()
+    distributed.barrier()
+    seen = probe.exists()
+    distributed.barrier()
+    if rank.rank == 0:
+        probe.unlink()
+    if not seen:
+        raise InputError(
+            f"{root}: rank {rank.rank} does not see rank 0's file; give a run.storage that all nodes share"
+        )
 
 
 def _ignore(_: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_the_readmes_commands_run(tiny_run, siloweave, tmp_path):
     shutil.copytree(tiny_run.root, root)
     blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    commands = [line.split()[1:] for line in lines if line.startswith("siloweave ")]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("siloweave ")]
     assert len(commands) >= 8
     for arguments in commands:
         given = [argument.replace("demo", "tiny") for argument in arguments]

@@ -15,6 +15,7 @@ from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
 from federated.server_app import initial_adapter
 from federated.silo import FAILED, Silo
+from federated.silo_data import rows_of
 from federated.simulation import PublicSilo
 from privacy.plan import PlanRequest
 
@@ -251,3 +252,19 @@ def test_a_base_model_that_is_not_from_public_text_is_refused(tmp_path, tiny_mod
 def test_training_without_dp_needs_public_data(tmp_path, tiny_model):
     with pytest.raises(PolicyRefusal, match="declared public = true"):
         PublicSilo(silo_config(tmp_path, tiny_model), PLAN)
+
+
+def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_path, tiny_model, adapter):
+    config = silo_config(tmp_path, tiny_model)
+    with (tmp_path / "data.jsonl").open("ab") as file:
+        file.write(b'{"text": "caf\xe9 ' + b"and a very long story of many words " * 30 + b'"}\n')
+    rows_of.cache_clear()
+    silo = Silo(config)
+    reserve(silo)
+    reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
+    silo.close()
+    log = (silo.ledger.path.parent / "silo.log").read_text()
+    expected = 1 if any("long story" in unit for unit in silo.units.train) else 0
+    assert f"{expected} of {len(silo.units.train)} training units were truncated" in log
+    assert "1 texts with invalid UTF-8 replaced" in log
+    assert set(reply.trained.DESCRIPTOR.fields_by_name) == {"receipt", "update"}
