@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from configs.artifacts import digest_json, write_atomic
+from configs.artifacts import MANIFEST, digest_json, write_atomic
 from configs.errors import InputError
 from configs.schema import RunConfig
 
@@ -94,9 +94,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def config_digest(config: BaseModel) -> str:
-    """Digest of settings, for manifests."""
-    return digest_json(config.model_dump(mode="json"))
+def config_digest(config: RunConfig) -> str:
+    """Digest of the settings that shape results, for manifests."""
+    return digest_json({name: value for name, value in _flatten(config) if name not in _MOVABLE})
 
 
 def to_toml(config: BaseModel) -> str:
@@ -121,6 +121,12 @@ def bind_run_directory(config: RunConfig) -> Path:
         write_atomic(stored, to_toml(config).encode())
         return directory
     before = parse(RunConfig, read_toml(stored), str(stored))
+    content = to_toml(config).encode()
+    if before == config:
+        return directory
+    if not _holds_work(directory):  # an earlier start failed before it made anything, for instance over a wrong path
+        write_atomic(stored, content)
+        return directory
     changed = [
         f"{name} was {old!r} and is {new!r}"
         for (name, old), (_, new) in zip(_flatten(before), _flatten(config), strict=True)
@@ -131,7 +137,13 @@ def bind_run_directory(config: RunConfig) -> Path:
             f"{directory}: belongs to another configuration ({'; '.join(changed)}); choose another run.name, "
             "or delete that directory"
         )
+    write_atomic(stored, content)
     return directory
+
+
+def _holds_work(directory: Path) -> bool:
+    """Whether any stage has committed something there."""
+    return any(next(directory.rglob(name), None) is not None for name in (MANIFEST, "COMMITTED"))
 
 
 def run_directory(config: RunConfig) -> Path:
@@ -146,6 +158,12 @@ _MOVABLE = {
     "cluster.placement_timeout_s",
     "federated.state_dir",
     "federated.workers",
+    "federated.round_timeout_s",
+    "privacy.budget_epsilon",
+    "privacy.budget_delta",
+    "evaluate.prompt",
+    "evaluate.sample_tokens",
+    "evaluate.temperature",
 }
 
 

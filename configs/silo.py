@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
@@ -12,7 +13,7 @@ from configs.schema import Count, Positive, Probability, RunConfig, Settings, So
 class SiloSettings(Settings):
     """Identity and places of a silo."""
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._ -]*$")]
+    id: Annotated[str, Field(min_length=1, max_length=100)]
     """The silo's name in the federation."""
     dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The steward's name for the dataset; the ledger is bound to it."""
@@ -84,10 +85,16 @@ def load_silo(path: Path) -> SiloConfig:
     return parse(SiloConfig, read_toml(path), str(path))
 
 
+def _absolute(source: str) -> str:
+    """A path as seen from here: a worker process may start elsewhere."""
+    return source if source.startswith(("embedded:", "hf:")) else str(Path(source).absolute())
+
+
 def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig:
     """A silo of a simulation: its share of the run's private data, and the simulated steward's policy."""
     private, privacy = config.data.private, config.privacy
-    state_dir = Path(config.federated.state_dir).absolute() / private.dataset_id / name
+    folder = quote(name, safe=" '").replace(".", "%2E")  # a silo may be called anything, "../x" too
+    state_dir = Path(config.federated.state_dir).absolute() / private.dataset_id / folder
     return SiloConfig(
         silo=SiloSettings(
             id=name,
@@ -98,7 +105,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             micro_batch_size=config.federated.micro_batch_size,
         ),
         data=SiloDataSettings(
-            source=private.source,
+            source=_absolute(private.source),
             text=private.text,
             split=private.split,
             silo=private.silo,

@@ -12,7 +12,8 @@ from federated.protocol import MAX_MESSAGE_BYTES
 
 RECORD, BODY = "siloweave", "body"
 
-Connect = Callable[[Context], Callable[[bytes], bytes]]
+Handler = Callable[[bytes], bytes]
+Connect = Callable[[Context], Handler]
 
 
 def pack(body: bytes) -> RecordDict:
@@ -45,7 +46,7 @@ def make_app(connect: Connect) -> ClientApp:
     return app
 
 
-def silo_service(context: Context) -> Callable[[bytes], bytes]:
+def silo_service(context: Context) -> Handler:
     """Reaches the silo service at the SuperNode's ``silo-address``, for instance ``unix:/run/silo.sock``."""
     address = str(context.node_config["silo-address"])
 

@@ -1,8 +1,8 @@
-"""Committed rounds: ``round-N/`` with the adapter after it and the silos' ledger heads; ``COMMITTED`` comes last."""
+"""Committed rounds: ``round-N/`` with the adapter after it and the silos' receipts; ``COMMITTED`` comes last."""
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,20 @@ from configs.artifacts import Manifest, commit_manifest, damaged_file, read_mani
 COMMITTED = "COMMITTED"
 KIND = "round"
 ADAPTER = "adapter.safetensors"
+SILOS = "silos.json"
 
 
 @dataclass(frozen=True)
 class Round:
-    """A committed round."""
+    """A committed round: the adapter after it, and what each silo has told of itself, its last receipt among it."""
 
     round_number: int
     adapter: bytes
+    silos: dict[str, dict[str, Any]]
 
 
 def save(
-    directory: Path, config_digest: str, round_number: int, adapter: bytes, receipts: Mapping[str, Any], run_id: str
+    directory: Path, config_digest: str, round_number: int, adapter: bytes, silos: dict[str, Any], run_id: str
 ) -> Round:
     """Writes a round and commits it.
 
@@ -35,12 +37,12 @@ def save(
     try:
         target.mkdir(parents=True)
         (target / ADAPTER).write_bytes(adapter)
-        (target / "receipts.json").write_text(json.dumps(receipts, indent=2, sort_keys=True), encoding="utf-8")
+        (target / SILOS).write_text(json.dumps(silos, indent=2, sort_keys=True), encoding="utf-8")
     except OSError as error:
         raise write_failure(target, error) from error
     metadata = {"round": round_number, "run_id": run_id}
     commit_manifest(target, Manifest(KIND, config_digest, metadata=metadata), name=COMMITTED)
-    return Round(round_number, adapter)
+    return Round(round_number, adapter, silos)
 
 
 def newest(directory: Path, config_digest: str, damaged: Callable[[str], None]) -> Round | None:
@@ -51,7 +53,7 @@ def newest(directory: Path, config_digest: str, damaged: Callable[[str], None]) 
             continue
         broken = damaged_file(target, manifest)
         if broken is None:
-            return Round(int(manifest.metadata["round"]), (target / ADAPTER).read_bytes())
+            return _read(target, manifest)
         damaged(f"{target / broken}: its digest doesn't hold; going back to the round before")
     return None
 
@@ -62,5 +64,10 @@ def all_rounds(directory: Path) -> list[Round]:
     for target in sorted(directory.glob("round-*")):
         manifest = read_manifest(target, KIND, name=COMMITTED)
         if manifest is not None and damaged_file(target, manifest) is None:
-            found.append(Round(int(manifest.metadata["round"]), (target / ADAPTER).read_bytes()))
+            found.append(_read(target, manifest))
     return found
+
+
+def _read(target: Path, manifest: Manifest) -> Round:
+    silos = json.loads((target / SILOS).read_text(encoding="utf-8"))
+    return Round(int(manifest.metadata["round"]), (target / ADAPTER).read_bytes(), silos)

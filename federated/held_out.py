@@ -8,12 +8,12 @@ import torch
 
 from configs.errors import PolicyRefusal
 from configs.schema import RunConfig
-from configs.silo import simulated_silo
+from configs.silo import SiloConfig
 from federated import commits
 from federated.adapters import from_bytes
 from federated.silo import warm_model
 from federated.silo_data import load_units
-from federated.simulation import silo_names
+from federated.simulation import simulated_silos
 from privacy.signing import load_or_create_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation import Score, score
@@ -40,7 +40,7 @@ def evaluate_rounds(
     """
     if not config.data.private.public:
         return {"simulation_only": True, "not_available": "the silos' data are not declared public"}
-    names, limit = silo_names(config, base_model), config.evaluate.max_records_per_silo
+    silos, limit = simulated_silos(config, base_model), config.evaluate.max_records_per_silo
     jobs: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]
     for name, directory in federations.items():
         rounds = commits.all_rounds(directory)[1:]
@@ -49,8 +49,7 @@ def evaluate_rounds(
             jobs.append((name, found.round_number, found.adapter, records))
     scorer = ray.remote(num_cpus=config.cluster.threads_per_rank)(score_silos)
     running = {
-        scorer.remote(config, base_model, names, adapter, records): (name, number)
-        for name, number, adapter, records in jobs
+        scorer.remote(config, silos, adapter, records): (name, number) for name, number, adapter, records in jobs
     }
     scores: dict[tuple[str, int], dict[str, Score]] = {}
     waiting = list(running)
@@ -69,35 +68,34 @@ def _summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
 
 
 def score_silos(
-    config: RunConfig, base_model: Path, names: list[str], adapter: bytes | None, limit: int
+    config: RunConfig, silos: Mapping[str, SiloConfig], adapter: bytes | None, limit: int
 ) -> dict[str, Score]:
     """``score_held_out`` for several silos, in a worker process."""
     torch.set_num_threads(config.cluster.threads_per_rank)
-    return {name: score_held_out(config, base_model, name, adapter, limit) for name in names}
+    return {name: score_held_out(config, silo, adapter, limit) for name, silo in silos.items()}
 
 
-def score_held_out(config: RunConfig, base_model: Path, name: str, adapter: bytes | None, limit: int) -> Score:
+def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, limit: int) -> Score:
     """Bits per character on a silo's held-out units, read in the clear: ``simulation_only``.
 
     Args:
         config: the run's settings.
-        base_model: exported model directory.
-        name: the silo.
+        silo: the silo.
         adapter: safetensors, or None for the base model.
         limit: units read at most.
 
     Raises:
         PolicyRefusal: the data is not declared public; an exact figure of private data would leave the silo.
     """
-    settings = simulated_silo(config, name, base_model)
-    if not settings.data.public:
+    if not silo.data.public:
         raise PolicyRefusal(
-            f"silo {name!r}: exact figures of its held-out records need data declared public = true",
+            f"silo {silo.silo.id!r}: exact figures of its held-out records need data declared public = true",
             rule="public",
             asked="exact figures",
             allowed="data declared public",
         )
-    units = load_units(settings, load_or_create_secret(Path(settings.silo.state_dir) / "split.key"))
+    units = load_units(silo, load_or_create_secret(Path(silo.silo.state_dir) / "split.key"))
+    base_model = Path(silo.silo.base_model)
     task = CausalTask(load_tokenizer(base_model), config.model.context_length)
     model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha)
     records = [task.encode(text) for text in units.held_out[:limit]]

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -11,9 +12,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from configs.errors import InputError
-from federated.client_app import make_app
+from federated.client_app import Handler, make_app
 
-Handler = Callable[[bytes], bytes]
 OpenSilo = Callable[[str], Handler]
 _RUN_ID, _SERVER_NODE, _TASK_ID = 1, 1, 1
 _FIRST_NODE = 1000
@@ -56,10 +56,12 @@ class LocalGrid(Grid):
     def __init__(self, ray: Any, open_silo: OpenSilo, silos: Iterable[str], workers: int, threads: int) -> None:
         self._ray = ray
         self._silo_of = dict(enumerate(sorted(silos), start=_FIRST_NODE))
-        actor = ray.remote(num_cpus=threads, max_restarts=0)(SiloHost)
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-        count = min(workers, len(self._silo_of))
-        self._free = [actor.options(runtime_env=environment).remote(open_silo, threads) for _ in range(count)]
+        actor: Any = ray.remote(SiloHost)
+        actor = actor.options(
+            num_cpus=threads, max_restarts=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+        )
+        self._start_worker: Callable[[], Any] = partial(actor.remote, open_silo, threads)
+        self._free = [self._start_worker() for _ in range(min(workers, len(self._silo_of)))]
         self._workers = list(self._free)
         self._queue: deque[Message] = deque()
         self._running: dict[Any, tuple[Any, Message]] = {}
@@ -135,7 +137,13 @@ class LocalGrid(Grid):
         done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
         for reference in done:
             worker, message = self._running.pop(reference)
-            self._replies[message.metadata.message_id] = self._result(reference, message)
+            try:
+                self._replies[message.metadata.message_id] = self._result(reference, message)
+            except self._ray.exceptions.RayActorError as error:  # the process died: a new one takes its place
+                self._replies[message.metadata.message_id] = Message(Error(code=1, reason=str(error)), reply_to=message)
+                self._workers.remove(worker)
+                worker = self._start_worker()
+                self._workers.append(worker)
             self._free.append(worker)
         self._dispatch()
 

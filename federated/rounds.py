@@ -56,6 +56,7 @@ class Coordinator:
         directory: receives the rounds' commits, the certificate and the final adapter.
         num_silos: nodes to wait for.
         log: receives one event a round, refusal or rejected reply.
+        certify: write a certificate; False for the comparison without DP.
     """
 
     grid: Grid
@@ -64,8 +65,8 @@ class Coordinator:
     directory: Path
     num_silos: int
     log: EventLog
+    certify: bool = True
     nodes: dict[str, int] = field(default_factory=dict)
-    receipts: dict[str, dict[str, Any]] = field(default_factory=dict)
     silos: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_moved: int = 0
 
@@ -83,13 +84,13 @@ class Coordinator:
         commit = commits.newest(self.directory, digest, lambda line: self.log.emit("federate", "damaged", message=line))
         if commit is None:
             commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, self.run_id)
+        self.silos = commit.silos  # one that has spent stays in the certificate, whoever is there today
         self._discover()
         self._reserve()
         adapter = from_bytes(commit.adapter)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
             began, self.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
-            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.receipts, self.run_id)
             self.log.emit(
                 "federate",
                 "round",
@@ -99,8 +100,15 @@ class Coordinator:
                 bytes=self.bytes_moved,
                 seconds=time.perf_counter() - began,
             )
+            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, self.run_id)
         self._close()
-        document = certificate(self.run_id, self.plan, self.silos, self.receipts)
+        if self.certify:
+            self._certify()
+
+    def _certify(self) -> None:
+        document = certificate(
+            self.run_id, self.plan, {name: silo for name, silo in self.silos.items() if "receipt" in silo}
+        )
         write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
 
     def _discover(self) -> None:
@@ -113,11 +121,11 @@ class Coordinator:
         for node, reply in self._exchange(dict.fromkeys(node_ids, body), QUERY, "describe"):
             described = reply.described
             self.nodes[reply.silo_id] = node
-            self.silos[reply.silo_id] = {
-                "dataset_id": described.dataset_id,
-                "public_key": described.public_key,
-                "public_record_count": described.public_record_count,
-            }
+            self.silos.setdefault(reply.silo_id, {}).update(
+                dataset_id=described.dataset_id,
+                public_key=described.public_key,
+                public_record_count=described.public_record_count,
+            )
 
     def _reserve(self) -> None:
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
@@ -147,11 +155,12 @@ class Coordinator:
 
     def _close(self) -> None:
         bodies = self._bodies("close", close=pb.Close())
-        for _ in self._exchange({self.nodes[silo]: body for silo, body in bodies.items()}, QUERY, "close"):
-            pass
+        self._collect(bodies, QUERY, "close", lambda silo, reply: self._receipt(silo, reply.closed.receipt))
 
     def _receipt(self, silo: str, receipt: pb.Receipt) -> None:
-        self.receipts[silo] = {
+        if not self.certify:
+            return
+        self.silos[silo]["receipt"] = {
             "number": receipt.number,
             "head": receipt.head,
             "epsilon_reserved": receipt.epsilon_reserved,

@@ -16,12 +16,19 @@ app = ServerApp()
 
 
 def run_federation(
-    grid: Grid, config: RunConfig, base_model: Path, directory: Path, num_silos: int, on_event: Listener
+    grid: Grid,
+    config: RunConfig,
+    base_model: Path,
+    directory: Path,
+    num_silos: int,
+    on_event: Listener,
+    *,
+    certify: bool = True,
 ) -> None:
     """Runs a federation over a grid to its end, from its newest commit."""
     directory.mkdir(parents=True, exist_ok=True)
     log = EventLog(directory / "events.jsonl", (on_event,))
-    coordinator = Coordinator(grid, config, base_model, directory, num_silos, log)
+    coordinator = Coordinator(grid, config, base_model, directory, num_silos, log, certify)
     coordinator.run(lambda: initial_adapter(config, base_model))
 
 

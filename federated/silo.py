@@ -32,7 +32,6 @@ from trainer.models import add_adapter, load_model, shapes, trainable
 from trainer.tasks import CausalTask, Encoded
 
 FAILED = "FAILED"
-Handler = Callable[[bytes], bytes]
 
 
 class Silo:
@@ -187,7 +186,12 @@ class Silo:
         records = [self.task.encode(unit) for unit in self.units.train]
         truncated, counts = sum(record.truncated for record in records), self.units.counts
         self._log.info("%d of %d training units were truncated to the context", truncated, len(records))
-        self._log.info("source: %d texts with invalid UTF-8 replaced, %d empty", counts.replaced_utf8, counts.empty)
+        self._log.info(
+            "source: %d texts with invalid UTF-8 replaced, %d empty, %d left out without silo or unit",
+            counts.replaced_utf8,
+            counts.empty,
+            counts.without_unit,
+        )
         return records
 
     def local_settings(self, train: pb.Train) -> LocalSettings:
@@ -272,7 +276,9 @@ def _private_log(state_dir: Path) -> logging.Logger:
     """The silo's own log, in its state directory; nothing of it is sent."""
     logger = logging.getLogger(f"siloweave.silo.{state_dir}")
     if not logger.handlers:
-        handler = logging.FileHandler(state_dir / "silo.log", delay=True)
+        path = state_dir / "silo.log"
+        path.touch(mode=0o600)
+        handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

@@ -55,6 +55,9 @@ def rows_of(data: SiloDataSettings) -> tuple[dict[str, tuple[tuple[str, str], ..
     columns = [column for column in (data.silo, data.unit) if column]
     source = SourceSettings(source=data.source, text=data.text, split=data.split)
     for row in read_rows(source, columns, counts):
+        if any(row[column] in (None, "") for column in columns):
+            counts.without_unit += 1  # whose it is can't be told, and so it can't be protected as theirs
+            continue
         unit = str(row[data.unit]) if data.unit else ""
         rows[str(row[data.silo]) if data.silo else ""].append((unit, row[data.text]))
     return {silo: tuple(values) for silo, values in rows.items()}, counts
@@ -78,4 +81,4 @@ def _cap(texts: list[str], key: bytes, largest: int) -> list[str]:
 
 def _keyed_hash(key: bytes, value: str) -> int:
     """A 64-bit hash that nobody without the silo's key can predict."""
-    return int.from_bytes(hashlib.blake2b(value.encode(), key=key, digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(value.encode(errors="replace"), key=key, digest_size=8).digest(), "big")

@@ -1,6 +1,7 @@
 """A silo as a warm gRPC service on a Unix socket, with the standard health service."""
 
 import os
+import socket as socket_module
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ from federated.silo import Silo
 
 SERVICE = "siloweave.v1.Silo"
 _LONGEST_SOCKET_PATH = 100  # the system's limit is 108 bytes with the final zero
+
+
+def _clear(path: Path) -> None:
+    """Removes a socket that a killed service left; anything else at the path is not ours to remove."""
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise InputError(f"{path}: is there, and is no socket; give another path for the socket")
+    with socket_module.socket(socket_module.AF_UNIX) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise InputError(f"{path}: another service listens there; end it, or give another path for the socket")
+    path.unlink()
 
 
 class SiloServicer(silo_pb2_grpc.SiloServicer):
@@ -38,7 +51,7 @@ def serve(silo: Silo, socket: Path) -> grpc.Server:
     if len(str(socket)) > _LONGEST_SOCKET_PATH:
         raise InputError(f"{socket}: longer than {_LONGEST_SOCKET_PATH} characters; give a shorter path for the socket")
     socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    socket.unlink(missing_ok=True)
+    _clear(socket)
     server = grpc.server(
         ThreadPoolExecutor(max_workers=4),
         options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)],

@@ -11,7 +11,8 @@ from configs.schema import RunConfig
 from configs.silo import SiloConfig, simulated_silo
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
-from federated.local_grid import Handler, LocalGrid, OpenSilo
+from federated.client_app import Handler
+from federated.local_grid import LocalGrid, OpenSilo
 from federated.local_training import public_update
 from federated.protocol import PROTOCOL_VERSION
 from federated.rounds import plan_request
@@ -22,8 +23,8 @@ from privacy.plan import PlanRequest
 from privacy.streams import Streams
 
 
-def silo_names(config: RunConfig, base_model: Path) -> list[str]:
-    """Names of the simulated silos, from the data's silo column.
+def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig]:
+    """The simulated silos by name, from the data's silo column; paths are absolute, so that any process can open them.
 
     Raises:
         InputError: a silo with a declared size has no record, or there is no silo at all.
@@ -36,7 +37,7 @@ def silo_names(config: RunConfig, base_model: Path) -> list[str]:
             f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'} (there are "
             f"{', '.join(sorted(rows)) or 'none'}); check data.private.silo and data.private.public_record_counts"
         )
-    return sorted(rows)
+    return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
 
 
 def simulate(
@@ -60,21 +61,21 @@ def simulate(
         with_dp: False runs the comparison without DP, for data declared public only.
         injected_seed: for tests: makes the silos' noise repeatable.
     """
-    names = silo_names(config, base_model)
+    silos = simulated_silos(config, base_model)
     if with_dp:
-        opener: OpenSilo = partial(_open_silo, config, base_model, injected_seed)
+        opener: OpenSilo = partial(_open_silo, silos, injected_seed)
     else:
-        opener = partial(_open_comparison, config, base_model, plan_request(config))
-    with LocalGrid(ray, opener, names, config.federated.workers, config.cluster.threads_per_rank) as grid:
-        run_federation(grid, config, base_model, directory, len(names), on_event)
+        opener = partial(_open_comparison, silos, plan_request(config))
+    with LocalGrid(ray, opener, silos, config.federated.workers, config.cluster.threads_per_rank) as grid:
+        run_federation(grid, config, base_model, directory, len(silos), on_event, certify=with_dp)
 
 
-def _open_silo(config: RunConfig, base_model: Path, injected_seed: bytes | None, name: str) -> Handler:
-    return Silo(simulated_silo(config, name, base_model), injected_seed).handle
+def _open_silo(silos: dict[str, SiloConfig], injected_seed: bytes | None, name: str) -> Handler:
+    return Silo(silos[name], injected_seed).handle
 
 
-def _open_comparison(config: RunConfig, base_model: Path, plan: PlanRequest, name: str) -> Handler:
-    return PublicSilo(simulated_silo(config, name, base_model), plan).handle
+def _open_comparison(silos: dict[str, SiloConfig], plan: PlanRequest, name: str) -> Handler:
+    return PublicSilo(silos[name], plan).handle
 
 
 class PublicSilo:

@@ -41,13 +41,19 @@ def find(bodies: list[dict[str, Any]], kind: str, **values: Any) -> dict[str, An
     return next(matching, None)
 
 
+def policy_budget(bodies: list[dict[str, Any]]) -> Budget:
+    """The budget of the policy in force."""
+    policy = [body for body in bodies if body["kind"] in ("open", "policy")][-1]
+    return Budget(policy["epsilon"], policy["delta"])
+
+
 def left(bodies: list[dict[str, Any]]) -> Budget:
     """The policy's budget less all reservations, which add in epsilon and in delta."""
-    policy = [body for body in bodies if body["kind"] in ("open", "policy")][-1]
+    policy = policy_budget(bodies)
     reservations = [body for body in bodies if body["kind"] == "reserve"]
     return Budget(
-        policy["epsilon"] - sum(body["epsilon"] for body in reservations),
-        policy["delta"] - sum(body["delta"] for body in reservations),
+        policy.epsilon - sum(body["epsilon"] for body in reservations),
+        policy.delta - sum(body["delta"] for body in reservations),
     )
 
 

@@ -43,15 +43,11 @@ def verify(ledger: LedgerArgument, as_json: JsonOption = False) -> None:
 
 
 def _verified(ledger: Path) -> list[dict[str, Any]]:
-    from privacy.chain import read_entries, verify_entries
-    from privacy.ledger import LEDGER_FILE, connect
+    from privacy.chain import verify_entries
+    from privacy.ledger_file import LEDGER_FILE, read_only
 
     path = ledger / LEDGER_FILE if ledger.is_dir() else ledger
-    connection = connect(path, create=False)
-    try:
-        return verify_entries(read_entries(connection), str(path))
-    finally:
-        connection.close()
+    return verify_entries(read_only(path), str(path))
 
 
 def _summary(body: dict[str, Any]) -> str:

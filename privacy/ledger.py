@@ -19,24 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.artifacts import canonical_json, digest_bytes, write_failure
-from configs.errors import InputError, PolicyRefusal
-from privacy.chain import GENESIS, Budget, entry_hash, find, left, read_entries, verify_entries
+from configs.artifacts import canonical_json, digest_bytes
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
+from privacy.chain import GENESIS, Budget, entry_hash, find, left, policy_budget, read_entries, verify_entries
+from privacy.ledger_file import LEDGER_FILE, connect, explain
 from privacy.plan import PrivacyPlan
 from privacy.signing import Signer
 from privacy.streams import SEED_BYTES
 
-SCHEMA_VERSION = 1
-LEDGER_FILE = "ledger.sqlite"
 SeedSource = Callable[[str], bytes]
-_SCHEMA = """
-CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL,
-                      signature TEXT NOT NULL);
-CREATE TABLE seeds (charge INTEGER PRIMARY KEY REFERENCES entries(number), seed BLOB NOT NULL);
-CREATE TABLE replies (charge INTEGER PRIMARY KEY REFERENCES entries(number), reply BLOB NOT NULL);
-CREATE TRIGGER entries_keep BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'entries are append-only'); END;
-CREATE TRIGGER entries_stay BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'entries are append-only'); END;
-"""
 
 
 @dataclass(frozen=True)
@@ -88,11 +79,16 @@ class Ledger:
             InputError: the file belongs to another dataset or silo, is damaged, or is of a newer version.
         """
         state_dir.mkdir(parents=True, exist_ok=True)
-        path = state_dir / LEDGER_FILE
-        ledger = cls(path, Signer(state_dir / "silo.key"), seed_source or _operating_system_seed)
+        state_dir.chmod(0o700)
+        path, key = state_dir / LEDGER_FILE, state_dir / "silo.key"
+        if path.exists() and not key.exists():
+            raise InputError(f"{key}: the key that signed {path} is missing; put its backup back")
+        ledger = cls(path, Signer(key), seed_source or _operating_system_seed)
         with ledger._transaction():
+            # Verified before anything is added: an entry under a wrong key would spoil a sound ledger.
+            verify_entries(ledger.entries(), str(path), ledger.public_key)
             ledger._bind(silo_id, dataset_id, budget)
-        verify_entries(ledger.entries(), str(path), ledger._signer.public_key)
+        ledger._scrub()  # a kill may have come between a release and its scrubbing
         return ledger
 
     def _bind(self, silo_id: str, dataset_id: str, budget: Budget) -> None:
@@ -105,7 +101,7 @@ class Ledger:
                 f"{self.path}: the ledger of silo {opening['silo']!r} and dataset {opening['dataset']!r}, not of "
                 f"{silo_id!r} and {dataset_id!r}; give each dataset a state_dir of its own"
             )
-        elif self.budget() != budget:
+        elif policy_budget(self._bodies()) != budget:
             self._append("policy", **asdict(budget))
 
     @property
@@ -131,10 +127,8 @@ class Ledger:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-        except sqlite3.OperationalError as error:
-            raise write_failure(self.path, OSError(str(error))) from error
         except sqlite3.DatabaseError as error:
-            raise InputError(f"{self.path}: not a sound ledger ({error}); put its backup back") from error
+            raise explain(self.path, error) from error
 
     def _append(self, kind: str, **values: Any) -> int:
         last = self._db.execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1").fetchone()
@@ -151,11 +145,6 @@ class Ledger:
 
     def _bodies(self) -> list[dict[str, Any]]:
         return [json.loads(row[0]) for row in self._db.execute("SELECT body FROM entries ORDER BY number")]
-
-    def budget(self) -> Budget:
-        """The policy in force."""
-        policy = [entry for entry in self._bodies() if entry["kind"] in ("open", "policy")][-1]
-        return Budget(policy["epsilon"], policy["delta"])
 
     def left(self) -> Budget:
         """What no run has reserved yet."""
@@ -283,55 +272,16 @@ class Ledger:
 
     def _scrub(self) -> None:
         """Moves the write-ahead log into the file and empties it: a deleted seed must not linger there."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise SiloweaveError(
+                f"{self.path}: another program reads it, and so an erased seed can't be overwritten; end that program, "
+                "then ask again"
+            )
 
 
 def _operating_system_seed(_: str) -> bytes:
     return os.urandom(SEED_BYTES)
-
-
-def connect(path: Path, *, create: bool = True) -> sqlite3.Connection:
-    """Opens a ledger file with full sync, and secure deletion of what is erased.
-
-    Raises:
-        InputError: it is missing (unless created), damaged, or of a newer version.
-    """
-    if not create and not path.is_file():
-        raise InputError(f"{path}: no such ledger; give the ledger.sqlite of a silo's state_dir")
-    try:
-        connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA secure_delete = ON")
-        connection.execute("BEGIN IMMEDIATE")
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        if found > SCHEMA_VERSION:
-            raise InputError(
-                f"{path}: ledger version {found} is newer than this Siloweave ({SCHEMA_VERSION}); upgrade Siloweave"
-            )
-        if found == 0:
-            if not create:
-                raise InputError(f"{path}: not a ledger; give the ledger.sqlite of a silo's state_dir")
-            for statement in _statements(_SCHEMA):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        connection.execute("COMMIT")
-    except sqlite3.OperationalError as error:
-        raise write_failure(path, OSError(str(error))) from error
-    except sqlite3.DatabaseError as error:
-        raise InputError(f"{path}: not a sound ledger ({error}); put its backup back") from error
-    path.chmod(0o600)
-    return connection
-
-
-def _statements(script: str) -> Iterator[str]:
-    """The script's statements one by one: ``executescript`` would commit the open transaction first."""
-    statement = ""
-    for piece in script.split(";"):
-        statement += piece + ";"
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
 
 
 def _check_left(remaining: Budget, epsilon: float, delta: float) -> None:

@@ -26,7 +26,8 @@ def replay(bodies: list[dict[str, Any]], origin: str) -> None:
         if body["kind"] == "reserve":
             plan = parse(PlanRequest, body["plan"], where)
             epsilon = plan.epsilon
-            if plan.digest != body["plan_digest"] or abs(epsilon - body["epsilon"]) > _TOLERANCE * epsilon:
+            claimed = (body["plan_digest"], body["delta"])
+            if claimed != (plan.digest, plan.delta) or abs(epsilon - body["epsilon"]) > _TOLERANCE * epsilon:
                 raise InputError(
                     f"{where}: claims epsilon {body['epsilon']}, its plan spends {epsilon}; do not trust it"
                 )

@@ -1,5 +1,6 @@
 """A silo's own secrets: made where they are used, mode 0600, never sent."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -19,7 +20,11 @@ def load_or_create_secret(path: Path) -> bytes:
         InputError: the file is not a secret of ours.
     """
     if not path.exists():
-        write_atomic(path, os.urandom(KEY_BYTES), mode=0o600)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        write_atomic(fresh, os.urandom(KEY_BYTES), mode=0o600)
+        with contextlib.suppress(FileExistsError):  # another process was first: its key is the key
+            os.link(fresh, path)
+        fresh.unlink()
     content = path.read_bytes()
     if len(content) != KEY_BYTES:
         raise InputError(f"{path}: {len(content)} bytes, a key has {KEY_BYTES}; put the key's backup back")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is not asked; read when its libraries are first imported
+
 from configs.load import load
 from configs.schema import RunConfig
 

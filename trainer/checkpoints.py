@@ -1,5 +1,6 @@
 """Committed checkpoints: a folder ``step-N`` counts only once ``COMMITTED``, its manifest, is there."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from configs.errors import SiloweaveError
 
 COMMITTED = "COMMITTED"
 KIND = "checkpoint"
+_WRITE_ERROR = re.compile("PytorchStreamWriter|inline_container|No space left|File too large")
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,21 @@ def save(engine: Any, root: Path, step: int, config_digest: str, barrier: Callab
         SiloweaveError: the disk is full or not writable; earlier commits are unchanged.
     """
     directory = root / step_name(step)
+    if rank == 0:
+        # What a kill left there without COMMITTED is garbage, perhaps of another number of ranks.
+        shutil.rmtree(directory, ignore_errors=True)
+    barrier()
     try:
-        if rank == 0:
-            # What a kill left there without COMMITTED is garbage, perhaps of another number of ranks.
-            shutil.rmtree(directory, ignore_errors=True)
-        barrier()
         engine.save_checkpoint(str(root), tag=step_name(step), save_latest=False)
-        barrier()
     except (OSError, RuntimeError) as error:
-        # torch reports a failed write as RuntimeError.
+        # torch reports a failed write as RuntimeError; a rank that died shows as one, too, and is not the disk's fault.
+        if isinstance(error, RuntimeError) and not _WRITE_ERROR.search(str(error)):
+            raise
         raise SiloweaveError(
             f"{directory}: the checkpoint could not be written ({str(error).splitlines()[0]}); the commit before it is "
             "intact: free some space or choose another run.storage, then run the same command again"
         ) from error
+    barrier()
     if rank == 0:
         commit_manifest(directory, Manifest(KIND, config_digest, metadata={"step": step}), name=COMMITTED)
 
@@ -77,3 +81,6 @@ def prune(root: Path, keep: int) -> None:
         # The manifest goes first, so that a kill in between leaves garbage and not a damaged commit.
         (directory / COMMITTED).unlink()
         shutil.rmtree(directory)
+    for directory in root.glob("step-*"):
+        if directory < committed[-1] and not (directory / COMMITTED).exists():
+            shutil.rmtree(directory)

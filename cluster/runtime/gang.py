@@ -1,6 +1,7 @@
 """The gang: one Ray actor a rank, watched by the driver; a dead rank means a restart from the last commit."""
 
 import socket
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ class RankActor:
     """One rank. ``train`` runs in one of the actor's two threads; ``drain`` answers in the other."""
 
     def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
+        self._events: deque[dict[str, Any]] = deque()
 
     def endpoint(self) -> tuple[str, str, int]:
         """(node id, address, a free port) of this rank's process."""
@@ -39,8 +40,7 @@ class RankActor:
 
     def drain(self) -> list[dict[str, Any]]:
         """Events since the last call (rank 0 has them)."""
-        events, self._events[:] = list(self._events), []
-        return events
+        return [self._events.popleft() for _ in range(len(self._events))]
 
 
 def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:

@@ -66,8 +66,9 @@ class Progressing:
 
     def _advance(self, stage: str, position: int, total: int, note: str) -> None:
         if self._bars:
-            task = self._tasks.setdefault(stage, self._progress.add_task(stage, total=total, note=""))
-            self._progress.update(task, completed=position, total=total, note=note)
+            if stage not in self._tasks:
+                self._tasks[stage] = self._progress.add_task(stage, total=total, note="")
+            self._progress.update(self._tasks[stage], completed=position, total=total, note=note)
         elif position == total or time.monotonic() - self._last_line > _PLAIN_EVERY_S:
             self._last_line = time.monotonic()
             self._console.print(f"{stage}: {position}/{total} {note}", markup=False, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.runtime.session import ray_session
 from configs.artifacts import Manifest, commit_manifest, require_manifest, write_atomic
+from configs.errors import InputError
 from configs.events import EventLog, Listener
 from configs.load import bind_run_directory, config_digest, run_directory
 from configs.schema import RunConfig
@@ -98,29 +99,29 @@ def federate(run: Run) -> None:
     """Fine-tunes across the silos under DP; then the same without DP where the settings ask for it."""
     from federated.simulation import simulate
 
-    require_manifest(run.model, "model", "export")
+    model = require_manifest(run.model, "model", "export").content_digest
     for stage, with_dp in _federations(run.config):
         directory = run.directory / stage
         if (directory / "manifest.json").exists():
-            require_manifest(directory, stage, "federate")
+            if require_manifest(directory, stage, "federate").inputs["model"] != model:
+                raise InputError(f"{directory}: was made from another base model; delete it, and run the command again")
             continue
         with run.stage(stage), run.ray() as ray:
             on_event = partial(_forward, run.log, stage)
             simulate(ray, run.config, run.model, directory, with_dp=with_dp, on_event=on_event)
-            _publish(run, directory, stage)
+            _publish(run, directory, stage, model)
 
 
 def _federations(config: RunConfig) -> list[tuple[str, bool]]:
     return [("federated", True), *([("federated-no-dp", False)] if config.evaluate.without_dp else [])]
 
 
-def _publish(run: Run, directory: Path, kind: str) -> None:
+def _publish(run: Run, directory: Path, kind: str, model: str) -> None:
     """Writes the last round's adapter as a peft directory, and the federation's manifest."""
     from federated.held_out import save_peft
 
     save_peft(run.config, run.model, directory)
-    inputs = {"model": require_manifest(run.model, "model", "export").content_digest}
-    commit_manifest(directory, Manifest(kind, config_digest(run.config), inputs=inputs))
+    commit_manifest(directory, Manifest(kind, config_digest(run.config), inputs={"model": model}))
 
 
 def evaluate(run: Run) -> None:
@@ -166,8 +167,8 @@ def report(run: Run) -> dict[str, Any]:
     from cluster.workflow.report import build
 
     document = build(run.config, run.directory)
-    write_atomic(run.directory / "report.json", json.dumps(document, indent=2).encode() + b"\n")
     write_atomic(run.directory / "report.html", render(document).encode())
+    write_atomic(run.directory / "report.json", json.dumps(document, indent=2).encode() + b"\n")
     return document
 
 

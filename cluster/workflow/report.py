@@ -12,8 +12,8 @@ from configs.events import read_events
 from configs.load import to_toml
 from configs.schema import RunConfig
 from configs.silo import simulated_silo
-from privacy.chain import read_entries, verify_entries
-from privacy.ledger import LEDGER_FILE, connect
+from privacy.chain import verify_entries
+from privacy.ledger_file import LEDGER_FILE, read_only
 
 REPORT_VERSION = 1
 _LIBRARIES = ("siloweave", "torch", "ray", "deepspeed", "flwr", "opacus", "dp-accounting", "transformers", "peft")
@@ -71,7 +71,7 @@ def _pretrain(config: RunConfig, events: list[dict[str, Any]]) -> dict[str, Any]
         "tokens_per_s": statistics.median(steady),
         "loss_first": ordered[0]["loss"],
         "loss_last": ordered[-1]["loss"],
-        "validation_bits_per_char": validations[-1]["bits_per_char"],
+        "validation_bits_per_char": validations[-1]["bits_per_char"] if validations else None,
         "restarts": sum(event["event"] == "restart" for event in events),
         "losses": [round(event["loss"], 4) for event in ordered],
     }
@@ -90,7 +90,7 @@ def _federated(
     return {
         "silos": len(certificate["silos"]),
         "rounds": config.federated.rounds,
-        "bytes_per_round": statistics.median(event["bytes"] for event in rounds),
+        "bytes_per_round": statistics.median(event["bytes"] for event in rounds) if rounds else None,
         "full_model_bytes": (run_directory / "model" / "model.safetensors").stat().st_size,
         "bits_per_char_base": _overall(base),
         "bits_per_char_dp": _overall(dp[-1]) if dp else None,
@@ -123,7 +123,7 @@ def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
     for name, public in certificate["silos"].items():
         silo = simulated_silo(config, name, run_directory / "model").silo
         ledger = Path(silo.state_dir) / LEDGER_FILE
-        bodies = verify_entries(read_entries(connect(ledger, create=False)), str(ledger), public["public_key"])
+        bodies = verify_entries(read_only(ledger), str(ledger), public["public_key"])
         charges = [body for body in bodies if body["kind"] == "charge" and body["run"] == certificate["run_id"]]
         silos[name] = {
             "epsilon": public["receipt"]["epsilon_reserved"],

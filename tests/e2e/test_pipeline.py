@@ -65,9 +65,10 @@ def test_no_exact_figure_of_a_silo_is_in_the_run_directory(tiny_run):
     allowed = {"time", "stage", "event", "round", "rounds", "answered", "bytes", "seconds"}
     for line in (federation / "events.jsonl").read_text().splitlines():
         assert set(json.loads(line)) <= allowed
-    for path in federation.glob("round-*/receipts.json"):
-        for receipt in json.loads(path.read_text()).values():
-            assert set(receipt) == {"number", "head", "epsilon_reserved", "epsilon_left", "delta_left"}
+    for path in federation.glob("round-*/silos.json"):
+        for silo in json.loads(path.read_text()).values():
+            assert set(silo) == {"dataset_id", "public_key", "public_record_count", "receipt"}
+            assert set(silo["receipt"]) == {"number", "head", "epsilon_reserved", "epsilon_left", "delta_left"}
     assert not list(tiny_run.directory.rglob("*.sqlite*"))
     assert len(list((tiny_run.root / "state").rglob("ledger.sqlite"))) == 6
 

@@ -1,6 +1,7 @@
 """Federations over the local grid with real silos: resume, budgets, refusals, and what is committed."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
 from federated import commits
 from federated.adapters import from_bytes
+from federated.local_grid import LocalGrid
 from federated.rounds import Coordinator
 from federated.simulation import simulate
 from privacy.chain import verify_entries
-from privacy.ledger import connect, read_entries
+from privacy.ledger_file import read_only
 
 SEED = bytes(range(32))
 
@@ -52,10 +54,7 @@ def adapters(folder):
 
 def ledger_kinds(tmp_path, silo="roman"):
     path = tmp_path / "state" / "plays-tiny" / silo / "ledger.sqlite"
-    connection = connect(path, create=False)
-    bodies = verify_entries(read_entries(connection), str(path))
-    connection.close()
-    return [body["kind"] for body in bodies]
+    return [body["kind"] for body in verify_entries(read_only(path), str(path))]
 
 
 def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
@@ -148,6 +147,54 @@ def test_no_silo_answers_in_time(federation, tmp_path):
 def test_a_silo_without_records_stops_the_simulation(federation):
     with pytest.raises(InputError, match=r"no record for silo \['west'\]"):
         federation("data.private.public_record_counts={west=3000}", name="west")
+
+
+def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, monkeypatch):
+    """Stopped after round one; at the restart a silo's answers are lost: what it has spent is still claimed."""
+    whole_round, exchange = Coordinator._round, Coordinator._exchange
+
+    def dies(self, number, adapter):
+        if number == 2:
+            raise KeyboardInterrupt
+        return whole_round(self, number, adapter)
+
+    def deaf(self, bodies, kind, group):
+        return ((node, reply) for node, reply in exchange(self, bodies, kind, group) if reply.silo_id != "roman")
+
+    monkeypatch.setattr(Coordinator, "_round", dies)
+    with pytest.raises(KeyboardInterrupt):
+        federation()
+    monkeypatch.undo()
+    monkeypatch.setattr(Coordinator, "_exchange", deaf)
+    federation()
+    certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
+    assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])
+
+
+def test_the_run_without_dp_has_no_certificate_and_charges_nothing(federation, tmp_path):
+    federation("federated.rounds=1", name="plain", with_dp=False)
+    assert sorted(adapters(tmp_path / "plain")) == [0, 1]
+    assert not (tmp_path / "plain" / "certificate.json").exists()
+    assert ledger_kinds(tmp_path) == ["open"]
+
+
+def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(federation, tmp_path, monkeypatch):
+    import psutil
+
+    dispatch, killed = LocalGrid._dispatch, []
+
+    def kill_one(self):
+        dispatch(self)
+        hosts = [p for p in psutil.process_iter(["cmdline"]) if "SiloHost.handle" in " ".join(p.info["cmdline"] or [])]
+        mine = [p for p in hosts if any(parent.pid == os.getpid() for parent in p.parents())]
+        if mine and not killed:
+            killed.append(mine[0].pid)
+            mine[0].kill()
+
+    monkeypatch.setattr(LocalGrid, "_dispatch", kill_one)
+    federation("federated.rounds=2", name="dying")
+    assert killed
+    assert sorted(adapters(tmp_path / "dying")) == [0, 1, 2]
 
 
 def test_the_adapter_in_a_commit_is_the_released_one(federation, tmp_path):

@@ -67,3 +67,16 @@ def test_a_last_event_cut_short_is_passed_over(tmp_path):
         file.write('{"stage": "pretrain", "eve')
     assert [event["step"] for event in read_events(log.path, "pretrain")] == [1]
     assert seen[0]["step"] == 1
+
+
+def test_one_progress_bar_a_stage():
+    from cluster.workflow.console import Progressing
+
+    progress = Progressing()
+    progress._bars = True
+    for step in range(1, 21):
+        progress(
+            {"stage": "pretrain", "event": "step", "step": step, "steps": 20, "loss": 1.0, "tokens": 1, "seconds": 1}
+        )
+    assert len(progress._progress.tasks) == 1
+    assert progress._progress.tasks[0].completed == 20

@@ -5,7 +5,7 @@ import pytest
 from pydantic import BaseModel
 
 from configs.errors import InputError
-from configs.load import bind_run_directory, load, presets, to_toml
+from configs.load import bind_run_directory, config_digest, load, presets, to_toml
 from configs.schema import RunConfig
 from configs.silo import SiloConfig, load_silo
 
@@ -66,6 +66,7 @@ def test_every_setting_has_a_description():
         ("data.private.public_record_count=1000000", "public_record_count 1000000 allows at most 1e-07"),
         ("data.private.public=false", "evaluate.without_dp is true"),
         ("run.storage=s3://bucket", "object stores are not supported yet"),
+        ("privacy.budget_epsilon=inf", "privacy.budget_epsilon is inf"),
         ("nonsense", "write it as group.field=value"),
     ],
 )
@@ -94,6 +95,8 @@ def test_missing_and_broken_files_are_named(tmp_path):
 def test_a_run_directory_of_another_configuration_is_refused(tmp_path):
     base = [f"run.storage={tmp_path}"]
     directory = bind_run_directory(load("tiny", base))
+    (directory / "corpus").mkdir()
+    (directory / "corpus" / "manifest.json").touch()  # a stage has committed something
     before = (directory / "config.toml").read_bytes()
     with pytest.raises(InputError, match=r"pretrain.steps was 40 and is 41.*choose another run.name"):
         bind_run_directory(load("tiny", [*base, "pretrain.steps=41"]))
@@ -103,4 +106,13 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path):
 def test_where_ray_runs_may_change_between_two_starts(tmp_path):
     base = [f"run.storage={tmp_path}"]
     bind_run_directory(load("tiny", base))
-    bind_run_directory(load("tiny", [*base, "cluster.max_failures=3", "federated.workers=1"]))
+    moved = load("tiny", [*base, "cluster.max_failures=3", "federated.workers=1", "privacy.budget_epsilon=99"])
+    bind_run_directory(moved)
+    assert load(str(tmp_path / "tiny" / "config.toml")) == moved
+    assert config_digest(moved) == config_digest(load("tiny", base))
+
+
+def test_a_start_that_made_nothing_does_not_bind_the_directory(tmp_path):
+    base = [f"run.storage={tmp_path}"]
+    bind_run_directory(load("tiny", [*base, "data.public.source=typo.jsonl"]))
+    assert bind_run_directory(load("tiny", base)) == tmp_path / "tiny"

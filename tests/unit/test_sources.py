@@ -48,8 +48,7 @@ def write_hugging_face(folder):
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_csv, write_parquet, write_folder, write_hugging_face])
-def test_every_kind_of_source_gives_the_same_rows(tmp_path, write, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_every_kind_of_source_gives_the_same_rows(tmp_path, write):
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=write(tmp_path)), ["silo", "unit"], counts))
     assert [{key: row[key] for key in ROWS[0]} for row in rows] == ROWS
@@ -95,8 +94,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ("hf:nowhere/nothing", None, "can't be loaded"),
     ],
 )
-def test_bad_sources_are_one_clear_line(tmp_path, monkeypatch, source, content, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_sources_are_one_clear_line(tmp_path, source, content, message):
     path = tmp_path / source
     if source == "folder":
         path.mkdir()

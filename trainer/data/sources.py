@@ -21,6 +21,7 @@ class ReadCounts:
     rows: int = 0
     replaced_utf8: int = 0
     empty: int = 0
+    without_unit: int = 0
 
 
 def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts) -> Iterator[Row]:
@@ -45,7 +46,7 @@ def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts
         counts.rows += 1
         text = row[source.text]
         if isinstance(text, str) and text.strip():
-            yield row
+            yield {**row, source.text: _well_formed(text, counts)}
         else:
             counts.empty += 1
 
@@ -93,6 +94,16 @@ def _read_path(path: Path, counts: ReadCounts) -> Iterator[Row]:
             raise InputError(f"{file}: no such file") from None
         except OSError as error:
             raise InputError(f"{file}: can't be read ({error})") from None
+
+
+def _well_formed(text: str, counts: ReadCounts) -> str:
+    """JSON can hold half a character (a lone surrogate), which no encoding takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        counts.replaced_utf8 += 1
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _decode(content: bytes, counts: ReadCounts) -> str:

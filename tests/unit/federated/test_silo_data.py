@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from configs.errors import InputError
-from configs.silo import SiloConfig
+from configs.load import load
+from configs.silo import SiloConfig, simulated_silo
 from federated.silo_data import load_units, rows_of
 
 KEY = bytes(range(32))
@@ -65,6 +67,23 @@ def test_all_rows_of_a_unit_are_one_record_capped_by_itself(tmp_path):
         text for text in everything if "note 7\n" in text + "\n" or "7" in text
     }
     assert len(everything) - len([*fewer.train, *fewer.held_out]) == 1
+
+
+def test_rows_whose_unit_is_unknown_are_left_out_and_half_characters_are_mended(tmp_path):
+    rows = [{"text": f"t{i}", "unit": unit} for i, unit in enumerate(["a", None, "", "b", "a"])]
+    units = load_units(config(write(tmp_path, [*rows, {"text": "half \ud800", "unit": "\udfff"}]), unit="unit"), KEY)
+    assert len(units.train) + len(units.held_out) == 3
+    assert (units.counts.without_unit, units.counts.replaced_utf8) == (2, 1)
+    assert all(text.encode() for text in [*units.train, *units.held_out])
+
+
+def test_a_silo_may_be_called_anything_and_stays_in_its_folder(tmp_path):
+    states = [
+        Path(simulated_silo(load("tiny", [f"federated.state_dir={tmp_path}"]), name, tmp_path).silo.state_dir)
+        for name in ("St. Mary's", "../../etc", "..", "a/b", "\u00dcber")
+    ]
+    assert len(set(states)) == 5
+    assert all(state.resolve().parent == tmp_path / "plays-tiny" for state in states)
 
 
 def test_duplicates_stay_because_removing_them_would_look_across_records(tmp_path):

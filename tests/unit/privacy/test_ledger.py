@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from configs.errors import InputError, PolicyRefusal
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from privacy.chain import Budget, left, verify_entries
 from privacy.ledger import Ledger
+from privacy.ledger_file import read_only
 from privacy.plan import PlanRequest
 from privacy.replay import replay
 
@@ -141,8 +142,52 @@ def test_a_changed_policy_is_an_entry(ledger, tmp_path):
 def test_a_ledger_belongs_to_one_silo_and_dataset(ledger, tmp_path):
     with pytest.raises(InputError, match="a state_dir of its own"):
         Ledger.open(tmp_path, "north", "hospital-2", BUDGET)
-    assert oct((tmp_path / "ledger.sqlite").stat().st_mode)[-3:] == "600"
-    assert oct((tmp_path / "silo.key").stat().st_mode)[-3:] == "600"
+
+
+def test_nobody_else_can_read_a_seed(ledger, tmp_path):
+    ledger.reserve("run-1", PLAN)
+    ledger.charge("run-1", "round-1", DIGEST, 1)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"ledger.sqlite", "ledger.sqlite-wal", "silo.key"} <= names
+    assert {oct(path.stat().st_mode)[-3:] for path in tmp_path.iterdir()} == {"600"}
+    assert oct(tmp_path.stat().st_mode)[-3:] == "700"
+
+
+def test_a_lost_key_never_spoils_a_sound_ledger(ledger, tmp_path):
+    ledger.reserve("run-1", PLAN)
+    ledger.close_file()
+    key = (tmp_path / "silo.key").read_bytes()
+    (tmp_path / "silo.key").unlink()
+    with pytest.raises(InputError, match="the key that signed"):
+        reopen(tmp_path)
+    (tmp_path / "silo.key").write_bytes(bytes(32))
+    with pytest.raises(InputError, match="does not hold"):
+        Ledger.open(tmp_path, "north", "hospital-1", Budget(99.0, 3e-5))
+    (tmp_path / "silo.key").write_bytes(key)
+    assert [body["kind"] for body in bodies(reopen(tmp_path))] == ["open", "reserve"]
+
+
+def test_a_seed_that_cannot_be_overwritten_is_not_released(ledger, tmp_path, monkeypatch):
+    monkeypatch.setattr("privacy.ledger_file.LOCK_TIMEOUT_S", 1)
+    held = reopen(tmp_path)
+    held.reserve("run-1", PLAN)
+    charge = held.charge("run-1", "round-1", DIGEST, 1)
+    reader = sqlite3.connect(tmp_path / "ledger.sqlite")
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM entries").fetchall()
+    with pytest.raises(SiloweaveError, match="another program reads it"):
+        held.release(charge.number, "run-1", b"reply")
+    reader.close()
+    assert reopen(tmp_path).charge("run-1", "round-1", DIGEST, 1).reply == b"reply"
+    assert not any(charge.seed in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_looking_changes_nothing(ledger, tmp_path):
+    ledger.reserve("run-1", PLAN)
+    ledger.close_file()
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert [json.loads(entry["body"])["kind"] for entry in read_only(tmp_path / "ledger.sqlite")] == ["open", "reserve"]
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
 
 
 def tamper(tmp_path, statement):
@@ -179,6 +224,7 @@ def test_damaged_and_newer_files_are_refused(ledger, tmp_path):
     with pytest.raises(InputError, match="version 99 is newer"):
         reopen(tmp_path)
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "silo.key").write_bytes(bytes(32))
     (tmp_path / "other" / "ledger.sqlite").write_bytes(b"not a database, though long enough to be read as one" * 30)
     with pytest.raises(InputError, match="not a sound ledger"):
         Ledger.open(tmp_path / "other", "north", "hospital-1", BUDGET)
@@ -189,6 +235,7 @@ import os, signal, sys
 from pathlib import Path
 from privacy.chain import Budget
 from privacy.ledger import Ledger
+from privacy.ledger_file import read_only
 from privacy.plan import PlanRequest
 plan = PlanRequest(**{plan!r}).bind(5000)
 ledger = Ledger.open(Path(sys.argv[1]), "north", "hospital-1", Budget(20.0, 3e-5))
@@ -270,6 +317,9 @@ def test_replay_checks_every_claim(ledger):
     cheaper = [{**body, "epsilon": 0.1} if body["kind"] == "reserve" else body for body in found]
     with pytest.raises(InputError, match=r"claims epsilon 0.1, its plan spends"):
         replay(cheaper, "test")
+    more = [{**body, "delta": 1e-9} if body["kind"] == "reserve" else body for body in found]
+    with pytest.raises(InputError, match="do not trust"):
+        replay(more, "test")
     with pytest.raises(InputError, match="no reservation covers"):
         replay([found[0], found[2]], "test")
 
