@@ -66,9 +66,17 @@ class Coordinator:
     num_silos: int
     log: EventLog
     certify: bool = True
+    run_id: str = field(init=False)
+    plan: PlanRequest = field(init=False)
+    model_digest: str = field(init=False)
     nodes: dict[str, int] = field(default_factory=dict)
     silos: dict[str, dict[str, Any]] = field(default_factory=dict)
     bytes_moved: int = 0
+
+    def __post_init__(self) -> None:
+        self.run_id = run_id(self.directory)
+        self.plan = plan_request(self.config)
+        self.model_digest = require_manifest(self.base_model, "model", "export").content_digest
 
     def run(self, initial_adapter: Callable[[], Arrays]) -> None:
         """All rounds, from the one after the newest commit.
@@ -77,9 +85,6 @@ class Coordinator:
             PolicyRefusal: fewer than ``federated.min_silos`` silos are left because policies refuse.
             SiloweaveError: fewer are left for another reason.
         """
-        self.run_id = run_id(self.directory)
-        self.plan = plan_request(self.config)
-        self.model_digest = require_manifest(self.base_model, "model", "export").content_digest
         digest = config_digest(self.config)
         commit = commits.newest(self.directory, digest, lambda line: self.log.emit("federate", "damaged", message=line))
         if commit is None:
@@ -106,9 +111,8 @@ class Coordinator:
             self._certify()
 
     def _certify(self) -> None:
-        document = certificate(
-            self.run_id, self.plan, {name: silo for name, silo in self.silos.items() if "receipt" in silo}
-        )
+        reserved = {name: silo for name, silo in self.silos.items() if "receipt" in silo}
+        document = certificate(self.run_id, self.plan, reserved)
         write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
 
     def _discover(self) -> None:
