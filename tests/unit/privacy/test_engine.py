@@ -150,6 +150,7 @@ def test_the_probe_passes_a_sound_model(constant):
             trainable(model)["base_model.model.lm_head.lora_B.default.weight"].fill_(1e-3)
     with clipping(model, 1.0) as clipper:
         clipper.probe(lambda batch: losses(model, batch), RECORDS[:3])
+        assert all(not value.any() for value in clipper.take().values())  # a probe adds nothing to the sum
 
 
 PLAN = PlanRequest(
