@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew", "opacus_ghost"]
 
 
 class Settings(BaseModel):
@@ -191,6 +192,8 @@ class FederatedSettings(Settings):
     """Processes that host the silos of a simulation."""
     micro_batch_size: Count = 16
     """Records processed at once inside a silo; speed only."""
+    clipping: ClippingMethod = "bookkeeping"
+    """How per-record gradients are clipped: book-keeping, or one of Opacus' modes; speed only."""
     min_silos: Count = 1
     """Silos that must answer for a round to count."""
     round_timeout_s: Positive = 3600

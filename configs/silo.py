@@ -7,7 +7,7 @@ from urllib.parse import quote
 from pydantic import Field, model_validator
 
 from configs.load import parse, read_toml
-from configs.schema import Count, Positive, Probability, RunConfig, Settings, SourceSettings
+from configs.schema import ClippingMethod, Count, Positive, Probability, RunConfig, Settings, SourceSettings
 
 
 class SiloSettings(Settings):
@@ -25,6 +25,8 @@ class SiloSettings(Settings):
     """Training units, rounded, declared by the steward; never computed from the data."""
     micro_batch_size: Count = 16
     """Units processed at once; speed only."""
+    clipping: ClippingMethod = "bookkeeping"
+    """How per-record gradients are clipped; speed only."""
 
 
 class SiloDataSettings(SourceSettings):
@@ -103,6 +105,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             base_model=str(base_model),
             public_record_count=private.record_count(name),
             micro_batch_size=config.federated.micro_batch_size,
+            clipping=config.federated.clipping,
         ),
         data=SiloDataSettings(
             source=_absolute(private.source),

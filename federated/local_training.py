@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from configs.schema import ClippingMethod
 from federated.adapters import Arrays
 from privacy.engine import train_privately
 from privacy.plan import PrivacyPlan
@@ -26,10 +27,12 @@ class LocalSettings:
     Attributes:
         learning_rate: of Adam, fresh in every round (its moments see noised gradients only).
         micro_batch_size: units processed at once.
+        clipping: how per-record gradients are clipped.
     """
 
     learning_rate: float
     micro_batch_size: int
+    clipping: ClippingMethod
 
 
 def private_update(
@@ -57,6 +60,7 @@ def private_update(
         micro_batches=lambda batch: by_length(batch, settings.micro_batch_size),
         unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
         synthetic=_synthetic(task),
+        method=settings.clipping,
     )
     return _difference(model, before)
 

@@ -196,7 +196,8 @@ class Silo:
 
     def local_settings(self, train: pb.Train) -> LocalSettings:
         """Learning rate of the request, speed of the silo."""
-        return LocalSettings(learning_rate=train.learning_rate, micro_batch_size=self.config.silo.micro_batch_size)
+        silo = self.config.silo
+        return LocalSettings(train.learning_rate, silo.micro_batch_size, silo.clipping)
 
 
 @lru_cache(maxsize=1)

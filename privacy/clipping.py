@@ -1,55 +1,107 @@
-"""Per-record clipping over all trainable parameters together, on Opacus' per-record gradients (hooks)."""
+"""Per-record clipping over all trainable parameters together: book-keeping, or one of Opacus' modes.
+
+All methods give the same sum; they differ in speed, in memory, and in the layers that they know.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 
-from configs.errors import InputError, SiloweaveError
+from configs.errors import InputError
+from configs.schema import ClippingMethod
+from privacy.bookkeeping import BookKeeper
+from privacy.opacus_modes import ExpandedWeights, Ghost, Hooks
 
-_PROBE_TOLERANCE, _SMALL_SHARE = 1e-4, 1e-2
+ClippingFunction = Literal["fixed", "automatic"]
+Unit = TypeVar("Unit")
+Losses = Callable[[Sequence[Unit]], torch.Tensor]
+
+_PROBE_TOLERANCE, _PROBE_TOLERANCE_BF16, _SMALL_SHARE = 1e-4, 3e-2, 1e-2
+_STABILITY = 0.01  # gamma of Bu et al. 2022
+
+
+class BatchGradients(Protocol):
+    """The per-record gradients of one micro-batch."""
+
+    def squared_norms(self) -> torch.Tensor:
+        """Each record's squared norm over all parameters, float32."""
+
+    def add_to(self, sums: dict[str, torch.Tensor], factors_B: torch.Tensor) -> None:
+        """Adds the records' gradients, each times its factor."""
+
+
+class GradientSource(Protocol):
+    """Gives per-record gradients of a model."""
+
+    def per_record(self, losses: Callable[[], torch.Tensor], num_records: int, /) -> BatchGradients:
+        """One forward and backward of B losses."""
+
+    def close(self) -> None:
+        """Leaves nothing on the model."""
 
 
 class Clipper:
     """Adds up clipped per-record gradients; micro-batches don't change the sum.
 
-    Use through ``clipping(model, max_grad_norm)``, which takes the hooks off again.
+    Use through ``clipping(model, max_grad_norm)``, which leaves the model as it was.
     """
 
-    def __init__(self, hooked: Any, model: Any, max_grad_norm: float) -> None:
-        self._hooked = hooked
+    def __init__(
+        self,
+        source: GradientSource,
+        model: Any,
+        max_grad_norm: float,
+        function: ClippingFunction,
+    ) -> None:
+        self._per_record, self._model, self._function = source.per_record, model, function
         self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        self._max_grad_norm = max_grad_norm
+        self.max_grad_norm = max_grad_norm
         self._sums: dict[str, torch.Tensor] = {}
-        self._reset()
 
-    def _reset(self) -> None:
-        self._sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()}
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self._parameters.items()}
 
-    def accumulate(self, record_losses_B: torch.Tensor) -> None:
-        """One backward: clips each record's gradient to the norm C and adds it. A non-finite record adds zero."""
-        gradients = self._per_record_gradients(record_losses_B)
-        squares_PB = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients.values()])
-        norms_B = squares_PB.sum(dim=0).sqrt()
+    def accumulate(self, unit_losses: Losses[Unit], units: Sequence[Unit]) -> torch.Tensor:
+        """One forward and backward: clips each unit's gradient to the norm C and adds it.
+
+        A unit whose gradient is not finite adds zero.
+
+        Args:
+            unit_losses: losses of a batch of units, shape (B,).
+            units: at least one.
+
+        Returns:
+            The norms of the finite gradients, float32. Private: for what is noised next, not to be shown.
+        """
+        gradients = self._per_record(lambda: unit_losses(units), len(units))
+        norms_B = gradients.squared_norms().sqrt()
         finite_B = norms_B.isfinite()
-        factors_B = torch.where(finite_B, (self._max_grad_norm / (norms_B + 1e-6)).clamp(max=1.0), 0.0)
-        for name, gradient in gradients.items():
-            # 0 * inf is not 0: what is not finite is taken out before the product.
-            safe = gradient if finite_B.all() else gradient.nan_to_num(0.0, 0.0, 0.0)
-            self._sums[name] += torch.einsum("b,b...->...", factors_B, safe)
+        if finite_B.all():
+            self._sums = self._sums or self._zeros()
+            gradients.add_to(self._sums, self._factors(norms_B))
+            return norms_B
+        # Anew without them: what is not finite can't be multiplied away.
+        kept = [unit for unit, finite in zip(units, finite_B.tolist(), strict=True) if finite]
+        return self.accumulate(unit_losses, kept) if kept else norms_B[:0]
+
+    def _factors(self, norms_B: torch.Tensor) -> torch.Tensor:
+        if self._function == "automatic":  # normalised, never above C (Bu et al. 2022)
+            return self.max_grad_norm / (norms_B + _STABILITY)
+        return (self.max_grad_norm / (norms_B + 1e-6)).clamp(max=1.0)
 
     def take(self) -> dict[str, torch.Tensor]:
         """The sums since the last call, by parameter name; zero where no record was added."""
-        sums = self._sums
-        self._reset()
+        sums, self._sums = self._sums or self._zeros(), {}
         return sums
 
-    def probe(self, unit_losses: Callable[[Sequence[Any]], torch.Tensor], synthetic: Sequence[Any]) -> None:
-        """Proves on synthetic units that each per-record gradient is the gradient of that record alone.
+    def probe(self, unit_losses: Losses[Unit], synthetic: Sequence[Unit]) -> None:
+        """Proves on synthetic units that each per-record gradient, and its norm, are those of that record alone.
 
-        This catches tied weights, broadcast inputs and operations that mix records.
+        This catches weights tied behind a layer's back, broadcast inputs and operations that mix records. Dropout is
+        off meanwhile.
 
         Args:
             unit_losses: losses of a batch of units, shape (B,).
@@ -58,50 +110,95 @@ class Clipper:
         Raises:
             InputError: it is not so for some parameter, or its per-record gradient is not known.
         """
-        parameters = list(self._parameters.values())
-        self._hooked.disable_hooks()
-        alone = [torch.autograd.grad(unit_losses([unit]).sum(), parameters) for unit in synthetic]
-        self._hooked.enable_hooks()
-        together = self._per_record_gradients(unit_losses(synthetic))
-        whole = torch.stack([gradient.norm() for gradients in alone for gradient in gradients]).norm()
-        for position, (name, gradient_B) in enumerate(together.items()):
-            expected_B = torch.stack([gradients[position] for gradients in alone])
-            fits = gradient_B.shape == expected_B.shape
+        with _without_dropout(self._model):
+            alone = [self._alone(unit_losses, unit) for unit in synthetic]
+            try:
+                together = self._per_record(lambda: unit_losses(synthetic), len(synthetic))
+                squares_B = together.squared_norms()
+            except (RuntimeError, NotImplementedError) as error:  # what Opacus and torch raise for what they don't know
+                reason = str(error).splitlines()[0]
+                raise InputError(f"clipping: this method can't take this model ({reason}); set another one") from error
+        found: list[dict[str, torch.Tensor]] = []
+        for record in range(len(synthetic)):
+            found.append(self._zeros())
+            only = torch.zeros_like(squares_B)
+            only[record] = 1.0
+            together.add_to(found[-1], only)
+        whole = torch.stack([gradient.norm() for gradients in alone for gradient in gradients.values()]).norm()
+        for name in self._parameters:
+            expected, given = (torch.stack([record[name] for record in records]) for records in (alone, found))
             # Beside the whole gradient, which is what is clipped: one that cancels to nothing is all rounding.
-            scale = torch.maximum(expected_B.norm(), _SMALL_SHARE * whole)
-            error = (gradient_B - expected_B).norm() / scale if fits else torch.inf
-            if not error <= _PROBE_TOLERANCE:
-                raise InputError(
-                    f"parameter {name}: its per-record gradients are not those of single records (relative error "
-                    f"{error:.2g}); this model can't be trained under record-level privacy: freeze it or untie it"
-                )
+            scale = torch.maximum(expected.norm(), _SMALL_SHARE * whole)
+            self._check_probe(f"parameter {name}", (given - expected).norm() / scale)
+        norms_B = torch.stack([torch.stack([g.norm() for g in gradients.values()]).norm() for gradients in alone])
+        self._check_probe("the norms over all parameters", (squares_B.sqrt() - norms_B).norm() / norms_B.norm())
 
-    def _per_record_gradients(self, record_losses_B: torch.Tensor) -> dict[str, torch.Tensor]:
-        record_losses_B.sum().backward()
-        gradients = {}
-        for name, parameter in self._parameters.items():
-            gradient = getattr(parameter, "grad_sample", None)
-            if not isinstance(gradient, torch.Tensor):
-                raise SiloweaveError(f"parameter {name}: its per-record gradient is not known; freeze it")
-            gradients[name] = gradient.float()
-            parameter.grad_sample = None
-            parameter.grad = None
-        return gradients
+    def _check_probe(self, what: str, error: torch.Tensor) -> None:
+        exact = all(parameter.dtype == torch.float32 for parameter in self._parameters.values())
+        if not error <= (_PROBE_TOLERANCE if exact else _PROBE_TOLERANCE_BF16):
+            raise InputError(
+                f"{what}: per-record gradients are not those of single records (relative error {error:.2g}); this "
+                "model can't be trained under record-level privacy: freeze or untie what the message names"
+            )
+
+    def _alone(self, unit_losses: Losses[Unit], unit: Unit) -> dict[str, torch.Tensor]:
+        parameters = list(self._parameters.values())
+        gradients = torch.autograd.grad(
+            unit_losses([unit]).sum(), parameters, allow_unused=True, materialize_grads=True
+        )
+        return {name: gradient.float() for name, gradient in zip(self._parameters, gradients, strict=True)}
+
+
+_SOURCES: dict[ClippingMethod, Callable[[Any], GradientSource]] = {
+    "bookkeeping": BookKeeper,
+    "opacus_hooks": Hooks,
+    "opacus_ew": ExpandedWeights,
+    "opacus_ghost": Ghost,
+}
 
 
 @contextmanager
-def clipping(model: Any, max_grad_norm: float) -> Iterator[Clipper]:
-    """Hooks a model for per-record gradients for as long as the context lasts."""
-    from opacus import GradSampleModule
+def _without_dropout(model: Any) -> Iterator[None]:
+    """Evaluation mode, but for layers with trainable parameters: Opacus' hooks look at those only in training."""
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = any(value.requires_grad for value in module.parameters(recurse=False))
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
 
-    hooked = GradSampleModule(model, loss_reduction="sum", strict=False)
+
+@contextmanager
+def clipping(
+    model: Any,
+    max_grad_norm: float,
+    method: ClippingMethod = "bookkeeping",
+    function: ClippingFunction = "fixed",
+) -> Iterator[Clipper]:
+    """Readies a model for per-record gradients for as long as the context lasts.
+
+    Args:
+        model: its trainable parameters are what is clipped.
+        max_grad_norm: C, of one record's gradient over all trainable parameters together.
+        method: speed only.
+        function: ``fixed`` scales down what is longer than C; ``automatic`` scales every gradient to just below C.
+
+    Raises:
+        InputError: the method doesn't know a layer with trainable parameters, or matrix products are rounded so
+            coarsely that a norm can't be trusted.
+    """
+    if torch.get_float32_matmul_precision() != "highest":
+        raise InputError(
+            f"torch.set_float32_matmul_precision is {torch.get_float32_matmul_precision()!r}: norms must not be "
+            "underestimated; leave it at 'highest' where gradients are clipped"
+        )
+    source = _SOURCES[method](model)
     try:
         with warnings.catch_warnings():
-            # Below the first adapter nothing needs a gradient; that its hook fires on outputs alone is what we want.
+            # Below the first adapter nothing needs a gradient; that a hook fires on outputs alone is what we want.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield Clipper(hooked, model, max_grad_norm)
+            yield Clipper(source, model, max_grad_norm, function)
     finally:
-        hooked.remove_hooks()
-        for parameter in model.parameters():
-            if hasattr(parameter, "grad_sample"):
-                del parameter.grad_sample
+        source.close()

@@ -3,12 +3,17 @@
 Everything that the steps of a charge may reveal has been charged before the first sample is drawn.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from privacy.clipping import clipping
+from configs.errors import InputError
+from configs.schema import ClippingMethod
+from privacy.clipping import Clipper, clipping
 from privacy.noise import noised
 from privacy.plan import PrivacyPlan
 from privacy.sampler import poisson_sample
@@ -17,46 +22,99 @@ from privacy.streams import Streams
 Unit = TypeVar("Unit")
 
 
-def train_privately(
-    plan: PrivacyPlan,
-    streams: Streams,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    units: Sequence[Unit],
-    *,
-    micro_batches: Callable[[Sequence[Unit]], Iterable[Sequence[Unit]]],
-    unit_losses: Callable[[Sequence[Unit]], torch.Tensor],
-    synthetic: Sequence[Unit],
-) -> None:
-    """Runs the steps of one charge on the trainable parameters of a model.
+@dataclass
+class PrivateTraining(Generic[Unit]):
+    """The steps of one charge on the trainable parameters of a model.
 
-    Args:
+    Attributes:
         plan: everything the guarantee depends on.
         streams: the charge's random streams.
-        model: modules whose per-record gradients Opacus knows.
+        model: its trainable parameters belong to layers that the clipping method knows.
         optimizer: any torch optimizer over the trainable parameters.
         units: the private units.
         micro_batches: cuts a batch for memory and speed; the result doesn't depend on it.
         unit_losses: loss of each unit, shape (B,), each a function of that unit alone.
         synthetic: made-up units for the start-up proof that per-record gradients are right.
-
-    Raises:
-        InputError: the model has parameters whose per-record gradients are wrong or unknown.
+        method: how per-record gradients are clipped; speed only.
+        steps_done: steps of this charge so far.
     """
-    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    model.train()  # Opacus records nothing in evaluation mode; adapters have no dropout
-    with clipping(model, plan.request.max_grad_norm) as clipper:
-        clipper.probe(unit_losses, synthetic)
-        for step in range(plan.request.steps_per_round):
-            # 1. Every unit is in the batch with probability q; the batch may be empty.
-            batch = [units[index] for index in poisson_sample(plan, streams, step, len(units))]
-            # 2. Forward, backward and clipping, micro-batch by micro-batch.
-            for micro in micro_batches(batch):
-                clipper.accumulate(unit_losses(micro))
-            # 3. Noise once on the sum, then the public normaliser.
-            for name, clipped_sum in clipper.take().items():
-                release = noised(clipped_sum, plan, streams, step, name)
-                parameters[name].grad = release / plan.expected_batch_size
-            # 4. From here on only noised values are seen.
-            optimizer.step()
-            optimizer.zero_grad()
+
+    plan: PrivacyPlan
+    streams: Streams
+    model: Any
+    optimizer: torch.optim.Optimizer
+    units: Sequence[Unit]
+    micro_batches: Callable[[Sequence[Unit]], Iterable[Sequence[Unit]]]
+    unit_losses: Callable[[Sequence[Unit]], torch.Tensor]
+    synthetic: Sequence[Unit]
+    method: ClippingMethod = "bookkeeping"
+    steps_done: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def run(self) -> None:
+        """The steps that are left of this charge.
+
+        Raises:
+            InputError: the model has parameters whose per-record gradients are wrong or unknown.
+        """
+        self.model.train()
+        with clipping(self.model, self.plan.request.max_grad_norm, self.method) as clipper:
+            clipper.probe(self.unit_losses, self.synthetic)
+            while self.steps_done < self.plan.request.steps_per_round:
+                with _seeded(self.streams, self.steps_done):
+                    self._step(clipper)
+
+    def _step(self, clipper: Clipper) -> None:
+        plan, step = self.plan, self.steps_done
+        # 1. Every unit is in the batch with probability q; the batch may be empty.
+        batch = [self.units[index] for index in poisson_sample(plan, self.streams, step, len(self.units))]
+        # 2. Forward, backward and clipping, micro-batch by micro-batch.
+        for micro in self.micro_batches(batch):
+            clipper.accumulate(self.unit_losses, micro)
+        # 3. Noise once on the sum, then the public normaliser.
+        for name, clipped_sum in clipper.take().items():
+            release = noised(clipped_sum, plan, self.streams, step, name)
+            parameter = self._parameters[name]
+            parameter.grad = (release / plan.expected_batch_size).to(parameter.dtype)
+        # 4. From here on only noised values are seen.
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps_done += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed charge needs, made from noised values only: it continues bit for bit."""
+        return {
+            "plan": self.plan.request.digest,
+            "steps_done": self.steps_done,
+            "weights": {name: value.detach().clone() for name, value in self._parameters.items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a ``state_dict``.
+
+        Raises:
+            InputError: it was made under another plan.
+        """
+        if state["plan"] != self.plan.request.digest:
+            raise InputError(f"state of plan {state['plan']}: this training has plan {self.plan.request.digest}")
+        self.steps_done = state["steps_done"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, value in self._parameters.items():
+                value.copy_(state["weights"][name])
+
+
+def train_privately(*arguments: Any, **options: Any) -> None:
+    """All steps of one charge; see ``PrivateTraining``."""
+    PrivateTraining(*arguments, **options).run()
+
+
+@contextmanager
+def _seeded(streams: Streams, step: int) -> Iterator[None]:
+    """Dropout, too, is drawn from the charge: a repeated request must not put the same noise on another sum."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(streams.generator("dropout", step).integers(2**63)))
+        yield

@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from configs.errors import InputError
 from configs.schema import ModelSettings
-from privacy.clipping import clipping
 from privacy.engine import train_privately
 from privacy.noise import noised
 from privacy.plan import PlanRequest
@@ -61,96 +58,6 @@ def clipped_one_by_one(model, batch, norm):
         for name, gradient in zip(parameters, gradients, strict=True):
             total[name] += factor * gradient
     return total
-
-
-def clipped(model, micro_batches, norm):
-    with clipping(model, norm) as clipper:
-        for micro in micro_batches:
-            clipper.accumulate(losses(model, micro))
-        return clipper.take()
-
-
-@pytest.mark.parametrize("norm", [0.05, 0.5, 100.0])
-def test_the_clipped_sum_is_that_of_single_records(norm):
-    model = lora_model()
-    expected = clipped_one_by_one(model, RECORDS, norm)
-    for name, value in clipped(model, by_length(RECORDS, 8), norm).items():
-        torch.testing.assert_close(value, expected[name], rtol=2e-4, atol=2e-6)
-
-
-def test_clipping_bounds_what_one_record_can_do():
-    model = lora_model()
-    for one in RECORDS[:4]:
-        total = clipped(model, [[one]], 0.05)
-        assert torch.sqrt(sum(value.double().square().sum() for value in total.values())) <= 0.05
-
-
-@pytest.mark.parametrize("size", [1, 4, 32])
-def test_micro_batches_do_not_change_the_sum(size):
-    model = lora_model()
-    whole = clipped(model, [RECORDS], 0.3)
-    parts = clipped(model, [RECORDS[start : start + size] for start in range(0, 32, size)], 0.3)
-    for name, value in whole.items():
-        torch.testing.assert_close(value, parts[name], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_non_finite_record_adds_nothing(bad):
-    model = lora_model()
-    expected = clipped(model, [RECORDS[1:8]], 0.3)
-    with clipping(model, 0.3) as clipper:
-        factor = torch.ones(8)
-        factor[0] = bad
-        clipper.accumulate(losses(model, RECORDS[:8]) * factor)
-        for name, value in clipper.take().items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
-
-
-def test_no_record_gives_a_zero_sum():
-    model = lora_model()
-    assert all(not value.any() for value in clipped(model, [], 0.3).values())
-
-
-class Mixing(nn.Module):
-    """Subtracts the batch's mean: one record's loss depends on the others."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x):
-        y = self.layer(x)
-        return (y - y.mean(dim=0)).square().sum(dim=1)
-
-
-class Tied(nn.Module):
-    """Uses one weight twice, the second time where no hook sees it."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return nn.functional.linear(self.layer(x).tanh(), self.layer.weight).square().sum(dim=1)
-
-
-@pytest.mark.parametrize("kind", [Mixing, Tied])
-def test_the_probe_refuses_what_would_break_the_guarantee(kind):
-    rows = list(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
-    model = kind().train()
-    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match=r"parameter layer.weight"):
-        clipper.probe(lambda batch: model(torch.stack(batch)), rows)
-
-
-@pytest.mark.parametrize("constant", [False, True])
-def test_the_probe_passes_a_sound_model(constant):
-    model = lora_model()
-    if constant:  # equal rows in the head's B: A's gradient cancels to rounding errors
-        with torch.no_grad():
-            trainable(model)["base_model.model.lm_head.lora_B.default.weight"].fill_(1e-3)
-    with clipping(model, 1.0) as clipper:
-        clipper.probe(lambda batch: losses(model, batch), RECORDS[:3])
-        assert all(not value.any() for value in clipper.take().values())  # a probe adds nothing to the sum
 
 
 PLAN = PlanRequest(

@@ -1,0 +1,294 @@
+"""What a record-level private step costs beside the plain one: our book-keeping and every mode of Opacus.
+
+One thread. Every private step is timed between two plain steps and divided by their mean; the order of the modes is
+drawn anew each time. A step is forward, backward, clipping and optimizer; noise is left out everywhere (see noise.py).
+Peak memory (VmHWM) is taken in a process of its own for every mode.
+
+python benchmarks/dp_step.py --json dp_step.json
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+MAX_GRAD_NORM = 1.0
+LEARNING_RATE = 1e-3
+OPACUS = ("hooks", "functorch", "ew", "ghost")
+MODES = ("bookkeeping", *OPACUS)
+Step = Callable[[], None]
+
+
+@dataclass
+class Workload:
+    """A model and a batch. ``losses(call)`` gives each record's loss; ``call`` is the model or a wrapper of it."""
+
+    model: Any
+    inputs: dict[str, torch.Tensor]
+    losses: Callable[[Any], torch.Tensor]
+
+
+def causal(model: Any, vocab_size: int, records: int, tokens: int) -> Workload:
+    ids = torch.randint(vocab_size, (records, tokens))
+
+    def losses(call: Any) -> torch.Tensor:
+        logits_BTV = call(ids).logits
+        return (
+            functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            .view(records, -1)
+            .mean(1)
+        )
+
+    return Workload(model, {"input_ids": ids}, losses)
+
+
+def llama(**sizes: int) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(tie_word_embeddings=False, use_cache=False, max_position_embeddings=128, **sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def lora_llama() -> Workload:
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 688}
+    model = llama(vocab_size=2048, **sizes)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return causal(get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets)), 2048, 16, 128)
+
+
+def full_llama() -> Workload:
+    """The shape of the 260k-parameter stories model."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return causal(llama(vocab_size=512, intermediate_size=172, **sizes), 512, 32, 128)
+
+
+def bert() -> Workload:
+    from transformers import AutoModelForSequenceClassification, BertConfig
+
+    config = BertConfig(
+        vocab_size=4096, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, intermediate_size=768,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=4,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+    ids, labels = torch.randint(4096, (32, 64)), torch.randint(4, (32,))
+    # Opacus can't take the broadcast position ids that transformers makes by itself.
+    others = {"position_ids": torch.arange(64).expand(32, -1).contiguous(), "token_type_ids": torch.zeros_like(ids)}
+
+    def losses(call: Any) -> torch.Tensor:
+        return functional.cross_entropy(call(ids, **others).logits, labels, reduction="none")
+
+    return Workload(model, {}, losses)
+
+
+WORKLOADS = {"lora_llama": lora_llama, "full_llama": full_llama, "full_bert": bert}
+
+
+def build(name: str) -> Workload:
+    torch.manual_seed(0)
+    workload = WORKLOADS[name]()
+    workload.model.train()
+    return workload
+
+
+def trainable(model: Any) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def step_of(mode: str, workload: Workload) -> Step:
+    """One training step, as a user of that mode writes it."""
+    if mode == "plain":
+        optimizer = torch.optim.SGD(trainable(workload.model), lr=LEARNING_RATE)
+
+        def plain() -> None:
+            workload.losses(workload.model).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return plain
+    return bookkeeping_step(workload) if mode == "bookkeeping" else opacus_step(mode, workload)
+
+
+def bookkeeping_step(workload: Workload) -> Step:
+    from privacy.clipping import clipping
+
+    model, records = workload.model, range(len(workload.losses(workload.model)))
+    optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
+    parameters = dict(model.named_parameters())
+    context = clipping(model, MAX_GRAD_NORM)
+    clipper = context.__enter__()
+
+    def step() -> None:
+        clipper.accumulate(lambda _: workload.losses(model), records)
+        for name, clipped_sum in clipper.take().items():
+            parameters[name].grad = clipped_sum.div_(len(records))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step.keep = context  # type: ignore[attr-defined]
+    return step
+
+
+def opacus_step(mode: str, workload: Workload) -> Step:
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleExpandedWeights
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+
+    model = workload.model
+    records = len(workload.losses(model))
+    plain = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
+    options = {"noise_multiplier": 0.0, "max_grad_norm": MAX_GRAD_NORM, "expected_batch_size": records}
+    if mode == "ghost":
+        ghost = GradSampleModuleFastGradientClipping(model, max_grad_norm=MAX_GRAD_NORM, strict=False)
+        fast = DPOptimizerFastGradientClipping(plain, **options)
+
+        def two_passes() -> None:  # what opacus.utils.fast_gradient_clipping_utils.DPTensorFastGradientClipping does
+            losses = workload.losses(ghost)
+            losses.mean().backward(retain_graph=True)
+            fast.zero_grad()
+            coefficients = ghost.get_clipping_coef()
+            ghost.disable_hooks()
+            (coefficients * losses).sum().backward()
+            ghost.enable_hooks()
+            fast.step()
+            fast.zero_grad()
+
+        return two_passes
+    if mode == "ew":
+        wrapped: Any = GradSampleModuleExpandedWeights(model, loss_reduction="mean")
+    else:
+        wrapped = GradSampleModule(model, strict=False, force_functorch=mode == "functorch")
+    optimizer = DPOptimizer(plain, **options)
+
+    def step() -> None:
+        workload.losses(wrapped).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(step: Step) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def compare(name: str, repetitions: int) -> dict[str, Any]:
+    """Ratios of every mode to the plain steps on either side."""
+    plain = step_of("plain", build(name))
+    steps, refused = {}, {}
+    for mode in MODES:
+        try:
+            step = step_of(mode, build(name))
+            step()
+            step()
+            steps[mode] = step
+        except (RuntimeError, NotImplementedError) as error:
+            refused[mode] = str(error).splitlines()[0]
+    ratios: dict[str, list[float]] = {mode: [] for mode in steps}
+    plain_seconds = [seconds(plain), seconds(plain)]
+    for _ in range(repetitions):
+        for mode in random.sample(list(steps), len(steps)):
+            before, between, after = seconds(plain), seconds(steps[mode]), seconds(plain)
+            ratios[mode].append(between / ((before + after) / 2))
+            plain_seconds += [before, after]
+    return {
+        "plain_step_seconds": spread(plain_seconds[2:]),
+        "step_over_plain": {mode: spread(values) for mode, values in ratios.items()},
+        "refused": refused,
+    }
+
+
+def peak_memory(name: str, repetitions: int) -> dict[str, Any]:
+    """VmHWM in MB of a process that takes three steps, by mode, and its ratio to the plain one."""
+    peaks: dict[str, list[float]] = {}
+    for _ in range(repetitions):
+        for mode in ("plain", *MODES):
+            done = subprocess.run(
+                [sys.executable, __file__, "--peak", name, mode], capture_output=True, text=True, check=False
+            )
+            if done.returncode == 0:
+                peaks.setdefault(mode, []).append(float(done.stdout.split()[-1]))
+    base = statistics.median(peaks["plain"])
+    return {
+        "peak_megabytes": {mode: spread(values) for mode, values in peaks.items()},
+        "peak_over_plain": {mode: statistics.median(values) / base for mode, values in peaks.items()},
+    }
+
+
+def print_peak(name: str, mode: str) -> None:
+    step = step_of(mode, build(name))
+    for _ in range(3):
+        step()
+    status = Path("/proc/self/status").read_text()
+    print(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--memory-repetitions", type=int, default=3)
+    parser.add_argument("--only", choices=WORKLOADS)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    if arguments.peak:
+        print_peak(*arguments.peak)
+        return
+    figures: dict[str, Any] = {}
+    for name in [arguments.only] if arguments.only else WORKLOADS:
+        figures[name] = {**compare(name, arguments.repetitions), **peak_memory(name, arguments.memory_repetitions)}
+        show(name, figures[name])
+    document = {
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "threads": 1},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "opacus", "transformers", "peft")},
+        "repetitions": arguments.repetitions,
+        "figures": figures,
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].split(":")[1].strip() if names else platform.machine()
+
+
+def show(name: str, figures: dict[str, Any]) -> None:
+    print(f"{name}: plain step {figures['plain_step_seconds']['median'] * 1000:.0f} ms")
+    for mode in MODES:
+        if mode in figures["refused"]:
+            print(f"  {mode:<12} refused: {figures['refused'][mode][:90]}")
+            continue
+        ratio = figures["step_over_plain"][mode]
+        peak = figures["peak_over_plain"].get(mode)
+        memory = f"   peak memory {peak:.2f}" if peak else ""
+        print(f"  {mode:<12} {ratio['median']:.2f} ({ratio['minimum']:.2f} to {ratio['maximum']:.2f}){memory}")
+
+
+if __name__ == "__main__":
+    main()
