@@ -53,8 +53,11 @@ class PrivateTraining(Generic[Unit]):
     def __post_init__(self) -> None:
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
-    def run(self) -> None:
-        """The steps that are left of this charge.
+    def run(self, at_most: int | None = None) -> None:
+        """The steps that are left of this charge, or the next few of them.
+
+        Args:
+            at_most: stop after so many, to take a ``state_dict``.
 
         Raises:
             InputError: the model has parameters whose per-record gradients are wrong or unknown.
@@ -62,12 +65,13 @@ class PrivateTraining(Generic[Unit]):
         self.model.train()
         with clipping(self.model, self.plan.request.max_grad_norm, self.method) as clipper:
             clipper.probe(self.unit_losses, self.synthetic)
-            while self.steps_done < self.plan.request.steps_per_round:
-                with _seeded(self.streams, self.steps_done):
-                    self._step(clipper)
+            left = range(self.steps_done, self.plan.request.steps_per_round)
+            for step in left[:at_most]:
+                with _seeded(self.streams, step):
+                    self._step(clipper, step)
 
-    def _step(self, clipper: Clipper) -> None:
-        plan, step = self.plan, self.steps_done
+    def _step(self, clipper: Clipper, step: int) -> None:
+        plan = self.plan
         # 1. Every unit is in the batch with probability q; the batch may be empty.
         batch = [self.units[index] for index in poisson_sample(plan, self.streams, step, len(self.units))]
         # 2. Forward, backward and clipping, micro-batch by micro-batch.
@@ -81,7 +85,7 @@ class PrivateTraining(Generic[Unit]):
         # 4. From here on only noised values are seen.
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.steps_done += 1
+        self.steps_done = step + 1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed charge needs, made from noised values only: it continues bit for bit."""

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from configs.errors import InputError
 from configs.schema import ModelSettings
-from privacy.engine import train_privately
+from privacy.engine import PrivateTraining
 from privacy.noise import noised
+from privacy.optimizers import AdamBC
 from privacy.plan import PlanRequest
 from privacy.sampler import poisson_sample
 from privacy.streams import Streams
@@ -65,18 +67,21 @@ PLAN = PlanRequest(
 ).bind(100)
 
 
-def run(model, records, plan=PLAN, seed=b"s" * 32, micro=8):
-    optimizer = torch.optim.Adam(list(trainable(model).values()), lr=1e-2)
-    train_privately(
+def training(model, records, plan=PLAN, seed=b"s" * 32, optimizer=torch.optim.Adam, **options):
+    return PrivateTraining(
         plan,
         Streams(seed, DIGEST),
         model,
-        optimizer,
+        optimizer(list(trainable(model).values()), lr=1e-2, **options),
         records,
-        micro_batches=lambda batch: by_length(batch, micro),
+        micro_batches=lambda batch: by_length(batch, 8),
         unit_losses=lambda batch: losses(model, batch),
         synthetic=RECORDS[:3],
     )
+
+
+def run(model, records, **options):
+    training(model, records, **options).run()
     return adapter_weights(model)
 
 
@@ -111,22 +116,79 @@ def test_the_normaliser_is_the_declared_count_not_the_data():
     plan = PlanRequest(
         sampling_rate=0.1, max_grad_norm=1e-6, noise_multiplier=1e6, rounds=1, steps_per_round=1, delta=1e-5
     )
-    optimizer_free = []
+    updates = []
     for records in (RECORDS, RECORDS[:1]):
         model = lora_model()
         before = adapter_weights(model)
-        optimizer = torch.optim.SGD(list(trainable(model).values()), lr=1.0)
-        train_privately(
-            plan.bind(100),
-            Streams(b"s" * 32, DIGEST),
-            model,
-            optimizer,
-            records,
-            micro_batches=lambda batch: by_length(batch, 8),
-            unit_losses=lambda batch, model=model: losses(model, batch),
-            synthetic=RECORDS[:3],
-        )
-        after = adapter_weights(model)
-        optimizer_free.append(torch.cat([(after[name] - before[name]).flatten() for name in before]))
-    assert optimizer_free[0].std().item() == pytest.approx(1.0 / 10, rel=0.05)
-    torch.testing.assert_close(optimizer_free[0], optimizer_free[1], rtol=1e-3, atol=1e-5)
+        after = run(model, records, plan=plan.bind(100), optimizer=torch.optim.SGD)
+        updates.append(torch.cat([(after[name] - before[name]).flatten() for name in before]) / 1e-2)
+    assert updates[0].std().item() == pytest.approx(1.0 / 10, rel=0.05)
+    torch.testing.assert_close(updates[0], updates[1], rtol=1e-3, atol=1e-5)
+
+
+def dropout_model():
+    model = lora_model()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    return model
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, AdamBC])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(optimizer):
+    """With dropout, and with another generator state of the process: nothing is drawn from it."""
+    options = {"optimizer": optimizer, **({"noise_std": PLAN.noise_std / 10} if optimizer is AdamBC else {})}
+    whole = run(dropout_model(), RECORDS, **options)
+    torch.manual_seed(99)
+    first = training(dropout_model(), RECORDS, **options)
+    first.run(2)
+    second = training(dropout_model(), RECORDS, **options)
+    second.load_state_dict(first.state_dict())
+    second.run()
+    found = adapter_weights(second.model)
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+
+
+def test_a_state_of_another_plan_is_refused():
+    state = training(lora_model(), RECORDS).state_dict()
+    other = PLAN.request.model_copy(update={"noise_multiplier": 0.8}).bind(100)
+    with pytest.raises(InputError, match="state of plan"):
+        training(lora_model(), RECORDS, plan=other).load_state_dict(state)
+
+
+def test_adam_freed_of_the_noise_is_the_papers_formula():
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = AdamBC([weight], lr=0.1, noise_std=0.5, betas=(0.8, 0.9), floor=0.01)
+    first = second = torch.zeros(2, dtype=torch.float64)
+    expected = weight.detach().double().clone()
+    for number, gradient in enumerate(([3.0, 0.1], [2.0, -0.2], [4.0, 0.3]), 1):
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+        exact = torch.tensor(gradient, dtype=torch.float64)
+        first, second = 0.8 * first + 0.2 * exact, 0.9 * second + 0.1 * exact**2
+        signal = torch.clamp(second / (1 - 0.9**number) - 0.25, min=0.01 * 0.25)
+        expected -= 0.1 * first / (1 - 0.8**number) / signal.sqrt()
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adam_freed_of_the_noise_tells_signal_from_noise_where_adam_does_not():
+    """A small steady gradient under large noise: Adam's steps shrink by noise over signal, the corrected ones don't."""
+    generator = torch.Generator().manual_seed(0)
+    moved = {}
+    for name, make in (("adam", torch.optim.Adam), ("corrected", AdamBC)):
+        weight = torch.nn.Parameter(torch.zeros(2000))
+        options = {"noise_std": 1.0} if make is AdamBC else {}
+        optimizer = make([weight], lr=1e-3, **options)
+        for _ in range(200):
+            weight.grad = 0.1 + torch.randn(2000, generator=generator)
+            optimizer.step()
+        moved[name] = -weight.detach().mean().item()
+    assert moved["corrected"] > 2 * moved["adam"]
+
+
+def test_a_closure_and_a_missing_noise_are_refused():
+    weight = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="noise_std is 0"):
+        AdamBC([weight], lr=0.1, noise_std=0.0)
+    with pytest.raises(ValueError, match="closure"):
+        AdamBC([weight], lr=0.1, noise_std=1.0).step(lambda: 0.0)
