@@ -5,10 +5,12 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from configs.errors import InputError
 from configs.load import load, presets
 
 ConfigOption = Annotated[
@@ -25,7 +27,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
-    for command in (demo, prepare, pretrain, export, federate, evaluate, generate, report, plan, doctor):
+    for command in (demo, prepare, pretrain, export, federate, evaluate, generate, report, plan, doctor, decrypt):
         app.command()(command)
 
 
@@ -134,6 +136,23 @@ def doctor(config: ConfigOption = "demo", override: SetOption = None, as_json: J
         raise typer.Exit(1)
 
 
+def decrypt(
+    source: Annotated[Path, typer.Argument(help="An encrypted file, or a folder that holds some.")],
+    target: Annotated[Path, typer.Argument(help="Where to write the copy in the clear; nothing may be there yet.")],
+    key_file: Annotated[str, typer.Option(help="The key's file. Default: SILOWEAVE_ENCRYPTION_KEY.")] = "env:",
+    as_json: JsonOption = False,
+) -> None:
+    """Writes a copy of encrypted files in the clear, for other programs to read."""
+    from configs.encryption import decrypt_tree, load_key
+
+    key = load_key(key_file)
+    if key is None:
+        raise InputError("--key-file is empty: give the key's file, or `env:`")
+    files = decrypt_tree(source, target, key)
+    done = {"files": files, "target": str(target)}
+    typer.echo(json.dumps(done) if as_json else f"decrypt: {files} files in the clear in {target}; keep it private")
+
+
 def _stage(name: str, config: str, override: list[str] | None, address: str, as_json: bool) -> None:
     from cluster.workflow import pipeline
 
@@ -171,8 +190,6 @@ def _quiet_libraries() -> None:
 
 
 def _has_gpu() -> bool:
-    from pathlib import Path
-
     return Path("/dev/nvidia0").exists()
 
 

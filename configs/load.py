@@ -1,5 +1,6 @@
 """From a TOML file, or a preset's name, and ``--set`` overrides to a checked ``RunConfig``."""
 
+import os
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from configs.artifacts import MANIFEST, digest_json, write_atomic
+from configs.encryption import ENVIRONMENT, FROM_ENVIRONMENT
 from configs.errors import InputError
 from configs.schema import RunConfig
 
@@ -35,7 +37,21 @@ def load(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     tree = read_toml(path)
     for override in overrides:
         _apply(tree, override)
-    return parse(RunConfig, tree, str(path))
+    return parse(RunConfig, _with_key(tree), str(path))
+
+
+def _with_key(tree: dict[str, Any]) -> dict[str, Any]:
+    """Decides once whether a run is encrypted, and by which key: its processes may start elsewhere.
+
+    A key in the environment is never passed over: whoever set it would believe that the run is encrypted.
+    """
+    run = tree.get("run")
+    if not isinstance(run, dict):
+        return tree
+    source = run.get("encryption_key_file") or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else "")
+    if isinstance(source, str) and source not in ("", FROM_ENVIRONMENT):
+        source = str(Path(source).expanduser().absolute())
+    return {**tree, "run": {**run, "encryption_key_file": source}}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -153,6 +169,7 @@ def run_directory(config: RunConfig) -> Path:
 
 _MOVABLE = {
     "run.storage",
+    "run.encryption_key_file",
     "cluster.address",
     "cluster.max_failures",
     "cluster.placement_timeout_s",

@@ -28,6 +28,9 @@ class RunSettings(Settings):
     """Folder where runs live. On a cluster: an absolute folder that every node shares."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything public: tokenizer, initial weights, order of the public data. Never of privacy noise."""
+    encryption_key_file: str = ""
+    """File of the key that encrypts checkpoints, base model and adapters on disk; ``env:`` takes the key from
+    SILOWEAVE_ENCRYPTION_KEY, and a set SILOWEAVE_ENCRYPTION_KEY does so by itself; empty: nothing is encrypted."""
 
     @model_validator(mode="after")
     def _local_folder(self) -> "RunSettings":

@@ -21,6 +21,8 @@ class SiloSettings(Settings):
     """Folder of keys and ledger. It outlives runs."""
     base_model: str
     """Folder of the exported base model that the silo may fine-tune."""
+    encryption_key_file: str = ""
+    """File of the base model's key where its weights are encrypted; ``env:`` takes SILOWEAVE_ENCRYPTION_KEY."""
     public_record_count: Count
     """Training units, rounded, declared by the steward; never computed from the data."""
     micro_batch_size: Count = 16
@@ -103,6 +105,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             dataset_id=private.dataset_id,
             state_dir=str(state_dir),
             base_model=str(base_model),
+            encryption_key_file=config.run.encryption_key_file,
             public_record_count=private.record_count(name),
             micro_batch_size=config.federated.micro_batch_size,
             clipping=config.federated.clipping,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import Manifest, commit_manifest, damaged_file, read_manifest, write_failure
+from configs.encryption import MasterKey, read_sealed, write_sealed
 
 COMMITTED = "COMMITTED"
 KIND = "round"
@@ -25,9 +26,15 @@ class Round:
 
 
 def save(
-    directory: Path, config_digest: str, round_number: int, adapter: bytes, silos: dict[str, Any], run_id: str
+    directory: Path,
+    config_digest: str,
+    round_number: int,
+    adapter: bytes,
+    silos: dict[str, Any],
+    run_id: str,
+    key: MasterKey | None = None,
 ) -> Round:
-    """Writes a round and commits it.
+    """Writes a round and commits it; the adapter is encrypted where there is a key.
 
     Raises:
         SiloweaveError: the disk is full or not writable; earlier rounds are unchanged.
@@ -36,7 +43,7 @@ def save(
     shutil.rmtree(target, ignore_errors=True)
     try:
         target.mkdir(parents=True)
-        (target / ADAPTER).write_bytes(adapter)
+        write_sealed(target / ADAPTER, adapter, key, _context(target))
         (target / SILOS).write_text(json.dumps(silos, indent=2, sort_keys=True), encoding="utf-8")
     except OSError as error:
         raise write_failure(target, error) from error
@@ -45,29 +52,45 @@ def save(
     return Round(round_number, adapter, silos)
 
 
-def newest(directory: Path, config_digest: str, damaged: Callable[[str], None]) -> Round | None:
-    """The newest round whose digests hold, else the one before it, else None."""
+def newest(
+    directory: Path, config_digest: str, damaged: Callable[[str], None], key: MasterKey | None = None
+) -> Round | None:
+    """The newest round whose digests hold, else the one before it, else None.
+
+    Raises:
+        InputError: its adapter was not written with this key.
+    """
     for target in sorted(directory.glob("round-*"), reverse=True):
         manifest = read_manifest(target, KIND, name=COMMITTED)
         if manifest is None or manifest.config_digest != config_digest:
             continue
         broken = damaged_file(target, manifest)
         if broken is None:
-            return _read(target, manifest)
+            return _read(target, manifest, key)
         damaged(f"{target / broken}: its digest doesn't hold; going back to the round before")
     return None
 
 
-def all_rounds(directory: Path) -> list[Round]:
-    """Every committed round, oldest first; round 0 is the start."""
+def all_rounds(directory: Path, key: MasterKey | None = None) -> list[Round]:
+    """Every committed round, oldest first; round 0 is the start.
+
+    Raises:
+        InputError: an adapter was not written with this key.
+    """
     found = []
     for target in sorted(directory.glob("round-*")):
         manifest = read_manifest(target, KIND, name=COMMITTED)
         if manifest is not None and damaged_file(target, manifest) is None:
-            found.append(_read(target, manifest))
+            found.append(_read(target, manifest, key))
     return found
 
 
-def _read(target: Path, manifest: Manifest) -> Round:
+def _read(target: Path, manifest: Manifest, key: MasterKey | None) -> Round:
     silos = json.loads((target / SILOS).read_text(encoding="utf-8"))
-    return Round(int(manifest.metadata["round"]), (target / ADAPTER).read_bytes(), silos)
+    adapter = read_sealed(target / ADAPTER, key, _context(target))
+    return Round(int(manifest.metadata["round"]), adapter, silos)
+
+
+def _context(target: Path) -> str:
+    """One round's adapter can't stand in for another's."""
+    return f"{target.name}/{ADAPTER}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from configs.encryption import load_key, sealing
 from configs.errors import PolicyRefusal
 from configs.schema import RunConfig
 from configs.silo import SiloConfig
@@ -43,7 +44,7 @@ def evaluate_rounds(
     silos, limit = simulated_silos(config, base_model), config.evaluate.max_records_per_silo
     jobs: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]
     for name, directory in federations.items():
-        rounds = commits.all_rounds(directory)[1:]
+        rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))[1:]
         for found in rounds:
             records = limit if found is rounds[-1] else max(1, limit // 4)
             jobs.append((name, found.round_number, found.adapter, records))
@@ -97,7 +98,8 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
     units = load_units(silo, load_or_create_secret(Path(silo.silo.state_dir) / "split.key"))
     base_model = Path(silo.silo.base_model)
     task = CausalTask(load_tokenizer(base_model), config.model.context_length)
-    model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha)
+    key_file = silo.silo.encryption_key_file
+    model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha, key_file)
     records = [task.encode(text) for text in units.held_out[:limit]]
     if adapter is None:
         with model.disable_adapter():
@@ -108,15 +110,19 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
 
 def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
     """The base model with the adapter of the federation's last committed round."""
-    federated = config.federated
-    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha)
-    adapter = from_bytes(commits.all_rounds(federation)[-1].adapter)
+    federated, key_file = config.federated, config.run.encryption_key_file
+    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file)
+    adapter = from_bytes(commits.all_rounds(federation, load_key(key_file))[-1].adapter)
     load_adapter_weights(model, {name: torch.from_numpy(array) for name, array in adapter.items()})
     return model.eval()
 
 
 def save_peft(config: RunConfig, base_model: Path, federation: Path) -> None:
-    """Writes the last round's adapter to ``adapter/``, as peft's ``PeftModel.from_pretrained`` loads it."""
+    """Writes the last round's adapter to ``adapter/``, as peft's ``PeftModel.from_pretrained`` loads it.
+
+    Where the run is encrypted its weights are, too: ``siloweave decrypt`` writes a copy in the clear.
+    """
     model = final_model(config, base_model, federation)
     model.peft_config["default"].base_model_name_or_path = "../../model"
-    model.save_pretrained(federation / "adapter", save_embedding_layers=False)
+    with sealing(federation / "adapter", load_key(config.run.encryption_key_file), "adapter") as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from configs.artifacts import digest_bytes, require_manifest, write_atomic
+from configs.encryption import load_key
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
 from configs.load import config_digest
@@ -85,10 +87,11 @@ class Coordinator:
             PolicyRefusal: fewer than ``federated.min_silos`` silos are left because policies refuse.
             SiloweaveError: fewer are left for another reason.
         """
-        digest = config_digest(self.config)
-        commit = commits.newest(self.directory, digest, lambda line: self.log.emit("federate", "damaged", message=line))
+        digest, key = config_digest(self.config), load_key(self.config.run.encryption_key_file)
+        say = partial(self.log.emit, "federate", "damaged")
+        commit = commits.newest(self.directory, digest, lambda line: say(message=line), key)
         if commit is None:
-            commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, self.run_id)
+            commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, self.run_id, key)
         self.silos = commit.silos  # one that has spent stays in the certificate, whoever is there today
         self._discover()
         self._reserve()
@@ -105,7 +108,7 @@ class Coordinator:
                 bytes=self.bytes_moved,
                 seconds=time.perf_counter() - began,
             )
-            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, self.run_id)
+            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, self.run_id, key)
         self._close()
         if self.certify:
             self._certify()

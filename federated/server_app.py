@@ -6,6 +6,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from configs.encryption import load_key
 from configs.events import EventLog, Listener
 from configs.load import parse
 from configs.schema import RunConfig
@@ -46,5 +47,6 @@ def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
     from trainer.models import adapter_weights, add_adapter, load_model
 
     federated = config.federated
-    model = add_adapter(load_model(base_model), federated.lora_rank, federated.lora_alpha, config.run.seed)
+    base = load_model(base_model, load_key(config.run.encryption_key_file))
+    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, config.run.seed)
     return {name: weight.numpy() for name, weight in adapter_weights(model).items()}

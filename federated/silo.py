@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_bytes, require_manifest
+from configs.encryption import load_key
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.load import parse
 from configs.silo import SiloConfig
@@ -172,7 +173,8 @@ class Silo:
 
     def model(self, train: pb.Train) -> Any:
         """The warm base model with the adapter that a request describes."""
-        return warm_model(Path(self.config.silo.base_model), train.adapter_spec.rank, train.adapter_spec.alpha)
+        silo, spec = self.config.silo, train.adapter_spec
+        return warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file)
 
     @cached_property
     def task(self) -> CausalTask:
@@ -201,9 +203,9 @@ class Silo:
 
 
 @lru_cache(maxsize=1)
-def warm_model(directory: Path, rank: int, alpha: float) -> Any:
+def warm_model(directory: Path, rank: int, alpha: float, key_file: str = "") -> Any:
     """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time)."""
-    return add_adapter(load_model(directory), rank, alpha, seed=0)
+    return add_adapter(load_model(directory, load_key(key_file)), rank, alpha, seed=0)
 
 
 def decode(body: bytes, silo_id: str) -> pb.Request:

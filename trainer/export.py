@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import Manifest, commit_manifest, require_manifest
+from configs.encryption import load_key, opened, sealing
 from configs.errors import InputError, SiloweaveError
 from configs.schema import RunConfig
 from trainer import checkpoints
 from trainer.data.prepare import finished
-from trainer.models import new_model
+from trainer.models import MODEL, new_model
 from trainer.pretrain import pretrain_digest
 
 _CARD = """---
@@ -33,7 +34,7 @@ def export(config: RunConfig, run_directory: Path) -> Manifest:
     """Writes ``model/``: safetensors, configuration, tokenizer, model card, manifest.
 
     Raises:
-        InputError: pretraining has not finished.
+        InputError: pretraining has not finished, or its checkpoint was not written with this key.
     """
     corpus = require_manifest(run_directory / "corpus", "corpus", "prepare")
     digest = pretrain_digest(config, corpus.content_digest)
@@ -49,8 +50,11 @@ def export(config: RunConfig, run_directory: Path) -> Manifest:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(run_directory / "tokenizer", target, ignore=shutil.ignore_patterns("manifest.json"))
     model = new_model(config.model, corpus.metadata["vocab_size"], config.run.seed)
-    model.load_state_dict(_consolidated(root, checkpoint, config.pretrain.zero_stage))
-    model.save_pretrained(target)
+    key = load_key(config.run.encryption_key_file)
+    with opened(checkpoint.directory, key, checkpoint.directory.name) as folder:
+        model.load_state_dict(_consolidated(folder, config.pretrain.zero_stage))
+    with sealing(target, key, MODEL) as folder:
+        model.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     (target / "README.md").write_text(_card(config, corpus, parameters), encoding="utf-8")
     metadata = {"parameters": parameters, "trained_on": "public", "context_length": config.model.context_length}
@@ -64,12 +68,12 @@ def _refuse_damaged(message: str) -> None:
     )
 
 
-def _consolidated(root: Path, checkpoint: checkpoints.Checkpoint, stage: int) -> dict[str, Any]:
+def _consolidated(folder: Path, stage: int) -> dict[str, Any]:
     """Full float32 weights from the ranks' shards."""
     import torch
 
     if stage == 0:
-        states = torch.load(checkpoint.directory / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
         return dict(states["module"])
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -77,7 +81,7 @@ def _consolidated(root: Path, checkpoint: checkpoints.Checkpoint, stage: int) ->
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):  # it prints, and shows bars
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(root), tag=checkpoint.directory.name))
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
 
 
 def _card(config: RunConfig, corpus: Manifest, parameters: int) -> str:

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
+from configs.encryption import MasterKey, opened
 from configs.schema import ModelSettings
+
+MODEL = "model"
 
 # All linear layers. The output head matters most: a new domain's words are the first thing to learn.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -57,17 +60,22 @@ def count_parameters(settings: ModelSettings, vocab_size: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_model(directory: Path) -> Any:
-    """The model of an exported directory, float32, in evaluation mode. Reads safetensors only, never pickles."""
+def load_model(directory: Path, key: MasterKey | None = None) -> Any:
+    """The model of an exported directory, float32, in evaluation mode. Reads safetensors only, never pickles.
+
+    Raises:
+        InputError: its weights were not written with this key.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        attn_implementation=attention(),
-    )
+    with opened(directory, key, MODEL) as folder:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation=attention(),
+        )
     return model.eval()
 
 

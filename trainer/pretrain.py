@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_json, require_manifest
+from configs.encryption import load_key
 from configs.errors import InputError
 from configs.schema import PretrainSettings, RunConfig
 from trainer import checkpoints
@@ -51,6 +52,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
         report: receives one dict an event (rank 0 only).
 
     Raises:
+        InputError: there is no encryption key on this node, or a checkpoint was not written with it.
         SiloweaveError: a checkpoint could not be written.
     """
     import torch
@@ -62,10 +64,13 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
     root = run_directory / "pretrain" / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     report = report if rank.rank == 0 else _ignore
+    key = load_key(config.run.encryption_key_file)
     join_process_group(rank, COLLECTIVE_TIMEOUT_S)
     _prove_shared(root, rank)
 
     engine = build_engine(config, rank, manifest.metadata["vocab_size"])
+    if key is not None:
+        checkpoints.keep_sealed(engine, key)
     start = _resume(engine, root, digest, report)
     train = TokenFile(corpus / TRAIN_TOKENS, config.model.context_length)
     cursor = Cursor(train.num_windows, settings.batch_size, config.run.seed)
