@@ -1,0 +1,148 @@
+"""A run with a key, from pretraining to the adapter: it resumes, and nothing of its weights lies there in the clear."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from configs.encryption import ENVIRONMENT, is_sealed, load_key
+from configs.errors import InputError
+from configs.events import read_events
+from federated import commits
+from federated.held_out import save_peft
+from federated.rounds import Coordinator
+from federated.simulation import simulate
+
+SECRET = bytes(range(200, 232)).hex()
+WEIGHTS = {".safetensors", ".pt"}
+
+
+@pytest.fixture(scope="module")
+def sealed(tiny_run, siloweave, tmp_path_factory):
+    """(folder, key file): 20 encrypted steps on the tiny corpus, the last commit undone and made again, exported."""
+    root = tmp_path_factory.mktemp("sealed")
+    for name in ("corpus", "tokenizer"):
+        shutil.copytree(tiny_run.directory / name, root / "runs" / "tiny" / name)
+    key_file = root / "key"
+    key_file.touch(mode=0o600)
+    key_file.write_text(SECRET)
+    settings = ["-c", "tiny", "--set", "pretrain.steps=20", "--set", f"run.encryption_key_file={key_file}"]
+    for command in ("pretrain", "undo", "pretrain", "export"):
+        if command == "undo":
+            (root / "runs" / "tiny" / "pretrain" / "checkpoints" / "step-00000020" / "COMMITTED").unlink()
+            continue
+        done = siloweave(command, *settings, cwd=root)
+        assert done.returncode == 0, done.stderr
+    return root, key_file
+
+
+@pytest.fixture
+def federation(tiny_run, shared_ray, sealed, tmp_path):
+    root, key_file = sealed
+    rows = [json.dumps({"text": f"Speech {i} of a play about {i % 7} kings", "silo": "roman"}) for i in range(300)]
+    (tmp_path / "plays.jsonl").write_text("\n".join(rows))
+
+    def run(name="federated"):
+        config = tiny_run.config(
+            f'data.private.source="{tmp_path / "plays.jsonl"}"',
+            "data.private.public_record_counts={roman=3300}",
+            f"federated.state_dir={tmp_path / 'state'}",
+            "federated.workers=1",
+            f"run.encryption_key_file={key_file}",
+        )
+        model, folder = root / "runs" / "tiny" / "model", tmp_path / "runs" / name
+        simulate(shared_ray, config, model, folder, on_event=lambda _: None)
+        return config, model, folder
+
+    return run
+
+
+def assert_nothing_in_the_clear(folder):
+    """No weights file that isn't sealed, and in no file what safetensors, torch or pickle write around weights."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.suffix in WEIGHTS for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert is_sealed(path) == (path.suffix in WEIGHTS), path
+        if path.suffix != ".py":  # DeepSpeed leaves its conversion script, which names them
+            for trace in (b'"dtype":"F32"', b"data_offsets", b"FloatStorage", b"_rebuild_tensor", b"archive/data"):
+                assert trace not in content, (path, trace)
+
+
+def test_pretraining_resumes_from_an_encrypted_commit(sealed):
+    root, _ = sealed
+    run = root / "runs" / "tiny"
+    events = list(read_events(run / "events.jsonl", "pretrain"))
+    assert [event["step"] for event in events if event["event"] == "resume"] == [10]
+    losses = {}
+    for event in (event for event in events if event["event"] == "step"):
+        assert event["loss"] == pytest.approx(losses.setdefault(event["step"], event["loss"]), rel=1e-6)
+    assert sum(event["event"] == "step" for event in events) == 30
+    assert_nothing_in_the_clear(run)
+
+
+def test_the_check_for_weights_in_the_clear_finds_them(tiny_run):
+    with pytest.raises(AssertionError):
+        assert_nothing_in_the_clear(tiny_run.directory / "model")
+    with pytest.raises(AssertionError):
+        assert_nothing_in_the_clear(tiny_run.directory / "federated" / "round-00001")
+
+
+def test_rounds_resume_encrypted_and_the_adapter_is_sealed(federation, monkeypatch):
+    whole_round = Coordinator._round
+
+    def dies(self, number, adapter):
+        if number == 2:
+            raise KeyboardInterrupt
+        return whole_round(self, number, adapter)
+
+    monkeypatch.setattr(Coordinator, "_round", dies)
+    with pytest.raises(KeyboardInterrupt):
+        federation()
+    monkeypatch.undo()
+    config, model, folder = federation()
+    key = load_key(config.run.encryption_key_file)
+    rounds = commits.all_rounds(folder, key)
+    assert [found.round_number for found in rounds] == [0, 1, 2]
+    save_peft(config, model, folder)
+    assert_nothing_in_the_clear(folder)
+    # Weights themselves, not only what surrounds them: a stretch of the last adapter's bytes is nowhere on the disk.
+    stretch = rounds[-1].adapter[-64:]
+    assert not any(stretch in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    with pytest.raises(InputError, match="is encrypted"):
+        commits.all_rounds(folder)
+
+
+def test_the_wrong_key_and_no_key_are_one_clear_line(sealed, siloweave, tmp_path):
+    root, _ = sealed
+    shutil.copytree(root / "runs", tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "model")
+    common = ["export", "-c", "tiny", "--set", "pretrain.steps=20"]
+    none = siloweave(*common, cwd=tmp_path)
+    other = siloweave(*common, cwd=tmp_path, **{ENVIRONMENT: bytes(range(32)).hex()})
+    loose = siloweave(*common, "--set", f"run.encryption_key_file={tmp_path / 'no'}", cwd=tmp_path)
+    for done, message in (
+        (none, "_states.pt: is encrypted; set run.encryption_key_file"),
+        (other, "_states.pt: was encrypted with another key than SILOWEAVE_ENCRYPTION_KEY"),
+        (loose, "no: the encryption key can't be read"),
+    ):
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_the_decrypted_model_is_a_hugging_face_directory(sealed, siloweave, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    root, key_file = sealed
+    model = root / "runs" / "tiny" / "model"
+    done = siloweave("decrypt", str(model), str(tmp_path / "open"), "--key-file", str(key_file), "--json", cwd=tmp_path)
+    assert json.loads(done.stdout) == {"files": 1, "target": str(tmp_path / "open")}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "open")
+    stored = safetensors.torch.load_file(tmp_path / "open" / "model.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in loaded.state_dict().items())
+    refused = siloweave("decrypt", str(model), "again", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "SILOWEAVE_ENCRYPTION_KEY is not set" in refused.stderr
