@@ -76,6 +76,24 @@ class PrivateSettings(SourceSettings):
         return self.public_record_counts.get(silo, self.public_record_count)
 
 
+class DeidentifySettings(Settings):
+    """Replacing what identifies people by ``<KIND>`` before anything else reads a text (Presidio; extra ``deid``).
+
+    Hygiene, not differential privacy: what it misses stays in.
+    """
+
+    enabled: bool = False
+    """Treat the public corpus and the silos' records."""
+    names_file: str = ""
+    """File of names, one a line, found as written and in capitals; empty: none."""
+    spacy_model: str = ""
+    """Installed spaCy model, or its folder, that finds names; empty: none. Never downloaded."""
+    countries: tuple[str, ...] = ("us", "uk")
+    """Countries whose national ids are looked for, by Presidio's codes."""
+    medical_record_pattern: str = r"(?<=\b(?:MRN|medical record(?: (?:number|no))?)[.:# ]{1,3})[A-Z]{0,3}-?\d{5,10}\b"
+    """Regular expression of a medical record number; letters of either case."""
+
+
 class DataSettings(Settings):
     """Public text for pretraining, private text for the silos, and how the public text is cleaned."""
 
@@ -89,6 +107,8 @@ class DataSettings(Settings):
     """Shorter public documents are dropped."""
     near_duplicate_similarity: Annotated[float, Field(ge=0.1, le=0.95)] = 0.8
     """Public documents with at least this Jaccard similarity (5-word shingles, MinHash) count as copies."""
+    deidentify: DeidentifySettings = DeidentifySettings()
+    """What is replaced in the public corpus and, in a simulation, in the silos' records."""
 
 
 class TokenizerSettings(Settings):

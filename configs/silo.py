@@ -7,7 +7,16 @@ from urllib.parse import quote
 from pydantic import Field, model_validator
 
 from configs.load import parse, read_toml
-from configs.schema import ClippingMethod, Count, Positive, Probability, RunConfig, Settings, SourceSettings
+from configs.schema import (
+    ClippingMethod,
+    Count,
+    DeidentifySettings,
+    Positive,
+    Probability,
+    RunConfig,
+    Settings,
+    SourceSettings,
+)
 
 
 class SiloSettings(Settings):
@@ -44,6 +53,8 @@ class SiloDataSettings(SourceSettings):
     """Share of the units that are never trained on."""
     public: bool = False
     """True only for data that everyone may see."""
+    deidentify: DeidentifySettings = DeidentifySettings()
+    """What is replaced in the records before they are trained on."""
 
 
 class SiloPolicy(Settings):
@@ -94,6 +105,10 @@ def _absolute(source: str) -> str:
     return source if source.startswith(("embedded:", "hf:")) else str(Path(source).absolute())
 
 
+def _absolute_names(settings: DeidentifySettings) -> DeidentifySettings:
+    return settings.model_copy(update={"names_file": settings.names_file and str(Path(settings.names_file).absolute())})
+
+
 def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig:
     """A silo of a simulation: its share of the run's private data, and the simulated steward's policy."""
     private, privacy = config.data.private, config.privacy
@@ -119,6 +134,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             max_rows_per_unit=private.max_rows_per_unit,
             held_out_fraction=private.held_out_fraction,
             public=private.public,
+            deidentify=_absolute_names(config.data.deidentify),
         ),
         policy=SiloPolicy(
             budget_epsilon=privacy.budget_epsilon,

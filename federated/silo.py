@@ -194,6 +194,7 @@ class Silo:
             counts.empty,
             counts.without_unit,
         )
+        self._log.info("spans de-identified, by kind: %s", self.units.deidentified)
         return records
 
     def local_settings(self, train: pb.Train) -> LocalSettings:

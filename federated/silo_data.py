@@ -8,6 +8,7 @@ from functools import lru_cache
 from configs.errors import InputError
 from configs.schema import SourceSettings
 from configs.silo import SiloConfig, SiloDataSettings
+from privacy.deidentify import open_deidentifier
 from trainer.data.sources import ReadCounts, read_rows
 
 
@@ -19,18 +20,20 @@ class Units:
         train: units that may be trained on.
         held_out: units that never are.
         counts: what was replaced or empty while reading; exact, so for the steward's eyes.
+        deidentified: spans replaced, by kind; None where de-identification is off. For the steward's eyes, too.
     """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     counts: ReadCounts
+    deidentified: dict[str, int] | None = None
 
 
 def load_units(config: SiloConfig, split_key: bytes) -> Units:
     """Reads a silo's records and groups them into units.
 
     Raises:
-        InputError: the source can't be read, or this silo has no record in it.
+        InputError: the source can't be read, this silo has no record in it, or de-identification can't start.
     """
     rows_by_silo, counts = rows_of(config.data)
     rows = rows_by_silo.get(config.silo.id if config.data.silo else "", ())
@@ -39,13 +42,16 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
             f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} has "
             f"{', '.join(sorted(rows_by_silo)) or 'no value'}); check the silo's name and data source"
         )
+    deidentifier = open_deidentifier(config.data.deidentify)
+    deidentify = deidentifier or str
     train: list[str] = []
     held_out: list[str] = []
     for unit, texts in _group(rows, has_units=bool(config.data.unit)):
-        text = "\n\n".join(_cap(texts, split_key, config.data.max_rows_per_unit))
+        # After split and cap, which go by the rows as they came: turning it on moves no unit to the other part.
+        text = "\n\n".join(map(deidentify, _cap(texts, split_key, config.data.max_rows_per_unit)))
         is_held_out = _keyed_hash(split_key, unit) < config.data.held_out_fraction * 2**64
         (held_out if is_held_out else train).append(text)
-    return Units(tuple(train), tuple(held_out), counts)
+    return Units(tuple(train), tuple(held_out), counts, dict(deidentifier.counts) if deidentifier else None)
 
 
 @lru_cache(maxsize=1)

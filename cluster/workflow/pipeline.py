@@ -59,10 +59,11 @@ def demo(run: Run, on_text: Printer) -> dict[str, Any]:
 
 def prepare(run: Run) -> None:
     """Public text to tokens, and the tokenizer."""
+    from privacy.deidentify import open_deidentifier
     from trainer.data.prepare import prepare as prepare_corpus
 
     with run.stage("prepare"):
-        manifest = prepare_corpus(run.config, run.directory)
+        manifest = prepare_corpus(run.config, run.directory, open_deidentifier(run.config.data.deidentify))
     run.log.emit("prepare", "corpus", **manifest.metadata)
 
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from configs.artifacts import Manifest, commit_manifest, damaged_file, digest_json, read_manifest, write_failure
 from configs.errors import InputError
@@ -17,26 +18,48 @@ TRAIN_TOKENS = "tokens-train.bin"
 VALIDATION_TOKENS = "tokens-validation.bin"
 
 
-def prepare(config: RunConfig, run_directory: Path) -> Manifest:
+class Deidentify(Protocol):
+    """What replaces identifiers in a text; lives in ``privacy``, which nothing here may import."""
+
+    @property
+    def digest(self) -> str:
+        """Of everything that shapes its results."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Spans replaced so far, by kind."""
+
+    def __call__(self, text: str, /) -> str:
+        """The text without them."""
+
+
+def prepare(config: RunConfig, run_directory: Path, deidentify: Deidentify | None = None) -> Manifest:
     """Cleans the public corpus, trains the tokenizer on it, and packs it.
+
+    Args:
+        config: the run's settings.
+        run_directory: receives ``corpus/`` and ``tokenizer/``.
+        deidentify: treats every document first, where ``data.deidentify`` is on.
 
     Returns:
         The corpus' manifest; its metadata holds the counts. Nothing is done again where it is already there.
 
     Raises:
         InputError: the corpus is empty, or too small for one batch and one validation window.
+        ValueError: ``deidentify`` is missing though the settings ask for it.
     """
+    if config.data.deidentify.enabled and deidentify is None:
+        raise ValueError("data.deidentify.enabled is true: give prepare() a deidentifier")
     corpus, tokenizer_directory = run_directory / "corpus", run_directory / "tokenizer"
-    settings = digest_json(
-        [config.data.public.model_dump(), *_cleaning_settings(config), config.tokenizer.model_dump(), config.run.seed]
-    )
+    shaping = [config.data.public.model_dump(), *_cleaning_settings(config), config.tokenizer.model_dump()]
+    settings = digest_json([*shaping, config.run.seed, *([deidentify.digest] if deidentify else [])])
     done = finished(corpus, "corpus", settings)
     if done is not None and finished(tokenizer_directory, "tokenizer", settings) is not None:
         return done
     for directory in (corpus, tokenizer_directory):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-    documents, metadata = _read_public(config, config.data.public)
+    documents, metadata = _read_public(config, config.data.public, deidentify)
     train, validation = _split(documents, config.data.validation_fraction, config.run.seed)
     tokenizer = train_tokenizer(train, config.tokenizer.vocab_size, tokenizer_directory)
     commit_manifest(
@@ -66,9 +89,11 @@ def _cleaning_settings(config: RunConfig) -> list[float]:
     return [data.validation_fraction, data.min_characters, data.near_duplicate_similarity]
 
 
-def _read_public(config: RunConfig, source: SourceSettings) -> tuple[list[str], dict[str, Any]]:
+def _read_public(
+    config: RunConfig, source: SourceSettings, deidentify: Deidentify | None
+) -> tuple[list[str], dict[str, Any]]:
     read, cleaned = ReadCounts(), CleaningCounts()
-    texts = (row[source.text] for row in read_rows(source, [], read))
+    texts = map(deidentify or str, (row[source.text] for row in read_rows(source, [], read)))
     documents = list(clean(texts, config.data.min_characters, config.data.near_duplicate_similarity, cleaned))
     if not documents:
         raise InputError(
@@ -76,7 +101,8 @@ def _read_public(config: RunConfig, source: SourceSettings) -> tuple[list[str], 
             f"({read.empty} empty, {cleaned.too_short} shorter than data.min_characters {config.data.min_characters}); "
             "give more text or lower data.min_characters"
         )
-    return documents, {"cleaning": cleaned.as_dict(), "replaced_utf8": read.replaced_utf8, "empty": read.empty}
+    metadata = {"cleaning": cleaned.as_dict(), "replaced_utf8": read.replaced_utf8, "empty": read.empty}
+    return documents, {**metadata, **({"deidentified": dict(deidentify.counts)} if deidentify else {})}
 
 
 def _split(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
