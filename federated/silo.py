@@ -194,7 +194,8 @@ class Silo:
             counts.empty,
             counts.without_unit,
         )
-        self._log.info("spans de-identified, by kind: %s", self.units.deidentified)
+        if self.units.deidentified is not None:
+            self._log.info("spans de-identified, by kind: %s", self.units.deidentified)
         return records
 
     def local_settings(self, train: pb.Train) -> LocalSettings:
