@@ -67,7 +67,9 @@ def test_the_relay_imports_neither_torch_nor_anything_that_reads_data():
 
 def test_the_command_line_answers_without_heavy_imports(siloweave, tmp_path):
     loaded = run_python("import sys, siloweave; print(*sys.modules)")
-    assert not {"torch", "ray", "flwr", "transformers", "deepspeed", "opacus", "spacy", "presidio_analyzer"} & set(loaded)
+    assert not {"torch", "ray", "flwr", "transformers", "deepspeed", "opacus", "spacy", "presidio_analyzer"} & set(
+        loaded
+    )
     done = siloweave("--help", cwd=tmp_path)
     assert done.returncode == 0
     for command in (
