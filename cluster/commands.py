@@ -27,7 +27,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
-    for command in (demo, prepare, pretrain, export, federate, evaluate, generate, report, plan, doctor, decrypt):
+    commands = (demo, prepare, pretrain, export, federate, evaluate, generate, report, audit, plan, doctor, decrypt)
+    for command in commands:
         app.command()(command)
 
 
@@ -108,6 +109,27 @@ def generate(
     )
     if as_json:
         typer.echo(json.dumps({"text": text}))
+
+
+def audit(
+    config: ConfigOption = "demo",
+    override: SetOption = None,
+    canaries: Annotated[int, typer.Option(help="Gradient canaries of each audit.")] = 2000,
+    as_json: JsonOption = False,
+) -> None:
+    """Audits the engine with canaries at a finished run's plan, and attacks public silos. Exit status 1 if it fails."""
+    from cluster.workflow import audit as audits
+    from configs.errors import SiloweaveError
+
+    document, directory = _with_run(load(config, override or []), lambda run: audits.audit(run, canaries), as_json)
+    typer.echo(json.dumps(document) if as_json else "\n".join(audits.summary(document)))
+    if document["verdict"] == "warn":
+        typer.echo("warning: a lower bound on epsilon exceeds the claim at 95% confidence; audit again", err=True)
+    if document["verdict"] == "fail":
+        raise SiloweaveError(
+            f"{directory / 'audit' / 'audit.json'}: a lower bound on epsilon exceeds the claim at 99.9% confidence: "
+            "the claim does not hold; release nothing, and look for what changed in the engine"
+        )
 
 
 def plan(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:

@@ -116,7 +116,8 @@ class Finding:
         correct: guesses that were right.
         epsilon: the claim that is audited.
         delta: of the claim and of the bound.
-        tried: scores tried on this claim; the confidence is corrected for all of them (Bonferroni).
+        share: share of the allowed error that was given to this score beforehand. Those of all scores tried on one
+            claim add up to 1 at most, and so the confidence holds for all of them together (weighted Bonferroni).
     """
 
     mode: str
@@ -125,11 +126,11 @@ class Finding:
     correct: int
     epsilon: float
     delta: float
-    tried: int
+    share: float
 
     def bound(self, confidence: float) -> float:
         """Lower bound on epsilon that holds for all scores tried, together, with this confidence."""
-        corrected = 1 - (1 - confidence) / self.tried
+        corrected = 1 - (1 - confidence) * self.share
         return epsilon_lower_bound(self.canaries, self.guesses, self.correct, self.delta, corrected)
 
     @property
@@ -159,7 +160,7 @@ def judge(
     *,
     epsilon: float,
     delta: float,
-    tried: int = 1,
+    share: float = 1.0,
 ) -> Finding:
     """Guesses that the canaries with the highest scores are in, and counts how often that is right.
 
@@ -170,7 +171,7 @@ def judge(
         guesses: how many to guess, fixed before the scores were seen.
         epsilon: the claim.
         delta: of the claim.
-        tried: how many scores and numbers of guesses are tried on this claim, this one included.
+        share: of the allowed error, where several scores or numbers of guesses are tried on one claim.
 
     Raises:
         SiloweaveError: the coins can't have been fair, or a score is not finite: the audit would mean nothing.
@@ -180,14 +181,16 @@ def judge(
         raise InputError(
             f"audit: scores {scores.shape} and coins {coins.shape} of {coins.dtype}; give one of each a canary"
         )
-    if not (0 < guesses <= len(coins) and tried >= 1):
-        raise InputError(f"audit: {guesses} guesses of {len(coins)} canaries, {tried} tried; give at least one of each")
+    if not (0 < guesses <= len(coins) and 0 < share <= 1):
+        raise InputError(
+            f"audit: {guesses} guesses of {len(coins)} canaries, share {share}; guess some, with 0 < share <= 1"
+        )
     if not np.isfinite(scores).all():
         raise SiloweaveError(f"audit: {mode}: a score is not finite, so training has diverged; nothing is shown")
     if binomtest(int(coins.sum()), len(coins)).pvalue < _UNFAIR:
         raise SiloweaveError(f"audit: {coins.sum()} of {len(coins)} canaries are in: those coins were not fair")
     guessed = np.argsort(-scores, kind="stable")[:guesses]
-    return Finding(mode, len(coins), guesses, int(coins[guessed].sum()), epsilon, delta, tried)
+    return Finding(mode, len(coins), guesses, int(coins[guessed].sum()), epsilon, delta, share)
 
 
 def overall(findings: Sequence[Finding]) -> Verdict:

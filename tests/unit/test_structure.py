@@ -81,6 +81,7 @@ def test_the_command_line_answers_without_heavy_imports(siloweave, tmp_path):
         "evaluate",
         "generate",
         "report",
+        "audit",
         "plan",
         "doctor",
         "decrypt",

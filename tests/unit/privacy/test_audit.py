@@ -110,8 +110,8 @@ def test_an_audit_that_would_mean_nothing_is_an_error():
         judge("all in", scores, np.ones(200, dtype=bool), 10, **claim)
     with pytest.raises(SiloweaveError, match="not finite"):
         judge("diverged", np.full(200, np.nan), coins, 10, **claim)
-    for wrong in ({"guesses": 0}, {"guesses": 201}, {"guesses": 10, "tried": 0}):
-        with pytest.raises(InputError, match="give at least one"):
+    for wrong in ({"guesses": 0}, {"guesses": 201}, {"guesses": 10, "share": 0.0}, {"guesses": 10, "share": 1.1}):
+        with pytest.raises(InputError, match="0 < share <= 1"):
             judge("counts", scores, coins, **wrong, **claim)
     with pytest.raises(InputError, match="one of each"):
         judge("shapes", scores[:5], coins, 10, **claim)
@@ -128,13 +128,13 @@ def test_scores_that_know_nothing_show_nothing_and_scores_that_know_all_show_muc
 
 
 def test_verdicts_and_the_correction_for_all_scores_tried():
-    def finding(correct, tried=1):
-        return Finding("score", 2000, 250, correct, epsilon=0.5, delta=0.0, tried=tried)
+    def finding(correct, share=1.0):
+        return Finding("score", 2000, 250, correct, epsilon=0.5, delta=0.0, share=share)
 
     assert [finding(correct).verdict for correct in (150, 172, 190)] == ["pass", "warn", "fail"]
-    assert finding(172, tried=20).verdict == "pass"
-    once, often = finding(190).bound(0.95), finding(190, tried=20).bound(0.95)
-    assert often == pytest.approx(epsilon_lower_bound(2000, 250, 190, 0.0, 1 - 0.05 / 20))
+    assert finding(172, share=0.05).verdict == "pass"
+    once, often = finding(190).bound(0.95), finding(190, share=0.05).bound(0.95)
+    assert often == pytest.approx(epsilon_lower_bound(2000, 250, 190, 0.0, 1 - 0.05 * 0.05))
     assert often < once
     assert overall([finding(150), finding(172)]) == "warn"
     assert overall([finding(172), finding(190), finding(150)]) == "fail"

@@ -1,0 +1,189 @@
+"""``siloweave audit``: what the engine shows of itself at the run's plan and at one where a run has power, and attacks.
+
+Everything about an audit is fixed and written down before it starts. Its training reads public text and made-up
+canaries only, so that it costs no budget; records of silos are read only where they are declared public.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.workflow.pipeline import Run
+from configs.artifacts import digest_json, require_manifest, write_atomic
+from configs.errors import InputError
+from configs.schema import RunConfig
+from federated.audit_training import AuditSettings, AuditTraining
+from federated.membership import infer_membership
+from federated.rounds import plan_request
+from privacy.audit import REFERENCE_PLAN, audited_bound, overall
+from privacy.plan import PlanRequest
+from trainer.data.sources import ReadCounts, read_rows
+from trainer.data.tokenizer import load_tokenizer
+from trainer.models import add_adapter, load_model
+from trainer.tasks import CausalTask
+
+AUDIT_VERSION = 1
+SMALLEST, LARGEST = 200, 10_000
+_EXAMPLE_CANARIES, _EXAMPLE_TOKENS, _BACKGROUND = 512, 16, 1000
+_LIBRARIES = ("siloweave", "torch", "opacus", "dp-accounting", "scipy")
+
+
+def audit(run: Run, canaries: int) -> dict[str, Any]:
+    """Audits the engine on a finished run's base model and settings. Returns what ``audit.json`` holds.
+
+    Args:
+        run: a run whose federation has finished.
+        canaries: gradient canaries of each audit.
+
+    Raises:
+        InputError: the run has not finished, or the number of canaries is out of range.
+    """
+    if not SMALLEST <= canaries <= LARGEST:
+        raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
+    model = require_manifest(run.model, "model", "export")
+    federations = _finished(run.directory)
+    directory = run.directory / "audit"
+    earlier = _set_aside(directory)
+    design = _design(run.config, canaries, model.content_digest)
+    write_atomic(directory / "design.json", json.dumps(design, indent=2).encode() + b"\n")
+    with run.stage("audit"):
+        claims = {
+            name: _audit_plan(run, name, PlanRequest(**claim["plan"]), design)
+            for name, claim in design["claims"].items()
+        }
+        membership = _membership(run, federations)
+    findings = {name: claim.pop("_findings") for name, claim in claims.items()}
+    document = {
+        "version": AUDIT_VERSION,
+        "name": run.config.run.name,
+        "date": datetime.now(tz=UTC).isoformat(timespec="seconds"),
+        "simulation_only": True,
+        "design_digest": digest_json(design),
+        "earlier_audits": earlier,
+        "verdict": overall([finding for found in findings.values() for finding in found]),
+        "audited_bound": audited_bound(findings["run"]),
+        "claims": claims,
+        "membership": membership,
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+    write_atomic(directory / "roc.svg", roc_plot(membership).encode())
+    write_atomic(directory / "audit.json", json.dumps(document, indent=2).encode() + b"\n")
+    return document
+
+
+def _finished(run_directory: Path) -> dict[str, Path]:
+    require_manifest(run_directory / "federated", "federated", "federate")
+    candidates = {name: run_directory / name for name in ("federated", "federated-no-dp")}
+    return {name: path for name, path in candidates.items() if (path / "manifest.json").exists()}
+
+
+def _set_aside(directory: Path) -> int:
+    """Keeps an earlier audit, finished or not: one that failed must not vanish because another one passed."""
+    if directory.exists():
+        directory.rename(directory.with_name(f"audit-until-{datetime.now(tz=UTC):%Y%m%d-%H%M%S-%f}"))
+    return len(list(directory.parent.glob("audit-until-*")))
+
+
+def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, Any]:
+    """Everything that is fixed before the first step: canaries, scores, guesses, claims."""
+    claims = {}
+    # The run's claim, looked at in every way; and the engine where one run can prove something, with all error on one.
+    for name, request, examples in (("run", plan_request(config), _EXAMPLE_CANARIES), ("reference", REFERENCE_PLAN, 0)):
+        settings = AuditSettings(
+            gradient_canaries=canaries,
+            example_canaries=examples,
+            example_tokens=min(_EXAMPLE_TOKENS, config.model.context_length - 2),
+            record_count=config.data.private.public_record_count if name == "run" else LARGEST,
+            learning_rate=config.federated.learning_rate,
+            micro_batch_size=config.federated.micro_batch_size,
+        )
+        scores = {mode: {"guesses": g, "share": share} for mode, (g, share) in settings.modes(request).items()}
+        claims[name] = {"plan": request.model_dump(), "settings": asdict(settings), "scores": scores}
+    return {"version": AUDIT_VERSION, "base_model": model_digest, "claims": claims}
+
+
+def _audit_plan(run: Run, name: str, request: PlanRequest, design: dict[str, Any]) -> dict[str, Any]:
+    torch.set_num_threads(run.config.cluster.threads_per_rank)
+    federated = run.config.federated
+    task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
+    rows = read_rows(run.config.data.public, [], ReadCounts())
+    training = AuditTraining(
+        request,
+        AuditSettings(**design["claims"][name]["settings"]),
+        add_adapter(load_model(run.model), federated.lora_rank, federated.lora_alpha, run.config.run.seed),
+        task,
+        [task.encode(row[run.config.data.public.text]) for row in islice(rows, _BACKGROUND)],
+        digest_json(design),
+    )
+    training.train(_counter(run, f"audit {name}", request.steps))
+    findings = training.findings()
+    shown = {
+        "epsilon": request.epsilon,
+        "delta": request.delta,
+        "plan_digest": request.digest,
+        "verdict": overall(findings),
+        "findings": [finding.as_dict() for finding in findings],
+    }
+    return {**shown, "_findings": findings, **({"exposure": training.exposure()} if len(findings) > 1 else {})}
+
+
+def _counter(run: Run, stage: str, steps: int) -> Callable[[], None]:
+    done = iter(range(1, steps + 1))
+    return lambda: run.log.emit(stage, "scored", done=next(done), of=steps)
+
+
+def _membership(run: Run, federations: dict[str, Path]) -> dict[str, Any]:
+    if not run.config.data.private.public:
+        return {"simulation_only": True, "not_available": "the silos' data are not declared public"}
+    return infer_membership(run.config, run.model, federations)
+
+
+def roc_plot(membership: dict[str, Any]) -> str:
+    """ROC of the attacks, both axes logarithmic, because what counts are few false positives (Carlini et al. 2022)."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    for name, attacks in membership.items():
+        for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
+            curve = figures["roc"]
+            label = f"{name}, {attack.replace('_', ' ')}: AUC {figures['auc']:.3f}"
+            axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label)
+    axes.plot([1e-4, 1], [1e-4, 1], color="#8d99ae", linestyle="--", label="guessing")
+    axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1), title="Membership inference (simulation only)")
+    axes.set(xlabel="false-positive rate", ylabel="true-positive rate")
+    axes.legend(frameon=False, fontsize=7)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def summary(document: dict[str, Any]) -> list[str]:
+    """An audit in lines for people."""
+    lines = []
+    for name, claim in document["claims"].items():
+        lines.append(f"{name} plan: epsilon {claim['epsilon']:.3g} (delta {claim['delta']:g}): {claim['verdict']}")
+        lines += [
+            f"  {found['mode']}: {found['correct']} of {found['guesses']} guesses right; epsilon is at least "
+            f"{found['epsilon_lower_bound']:.3g} ({found['confidence']:.0%} confidence)"
+            for found in claim["findings"]
+        ]
+    membership = document["membership"]
+    if "not_available" in membership:
+        lines.append(f"membership inference: not available ({membership['not_available']})")
+    for name, attacks in membership.items():
+        for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
+            rates = ", ".join(f"{rate:.2%} at {at}" for at, rate in figures["true_positive_rate_at"].items())
+            lines.append(f"{name}, {attack}: AUC {figures['auc']:.3f}; true positives {rates} (simulation_only)")
+    return lines
