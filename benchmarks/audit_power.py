@@ -1,0 +1,119 @@
+"""How often an audit passes a sound engine, and how often it catches a broken one. No peer: they ship no such audit.
+
+The engine is broken from outside, by patching: the product has no switch for it.
+
+python benchmarks/audit_power.py --runs 100 --json audit_power.json
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from privacy.audit import FAIL_CONFIDENCE, REFERENCE_PLAN, WARN_CONFIDENCE, fair_coins, judge, num_guesses
+from privacy.canaries import probe_alone
+from privacy.clipping import clipping
+from privacy.plan import PrivacyPlan
+from privacy.streams import SEED_BYTES, Streams
+
+LIBRARIES = ("siloweave", "torch", "opacus", "dp-accounting", "numpy", "scipy")
+
+
+@contextmanager
+def noise_divided_by(factor: float) -> Iterator[None]:
+    honest = PrivacyPlan.noise_std.fget
+    with mock.patch.object(PrivacyPlan, "noise_std", property(lambda plan: honest(plan) / factor)):
+        yield
+
+
+@contextmanager
+def clipping_off() -> Iterator[None]:
+    with mock.patch("privacy.engine.clipping", lambda model, max_grad_norm: clipping(model, 1e9)):
+        yield
+
+
+ENGINES = {
+    "correct": lambda: noise_divided_by(1),
+    "noise_divided_by_2": lambda: noise_divided_by(2),
+    "noise_divided_by_4": lambda: noise_divided_by(4),
+    "clipping_off": clipping_off,
+}
+
+
+def one_audit(canaries: int) -> dict[str, Any]:
+    began = time.perf_counter()
+    coins = fair_coins(canaries)
+    scores = probe_alone(REFERENCE_PLAN.bind(canaries), Streams(os.urandom(SEED_BYTES), "00" * 32), coins)
+    guesses = num_guesses(REFERENCE_PLAN, canaries)
+    claim = {"epsilon": REFERENCE_PLAN.epsilon, "delta": REFERENCE_PLAN.delta}
+    finding = judge("gradient_white_box", scores, coins, guesses, **claim)
+    return {
+        "verdict": finding.verdict,
+        "correct_guesses": finding.correct,
+        "bound_95": finding.bound(WARN_CONFIDENCE),
+        "bound_99_9": finding.bound(FAIL_CONFIDENCE),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def summary(audits: list[dict[str, Any]]) -> dict[str, Any]:
+    figures = {
+        name: {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
+        for name in audits[0]
+        if name != "verdict"
+        for values in [[audit[name] for audit in audits]]
+    }
+    counts = {verdict: sum(audit["verdict"] == verdict for audit in audits) for verdict in ("pass", "warn", "fail")}
+    return {"runs": len(audits), "verdicts": counts, "figures": figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--canaries", type=int, default=2000)
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    one_audit(arguments.canaries)  # the first one also loads libraries
+    audits: dict[str, list[dict[str, Any]]] = {name: [] for name in ENGINES}
+    for number in range(arguments.runs):
+        for name, broken in ENGINES.items():  # interleaved: the machine's other load falls on all of them
+            with broken():
+                audits[name].append(one_audit(arguments.canaries))
+        if (number + 1) % 10 == 0:
+            print(f"{number + 1}/{arguments.runs}", file=sys.stderr)
+    quarter = REFERENCE_PLAN.model_copy(update={"noise_multiplier": REFERENCE_PLAN.noise_multiplier / 4})
+    document = {
+        "date": datetime.now(tz=UTC).date().isoformat(),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
+        "versions": {name: version(name) for name in LIBRARIES},
+        "plan": REFERENCE_PLAN.model_dump(),
+        "canaries": arguments.canaries,
+        "guesses": num_guesses(REFERENCE_PLAN, arguments.canaries),
+        "epsilon_claimed": REFERENCE_PLAN.epsilon,
+        "epsilon_with_a_quarter_of_the_noise": quarter.epsilon,
+        "engines": {name: summary(found) for name, found in audits.items()},
+    }
+    arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    for name, found in document["engines"].items():
+        bound = found["figures"]["bound_99_9"]
+        print(
+            f"{name}: {found['verdicts']} of {found['runs']}; bound at 99.9%: {bound['median']:.3f} "
+            f"({bound['minimum']:.3f} to {bound['maximum']:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
