@@ -63,9 +63,14 @@ def _records(silos: Mapping[str, SiloConfig], task: CausalTask, limit: int) -> t
     for silo in silos.values():
         units = load_units(silo, load_or_create_secret(Path(silo.silo.state_dir) / "split.key"))
         count = min(limit, len(units.train), len(units.held_out))
-        members += [task.encode(text) for text in units.train[:count]]
-        others += [task.encode(text) for text in units.held_out[:count]]
+        members += [task.encode(text) for text in _spread(units.train, count)]
+        others += [task.encode(text) for text in _spread(units.held_out, count)]
     return members, others
+
+
+def _spread(units: Sequence[str], count: int) -> list[str]:
+    """From the whole length of the source: the first ones would be of one author or time, and tell by that."""
+    return [units[index] for index in np.linspace(0, len(units) - 1, count).round().astype(int)]
 
 
 def _attacks(

@@ -31,7 +31,8 @@ def membership_figures(members: Scores, others: Scores) -> dict[str, Any]:
             raise InputError(f"membership inference: {scores.size} scores of {name}, not all finite; nothing to show")
     statistic = mannwhitneyu(members, others).statistic
     false_rates, true_rates = roc(members, others)
-    kept = np.unique(np.linspace(0, len(false_rates) - 1, _ROC_POINTS).round().astype(int))
+    # Dense where false positives are few: that end of the curve is what matters.
+    kept = np.unique(np.geomspace(1, len(false_rates), _ROC_POINTS).round().astype(int)) - 1
     return {
         "members": members.size,
         "others": others.size,

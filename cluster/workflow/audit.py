@@ -32,7 +32,7 @@ from trainer.tasks import CausalTask
 
 AUDIT_VERSION = 1
 SMALLEST, LARGEST = 200, 10_000
-_EXAMPLE_CANARIES, _EXAMPLE_TOKENS, _BACKGROUND = 512, 16, 1000
+_EXAMPLE_CANARIES, _EXAMPLE_TOKENS, _BACKGROUND = 512, 16, 500
 _LIBRARIES = ("siloweave", "torch", "opacus", "dp-accounting", "scipy")
 
 

@@ -1,0 +1,66 @@
+"""`siloweave audit` as a user gives it, on data that is private, and with an engine that was broken."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+QUARTER_OF_THE_NOISE = """
+import sys
+import siloweave
+from privacy.plan import PrivacyPlan
+honest = PrivacyPlan.noise_std.fget
+PrivacyPlan.noise_std = property(lambda plan: honest(plan) / 4)
+sys.argv = ["siloweave", "audit", "-c", "runs/tiny/config.toml"]
+siloweave.main()
+"""
+
+
+def digests(directory):
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_an_audit_of_private_silos_and_of_a_broken_engine(tiny_run, siloweave, tmp_path):
+    root = tmp_path / "private"
+    shutil.copytree(tiny_run.root, root)
+    stored = root / "runs" / "tiny" / "config.toml"
+    text = stored.read_text()
+    assert "public = true" in text
+    stored.write_text(
+        text.replace("public = true", "public = false").replace("without_dp = true", "without_dp = false")
+    )
+    before = digests(root / "state")
+    done = siloweave("audit", "-c", "runs/tiny/config.toml", "--json", cwd=root)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    folder = root / "runs" / "tiny" / "audit"
+    assert document == json.loads((folder / "audit.json").read_text())
+    assert (document["verdict"], document["simulation_only"], document["earlier_audits"]) == ("pass", True, 0)
+    assert document["claims"]["reference"]["findings"][0]["guesses"] == 250
+    assert document["claims"]["run"]["epsilon"] > 7.5
+    assert 0 <= document["audited_bound"]["epsilon_lower_bound"] < document["claims"]["run"]["epsilon"]
+    assert document["membership"]["not_available"] == "the silos' data are not declared public"
+    assert (folder / "roc.svg").read_text().rstrip().endswith("</svg>")
+    assert digests(root / "state") == before, "an audit reads no private data, and so charges none"
+
+    broken = subprocess.run(
+        [sys.executable, "-c", QUARTER_OF_THE_NOISE], cwd=root, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert broken.returncode == 1
+    errors = [line for line in broken.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "99.9%" in errors[0]
+    assert "reference plan: epsilon 0.386 (delta 1e-05): fail" in broken.stdout
+    failed = json.loads((folder / "audit.json").read_text())
+    assert (failed["verdict"], failed["earlier_audits"]) == ("fail", 1)
+    assert json.loads((next(folder.parent.glob("audit-until-*")) / "audit.json").read_text()) == document
+
+
+def test_an_audit_needs_a_finished_run_and_a_sensible_number_of_canaries(siloweave, tiny_run, tmp_path):
+    nothing = siloweave("audit", "-c", "tiny", cwd=tmp_path)
+    assert nothing.returncode == 2
+    assert "run `siloweave export` first" in nothing.stderr
+    few = siloweave("audit", "-c", "tiny", "--canaries", "3", "--json", cwd=tmp_path)
+    assert few.returncode == 2
+    assert "--canaries is 3: give 200 to 10000" in json.loads(few.stdout)["error"]
