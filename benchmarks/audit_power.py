@@ -2,7 +2,9 @@
 
 The engine is broken from outside, by patching: the product has no switch for it.
 
-python benchmarks/audit_power.py --runs 100 --json audit_power.json
+Two settings: gradient canaries alone, and all ways of looking at a small model with gradient and example canaries.
+
+python benchmarks/audit_power.py --runs 100 --model-runs 10 --json audit_power.json
 """
 
 import argparse
@@ -11,10 +13,12 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,17 @@ from unittest import mock
 
 import torch
 
-from privacy.audit import FAIL_CONFIDENCE, REFERENCE_PLAN, WARN_CONFIDENCE, fair_coins, judge, num_guesses
+from configs.schema import ModelSettings, SourceSettings
+from federated.audit_training import AuditSettings, AuditTraining
+from privacy.audit import FAIL_CONFIDENCE, REFERENCE_PLAN, WARN_CONFIDENCE, Finding, fair_coins, judge, num_guesses
 from privacy.canaries import probe_alone
 from privacy.clipping import clipping
 from privacy.plan import PrivacyPlan
 from privacy.streams import SEED_BYTES, Streams
+from trainer.data.sources import ReadCounts, read_rows
+from trainer.data.tokenizer import train_tokenizer
+from trainer.models import add_adapter, new_model
+from trainer.tasks import CausalTask
 
 LIBRARIES = ("siloweave", "torch", "opacus", "dp-accounting", "numpy", "scipy")
 
@@ -59,13 +69,46 @@ def one_audit(canaries: int) -> dict[str, Any]:
     guesses = num_guesses(REFERENCE_PLAN, canaries)
     claim = {"epsilon": REFERENCE_PLAN.epsilon, "delta": REFERENCE_PLAN.delta}
     finding = judge("gradient_white_box", scores, coins, guesses, **claim)
+    return {**shown(finding), "seconds": time.perf_counter() - began}
+
+
+def shown(finding: Finding) -> dict[str, Any]:
     return {
         "verdict": finding.verdict,
         "correct_guesses": finding.correct,
         "bound_95": finding.bound(WARN_CONFIDENCE),
         "bound_99_9": finding.bound(FAIL_CONFIDENCE),
-        "seconds": time.perf_counter() - began,
     }
+
+
+@cache
+def public_text() -> tuple[Any, tuple[str, ...]]:
+    source = SourceSettings(source="embedded:python-docs")
+    texts = tuple(row["text"] for row in read_rows(source, [], ReadCounts()))[:500]
+    with tempfile.TemporaryDirectory() as folder:
+        return train_tokenizer(texts, 512, Path(folder)), texts
+
+
+def one_model_audit(canaries: int) -> dict[str, dict[str, Any]]:
+    """All ways of looking, in one run on an untrained Llama of 2 blocks, width 32, with LoRA of rank 4."""
+    began = time.perf_counter()
+    tokenizer, texts = public_text()
+    settings = ModelSettings(hidden_size=32, layers=2, heads=2, intermediate_size=64, context_length=64)
+    model, task = add_adapter(new_model(settings, 512, seed=0), 4, 8.0, seed=0), CausalTask(tokenizer, 64)
+    canary_settings = AuditSettings(
+        gradient_canaries=canaries,
+        example_canaries=512,
+        example_tokens=16,
+        record_count=canaries,
+        learning_rate=2e-2,
+        micro_batch_size=16,
+    )
+    background = [task.encode(text) for text in texts[:200]]
+    training = AuditTraining(REFERENCE_PLAN, canary_settings, model, task, background, "00" * 32)
+    training.train(lambda: None)
+    findings = training.findings()
+    seconds = time.perf_counter() - began
+    return {finding.mode: {**shown(finding), "seconds": seconds} for finding in findings}
 
 
 def summary(audits: list[dict[str, Any]]) -> dict[str, Any]:
@@ -82,6 +125,7 @@ def summary(audits: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
+    parser.add_argument("--model-runs", type=int, default=10)
     parser.add_argument("--canaries", type=int, default=2000)
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
@@ -94,6 +138,13 @@ def main() -> None:
                 audits[name].append(one_audit(arguments.canaries))
         if (number + 1) % 10 == 0:
             print(f"{number + 1}/{arguments.runs}", file=sys.stderr)
+    models: dict[str, list[dict[str, Any]]] = {}
+    for number in range(arguments.model_runs):
+        for name, broken in ENGINES.items():
+            with broken():
+                for mode, found in one_model_audit(arguments.canaries).items():
+                    models.setdefault(f"{name}, {mode}", []).append(found)
+        print(f"model {number + 1}/{arguments.model_runs}", file=sys.stderr)
     quarter = REFERENCE_PLAN.model_copy(update={"noise_multiplier": REFERENCE_PLAN.noise_multiplier / 4})
     document = {
         "date": datetime.now(tz=UTC).date().isoformat(),
@@ -104,13 +155,15 @@ def main() -> None:
         "guesses": num_guesses(REFERENCE_PLAN, arguments.canaries),
         "epsilon_claimed": REFERENCE_PLAN.epsilon,
         "epsilon_with_a_quarter_of_the_noise": quarter.epsilon,
-        "engines": {name: summary(found) for name, found in audits.items()},
+        "gradient_canaries_alone": {name: summary(found) for name, found in audits.items()},
+        "with_a_model": {name: summary(found) for name, found in models.items()},
     }
     arguments.json.write_text(json.dumps(document, indent=2) + "\n")
-    for name, found in document["engines"].items():
+    for name, found in {**document["gradient_canaries_alone"], **document["with_a_model"]}.items():
         bound = found["figures"]["bound_99_9"]
         print(
-            f"{name}: {found['verdicts']} of {found['runs']}; bound at 99.9%: {bound['median']:.3f} "
+            f"{name}: {found['verdicts']} of {found['runs']}; "
+            f"{found['figures']['correct_guesses']['median']:g} right; bound at 99.9%: {bound['median']:.3f} "
             f"({bound['minimum']:.3f} to {bound['maximum']:.3f})"
         )
 
