@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp
 
+from configs.errors import SiloweaveError
 from privacy.attacks import exposure
 from privacy.audit import Finding, fair_coins, judge, num_guesses
 from privacy.canaries import NO_CANARY, Probe, Released, gradient_scores
@@ -136,7 +137,13 @@ class AuditTraining:
         return losses_B
 
     def findings(self) -> list[Finding]:
-        """What each way of looking shows about the plan's claim."""
+        """What each way of looking shows about the plan's claim.
+
+        Raises:
+            SiloweaveError: the training diverged; a canary of a loss that isn't finite adds nothing, and hides.
+        """
+        if not np.isfinite(self.losses([self._stand_in])).all():
+            raise SiloweaveError("audit: its training diverged, and so it shows nothing; lower federated.learning_rate")
         scores = {GRADIENT: gradient_scores(self.plan, self.gradients, _PROBE)}
         if self.settings.example_canaries:
             scores |= {WHITE_BOX: self._white_box_scores(), BLACK_BOX: self._black_box_scores()}

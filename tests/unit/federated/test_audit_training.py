@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import PolicyRefusal
+from configs.errors import PolicyRefusal, SiloweaveError
 from federated.audit_training import BLACK_BOX, GRADIENT, WHITE_BOX, AuditSettings, AuditTraining, record_losses
 from federated.membership import infer_membership
 from privacy.audit import REFERENCE_PLAN, overall
@@ -99,6 +99,14 @@ def test_all_ways_of_looking_share_the_error_and_read_released_values_only(tiny_
     np.testing.assert_allclose(audit._white_box_scores(), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     shown = audit.exposure()
     assert 0 <= shown["bits_in"] <= shown["bits_in_largest"] <= np.log2(1025)
+
+
+def test_an_audit_that_diverged_is_an_error(tiny_model):
+    audit = training(tiny_model)
+    with torch.no_grad():
+        next(iter(trainable(audit.model).values())).fill_(torch.inf)
+    with pytest.raises(SiloweaveError, match="diverged"):
+        audit.findings()
 
 
 def test_losses_come_in_the_records_order(tiny_model):
