@@ -19,7 +19,7 @@ from configs.errors import SiloweaveError
 from privacy.attacks import exposure
 from privacy.audit import Finding, fair_coins, judge, num_guesses
 from privacy.canaries import NO_CANARY, Probe, Released, gradient_scores
-from privacy.engine import train_privately
+from privacy.engine import PrivateTraining
 from privacy.plan import PlanRequest
 from privacy.streams import SEED_BYTES, Streams
 from trainer.models import trainable
@@ -111,7 +111,7 @@ class AuditTraining:
             kept = parameters if self.settings.example_canaries else {_PROBE: parameters[_PROBE]}
             released = Released(optimizer, kept)
             optimizer.register_step_pre_hook(lambda *_: on_step())
-            train_privately(
+            PrivateTraining(
                 self.plan,
                 Streams(os.urandom(SEED_BYTES), self.design_digest),
                 self._whole,
@@ -120,7 +120,7 @@ class AuditTraining:
                 micro_batches=self._micro_batches,
                 unit_losses=self._losses,
                 synthetic=synthetic,
-            )
+            ).run()
             self.gradients += released.gradients
             self.weights += released.weights
 

@@ -12,7 +12,7 @@ import torch
 
 from configs.schema import ClippingMethod
 from federated.adapters import Arrays
-from privacy.engine import train_privately
+from privacy.engine import PrivateTraining
 from privacy.plan import PrivacyPlan
 from privacy.sampler import poisson_sample
 from privacy.streams import Streams
@@ -51,7 +51,7 @@ def private_update(
     """
     before = _load(model, adapter)
     optimizer = torch.optim.Adam(list(trainable(model).values()), lr=settings.learning_rate)
-    train_privately(
+    PrivateTraining(
         plan,
         streams,
         model,
@@ -61,7 +61,7 @@ def private_update(
         unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
         synthetic=_synthetic(task),
         method=settings.clipping,
-    )
+    ).run()
     return _difference(model, before)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from privacy.engine import train_privately
+from privacy.engine import PrivateTraining
 from privacy.plan import PrivacyPlan
 from privacy.streams import Streams
 
@@ -98,7 +98,7 @@ def probe_alone(plan: PrivacyPlan, streams: Streams, coins: npt.NDArray[np.bool_
     probe = Probe(len(coins), plan.request.max_grad_norm)
     optimizer = torch.optim.SGD(probe.parameters(), lr=1e-3)
     released = Released(optimizer, dict(probe.named_parameters()))
-    train_privately(
+    PrivateTraining(
         plan,
         streams,
         probe,
@@ -107,5 +107,5 @@ def probe_alone(plan: PrivacyPlan, streams: Streams, coins: npt.NDArray[np.bool_
         micro_batches=lambda batch: [batch] if batch else [],
         unit_losses=lambda batch: probe(torch.tensor(batch)),
         synthetic=[0, 1, 2],
-    )
+    ).run()
     return gradient_scores(plan, released.gradients, "layer.weight")

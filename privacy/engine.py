@@ -111,11 +111,6 @@ class PrivateTraining(Generic[Unit]):
                 value.copy_(state["weights"][name])
 
 
-def train_privately(*arguments: Any, **options: Any) -> None:
-    """All steps of one charge; see ``PrivateTraining``."""
-    PrivateTraining(*arguments, **options).run()
-
-
 @contextmanager
 def _seeded(streams: Streams, step: int) -> Iterator[None]:
     """Dropout, too, is drawn from the charge: a repeated request must not put the same noise on another sum."""
