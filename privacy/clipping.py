@@ -125,6 +125,8 @@ class Clipper:
             only[record] = 1.0
             together.add_to(found[-1], only)
         whole = torch.stack([gradient.norm() for gradients in alone for gradient in gradients.values()]).norm()
+        if not whole > 0:
+            raise InputError("clipping: the made-up units give no gradient, so nothing is proved; give others")
         for name in self._parameters:
             expected, given = (torch.stack([record[name] for record in records]) for records in (alone, found))
             # Beside the whole gradient, which is what is clipped: one that cancels to nothing is all rounding.

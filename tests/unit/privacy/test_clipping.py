@@ -410,6 +410,12 @@ def test_the_probe_refuses_what_would_break_the_guarantee(kind, method):
         clipper.probe(lambda batch: model(torch.stack(batch)), ROWS)
 
 
+def test_a_probe_that_shows_nothing_is_no_proof():
+    model = nn.Linear(4, 4)
+    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="no gradient"):
+        clipper.probe(lambda batch: 0.0 * model(torch.stack(batch)).sum(dim=1), ROWS)
+
+
 def test_a_broadcast_layer_is_refused_by_name():
     class Broadcast(nn.Module):
         def __init__(self):
