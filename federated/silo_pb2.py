@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x65\x64\x65rated/silo.proto\x12\x0csiloweave.v1\"\x18\n\x08\x45nvelope\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\"\xf9\x01\n\x07Request\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07silo_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12*\n\x08\x64\x65scribe\x18\n \x01(\x0b\x32\x16.siloweave.v1.DescribeH\x00\x12(\n\x07reserve\x18\x0b \x01(\x0b\x32\x15.siloweave.v1.ReserveH\x00\x12$\n\x05train\x18\x0c \x01(\x0b\x32\x13.siloweave.v1.TrainH\x00\x12$\n\x05\x63lose\x18\r \x01(\x0b\x32\x13.siloweave.v1.CloseH\x00\x42\x06\n\x04kind\"\n\n\x08\x44\x65scribe\"\x17\n\x07Reserve\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\xad\x01\n\x05Train\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x05 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0c\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\"*\n\x0b\x41\x64\x61pterSpec\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\"\x07\n\x05\x43lose\"\xc9\x02\n\x05Reply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07silo_id\x18\x02 \x01(\t\x12\x16\n\x0erequest_digest\x18\x03 \x01(\t\x12,\n\tdescribed\x18\n \x01(\x0b\x32\x17.siloweave.v1.DescribedH\x00\x12*\n\x08reserved\x18\x0b \x01(\x0b\x32\x16.siloweave.v1.ReservedH\x00\x12(\n\x07trained\x18\x0c \x01(\x0b\x32\x15.siloweave.v1.TrainedH\x00\x12&\n\x06\x63losed\x18\r \x01(\x0b\x32\x14.siloweave.v1.ClosedH\x00\x12(\n\x07refusal\x18\x0e \x01(\x0b\x32\x15.siloweave.v1.RefusalH\x00\x12(\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x15.siloweave.v1.FailureH\x00\x42\x06\n\x04kind\"P\n\tDescribed\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x1b\n\x13public_record_count\x18\x03 \x01(\x04\"2\n\x08Reserved\x12&\n\x07receipt\x18\x01 \x01(\x0b\x32\x15.siloweave.v1.Receipt\"A\n\x07Trained\x12&\n\x07receipt\x18\x01 \x01(\x0b\x32\x15.siloweave.v1.Receipt\x12\x0e\n\x06update\x18\x02 \x01(\x0c\"0\n\x06\x43losed\x12&\n\x07receipt\x18\x01 \x01(\x0b\x32\x15.siloweave.v1.Receipt\"H\n\x07Refusal\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05\x61sked\x18\x02 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\"k\n\x07Receipt\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\t\x12\x18\n\x10\x65psilon_reserved\x18\x03 \x01(\x01\x12\x14\n\x0c\x65psilon_left\x18\x04 \x01(\x01\x12\x12\n\ndelta_left\x18\x05 \x01(\x01\x32@\n\x04Silo\x12\x38\n\x06Handle\x12\x16.siloweave.v1.Envelope\x1a\x16.siloweave.v1.Envelopeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x65\x64\x65rated/silo.proto\x12\x0csiloweave.v1\")\n\x08\x45nvelope\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x0f\n\x07receipt\x18\x02 \x01(\x0c\"\xf9\x01\n\x07Request\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07silo_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12*\n\x08\x64\x65scribe\x18\n \x01(\x0b\x32\x16.siloweave.v1.DescribeH\x00\x12(\n\x07reserve\x18\x0b \x01(\x0b\x32\x15.siloweave.v1.ReserveH\x00\x12$\n\x05train\x18\x0c \x01(\x0b\x32\x13.siloweave.v1.TrainH\x00\x12$\n\x05\x63lose\x18\r \x01(\x0b\x32\x13.siloweave.v1.CloseH\x00\x42\x06\n\x04kind\"\n\n\x08\x44\x65scribe\"\x17\n\x07Reserve\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\xad\x01\n\x05Train\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x05 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0c\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\"*\n\x0b\x41\x64\x61pterSpec\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\"\x07\n\x05\x43lose\"\xc9\x02\n\x05Reply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07silo_id\x18\x02 \x01(\t\x12\x16\n\x0erequest_digest\x18\x03 \x01(\t\x12,\n\tdescribed\x18\n \x01(\x0b\x32\x17.siloweave.v1.DescribedH\x00\x12*\n\x08reserved\x18\x0b \x01(\x0b\x32\x16.siloweave.v1.ReservedH\x00\x12(\n\x07trained\x18\x0c \x01(\x0b\x32\x15.siloweave.v1.TrainedH\x00\x12&\n\x06\x63losed\x18\r \x01(\x0b\x32\x14.siloweave.v1.ClosedH\x00\x12(\n\x07refusal\x18\x0e \x01(\x0b\x32\x15.siloweave.v1.RefusalH\x00\x12(\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x15.siloweave.v1.FailureH\x00\x42\x06\n\x04kind\"P\n\tDescribed\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x1b\n\x13public_record_count\x18\x03 \x01(\x04\"\x1b\n\x08Reserved\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"*\n\x07Trained\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x0e\n\x06update\x18\x02 \x01(\x0c\",\n\x06\x43losed\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tstatement\x18\x02 \x01(\x0c\"H\n\x07Refusal\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05\x61sked\x18\x02 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t2@\n\x04Silo\x12\x38\n\x06Handle\x12\x16.siloweave.v1.Envelope\x1a\x16.siloweave.v1.Envelopeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,35 +32,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'federated.silo_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENVELOPE']._serialized_start=38
-  _globals['_ENVELOPE']._serialized_end=62
-  _globals['_REQUEST']._serialized_start=65
-  _globals['_REQUEST']._serialized_end=314
-  _globals['_DESCRIBE']._serialized_start=316
-  _globals['_DESCRIBE']._serialized_end=326
-  _globals['_RESERVE']._serialized_start=328
-  _globals['_RESERVE']._serialized_end=351
-  _globals['_TRAIN']._serialized_start=354
-  _globals['_TRAIN']._serialized_end=527
-  _globals['_ADAPTERSPEC']._serialized_start=529
-  _globals['_ADAPTERSPEC']._serialized_end=571
-  _globals['_CLOSE']._serialized_start=573
-  _globals['_CLOSE']._serialized_end=580
-  _globals['_REPLY']._serialized_start=583
-  _globals['_REPLY']._serialized_end=912
-  _globals['_DESCRIBED']._serialized_start=914
-  _globals['_DESCRIBED']._serialized_end=994
-  _globals['_RESERVED']._serialized_start=996
-  _globals['_RESERVED']._serialized_end=1046
-  _globals['_TRAINED']._serialized_start=1048
-  _globals['_TRAINED']._serialized_end=1113
-  _globals['_CLOSED']._serialized_start=1115
-  _globals['_CLOSED']._serialized_end=1163
-  _globals['_REFUSAL']._serialized_start=1165
-  _globals['_REFUSAL']._serialized_end=1237
-  _globals['_FAILURE']._serialized_start=1239
-  _globals['_FAILURE']._serialized_end=1262
-  _globals['_RECEIPT']._serialized_start=1264
-  _globals['_RECEIPT']._serialized_end=1371
-  _globals['_SILO']._serialized_start=1373
-  _globals['_SILO']._serialized_end=1437
+  _globals['_ENVELOPE']._serialized_end=79
+  _globals['_REQUEST']._serialized_start=82
+  _globals['_REQUEST']._serialized_end=331
+  _globals['_DESCRIBE']._serialized_start=333
+  _globals['_DESCRIBE']._serialized_end=343
+  _globals['_RESERVE']._serialized_start=345
+  _globals['_RESERVE']._serialized_end=368
+  _globals['_TRAIN']._serialized_start=371
+  _globals['_TRAIN']._serialized_end=544
+  _globals['_ADAPTERSPEC']._serialized_start=546
+  _globals['_ADAPTERSPEC']._serialized_end=588
+  _globals['_CLOSE']._serialized_start=590
+  _globals['_CLOSE']._serialized_end=597
+  _globals['_REPLY']._serialized_start=600
+  _globals['_REPLY']._serialized_end=929
+  _globals['_DESCRIBED']._serialized_start=931
+  _globals['_DESCRIBED']._serialized_end=1011
+  _globals['_RESERVED']._serialized_start=1013
+  _globals['_RESERVED']._serialized_end=1040
+  _globals['_TRAINED']._serialized_start=1042
+  _globals['_TRAINED']._serialized_end=1084
+  _globals['_CLOSED']._serialized_start=1086
+  _globals['_CLOSED']._serialized_end=1130
+  _globals['_REFUSAL']._serialized_start=1132
+  _globals['_REFUSAL']._serialized_end=1204
+  _globals['_FAILURE']._serialized_start=1206
+  _globals['_FAILURE']._serialized_end=1229
+  _globals['_SILO']._serialized_start=1231
+  _globals['_SILO']._serialized_end=1295
 # @@protoc_insertion_point(module_scope)

@@ -1,19 +1,20 @@
-from collections.abc import Mapping as _Mapping
-from typing import ClassVar as _ClassVar
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Envelope(_message.Message):
-    __slots__ = ("body",)
+    __slots__ = ("body", "receipt")
     BODY_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
     body: bytes
-    def __init__(self, body: bytes | None = ...) -> None: ...
+    receipt: bytes
+    def __init__(self, body: _Optional[bytes] = ..., receipt: _Optional[bytes] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("close", "describe", "request_id", "reserve", "run_id", "silo_id", "train", "version")
+    __slots__ = ("version", "run_id", "silo_id", "request_id", "describe", "reserve", "train", "close")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
@@ -30,17 +31,7 @@ class Request(_message.Message):
     reserve: Reserve
     train: Train
     close: Close
-    def __init__(
-        self,
-        version: int | None = ...,
-        run_id: str | None = ...,
-        silo_id: str | None = ...,
-        request_id: str | None = ...,
-        describe: Describe | _Mapping | None = ...,
-        reserve: Reserve | _Mapping | None = ...,
-        train: Train | _Mapping | None = ...,
-        close: Close | _Mapping | None = ...,
-    ) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
 
 class Describe(_message.Message):
     __slots__ = ()
@@ -50,10 +41,10 @@ class Reserve(_message.Message):
     __slots__ = ("plan",)
     PLAN_FIELD_NUMBER: _ClassVar[int]
     plan: str
-    def __init__(self, plan: str | None = ...) -> None: ...
+    def __init__(self, plan: _Optional[str] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("adapter", "adapter_spec", "base_model_digest", "learning_rate", "plan_digest", "round", "task")
+    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -68,41 +59,22 @@ class Train(_message.Message):
     adapter_spec: AdapterSpec
     adapter: bytes
     learning_rate: float
-    def __init__(
-        self,
-        round: int | None = ...,
-        plan_digest: str | None = ...,
-        base_model_digest: str | None = ...,
-        task: str | None = ...,
-        adapter_spec: AdapterSpec | _Mapping | None = ...,
-        adapter: bytes | None = ...,
-        learning_rate: float | None = ...,
-    ) -> None: ...
+    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
-    __slots__ = ("alpha", "rank")
+    __slots__ = ("rank", "alpha")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     rank: int
     alpha: float
-    def __init__(self, rank: int | None = ..., alpha: float | None = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = (
-        "closed",
-        "described",
-        "failure",
-        "refusal",
-        "request_digest",
-        "reserved",
-        "silo_id",
-        "trained",
-        "version",
-    )
+    __slots__ = ("version", "silo_id", "request_digest", "described", "reserved", "trained", "closed", "refusal", "failure")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -121,18 +93,7 @@ class Reply(_message.Message):
     closed: Closed
     refusal: Refusal
     failure: Failure
-    def __init__(
-        self,
-        version: int | None = ...,
-        silo_id: str | None = ...,
-        request_digest: str | None = ...,
-        described: Described | _Mapping | None = ...,
-        reserved: Reserved | _Mapping | None = ...,
-        trained: Trained | _Mapping | None = ...,
-        closed: Closed | _Mapping | None = ...,
-        refusal: Refusal | _Mapping | None = ...,
-        failure: Failure | _Mapping | None = ...,
-    ) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., silo_id: _Optional[str] = ..., request_digest: _Optional[str] = ..., described: _Optional[_Union[Described, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Described(_message.Message):
     __slots__ = ("dataset_id", "public_key", "public_record_count")
@@ -142,35 +103,32 @@ class Described(_message.Message):
     dataset_id: str
     public_key: str
     public_record_count: int
-    def __init__(
-        self,
-        dataset_id: str | None = ...,
-        public_key: str | None = ...,
-        public_record_count: int | None = ...,
-    ) -> None: ...
+    def __init__(self, dataset_id: _Optional[str] = ..., public_key: _Optional[str] = ..., public_record_count: _Optional[int] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("receipt",)
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
-    receipt: Receipt
-    def __init__(self, receipt: Receipt | _Mapping | None = ...) -> None: ...
+    receipt: bytes
+    def __init__(self, receipt: _Optional[bytes] = ...) -> None: ...
 
 class Trained(_message.Message):
     __slots__ = ("receipt", "update")
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     UPDATE_FIELD_NUMBER: _ClassVar[int]
-    receipt: Receipt
+    receipt: bytes
     update: bytes
-    def __init__(self, receipt: Receipt | _Mapping | None = ..., update: bytes | None = ...) -> None: ...
+    def __init__(self, receipt: _Optional[bytes] = ..., update: _Optional[bytes] = ...) -> None: ...
 
 class Closed(_message.Message):
-    __slots__ = ("receipt",)
+    __slots__ = ("receipt", "statement")
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
-    receipt: Receipt
-    def __init__(self, receipt: Receipt | _Mapping | None = ...) -> None: ...
+    STATEMENT_FIELD_NUMBER: _ClassVar[int]
+    receipt: bytes
+    statement: bytes
+    def __init__(self, receipt: _Optional[bytes] = ..., statement: _Optional[bytes] = ...) -> None: ...
 
 class Refusal(_message.Message):
-    __slots__ = ("allowed", "asked", "message", "rule")
+    __slots__ = ("rule", "asked", "allowed", "message")
     RULE_FIELD_NUMBER: _ClassVar[int]
     ASKED_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_FIELD_NUMBER: _ClassVar[int]
@@ -179,37 +137,10 @@ class Refusal(_message.Message):
     asked: str
     allowed: str
     message: str
-    def __init__(
-        self,
-        rule: str | None = ...,
-        asked: str | None = ...,
-        allowed: str | None = ...,
-        message: str | None = ...,
-    ) -> None: ...
+    def __init__(self, rule: _Optional[str] = ..., asked: _Optional[str] = ..., allowed: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code",)
     CODE_FIELD_NUMBER: _ClassVar[int]
     code: str
-    def __init__(self, code: str | None = ...) -> None: ...
-
-class Receipt(_message.Message):
-    __slots__ = ("delta_left", "epsilon_left", "epsilon_reserved", "head", "number")
-    NUMBER_FIELD_NUMBER: _ClassVar[int]
-    HEAD_FIELD_NUMBER: _ClassVar[int]
-    EPSILON_RESERVED_FIELD_NUMBER: _ClassVar[int]
-    EPSILON_LEFT_FIELD_NUMBER: _ClassVar[int]
-    DELTA_LEFT_FIELD_NUMBER: _ClassVar[int]
-    number: int
-    head: str
-    epsilon_reserved: float
-    epsilon_left: float
-    delta_left: float
-    def __init__(
-        self,
-        number: int | None = ...,
-        head: str | None = ...,
-        epsilon_reserved: float | None = ...,
-        epsilon_left: float | None = ...,
-        delta_left: float | None = ...,
-    ) -> None: ...
+    def __init__(self, code: _Optional[str] = ...) -> None: ...

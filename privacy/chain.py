@@ -8,8 +8,11 @@ from typing import Any
 from configs.artifacts import digest_bytes
 from configs.errors import InputError
 from privacy.signing import signature_holds
+from privacy.statements import Spend
 
 GENESIS = "0" * 64
+Entry = dict[str, Any]
+SPENDING = ("reserve", "reconcile")  # kinds of entries that carry epsilon and delta which were spent
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Budget:
     delta: float
 
 
-def read_entries(connection: sqlite3.Connection) -> list[dict[str, Any]]:
+def read_entries(connection: sqlite3.Connection) -> list[Entry]:
     """All entries of an open ledger file, oldest first."""
     rows = connection.execute("SELECT number, body, previous, hash, signature FROM entries ORDER BY number").fetchall()
     return [dict(zip(("number", "body", "previous", "hash", "signature"), row, strict=True)) for row in rows]
@@ -48,16 +51,52 @@ def policy_budget(bodies: list[dict[str, Any]]) -> Budget:
 
 
 def left(bodies: list[dict[str, Any]]) -> Budget:
-    """The policy's budget less all reservations, which add in epsilon and in delta."""
-    policy = policy_budget(bodies)
-    reservations = [body for body in bodies if body["kind"] == "reserve"]
+    """The policy's budget less all that was spent, which adds in epsilon and in delta."""
+    policy, spending = policy_budget(bodies), [body for body in bodies if body["kind"] in SPENDING]
     return Budget(
-        policy.epsilon - sum(body["epsilon"] for body in reservations),
-        policy.delta - sum(body["delta"] for body in reservations),
+        policy.epsilon - sum(body["epsilon"] for body in spending),
+        policy.delta - sum(body["delta"] for body in spending),
     )
 
 
-def verify_entries(entries: list[dict[str, Any]], origin: str, public_key: str | None = None) -> list[dict[str, Any]]:
+def spent_since(bodies: list[dict[str, Any]], since: float) -> float:
+    """Epsilon of what was spent at or after a time, in seconds since 1970, by the entries' own signed times.
+
+    Times of a chain never go back: an entry written under a clock that was set back counts as late as the one before it.
+    """
+    latest, total = 0.0, 0.0
+    for body in bodies:
+        latest = max(latest, body["time"])
+        if body["kind"] in SPENDING and latest >= since:
+            total += body["epsilon"]
+    return total
+
+
+def spends(entries: list[Entry]) -> tuple[Spend, ...]:
+    """Every spend under its own name: the reservations, and the lost ones that reconciliations took in again."""
+    found: list[Spend] = []
+    for entry in entries:
+        body = json.loads(entry["body"])
+        if body["kind"] == "reserve":
+            found.append(Spend(entry=entry["hash"], epsilon=body["epsilon"], delta=body["delta"]))
+        elif body["kind"] == "reconcile":
+            found.extend(Spend(**spend) for spend in body["spends"])
+    return tuple(found)
+
+
+def epoch(entries: list[Entry]) -> int:
+    """How often the ledger has been reconciled, counting what receipts of lost branches tell."""
+    bodies = (json.loads(entry["body"]) for entry in entries)
+    return max((body["epoch"] for body in bodies if body["kind"] == "reconcile"), default=0)
+
+
+def open_runs(bodies: list[dict[str, Any]]) -> list[str]:
+    """Runs that have reserved and are not closed, oldest first."""
+    closed = {body["run"] for body in bodies if body["kind"] == "close"}
+    return [body["run"] for body in bodies if body["kind"] == "reserve" and body["run"] not in closed]
+
+
+def verify_entries(entries: list[Entry], origin: str, public_key: str | None = None) -> list[dict[str, Any]]:
     """Replays numbers, chain and signatures.
 
     Args:
@@ -71,15 +110,16 @@ def verify_entries(entries: list[dict[str, Any]], origin: str, public_key: str |
     Raises:
         InputError: the first entry that doesn't hold.
     """
-    previous, bodies = GENESIS, []
+    previous, bodies = GENESIS, list[dict[str, Any]]()
+    key = public_key
     for position, entry in enumerate(entries, 1):
-        body = json.loads(entry["body"])
-        key = public_key or json.loads(entries[0]["body"]).get("public_key", "")
+        body = _body(entry)
+        key = key or str(body.get("public_key", ""))
         sound = (
-            entry["number"] == body["number"] == position
-            and entry["previous"] == previous
-            and entry["hash"] == entry_hash(previous, entry["body"])
-            and signature_holds(key, entry["hash"].encode(), entry["signature"])
+            entry.get("number") == body.get("number") == position
+            and entry.get("previous") == previous
+            and entry.get("hash") == entry_hash(previous, entry["body"])
+            and signature_holds(key, entry["hash"].encode(), str(entry.get("signature")))
         )
         if not sound:
             raise InputError(
@@ -89,3 +129,12 @@ def verify_entries(entries: list[dict[str, Any]], origin: str, public_key: str |
         previous = entry["hash"]
         bodies.append(body)
     return bodies
+
+
+def _body(entry: Entry) -> dict[str, Any]:
+    """An entry's body; an empty one, which holds nowhere, where it was damaged beyond reading."""
+    try:
+        body = json.loads(entry["body"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}

@@ -9,36 +9,22 @@ and erases the seed, in one transaction; only then may the reply's first byte be
 repeats the same noise over the same value, or sends the same reply; it never spends twice and never loses a spend.
 """
 
-import json
 import os
-import sqlite3
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.artifacts import canonical_json, digest_bytes
-from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from privacy.chain import GENESIS, Budget, entry_hash, find, left, policy_budget, read_entries, verify_entries
-from privacy.ledger_file import LEDGER_FILE, connect, explain
+from configs.artifacts import digest_bytes
+from configs.errors import InputError, PolicyRefusal
+from privacy.chain import Budget, find, left, spent_since, verify_entries
+from privacy.journal import RECONCILE, Journal, default_anchor_dir
 from privacy.plan import PrivacyPlan
-from privacy.signing import Signer
+from privacy.statements import Receipt, RunStatement
 from privacy.streams import SEED_BYTES
 
 SeedSource = Callable[[str], bytes]
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What a silo shows for an entry: its place in the chain and what is left. Public."""
-
-    number: int
-    head: str
-    epsilon_reserved: float
-    epsilon_left: float
-    delta_left: float
+DAY_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -53,9 +39,10 @@ class Charge:
 class Ledger:
     """One silo's ledger. Open it with ``Ledger.open``."""
 
-    def __init__(self, path: Path, signer: Signer, seed_source: SeedSource) -> None:
-        self.path, self._signer, self._seed_source = path, signer, seed_source
-        self._db = connect(path)
+    def __init__(self, journal: Journal, seed_source: SeedSource | None) -> None:
+        self.journal, self.path = journal, journal.path
+        self._seed_source = seed_source or _operating_system_seed
+        self._seed_origin = "injected" if seed_source else "operating system"
 
     @classmethod
     def open(
@@ -65,6 +52,7 @@ class Ledger:
         dataset_id: str,
         budget: Budget,
         seed_source: SeedSource | None = None,
+        anchor_dir: Path | None = None,
     ) -> "Ledger":
         """Opens, or starts, the ledger of a dataset; a changed policy is recorded as an entry.
 
@@ -74,110 +62,75 @@ class Ledger:
             dataset_id: the steward's name for the dataset.
             budget: the policy in force.
             seed_source: gives the seed of a charge from its request's digest; None draws from the operating system.
+            anchor_dir: folder of the anchor; None is ``<state_dir>.anchor``.
 
         Raises:
-            InputError: the file belongs to another dataset or silo, is damaged, or is of a newer version.
+            InputError: the file belongs to another dataset or silo, is damaged, is of a newer version, or may be an old
+                one that was put back.
         """
-        state_dir.mkdir(parents=True, exist_ok=True)
-        state_dir.chmod(0o700)
-        path, key = state_dir / LEDGER_FILE, state_dir / "silo.key"
-        if path.exists() and not key.exists():
-            raise InputError(f"{key}: the key that signed {path} is missing; put its backup back")
-        ledger = cls(path, Signer(key), seed_source or _operating_system_seed)
-        with ledger._transaction():
-            # Verified before anything is added: an entry under a wrong key would spoil a sound ledger.
-            verify_entries(ledger.entries(), str(path), ledger.public_key)
-            ledger._bind(silo_id, dataset_id, budget)
-        ledger._scrub()  # a kill may have come between a release and its scrubbing
-        return ledger
-
-    def _bind(self, silo_id: str, dataset_id: str, budget: Budget) -> None:
-        opening = next((entry for entry in self._bodies() if entry["kind"] == "open"), None)
-        if opening is None:
-            key = self._signer.public_key
-            self._append("open", silo=silo_id, dataset=dataset_id, public_key=key, **asdict(budget))
-        elif (opening["silo"], opening["dataset"]) != (silo_id, dataset_id):
-            raise InputError(
-                f"{self.path}: the ledger of silo {opening['silo']!r} and dataset {opening['dataset']!r}, not of "
-                f"{silo_id!r} and {dataset_id!r}; give each dataset a state_dir of its own"
-            )
-        elif policy_budget(self._bodies()) != budget:
-            self._append("policy", **asdict(budget))
+        journal = Journal(state_dir, anchor_dir or default_anchor_dir(state_dir), silo_id, dataset_id)
+        try:
+            with journal.locked():
+                # Verified before anything is added: an entry under a wrong key would spoil a sound ledger.
+                verify_entries(journal.entries(), str(journal.path), journal.signer.public_key)
+                journal.check_owner()
+                _refuse_old(journal)
+                journal.bind(budget)
+            journal.move_anchor()
+            journal.scrub()  # a kill may have come between a release and its scrubbing
+        except BaseException:
+            journal.db.close()
+            raise
+        return cls(journal, seed_source)
 
     @property
     def public_key(self) -> str:
         """The key that verifies the entries' signatures."""
-        return self._signer.public_key
+        return self.journal.signer.public_key
 
     def close_file(self) -> None:
         """Closes the database."""
-        self._db.close()
-
-    # Entries
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """One atomic step, alone among all processes; a write that fails leaves nothing behind."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-        except sqlite3.DatabaseError as error:
-            raise explain(self.path, error) from error
-
-    def _append(self, kind: str, **values: Any) -> int:
-        last = self._db.execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1").fetchone()
-        number, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
-        body = canonical_json({"kind": kind, "number": number, "time": round(time.time(), 3), **values}).decode()
-        digest = entry_hash(previous, body)
-        row = (number, body, previous, digest, self._signer.sign(digest.encode()))
-        self._db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", row)
-        return number
+        self.journal.db.close()
 
     def entries(self) -> list[dict[str, Any]]:
         """All entries, oldest first: {"number", "body", "previous", "hash", "signature"}."""
-        return read_entries(self._db)
+        return self.journal.entries()
 
-    def _bodies(self) -> list[dict[str, Any]]:
-        return [json.loads(row[0]) for row in self._db.execute("SELECT body FROM entries ORDER BY number")]
+    def accept(self, receipt: Receipt | None) -> None:
+        """Looks at the receipt that a coordinator holds, before anything of its request is done: ``Journal.accept``."""
+        self.journal.accept(receipt)
 
     def left(self) -> Budget:
         """What no run has reserved yet."""
-        return left(self._bodies())
+        return left(self.journal.bodies())
 
     def receipt(self, run_id: str) -> Receipt:
         """The present head, with what a run has reserved and what is left."""
-        bodies = self._bodies()
-        remaining = left(bodies)
-        reservation = find(bodies, "reserve", run=run_id)
-        number, head = self._db.execute("SELECT number, hash FROM entries ORDER BY number DESC LIMIT 1").fetchone()
-        reserved = reservation["epsilon"] if reservation else 0.0
-        return Receipt(number, head, reserved, remaining.epsilon, remaining.delta)
-
-    # A run
+        return self.journal.receipt(run_id)
 
     def reservation(self, run_id: str) -> dict[str, Any] | None:
         """The entry with which a run reserved its schedule."""
-        return find(self._bodies(), "reserve", run=run_id)
+        return find(self.journal.bodies(), "reserve", run=run_id)
 
-    def reserve(self, run_id: str, plan: PrivacyPlan) -> Receipt:
+    def reserve(self, run_id: str, plan: PrivacyPlan, epsilon_per_day: float | None = None) -> Receipt:
         """Commits a run's whole schedule. The same run and plan again change nothing.
 
+        Args:
+            run_id: the run.
+            plan: what it may ask for.
+            epsilon_per_day: most epsilon of all reservations of 24 hours, by the ledger's own signed times; None: no limit.
+
         Raises:
-            PolicyRefusal: the run reserved another plan before, or more is asked for than is left.
+            PolicyRefusal: the run reserved another plan before, or more is asked for than is left, or for today.
         """
         request = plan.request
-        with self._transaction():
-            bodies = self._bodies()
+        with self.journal.transaction():
+            bodies = self.journal.bodies()
             before = find(bodies, "reserve", run=run_id)
             if before is None:
                 _check_left(left(bodies), request.epsilon, request.delta)
-                self._append(
+                self._check_day(bodies, request.epsilon, epsilon_per_day)
+                self.journal.append(
                     "reserve",
                     run=run_id,
                     plan=request.model_dump(),
@@ -192,6 +145,20 @@ class Ledger:
                 )
         return self.receipt(run_id)
 
+    def _check_day(self, bodies: list[dict[str, Any]], epsilon: float, limit: float | None) -> None:
+        if limit is None:
+            return
+        now = self.journal.now(max(body["time"] for body in bodies))
+        remaining = limit - spent_since(bodies, now - DAY_S)
+        if epsilon > remaining * (1 + 1e-12):
+            raise _refusal(
+                "max_epsilon_per_day",
+                f"{epsilon:.6g}",
+                f"{max(remaining, 0):.6g}",
+                f"the run needs epsilon {epsilon:.4g} and {max(remaining, 0):.4g} of {limit:g} is left for these 24 hours; "
+                "wait, or lower privacy.epsilon",
+            )
+
     def charge(self, run_id: str, request_id: str, request_digest: str, round_number: int) -> Charge:
         """Charges one round of a reserved run and draws its seed; the same request again gets the same seed or reply.
 
@@ -204,8 +171,8 @@ class Ledger:
         Raises:
             PolicyRefusal: no reservation, closed, used id or round with another content, or no such round in the plan.
         """
-        with self._transaction():
-            bodies = self._bodies()
+        with self.journal.transaction():
+            bodies = self.journal.bodies()
             before = find(bodies, "charge", run=run_id, request=request_id)
             if before is not None:
                 if before["digest"] != request_digest:
@@ -214,9 +181,16 @@ class Ledger:
                     )
                 return self._stored(before["number"], run_id, bodies)
             self._check_round(bodies, run_id, round_number)
-            number = self._append("charge", run=run_id, request=request_id, digest=request_digest, round=round_number)
+            number = self.journal.append(
+                "charge",
+                run=run_id,
+                request=request_id,
+                digest=request_digest,
+                round=round_number,
+                seed_source=self._seed_origin,
+            )
             seed = self._seed_source(request_digest)
-            self._db.execute("INSERT INTO seeds VALUES (?, ?)", (number, seed))
+            self.journal.db.execute("INSERT INTO seeds VALUES (?, ?)", (number, seed))
         return Charge(number, seed, None)
 
     def _check_round(self, bodies: list[dict[str, Any]], run_id: str, round_number: int) -> None:
@@ -232,12 +206,14 @@ class Ledger:
             raise _refusal("schedule", str(round_number), "a new round", f"round {round_number} of {run_id} is charged")
 
     def _stored(self, number: int, run_id: str, bodies: list[dict[str, Any]]) -> Charge:
-        reply = self._db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
+        reply = self.journal.db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
         if reply is not None:
             return Charge(number, None, reply[0])
-        seed = self._db.execute("SELECT seed FROM seeds WHERE charge = ?", (number,)).fetchone()
-        if seed is None or find(bodies, "close", run=run_id) is not None:
+        seed = self.journal.db.execute("SELECT seed FROM seeds WHERE charge = ?", (number,)).fetchone()
+        if find(bodies, "close", run=run_id) is not None:
             raise _refusal("closed", run_id, "an open run", f"run {run_id} is closed and its replies are deleted")
+        if seed is None:  # a backup, which holds no seeds, was put back
+            raise _refusal("seed", run_id, "a kept seed", f"charge {number} has lost its seed; it stays spent")
         return Charge(number, seed[0], None)
 
     def release(self, number: int, run_id: str, reply: bytes) -> bytes:
@@ -246,38 +222,65 @@ class Ledger:
         Returns:
             The stored reply, which may be sent: another process may have answered the same request before.
         """
-        with self._transaction():
-            stored = self._db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
+        with self.journal.transaction():
+            stored = self.journal.db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
             if stored is not None:
                 return bytes(stored[0])
-            if self._db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
+            if self.journal.db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
                 raise _refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
-            self._append("release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply))
-            self._db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
-            self._db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
-        self._scrub()
+            self.journal.append("release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply))
+            self.journal.db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
+            self.journal.db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
+        self.journal.scrub()
         return reply
 
     def close(self, run_id: str) -> Receipt:
         """Ends a run: nothing more can be charged to it, its seeds and stored replies are deleted. Refunds nothing."""
-        with self._transaction():
-            bodies = self._bodies()
+        with self.journal.transaction():
+            bodies = self.journal.bodies()
             if find(bodies, "reserve", run=run_id) is not None and find(bodies, "close", run=run_id) is None:
-                self._append("close", run=run_id)
-                charges = [entry["number"] for entry in bodies if entry["kind"] == "charge" and entry["run"] == run_id]
-                for table in ("seeds", "replies"):
-                    self._db.executemany(f"DELETE FROM {table} WHERE charge = ?", [(n,) for n in charges])  # noqa: S608
-        self._scrub()
+                self.journal.append("close", run=run_id)
+                self.journal.forget(run_id)
+        self.journal.scrub()
         return self.receipt(run_id)
 
-    def _scrub(self) -> None:
-        """Moves the write-ahead log into the file and empties it: a deleted seed must not linger there."""
-        busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if busy:
-            raise SiloweaveError(
-                f"{self.path}: another program reads it, and so an erased seed can't be overwritten; end that program, "
-                "then ask again"
-            )
+    def statement(self, run_id: str, versions: dict[str, str], *, attests_disjoint_units: bool) -> RunStatement | None:
+        """What this silo states of a closed run, signed; None for a run that has reserved nothing or is open."""
+        bodies = self.journal.bodies()
+        reservation, closing = find(bodies, "reserve", run=run_id), find(bodies, "close", run=run_id)
+        if reservation is None or closing is None:
+            return None
+        charges = [body for body in bodies if body["kind"] == "charge" and body["run"] == run_id]
+        return RunStatement(
+            silo=self.journal.silo_id,
+            dataset=self.journal.dataset_id,
+            public_key=self.public_key,
+            run=run_id,
+            plan_digest=reservation["plan_digest"],
+            public_record_count=reservation["public_record_count"],
+            epsilon=reservation["epsilon"],
+            delta=reservation["delta"],
+            rounds_charged=len(charges),
+            number=closing["number"],
+            head=self.entries()[closing["number"] - 1]["hash"],
+            attests_disjoint_units=attests_disjoint_units,
+            seed_source=seed_source(charges),
+            versions=versions,
+        ).signed(self.journal.signer)
+
+
+def seed_source(charges: list[dict[str, Any]]) -> Any:
+    """Where the seeds of some charges came from: the worst of them speaks for all."""
+    sources = {charge.get("seed_source", "not recorded") for charge in charges}
+    return next((source for source in ("injected", "not recorded") if source in sources), "operating system")
+
+
+def _refuse_old(journal: Journal) -> None:
+    doubt = journal.doubt()
+    if doubt is not None:
+        raise InputError(
+            f"{doubt}; the silo refuses everything until {RECONCILE} has taken in the receipts that coordinators hold"
+        )
 
 
 def _operating_system_seed(_: str) -> bytes:

@@ -1,20 +1,22 @@
-"""The ledger's SQLite file: its schema and version, opened by its silo or only looked at."""
+"""The ledger's SQLite file: its schema and version, opened by its silo, only looked at, backed up or exported."""
 
 import contextlib
+import json
 import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-from configs.artifacts import write_failure
+from configs.artifacts import canonical_json, sync_directory, write_atomic, write_failure
 from configs.errors import InputError, SiloweaveError
-from privacy.chain import read_entries
+from privacy.chain import Entry, read_entries
 
 LEDGER_FILE = "ledger.sqlite"
-SCHEMA_VERSION = 1
+UNANCHORED, ANCHORED = 1, 2  # the same tables; version 2 has an anchor, and may hold entries that tell of it
+SCHEMA_VERSION = ANCHORED
 LOCK_TIMEOUT_S = 60
+EXPORT_SUFFIX = ".jsonl"
 _SCHEMA = """
 CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL,
                       signature TEXT NOT NULL);
@@ -42,19 +44,104 @@ def connect(path: Path) -> sqlite3.Connection:
         if _check_version(path, connection) == 0:
             for statement in _statements(_SCHEMA):
                 connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            set_version(connection, UNANCHORED)
         connection.execute("COMMIT")
     except sqlite3.DatabaseError as error:
         raise explain(path, error) from error
     return connection
 
 
-def read_only(path: Path) -> list[dict[str, Any]]:
-    """The entries of a ledger file that is only looked at; nothing about it changes.
+def read_only(path: Path) -> list[Entry]:
+    """The entries of a ledger file, or of its export, that is only looked at; nothing about it changes.
 
     Raises:
         InputError: it is missing, no ledger, damaged, or of a newer version.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: no such ledger; give the ledger.sqlite of a silo's state_dir, or an export of it")
+    if path.suffix == EXPORT_SUFFIX:
+        return _read_export(path)
+    with _looking(path) as connection:
+        return read_entries(connection)
+
+
+def export(path: Path, target: Path) -> int:
+    """Writes a ledger's entries as JSON lines: neither seeds nor replies.
+
+    Returns:
+        The number of entries.
+
+    Raises:
+        InputError: the ledger can't be read, or the target exists or is not named ``.jsonl``.
+        SiloweaveError: the disk is full or not writable.
+    """
+    if target.suffix != EXPORT_SUFFIX:
+        raise InputError(f"{target}: an export is named *{EXPORT_SUFFIX}; give such a name")
+    _must_be_new(target)
+    entries = read_only(path)
+    write_atomic(target, b"".join(canonical_json(entry) + b"\n" for entry in entries))
+    return len(entries)
+
+
+def backup(path: Path, target: Path) -> int:
+    """Copies a ledger through SQLite's backup API, with what its write-ahead log holds and without its seeds.
+
+    The seed of a charge that is not answered yet would outlive its erasure in the copy. So a copy that is put back can't
+    answer that charge any more, which stays spent.
+
+    Returns:
+        The number of entries.
+
+    Raises:
+        InputError: the ledger can't be read, or the target exists.
+        SiloweaveError: the disk is full or not writable.
+    """
+    _must_be_new(target)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _looking(path) as source, contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
+            source.backup(copy)
+            copy.execute("DELETE FROM seeds")
+            os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            copy.execute("VACUUM INTO ?", (str(fresh),))
+            number = len(read_entries(copy))
+        _publish(fresh, target)
+    except OSError as error:
+        raise write_failure(target, error) from error
+    finally:
+        fresh.unlink(missing_ok=True)
+    return number
+
+
+def _publish(fresh: Path, target: Path) -> None:
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    os.link(fresh, target)  # unlike a rename it never replaces what is there
+    sync_directory(target.parent)
+
+
+def _must_be_new(target: Path) -> None:
+    if target.exists():
+        raise InputError(f"{target}: exists; give a new name, nothing is overwritten")
+
+
+def _read_export(path: Path) -> list[Entry]:
+    entries: list[Entry] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{path}: line {number} is not JSON: the export was edited or damaged") from None
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: line {number} is no entry: the export was edited or damaged")
+        entries.append(entry)
+    return entries
+
+
+@contextlib.contextmanager
+def _looking(path: Path) -> Iterator[sqlite3.Connection]:
+    """A ledger opened for reading alone."""
     if not path.is_file():
         raise InputError(f"{path}: no such ledger; give the ledger.sqlite of a silo's state_dir")
     # Without a write-ahead log the file is complete, and can be read where nothing may be written.
@@ -64,13 +151,23 @@ def read_only(path: Path) -> list[dict[str, Any]]:
         with contextlib.closing(connection):
             if _check_version(path, connection) == 0:
                 raise InputError(f"{path}: not a ledger; give the ledger.sqlite of a silo's state_dir")
-            return read_entries(connection)
+            yield connection
     except sqlite3.DatabaseError as error:
         raise explain(path, error) from error
 
 
+def version_of(connection: sqlite3.Connection) -> int:
+    """The file's version; 0 for a file that is still empty."""
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def set_version(connection: sqlite3.Connection, version: int) -> None:
+    """Marks the file; a Siloweave that is too old for the version refuses it."""
+    connection.execute(f"PRAGMA user_version = {version}")
+
+
 def _check_version(path: Path, connection: sqlite3.Connection) -> int:
-    found = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    found = version_of(connection)
     if found > SCHEMA_VERSION:
         raise InputError(f"{path}: ledger version {found} is newer than this Siloweave reads; upgrade Siloweave")
     return found

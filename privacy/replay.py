@@ -1,5 +1,6 @@
 """Replays what a ledger claims: each reservation's epsilon from its plan, and that every charge was covered."""
 
+import math
 from typing import Any
 
 from configs.errors import InputError
@@ -37,5 +38,12 @@ def replay(bodies: list[dict[str, Any]], origin: str) -> None:
             if not covered or body["round"] in open_runs[body["run"]]:
                 raise InputError(f"{where}: a charge that no reservation covers; do not trust this ledger")
             open_runs[body["run"]].add(body["round"])
+        elif body["kind"] == "reconcile":
+            for name in ("epsilon", "delta"):
+                taken = sum(spend[name] for spend in body["spends"])
+                if not math.isclose(body[name], taken, rel_tol=_TOLERANCE) or any(s[name] < 0 for s in body["spends"]):
+                    raise InputError(
+                        f"{where}: charges {name} {body[name]}, its spends are {taken} together; do not trust it"
+                    )
         elif body["kind"] == "close":
             open_runs.pop(body["run"], None)

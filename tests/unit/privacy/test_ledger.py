@@ -215,11 +215,11 @@ def test_an_edited_row_is_noticed(ledger, tmp_path, statement):
 
 def test_rows_cannot_be_changed_by_accident(ledger):
     with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-        ledger._db.execute("DELETE FROM entries")
+        ledger.journal.db.execute("DELETE FROM entries")
 
 
 def test_damaged_and_newer_files_are_refused(ledger, tmp_path):
-    ledger._db.execute("PRAGMA user_version = 99")
+    ledger.journal.db.execute("PRAGMA user_version = 99")
     ledger.close_file()
     with pytest.raises(InputError, match="version 99 is newer"):
         reopen(tmp_path)
@@ -248,7 +248,7 @@ charge = ledger.charge("run-1", "round-1", "aa" * 32, 1)
 if point == "after-charge":
     die()
 if point == "inside-release":
-    ledger._append = lambda *a, **k: die()
+    ledger.journal.append = lambda *a, **k: die()
 ledger.release(charge.number, "run-1", charge.seed)
 if point == "after-release":
     die()
@@ -264,7 +264,7 @@ def test_kill_9_between_charge_and_release(tmp_path, point, charges, has_reply):
     assert done.returncode == -signal.SIGKILL
     ledger = reopen(tmp_path)
     assert sum(body["kind"] == "charge" for body in bodies(ledger)) == charges
-    seeds = [row[0] for row in ledger._db.execute("SELECT seed FROM seeds")]
+    seeds = [row[0] for row in ledger.journal.db.execute("SELECT seed FROM seeds")]
     again = ledger.charge("run-1", "round-1", DIGEST, 1)
     assert sum(body["kind"] == "charge" for body in bodies(ledger)) == 1
     assert (again.reply is not None) == has_reply

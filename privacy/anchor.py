@@ -1,0 +1,68 @@
+"""The anchor: the ledger's signed head, kept outside the state directory, so that an old ledger put back is noticed.
+
+It is a receipt that the silo keeps for itself. A receipt of a coordinator that speaks against the ledger is kept beside
+it: the doubt survives restarts, and another old file put back, until the ledger is reconciled.
+"""
+
+import json
+from pathlib import Path
+
+from configs.artifacts import canonical_json, write_atomic
+from configs.errors import InputError, SiloweaveError
+from configs.load import parse
+from privacy.chain import Entry, epoch, spends
+from privacy.statements import Receipt
+
+ANCHOR_FILE = "ledger.anchor"
+
+
+class Anchor:
+    """The anchor file of one ledger."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ANCHOR_FILE
+
+    def read(self) -> list[Receipt] | None:
+        """The newest head, and the receipts that speak against the ledger; None where there is no anchor.
+
+        Raises:
+            InputError: the file is damaged or edited.
+            SiloweaveError: it is there and can't be read.
+        """
+        try:
+            value = json.loads(self.path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SiloweaveError(f"{self.path}: can't be read ({error.strerror}); mend that, then ask again") from None
+        except (ValueError, RecursionError):
+            raise InputError(f"{self.path}: not JSON: the anchor was damaged") from None
+        if not isinstance(value, list) or not value:
+            raise InputError(f"{self.path}: no list of receipts: the anchor was damaged")
+        receipts = [parse(Receipt, item, str(self.path)) for item in value]
+        if not all(receipt.holds() for receipt in receipts):
+            raise InputError(f"{self.path}: a signature doesn't hold: the anchor was edited or damaged")
+        return receipts
+
+    def write(self, receipts: list[Receipt]) -> None:
+        """Replaces the anchor, synced before this returns.
+
+        Raises:
+            SiloweaveError: the disk is full or not writable.
+        """
+        write_atomic(self.path, canonical_json([receipt.model_dump(mode="json") for receipt in receipts]), mode=0o600)
+
+
+def against(receipt: Receipt, entries: list[Entry]) -> str | None:
+    """Why a genuine receipt of this ledger speaks against its entries; None where it doesn't.
+
+    A head in the chain is no evidence. Nor is one from before the last reconciliation whose spends are all known: every run
+    that was open then was closed by it, so that nothing that it lost can be asked for again.
+    """
+    if receipt.number <= len(entries) and entries[receipt.number - 1]["hash"] == receipt.head:
+        return None
+    if receipt.epoch < epoch(entries) and {spend.entry for spend in receipt.spends} <= {
+        spend.entry for spend in spends(entries)
+    }:
+        return None
+    return f"entry {receipt.number} was signed and is not in the ledger: an old or other ledger was put back"

@@ -1,0 +1,240 @@
+"""A ledger's file and its anchor as one thing: entries are appended, signed, committed, and then anchored.
+
+Order of writes: the transaction commits first, the anchor follows before anything may leave the silo. A crash between
+the two leaves a file that is ahead of its anchor, which is sound: the anchor's head is in the chain and is moved on. An
+anchor ahead of its file never comes from a crash.
+"""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from configs.artifacts import canonical_json
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
+from privacy.anchor import Anchor, against
+from privacy.chain import GENESIS, Budget, Entry, entry_hash, epoch, find, left, policy_budget, read_entries, spends
+from privacy.ledger_file import ANCHORED, LEDGER_FILE, connect, explain, set_version, version_of
+from privacy.signing import Signer
+from privacy.statements import Receipt
+
+RECONCILE = "`siloweave silo budget reconcile`"
+
+
+class Journal:
+    """The entries of one silo and dataset.
+
+    Args:
+        state_dir: the silo's own folder, made where it is missing.
+        anchor_dir: folder of the anchor.
+        silo_id: the silo.
+        dataset_id: the steward's name for the dataset.
+
+    Raises:
+        InputError: the signing key is missing, or the file is damaged or of a newer version.
+    """
+
+    def __init__(self, state_dir: Path, anchor_dir: Path, silo_id: str, dataset_id: str) -> None:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.chmod(0o700)
+        self.path, key = state_dir / LEDGER_FILE, state_dir / "silo.key"
+        if self.path.exists() and not key.exists():
+            raise InputError(f"{key}: the key that signed {self.path} is missing; put its backup back")
+        self.signer, self.anchor = Signer(key), Anchor(anchor_dir)
+        self.silo_id, self.dataset_id = silo_id, dataset_id
+        self.db = connect(self.path)
+
+    # Transactions
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One atomic step, alone among all processes; a write that fails leaves nothing behind."""
+        try:
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.db.execute("COMMIT")
+            except BaseException:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+        except sqlite3.DatabaseError as error:
+            raise explain(self.path, error) from error
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """An atomic step of a ledger that is not in doubt, anchored before it returns.
+
+        Raises:
+            PolicyRefusal: the anchor, or a receipt that was shown, is ahead of the file.
+        """
+        with self.locked():
+            self.refuse_doubt()
+            yield
+        self.move_anchor()
+
+    def append(self, kind: str, **values: Any) -> int:
+        """Adds a signed entry. Its time is never before that of the last one, whatever the clock says."""
+        last = self.db.execute("SELECT number, hash, body FROM entries ORDER BY number DESC LIMIT 1").fetchone()
+        number, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
+        at = self.now(json.loads(last[2])["time"] if last else 0.0)
+        body = canonical_json({"kind": kind, "number": number, "time": at, **values}).decode()
+        digest = entry_hash(previous, body)
+        row = (number, body, previous, digest, self.signer.sign(digest.encode()))
+        self.db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", row)
+        return number
+
+    @staticmethod
+    def now(latest: float) -> float:
+        """Seconds since 1970, never before the latest time that was signed."""
+        return max(round(time.time(), 3), latest)
+
+    def check_owner(self) -> None:
+        """Raises an InputError where the file, or the anchor, is of another silo or dataset."""
+        opening = find(self.bodies(), "open")
+        if opening is not None and (opening["silo"], opening["dataset"]) != (self.silo_id, self.dataset_id):
+            raise InputError(
+                f"{self.path}: the ledger of silo {opening['silo']!r} and dataset {opening['dataset']!r}, not of "
+                f"{self.silo_id!r} and {self.dataset_id!r}; give each dataset a state_dir of its own"
+            )
+        for receipt in self.anchored()[0]:
+            if not self.is_own(receipt):
+                raise InputError(
+                    f"{self.anchor.path}: the anchor of silo {receipt.silo!r} and dataset {receipt.dataset!r}; give each "
+                    "dataset an anchor_dir of its own"
+                )
+
+    def bind(self, budget: Budget) -> None:
+        """Opens the chain for its silo and dataset; a changed policy is an entry."""
+        bodies = self.bodies()
+        if not bodies:
+            key = self.signer.public_key
+            self.append("open", silo=self.silo_id, dataset=self.dataset_id, public_key=key, **asdict(budget))
+        elif policy_budget(bodies) != budget:
+            self.append("policy", **asdict(budget))
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first: {"number", "body", "previous", "hash", "signature"}."""
+        return read_entries(self.db)
+
+    def bodies(self) -> list[dict[str, Any]]:
+        """What the entries say, oldest first."""
+        return [json.loads(row[0]) for row in self.db.execute("SELECT body FROM entries ORDER BY number")]
+
+    # Against rollback
+
+    def receipt(self, run_id: str = "") -> Receipt:
+        """The present head, signed, with what a run has reserved and what is left."""
+        entries, bodies = self.entries(), self.bodies()
+        remaining, reservation = left(bodies), find(bodies, "reserve", run=run_id)
+        return Receipt(
+            silo=self.silo_id,
+            dataset=self.dataset_id,
+            public_key=self.signer.public_key,
+            run=run_id,
+            number=len(entries),
+            head=entries[-1]["hash"],
+            epoch=epoch(entries),
+            epsilon_reserved=reservation["epsilon"] if reservation else 0.0,
+            delta_reserved=reservation["delta"] if reservation else 0.0,
+            epsilon_left=remaining.epsilon,
+            delta_left=remaining.delta,
+            spends=spends(entries),
+        ).signed(self.signer)
+
+    def is_own(self, receipt: Receipt) -> bool:
+        """Whether a receipt is of this silo and dataset."""
+        return (receipt.silo, receipt.dataset) == (self.silo_id, self.dataset_id)
+
+    def doubt(self) -> str | None:
+        """Why the file may be an old one, in words for the steward; None where anchor and file agree."""
+        try:
+            receipts = self.anchor.read()
+        except InputError as error:
+            return str(error)
+        if receipts is None:
+            # Until its first anchor is written a file says so by its version: a crash before that is no doubt.
+            return f"{self.anchor.path}: the anchor is missing" if version_of(self.db) >= ANCHORED else None
+        if not all(map(self.is_own, receipts)):
+            return f"{self.anchor.path}: the anchor of silo {receipts[0].silo!r} and dataset {receipts[0].dataset!r}"
+        if receipts[0].public_key != self.signer.public_key:
+            return f"{self.anchor.path}: the anchor was signed with another key than {self.path} is"
+        entries = self.entries()
+        reasons = (against(receipt, entries) for receipt in receipts)
+        return next((f"{self.path}: {reason}" for reason in reasons if reason), None)
+
+    def refuse_doubt(self) -> None:
+        """Raises a PolicyRefusal where anchor and file disagree. Its words name no place: they leave the silo."""
+        if self.doubt() is not None:
+            raise _refusal("rollback", "a request", "none", f"the silo's ledger is in doubt; its steward runs {RECONCILE}")
+
+    def accept(self, receipt: Receipt | None) -> None:
+        """Looks at the receipt that a coordinator holds. One that is ahead of the file puts the ledger in doubt for good.
+
+        Args:
+            receipt: None where the coordinator holds none.
+
+        Raises:
+            PolicyRefusal: the ledger is in doubt; or the receipt is of another silo or was not signed by this one. Such a
+                receipt is refused rather than ignored, since a coordinator that has lost its own shows nothing; it leaves
+                no mark, since anyone can make one.
+        """
+        with self.locked():
+            self.refuse_doubt()
+            if receipt is None:
+                return
+            if not self.is_own(receipt) or receipt.public_key != self.signer.public_key or not receipt.holds():
+                raise _refusal("receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt")
+            if against(receipt, self.entries()) is not None:
+                self.anchor.write([self.receipt(), receipt])
+                self.refuse_doubt()
+
+    def move_anchor(self) -> None:
+        """Anchors the present head. Under the file's lock, so that an anchor never goes back."""
+        with self.locked():
+            self.refuse_doubt()
+            self.write_anchor()
+
+    def write_anchor(self) -> None:
+        """Writes the present head to the anchor, whatever stood there."""
+        present = [self.receipt()]
+        if self.anchored()[0] != present:
+            self.anchor.write(present)
+        if version_of(self.db) < ANCHORED:
+            set_version(self.db, ANCHORED)
+
+    def anchored(self) -> tuple[list[Receipt], str]:
+        """The anchor's receipts, and whether it is "sound", "missing" or "damaged": then it proves nothing."""
+        try:
+            found = self.anchor.read()
+        except InputError:
+            return [], "damaged"
+        return found or [], "missing" if found is None else "sound"
+
+    def scrub(self) -> None:
+        """Moves the write-ahead log into the file and empties it: a deleted seed must not linger there."""
+        busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise SiloweaveError(
+                f"{self.path}: another program reads it, and so an erased seed can't be overwritten; end that program, "
+                "then ask again"
+            )
+
+    def forget(self, run_id: str) -> None:
+        """Deletes the seeds and stored replies of a run."""
+        charges = [entry["number"] for entry in self.bodies() if entry["kind"] == "charge" and entry["run"] == run_id]
+        for table in ("seeds", "replies"):
+            self.db.executemany(f"DELETE FROM {table} WHERE charge = ?", [(n,) for n in charges])  # noqa: S608
+
+
+def default_anchor_dir(state_dir: Path) -> Path:
+    """Beside the state directory, never in it: a backup of the one that is put back leaves the other alone."""
+    return state_dir.with_name(f"{state_dir.name}.anchor")
+
+
+def _refusal(rule: str, asked: str, allowed: str, message: str) -> PolicyRefusal:
+    return PolicyRefusal(f"{rule}: {message}", rule=rule, asked=asked, allowed=allowed)

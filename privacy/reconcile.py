@@ -1,0 +1,141 @@
+"""Takes what receipts prove was spent into a ledger that was put back, so that it may be used again.
+
+What is lost is known from two sides: the anchor, which is the silo's own last receipt, and the receipts that
+coordinators hold. Every spend in them that the file doesn't know is charged, once. Lost charges can't be told from charges
+that never were: so every run that is open is closed, and nothing can be asked for again under its reservation.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.load import parse
+from privacy.anchor import against
+from privacy.chain import Budget, epoch, find, left, open_runs, policy_budget, spends, verify_entries
+from privacy.journal import Journal
+from privacy.ledger_file import LEDGER_FILE, read_only
+from privacy.statements import Receipt, Spend
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What a reconciliation did; ``doubt`` is None where there was nothing to do."""
+
+    doubt: str | None
+    receipts: int
+    spends: tuple[Spend, ...]
+    closed_runs: tuple[str, ...]
+    left: Budget
+
+
+def reconcile(journal: Journal, budget: Budget, receipts: list[Receipt]) -> Reconciled:
+    """Charges what is missing, closes what is open, and anchors the ledger anew.
+
+    Killed before its end it has done nothing, or everything but the anchor: then the doubt stays, and the next time
+    finds nothing more to charge.
+
+    Args:
+        journal: the silo's ledger file and anchor, opened.
+        budget: the policy in force, for a ledger that was lost altogether.
+        receipts: of this silo and dataset, from coordinators.
+
+    Raises:
+        InputError: the file itself is damaged, or a receipt or the anchor is not this silo's.
+    """
+    with journal.locked():
+        verify_entries(journal.entries(), str(journal.path), journal.signer.public_key)
+        journal.check_owner()
+        anchored, _ = journal.anchored()
+        keys = {journal.signer.public_key, *(receipt.public_key for receipt in anchored)}
+        for receipt in receipts:
+            _check_own(journal, receipt, keys)
+        doubt = journal.doubt() or _first_against(journal, receipts)
+        journal.bind(budget)
+        result = _take_in(journal, doubt, [*anchored, *receipts])
+    with journal.locked():
+        journal.write_anchor()
+    journal.scrub()
+    return result
+
+
+def _take_in(journal: Journal, doubt: str | None, receipts: list[Receipt]) -> Reconciled:
+    entries, bodies = journal.entries(), journal.bodies()
+    if doubt is None:
+        return Reconciled(None, 0, (), (), left(bodies))
+    known = {spend.entry for spend in spends(entries)}
+    lost = {spend.entry: spend for receipt in receipts for spend in receipt.spends if spend.entry not in known}
+    runs = open_runs(bodies)
+    for run in runs:
+        journal.append("close", run=run)
+        journal.forget(run)
+    journal.append(
+        "reconcile",
+        epoch=1 + max([epoch(entries), *(receipt.epoch for receipt in receipts)]),
+        anchor=journal.anchored()[1],
+        receipts=[{"number": receipt.number, "head": receipt.head} for receipt in receipts],
+        spends=[spend.model_dump() for spend in lost.values()],
+        epsilon=sum(spend.epsilon for spend in lost.values()),
+        delta=sum(spend.delta for spend in lost.values()),
+    )
+    return Reconciled(doubt, len(receipts), tuple(lost.values()), tuple(runs), left(journal.bodies()))
+
+
+def _check_own(journal: Journal, receipt: Receipt, keys: set[str]) -> None:
+    """A key that was lost with its ledger still vouches for what it signed, as the anchor shows which one it was."""
+    if not journal.is_own(receipt) or receipt.public_key not in keys or not receipt.holds():
+        raise InputError(
+            f"receipt for entry {receipt.number} of silo {receipt.silo!r}: not signed by the key of silo "
+            f"{journal.silo_id!r}; give the receipts as the coordinator wrote them"
+        )
+
+
+def _first_against(journal: Journal, receipts: list[Receipt]) -> str | None:
+    entries = journal.entries()
+    reasons = (against(receipt, entries) for receipt in receipts)
+    return next((f"{journal.path}: {reason}" for reason in reasons if reason), None)
+
+
+def read_receipts(path: Path, silo_id: str, dataset_id: str) -> list[Receipt]:
+    """The receipts of one silo and dataset in a coordinator's file: ``silos.json``, ``certificate.json``, or a receipt.
+
+    Raises:
+        InputError: it can't be read, or holds no receipt of this silo.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); give a file of receipts") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not JSON; give the coordinator's silos.json or certificate.json") from None
+    found = [parse(Receipt, item, str(path)) for item in _receipts_in(tree)]
+    own = [receipt for receipt in found if (receipt.silo, receipt.dataset) == (silo_id, dataset_id)]
+    if not own:
+        raise InputError(
+            f"{path}: no receipt of silo {silo_id!r} and dataset {dataset_id!r}; give the coordinator's silos.json or "
+            "certificate.json"
+        )
+    return own
+
+
+def _receipts_in(tree: Any) -> list[dict[str, Any]]:
+    if isinstance(tree, dict):
+        if tree.get("kind") == "receipt":
+            return [tree]
+        tree = list(tree.values())
+    return [receipt for item in tree for receipt in _receipts_in(item)] if isinstance(tree, list) else []
+
+
+def identity(state_dir: Path) -> tuple[str, str, Budget]:
+    """Silo, dataset and policy of a ledger, as its own entries say.
+
+    Raises:
+        InputError: there is no ledger, or it is empty.
+    """
+    entries = read_only(state_dir / LEDGER_FILE)
+    bodies = verify_entries(entries, str(state_dir / LEDGER_FILE))
+    opening = find(bodies, "open")
+    if opening is None:
+        raise InputError(f"{state_dir / LEDGER_FILE}: empty; give the silo.toml instead")
+    return opening["silo"], opening["dataset"], policy_budget(bodies)

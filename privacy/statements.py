@@ -1,0 +1,142 @@
+"""What a silo signs for others: a receipt for its ledger's head, and its statement of a finished run. Both are public.
+
+A signature is over the canonical JSON of all other fields. It shows that the owner of ``public_key`` said so; whose key
+that is has to be known from elsewhere.
+"""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from configs.artifacts import canonical_json
+from configs.errors import InputError
+from configs.load import parse
+from privacy.signing import Signer, signature_holds
+
+LARGEST_STATEMENT_BYTES = 2**20
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Spent = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[int, Field(ge=1)]
+
+
+class Spend(BaseModel):
+    """One reservation, under the hash of its entry: the same spend has the same name in every receipt."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entry: str
+    epsilon: Spent
+    delta: Spent
+
+
+class Signed(BaseModel):
+    """A silo's signed document."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    silo: str
+    dataset: str
+    public_key: str
+    signature: str = ""
+
+    def signed(self, signer: Signer) -> Self:
+        """The same with its signature."""
+        return self.model_copy(update={"signature": signer.sign(self._message())})
+
+    def holds(self) -> bool:
+        """Whether the signature was made over these fields by the owner of ``public_key``."""
+        return signature_holds(self.public_key, self._message(), self.signature)
+
+    def _message(self) -> bytes:
+        return canonical_json(self.model_dump(mode="json", exclude={"signature"}))
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON, the signature in it."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, origin: str) -> Self:
+        """Reads what ``to_bytes`` wrote. The signature is not looked at.
+
+        Raises:
+            InputError: it is something else, or longer than a megabyte.
+        """
+        if len(content) > LARGEST_STATEMENT_BYTES:
+            raise InputError(f"{origin}: {len(content)} bytes, a signed document has at most {LARGEST_STATEMENT_BYTES}")
+        return parse(cls, json_object(content, origin), origin)
+
+
+class Receipt(Signed):
+    """What a silo shows for its ledger's head.
+
+    Attributes:
+        run: whose reservation it tells of; empty in an anchor.
+        number: the newest entry.
+        head: hash of that entry.
+        epoch: how often the ledger has been reconciled.
+        epsilon_reserved: of the run.
+        delta_reserved: of the run.
+        epsilon_left: what no run has reserved yet.
+        delta_left: the same for delta.
+        spends: everything that the dataset has ever spent. With only sums a receipt could not tell which spends of a file
+            that was put back are lost: two branches of a ledger may have spent different things.
+    """
+
+    kind: Literal["receipt"] = "receipt"
+    run: str
+    number: Number
+    head: str
+    epoch: Annotated[int, Field(ge=0)]
+    epsilon_reserved: Spent
+    delta_reserved: Spent
+    epsilon_left: Finite
+    delta_left: Finite
+    spends: tuple[Spend, ...]
+
+
+class RunStatement(Signed):
+    """What a silo states of a closed run.
+
+    Attributes:
+        run: the run.
+        plan_digest: of the plan that it reserved.
+        public_record_count: what the steward declared.
+        epsilon: reserved for the whole schedule.
+        delta: the same.
+        rounds_charged: rounds that were charged, and so may have been released.
+        number: the entry that closed the run.
+        head: hash of that entry.
+        attests_disjoint_units: the steward's word that its units appear in no other silo.
+        seed_source: where the seeds of the run's charges came from.
+        versions: of the libraries that sampled, clipped, added noise and accounted.
+    """
+
+    kind: Literal["statement"] = "statement"
+    run: str
+    plan_digest: str
+    public_record_count: Number
+    epsilon: Spent
+    delta: Spent
+    rounds_charged: Annotated[int, Field(ge=0)]
+    number: Number
+    head: str
+    attests_disjoint_units: bool
+    seed_source: Literal["operating system", "injected", "not recorded"]
+    versions: dict[str, str]
+
+
+def json_object(content: bytes | str, origin: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        raise InputError(f"{origin}: not JSON; give the file as it was written") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{origin}: {type(value).__name__}, expected a JSON object; give the file as it was written")
+    return value
