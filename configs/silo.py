@@ -28,6 +28,9 @@ class SiloSettings(Settings):
     """The steward's name for the dataset; the ledger is bound to it."""
     state_dir: str
     """Folder of keys and ledger. It outlives runs."""
+    anchor_dir: str = ""
+    """Folder of the ledger's anchor, by which an old ledger that is put back is noticed: one for each dataset, best on
+    another disk than ``state_dir``, and never restored with it. Empty: ``<state_dir>.anchor``."""
     base_model: str
     """Folder of the exported base model that the silo may fine-tune."""
     encryption_key_file: str = ""
@@ -66,6 +69,8 @@ class SiloPolicy(Settings):
     """Delta that the dataset may ever spend."""
     max_epsilon_per_run: Positive = 8.0
     """Epsilon of one run."""
+    max_epsilon_per_day: Positive | None = None
+    """Epsilon of all runs that are reserved within 24 hours. Without it only ``budget_epsilon`` bounds them."""
     min_noise_multiplier: Positive = 0.3
     """Smallest noise multiplier."""
     max_sampling_rate: Probability = 0.1
@@ -74,6 +79,9 @@ class SiloPolicy(Settings):
     """Most steps of one round."""
     max_lora_rank: Count = 64
     """Largest adapter rank."""
+    attests_disjoint_units: bool = False
+    """The steward's word, signed with every run, that its units appear in no other silo of the federation. Only where every
+    silo's steward gives it is the largest epsilon the federation's; else it is the sum."""
 
 
 class SiloConfig(Settings):
@@ -88,6 +96,11 @@ class SiloConfig(Settings):
         for name in ("state_dir", "base_model"):
             if not Path(getattr(self.silo, name)).is_absolute():
                 raise ValueError(f"silo.{name} is {getattr(self.silo, name)!r}: give an absolute path")
+        anchor_dir = Path(self.silo.anchor_dir)
+        if self.silo.anchor_dir and not anchor_dir.is_absolute():
+            raise ValueError(f"silo.anchor_dir is {self.silo.anchor_dir!r}: give an absolute path")
+        if anchor_dir.is_relative_to(self.silo.state_dir):
+            raise ValueError(f"silo.anchor_dir is {self.silo.anchor_dir!r}: give a folder outside silo.state_dir")
         return self
 
 
@@ -140,5 +153,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             budget_epsilon=privacy.budget_epsilon,
             budget_delta=privacy.budget_delta,
             max_epsilon_per_run=privacy.budget_epsilon,
+            # Without a unit column a row is a unit, and a row is in one silo.
+            attests_disjoint_units=not private.unit,
         ),
     )

@@ -10,28 +10,28 @@ from federated import silo_pb2 as pb
 from federated import silo_pb2_grpc
 from federated.protocol import MAX_MESSAGE_BYTES
 
-RECORD, BODY = "siloweave", "body"
+RECORD, BODY, RECEIPT = "siloweave", "body", "receipt"
 
-Handler = Callable[[bytes], bytes]
+Handler = Callable[[bytes, bytes], bytes]
 Connect = Callable[[Context], Handler]
 
 
-def pack(body: bytes) -> RecordDict:
-    """A request's or reply's bytes as a Flower message's content."""
-    return RecordDict({RECORD: ConfigRecord({BODY: body})})
+def pack(body: bytes, receipt: bytes = b"") -> RecordDict:
+    """A request's or reply's bytes as a Flower message's content; beside a request, the silo's last receipt."""
+    return RecordDict({RECORD: ConfigRecord({BODY: body, RECEIPT: receipt})})
 
 
-def unpack(content: RecordDict) -> bytes:
+def unpack(content: RecordDict) -> tuple[bytes, bytes]:
     """The bytes that ``pack`` put in.
 
     Raises:
         ValueError: the content was not made by ``pack``.
     """
     record = content.get(RECORD)
-    body = record.get(BODY) if isinstance(record, ConfigRecord) else None
-    if not isinstance(body, bytes):
-        raise ValueError("the message holds no siloweave body")
-    return body
+    body, receipt = (record.get(BODY), record.get(RECEIPT)) if isinstance(record, ConfigRecord) else (None, None)
+    if not isinstance(body, bytes) or not isinstance(receipt, bytes):
+        raise ValueError("the message holds no siloweave body and receipt")
+    return body, receipt
 
 
 def make_app(connect: Connect) -> ClientApp:
@@ -39,7 +39,7 @@ def make_app(connect: Connect) -> ClientApp:
     app = ClientApp()
 
     def relay(message: Message, context: Context) -> Message:
-        return Message(pack(connect(context)(unpack(message.content))), reply_to=message)
+        return Message(pack(connect(context)(*unpack(message.content))), reply_to=message)
 
     app.train()(relay)
     app.query()(relay)
@@ -50,10 +50,11 @@ def silo_service(context: Context) -> Handler:
     """Reaches the silo service at the SuperNode's ``silo-address``, for instance ``unix:/run/silo.sock``."""
     address = str(context.node_config["silo-address"])
 
-    def handle(body: bytes) -> bytes:
+    def handle(body: bytes, receipt: bytes) -> bytes:
         options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         with grpc.insecure_channel(address, options=options) as channel:
-            reply = silo_pb2_grpc.SiloStub(channel).Handle(pb.Envelope(body=body), wait_for_ready=True, timeout=3600)
+            envelope = pb.Envelope(body=body, receipt=receipt)
+            reply = silo_pb2_grpc.SiloStub(channel).Handle(envelope, wait_for_ready=True, timeout=3600)
             return bytes(reply.body)
 
     return handle

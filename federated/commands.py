@@ -1,13 +1,20 @@
 """``siloweave silo``: what a data steward runs."""
 
+import json
 import signal
 import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from privacy.chain import Budget
+    from privacy.journal import Journal
+
 silo_app = typer.Typer(help="Runs a silo at an edge site.", no_args_is_help=True)
+budget_app = typer.Typer(help="A silo's privacy budget.", no_args_is_help=True)
+silo_app.add_typer(budget_app, name="budget")
 
 
 @silo_app.callback()
@@ -33,3 +40,64 @@ def serve(
     typer.echo(f"silo {settings.silo.id}: listening on {socket}")
     ended.wait()
     server.stop(grace=5).wait()
+
+
+@budget_app.callback()
+def budget() -> None:
+    """A silo's privacy budget."""
+
+
+@budget_app.command()
+def reconcile(
+    silo: Annotated[Path, typer.Argument(help="The silo.toml, or the state_dir of a simulated silo.")],
+    receipts: Annotated[
+        list[Path] | None,
+        typer.Argument(help="What coordinators hold: their certificate.json, or a round's silos.json."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Makes a ledger usable again that was put back: charges every spend that anchor and receipts prove and it lacks.
+
+    Runs that are open are closed, because their lost charges are not known. Give the receipts of every coordinator: what
+    nobody shows can't be charged.
+    """
+    from privacy.reconcile import read_receipts
+    from privacy.reconcile import reconcile as take_in
+
+    journal, allowed = _journal(silo)
+    found = [item for path in receipts or [] for item in read_receipts(path, journal.silo_id, journal.dataset_id)]
+    done = take_in(journal, allowed, found)
+    result = {
+        "doubt": done.doubt,
+        "epsilon_charged": sum(spend.epsilon for spend in done.spends),
+        "delta_charged": sum(spend.delta for spend in done.spends),
+        "closed_runs": list(done.closed_runs),
+        "epsilon_left": done.left.epsilon,
+        "delta_left": done.left.delta,
+    }
+    remaining = f"left: epsilon {done.left.epsilon:.4g}, delta {done.left.delta:.3g}"
+    line = f"{journal.path}: nothing to reconcile; {remaining}"
+    if done.doubt is not None:
+        line = (
+            f"{journal.path}: reconciled with {done.receipts} receipts; {len(done.spends)} lost spends charged, epsilon "
+            f"{result['epsilon_charged']:.4g} together; {len(done.closed_runs)} open runs closed; {remaining}"
+        )
+    typer.echo(json.dumps(result) if as_json else line)
+
+
+def _journal(silo: Path) -> "tuple[Journal, Budget]":
+    """The ledger of a silo.toml, or of a state directory, whose ledger says whose it is."""
+    from configs.silo import load_silo
+    from privacy.chain import Budget
+    from privacy.journal import Journal, default_anchor_dir
+    from privacy.reconcile import identity
+
+    if silo.is_dir():
+        silo_id, dataset_id, policy = identity(silo)
+        state_dir = silo.absolute()
+        return Journal(state_dir, default_anchor_dir(state_dir), silo_id, dataset_id), policy
+    settings = load_silo(silo)
+    state_dir = Path(settings.silo.state_dir)
+    anchor_dir = Path(settings.silo.anchor_dir) if settings.silo.anchor_dir else default_anchor_dir(state_dir)
+    policy = Budget(settings.policy.budget_epsilon, settings.policy.budget_delta)
+    return Journal(state_dir, anchor_dir, settings.silo.id, settings.silo.dataset_id), policy

@@ -1,4 +1,4 @@
 """What both ends of a silo's boundary must agree on."""
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 256 * 2**20

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from configs.artifacts import digest_bytes, require_manifest, write_atomic
+from configs.artifacts import canonical_json, digest_bytes, require_manifest, write_atomic
 from configs.encryption import load_key
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
@@ -26,6 +26,7 @@ from federated.protocol import PROTOCOL_VERSION
 from privacy.accountant import calibrate
 from privacy.certificate import certificate
 from privacy.plan import PlanRequest
+from privacy.statements import Receipt, RunStatement, Signed
 from trainer.tasks import CausalTask
 
 POLL_S = 0.05
@@ -114,7 +115,9 @@ class Coordinator:
             self._certify()
 
     def _certify(self) -> None:
-        reserved = {name: silo for name, silo in self.silos.items() if "receipt" in silo}
+        reserved = {
+            name: silo for name, silo in self.silos.items() if silo.get("receipt", {}).get("epsilon_reserved", 0) > 0
+        }
         document = certificate(self.run_id, self.plan, reserved)
         write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
 
@@ -126,6 +129,9 @@ class Coordinator:
             time.sleep(1)
         body = pb.Request(version=PROTOCOL_VERSION, request_id="describe", describe=pb.Describe()).SerializeToString()
         for node, reply in self._exchange(dict.fromkeys(node_ids, body), QUERY, "describe"):
+            if reply.WhichOneof("kind") != "described":
+                self.log.emit("federate", "rejected", node=node, step="describe", message=reply.refusal.message)
+                continue
             described = reply.described
             self.nodes[reply.silo_id] = node
             self.silos.setdefault(reply.silo_id, {}).update(
@@ -153,8 +159,8 @@ class Coordinator:
         total = FixedPointSum(adapter)
 
         def fold(silo: str, reply: pb.Reply) -> None:
+            self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
             total.add(from_bytes(reply.trained.update))
-            self._receipt(silo, reply.trained.receipt)
 
         answered = self._collect(self._bodies(f"round-{round_number}", train=train), TRAIN, str(round_number), fold)
         mean = total.mean()
@@ -162,18 +168,34 @@ class Coordinator:
 
     def _close(self) -> None:
         bodies = self._bodies("close", close=pb.Close())
-        self._collect(bodies, QUERY, "close", lambda silo, reply: self._receipt(silo, reply.closed.receipt))
+        self._collect(bodies, QUERY, "close", self._closed)
 
-    def _receipt(self, silo: str, receipt: pb.Receipt) -> None:
+    def _closed(self, silo: str, reply: pb.Reply) -> None:
+        self._receipt(silo, reply.closed.receipt)
+        if self.certify and reply.closed.statement:
+            statement = RunStatement.from_bytes(reply.closed.statement, f"statement of silo {silo}")
+            self._check_signed(silo, statement, statement.run)
+            self.silos[silo]["statement"] = statement.model_dump(mode="json")
+
+    def _receipt(self, silo: str, content: bytes) -> None:
+        """Keeps the newest receipt of a silo: it goes back to the silo with the next request, and into the certificate."""
         if not self.certify:
             return
-        self.silos[silo]["receipt"] = {
-            "number": receipt.number,
-            "head": receipt.head,
-            "epsilon_reserved": receipt.epsilon_reserved,
-            "epsilon_left": receipt.epsilon_left,
-            "delta_left": receipt.delta_left,
-        }
+        receipt = Receipt.from_bytes(content, f"receipt of silo {silo}")
+        self._check_signed(silo, receipt, receipt.run)
+        held = self.silos[silo].get("receipt", {})
+        if (receipt.epoch, receipt.number) >= (held.get("epoch", 0), held.get("number", 0)):
+            self.silos[silo]["receipt"] = receipt.model_dump(mode="json")
+
+    def _check_signed(self, silo: str, signed: Signed, run: str) -> None:
+        known = self.silos[silo]["public_key"]
+        if (signed.silo, signed.public_key, run) != (silo, known, self.run_id) or not signed.holds():
+            raise ValueError("its receipt or statement is of another run, or not signed with the key that it gave")
+
+    def _held(self, node: int) -> bytes:
+        """The last signed receipt of the silo behind a node; nothing where there is none."""
+        receipts = (self.silos[silo].get("receipt", {}) for silo, at in self.nodes.items() if at == node)
+        return next((canonical_json(receipt) for receipt in receipts if "signature" in receipt), b"")
 
     def _bodies(self, request_id: str, **kind: Any) -> dict[str, bytes]:
         """One request a silo. The same step of the same run has the same bytes, so a restart asks nothing new."""
@@ -231,8 +253,9 @@ class Coordinator:
 
     def _exchange(self, bodies: Mapping[int, bytes], kind: str, group: str) -> Iterator[tuple[int, pb.Reply]]:
         """Sends one body a node and yields (node, reply) as they come, until all have or time is up."""
-        messages = [Message(pack(body), node, kind, group_id=group) for node, body in bodies.items()]
-        self.bytes_moved += sum(len(body) for body in bodies.values())
+        contents = {node: (body, self._held(node)) for node, body in bodies.items()}
+        messages = [Message(pack(*content), node, kind, group_id=group) for node, content in contents.items()]
+        self.bytes_moved += sum(len(body) + len(receipt) for body, receipt in contents.values())
         waiting = set(self.grid.push_messages(messages))
         deadline = time.monotonic() + self.config.federated.round_timeout_s
         while waiting and time.monotonic() < deadline:
@@ -252,7 +275,7 @@ class Coordinator:
         try:
             if message.has_error():
                 raise ValueError(f"Flower reports {message.error.code}: {message.error.reason}")
-            body = unpack(message.content)
+            body, _ = unpack(message.content)
             self.bytes_moved += len(body)
             reply.ParseFromString(body)
         except Exception as error:  # protobuf's DecodeError lives in an untyped module

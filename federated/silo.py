@@ -23,10 +23,12 @@ from federated.adapters import Arrays, from_bytes, to_bytes
 from federated.local_training import LocalSettings, private_update
 from federated.protocol import PROTOCOL_VERSION
 from federated.silo_data import Units, load_units
+from privacy.certificate import library_versions
 from privacy.chain import Budget
-from privacy.ledger import Ledger, Receipt
+from privacy.ledger import Ledger
 from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.signing import load_or_create_secret
+from privacy.statements import Receipt
 from privacy.streams import SEED_BYTES, Streams
 from trainer.data.tokenizer import load_tokenizer
 from trainer.models import add_adapter, load_model, shapes, trainable
@@ -55,7 +57,12 @@ class Silo:
             )
         budget = Budget(config.policy.budget_epsilon, config.policy.budget_delta)
         self.ledger = Ledger.open(
-            state_dir, config.silo.id, config.silo.dataset_id, budget, _seed_source(injected_seed, config.silo.id)
+            state_dir,
+            config.silo.id,
+            config.silo.dataset_id,
+            budget,
+            _seed_source(injected_seed, config.silo.id),
+            Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
         self.units: Units = load_units(config, load_or_create_secret(state_dir / "split.key"))
         self._log = _private_log(state_dir)
@@ -65,12 +72,20 @@ class Silo:
         """Closes the ledger's file."""
         self.ledger.close_file()
 
-    def handle(self, body: bytes) -> bytes:
-        """Answers one request. Never raises: a refusal or a failure is a reply."""
+    def handle(self, body: bytes, receipt: bytes = b"") -> bytes:
+        """Answers one request. Never raises: a refusal or a failure is a reply.
+
+        Args:
+            body: the request, whose digest binds a charge's seed.
+            receipt: the last receipt of this silo that the coordinator holds, or nothing. It is no part of the digest: a
+                restart sends the same body, and may hold another receipt.
+        """
         digest = digest_bytes(body)
         try:
             request = decode(body, self.config.silo.id)
             with self._one_at_a_time:
+                if request.WhichOneof("kind") != "describe":  # which tells public settings and asks no ledger
+                    self.ledger.accept(_receipt(receipt))
                 return self._dispatch(request, digest)
         except PolicyRefusal as refusal:
             self._log.warning("refused %s: %s", digest, refusal)
@@ -87,7 +102,7 @@ class Silo:
         if kind == "reserve":
             reply = self._reply(digest, reserved=pb.Reserved(receipt=self._reserve(request)))
         elif kind == "close":
-            reply = self._reply(digest, closed=pb.Closed(receipt=receipt_message(self.ledger.close(request.run_id))))
+            reply = self._reply(digest, closed=self._close(request.run_id))
         else:
             reply = self._reply(digest, described=self.describe())
         return reply.SerializeToString(deterministic=True)
@@ -104,9 +119,15 @@ class Silo:
             public_record_count=silo.public_record_count,
         )
 
-    def _reserve(self, request: pb.Request) -> pb.Receipt:
+    def _reserve(self, request: pb.Request) -> bytes:
         plan = self._plan(request.reserve.plan)
-        return receipt_message(self.ledger.reserve(request.run_id, plan))
+        return self.ledger.reserve(request.run_id, plan, self.config.policy.max_epsilon_per_day).to_bytes()
+
+    def _close(self, run_id: str) -> pb.Closed:
+        receipt = self.ledger.close(run_id)
+        attests = self.config.policy.attests_disjoint_units
+        statement = self.ledger.statement(run_id, library_versions(), attests_disjoint_units=attests)
+        return pb.Closed(receipt=receipt.to_bytes(), statement=statement.to_bytes() if statement else b"")
 
     def _plan(self, text: str) -> PrivacyPlan:
         """The plan, bound to this silo's own size and checked against its policy."""
@@ -148,7 +169,7 @@ class Silo:
         settings = self.local_settings(train)
         update = private_update(plan, streams, model, self.task, adapter, self.records, settings)
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
-        receipt = receipt_message(self.ledger.receipt(request.run_id))
+        receipt = self.ledger.receipt(request.run_id).to_bytes()
         trained = pb.Trained(receipt=receipt, update=to_bytes(update))
         reply = self._reply(digest, trained=trained).SerializeToString(deterministic=True)
         return self.ledger.release(charge.number, request.run_id, reply)
@@ -259,15 +280,11 @@ def refusal_message(refusal: PolicyRefusal) -> pb.Refusal:
     return pb.Refusal(rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed, message=str(refusal))
 
 
-def receipt_message(receipt: Receipt) -> pb.Receipt:
-    """A receipt as it leaves."""
-    return pb.Receipt(
-        number=receipt.number,
-        head=receipt.head,
-        epsilon_reserved=receipt.epsilon_reserved,
-        epsilon_left=receipt.epsilon_left,
-        delta_left=receipt.delta_left,
-    )
+def _receipt(content: bytes) -> Receipt | None:
+    try:
+        return Receipt.from_bytes(content, "receipt") if content else None
+    except InputError:
+        raise _refuse("receipt", "something else", "a receipt of this silo, as it was sent") from None
 
 
 def _seed_source(injected: bytes | None, silo_id: str) -> Callable[[str], bytes] | None:

@@ -39,7 +39,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
 
     def Handle(self, request: pb.Envelope, context: Any) -> pb.Envelope:  # noqa: ARG002, N802
         """One request."""
-        return pb.Envelope(body=self._silo.handle(request.body))
+        return pb.Envelope(body=self._silo.handle(request.body, request.receipt))
 
 
 def serve(silo: Silo, socket: Path) -> grpc.Server:

@@ -96,7 +96,7 @@ class PublicSilo:
         self._silo = Silo(config)  # for its data and model; its ledger is neither charged nor asked
         self._plan = plan.bind(config.silo.public_record_count)  # for its batches
 
-    def handle(self, body: bytes) -> bytes:
+    def handle(self, body: bytes, receipt: bytes = b"") -> bytes:  # noqa: ARG002
         """Answers like a silo, without receipts."""
         silo, digest = self._silo, digest_bytes(body)
         request = decode(body, silo.config.silo.id)

@@ -1,36 +1,80 @@
-"""The certificate: what a run claims, in one document that can be checked offline."""
+"""The certificate: what a run claims, in one document that can be checked offline.
+
+It is a pure function of the plan and of what the silos signed. Checking it (``certificate_check.py``) makes it again.
+"""
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 from privacy.plan import PlanRequest
 
-CERTIFICATE_VERSION = 1
-
-_NOT_COVERED = [
-    "not audited: no empirical lower bound was measured",
+CERTIFICATE_VERSION = 2
+NOT_AUDITED = "not audited"
+_LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
+_NOT_COVERED = (  # a change of these words is a new version: checking a certificate makes them again
     "timing: how long a reply takes depends on the size of its batch",
     "a silo whose own machine or key is in the hands of the adversary",
-    "rewriting of a whole ledger by the owner of its key, and an old copy of a whole ledger put back",
+    "a rewrite of a whole ledger together with its anchor by the owner of its key, where nobody keeps a receipt",
+    "an old ledger put back together with its anchor, until a coordinator shows a newer receipt",
+    "whose keys these are: compare each public key with what its steward gives you",
+    "a silo that the coordinator leaves out: only that silo's own ledger shows its charges",
     "a coordinator that is not who it says: requests are not signed yet",
     "float32 rounding inside the clipped sum: one record may change how the others' contributions are rounded",
-    "the release of the same person's records by several silos, beyond the sum over silos",
-]
+)
 
 
-def certificate(run_id: str, plan: PlanRequest, silos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Headline:
+    """Epsilon and delta of the federation for one unit, and why these."""
+
+    epsilon: float
+    delta: float
+    rule: str
+
+
+def headline(spent: Mapping[str, tuple[float, float]], attested: Mapping[str, bool]) -> Headline:
+    """The sum over silos; the largest only where every steward attests that its units are in no other silo.
+
+    Args:
+        spent: (epsilon, delta) of each silo.
+        attested: the signed attestations; a silo that is missing has given none.
+    """
+    epsilons, deltas = ([pair[i] for pair in spent.values()] for i in (0, 1))
+    if spent and all(attested.get(name, False) for name in spent):
+        rule = "maximum over silos: every steward attests that its units are in no other silo"
+        return Headline(max(epsilons), max(deltas), rule)
+    return Headline(
+        sum(epsilons), sum(deltas), "sum over silos: not every steward attests that its units are in no other"
+    )
+
+
+def certificate(
+    run_id: str,
+    plan: PlanRequest,
+    silos: Mapping[str, Mapping[str, Any]],
+    *,
+    audited: Mapping[str, Any] | str = NOT_AUDITED,
+    versions: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """What a finished run claims.
 
     Args:
         run_id: the run.
         plan: the plan that every silo reserved.
-        silos: public facts of each silo that has reserved, its last ``receipt`` among them, by name.
+        silos: public facts of each silo that has reserved, by name: its last ``receipt`` and, where it has closed the
+            run, its ``statement``.
+        audited: the audit's lower bound and how it was found, or ``NOT_AUDITED``.
+        versions: of the libraries; None takes those that are installed.
 
     Returns:
-        A JSON document. ``epsilon`` is for a unit that is in one silo; ``epsilon_sum`` is the claim for one that may
-        be in all of them.
+        A JSON document. ``epsilon`` is for a unit that is in one silo; ``headline`` is the claim.
     """
     guarantee = plan.guarantee()
+    statements = {name: silo["statement"] for name, silo in silos.items() if "statement" in silo}
+    attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
+    claim = headline(dict.fromkeys(silos, (guarantee.epsilon, plan.delta)), attested)
     return {
         "version": CERTIFICATE_VERSION,
         "run_id": run_id,
@@ -38,6 +82,7 @@ def certificate(run_id: str, plan: PlanRequest, silos: Mapping[str, Mapping[str,
         "relation": plan.relation,
         "plan": plan.model_dump(),
         "plan_digest": plan.digest,
+        "headline": asdict(claim),
         "delta": plan.delta,
         "epsilon": guarantee.epsilon,
         "epsilon_sum": guarantee.epsilon * len(silos),
@@ -46,8 +91,28 @@ def certificate(run_id: str, plan: PlanRequest, silos: Mapping[str, Mapping[str,
         "epsilon_rdp": guarantee.epsilon_rdp,
         "epsilon_prv": guarantee.epsilon_prv,
         "accountant": "dp-accounting PLD, pessimistic",
-        "seeds": "operating system, one a charge, erased when the reply is stored",
-        "left_each_silo": "one noised adapter update a round; no loss, norm or count",
+        "audited": audited if isinstance(audited, str) else dict(audited),
+        "seeds": _seeds(silos, statements),
+        "left_each_silo": "one noised adapter update a charged round; no loss, norm or count",
         "silos": {name: dict(silo) for name, silo in silos.items()},
-        "not_covered": _NOT_COVERED,
+        "not_covered": list(_NOT_COVERED),
+        "versions": dict(versions or library_versions()),
     }
+
+
+def library_versions() -> dict[str, str]:
+    """What samples, clips, adds noise and accounts."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def _seeds(silos: Mapping[str, Any], statements: Mapping[str, Mapping[str, Any]]) -> str:
+    """An injected seed voids the guarantee against whoever knows it, and is said first."""
+    injected = sorted(name for name, statement in statements.items() if statement["seed_source"] == "injected")
+    if injected:
+        return f"INJECTED in {', '.join(injected)}: whoever knows the seed can remove the noise"
+    unknown = sorted(
+        name for name in silos if name not in statements or statements[name]["seed_source"] != "operating system"
+    )
+    if unknown:
+        return f"not stated by {', '.join(unknown)}; else from the operating system, one a charge, erased"
+    return "operating system, one a charge, erased when the reply is stored"

@@ -1,4 +1,4 @@
-"""``siloweave ledger``: look at a ledger, and check it, without the silo."""
+"""``siloweave ledger``: look at a ledger, check it and what was certified from it, copy it; without the silo."""
 
 import json
 from datetime import UTC, datetime
@@ -7,9 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-ledger_app = typer.Typer(help="Shows and verifies a silo's ledger.", no_args_is_help=True)
-LedgerArgument = Annotated[Path, typer.Argument(help="A ledger.sqlite, or the state_dir that holds it.")]
+from configs.errors import InputError
+
+ledger_app = typer.Typer(help="Shows, verifies and copies a silo's ledger.", no_args_is_help=True)
+LedgerArgument = Annotated[
+    Path, typer.Argument(help="A ledger.sqlite, the state_dir that holds it, or an export (*.jsonl).")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ToOption = Annotated[Path, typer.Option("--to", help="The new file; nothing is overwritten.")]
 
 
 @ledger_app.command()
@@ -17,41 +22,129 @@ def show(ledger: LedgerArgument, as_json: JsonOption = False) -> None:
     """Every entry, and what is left."""
     from privacy.chain import left
 
-    bodies = _verified(ledger)
+    bodies = _verified(ledger)[0]
     remaining = left(bodies)
     if as_json:
         typer.echo(json.dumps({"entries": bodies, "epsilon_left": remaining.epsilon, "delta_left": remaining.delta}))
         return
     for body in bodies:
         when = datetime.fromtimestamp(body["time"], tz=UTC).strftime("%Y-%m-%d %H:%M:%S")
-        typer.echo(f"{body['number']:>5}  {when}  {body['kind']:<8}{_summary(body)}")
+        typer.echo(f"{body['number']:>5}  {when}  {body['kind']:<10}{_summary(body)}")
     typer.echo(f"left: epsilon {remaining.epsilon:.4g}, delta {remaining.delta:.3g}")
 
 
 @ledger_app.command()
-def verify(ledger: LedgerArgument, as_json: JsonOption = False) -> None:
-    """Replays numbers, chain, signatures and every reservation's epsilon. Exit status 2 where one doesn't hold."""
+def verify(
+    ledger: Annotated[
+        Path | None, typer.Argument(help="A ledger.sqlite, its state_dir, or an export (*.jsonl).")
+    ] = None,
+    certificate: Annotated[Path | None, typer.Option(help="A certificate.json, to be replayed, too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replays a ledger's numbers, chain, signatures and claims, or a certificate's. Exit status 2 where one doesn't hold.
+
+    With both, the certificate's run has to be in the ledger as its silo stated it.
+    """
+    if ledger is None and certificate is None:
+        raise InputError("ledger verify: nothing to verify; give a ledger, --certificate FILE, or both")
+    document = _certificate(certificate) if certificate else None
+    results: dict[str, Any] = {"sound": True}
+    if ledger is not None:
+        results |= _replayed(ledger)
+    if document is not None:
+        results |= {"headline": document["headline"], "silos": list(document["silos"])}
+        if ledger is not None:
+            results["silo"] = _in_ledger(document, ledger, str(certificate))
+    typer.echo(json.dumps(results) if as_json else "\n".join(_lines(results, ledger, certificate)))
+
+
+@ledger_app.command()
+def export(ledger: LedgerArgument, to: ToOption, as_json: JsonOption = False) -> None:
+    """Writes the entries as JSON lines, without seeds and replies; `ledger verify` reads them without the silo."""
+    from privacy.ledger_file import export as write
+
+    _written(write(_file(ledger), to), to, as_json)
+
+
+@ledger_app.command()
+def backup(ledger: LedgerArgument, to: ToOption, as_json: JsonOption = False) -> None:
+    """Copies a ledger in use, whole: a plain copy of the file may lack its last entries. Without keys and seeds."""
+    from privacy.ledger_file import backup as write
+
+    _written(write(_file(ledger), to), to, as_json)
+
+
+def _written(entries: int, to: Path, as_json: bool) -> None:
+    typer.echo(json.dumps({"file": str(to), "entries": entries}) if as_json else f"{to}: {entries} entries")
+
+
+def _file(ledger: Path) -> Path:
+    from privacy.ledger_file import LEDGER_FILE
+
+    return ledger / LEDGER_FILE if ledger.is_dir() else ledger
+
+
+def _verified(ledger: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The entries' bodies and hashes, of a chain that holds."""
+    from privacy.chain import verify_entries
+    from privacy.ledger_file import read_only
+
+    path = _file(ledger)
+    entries = read_only(path)
+    if not entries:
+        raise InputError(f"{path}: no entry; give a ledger that was opened")
+    return verify_entries(entries, str(path)), [entry["hash"] for entry in entries]
+
+
+def _replayed(ledger: Path) -> dict[str, Any]:
     from privacy.chain import left
     from privacy.replay import replay
 
-    bodies = _verified(ledger)
+    bodies, hashes = _verified(ledger)
     replay(bodies, str(ledger))
     remaining = left(bodies)
-    result = {"entries": len(bodies), "sound": True, "epsilon_left": remaining.epsilon, "delta_left": remaining.delta}
-    line = f"{ledger}: {len(bodies)} entries hold; left: epsilon {remaining.epsilon:.4g}, delta {remaining.delta:.3g}"
-    typer.echo(json.dumps(result) if as_json else line)
+    return {
+        "entries": len(bodies),
+        "head": hashes[-1],
+        "epsilon_left": remaining.epsilon,
+        "delta_left": remaining.delta,
+    }
 
 
-def _verified(ledger: Path) -> list[dict[str, Any]]:
-    from privacy.chain import verify_entries
-    from privacy.ledger_file import LEDGER_FILE, read_only
+def _certificate(path: Path) -> dict[str, Any]:
+    from privacy.certificate_check import check_certificate
+    from privacy.statements import json_object
 
-    path = ledger / LEDGER_FILE if ledger.is_dir() else ledger
-    return verify_entries(read_only(path), str(path))
+    try:
+        document = json_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); give a run's certificate.json") from None
+    check_certificate(document, str(path))
+    return document
+
+
+def _in_ledger(document: dict[str, Any], ledger: Path, origin: str) -> str:
+    from privacy.certificate_check import check_in_ledger
+
+    return check_in_ledger(document, *_verified(ledger), origin)
+
+
+def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | None) -> list[str]:
+    lines = []
+    if ledger is not None:
+        remaining = f"epsilon {results['epsilon_left']:.4g}, delta {results['delta_left']:.3g}"
+        lines.append(f"{ledger}: {results['entries']} entries hold, head {results['head'][:16]}; left: {remaining}")
+    if certificate is not None:
+        claim = results["headline"]
+        spent = f"epsilon {claim['epsilon']:.4g}, delta {claim['delta']:.3g} ({claim['rule']})"
+        lines.append(f"{certificate}: {len(results['silos'])} silos hold; {spent}")
+    if "silo" in results:
+        lines.append(f"{ledger}: the run of silo {results['silo']} is in its chain as it was stated")
+    return lines
 
 
 def _summary(body: dict[str, Any]) -> str:
-    hidden = {"kind", "number", "time", "plan", "public_key"}
+    hidden = {"kind", "number", "time", "plan", "public_key", "spends", "receipts"}
     values = {name: value for name, value in body.items() if name not in hidden}
     return "  ".join(f"{name}={_short(value)}" for name, value in values.items())
 

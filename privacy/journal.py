@@ -170,7 +170,9 @@ class Journal:
     def refuse_doubt(self) -> None:
         """Raises a PolicyRefusal where anchor and file disagree. Its words name no place: they leave the silo."""
         if self.doubt() is not None:
-            raise _refusal("rollback", "a request", "none", f"the silo's ledger is in doubt; its steward runs {RECONCILE}")
+            raise _refusal(
+                "rollback", "a request", "none", f"the silo's ledger is in doubt; its steward runs {RECONCILE}"
+            )
 
     def accept(self, receipt: Receipt | None) -> None:
         """Looks at the receipt that a coordinator holds. One that is ahead of the file puts the ledger in doubt for good.

@@ -228,7 +228,9 @@ class Ledger:
                 return bytes(stored[0])
             if self.journal.db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
                 raise _refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
-            self.journal.append("release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply))
+            self.journal.append(
+                "release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply)
+            )
             self.journal.db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
             self.journal.db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
         self.journal.scrub()
