@@ -80,8 +80,8 @@ class SiloPolicy(Settings):
     max_lora_rank: Count = 64
     """Largest adapter rank."""
     attests_disjoint_units: bool = False
-    """The steward's word, signed with every run, that its units appear in no other silo of the federation. Only where every
-    silo's steward gives it is the largest epsilon the federation's; else it is the sum."""
+    """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
+    silo's steward gives it, the largest epsilon is the federation's; else the sum is."""
 
 
 class SiloConfig(Settings):

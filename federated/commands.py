@@ -58,8 +58,8 @@ def reconcile(
 ) -> None:
     """Makes a ledger usable again that was put back: charges every spend that anchor and receipts prove and it lacks.
 
-    Runs that are open are closed, because their lost charges are not known. Give the receipts of every coordinator: what
-    nobody shows can't be charged.
+    Runs that are open are closed, because their lost charges are not known. Give the receipts of every coordinator:
+    what nobody shows can't be charged.
     """
     from privacy.reconcile import read_receipts
     from privacy.reconcile import reconcile as take_in
@@ -79,8 +79,8 @@ def reconcile(
     line = f"{journal.path}: nothing to reconcile; {remaining}"
     if done.doubt is not None:
         line = (
-            f"{journal.path}: reconciled with {done.receipts} receipts; {len(done.spends)} lost spends charged, epsilon "
-            f"{result['epsilon_charged']:.4g} together; {len(done.closed_runs)} open runs closed; {remaining}"
+            f"{journal.path}: reconciled with {done.receipts} receipts; {len(done.spends)} lost spends charged, "
+            f"epsilon {result['epsilon_charged']:.4g}; {len(done.closed_runs)} open runs closed; {remaining}"
         )
     typer.echo(json.dumps(result) if as_json else line)
 

@@ -178,7 +178,7 @@ class Coordinator:
             self.silos[silo]["statement"] = statement.model_dump(mode="json")
 
     def _receipt(self, silo: str, content: bytes) -> None:
-        """Keeps the newest receipt of a silo: it goes back to the silo with the next request, and into the certificate."""
+        """Keeps a silo's newest receipt: it goes back to the silo with the next request, and into the certificate."""
         if not self.certify:
             return
         receipt = Receipt.from_bytes(content, f"receipt of silo {silo}")

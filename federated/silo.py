@@ -77,8 +77,8 @@ class Silo:
 
         Args:
             body: the request, whose digest binds a charge's seed.
-            receipt: the last receipt of this silo that the coordinator holds, or nothing. It is no part of the digest: a
-                restart sends the same body, and may hold another receipt.
+            receipt: the last receipt of this silo that the coordinator holds, or nothing. It is no part of the digest:
+                a restart sends the same body, and may hold another receipt.
         """
         digest = digest_bytes(body)
         try:

@@ -56,8 +56,8 @@ class Anchor:
 def against(receipt: Receipt, entries: list[Entry]) -> str | None:
     """Why a genuine receipt of this ledger speaks against its entries; None where it doesn't.
 
-    A head in the chain is no evidence. Nor is one from before the last reconciliation whose spends are all known: every run
-    that was open then was closed by it, so that nothing that it lost can be asked for again.
+    A head in the chain is no evidence. Nor is one from before the last reconciliation whose spends are all known: every
+    run that was open then was closed by it, so that nothing that it lost can be asked for again.
     """
     if receipt.number <= len(entries) and entries[receipt.number - 1]["hash"] == receipt.head:
         return None

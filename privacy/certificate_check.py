@@ -1,4 +1,4 @@
-"""Checks a certificate offline: makes it again from its plan and its signed parts, and looks for it in a silo's ledger."""
+"""Checks a certificate offline: makes it again from its plan and signed parts, and looks for it in a silo's ledger."""
 
 import math
 from collections.abc import Iterator, Mapping

@@ -62,7 +62,7 @@ def left(bodies: list[dict[str, Any]]) -> Budget:
 def spent_since(bodies: list[dict[str, Any]], since: float) -> float:
     """Epsilon of what was spent at or after a time, in seconds since 1970, by the entries' own signed times.
 
-    Times of a chain never go back: an entry written under a clock that was set back counts as late as the one before it.
+    Times never go back in a chain: an entry written under a clock that was set back is as late as the one before it.
     """
     latest, total = 0.0, 0.0
     for body in bodies:

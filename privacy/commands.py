@@ -41,7 +41,7 @@ def verify(
     certificate: Annotated[Path | None, typer.Option(help="A certificate.json, to be replayed, too.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Replays a ledger's numbers, chain, signatures and claims, or a certificate's. Exit status 2 where one doesn't hold.
+    """Replays numbers, chain, signatures and claims of a ledger or a certificate. Exit status 2 if one doesn't hold.
 
     With both, the certificate's run has to be in the ledger as its silo stated it.
     """

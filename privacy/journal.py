@@ -104,8 +104,8 @@ class Journal:
         for receipt in self.anchored()[0]:
             if not self.is_own(receipt):
                 raise InputError(
-                    f"{self.anchor.path}: the anchor of silo {receipt.silo!r} and dataset {receipt.dataset!r}; give each "
-                    "dataset an anchor_dir of its own"
+                    f"{self.anchor.path}: the anchor of silo {receipt.silo!r} and dataset {receipt.dataset!r}; give "
+                    "each dataset an anchor_dir of its own"
                 )
 
     def bind(self, budget: Budget) -> None:
@@ -175,15 +175,15 @@ class Journal:
             )
 
     def accept(self, receipt: Receipt | None) -> None:
-        """Looks at the receipt that a coordinator holds. One that is ahead of the file puts the ledger in doubt for good.
+        """Looks at the receipt that a coordinator holds. One ahead of the file puts the ledger in doubt for good.
 
         Args:
             receipt: None where the coordinator holds none.
 
         Raises:
-            PolicyRefusal: the ledger is in doubt; or the receipt is of another silo or was not signed by this one. Such a
-                receipt is refused rather than ignored, since a coordinator that has lost its own shows nothing; it leaves
-                no mark, since anyone can make one.
+            PolicyRefusal: the ledger is in doubt; or the receipt is of another silo or was not signed by this one. Such
+                a receipt is refused rather than ignored, since a coordinator that has none sends none; it leaves no
+                mark, since anyone can make one.
         """
         with self.locked():
             self.refuse_doubt()
@@ -235,7 +235,8 @@ class Journal:
 
 def default_anchor_dir(state_dir: Path) -> Path:
     """Beside the state directory, never in it: a backup of the one that is put back leaves the other alone."""
-    return state_dir.with_name(f"{state_dir.name}.anchor")
+    place = state_dir.absolute()
+    return place.with_name(f"{place.name}.anchor")
 
 
 def _refusal(rule: str, asked: str, allowed: str, message: str) -> PolicyRefusal:

@@ -118,7 +118,7 @@ class Ledger:
         Args:
             run_id: the run.
             plan: what it may ask for.
-            epsilon_per_day: most epsilon of all reservations of 24 hours, by the ledger's own signed times; None: no limit.
+            epsilon_per_day: most epsilon of all reservations of 24 hours, by the ledger's own signed times; None: any.
 
         Raises:
             PolicyRefusal: the run reserved another plan before, or more is asked for than is left, or for today.
@@ -155,7 +155,7 @@ class Ledger:
                 "max_epsilon_per_day",
                 f"{epsilon:.6g}",
                 f"{max(remaining, 0):.6g}",
-                f"the run needs epsilon {epsilon:.4g} and {max(remaining, 0):.4g} of {limit:g} is left for these 24 hours; "
+                f"the run needs epsilon {epsilon:.4g} and {max(remaining, 0):.4g} of {limit:g} is left for 24 hours; "
                 "wait, or lower privacy.epsilon",
             )
 

@@ -86,8 +86,8 @@ def export(path: Path, target: Path) -> int:
 def backup(path: Path, target: Path) -> int:
     """Copies a ledger through SQLite's backup API, with what its write-ahead log holds and without its seeds.
 
-    The seed of a charge that is not answered yet would outlive its erasure in the copy. So a copy that is put back can't
-    answer that charge any more, which stays spent.
+    The seed of a charge that is not answered yet would outlive its erasure in the copy. So a copy that is put back
+    can't answer that charge any more, which stays spent.
 
     Returns:
         The number of entries.

@@ -1,8 +1,8 @@
 """Takes what receipts prove was spent into a ledger that was put back, so that it may be used again.
 
 What is lost is known from two sides: the anchor, which is the silo's own last receipt, and the receipts that
-coordinators hold. Every spend in them that the file doesn't know is charged, once. Lost charges can't be told from charges
-that never were: so every run that is open is closed, and nothing can be asked for again under its reservation.
+coordinators hold. Every spend in them that the file doesn't know is charged, once. Lost charges can't be told from
+charges that never were: so every run that is open is closed, and nothing can be asked for again under its reservation.
 """
 
 import json
@@ -33,8 +33,8 @@ class Reconciled:
 def reconcile(journal: Journal, budget: Budget, receipts: list[Receipt]) -> Reconciled:
     """Charges what is missing, closes what is open, and anchors the ledger anew.
 
-    Killed before its end it has done nothing, or everything but the anchor: then the doubt stays, and the next time
-    finds nothing more to charge.
+    Killed before its end it has done nothing, or everything but the anchor: then the next start, or the next
+    reconciliation, moves that on and finds nothing more to charge.
 
     Args:
         journal: the silo's ledger file and anchor, opened.

@@ -80,7 +80,7 @@ class Receipt(Signed):
         delta_reserved: of the run.
         epsilon_left: what no run has reserved yet.
         delta_left: the same for delta.
-        spends: everything that the dataset has ever spent. With only sums a receipt could not tell which spends of a file
+        spends: everything that the dataset has ever spent. From sums alone nobody could tell which spends of a file
             that was put back are lost: two branches of a ledger may have spent different things.
     """
 
