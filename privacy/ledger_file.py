@@ -100,15 +100,16 @@ def backup(path: Path, target: Path) -> int:
     fresh = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _looking(path) as source, contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
-            source.backup(copy)
+        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
+            with _looking(path) as source:
+                source.backup(copy)
             copy.execute("DELETE FROM seeds")
             os.close(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             copy.execute("VACUUM INTO ?", (str(fresh),))
             number = len(read_entries(copy))
         _publish(fresh, target)
-    except OSError as error:
-        raise write_failure(target, error) from error
+    except (OSError, sqlite3.DatabaseError) as error:
+        raise write_failure(target, OSError(str(error))) from error
     finally:
         fresh.unlink(missing_ok=True)
     return number

@@ -13,11 +13,14 @@ from configs.errors import InputError, PolicyRefusal
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
+from federated.protocol import PROTOCOL_VERSION
 from federated.server_app import initial_adapter
 from federated.silo import FAILED, Silo
 from federated.silo_data import rows_of
 from federated.simulation import PublicSilo
+from privacy.journal import default_anchor_dir
 from privacy.plan import PlanRequest
+from privacy.statements import Receipt, RunStatement
 
 PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 SEED = bytes(range(32))
@@ -52,11 +55,11 @@ def adapter(tiny_run):
     return to_bytes(initial_adapter(tiny_run.config(), tiny_run.model))
 
 
-def ask(silo, request_id, run_id="run-1", silo_id="north", version=1, **kind):
+def ask(silo, request_id, run_id="run-1", silo_id="north", receipt=b"", version=PROTOCOL_VERSION, **kind):
     body = pb.Request(version=version, run_id=run_id, silo_id=silo_id, request_id=request_id, **kind).SerializeToString(
         deterministic=True
     )
-    return pb.Reply.FromString(silo.handle(body)), body
+    return pb.Reply.FromString(silo.handle(body, receipt)), body
 
 
 def reserve(silo, plan=PLAN, **changes):
@@ -76,12 +79,16 @@ def train_kind(silo, content, round_number=1, **changes):
     return {"train": pb.Train(**{**values, **changes})}
 
 
+def receipt_in(reply):
+    return Receipt.from_bytes(reply.receipt, "reply")
+
+
 def kinds(silo):
     return [json.loads(entry["body"])["kind"] for entry in silo.ledger.entries()]
 
 
 def test_a_whole_run(silo, adapter):
-    assert reserve(silo).reserved.receipt.epsilon_reserved == pytest.approx(PLAN.epsilon)
+    assert receipt_in(reserve(silo).reserved).epsilon_reserved == pytest.approx(PLAN.epsilon)
     reply, body = ask(silo, "round-1", **train_kind(silo, adapter))
     assert reply.request_digest == digest_bytes(body)
     update = from_bytes(reply.trained.update)
@@ -91,7 +98,7 @@ def test_a_whole_run(silo, adapter):
     assert all(np.isfinite(array).all() and array.any() for array in update.values())
     assert kinds(silo) == ["open", "reserve", "charge", "release"]
     closed, _ = ask(silo, "close", close=pb.Close())
-    assert closed.closed.receipt.epsilon_left == pytest.approx(20 - PLAN.epsilon)
+    assert receipt_in(closed.closed).epsilon_left == pytest.approx(20 - PLAN.epsilon)
     late, _ = ask(silo, "round-2", **train_kind(silo, adapter, 2))
     assert late.refusal.rule == "closed"
 
@@ -196,7 +203,7 @@ def test_training_without_a_reservation_is_refused(silo, adapter):
 
 
 def test_other_versions_and_other_silos_are_refused(silo):
-    assert ask(silo, "r", version=2, close=pb.Close())[0].refusal.rule == "version"
+    assert ask(silo, "r", version=1, close=pb.Close())[0].refusal.rule == "version"
     assert ask(silo, "r", silo_id="south", close=pb.Close())[0].refusal.rule == "silo_id"
     assert ask(silo, "r", run_id="", close=pb.Close())[0].refusal.rule == "run_id"
     assert ask(silo, "r")[0].refusal.rule == "request"
@@ -232,6 +239,89 @@ def test_no_bytes_make_a_silo_crash_or_talk(silo, body):
     reply = pb.Reply.FromString(silo.handle(body))
     assert reply.WhichOneof("kind") in ("refusal", "described", "failure")
     assert "Traceback" not in str(reply)
+
+
+def test_a_receipt_ahead_of_the_ledger_stops_everything_until_it_is_reconciled(silo, adapter, tmp_path, siloweave):
+    """State and anchor put back together: only the coordinator knows. What it repeats gets no stored reply either."""
+    state = silo.ledger.path.parent
+    reserve(silo)
+    silo.close()
+    for place in (state, default_anchor_dir(state)):
+        shutil.copytree(place, tmp_path / "last week" / place.name)
+    ahead = Silo(silo.config)
+    reply, _ = ask(ahead, "round-1", **train_kind(ahead, adapter))
+    ahead.close()
+    for place in (state, default_anchor_dir(state)):
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "last week" / place.name, place)
+    back = Silo(silo.config)
+    assert receipt_in(reserve(back).reserved).number == 2  # nothing on this machine can tell
+    kinds_before = kinds(back)
+    shown = reply.trained.receipt
+    assert reserve(back, receipt=shown).refusal.rule == "rollback"
+    for kind in ({"close": pb.Close()}, {"reserve": pb.Reserve()}, train_kind(back, adapter)):
+        refusal = ask(back, "round-1", **kind)[0].refusal
+        assert (refusal.rule, str(tmp_path) in refusal.message) == ("rollback", False)
+    assert kinds(back) == kinds_before
+    back.close()
+    with pytest.raises(InputError, match="siloweave silo budget reconcile"):
+        Silo(silo.config)
+    (tmp_path / "silos.json").write_bytes(b'{"north": {"receipt": ' + shown + b"}}")
+    done = siloweave("silo", "budget", "reconcile", str(state), "silos.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = Silo(silo.config)
+    assert ask(again, "round-1", receipt=shown, **train_kind(again, adapter))[0].refusal.rule == "closed"
+    assert receipt_in(reserve(again, run_id="run-2", receipt=shown).reserved).epsilon_left < 20 - PLAN.epsilon
+    again.close()
+
+
+@pytest.mark.parametrize("receipt", [b"lies", b"{}", b"[" * 5000, b"1" * 2_000_000])
+def test_receipts_that_are_none_are_refused(silo, receipt):
+    assert reserve(silo, receipt=receipt).refusal.rule == "receipt"
+    assert kinds(silo) == ["open"]
+
+
+def test_the_receipt_is_no_part_of_what_is_digested(silo, adapter):
+    first = reserve(silo).reserved.receipt
+    reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
+    for receipt in (b"", first, reply.trained.receipt):
+        assert ask(silo, "round-1", receipt=receipt, **train_kind(silo, adapter))[0] == reply
+
+
+def test_a_closed_run_is_stated_and_signed(tmp_path, tiny_model, adapter):
+    silo = Silo(silo_config(tmp_path, tiny_model, attests_disjoint_units=True), SEED)
+    assert ask(silo, "close", close=pb.Close())[0].closed.statement == b""  # nothing reserved, nothing to state
+    reserve(silo)
+    ask(silo, "round-1", **train_kind(silo, adapter))
+    closed, _ = ask(silo, "close", close=pb.Close())
+    statement = RunStatement.from_bytes(closed.closed.statement, "reply")
+    assert statement.holds()
+    assert (statement.rounds_charged, statement.public_record_count) == (1, 100)
+    assert (statement.attests_disjoint_units, statement.seed_source) == (True, "injected")
+    assert statement.epsilon == PLAN.epsilon
+    reserve(silo, run_id="run-2")
+    assert ask(silo, "close", close=pb.Close())[0].closed.statement == closed.closed.statement
+    silo.close()
+    later = Silo(silo.config)  # without the seed: the run stays one with an injected seed
+    assert ask(later, "close", close=pb.Close())[0].closed.statement == closed.closed.statement
+    later.close()
+
+
+def test_a_day_is_limited_by_the_policy(tmp_path, tiny_model):
+    silo = Silo(silo_config(tmp_path, tiny_model, max_epsilon_per_day=1.5 * PLAN.epsilon))
+    assert reserve(silo).reserved.receipt
+    assert reserve(silo, run_id="run-2").refusal.rule == "max_epsilon_per_day"
+    silo.close()
+
+
+@pytest.mark.parametrize(
+    ("anchor_dir", "message"), [("anchors", "give an absolute path"), ("{state}/anchors", "outside silo.state_dir")]
+)
+def test_an_anchor_inside_the_state_directory_is_refused(tmp_path, tiny_model, anchor_dir, message):
+    tree = silo_config(tmp_path, tiny_model).model_dump()
+    tree["silo"]["anchor_dir"] = anchor_dir.format(state=tree["silo"]["state_dir"])
+    with pytest.raises(ValueError, match=message):
+        SiloConfig(**tree)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"rounds": "NaN"}', "[" * 5000, "1" * 20_000])

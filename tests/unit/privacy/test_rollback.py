@@ -495,7 +495,7 @@ def test_a_day_has_a_limit_that_no_clock_set_back_lifts(state, monkeypatch):
 
 
 class World:
-    """Files are put back at any time; a coordinator shows its last receipt; a steward reconciles what the silo refuses."""
+    """Files are put back at any time; a coordinator shows its last receipt; a steward reconciles what is refused."""
 
     def __init__(self, root):
         self.state, self.copy = root / "north", root / "copy"
