@@ -30,6 +30,8 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
         if name not in document:
             raise InputError(f"{origin}: {name}: missing; the certificate was edited")
     plan = parse(PlanRequest, document["plan"], f"{origin}: plan")
+    if document.get("plan_digest") != plan.digest:
+        raise InputError(f"{origin}: plan_digest is {document.get('plan_digest')!r}, plan's is {plan.digest!r}: edited")
     run, silos = document["run_id"], _mapping(document["silos"], f"{origin}: silos")
     epsilon = plan.epsilon
     for name, silo in silos.items():

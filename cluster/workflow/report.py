@@ -132,11 +132,14 @@ def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
             "public_record_count": public["public_record_count"],
             "charges": len(charges),
             "ledger_head": public["receipt"]["head"],
+            "public_key": public["public_key"],
+            "stated": "statement" in public,
         }
     return {
         "unit": certificate["unit"],
         "relation": certificate["relation"],
         "delta": certificate["delta"],
+        "headline": certificate["headline"],
         "epsilon": max(silo["epsilon"] for silo in silos.values()),
         "epsilon_sum": sum(silo["epsilon"] for silo in silos.values()),
         "epsilon_rdp": certificate["epsilon_rdp"],
@@ -146,6 +149,9 @@ def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
         "max_grad_norm": certificate["plan"]["max_grad_norm"],
         "steps_per_round": certificate["plan"]["steps_per_round"],
         "silos": silos,
+        "audited": certificate["audited"],
+        "seeds": certificate["seeds"],
+        "left_each_silo": certificate["left_each_silo"],
         "not_covered": certificate["not_covered"],
     }
 

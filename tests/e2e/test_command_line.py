@@ -36,6 +36,12 @@ def one_line(done, status):
         (["generate", "-c", "tiny"], "run `siloweave federate` first"),
         (["report", "-c", "tiny"], "run `siloweave federate` first"),
         (["ledger", "show", "nowhere"], "no such ledger"),
+        (["ledger", "verify"], "nothing to verify"),
+        (["ledger", "verify", "--certificate", "none.json"], "none.json: can't be read"),
+        (["ledger", "export", "nowhere", "--to", "out.jsonl"], "no such ledger"),
+        (["ledger", "backup", "nowhere", "--to", "out.sqlite"], "no such ledger"),
+        (["silo", "budget", "reconcile", "silo.toml"], "silo.toml: no such file"),
+        (["silo", "budget", "reconcile", "."], "no such ledger"),
         (["silo", "serve", "-c", "silo.toml", "--socket", "s.sock"], "silo.toml: no such file"),
     ],
 )

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from privacy.statements import Receipt
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -30,6 +32,8 @@ def test_the_report_has_every_promised_figure(tiny_run):
     assert (privacy["unit"], privacy["delta"]) == ("record", 1e-5)
     assert 7.5 < privacy["epsilon"] <= 8
     assert privacy["epsilon_sum"] == pytest.approx(6 * privacy["epsilon"])
+    assert privacy["headline"]["epsilon"] == privacy["epsilon"]  # a speech is in one silo: every steward attests it
+    assert privacy["headline"]["rule"].startswith("maximum")
     assert privacy["epsilon_rdp"] > privacy["epsilon"]
     assert privacy["epsilon_prv"] is None or privacy["epsilon_prv"] == pytest.approx(privacy["epsilon"], rel=0.02)
     for silo in privacy["silos"].values():
@@ -48,6 +52,7 @@ def test_the_page_is_self_contained(tiny_run):
     assert page.count("<svg") == 3
     assert not re.search(r'(src|href)="(?!#)', page)
     assert "Certificate" in page
+    assert page.count("<td>signed</td>") == 6
     assert "simulation_only" in page
 
 
@@ -68,7 +73,7 @@ def test_no_exact_figure_of_a_silo_is_in_the_run_directory(tiny_run):
     for path in federation.glob("round-*/silos.json"):
         for silo in json.loads(path.read_text()).values():
             assert set(silo) == {"dataset_id", "public_key", "public_record_count", "receipt"}
-            assert set(silo["receipt"]) == {"number", "head", "epsilon_reserved", "epsilon_left", "delta_left"}
+            assert set(silo["receipt"]) == set(Receipt.model_fields)
     assert not list(tiny_run.directory.rglob("*.sqlite*"))
     assert len(list((tiny_run.root / "state").rglob("ledger.sqlite"))) == 6
 
@@ -94,8 +99,8 @@ def test_the_readmes_commands_run(tiny_run, siloweave, tmp_path):
     assert len(commands) >= 8
     for arguments in commands:
         given = [argument.replace("demo", "tiny") for argument in arguments]
-        if given[0] in ("tiny", "silo"):
-            continue  # the demo is the fixture's own command; silo serve runs until it is ended (test_flower)
+        if given[0] == "tiny":
+            continue  # the demo is the fixture's own command
         done = siloweave(*given, cwd=root)
         assert done.returncode == 0, f"{given}: {done.stderr}"
 

@@ -1,0 +1,221 @@
+"""The certificate: made again from what the silos signed; any edited number is found and named."""
+
+import copy
+import json
+
+import pytest
+
+from configs.errors import InputError
+from privacy.certificate import certificate, headline
+from privacy.certificate_check import check_certificate, check_in_ledger
+from privacy.chain import Budget, verify_entries
+from privacy.ledger import Ledger
+from privacy.plan import PlanRequest
+
+REQUEST = PlanRequest(
+    sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
+)
+PLAN = REQUEST.bind(5000)
+DIGEST = "aa" * 32
+SILOS = ("north", "south")
+
+
+def close_run(folder, silo, *, attests=True, seed_source=None, statement=True):
+    """One silo's part of a run, by its real ledger; what a coordinator keeps of it."""
+    ledger = Ledger.open(folder / silo, silo, f"ward-{silo}", Budget(20.0, 3e-5), seed_source)
+    ledger.reserve("run-1", PLAN)
+    for number in (1, 2):
+        ledger.charge("run-1", f"round-{number}", DIGEST, number)
+    found = {
+        "dataset_id": f"ward-{silo}",
+        "public_key": ledger.public_key,
+        "public_record_count": 5000,
+        "receipt": ledger.receipt("run-1").model_dump(mode="json"),
+    }
+    if statement:
+        found["receipt"] = ledger.close("run-1").model_dump(mode="json")
+        stated = ledger.statement("run-1", {"torch": "2"}, attests_disjoint_units=attests)
+        found["statement"] = stated.model_dump(mode="json")
+    ledger.close_file()
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("silos")
+
+
+@pytest.fixture(scope="module")
+def sound(folder):
+    return json.loads(json.dumps(certificate("run-1", REQUEST, {silo: close_run(folder, silo) for silo in SILOS})))
+
+
+def test_it_says_what_the_design_promises(sound):
+    check_certificate(sound, "test")
+    assert (sound["unit"], sound["relation"], sound["delta"]) == ("record", "add_or_remove_one", 1e-5)
+    assert sound["epsilon_optimistic"] <= sound["epsilon"] < sound["epsilon_rdp"]
+    assert sound["epsilon_sum"] == pytest.approx(2 * sound["epsilon"])
+    assert sound["audited"] == "not audited"
+    assert sound["seeds"].startswith("operating system")
+    assert sound["silos"]["north"]["statement"]["rounds_charged"] == 2
+    assert {"torch", "opacus", "dp-accounting"} <= set(sound["versions"])
+    assert sound["not_covered"]
+
+
+def test_the_headline_is_the_sum_unless_every_steward_attests():
+    spent = {"a": (1.0, 1e-6), "b": (2.0, 1e-5)}
+    assert (headline(spent, {"a": True, "b": True}).epsilon, headline(spent, {"a": True, "b": True}).delta) == (
+        2.0,
+        1e-5,
+    )
+    for attested in ({}, {"a": True}, {"a": True, "b": False}):
+        claim = headline(spent, attested)
+        assert (claim.epsilon, claim.delta) == (3.0, pytest.approx(1.1e-5))
+        assert claim.rule.startswith("sum")
+
+
+@pytest.mark.parametrize(
+    ("options", "epsilons", "seeds"),
+    [
+        ({}, 1, "operating system, one a charge"),
+        ({"attests": False}, 2, "operating system, one a charge"),
+        ({"statement": False}, 2, "not stated by south"),
+        ({"seed_source": lambda _: bytes(32)}, 1, "INJECTED in south"),
+    ],
+)
+def test_attestation_and_seeds_are_those_of_the_signed_statements(tmp_path, options, epsilons, seeds):
+    silos = {"north": close_run(tmp_path, "north"), "south": close_run(tmp_path, "south", **options)}
+    document = certificate("run-1", REQUEST, silos)
+    check_certificate(document, "test")
+    assert document["headline"]["epsilon"] == pytest.approx(epsilons * REQUEST.epsilon)
+    assert document["seeds"].startswith(seeds)
+
+
+def numbers(value, path=()):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from numbers(item, (*path, key))
+    elif isinstance(value, list):
+        for key, item in enumerate(value):
+            yield from numbers(item, (*path, key))
+    elif isinstance(value, bool | int | float):
+        yield path, value
+
+
+def edited(document, path, value):
+    changed = copy.deepcopy(document)
+    place = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return changed
+
+
+def test_any_edited_number_is_found_and_its_place_is_named(sound):
+    found = list(numbers(sound))
+    assert len(found) > 50
+    for path, value in found:
+        other = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 0.9
+        with pytest.raises(InputError) as caught:
+            check_certificate(edited(sound, path, other), "test")
+        # Inside of what a silo signed, the signature tells only that one of its fields was edited.
+        named = ".".join(map(str, path[:3] if path[0] == "silos" else path[:1]))
+        assert named in str(caught.value), (path, caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("epsilon",), 1.0, "epsilon is 1.0, its replay gives"),
+        (("headline", "epsilon"), 0.5, "headline.epsilon is 0.5"),
+        (("headline", "rule"), "because", "headline.rule"),
+        (("plan", "noise_multiplier"), 0.0, "noise_multiplier"),
+        (("plan", "noise_multiplier"), 5.0, "plan_digest"),
+        (("plan_digest",), "00" * 32, "plan_digest"),
+        (("silos", "north", "statement", "rounds_charged"), 1, "silos.north.statement.signature"),
+        (("silos", "north", "statement", "attests_disjoint_units"), False, "silos.north.statement.signature"),
+        (("silos", "north", "statement", "seed_source"), "injected", "silos.north.statement.signature"),
+        (("silos", "north", "public_record_count"), 9, "silos.north.statement.public_record_count is 5000"),
+        (("silos", "north", "public_key"), "00" * 32, "silos.north.receipt.public_key"),
+        (("silos", "north", "receipt", "signature"), "", "silos.north.receipt.signature"),
+        (("silos", "north", "receipt"), {}, "silos.north.receipt"),
+        (("silos", "north", "statement"), [], "silos.north.statement"),
+        (("silos", "north"), 3, "silos.north: int, expected an object"),
+        (("silos", "west"), {}, "silos.west.receipt"),
+        (("not_covered", 0), "nothing", "not_covered.0"),
+        (("not_covered",), [], "not_covered"),
+        (("seeds",), "dice", "seeds is 'dice'"),
+        (("run_id",), "run-2", "silos.north.receipt.run is 'run-1', expected 'run-2'"),
+        (("audited",), {"epsilon_lower_bound": 99.0}, "audited.epsilon_lower_bound is 99.0"),
+        (("audited",), "yes", "audited"),
+        (("extra",), 1, "extra: no such field"),
+        (("version",), 1, "version is 1"),
+        (("versions",), None, "versions"),
+    ],
+)
+def test_edits_are_refused_with_the_field(sound, path, value, message):
+    with pytest.raises(InputError) as caught:
+        check_certificate(edited(sound, path, value), "test")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise_multiplier": 5.0}, r"silos.north.receipt.epsilon_reserved"),
+        ({"max_grad_norm": 2.0}, r"silos.north.statement.plan_digest"),
+        ({"rounds": 1, "steps_per_round": 12}, r"silos.north.statement.plan_digest"),
+    ],
+)
+def test_a_plan_that_is_exchanged_with_its_digest_is_not_what_the_silos_signed(sound, change, message):
+    plan = REQUEST.model_copy(update=change)
+    made = certificate("run-1", plan, sound["silos"])
+    with pytest.raises(InputError, match=message):
+        check_certificate(made, "test")
+
+
+def test_a_field_that_was_taken_out_is_missed(sound):
+    for name in sound:
+        changed = {key: value for key, value in sound.items() if key != name}
+        with pytest.raises(InputError, match=name):
+            check_certificate(changed, "test")
+
+
+def test_an_audited_bound_is_shown(sound):
+    bound = {"epsilon_lower_bound": 0.1, "confidence": 0.95}
+    document = certificate("run-1", REQUEST, sound["silos"], audited=bound)
+    check_certificate(document, "test")
+    assert document["audited"] == bound
+
+
+def test_the_run_is_looked_for_in_a_silos_ledger(sound, folder, tmp_path):
+    def chain(silo_folder, silo):
+        ledger = Ledger.open(silo_folder / silo, silo, f"ward-{silo}", Budget(20.0, 3e-5))
+        entries = ledger.entries()
+        ledger.close_file()
+        return verify_entries(entries, "test"), [entry["hash"] for entry in entries]
+
+    bodies, hashes = chain(folder, "north")
+    assert check_in_ledger(sound, bodies, hashes, "test") == "north"
+    with pytest.raises(InputError, match=r"silos.north.receipt.head: not in the ledger's chain"):
+        check_in_ledger(sound, bodies[:4], hashes[:4], "test")
+    close_run(tmp_path, "north")
+    with pytest.raises(InputError, match="none has the ledger's key"):
+        check_in_ledger(sound, *chain(tmp_path, "north"), "test")
+    fewer = [body for body in bodies if (body["kind"], body.get("round")) != ("charge", 2)]
+    with pytest.raises(InputError, match=r"silos.north.statement.rounds_charged is 2, the ledger has 1"):
+        check_in_ledger(sound, fewer, hashes, "test")
+
+
+def test_the_verify_command_replays_certificates_with_and_without_a_ledger(sound, folder, tmp_path, siloweave):
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(sound))
+    both = siloweave("ledger", "verify", str(folder / "south"), "--certificate", str(path), "--json", cwd=tmp_path)
+    assert both.returncode == 0, both.stderr
+    assert json.loads(both.stdout)["silo"] == "south"
+    path.write_text(json.dumps(edited(sound, ("epsilon_sum",), 3.0)))
+    broken = siloweave("ledger", "verify", "--certificate", str(path), cwd=tmp_path)
+    assert broken.returncode == 2
+    assert "epsilon_sum is 3.0" in broken.stderr
+    nothing = siloweave("ledger", "verify", cwd=tmp_path)
+    assert (nothing.returncode, "nothing to verify" in nothing.stderr) == (2, True)
