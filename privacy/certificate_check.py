@@ -92,7 +92,9 @@ def _check_receipt(silo: Mapping[str, Any], name: str, run: str, plan: PlanReque
         "silo": name,
         "dataset": silo.get("dataset_id"),
         "public_key": silo.get("public_key"),
+        "public_record_count": silo.get("public_record_count"),
         "run": run,
+        "plan_digest": plan.digest,
         "epsilon_reserved": epsilon,
         "delta_reserved": plan.delta,
     }

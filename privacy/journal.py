@@ -130,7 +130,7 @@ class Journal:
     def receipt(self, run_id: str = "") -> Receipt:
         """The present head, signed, with what a run has reserved and what is left."""
         entries, bodies = self.entries(), self.bodies()
-        remaining, reservation = left(bodies), find(bodies, "reserve", run=run_id)
+        remaining, reservation = left(bodies), find(bodies, "reserve", run=run_id) or {}
         return Receipt(
             silo=self.silo_id,
             dataset=self.dataset_id,
@@ -139,8 +139,10 @@ class Journal:
             number=len(entries),
             head=entries[-1]["hash"],
             epoch=epoch(entries),
-            epsilon_reserved=reservation["epsilon"] if reservation else 0.0,
-            delta_reserved=reservation["delta"] if reservation else 0.0,
+            plan_digest=reservation.get("plan_digest", ""),
+            public_record_count=reservation.get("public_record_count", 0),
+            epsilon_reserved=reservation.get("epsilon", 0.0),
+            delta_reserved=reservation.get("delta", 0.0),
             epsilon_left=remaining.epsilon,
             delta_left=remaining.delta,
             spends=spends(entries),

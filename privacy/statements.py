@@ -76,6 +76,8 @@ class Receipt(Signed):
         number: the newest entry.
         head: hash of that entry.
         epoch: how often the ledger has been reconciled.
+        plan_digest: of the plan that the run reserved; empty where it has not, as the next three are zero.
+        public_record_count: what the steward declared then.
         epsilon_reserved: of the run.
         delta_reserved: of the run.
         epsilon_left: what no run has reserved yet.
@@ -89,6 +91,8 @@ class Receipt(Signed):
     number: Number
     head: str
     epoch: Annotated[int, Field(ge=0)]
+    plan_digest: str
+    public_record_count: Annotated[int, Field(ge=0)]
     epsilon_reserved: Spent
     delta_reserved: Spent
     epsilon_left: Finite

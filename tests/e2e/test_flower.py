@@ -28,6 +28,7 @@ from federated import silo_pb2 as pb
 from federated.local_grid import LocalGrid
 from federated.silo import PROTOCOL_VERSION, Silo
 from federated.silo_service import SERVICE
+from privacy.certificate_check import check_certificate
 
 NAME = "comedies"
 SEED, SPLIT_KEY = bytes(range(32)), bytes(range(32, 64))
@@ -199,6 +200,8 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
     assert adapter(over_flower, 0) == adapter(over_grid, 0)
     assert adapter(over_flower, 1) != adapter(over_flower, 0)
     assert adapter(over_flower, 1) == adapter(over_grid, 1)
+    for directory in (over_flower, over_grid):
+        check_certificate(json.loads((directory / "certificate.json").read_text()), str(directory))
 
 
 def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path):
@@ -213,6 +216,11 @@ def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path):
         envelope = silo_pb2_grpc.SiloStub(channel).Handle(pb.Envelope(body=request.SerializeToString()), timeout=30)
     reply = pb.Reply.FromString(envelope.body)
     assert (reply.silo_id, reply.described.public_record_count) == (NAME, 6000)
+    request = pb.Request(version=PROTOCOL_VERSION, silo_id=NAME, run_id="run", request_id="close", close=pb.Close())
+    with grpc.insecure_channel(f"unix:{socket_path}") as channel:
+        given = pb.Envelope(body=request.SerializeToString(), receipt=b"no receipt")
+        envelope = silo_pb2_grpc.SiloStub(channel).Handle(given, timeout=30)
+    assert pb.Reply.FromString(envelope.body).refusal.rule == "receipt"  # it has crossed the socket, beside the body
     command.terminate()
     assert command.wait(END_S) == 0, processes.logs()
 

@@ -16,6 +16,7 @@ from federated.adapters import from_bytes
 from federated.local_grid import LocalGrid
 from federated.rounds import Coordinator
 from federated.simulation import simulate
+from privacy.certificate_check import check_certificate
 from privacy.chain import verify_entries
 from privacy.ledger_file import read_only
 
@@ -65,6 +66,9 @@ def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
     assert set(certificate["silos"]) == {"roman", "romances"}
     assert certificate["epsilon"] <= 8
     assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])
+    check_certificate(certificate, "test")
+    assert certificate["headline"]["epsilon"] == certificate["epsilon"]
+    assert all(silo["statement"]["rounds_charged"] == 2 for silo in certificate["silos"].values())
     rounds = [event for event in read_events(tmp_path / "federated" / "events.jsonl") if event["event"] == "round"]
     assert all(event["answered"] == ["roman", "romances"] for event in rounds)
 
@@ -99,6 +103,9 @@ def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_pa
     # From here on no seed is injected: round two has to come out of the ledger.
     federation("federated.workers=1", name="b")
     assert adapters(tmp_path / "a") == adapters(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "certificate.json").read_text())["seeds"].startswith(
+        "INJECTED in roman, romances"
+    )
     assert ledger_kinds(tmp_path).count("charge") == 2
 
 
@@ -169,6 +176,48 @@ def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, mo
     federation()
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])
+
+
+def test_the_coordinators_receipts_find_a_silo_that_was_put_back_with_its_anchor(
+    federation, tmp_path, monkeypatch, siloweave
+):
+    """Stopped after round one; one silo's whole folder is put back from before; at the restart it refuses, and the rest
+    go on; the refused silo's spend stays in the certificate, and can be taken in from it."""
+    whole_round, places = (
+        Coordinator._round,
+        [tmp_path / "state" / "plays-tiny" / f"roman{end}" for end in ("", ".anchor")],
+    )
+
+    def dies(self, number, adapter):
+        if number == 1:
+            for place in places:
+                shutil.copytree(place, tmp_path / "copy" / place.name)
+        if number == 2:
+            raise KeyboardInterrupt
+        return whole_round(self, number, adapter)
+
+    monkeypatch.setattr(Coordinator, "_round", dies)
+    with pytest.raises(KeyboardInterrupt):
+        federation()
+    monkeypatch.undo()
+    for place in places:
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "copy" / place.name, place)
+    federation()
+    events = list(read_events(tmp_path / "federated" / "events.jsonl"))
+    refused = [event for event in events if event["event"] == "refused"]
+    assert {(event["silo"], event["rule"]) for event in refused} == {("roman", "rollback")}
+    assert [event["answered"] for event in events if event["event"] == "round"][-1] == ["romances"]
+    path = tmp_path / "federated" / "certificate.json"
+    certificate = json.loads(path.read_text())
+    check_certificate(certificate, "test")
+    assert "statement" not in certificate["silos"]["roman"]
+    assert certificate["headline"]["epsilon"] == pytest.approx(2 * certificate["epsilon"])  # roman attests nothing
+    mended = siloweave("silo", "budget", "reconcile", str(places[0]), str(path), "--json", cwd=tmp_path)
+    assert json.loads(mended.stdout)["epsilon_left"] == pytest.approx(32 - certificate["epsilon"]), mended.stderr
+    assert ledger_kinds(tmp_path) == ["open", "reserve", "close", "reconcile"]
+    federation("federated.rounds=1", name="next")
+    (tmp_path / "next" / "certificate.json").read_text()
 
 
 def test_the_run_without_dp_has_no_certificate_and_charges_nothing(federation, tmp_path):
