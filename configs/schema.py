@@ -236,6 +236,11 @@ class PrivacySettings(Settings):
     """Delta of this run; at most min(1e-5, 0.1 / public_record_count)."""
     sampling_rate: Probability = 0.03
     """Probability that a unit is in the batch of a step (Poisson)."""
+    sampler: Literal["poisson", "truncated_poisson"] = "poisson"
+    """``truncated_poisson`` keeps a random subset of ``max_batch_size`` units where more are drawn: memory has a fixed
+    bound, for a little more noise."""
+    max_batch_size: Annotated[int, Field(ge=0)] = 0
+    """Cap on the batches of ``truncated_poisson``; 0 with ``poisson``, which has none."""
     max_grad_norm: Positive = 1.0
     """Clipping norm C of one unit's gradient over all trainable parameters."""
     budget_epsilon: Positive = 32.0
@@ -285,6 +290,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"privacy.delta is {self.privacy.delta:g}: a silo with public_record_count {largest} allows at most "
                 f"{0.1 / largest:.3g}; lower privacy.delta"
+            )
+        if (self.privacy.sampler == "poisson") != (self.privacy.max_batch_size == 0):
+            raise ValueError(
+                f"privacy.max_batch_size is {self.privacy.max_batch_size} and privacy.sampler "
+                f"{self.privacy.sampler!r}: give 0 with 'poisson', a cap with 'truncated_poisson'"
             )
         if self.evaluate.without_dp and not private.public:
             raise ValueError(

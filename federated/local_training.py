@@ -14,7 +14,7 @@ from configs.schema import ClippingMethod
 from federated.adapters import Arrays
 from privacy.engine import PrivateTraining
 from privacy.plan import PrivacyPlan
-from privacy.sampler import poisson_sample
+from privacy.sampler import sample
 from privacy.streams import Streams
 from trainer.models import adapter_weights, load_adapter_weights, trainable
 from trainer.tasks import CausalTask, Encoded, by_length
@@ -79,7 +79,7 @@ def public_update(
     optimizer = torch.optim.Adam(list(trainable(model).values()), lr=settings.learning_rate)
     model.train()
     for step in range(plan.request.steps_per_round):
-        batch = [records[index] for index in poisson_sample(plan, streams, step, len(records))]
+        batch = [records[index] for index in sample(plan, streams, step, len(records))]
         for micro in by_length(batch, settings.micro_batch_size):
             loss = task.record_losses(model, task.collate(micro)).sum() / plan.expected_batch_size
             loss.backward()

@@ -16,17 +16,17 @@ from configs.artifacts import canonical_json, digest_bytes, require_manifest, wr
 from configs.encryption import load_key
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
-from configs.load import config_digest
+from configs.load import config_digest, parse
 from configs.schema import RunConfig
 from federated import commits
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, FixedPointSum, from_bytes, to_bytes
 from federated.client_app import pack, unpack
 from federated.protocol import PROTOCOL_VERSION
-from privacy.accountant import calibrate
 from privacy.certificate import certificate
 from privacy.plan import PlanRequest
 from privacy.statements import Receipt, RunStatement, Signed
+from privacy.truncation import units_for
 from trainer.tasks import CausalTask
 
 POLL_S = 0.05
@@ -34,18 +34,29 @@ TRAIN, QUERY = "train", "query"
 
 
 def plan_request(config: RunConfig) -> PlanRequest:
-    """The plan that the settings ask for: noise calibrated to epsilon over the whole schedule."""
-    privacy, federated = config.privacy, config.federated
-    steps = federated.rounds * federated.local_steps
-    return PlanRequest(
-        unit=privacy.unit,
-        sampling_rate=privacy.sampling_rate,
-        max_grad_norm=privacy.max_grad_norm,
-        noise_multiplier=calibrate(privacy.epsilon, privacy.delta, privacy.sampling_rate, steps),
-        rounds=federated.rounds,
-        steps_per_round=federated.local_steps,
-        delta=privacy.delta,
-    )
+    """The plan that the settings ask for: noise calibrated to epsilon over the whole schedule.
+
+    Raises:
+        InputError: no noise multiplier reaches the epsilon, or the settings make no consistent plan.
+    """
+    privacy, federated, private = config.privacy, config.federated, config.data.private
+    largest = max(private.public_record_count, *private.public_record_counts.values(), 0)
+    cap: dict[str, int] = {}
+    if privacy.sampler == "truncated_poisson":
+        max_units = units_for(largest, federated.rounds, privacy.delta)
+        cap = {"max_batch_size": privacy.max_batch_size, "max_units": max_units}
+    tree = {
+        "unit": privacy.unit,
+        "sampler": privacy.sampler,
+        "sampling_rate": privacy.sampling_rate,
+        "max_grad_norm": privacy.max_grad_norm,
+        "noise_multiplier": 1.0,  # until it is calibrated
+        "rounds": federated.rounds,
+        "steps_per_round": federated.local_steps,
+        "delta": privacy.delta,
+        **cap,
+    }
+    return parse(PlanRequest, tree, "privacy").calibrated(privacy.epsilon)
 
 
 @dataclass

@@ -7,6 +7,7 @@ request: policy without reading data, charge, train, store the reply, only then 
 import hmac
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable
 from functools import cached_property, lru_cache
@@ -144,6 +145,9 @@ class Silo:
             raise _refuse("max_sampling_rate", f"{request.sampling_rate:g}", f"{policy.max_sampling_rate:g}")
         if request.steps_per_round > policy.max_steps_per_round:
             raise _refuse("max_steps_per_round", f"{request.steps_per_round}", f"{policy.max_steps_per_round}")
+        weakest = min((metric.noise_multiplier for metric in request.metric_releases), default=math.inf)
+        if weakest < policy.min_noise_multiplier:
+            raise _refuse("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
         plan = request.bind(self.config.silo.public_record_count)
         epsilon = request.epsilon
         if epsilon > policy.max_epsilon_per_run:

@@ -3,16 +3,18 @@
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
 from configs.errors import InputError, SiloweaveError
+from privacy.schedule import Schedule
 
-_COARSE = 5e-3
-_SIGMA_TOLERANCE = 1e-3
 _SMALLEST_SIGMA, _LARGEST_SIGMA = 0.2, 1e4
-_STRIDE = 0.4  # in log sigma
+_HOPELESS = 5e3  # nats
+_ROUGH = 4  # times the usual width of bins
+_STRIDE, _PROBE, _TOLERANCE = 0.4, 0.02, 5e-4  # in log sigma
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,14 @@ class Guarantee:
         epsilon: the claim: pessimistic PLD.
         delta: at this delta.
         epsilon_optimistic: PLD's lower estimate; never above ``epsilon``.
-        epsilon_rdp: Renyi accounting, for comparison.
+        epsilon_rdp: Renyi accounting, for comparison; None where it is not available.
         epsilon_prv: Opacus' PRV accountant (upper bound), for comparison; None where it is not available.
     """
 
     epsilon: float
     delta: float
     epsilon_optimistic: float
-    epsilon_rdp: float
+    epsilon_rdp: float | None
     epsilon_prv: float | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -38,83 +40,79 @@ class Guarantee:
         return asdict(self)
 
 
-@lru_cache(maxsize=256)
-def pld_epsilon(
-    q: float, sigma: float, steps: int, delta: float, *, pessimistic: bool = True, interval: float | None = None
+@lru_cache(maxsize=512)
+def schedule_epsilon(
+    schedule: Schedule, delta: float, *, pessimistic: bool = True, width: float | None = None
 ) -> float:
-    """Epsilon of ``steps`` Poisson-subsampled Gaussians under add-or-remove-one.
+    """Epsilon of a whole schedule.
 
     Composes privacy-loss distributions (Koskela et al. 2020; Doroshenko et al. 2022; dp-accounting).
 
     Args:
-        q: sampling rate.
-        sigma: noise multiplier.
-        steps: number of steps.
-        delta: delta.
+        schedule: what is released.
+        delta: delta of all of it.
         pessimistic: an upper bound; otherwise dp-accounting's lower estimate.
-        interval: width of the privacy loss' bins; smaller is tighter and slower. Every width gives an upper bound;
-            None takes one that costs less than a part in a thousand of epsilon.
+        width: width of the privacy loss' bins; every width gives an upper bound. None takes one that costs less than a
+            part in a thousand of epsilon.
     """
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    single = pld.from_gaussian_mechanism(
-        sigma,
-        sampling_prob=q,
-        pessimistic_estimate=pessimistic,
-        value_discretization_interval=interval or _interval(steps),
-        use_connect_dots=pessimistic,  # the tighter construction has no lower estimate
-    )
-    return float(single.self_compose(steps).get_epsilon_for_delta(delta))
+    if schedule.loss_bound > _HOPELESS:  # not worth the memory, and infinity is an upper bound, too
+        return math.inf if pessimistic else 0.0
+    pld = schedule.pld(pessimistic=pessimistic, width=width or schedule.width())
+    return float(pld.get_epsilon_for_delta(schedule.accounted_delta(delta)))
 
 
-def _interval(steps: int) -> float:
-    """What rounding to bins adds grows with the steps, and so the bins shrink with them."""
-    return min(1e-3, max(1e-4, 0.1 / steps))
+def pld_epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
+    """Epsilon of ``steps`` Poisson-subsampled Gaussians and nothing else."""
+    return schedule_epsilon(Schedule(steps, q, sigma), delta)
 
 
 @lru_cache(maxsize=64)
-def dp_sgd_guarantee(q: float, sigma: float, steps: int, delta: float) -> Guarantee:
-    """The guarantee of a DP-SGD schedule, with the other accountants beside it.
+def guarantee(schedule: Schedule, delta: float) -> Guarantee:
+    """The guarantee of a schedule, with the other accountants beside it.
 
     Raises:
         SiloweaveError: the accountant contradicts itself (its optimistic bound above its pessimistic one).
     """
-    epsilon = pld_epsilon(q, sigma, steps, delta)
-    optimistic = pld_epsilon(q, sigma, steps, delta, pessimistic=False)
+    epsilon = schedule_epsilon(schedule, delta)
+    optimistic = schedule_epsilon(schedule, delta, pessimistic=False)
     if not math.isfinite(epsilon) or optimistic > epsilon:
         raise SiloweaveError(
-            f"the accountant gives epsilon {epsilon} with a lower estimate of {optimistic} for q={q}, sigma={sigma}, "
-            f"steps={steps}, delta={delta}: no claim can be made; raise privacy.noise_multiplier or lower the steps"
+            f"the accountant gives epsilon {epsilon} with a lower estimate of {optimistic} for {schedule} at delta "
+            f"{delta}: no claim can be made; raise privacy.noise_multiplier or lower the steps"
         )
     return Guarantee(
         epsilon=epsilon,
         delta=delta,
         epsilon_optimistic=optimistic,
-        epsilon_rdp=_rdp_epsilon(q, sigma, steps, delta),
-        epsilon_prv=_prv_epsilon(q, sigma, steps, delta),
+        epsilon_rdp=_rdp_epsilon(schedule, delta),
+        epsilon_prv=_prv_epsilon(schedule, delta),
     )
 
 
-def _rdp_epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
-    import dp_accounting
+def _rdp_epsilon(schedule: Schedule, delta: float) -> float | None:
     from dp_accounting.rdp import RdpAccountant
 
-    event = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma))
+    accountant, event = RdpAccountant(), schedule.event()
+    if not accountant.supports(event):
+        return None
     # It logs one line for every order that does not converge; those orders are left out, which is sound.
     absl = logging.getLogger("absl")
     before = absl.level
     absl.setLevel(logging.ERROR)
     try:
-        return float(RdpAccountant().compose(event, steps).get_epsilon(delta))
+        return float(accountant.compose(event).get_epsilon(delta))
     finally:
         absl.setLevel(before)
 
 
-def _prv_epsilon(q: float, sigma: float, steps: int, delta: float) -> float | None:
+def _prv_epsilon(schedule: Schedule, delta: float) -> float | None:
     from opacus.accountants import PRVAccountant
 
+    if schedule.truncation is not None:
+        return None
     accountant = PRVAccountant()
-    accountant.history = [(sigma, q, steps)]
+    steps = (schedule.noise_multiplier, schedule.sampling_rate, schedule.steps)
+    accountant.history = [steps, *((sigma, 1.0, count) for sigma, count in schedule.releases)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -125,33 +123,61 @@ def _prv_epsilon(q: float, sigma: float, steps: int, delta: float) -> float | No
 
 
 @lru_cache(maxsize=64)
-def calibrate(epsilon: float, delta: float, q: float, steps: int) -> float:
-    """The smallest noise multiplier (to one part in a thousand, at least 0.13) whose schedule spends at most epsilon.
+def calibrate(epsilon: float, delta: float, schedule: Schedule) -> float:
+    """The smallest noise multiplier of the steps (to a part in a thousand, at least 0.2) that spends at most epsilon.
+
+    Args:
+        epsilon: of the whole schedule.
+        delta: of the whole schedule.
+        schedule: what is released; the noise of its steps is what is looked for, that of its releases is given.
 
     Raises:
         InputError: no noise multiplier up to 10,000 is enough.
     """
+
+    def excess(log_sigma: float, rough: float = 1.0) -> float:
+        trial = schedule.with_noise(math.exp(log_sigma))
+        return schedule_epsilon(trial, delta, width=rough * trial.width()) / epsilon - 1
+
+    # Wide bins are fast and err on the safe side: they come close, and narrow bins finish.
+    low, high = _bracket(lambda log_sigma: excess(log_sigma, _ROUGH))
+    if high is None:
+        beside = " beside the metric releases" if schedule.releases else ""
+        raise InputError(
+            f"privacy.epsilon is {epsilon:g}: no noise multiplier up to {_LARGEST_SIGMA:g} reaches it with "
+            f"{schedule.steps} steps at sampling rate {schedule.sampling_rate:g} and delta {delta:g}{beside}; raise "
+            "privacy.epsilon, or lower rounds or steps"
+        )
+    if low is None:
+        return _SMALLEST_SIGMA
+    return _polish(excess, low, high)
+
+
+def _bracket(excess: Callable[[float], float]) -> tuple[float | None, float | None]:
+    """Two neighbours in log sigma with the root between them; None where it lies beyond the limits."""
+    smallest, largest = math.log(_SMALLEST_SIGMA), math.log(_LARGEST_SIGMA)
+    high = 0.0
+    while excess(high) > 0:
+        if high >= largest:
+            return high, None
+        high = min(high + _STRIDE, largest)
+    low = high - _STRIDE
+    while excess(low) <= 0:
+        if low <= smallest:
+            return None, low
+        low, high = max(low - _STRIDE, smallest), low
+    return low, high
+
+
+def _polish(excess: Callable[..., float], low: float, high: float) -> float:
+    """The noise multiplier at the root, a little on the safe side of it, on a grid of 1e-4."""
     from scipy.optimize import brentq
 
-    def excess(log_sigma: float, interval: float | None = None) -> float:
-        return pld_epsilon(q, math.exp(log_sigma), steps, delta, interval=interval) - epsilon
-
-    # Wide bins are fast and err on the safe side: they bracket the answer, which narrow bins then find.
-    high = 0.0
-    while excess(high, _COARSE) > 0:
-        high += _STRIDE
-        if math.exp(high) > _LARGEST_SIGMA:
-            raise InputError(
-                f"privacy.epsilon is {epsilon:g}: no noise multiplier up to {_LARGEST_SIGMA:g} reaches it with {steps} "
-                f"steps at sampling rate {q:g} and delta {delta:g}; raise privacy.epsilon, or lower rounds or steps"
-            )
-    low = high - _STRIDE
-    while excess(low, _COARSE) <= 0 and math.exp(low) > _SMALLEST_SIGMA:
-        low, high = low - _STRIDE, low
-    if excess(low) > 0:
-        low = brentq(excess, low, high, xtol=_SIGMA_TOLERANCE / 2)
-    # The root is good to the tolerance; one step up makes sure that it lies on the safe side.
-    sigma = math.ceil(math.exp(low) * 1e4) / 1e4
-    while pld_epsilon(q, sigma, steps, delta) > epsilon:
-        sigma = math.ceil(sigma * (1 + _SIGMA_TOLERANCE / 4) * 1e4) / 1e4
-    return sigma
+    root = float(brentq(excess, low, high, args=(_ROUGH,), xtol=_TOLERANCE))
+    slope = (excess(root + _PROBE, _ROUGH) - excess(root - _PROBE, _ROUGH)) / (2 * _PROBE)
+    while True:
+        root = math.log(math.ceil(math.exp(root) * 1e4) / 1e4)
+        found = excess(root)
+        if 2 * _TOLERANCE * slope <= found <= 0:
+            return round(math.exp(root), 4)
+        root += _TOLERANCE - found / slope

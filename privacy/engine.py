@@ -16,7 +16,7 @@ from configs.schema import ClippingMethod
 from privacy.clipping import Clipper, clipping
 from privacy.noise import noised
 from privacy.plan import PrivacyPlan
-from privacy.sampler import poisson_sample
+from privacy.sampler import sample
 from privacy.streams import Streams
 
 Unit = TypeVar("Unit")
@@ -73,7 +73,7 @@ class PrivateTraining(Generic[Unit]):
     def _step(self, clipper: Clipper, step: int) -> None:
         plan = self.plan
         # 1. Every unit is in the batch with probability q; the batch may be empty.
-        batch = [self.units[index] for index in poisson_sample(plan, self.streams, step, len(self.units))]
+        batch = [self.units[index] for index in sample(plan, self.streams, step, len(self.units))]
         # 2. Forward, backward and clipping, micro-batch by micro-batch.
         for micro in self.micro_batches(batch):
             clipper.accumulate(self.unit_losses, micro)

@@ -6,19 +6,34 @@ multiples of a power of two that depends on the plan alone.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from privacy.plan import PrivacyPlan
 from privacy.streams import Streams
 
 _GRID_BITS = 20
+_BLOCK = 2**16  # elements with a stream of their own: small enough for the cache, and threads share the blocks
+_TILE = 2**13
 
 
 def grid(noise_std: float) -> float:
     """Spacing of the public grid: a power of two, 2^-20 to 2^-21 of the noise's standard deviation."""
     return float(2.0 ** (math.floor(math.log2(noise_std)) - _GRID_BITS))
+
+
+def standard_normal(generator: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
+    """Standard normal values, each half the sum of four draws."""
+    total, draw = np.empty(size), np.empty(size)
+    generator.standard_normal(out=total)
+    for _ in range(3):
+        generator.standard_normal(out=draw)
+        total += draw
+    total *= 0.5
+    return total
 
 
 def noised(clipped_sum: torch.Tensor, plan: PrivacyPlan, streams: Streams, step: int, name: str) -> torch.Tensor:
@@ -31,8 +46,33 @@ def noised(clipped_sum: torch.Tensor, plan: PrivacyPlan, streams: Streams, step:
         step: step within the charge.
         name: the parameter's name.
     """
-    generator = streams.generator("noise", step, name)
-    draws = sum(generator.standard_normal(tuple(clipped_sum.shape)) for _ in range(4))
-    noise = torch.from_numpy(np.asarray(draws) * (plan.noise_std / 2)).to(clipped_sum.device)
-    spacing = grid(plan.noise_std)
-    return ((clipped_sum.double() + noise) / spacing).round().mul(spacing).float()
+    sums = clipped_sum.detach().float().cpu().contiguous().numpy().reshape(-1)
+    released = np.empty_like(sums)
+
+    def fill(start: int) -> None:
+        generator = streams.generator("noise", step, f"{name}/{start}")
+        for low in range(start, min(start + _BLOCK, len(sums)), _TILE):
+            tile = slice(low, min(low + _TILE, start + _BLOCK, len(sums)))
+            released[tile] = _on_grid(sums[tile], standard_normal(generator, len(sums[tile])), plan.noise_std)
+
+    starts = range(0, len(sums), _BLOCK)
+    if len(starts) <= 1 or torch.get_num_threads() == 1:
+        for start in starts:
+            fill(start)
+    else:  # numpy lets go of the interpreter's lock while it draws
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, starts))
+    return torch.from_numpy(released).view(clipped_sum.shape).to(clipped_sum.device)
+
+
+def _on_grid(
+    sums: npt.NDArray[np.float32], normal: npt.NDArray[np.float64], noise_std: float
+) -> npt.NDArray[np.float64]:
+    """Sum and noise on the grid, in place of the standard normal values."""
+    spacing = grid(noise_std)
+    normal *= noise_std
+    normal += sums
+    normal /= spacing  # exact: a power of two
+    np.rint(normal, out=normal)
+    normal *= spacing
+    return normal

@@ -7,51 +7,150 @@ What only changes speed (micro-batch size, threads) is not in here.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from configs.artifacts import digest_json
 from configs.errors import PolicyRefusal
+from privacy.schedule import Schedule
+from privacy.truncation import Truncation, size_margin, size_noise
 
 if TYPE_CHECKING:
     from privacy.accountant import Guarantee
 
 LARGEST_DELTA = 1e-5
+_SINCE_VERSION_2 = {"num_clients", "max_batch_size", "max_units", "metric_releases"}
 Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rounds = Annotated[int, Field(ge=1, le=100_000)]
+Size = Annotated[int, Field(ge=0, le=10**12)]
+
+
+class MetricRelease(BaseModel):
+    """A named vector of bounded per-unit sums, released with Gaussian noise over all units, without sampling.
+
+    Attributes:
+        name: what is measured.
+        noise_multiplier: standard deviation of the noise over the most that one unit can move the vector (2-norm).
+        releases: how often in the whole run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    noise_multiplier: Finite
+    releases: Rounds
 
 
 class PlanRequest(BaseModel):
     """What a coordinator may ask of every silo: public fields only, the same for all.
 
     Attributes:
-        unit: what is protected.
-        relation: neighbouring datasets differ by adding or removing one unit.
-        sampler: each unit is in a step's batch independently with ``sampling_rate``.
+        version: 2; plans of version 1 are read and accounted as they were.
+        unit: what is protected: a ``record`` of a silo, or a whole ``client``.
+        relation: neighbouring datasets differ by adding or removing one record; by zeroing out one client.
+        sampler: ``poisson``: each unit is in a step's batch independently with ``sampling_rate``;
+            ``truncated_poisson``: and of more than ``max_batch_size`` units a random subset of that size is kept;
+            ``all``: every client is in every round, present or not.
         sampling_rate: probability q.
-        max_grad_norm: clipping norm C of one unit's gradient over all trainable parameters together.
-        noise_multiplier: sigma; the noise on the SUM of clipped gradients has standard deviation sigma * C.
+        max_grad_norm: norm C to which a record's gradient, over all trainable parameters together, or a client's update
+            is clipped.
+        noise_multiplier: sigma; the noise on the SUM of clipped vectors has standard deviation sigma * C.
         rounds: rounds of the whole run.
-        steps_per_round: optimizer steps of a silo in a round; empty batches are steps.
+        steps_per_round: noised sums of a round: a silo's optimizer steps (empty batches are steps); 1 for clients.
         delta: delta of the whole run.
+        num_clients: the constant that divides the sum of clients' updates; 0 for records.
+        max_batch_size: cap of truncated Poisson sampling; 0 without.
+        max_units: most units of a dataset under truncated Poisson sampling, the size in its event; 0 without.
+        metric_releases: everything else that is released from the same units.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = 1
-    unit: Literal["record"] = "record"
-    relation: Literal["add_or_remove_one"] = "add_or_remove_one"
-    sampler: Literal["poisson"] = "poisson"
-    sampling_rate: Annotated[float, Field(gt=0, lt=1)]
+    version: Literal[1, 2] = 2
+    unit: Literal["record", "client"] = "record"
+    relation: Literal["add_or_remove_one", "zero_out"] = "add_or_remove_one"
+    sampler: Literal["poisson", "truncated_poisson", "all"] = "poisson"
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
     max_grad_norm: Finite
     noise_multiplier: Finite
-    rounds: Annotated[int, Field(ge=1, le=100_000)]
-    steps_per_round: Annotated[int, Field(ge=1, le=100_000)]
+    rounds: Rounds
+    steps_per_round: Rounds
     delta: Annotated[float, Field(gt=0, le=LARGEST_DELTA)]
+    num_clients: Size = 0
+    max_batch_size: Size = 0
+    max_units: Size = 0
+    metric_releases: Annotated[tuple[MetricRelease, ...], Field(max_length=20)] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlanRequest:
+        for problem in (self._version_problem(), self._unit_problem(), self._sampler_problem(), self._metric_problem()):
+            if problem:
+                raise ValueError(problem)
+        return self
+
+    def _version_problem(self) -> str:
+        known = (self.unit, self.sampler, self.metric_releases) == ("record", "poisson", ())
+        if self.version == 1 and not known:
+            return "version is 1: its plans have unit 'record', sampler 'poisson' and no metric_releases; give 2"
+        return ""
+
+    def _unit_problem(self) -> str:
+        """Records are sampled and added or removed; clients are all there in every round and zeroed out."""
+        if self.unit == "record":
+            fixed: dict[str, Any] = {"relation": "add_or_remove_one", "num_clients": 0}
+            if self.sampler == "all" or self.sampling_rate == 1:
+                return (
+                    f"sampler is {self.sampler!r} at sampling_rate {self.sampling_rate:g}: with unit 'record' give "
+                    "'poisson' or 'truncated_poisson' and a sampling_rate below 1"
+                )
+        else:
+            fixed = {"relation": "zero_out", "sampler": "all", "steps_per_round": 1}
+            if self.sampling_rate != 1:
+                return (
+                    f"sampling_rate is {self.sampling_rate:g}: who takes part is not secret, and so sampling clients "
+                    "amplifies nothing; with unit 'client' give 1"
+                )
+            if not 1 <= self.num_clients <= 0.1 / self.delta:
+                return f"num_clients is {self.num_clients}: with delta {self.delta:g} give 1 to {0.1 / self.delta:.6g}"
+        wrong = next((name for name, value in fixed.items() if getattr(self, name) != value), "")
+        if wrong:
+            return f"{wrong} is {getattr(self, wrong)!r}: with unit {self.unit!r} give {fixed[wrong]!r}"
+        return ""
+
+    def _sampler_problem(self) -> str:
+        cap, units = self.max_batch_size, self.max_units
+        if self.sampler != "truncated_poisson":
+            if cap or units:
+                return f"max_batch_size is {cap} and max_units {units}: give 0 for both, or sampler 'truncated_poisson'"
+            return ""
+        if not cap or not units:
+            return (
+                f"max_batch_size is {cap} and max_units {units}: sampler 'truncated_poisson' needs both; give them, or "
+                "sampler 'poisson'"
+            )
+        if cap < self.sampling_rate * units:
+            return (
+                f"max_batch_size is {cap}: below the expected batch of {self.sampling_rate * units:g} (sampling_rate "
+                "times max_units); raise it, or lower sampling_rate"
+            )
+        return ""
+
+    def _metric_problem(self) -> str:
+        names = [metric.name for metric in self.metric_releases]
+        if len(set(names)) < len(names):
+            return f"metric_releases has the names {', '.join(names)}: give each its own"
+        return ""
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan of version 1 is written as it was, so that its digest stays."""
+        tree: dict[str, Any] = handler(self)
+        return {name: value for name, value in tree.items() if self.version > 1 or name not in _SINCE_VERSION_2}
 
     @property
     def steps(self) -> int:
-        """Steps of the whole schedule."""
+        """Noised sums of the whole run."""
         return self.rounds * self.steps_per_round
 
     @property
@@ -60,34 +159,75 @@ class PlanRequest(BaseModel):
         return digest_json(self.model_dump())
 
     @property
+    def schedule(self) -> Schedule:
+        """Everything the run will release, for the accountant."""
+        releases = [(metric.noise_multiplier, metric.releases) for metric in self.metric_releases]
+        truncation = None
+        if self.sampler == "truncated_poisson":
+            truncation = Truncation(self.max_units, self.max_batch_size)
+            releases.append((size_noise(self.rounds), self.rounds))
+        return Schedule(
+            self.steps,
+            self.sampling_rate,
+            self.noise_multiplier,
+            truncation,
+            tuple(releases),
+            fixed_bins=self.version == 1,
+        )
+
+    def event(self) -> Any:
+        """The whole schedule as a dp_accounting ``DpEvent``, for any accountant."""
+        return self.schedule.event()
+
+    @property
     def epsilon(self) -> float:
         """What the whole schedule spends: the number that is reserved and claimed."""
-        from privacy.accountant import pld_epsilon
+        from privacy.accountant import schedule_epsilon
 
-        return pld_epsilon(self.sampling_rate, self.noise_multiplier, self.steps, self.delta)
+        return schedule_epsilon(self.schedule, self.delta)
 
     def guarantee(self) -> Guarantee:
         """The same with the other accountants beside it; slower."""
-        from privacy.accountant import dp_sgd_guarantee
+        from privacy.accountant import guarantee
 
-        return dp_sgd_guarantee(self.sampling_rate, self.noise_multiplier, self.steps, self.delta)
+        return guarantee(self.schedule, self.delta)
+
+    def calibrated(self, epsilon: float) -> PlanRequest:
+        """The same plan with the smallest noise multiplier whose whole schedule spends at most epsilon.
+
+        Raises:
+            InputError: no noise multiplier is enough.
+        """
+        from privacy.accountant import calibrate
+
+        return self.model_copy(update={"noise_multiplier": calibrate(epsilon, self.delta, self.schedule)})
+
+    def passes_size_test(self, noised_size: float) -> bool:
+        """Whether a round of truncated sampling may use the dataset whose noised size this is."""
+        return noised_size <= self.max_units - size_margin(self.rounds, self.delta)
 
     def bind(self, public_record_count: int) -> PrivacyPlan:
         """A silo's own plan.
 
         Raises:
-            PolicyRefusal: delta is above 0.1 / public_record_count.
+            PolicyRefusal: delta is above 0.1 / public_record_count, the plan is not about records, or it is for smaller
+                datasets.
         """
+        if self.unit != "record":
+            raise _refusal("unit", self.unit, "record", "silos train with records as units")
+        if self.sampler == "truncated_poisson" and not self.passes_size_test(public_record_count):
+            least = public_record_count + size_margin(self.rounds, self.delta)
+            why = f"a dataset with public_record_count {public_record_count} is too large for this plan"
+            raise _refusal("max_units", f"{self.max_units}", f"at least {least}", why)
         allowed = min(LARGEST_DELTA, 0.1 / public_record_count)
         if self.delta > allowed:
-            raise PolicyRefusal(
-                f"delta is {self.delta:g}: a dataset with public_record_count {public_record_count} allows at most "
-                f"{allowed:.3g}; lower privacy.delta",
-                rule="delta",
-                asked=f"{self.delta:g}",
-                allowed=f"{allowed:.3g}",
-            )
+            why = f"a dataset with public_record_count {public_record_count} allows at most {allowed:.3g}"
+            raise _refusal("delta", f"{self.delta:g}", f"{allowed:.3g}", f"{why}; lower privacy.delta")
         return PrivacyPlan(request=self, public_record_count=public_record_count)
+
+
+def _refusal(rule: str, asked: str, allowed: str, why: str) -> PolicyRefusal:
+    return PolicyRefusal(f"{rule} is {asked}: {why}", rule=rule, asked=asked, allowed=allowed)
 
 
 class PrivacyPlan(BaseModel):

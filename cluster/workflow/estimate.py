@@ -42,6 +42,17 @@ def estimate(config: RunConfig) -> dict[str, Any]:
             "adapter_parameters": adapter_parameters(config),
         },
         "privacy": {
+            "schedule": {
+                "unit": plan.unit,
+                "relation": plan.relation,
+                "sampler": plan.sampler,
+                "sampling_rate": plan.sampling_rate,
+                "max_batch_size": plan.max_batch_size,
+                "max_units": plan.max_units,
+                "rounds": plan.rounds,
+                "steps_per_round": plan.steps_per_round,
+                "metric_releases": [metric.model_dump() for metric in plan.metric_releases],
+            },
             "noise_multiplier": plan.noise_multiplier,
             "steps": plan.steps,
             **plan.guarantee().as_dict(),

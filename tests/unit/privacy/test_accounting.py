@@ -6,8 +6,9 @@ from dp_accounting.pld import PLDAccountant
 from pydantic import ValidationError
 
 from configs.errors import InputError, PolicyRefusal
-from privacy.accountant import calibrate, dp_sgd_guarantee, pld_epsilon
+from privacy.accountant import calibrate, guarantee, pld_epsilon
 from privacy.plan import PlanRequest
+from privacy.schedule import Schedule
 
 
 def request(**changes):
@@ -33,7 +34,7 @@ def test_epsilon_is_that_of_dp_accountings_event(q, sigma, steps, delta):
 
 
 def test_the_accountants_agree_as_far_as_they_should():
-    found = dp_sgd_guarantee(0.01, 1.0, 1000, 1e-5)
+    found = guarantee(Schedule(1000, 0.01, 1.0), 1e-5)
     assert found.epsilon == pytest.approx(1.828, abs=2e-3)
     assert found.epsilon_rdp == pytest.approx(2.101, abs=2e-3)
     assert 1.818 < found.epsilon_prv < 1.840
@@ -42,14 +43,14 @@ def test_the_accountants_agree_as_far_as_they_should():
 
 @pytest.mark.parametrize(("epsilon", "q", "steps"), [(8.0, 0.02, 20), (2.0, 0.03, 36), (0.5, 0.01, 10)])
 def test_calibration_finds_the_smallest_noise_that_is_enough(epsilon, q, steps):
-    sigma = calibrate(epsilon, 1e-5, q, steps)
+    sigma = calibrate(epsilon, 1e-5, Schedule(steps, q, 1.0))
     assert pld_epsilon(q, sigma, steps, 1e-5) <= epsilon
     assert pld_epsilon(q, sigma * 0.998, steps, 1e-5) > epsilon
 
 
 def test_an_epsilon_out_of_reach_is_refused():
     with pytest.raises(InputError, match=r"privacy.epsilon is 1e-05.*raise privacy.epsilon"):
-        calibrate(1e-5, 1e-9, 0.5, 100_000)
+        calibrate(1e-5, 1e-9, Schedule(100_000, 0.5, 1.0))
 
 
 def test_everything_of_a_silos_size_comes_from_its_declared_count():
@@ -90,7 +91,7 @@ def test_plans_are_frozen_digested_and_travel_as_json():
         {"delta": 1e-4},
         {"sampler": "shuffle"},
         {"relation": "replace_one"},
-        {"version": 2},
+        {"version": 3},
         {"surprise": 1},
     ],
 )
