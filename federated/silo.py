@@ -138,6 +138,7 @@ class Silo:
             request = parse(PlanRequest, _json_object(text), "plan")
         except InputError as error:
             raise _refuse("plan", "an inconsistent plan", str(error)) from None
+        plan = request.bind(self.config.silo.public_record_count)
         policy = self.config.policy
         if request.noise_multiplier < policy.min_noise_multiplier:
             raise _refuse("min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}")
@@ -148,7 +149,6 @@ class Silo:
         weakest = min((metric.noise_multiplier for metric in request.metric_releases), default=math.inf)
         if weakest < policy.min_noise_multiplier:
             raise _refuse("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
-        plan = request.bind(self.config.silo.public_record_count)
         epsilon = request.epsilon
         if epsilon > policy.max_epsilon_per_run:
             raise _refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")

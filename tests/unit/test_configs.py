@@ -60,6 +60,8 @@ def test_every_setting_has_a_description():
         ("privacy.sampling_rate=1.5", "privacy.sampling_rate is 1.5: input should be less than 1"),
         ("privacy.delta=1e-3", "privacy.delta is 0.001: input should be less than or equal to 0.00001"),
         ("privacy.unit=client", "privacy.unit is 'client': input should be 'record'"),
+        ("privacy.sampler=shuffle", "privacy.sampler is 'shuffle': input should be 'poisson' or 'truncated_poisson'"),
+        ("privacy.max_batch_size=7", "privacy.max_batch_size is 7 and privacy.sampler 'poisson': give 0"),
         ("pretrain.batch_size=7", "pretrain.batch_size is 7: give a multiple of cluster.world_size (2)"),
         ("pretrain.warmup_steps=40", "pretrain.warmup_steps is 40: give less than pretrain.steps (40)"),
         ("model.heads=3", "model.heads is 3"),

@@ -19,8 +19,9 @@ from federated.silo import FAILED, Silo
 from federated.silo_data import rows_of
 from federated.simulation import PublicSilo
 from privacy.journal import default_anchor_dir
-from privacy.plan import PlanRequest
+from privacy.plan import MetricRelease, PlanRequest
 from privacy.statements import Receipt, RunStatement
+from privacy.truncation import units_for
 
 PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 SEED = bytes(range(32))
@@ -161,6 +162,10 @@ def test_an_injected_seed_makes_a_simulated_silo_repeatable(tmp_path, tiny_model
         ({"sampling_rate": 0.5}, "max_sampling_rate"),
         ({"steps_per_round": 2000}, "max_steps_per_round"),
         ({"noise_multiplier": 0.4, "rounds": 500}, "max_epsilon_per_run"),
+        ({"metric_releases": (MetricRelease(name="nats", noise_multiplier=0.2, releases=1),)}, "min_noise_multiplier"),
+        ({"metric_releases": (MetricRelease(name="nats", noise_multiplier=0.3, releases=9),)}, "max_epsilon_per_run"),
+        ({"unit": "client"}, "plan"),
+        ({"sampler": "truncated_poisson"}, "plan"),
     ],
 )
 def test_plans_outside_the_policy_are_refused_and_nothing_is_reserved(silo, changes, rule):
@@ -169,6 +174,30 @@ def test_plans_outside_the_policy_are_refused_and_nothing_is_reserved(silo, chan
     assert refusal.asked
     assert refusal.allowed
     assert kinds(silo) == ["open"]
+
+
+def test_a_consistent_plan_for_clients_is_refused_by_a_silo(silo):
+    client = {"unit": "client", "relation": "zero_out", "sampler": "all", "sampling_rate": 1.0, "steps_per_round": 1}
+    refusal = reserve(silo, PlanRequest(**{**PLAN.model_dump(), **client, "num_clients": 10})).refusal
+    assert (refusal.rule, refusal.asked, refusal.allowed) == ("unit", "client", "record")
+    assert kinds(silo) == ["open"]
+
+
+@pytest.mark.parametrize(("max_units", "fits"), [(units_for(100, 2, 1e-5), True), (300, False)])
+def test_a_round_of_truncated_poisson_sampling(silo, adapter, max_units, fits):
+    plan = PlanRequest(
+        **{**PLAN.model_dump(), "sampler": "truncated_poisson", "max_batch_size": 40, "max_units": max_units}
+    )
+    reply = reserve(silo, plan)
+    if not fits:
+        assert reply.refusal.rule == "max_units"
+        return
+    assert reply.reserved.receipt.epsilon_reserved == pytest.approx(plan.epsilon)
+    assert plan.epsilon > PLAN.epsilon
+    train = train_kind(silo, adapter)
+    train["train"].plan_digest = plan.digest
+    update = from_bytes(ask(silo, "round-1", **train)[0].trained.update)
+    assert all(np.isfinite(array).all() and array.any() for array in update.values())
 
 
 def test_a_budget_too_small_for_the_run_is_refused(tmp_path, tiny_model):

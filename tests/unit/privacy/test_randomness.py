@@ -5,10 +5,11 @@ import pytest
 import torch
 from scipy import stats
 
-from privacy.noise import grid, noised
+from privacy.noise import grid, noised, standard_normal
 from privacy.plan import PlanRequest
-from privacy.sampler import poisson_sample
+from privacy.sampler import poisson_sample, sample
 from privacy.streams import Streams
+from privacy.truncation import size_margin, size_noise
 
 PLAN = PlanRequest(
     sampling_rate=0.05, max_grad_norm=2.0, noise_multiplier=0.8, rounds=4, steps_per_round=50, delta=1e-5
@@ -46,6 +47,62 @@ def test_empty_batches_happen_and_are_batches():
     assert max(sizes) > 1
 
 
+CAP = 30
+CAPPED = PlanRequest(
+    sampler="truncated_poisson",
+    sampling_rate=0.05,
+    max_batch_size=CAP,
+    max_units=600,
+    max_grad_norm=2.0,
+    noise_multiplier=0.8,
+    rounds=1,
+    steps_per_round=50,
+    delta=1e-5,
+).bind(300)
+
+
+def test_truncated_batches_are_random_subsets_of_the_poisson_batches():
+    steps, num_units = 2000, 450  # 22.5 expected; 5% of the batches are cut
+    kept, drawn = np.zeros((steps, num_units)), np.zeros((steps, num_units))
+    for step in range(steps):
+        kept[step, sample(CAPPED, STREAMS, step, num_units)] = 1
+        drawn[step, poisson_sample(CAPPED, STREAMS, step, num_units)] = 1
+    assert (kept <= drawn).all()
+    over = drawn.sum(axis=1) > CAP
+    assert 0.02 < over.mean() < 0.1
+    assert (kept[~over] == drawn[~over]).all()
+    assert (kept[over].sum(axis=1) == CAP).all()
+    # Which units lose their place does not depend on their position.
+    lost = (drawn - kept)[over].sum(axis=0)
+    expected = lost.mean() * np.ones(num_units)
+    assert stats.chisquare(lost, expected).pvalue > 1e-3
+    halves = lost.reshape(2, -1).sum(axis=1).astype(int)
+    assert stats.binomtest(int(halves[0]), int(halves.sum())).pvalue > 1e-3
+
+
+def test_a_dataset_too_large_for_the_plan_trains_on_empty_batches():
+    limit = CAPPED.request.max_units - size_margin(1, 1e-5)
+    for seed in range(20):
+        streams = Streams(bytes([seed] * 32), DIGEST)
+        small, large = limit - 4 * size_noise(1), CAPPED.request.max_units + 1
+        assert any(len(sample(CAPPED, streams, step, int(small))) for step in range(50))
+        assert not any(len(sample(CAPPED, streams, step, large)) for step in range(50))
+
+
+def test_the_size_test_is_noisy_and_one_for_all_steps_of_a_charge():
+    limit = CAPPED.request.max_units - size_margin(1, 1e-5)
+    passed = []
+    for seed in range(400):
+        streams = Streams(seed.to_bytes(32, "little"), DIGEST)
+        found = {
+            sum(len(sample(CAPPED, streams, step, limit)) for step in steps) > 0 for steps in (range(9), range(9, 18))
+        }
+        assert len(found) == 1
+        passed.append(found.pop())
+    assert stats.binomtest(sum(passed), len(passed)).pvalue > 1e-3  # at the limit itself a coin
+    assert sum(passed[:50]) not in (0, 50)
+
+
 def noise(step=0, name="w", streams=STREAMS, size=200_000):
     return noised(torch.zeros(size), PLAN, streams, step, name)
 
@@ -74,6 +131,44 @@ def test_another_step_parameter_request_or_seed_has_unrelated_noise(other):
 def test_the_same_request_repeats_its_noise_bit_for_bit():
     again = Streams(bytes(range(32)), DIGEST)
     assert torch.equal(noise(), noise(streams=again))
+
+
+def test_noise_over_many_blocks_is_the_same_on_any_number_of_threads():
+    before = torch.get_num_threads()
+    values = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            values.append(noise(size=300_001))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
+
+
+def test_the_blocks_of_a_large_parameter_and_neighbours_are_unrelated():
+    values = noise(size=2**18).double().numpy()
+    blocks = values.reshape(4, -1)
+    correlation = np.corrcoef(blocks) - np.eye(4)
+    assert np.abs(correlation).max() < 5 / np.sqrt(2**16)
+    for lag in (1, 2, 2**13):
+        assert abs(np.corrcoef(values[:-lag], values[lag:])[0, 1]) < 5 / np.sqrt(2**18)
+    assert stats.kstest(values / 1.6, "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5, 7), (257, 256)])
+def test_the_noised_sum_keeps_its_shape_and_adds_the_sum(shape):
+    clipped = torch.full(shape, 100.0)
+    released = noised(clipped, PLAN, STREAMS, 0, "w")
+    assert (released.shape, released.dtype) == (clipped.shape, torch.float32)
+    torch.testing.assert_close(released - noised(torch.zeros(shape), PLAN, STREAMS, 0, "w"), clipped, atol=1e-4, rtol=0)
+    assert torch.equal(clipped, torch.full(shape, 100.0))  # the sum itself is left alone
+
+
+def test_a_value_is_the_sum_of_four_draws():
+    generator, again = (STREAMS.generator("noise", 0, "w") for _ in range(2))
+    four = np.stack([again.standard_normal(1000) for _ in range(4)])
+    np.testing.assert_allclose(standard_normal(generator, 1000), four.sum(axis=0) / 2, rtol=1e-12)
 
 
 def test_the_noised_sum_lies_on_a_public_grid():
