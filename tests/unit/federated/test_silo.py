@@ -183,7 +183,7 @@ def test_a_consistent_plan_for_clients_is_refused_by_a_silo(silo):
     assert kinds(silo) == ["open"]
 
 
-@pytest.mark.parametrize(("max_units", "fits"), [(units_for(100, 2, 1e-5), True), (300, False)])
+@pytest.mark.parametrize(("max_units", "fits"), [(units_for(100, 2, 1e-5), True), (250, False)])
 def test_a_round_of_truncated_poisson_sampling(silo, adapter, max_units, fits):
     plan = PlanRequest(
         **{**PLAN.model_dump(), "sampler": "truncated_poisson", "max_batch_size": 40, "max_units": max_units}
