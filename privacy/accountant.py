@@ -13,7 +13,7 @@ from privacy.schedule import Schedule
 
 _SMALLEST_SIGMA, _LARGEST_SIGMA = 0.2, 1e4
 _HOPELESS = 5e3  # nats
-_ROUGH = 4  # times the usual width of bins
+_ROUGH = 8  # times the usual width of bins
 _STRIDE, _PROBE, _TOLERANCE = 0.4, 0.02, 5e-4  # in log sigma
 
 

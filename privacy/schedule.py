@@ -6,7 +6,7 @@ from typing import Any
 
 from privacy.truncation import FAILURE_SHARE, Truncation
 
-_BINS_PER_DEVIATION = 16
+_BINS_PER_DEVIATION = 12
 _WIDEST, _NARROWEST = 1e-3, 1e-7
 _MOST_BINS = 2**22
 _AT_ONCE = 10_000
@@ -95,8 +95,8 @@ class Schedule:
     def width(self) -> float:
         """Width of bins that costs less than a part in a thousand of epsilon.
 
-        Connecting the dots adds at most width^2/4 a step to the variance of the privacy loss. A sixteenth of its
-        deviation adds a part in a thousand to the variance, and half of that to epsilon. The width is a power of two,
+        Connecting the dots adds at most width^2/4 a step to the variance of the privacy loss. A twelfth of its
+        deviation adds two parts in a thousand to the variance, and half of that to epsilon. The width is a power of two,
         so that schedules that differ little have the same.
         """
         if self.fixed_bins:
