@@ -96,8 +96,8 @@ class Schedule:
         """Width of bins that costs less than a part in a thousand of epsilon.
 
         Connecting the dots adds at most width^2/4 a step to the variance of the privacy loss. A twelfth of its
-        deviation adds two parts in a thousand to the variance, and half of that to epsilon. The width is a power of two,
-        so that schedules that differ little have the same.
+        deviation adds two parts in a thousand to the variance, and half of that to epsilon. The width is a power of
+        two, so that schedules that differ little have the same.
         """
         if self.fixed_bins:
             return min(1e-3, max(1e-4, 0.1 / self.steps))
