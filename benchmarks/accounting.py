@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,14 @@ def prv(schedule: Schedule) -> float:
     return float(accountant.get_epsilon(DELTA))
 
 
+@cache
+def target(schedule: Schedule) -> float:
+    """The epsilon that the schedule's own noise has, so that the answer of calibration is known."""
+    return schedule_epsilon(schedule, DELTA)
+
+
 def calibrated(schedule: Schedule) -> float:
-    """To the epsilon that the schedule's own noise has, so that the answer is known."""
-    return calibrate(schedule_epsilon.__wrapped__(schedule, DELTA), DELTA, schedule.with_noise(1.0))
+    return calibrate(target(schedule), DELTA, schedule.with_noise(1.0))
 
 
 JOBS: dict[str, Callable[[Schedule], float]] = {
@@ -53,6 +59,7 @@ def measure(repetitions: int, steps: list[int]) -> dict[str, dict[str, Any]]:
     for _ in range(repetitions):
         for q, sigma in SETTINGS:
             for count in steps:
+                target(Schedule(count, q, sigma))
                 for job, run in JOBS.items():
                     schedule_epsilon.cache_clear()
                     calibrate.cache_clear()
