@@ -4,10 +4,11 @@ It is a pure function of the plan and of what the silos signed. Checking it (``c
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from privacy.claim import headline
 from privacy.plan import PlanRequest
 
 CERTIFICATE_VERSION = 2
@@ -23,31 +24,6 @@ _NOT_COVERED = (  # a change of these words is a new version: checking a certifi
     "a coordinator that is not who it says: requests are not signed yet",
     "float32 rounding inside the clipped sum: one record may change how the others' contributions are rounded",
 )
-
-
-@dataclass(frozen=True)
-class Headline:
-    """Epsilon and delta of the federation for one unit, and why these."""
-
-    epsilon: float
-    delta: float
-    rule: str
-
-
-def headline(spent: Mapping[str, tuple[float, float]], attested: Mapping[str, bool]) -> Headline:
-    """The sum over silos; the largest only where every steward attests that its units are in no other silo.
-
-    Args:
-        spent: (epsilon, delta) of each silo.
-        attested: the signed attestations; a silo that is missing has given none.
-    """
-    epsilons, deltas = ([pair[i] for pair in spent.values()] for i in (0, 1))
-    if spent and all(attested.get(name, False) for name in spent):
-        rule = "maximum over silos: every steward attests that its units are in no other silo"
-        return Headline(max(epsilons), max(deltas), rule)
-    return Headline(
-        sum(epsilons), sum(deltas), "sum over silos: not every steward attests that its units are in no other"
-    )
 
 
 def certificate(
@@ -74,13 +50,13 @@ def certificate(
     guarantee = plan.guarantee()
     statements = {name: silo["statement"] for name, silo in silos.items() if "statement" in silo}
     attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
-    claim = headline(dict.fromkeys(silos, (guarantee.epsilon, plan.delta)), attested)
+    claim = headline(dict.fromkeys(silos, guarantee.epsilon), dict.fromkeys(silos, plan.delta), attested)
     return {
         "version": CERTIFICATE_VERSION,
         "run_id": run_id,
         "unit": plan.unit,
         "relation": plan.relation,
-        "plan": plan.model_dump(),
+        "plan": plan.model_dump(mode="json"),
         "plan_digest": plan.digest,
         "headline": asdict(claim),
         "delta": plan.delta,

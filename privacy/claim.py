@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from configs.errors import InputError
 
+_MAXIMUM = "maximum over silos: every steward attests that its units are in no other silo"
+_SUM = "sum over silos: not every steward attests that its units are in no other"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -13,7 +16,7 @@ class Claim:
     Attributes:
         epsilon: epsilon of the claim.
         delta: delta of the claim.
-        rule: ``sum`` over silos, or ``maximum`` where every steward attests that their units are in no other silo.
+        rule: sum or maximum over silos, and why.
     """
 
     epsilon: float
@@ -47,5 +50,5 @@ def headline(epsilons: Mapping[str, float], deltas: Mapping[str, float], atteste
                 f"silo {silo}: epsilon {epsilons[silo]} and delta {deltas[silo]} are no guarantee; give finite ones"
             )
     if all(attested.get(silo) is True for silo in epsilons):
-        return Claim(max(epsilons.values()), max(deltas.values()), "maximum")
-    return Claim(sum(epsilons.values()), sum(deltas.values()), "sum")
+        return Claim(max(epsilons.values()), max(deltas.values()), _MAXIMUM)
+    return Claim(sum(epsilons.values()), sum(deltas.values()), _SUM)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from configs.errors import InputError
-from privacy.certificate import certificate, headline
+from privacy.certificate import certificate
 from privacy.certificate_check import check_certificate, check_in_ledger
 from privacy.chain import Budget, verify_entries
 from privacy.ledger import Ledger
@@ -60,18 +60,6 @@ def test_it_says_what_the_design_promises(sound):
     assert sound["silos"]["north"]["statement"]["rounds_charged"] == 2
     assert {"torch", "opacus", "dp-accounting"} <= set(sound["versions"])
     assert sound["not_covered"]
-
-
-def test_the_headline_is_the_sum_unless_every_steward_attests():
-    spent = {"a": (1.0, 1e-6), "b": (2.0, 1e-5)}
-    assert (headline(spent, {"a": True, "b": True}).epsilon, headline(spent, {"a": True, "b": True}).delta) == (
-        2.0,
-        1e-5,
-    )
-    for attested in ({}, {"a": True}, {"a": True, "b": False}):
-        claim = headline(spent, attested)
-        assert (claim.epsilon, claim.delta) == (3.0, pytest.approx(1.1e-5))
-        assert claim.rule.startswith("sum")
 
 
 @pytest.mark.parametrize(
