@@ -1,0 +1,115 @@
+"""Siloweave's engine, measured from outside: only ``train_privately``'s arguments and the weights that it leaves."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from privacy import engine
+from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.streams import Streams
+from traps.layers import MAX_GRAD_NORM, record_losses, records, trainable
+
+SEED, DIGEST = bytes(range(32)), "ab" * 32
+ALMOST_ONE = 1 - 2.0**-53  # a plan samples with probability below 1; at this one every record is in every batch
+
+
+def plan(num_records: int, **changes: float) -> PrivacyPlan:
+    """A plan whose noise is next to nothing and whose batches hold everything, but for the changes."""
+    values = {
+        "sampling_rate": ALMOST_ONE,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "noise_multiplier": 1e-9,
+        "rounds": 1,
+        "steps_per_round": 1,
+        "delta": 1e-6,
+    }
+    return PlanRequest.model_validate({**values, **changes}).bind(num_records)
+
+
+def train(
+    model: nn.Module, x_B: Sequence[torch.Tensor], a_plan: PrivacyPlan, micro: int = 32, seed: bytes = SEED
+) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
+    """Trains a copy by plain descent at rate 1.
+
+    Returns:
+        What the weights lost, times the normaliser: the noised sum of clipped gradients, over the steps; and the
+        records in each step's batch.
+    """
+    model = copy.deepcopy(model)
+    before = {name: value.detach().clone() for name, value in trainable(model).items()}
+    batches: list[list[int]] = []
+
+    def cut(batch: Sequence[int]) -> list[Sequence[int]]:
+        batches.append(list(batch))
+        return [batch[start : start + micro] for start in range(0, len(batch), micro)]
+
+    made_up = records(3, seed=99)  # under numbers of their own, so that the engine's proof is not taken for a batch
+    rows = {**dict(enumerate(x_B)), **{-1 - number: row for number, row in enumerate(made_up)}}
+    engine.train_privately(
+        a_plan,
+        Streams(seed, DIGEST),
+        model,
+        torch.optim.SGD(trainable(model).values(), lr=1.0),
+        range(len(x_B)),
+        micro_batches=cut,
+        unit_losses=lambda batch: record_losses(model, torch.stack([rows[number] for number in batch])),
+        synthetic=[-1, -2, -3],
+    )
+    scale = a_plan.expected_batch_size
+    lost = {name: (before[name] - value.detach()) * scale for name, value in trainable(model).items()}
+    return lost, batches
+
+
+def clipped_sum(model: nn.Module, x_B: torch.Tensor, micro: int = 32) -> dict[str, torch.Tensor]:
+    """The sum of clipped gradients of all records."""
+    return train(model, list(x_B), plan(len(x_B)), micro)[0]
+
+
+def noise_alone(steps: int = 1, seed: bytes = SEED, num_records: int = 100) -> dict[str, torch.Tensor]:
+    """The noise on the sum of a wide layer, in units of sigma * C: no record is there."""
+    a_plan = plan(num_records, noise_multiplier=0.8, sampling_rate=0.1, steps_per_round=steps)
+    lost, _ = train(wide(), [], a_plan, seed=seed)
+    return {name: value / a_plan.noise_std for name, value in lost.items() if value.numel() > 100_000}
+
+
+class Wide(nn.Module):
+    """Two layers of 160,000 weights behind an embedding: room for statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 400)
+        self.first, self.second = nn.Linear(400, 400), nn.Linear(400, 400)
+
+    def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(self.embedding(x_BT)).tanh()).mean(dim=1)
+
+
+def wide() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return Wide().train()
+
+
+def batches(num_units: int, rate: float, steps: int) -> torch.Tensor:
+    """Which units were in which step's batch, as the engine took them: (steps, units) of 0 and 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = nn.Sequential(nn.Embedding(10, 2))  # the cheapest; only the batches count
+    averaged = Averaged(model)
+    a_plan = plan(num_units, sampling_rate=rate, steps_per_round=steps, noise_multiplier=0.8)
+    _, taken = train(averaged, list(records(num_units)), a_plan, micro=10_000)
+    inclusion = torch.zeros(steps, num_units)
+    for step, batch in enumerate(taken):
+        inclusion[step, batch] = 1
+    return inclusion
+
+
+class Averaged(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x_BT: torch.Tensor) -> torch.Tensor:
+        return self.inner(x_BT).mean(dim=1)
