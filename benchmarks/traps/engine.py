@@ -9,7 +9,7 @@ from torch import nn
 from privacy import engine
 from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.streams import Streams
-from traps.layers import MAX_GRAD_NORM, record_losses, records, trainable
+from traps.layers import record_losses, records, trainable
 
 SEED, DIGEST = bytes(range(32)), "ab" * 32
 ALMOST_ONE = 1 - 2.0**-53  # a plan samples with probability below 1; at this one every record is in every batch
@@ -19,7 +19,7 @@ def plan(num_records: int, **changes: float) -> PrivacyPlan:
     """A plan whose noise is next to nothing and whose batches hold everything, but for the changes."""
     values = {
         "sampling_rate": ALMOST_ONE,
-        "max_grad_norm": MAX_GRAD_NORM,
+        "max_grad_norm": 0.5,
         "noise_multiplier": 1e-9,
         "rounds": 1,
         "steps_per_round": 1,
@@ -29,7 +29,12 @@ def plan(num_records: int, **changes: float) -> PrivacyPlan:
 
 
 def train(
-    model: nn.Module, x_B: Sequence[torch.Tensor], a_plan: PrivacyPlan, micro: int = 32, seed: bytes = SEED
+    model: nn.Module,
+    x_B: Sequence[torch.Tensor],
+    a_plan: PrivacyPlan,
+    micro: int = 32,
+    seed: bytes = SEED,
+    synthetic: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], list[list[int]]]:
     """Trains a copy by plain descent at rate 1.
 
@@ -45,7 +50,8 @@ def train(
         batches.append(list(batch))
         return [batch[start : start + micro] for start in range(0, len(batch), micro)]
 
-    made_up = records(3, seed=99)  # under numbers of their own, so that the engine's proof is not taken for a batch
+    made_up = records(3, seed=99) if synthetic is None else synthetic
+    # Under numbers of their own, so that the engine's proof is not taken for private records.
     rows = {**dict(enumerate(x_B)), **{-1 - number: row for number, row in enumerate(made_up)}}
     engine.train_privately(
         a_plan,
@@ -62,9 +68,9 @@ def train(
     return lost, batches
 
 
-def clipped_sum(model: nn.Module, x_B: torch.Tensor, micro: int = 32) -> dict[str, torch.Tensor]:
+def clipped_sum(model: nn.Module, x_B: torch.Tensor, max_grad_norm: float, micro: int = 32) -> dict[str, torch.Tensor]:
     """The sum of clipped gradients of all records."""
-    return train(model, list(x_B), plan(len(x_B)), micro)[0]
+    return train(model, list(x_B), plan(len(x_B), max_grad_norm=max_grad_norm), micro)[0]
 
 
 def noise_alone(steps: int = 1, seed: bytes = SEED, num_records: int = 100) -> dict[str, torch.Tensor]:

@@ -143,10 +143,10 @@ def noise() -> Cell:
         evidence = f"{ratio:.4f} of sigma C, correlation of two rounds {correlation(first, second):.4f}"
         cells[f"fixed, {where}"] = judged(abs(ratio - 1) < 0.01 and unrelated(first, second), evidence)
     for where, kind in ADAPTIVE.items():
-        strategy = kind(fed_avg(4), SIGMA, 4, initial_clipping_norm=CLIP, clipped_count_stddev=2.0)
-        total, _ = one_round(strategy, [constant(1.0, SIZE)] * 4)  # every client is clipped
-        ratio = (total - total.mean()).std().item() * 4 / (strategy.noise_multiplier * CLIP)
-        evidence = f"{ratio:.4f} of sigma times the norm that the round was clipped to"
+        strategy = kind(fed_avg(100), SIGMA, 100, initial_clipping_norm=CLIP)
+        total, _ = one_round(strategy, [constant(1.0, 50_000)] * 100)  # every client is clipped
+        ratio = (total - total.mean()).std().item() * 100 / (strategy.noise_multiplier * CLIP)
+        evidence = f"{ratio:.3f} of sigma times the norm that the round was clipped to"
         cells[f"adaptive, {where}"] = judged(ratio > 0.99, evidence)
     return of_modes(cells)
 
@@ -173,7 +173,9 @@ def resume() -> Cell:
 
     before, after = two_rounds().privacy_spent().num_releases, fixed(4, accounted=True).privacy_spent().num_releases
     start = [name for name in inspect.signature(Strategy.start).parameters if "round" in name]
-    evidence = f"round arguments of Strategy.start: {start}; {before} releases before the restart, {after} accounted after"
+    evidence = (
+        f"round arguments of Strategy.start: {start}; {before} releases before the restart, {after} accounted after"
+    )
     return judged(after >= before, evidence)
 
 
@@ -210,7 +212,9 @@ def two_processes() -> Cell:
         strategy = FIXED["server side"](fed_avg(4), SIGMA, CLIP, 4, accountant=copy)
         one_round(strategy, [constant(1.0)] * 4, number=3)
     counted = max(copy.num_releases for copy in copies)
-    return judged(counted >= 4, f"2 releases, then 1 in each of two continuations of one state: {counted} of 4 accounted")
+    return judged(
+        counted >= 4, f"2 releases, then 1 in each of two continuations of one state: {counted} of 4 accounted"
+    )
 
 
 def edited() -> Cell:
@@ -326,7 +330,9 @@ def refusals() -> Cell:
     if not reasons:
         raise RuntimeError(done.stderr[-2000:])
     leaked = "Doe" in reasons[0]
-    return judged(not leaked, f"a client's error reaches the server with its text: {leaked} ({reasons[0][7:75]}...)")
+    return judged(
+        not leaked, f"the text of a client's error, with the record's content in it, reaches the server: {leaked}"
+    )
 
 
 def python(script: str) -> subprocess.CompletedProcess[str]:

@@ -17,10 +17,10 @@ from traps.cell import Cell, Check, absent, first_line, judged, of_modes
 from traps.engine import Averaged, wide
 from traps.layers import (
     LAYERS,
-    MAX_GRAD_NORM,
     OPACUS_MODES,
     RIGHT,
     largest_record,
+    median_norm,
     opacus_layer,
     opacus_sum,
     per_record_loop,
@@ -30,7 +30,7 @@ from traps.layers import (
 from traps.randomness import correlation, is_poisson, sampling_figures, unrelated
 
 warnings.filterwarnings("ignore")
-SIGMA = 0.8
+SIGMA, MAX_GRAD_NORM = 0.8, 0.5
 
 
 class Run:
@@ -68,17 +68,21 @@ class Run:
 
 
 def largest() -> Cell:
-    model, x_B = LAYERS["linear"].model(), 100 * records()
-    found = {mode: largest_record(lambda one, mode=mode: opacus_sum(model, one, mode), x_B % 10) for mode in OPACUS_MODES}
+    model, x_B = LAYERS["linear"].model(), records()
+    norm = median_norm(model, x_B) / 2
+    found = {}
+    for mode in OPACUS_MODES:
+        found[mode] = largest_record(lambda one, mode=mode: opacus_sum(model, one, mode, norm), x_B) / norm
     return judged(max(found.values()) <= 1, ", ".join(f"{mode} {value:.3f} C" for mode, value in found.items()))
 
 
 def micro_batches() -> Cell:
     model, x_B = LAYERS["linear"].model(), records()
-    expected = per_record_loop(model, x_B, MAX_GRAD_NORM)
+    norm = median_norm(model, x_B)
+    expected = per_record_loop(model, x_B, norm)
     cells = {}
     for mode in OPACUS_MODES:
-        worst = max(relative_error(opacus_sum(model, x_B, mode, physical=size), expected) for size in (32, 8, 1))
+        worst = max(relative_error(opacus_sum(model, x_B, mode, norm, size), expected) for size in (32, 8, 1))
         cells[mode] = judged(worst < RIGHT, f"{worst:.0e}")
     return of_modes(cells)
 
@@ -98,8 +102,7 @@ def non_finite() -> Cell:
 def noise_only(steps: int = 1, **options: Any) -> list[torch.Tensor]:
     """Noise of each step on the sum, in units of sigma * C: every loss is 0."""
     run = Run(wide(), poisson_sampling=False, **options)
-    lost = [run.step(run.data.tensors[0][:10], scale=0.0) * 10 / (SIGMA * MAX_GRAD_NORM) for _ in range(steps)]
-    return lost
+    return [run.step(run.data.tensors[0][:10], scale=0.0) * 10 / (SIGMA * MAX_GRAD_NORM) for _ in range(steps)]
 
 
 def noise() -> Cell:
@@ -173,7 +176,9 @@ def shuffling() -> Cell:
     figures = sampling_figures(found, 0.05)
     sound = is_poisson(figures, len(found)) or epsilons[0] != epsilons[1]
     said = "doesn't fit the assumptions" in (PrivacyEngine.make_private.__doc__ or "")
-    evidence = f"poisson_sampling=False: variance of the size {figures['size']:.2f} of the binomial's, epsilon the same "
+    evidence = (
+        f"poisson_sampling=False: variance of the size {figures['size']:.2f} of the binomial's, epsilon the same "
+    )
     return judged(sound, evidence + f"{epsilons[1]:.2f}; its docstring says so: {said}", "warns" if said else "fails")
 
 

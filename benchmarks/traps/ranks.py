@@ -67,7 +67,7 @@ def _private(model: torch.nn.Module, num_records: int, batch_size: int, sigma: f
 
 def _noise_of(_: int) -> torch.Tensor:
     from traps.engine import wide
-    from traps.layers import MAX_GRAD_NORM
+    from traps.opacus import MAX_GRAD_NORM
 
     run = _private(wide(), 640, 64, SIGMA)
     x_B, _ = next(iter(run.loader))
