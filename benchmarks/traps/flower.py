@@ -285,15 +285,23 @@ def weights() -> Cell:
 
 
 def number_of_records() -> Cell:
-    """A reply without its number of examples."""
-    strategy = fixed(2)
-    messages = list(strategy.configure_train(1, ArrayRecord([constant(0.0)]), ConfigRecord(), Nodes(2)))
-    replies = [answer(strategy, message, constant(1.0), {"loss": 1.0}) for message in messages]
-    try:
-        strategy.aggregate_train(1, replies)
-    except Exception as error:
-        return Cell("fails", f"a reply must carry its exact number of examples, else {first_line(error, 60)}")
-    return Cell("pass", "replies need no number of examples")
+    """The same updates and the same noise; one client has one record less."""
+    cells = {}
+    for name, accounted in (("no accountant", False), ("with one", True)):
+        shown = []
+        try:
+            for count in (120, 119):
+                np.random.seed(0)
+                updates = [constant(0.5), constant(1.0)]
+                shown.append(one_round(fixed(2, accounted=accounted), updates, weights=[120, count])[0])
+        except ValueError as error:
+            cells[name] = Cell("refuses", first_line(error))
+        else:
+            moved = float(np.abs(shown[0] - shown[1]).max())
+            cells[name] = judged(
+                moved == 0, f"replies carry num-examples; one record less moves the mean by {moved:.0e}"
+            )
+    return of_modes(cells)
 
 
 FAILING = """
