@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).parents[2]
 NAMED = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 
 
-def tests_of(path):
+def functions_of(path):
     tree = ast.parse((REPOSITORY / path).read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -19,7 +19,7 @@ def tests_of(path):
 def test_every_test_that_a_document_names_exists(document):
     named = NAMED.findall((REPOSITORY / "docs" / document).read_text())
     assert named
-    missing = [f"{path}::{name}" for path, name in named if name not in tests_of(path)]
+    missing = [f"{path}::{name}" for path, name in named if name not in functions_of(path)]
     assert not missing
 
 
