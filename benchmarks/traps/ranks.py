@@ -55,7 +55,7 @@ def _rank(rank: int, work: Any, world_size: int, port: int, folder: str) -> None
 def _private(model: torch.nn.Module, num_records: int, batch_size: int, sigma: float) -> Any:
     from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 
-    from traps.opacus import Run
+    from traps.opacus_run import Run
 
     return Run(
         DifferentiallyPrivateDistributedDataParallel(model),
@@ -67,7 +67,7 @@ def _private(model: torch.nn.Module, num_records: int, batch_size: int, sigma: f
 
 def _noise_of(_: int) -> torch.Tensor:
     from traps.engine import wide
-    from traps.opacus import MAX_GRAD_NORM
+    from traps.opacus_run import MAX_GRAD_NORM
 
     run = _private(wide(), 640, 64, SIGMA)
     x_B, _ = next(iter(run.loader))
