@@ -116,10 +116,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def killed() -> Cell:
     done = python(KILLED)
     before, after = int(done.stdout), fixed(4, accounted=True).privacy_spent().num_releases
-    return judged(
-        after >= before,
-        f"{before} releases accounted before the kill, {after} after: nothing saves the accountant's state unless the app does",
-    )
+    evidence = f"{before} releases accounted before the kill, {after} after: nothing saves the accountant's state"
+    return judged(after >= before, f"{evidence} unless the app does")
 
 
 def two_processes() -> Cell:

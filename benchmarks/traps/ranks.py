@@ -87,5 +87,5 @@ def _epochs_of(rank: int) -> tuple[int, str]:
                 steps += 1
         torch.distributed.barrier()
     except RuntimeError as error:
-        return steps, f"waited {TIMEOUT_S} s in vain: {str(error).splitlines()[0][-60:]}"
+        return steps, f"a rank waits for the other in vain: {str(error).splitlines()[0].split('] ')[-1]}"
     return steps, ""
