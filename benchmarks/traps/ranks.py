@@ -87,5 +87,6 @@ def _epochs_of(rank: int) -> tuple[int, str]:
                 steps += 1
         torch.distributed.barrier()
     except RuntimeError as error:
-        return steps, f"a rank waits for the other in vain: {str(error).splitlines()[0].split('] ')[-1]}"
+        lost = "timed out" in str(error).lower() or "closed" in str(error).lower()
+        return steps, "a rank waited in vain for the other" if lost else str(error).splitlines()[0]
     return steps, ""
