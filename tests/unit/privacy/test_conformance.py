@@ -6,10 +6,9 @@ from traps import engine as measured
 from traps import siloweave
 from traps.layers import LAYERS
 
-from privacy import engine
 from privacy.streams import Streams
 
-REAL = engine.train_privately
+REAL = measured.train_privately
 
 
 @pytest.mark.parametrize("layer", ["linear", "embedding", "layer_norm", "rms_norm", "conv1d", "lora"])
@@ -113,5 +112,5 @@ def clipped_linear():
 )
 def test_a_broken_engine_fails_the_check(monkeypatch, mutation, check):
     assert check().verdict == "pass"
-    monkeypatch.setattr(engine, "train_privately", mutation)
+    monkeypatch.setattr(measured, "train_privately", mutation)
     assert check().verdict == "fails"
