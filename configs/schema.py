@@ -206,7 +206,9 @@ class FederatedSettings(Settings):
     local_steps: Count = 12
     """Optimizer steps of a silo in a round."""
     learning_rate: Positive = 5e-3
-    """Learning rate of Adam inside a silo."""
+    """Learning rate inside a silo."""
+    optimizer: Literal["adam", "adam_bc", "sgd"] = "adam"
+    """Optimizer inside a silo, anew each round; ``adam_bc`` takes the noise's share off Adam's second moment."""
     lora_rank: Count = 16
     """Rank of the adapters, on all linear layers, the output head included."""
     lora_alpha: Positive = 32
@@ -243,6 +245,11 @@ class PrivacySettings(Settings):
     """Cap on the batches of ``truncated_poisson``; 0 with ``poisson``, which has none."""
     max_grad_norm: Positive = 1.0
     """Clipping norm C of one unit's gradient over all trainable parameters."""
+    clipping_function: Literal["fixed", "automatic", "quantile"] = "fixed"
+    """``fixed`` shortens longer gradients to C, ``automatic`` brings all to just below C, ``quantile`` moves C to where
+    ``target_quantile`` of a batch is not shortened, by a noised count that is paid from the same epsilon."""
+    target_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of gradients that ``quantile`` leaves unshortened, 0.5 for instance; 0 with the others."""
     budget_epsilon: Positive = 32.0
     """Epsilon that a silo's dataset may ever spend (the simulated steward's policy)."""
     budget_delta: Probability = 1e-4

@@ -13,11 +13,14 @@ import torch
 from configs.schema import ClippingMethod
 from federated.adapters import Arrays
 from privacy.engine import PrivateTraining
+from privacy.optimizers import AdamBC
 from privacy.plan import PrivacyPlan
 from privacy.sampler import sample
 from privacy.streams import Streams
 from trainer.models import adapter_weights, load_adapter_weights, trainable
 from trainer.tasks import CausalTask, Encoded, by_length
+
+OPTIMIZERS = ("adam", "adam_bc", "sgd")
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,14 @@ class LocalSettings:
     """What changes quality or speed, but no guarantee.
 
     Attributes:
-        learning_rate: of Adam, fresh in every round (its moments see noised gradients only).
+        learning_rate: of the optimizer.
+        optimizer: a name in ``OPTIMIZERS``; fresh in every round (its moments see noised gradients only).
         micro_batch_size: units processed at once.
         clipping: how per-record gradients are clipped.
     """
 
     learning_rate: float
+    optimizer: str
     micro_batch_size: int
     clipping: ClippingMethod
 
@@ -50,7 +55,7 @@ def private_update(
         ValueError: the adapter doesn't fit the model.
     """
     before = _load(model, adapter)
-    optimizer = torch.optim.Adam(list(trainable(model).values()), lr=settings.learning_rate)
+    optimizer = _optimizer(settings, model, plan.noise_std / plan.expected_batch_size)
     PrivateTraining(
         plan,
         streams,
@@ -76,7 +81,7 @@ def public_update(
 ) -> Arrays:
     """The same steps on the same batches without clipping and without noise: for data declared public only."""
     before = _load(model, adapter)
-    optimizer = torch.optim.Adam(list(trainable(model).values()), lr=settings.learning_rate)
+    optimizer = _optimizer(settings, model, noise_std=0.0)
     model.train()
     for step in range(plan.request.steps_per_round):
         batch = [records[index] for index in sample(plan, streams, step, len(records))]
@@ -86,6 +91,16 @@ def public_update(
         optimizer.step()
         optimizer.zero_grad()
     return _difference(model, before)
+
+
+def _optimizer(settings: LocalSettings, model: Any, noise_std: float) -> torch.optim.Optimizer:
+    """A fresh optimizer; without noise there is nothing to take off Adam's second moment."""
+    parameters, rate = list(trainable(model).values()), settings.learning_rate
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=rate)
+    if settings.optimizer == "adam_bc" and noise_std:
+        return AdamBC(parameters, rate, noise_std)
+    return torch.optim.Adam(parameters, lr=rate)
 
 
 def _synthetic(task: CausalTask) -> list[Encoded]:

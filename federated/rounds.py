@@ -50,6 +50,8 @@ def plan_request(config: RunConfig) -> PlanRequest:
         "sampler": privacy.sampler,
         "sampling_rate": privacy.sampling_rate,
         "max_grad_norm": privacy.max_grad_norm,
+        "clipping_function": privacy.clipping_function,
+        "target_quantile": privacy.target_quantile,
         "noise_multiplier": 1.0,  # until it is calibrated
         "rounds": federated.rounds,
         "steps_per_round": federated.local_steps,
@@ -166,6 +168,7 @@ class Coordinator:
             adapter_spec=pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha),
             adapter=content,
             learning_rate=self.config.federated.learning_rate,
+            optimizer=self.config.federated.optimizer,
         )
         total = FixedPointSum(adapter)
 

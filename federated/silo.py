@@ -21,7 +21,7 @@ from configs.load import parse
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, from_bytes, to_bytes
-from federated.local_training import LocalSettings, private_update
+from federated.local_training import OPTIMIZERS, LocalSettings, private_update
 from federated.protocol import PROTOCOL_VERSION
 from federated.silo_data import Units, load_units
 from privacy.certificate import library_versions
@@ -195,6 +195,8 @@ class Silo:
             raise _refuse("max_lora_rank", str(train.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
         if not 0 < train.learning_rate <= 1:
             raise _refuse("learning_rate", f"{train.learning_rate:g}", "above 0, at most 1")
+        if train.optimizer not in OPTIMIZERS:
+            raise _refuse("optimizer", train.optimizer[:100] or "none", ", ".join(OPTIMIZERS))
 
     def model(self, train: pb.Train) -> Any:
         """The warm base model with the adapter that a request describes."""
@@ -226,7 +228,7 @@ class Silo:
     def local_settings(self, train: pb.Train) -> LocalSettings:
         """Learning rate of the request, speed of the silo."""
         silo = self.config.silo
-        return LocalSettings(train.learning_rate, silo.micro_batch_size, silo.clipping)
+        return LocalSettings(train.learning_rate, train.optimizer, silo.micro_batch_size, silo.clipping)
 
 
 @lru_cache(maxsize=1)

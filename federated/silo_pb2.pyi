@@ -44,7 +44,7 @@ class Reserve(_message.Message):
     def __init__(self, plan: _Optional[str] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate")
+    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class Train(_message.Message):
     ADAPTER_SPEC_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     round: int
     plan_digest: str
     base_model_digest: str
@@ -59,7 +60,8 @@ class Train(_message.Message):
     adapter_spec: AdapterSpec
     adapter: bytes
     learning_rate: float
-    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ...) -> None: ...
+    optimizer: str
+    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
     __slots__ = ("rank", "alpha")

@@ -6,7 +6,7 @@ All methods give the same sum; they differ in speed, in memory, and in the layer
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -15,7 +15,6 @@ from configs.schema import ClippingMethod
 from privacy.bookkeeping import BookKeeper
 from privacy.opacus_modes import ExpandedWeights, Ghost, Hooks
 
-ClippingFunction = Literal["fixed", "automatic"]
 Unit = TypeVar("Unit")
 Losses = Callable[[Sequence[Unit]], torch.Tensor]
 
@@ -54,9 +53,10 @@ class Clipper:
         source: GradientSource,
         model: Any,
         max_grad_norm: float,
-        function: ClippingFunction,
+        *,
+        automatic: bool,
     ) -> None:
-        self._per_record, self._model, self._function = source.per_record, model, function
+        self._per_record, self._model, self._automatic = source.per_record, model, automatic
         self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.max_grad_norm = max_grad_norm
         self._sums: dict[str, torch.Tensor] = {}
@@ -88,7 +88,7 @@ class Clipper:
         return self.accumulate(unit_losses, kept) if kept else norms_B[:0]
 
     def _factors(self, norms_B: torch.Tensor) -> torch.Tensor:
-        if self._function == "automatic":  # normalised, never above C (Bu et al. 2022)
+        if self._automatic:  # normalised, never above C (Bu et al. 2022)
             return self.max_grad_norm / (norms_B + _STABILITY)
         return (self.max_grad_norm / (norms_B + 1e-6)).clamp(max=1.0)
 
@@ -177,7 +177,8 @@ def clipping(
     model: Any,
     max_grad_norm: float,
     method: ClippingMethod = "bookkeeping",
-    function: ClippingFunction = "fixed",
+    *,
+    automatic: bool = False,
 ) -> Iterator[Clipper]:
     """Readies a model for per-record gradients for as long as the context lasts.
 
@@ -185,7 +186,7 @@ def clipping(
         model: its trainable parameters are what is clipped.
         max_grad_norm: C, of one record's gradient over all trainable parameters together.
         method: speed only.
-        function: ``fixed`` scales down what is longer than C; ``automatic`` scales every gradient to just below C.
+        automatic: scale every gradient to just below C, not only what is longer.
 
     Raises:
         InputError: the method doesn't know a layer with trainable parameters, or matrix products are rounded so
@@ -201,6 +202,6 @@ def clipping(
         with warnings.catch_warnings():
             # Below the first adapter nothing needs a gradient; that a hook fires on outputs alone is what we want.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            yield Clipper(source, model, max_grad_norm, function)
+            yield Clipper(source, model, max_grad_norm, automatic=automatic)
     finally:
         source.close()

@@ -4,6 +4,7 @@ Everything that the steps of a charge may reveal has been charged before the fir
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from privacy.sampler import sample
 from privacy.streams import Streams
 
 Unit = TypeVar("Unit")
+_NORM_RATE = 0.2  # eta of Andrew et al. 2021
+_FARTHEST_NORM = 1000.0
 
 
 @dataclass
@@ -51,6 +54,7 @@ class PrivateTraining(Generic[Unit]):
     steps_done: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.max_grad_norm = self.plan.request.max_grad_norm
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def run(self, at_most: int | None = None) -> None:
@@ -63,7 +67,8 @@ class PrivateTraining(Generic[Unit]):
             InputError: the model has parameters whose per-record gradients are wrong or unknown.
         """
         self.model.train()
-        with clipping(self.model, self.plan.request.max_grad_norm, self.method) as clipper:
+        automatic = self.plan.request.clipping_function == "automatic"
+        with clipping(self.model, self.max_grad_norm, self.method, automatic=automatic) as clipper:
             clipper.probe(self.unit_losses, self.synthetic)
             left = range(self.steps_done, self.plan.request.steps_per_round)
             for step in left[:at_most]:
@@ -75,23 +80,36 @@ class PrivateTraining(Generic[Unit]):
         # 1. Every unit is in the batch with probability q; the batch may be empty.
         batch = [self.units[index] for index in sample(plan, self.streams, step, len(self.units))]
         # 2. Forward, backward and clipping, micro-batch by micro-batch.
-        for micro in self.micro_batches(batch):
-            clipper.accumulate(self.unit_losses, micro)
+        norms = [clipper.accumulate(self.unit_losses, micro) for micro in self.micro_batches(batch)]
         # 3. Noise once on the sum, then the public normaliser.
+        noise_std = plan.noise_std * self.max_grad_norm / plan.request.max_grad_norm
         for name, clipped_sum in clipper.take().items():
-            release = noised(clipped_sum, plan, self.streams, step, name)
+            release = noised(clipped_sum, noise_std, self.streams, step, name)
             parameter = self._parameters[name]
             parameter.grad = (release / plan.expected_batch_size).to(parameter.dtype)
+        if plan.request.clipping_function == "quantile":
+            self.max_grad_norm = clipper.max_grad_norm = self._next_norm(norms, step)
         # 4. From here on only noised values are seen.
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done = step + 1
+
+    def _next_norm(self, norms: list[torch.Tensor], step: int) -> float:
+        """The clipping norm after this step, by a noised count of the gradients that were not shortened."""
+        below = sum(float((norms_B <= self.max_grad_norm).double().sub(0.5).sum()) for norms_B in norms)
+        # A parameter's name is never empty: this stream is no parameter's.
+        count = noised(torch.tensor([below]), self.plan.count_noise_std, self.streams, step, "").item()
+        share = 0.5 + count / self.plan.expected_batch_size
+        moved = self.max_grad_norm * math.exp(-_NORM_RATE * (share - self.plan.request.target_quantile))
+        start = self.plan.request.max_grad_norm
+        return min(max(moved, start / _FARTHEST_NORM), start * _FARTHEST_NORM)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed charge needs, made from noised values only: it continues bit for bit."""
         return {
             "plan": self.plan.request.digest,
             "steps_done": self.steps_done,
+            "max_grad_norm": self.max_grad_norm,
             "weights": {name: value.detach().clone() for name, value in self._parameters.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
@@ -104,7 +122,7 @@ class PrivateTraining(Generic[Unit]):
         """
         if state["plan"] != self.plan.request.digest:
             raise InputError(f"state of plan {state['plan']}: this training has plan {self.plan.request.digest}")
-        self.steps_done = state["steps_done"]
+        self.steps_done, self.max_grad_norm = state["steps_done"], state["max_grad_norm"]
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():
             for name, value in self._parameters.items():

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from privacy.plan import PrivacyPlan
 from privacy.streams import Streams
 
 _GRID_BITS = 20
@@ -36,12 +35,12 @@ def standard_normal(generator: np.random.Generator, size: int) -> npt.NDArray[np
     return total
 
 
-def noised(clipped_sum: torch.Tensor, plan: PrivacyPlan, streams: Streams, step: int, name: str) -> torch.Tensor:
-    """The sum of clipped gradients of one parameter with the plan's noise, on the grid, as float32.
+def noised(clipped_sum: torch.Tensor, noise_std: float, streams: Streams, step: int, name: str) -> torch.Tensor:
+    """The sum of clipped gradients of one parameter with its noise, on the grid, as float32.
 
     Args:
         clipped_sum: sum over the batch of this parameter's clipped gradients, any shape.
-        plan: gives sigma * C.
+        noise_std: standard deviation of the noise on the sum, from the plan.
         streams: the charge's random streams.
         step: step within the charge.
         name: the parameter's name.
@@ -53,7 +52,7 @@ def noised(clipped_sum: torch.Tensor, plan: PrivacyPlan, streams: Streams, step:
         generator = streams.generator("noise", step, f"{name}/{start}")
         for low in range(start, min(start + _BLOCK, len(sums)), _TILE):
             tile = slice(low, min(low + _TILE, start + _BLOCK, len(sums)))
-            released[tile] = _on_grid(sums[tile], standard_normal(generator, len(sums[tile])), plan.noise_std)
+            released[tile] = _on_grid(sums[tile], standard_normal(generator, len(sums[tile])), noise_std)
 
     starts = range(0, len(sums), _BLOCK)
     if len(starts) <= 1 or torch.get_num_threads() == 1:

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from privacy.accountant import Guarantee
 
 LARGEST_DELTA = 1e-5
-_SINCE_VERSION_2 = {"num_clients", "max_batch_size", "max_units", "metric_releases"}
+_SINCE_VERSION_2 = {
+    "clipping_function",
+    "target_quantile",
+    "num_clients",
+    "max_batch_size",
+    "max_units",
+    "metric_releases",
+}
+_COUNT_NOISE_SHARE = 1 / 20  # of the expected batch (Andrew et al. 2021)
 Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rounds = Annotated[int, Field(ge=1, le=100_000)]
 Size = Annotated[int, Field(ge=0, le=10**12)]
@@ -54,7 +62,11 @@ class PlanRequest(BaseModel):
             ``all``: every client is in every round, present or not.
         sampling_rate: probability q.
         max_grad_norm: norm C to which a record's gradient, over all trainable parameters together, or a client's update
-            is clipped.
+            is clipped; with ``quantile`` clipping the norm that a round starts with.
+        clipping_function: ``fixed`` shortens what is longer than C; ``automatic`` brings every gradient to just below C
+            (Bu et al. 2022); ``quantile`` moves C after each step to where ``target_quantile`` of the norms are below
+            (Andrew et al. 2021), by a noised count that is released with the sum and takes its share of sigma.
+        target_quantile: share of a batch's gradients that are not shortened; 0 without ``quantile``.
         noise_multiplier: sigma; the noise on the SUM of clipped vectors has standard deviation sigma * C.
         rounds: rounds of the whole run.
         steps_per_round: noised sums of a round: a silo's optimizer steps (empty batches are steps); 1 for clients.
@@ -73,6 +85,8 @@ class PlanRequest(BaseModel):
     sampler: Literal["poisson", "truncated_poisson", "all"] = "poisson"
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     max_grad_norm: Finite
+    clipping_function: Literal["fixed", "automatic", "quantile"] = "fixed"
+    target_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
     noise_multiplier: Finite
     rounds: Rounds
     steps_per_round: Rounds
@@ -84,15 +98,25 @@ class PlanRequest(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanRequest:
-        for problem in (self._version_problem(), self._unit_problem(), self._sampler_problem(), self._metric_problem()):
+        problems = (
+            self._version_problem(),
+            self._unit_problem(),
+            self._sampler_problem(),
+            self._clipping_problem(),
+            self._metric_problem(),
+        )
+        for problem in problems:
             if problem:
                 raise ValueError(problem)
         return self
 
     def _version_problem(self) -> str:
-        known = (self.unit, self.sampler, self.metric_releases) == ("record", "poisson", ())
-        if self.version == 1 and not known:
-            return "version is 1: its plans have unit 'record', sampler 'poisson' and no metric_releases; give 2"
+        shown = (self.unit, self.sampler, self.clipping_function, self.metric_releases)
+        if self.version == 1 and shown != ("record", "poisson", "fixed", ()):
+            return (
+                "version is 1: its plans have unit 'record', sampler 'poisson', clipping_function 'fixed' and no "
+                "metric_releases; give 2"
+            )
         return ""
 
     def _unit_problem(self) -> str:
@@ -134,6 +158,16 @@ class PlanRequest(BaseModel):
                 f"max_batch_size is {cap}: below the expected batch of {self.sampling_rate * units:g} (sampling_rate "
                 "times max_units); raise it, or lower sampling_rate"
             )
+        return ""
+
+    def _clipping_problem(self) -> str:
+        if (self.clipping_function == "quantile") != (self.target_quantile > 0):
+            return (
+                f"target_quantile is {self.target_quantile:g} with clipping_function {self.clipping_function!r}: "
+                "give one above 0 with 'quantile', and 0 with the others"
+            )
+        if self.clipping_function == "quantile" and self.unit == "client":
+            return "clipping_function is 'quantile': it is for unit 'record'; give 'fixed' or 'automatic'"
         return ""
 
     def _metric_problem(self) -> str:
@@ -223,7 +257,12 @@ class PlanRequest(BaseModel):
         if self.delta > allowed:
             why = f"a dataset with public_record_count {public_record_count} allows at most {allowed:.3g}"
             raise _refusal("delta", f"{self.delta:g}", f"{allowed:.3g}", f"{why}; lower privacy.delta")
-        return PrivacyPlan(request=self, public_record_count=public_record_count)
+        plan = PrivacyPlan(request=self, public_record_count=public_record_count)
+        if self.clipping_function == "quantile" and 2 * plan.count_noise_std <= self.noise_multiplier:
+            least = 10 * self.noise_multiplier
+            why = f"the noised count would use up the whole noise; expected batches above {least:.4g} leave some"
+            raise _refusal("clipping_function", "quantile", "fixed or automatic", why)
+        return plan
 
 
 def _refusal(rule: str, asked: str, allowed: str, why: str) -> PolicyRefusal:
@@ -245,8 +284,20 @@ class PrivacyPlan(BaseModel):
 
     @property
     def noise_std(self) -> float:
-        """Standard deviation of the noise on the sum of clipped gradients."""
-        return self.request.noise_multiplier * self.request.max_grad_norm
+        """Standard deviation of the noise on the sum of gradients that are clipped to ``max_grad_norm``.
+
+        With ``quantile`` the sum and the count, each over its own noise, are one Gaussian release: what the count takes
+        is made up for here, so that both together have noise multiplier sigma (Andrew et al. 2021, theorem 1).
+        """
+        multiplier = self.request.noise_multiplier
+        if self.request.clipping_function == "quantile":
+            multiplier = (multiplier**-2 - (2 * self.count_noise_std) ** -2) ** -0.5
+        return multiplier * self.request.max_grad_norm
+
+    @property
+    def count_noise_std(self) -> float:
+        """Standard deviation of the noise on the count of gradients below the clipping norm, each 1/2 or -1/2."""
+        return self.expected_batch_size * _COUNT_NOISE_SHARE
 
     @property
     def inclusion_threshold(self) -> int:

@@ -192,8 +192,8 @@ def test_a_round_of_truncated_poisson_sampling(silo, adapter, max_units, fits):
     if not fits:
         assert reply.refusal.rule == "max_units"
         return
-    assert reply.reserved.receipt.epsilon_reserved == pytest.approx(plan.epsilon)
-    assert plan.epsilon > PLAN.epsilon
+    receipt = Receipt.from_bytes(reply.reserved.receipt, "reply")
+    assert receipt.epsilon_reserved == pytest.approx(plan.epsilon) > PLAN.epsilon
     train = train_kind(silo, adapter)
     train["train"].plan_digest = plan.digest
     update = from_bytes(ask(silo, "round-1", **train)[0].trained.update)

@@ -202,7 +202,7 @@ def test_the_scores_are_those_of_the_noised_sums_written_by_hand():
     for step in range(plan.request.steps_per_round):
         total = np.zeros(300)
         total[ins[poisson_sample(plan, streams, step, len(ins))]] = plan.request.max_grad_norm
-        seen = noised(torch.from_numpy(total)[None], plan, streams, step, "layer.weight").double().numpy()[0]
+        seen = noised(torch.from_numpy(total)[None], plan.noise_std, streams, step, "layer.weight").double().numpy()[0]
         densities = [np.exp(-((seen - mean) ** 2) / (2 * 0.5**2)) for mean in (0, 1)]
         expected += np.log((0.97 * densities[0] + 0.03 * densities[1]) / densities[0])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

@@ -318,17 +318,17 @@ def test_an_opacus_mode_that_does_not_know_the_model_says_so_in_one_line():
 
 def test_the_automatic_function_normalises_and_never_exceeds_the_norm():
     model = llama()
-    found = clipped(model, next_token(model), [RECORDS], 0.3, function="automatic")
+    found = clipped(model, next_token(model), [RECORDS], 0.3, automatic=True)
     assert_equal(found, oracle(model, next_token(model), RECORDS, lambda size: 0.3 / (size + 0.01)))
-    alone = clipped(model, next_token(model), [RECORDS[:1]], 0.3, function="automatic")
+    alone = clipped(model, next_token(model), [RECORDS[:1]], 0.3, automatic=True)
     assert 0.25 < length(alone) <= 0.3
 
 
-@pytest.mark.parametrize("function", ["fixed", "automatic"])
-def test_one_record_moves_the_sum_by_the_norm_at_most(function):
+@pytest.mark.parametrize("automatic", [False, True])
+def test_one_record_moves_the_sum_by_the_norm_at_most(automatic):
     model = llama()
     for record in RECORDS[:4]:
-        assert length(clipped(model, next_token(model), [[record]], 0.05, function=function)) <= 0.05
+        assert length(clipped(model, next_token(model), [[record]], 0.05, automatic=automatic)) <= 0.05
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

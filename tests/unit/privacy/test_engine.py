@@ -1,5 +1,7 @@
 """Clipping and the engine against a loop over single records, which is slow and obviously right."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_the_engine_is_dp_sgd_written_by_hand():
         batch = [RECORDS[i] for i in poisson_sample(PLAN, streams, step, 32)]
         sums = clipped_one_by_one(model, batch, 0.3)
         for name, value in trainable(model).items():
-            value.grad = noised(sums[name], PLAN, streams, step, name) / (0.1 * 100)
+            value.grad = noised(sums[name], PLAN.noise_std, streams, step, name) / (0.1 * 100)
         optimizer.step()
     for name, value in adapter_weights(model).items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
@@ -192,3 +194,70 @@ def test_a_closure_and_a_missing_noise_are_refused():
         AdamBC([weight], lr=0.1, noise_std=0.0)
     with pytest.raises(ValueError, match="closure"):
         AdamBC([weight], lr=0.1, noise_std=1.0).step(lambda: 0.0)
+
+
+QUANTILE = PlanRequest(
+    sampling_rate=0.5, max_grad_norm=0.3, clipping_function="quantile", target_quantile=0.5, noise_multiplier=0.7,
+    rounds=2, steps_per_round=6, delta=1e-5,
+).bind(100)  # fmt: skip
+
+
+def test_quantile_clipping_is_the_papers_rule_by_hand():
+    found = training(lora_model(), RECORDS, plan=QUANTILE)
+    found.run()
+    model, streams, norm = lora_model(), Streams(b"s" * 32, DIGEST), 0.3
+    optimizer = torch.optim.Adam(list(trainable(model).values()), lr=1e-2)
+    for step in range(6):
+        batch = [RECORDS[i] for i in poisson_sample(QUANTILE, streams, step, 32)]
+        below = sum(0.5 if size <= norm else -0.5 for size in lengths(model, batch))
+        sums = clipped_one_by_one(model, batch, norm)
+        for name, value in trainable(model).items():
+            value.grad = noised(sums[name], QUANTILE.noise_std * norm / 0.3, streams, step, name) / 50
+        optimizer.step()
+        share = 0.5 + noised(torch.tensor([below]), 50 / 20, streams, step, "").item() / 50
+        norm *= math.exp(-0.2 * (share - 0.5))
+    assert found.max_grad_norm == pytest.approx(norm, rel=1e-4)
+    assert found.max_grad_norm != 0.3
+    for name, value in adapter_weights(model).items():
+        torch.testing.assert_close(adapter_weights(found.model)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def lengths(model, batch):
+    parameters = list(trainable(model).values())
+    for one in batch:
+        gradients = torch.autograd.grad(losses(model, [one]).sum(), parameters)
+        yield torch.sqrt(sum(gradient.square().sum() for gradient in gradients)).item()
+
+
+@pytest.mark.parametrize("start", [1e-3, 1e3])
+def test_quantile_clipping_finds_the_norm_from_afar(start):
+    """Most records are out of the sampler's reach of chance: the norm ends near the middle of their norms."""
+    plan = QUANTILE.request.model_copy(update={"max_grad_norm": start, "steps_per_round": 150}).bind(64)
+    found = training(lora_model(), RECORDS * 2, plan=plan, optimizer=NoStep)
+    found.run()
+    middle = torch.tensor(list(lengths(lora_model(), RECORDS))).median().item()
+    assert middle / 2 < found.max_grad_norm < middle * 2
+
+
+class NoStep(torch.optim.SGD):
+    """Leaves the weights where they are, so that the norms stay."""
+
+    def step(self, closure=None):
+        pass
+
+
+def test_a_resumed_quantile_run_goes_on_with_its_norm():
+    whole, first, second = (training(lora_model(), RECORDS, plan=QUANTILE) for _ in range(3))
+    whole.run()
+    first.run(3)
+    second.load_state_dict(first.state_dict())
+    second.run()
+    assert second.max_grad_norm == whole.max_grad_norm
+    expected, found = adapter_weights(whole.model), adapter_weights(second.model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_automatic_function_reaches_the_engine():
+    plan = PLAN.request.model_copy(update={"clipping_function": "automatic"}).bind(100)
+    fixed, automatic = run(lora_model(), RECORDS), run(lora_model(), RECORDS, plan=plan)
+    assert not all(torch.equal(fixed[name], automatic[name]) for name in fixed)

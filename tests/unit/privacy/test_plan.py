@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from dp_accounting import NeighboringRelation
+from dp_accounting import GaussianDpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from pydantic import ValidationError
 
@@ -36,6 +36,7 @@ CLIENT = {
     "num_clients": 50,
 }
 TRUNCATED = {**RECORD, "sampler": "truncated_poisson", "max_batch_size": 100, "max_units": 2000}
+QUANTILE = {"clipping_function": "quantile", "target_quantile": 0.5}
 METRICS = [
     {"name": "nats", "noise_multiplier": 20.0, "releases": 3},
     {"name": "f1", "noise_multiplier": 15, "releases": 1},
@@ -62,6 +63,12 @@ METRICS = [
         ({**CLIENT, "steps_per_round": 2}, "steps_per_round is 2: with unit 'client' give 1"),
         ({**CLIENT, "num_clients": 0}, "num_clients is 0: with delta 1e-05 give 1 to 10000"),
         ({**CLIENT, "num_clients": 10_001}, "num_clients is 10001: with delta 1e-05 give 1 to 10000"),
+        (
+            {**RECORD, "clipping_function": "quantile"},
+            "target_quantile is 0 with clipping_function 'quantile': give one",
+        ),
+        ({**RECORD, "target_quantile": 0.5}, "target_quantile is 0.5 with clipping_function 'fixed': give one above 0"),
+        ({**CLIENT, **QUANTILE}, "clipping_function is 'quantile': it is for unit 'record'"),
         (
             {**RECORD, "metric_releases": [METRICS[0], METRICS[0]]},
             "metric_releases has the names nats, nats: give each",
@@ -110,6 +117,8 @@ def test_plans_are_frozen_digested_and_travel_as_json(tree):
         {"version": 1},
         {"sampler": "truncated_poisson", "max_batch_size": 100, "max_units": 2000},
         {"metric_releases": METRICS},
+        {"clipping_function": "automatic"},
+        QUANTILE,
     ],
 )
 def test_whatever_changes_the_guarantee_changes_the_digest(changes):
@@ -235,3 +244,21 @@ def test_settings_become_the_plan():
     for override in ("privacy.sampler=truncated_poisson", "privacy.max_batch_size=60"):
         with pytest.raises(InputError, match="give 0 with 'poisson', a cap with 'truncated_poisson'"):
             load("tiny", [override])
+
+
+def test_sum_and_count_of_quantile_clipping_are_together_what_is_accounted():
+    """Both Gaussians composed by dp-accounting spend what one with the plan's noise multiplier does."""
+    request = PlanRequest(**{**RECORD, **QUANTILE})
+    plan = request.bind(1000)
+    assert request.epsilon == PlanRequest(**RECORD).epsilon
+    assert plan.noise_std > request.noise_multiplier * request.max_grad_norm
+    count_multiplier = plan.count_noise_std / 0.5  # a record moves the count by a half
+    both = PLDAccountant().compose(GaussianDpEvent(plan.noise_std)).compose(GaussianDpEvent(count_multiplier))
+    one = PLDAccountant().compose(GaussianDpEvent(request.noise_multiplier))
+    assert both.get_epsilon(1e-5) == pytest.approx(one.get_epsilon(1e-5), rel=1e-3)
+
+
+def test_quantile_clipping_is_refused_where_the_count_would_take_all_the_noise():
+    request = PlanRequest(**{**RECORD, **QUANTILE})
+    with pytest.raises(PolicyRefusal, match="expected batches above 8"):
+        request.bind(200)

@@ -104,7 +104,7 @@ def test_the_size_test_is_noisy_and_one_for_all_steps_of_a_charge():
 
 
 def noise(step=0, name="w", streams=STREAMS, size=200_000):
-    return noised(torch.zeros(size), PLAN, streams, step, name)
+    return noised(torch.zeros(size), PLAN.noise_std, streams, step, name)
 
 
 def test_noise_has_the_plans_standard_deviation_and_is_normal():
@@ -159,9 +159,11 @@ def test_the_blocks_of_a_large_parameter_and_neighbours_are_unrelated():
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5, 7), (257, 256)])
 def test_the_noised_sum_keeps_its_shape_and_adds_the_sum(shape):
     clipped = torch.full(shape, 100.0)
-    released = noised(clipped, PLAN, STREAMS, 0, "w")
+    released = noised(clipped, PLAN.noise_std, STREAMS, 0, "w")
     assert (released.shape, released.dtype) == (clipped.shape, torch.float32)
-    torch.testing.assert_close(released - noised(torch.zeros(shape), PLAN, STREAMS, 0, "w"), clipped, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        released - noised(torch.zeros(shape), PLAN.noise_std, STREAMS, 0, "w"), clipped, atol=1e-4, rtol=0
+    )
     assert torch.equal(clipped, torch.full(shape, 100.0))  # the sum itself is left alone
 
 
@@ -174,7 +176,7 @@ def test_a_value_is_the_sum_of_four_draws():
 def test_the_noised_sum_lies_on_a_public_grid():
     spacing = grid(PLAN.noise_std)
     assert spacing == 2.0**-20
-    value = noised(torch.linspace(-3, 3, 5000), PLAN, STREAMS, 0, "w").double() / spacing
+    value = noised(torch.linspace(-3, 3, 5000), PLAN.noise_std, STREAMS, 0, "w").double() / spacing
     assert torch.equal(value, value.round())
 
 
