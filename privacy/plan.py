@@ -259,8 +259,8 @@ class PlanRequest(BaseModel):
             raise _refusal("delta", f"{self.delta:g}", f"{allowed:.3g}", f"{why}; lower privacy.delta")
         plan = PrivacyPlan(request=self, public_record_count=public_record_count)
         if self.clipping_function == "quantile" and 2 * plan.count_noise_std <= self.noise_multiplier:
-            least = 10 * self.noise_multiplier
-            why = f"the noised count would use up the whole noise; expected batches above {least:.4g} leave some"
+            enough = 10 * self.noise_multiplier
+            why = f"the noised count would use up the whole noise; expected batches above {enough:.4g} leave some"
             raise _refusal("clipping_function", "quantile", "fixed or automatic", why)
         return plan
 
@@ -289,9 +289,9 @@ class PrivacyPlan(BaseModel):
         With ``quantile`` the sum and the count, each over its own noise, are one Gaussian release: what the count takes
         is made up for here, so that both together have noise multiplier sigma (Andrew et al. 2021, theorem 1).
         """
-        multiplier = self.request.noise_multiplier
+        multiplier: float = self.request.noise_multiplier
         if self.request.clipping_function == "quantile":
-            multiplier = (multiplier**-2 - (2 * self.count_noise_std) ** -2) ** -0.5
+            multiplier = 1 / math.sqrt(multiplier**-2 - (2 * self.count_noise_std) ** -2)
         return multiplier * self.request.max_grad_norm
 
     @property

@@ -189,7 +189,7 @@ def test_too_little_noise_is_caught(monkeypatch):
 
 
 def test_no_clipping_is_caught(monkeypatch):
-    monkeypatch.setattr("privacy.engine.clipping", lambda model, _, *others: clipping(model, 1e9, *others))
+    monkeypatch.setattr("privacy.engine.clipping", lambda model, _, *rest, **more: clipping(model, 1e9, *rest, **more))
     assert [audit(seed).verdict for seed in range(10)] == ["fail"] * 10
 
 
