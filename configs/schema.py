@@ -303,6 +303,11 @@ class RunConfig(Settings):
                 f"privacy.max_batch_size is {self.privacy.max_batch_size} and privacy.sampler "
                 f"{self.privacy.sampler!r}: give 0 with 'poisson', a cap with 'truncated_poisson'"
             )
+        if self.federated.optimizer == "adam_bc" and self.privacy.clipping_function == "quantile":
+            raise ValueError(
+                "federated.optimizer is 'adam_bc': it needs noise of one size, and privacy.clipping_function "
+                "'quantile' changes it; give 'adam' or 'fixed'"
+            )
         if self.evaluate.without_dp and not private.public:
             raise ValueError(
                 "evaluate.without_dp is true: the run without DP exists only for data declared "

@@ -138,6 +138,8 @@ class Silo:
             request = parse(PlanRequest, _json_object(text), "plan")
         except InputError as error:
             raise _refuse("plan", "an inconsistent plan", str(error)) from None
+        if request.metric_releases:
+            raise _refuse("metric_releases", f"{len(request.metric_releases)}", "none: no silo releases metrics yet")
         plan = request.bind(self.config.silo.public_record_count)
         policy = self.config.policy
         if request.noise_multiplier < policy.min_noise_multiplier:

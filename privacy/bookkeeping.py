@@ -72,9 +72,12 @@ class BookKeeper:
         book = _Book(num_records)
         with self._listening(book):
             total = losses().sum()
-            if book.outputs:
-                # Only as far as the layers' outputs: no parameter accumulates anything.
-                torch.autograd.grad(total, book.outputs, allow_unused=True)
+            if book.called and not book.outputs:
+                raise InputError(
+                    "clipping: gradients are asked of the model's inputs; switch enable_input_require_grads off"
+                )
+            # Only as far as the layers' outputs: no parameter accumulates anything.
+            torch.autograd.grad(total, book.outputs, allow_unused=True)
         shared, pieces = SharedGram(), book.close()
         return ByParameter({name: combine(found, shared) for name, found in pieces.items()})
 
@@ -115,6 +118,7 @@ class _Book:
         self.num_records = num_records
         self.pieces: dict[str, list[Use | torch.Tensor]] = defaultdict(list)
         self.outputs: list[torch.Tensor] = []
+        self.called = False
 
     def close(self) -> dict[str, list[Use | torch.Tensor]]:
         """Hands over what was noted. The outputs' hooks hold this book: without its outputs, all is freed at once."""
@@ -158,6 +162,7 @@ class _Book:
         return bias_BHQK
 
     def _expect_gradient(self, output: torch.Tensor, backward: Callable[[torch.Tensor], None]) -> None:
+        self.called = True
         if not output.requires_grad:
             # The first trainable layer on this path: from here on there is a graph.
             self.outputs.append(output.requires_grad_())

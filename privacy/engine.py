@@ -17,6 +17,7 @@ from configs.schema import ClippingMethod
 from privacy.clipping import Clipper, clipping
 from privacy.noise import noised
 from privacy.plan import PrivacyPlan
+from privacy.probe import probe
 from privacy.sampler import sample
 from privacy.streams import Streams
 
@@ -69,7 +70,7 @@ class PrivateTraining(Generic[Unit]):
         self.model.train()
         automatic = self.plan.request.clipping_function == "automatic"
         with clipping(self.model, self.max_grad_norm, self.method, automatic=automatic) as clipper:
-            clipper.probe(self.unit_losses, self.synthetic)
+            probe(clipper, self.unit_losses, self.synthetic)
             left = range(self.steps_done, self.plan.request.steps_per_round)
             for step in left[:at_most]:
                 with _seeded(self.streams, step):
@@ -131,7 +132,7 @@ class PrivateTraining(Generic[Unit]):
 
 @contextmanager
 def _seeded(streams: Streams, step: int) -> Iterator[None]:
-    """Dropout, too, is drawn from the charge: a repeated request must not put the same noise on another sum."""
+    """Chance in a forward pass, if any, is the same when a request is repeated: the same noise covers the same sum."""
     with torch.random.fork_rng():
-        torch.manual_seed(int(streams.generator("dropout", step).integers(2**63)))
+        torch.manual_seed(int(streams.generator("torch", step).integers(2**63)))
         yield

@@ -27,7 +27,7 @@ def rule_for(path: str, module: Any) -> Rule | None:
         InputError: an embedding whose gradients are not per record.
     """
     kind = type(module)
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
         _check_embedding(path, module)
         return _embedding
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
@@ -113,5 +113,7 @@ def _positions(values: torch.Tensor) -> torch.Tensor:
 
 def expanded_ids(num_records: int, _module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Position ids that are given once for all records (GPT-2, BERT) are repeated: each record has its own gradient."""
+    if not args:
+        raise InputError("clipping: an embedding is called with its ids by name; call it with them as first argument")
     ids = args[0]
     return (ids.expand(num_records, *ids.shape[1:]), *args[1:]) if len(ids) == 1 and num_records > 1 else args

@@ -79,11 +79,16 @@ class Ghost:
 
     def per_record(self, losses: Callable[[], torch.Tensor], _num_records: int) -> _Weighted:
         """One forward and backward; the second backward comes with the factors."""
+        for parameter in self._model.parameters():
+            parameter._norm_sample = None
         self._hooked.enable_hooks()
         losses_B = losses()
         losses_B.sum().backward(retain_graph=True)
-        norms_B = self._hooked.get_norm_sample()
         self._hooked.disable_hooks()
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad and parameter._norm_sample is None:
+                raise InputError(f"parameter {name}: unused by these records, which this clipping mode can't take")
+        norms_B = self._hooked.get_norm_sample()
         for parameter in self._model.parameters():
             parameter.grad = None
         return _Weighted(self._model, losses_B, norms_B)

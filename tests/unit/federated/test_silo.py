@@ -166,6 +166,7 @@ def test_an_injected_seed_makes_a_simulated_silo_repeatable(tmp_path, tiny_model
         ({"metric_releases": (MetricRelease(name="nats", noise_multiplier=0.3, releases=9),)}, "max_epsilon_per_run"),
         ({"unit": "client"}, "plan"),
         ({"sampler": "truncated_poisson"}, "plan"),
+        ({"metric_releases": (MetricRelease(name="nats", noise_multiplier=9.0, releases=1),)}, "metric_releases"),
     ],
 )
 def test_plans_outside_the_policy_are_refused_and_nothing_is_reserved(silo, changes, rule):

@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InputError
 from privacy.clipping import clipping
+from privacy.gradients import Instantiated, _dots
+from privacy.probe import probe
 from trainer.models import trainable
 
 VOCABULARY, TOKENS = 50, 12
@@ -77,7 +79,7 @@ def check(model, losses, records=RECORDS, tolerance=1e-4, method="bookkeeping"):
     """Half of the records are clipped, half are not; the probe agrees too."""
     norm = middle_norm(model, losses, records)
     with clipping(model, norm, method) as clipper:
-        clipper.probe(losses, records[:3])
+        probe(clipper, losses, records[:3])
         clipper.accumulate(losses, records[:5])
         clipper.accumulate(losses, records[5:])
         found = clipper.take()
@@ -310,7 +312,7 @@ def test_opacus_modes_give_the_same_sum(method):
 def test_an_opacus_mode_that_does_not_know_the_model_says_so_in_one_line():
     model = gpt2()
     with clipping(model, 1.0, "opacus_hooks") as clipper, pytest.raises(InputError, match="set another one"):
-        clipper.probe(next_token(model), RECORDS[:3])
+        probe(clipper, next_token(model), RECORDS[:3])
 
 
 # What clipping promises
@@ -407,13 +409,13 @@ ROWS = list(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
 def test_the_probe_refuses_what_would_break_the_guarantee(kind, method):
     model = kind().train()
     with clipping(model, 1.0, method) as clipper, pytest.raises(InputError, match=r"parameter layer.weight"):
-        clipper.probe(lambda batch: model(torch.stack(batch)), ROWS)
+        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
 
 
 def test_a_probe_that_shows_nothing_is_no_proof():
     model = nn.Linear(4, 4)
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="no gradient"):
-        clipper.probe(lambda batch: 0.0 * model(torch.stack(batch)).sum(dim=1), ROWS)
+        probe(clipper, lambda batch: 0.0 * model(torch.stack(batch)).sum(dim=1), ROWS)
 
 
 def test_a_broadcast_layer_is_refused_by_name():
@@ -427,7 +429,7 @@ def test_a_broadcast_layer_is_refused_by_name():
 
     model = Broadcast()
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match=r"layer.weight, layer.bias.*of 1 for 5"):
-        clipper.probe(lambda batch: model(torch.stack(batch)), ROWS)
+        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
 
 
 def test_an_unknown_layer_is_refused_by_name():
@@ -451,17 +453,120 @@ def test_coarse_matrix_products_are_refused():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_the_probe_passes_under_dropout_and_where_a_gradient_cancels():
-    model = llama()
-    model.config.attention_dropout = 0.5
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.5
-    wrapped = lora(model, ["q_proj", "lm_head"])
+def test_the_probe_passes_where_a_gradient_cancels_and_leaves_no_trace():
+    wrapped = lora(llama(), ["q_proj", "lm_head"])
     with torch.no_grad():  # equal rows in the head's B: A's gradient cancels to rounding errors
         trainable(wrapped)["base_model.model.lm_head.lora_B.default.weight"].fill_(1e-3)
+    before = copy.deepcopy(wrapped.state_dict())
     with clipping(wrapped, 1.0) as clipper:
-        clipper.probe(next_token(wrapped), RECORDS[:3])
-        assert not any(value.any() for value in clipper.take().values())  # a probe adds nothing to the sum
-    assert wrapped.training
-    assert all(module.training for module in wrapped.modules())
+        probe(clipper, next_token(wrapped), RECORDS[:3])
+        assert not any(value.any() for value in clipper.take().values())
+    assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_active_dropout_is_refused(attention):
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        attention_dropout=0.1, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="dropout is active"):
+        probe(clipper, next_token(model), RECORDS[:3])
+
+
+class Statistics(nn.Module):
+    """A frozen layer that normalises over the batch while training."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 1)
+        self.norm = nn.BatchNorm1d(8, affine=False)
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(x)).tanh()).square().sum(dim=1)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "opacus_hooks", "opacus_ghost"])
+def test_batch_statistics_of_a_frozen_layer_are_refused(method):
+    model = Statistics().train()
+    with clipping(model, 1.0, method) as clipper, pytest.raises(InputError):
+        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
+
+
+def test_a_buffer_that_a_forward_pass_changes_is_refused():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+            self.register_buffer("seen", torch.zeros(4))
+
+        def forward(self, x):
+            self.seen += x.detach().sum(dim=0)
+            return self.layer(x).square().sum(dim=1)
+
+    model = Counting().train()
+    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="buffer seen"):
+        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
+
+
+def test_mixing_that_shows_only_away_from_zero_weights_is_refused():
+    """A branch that starts at zero, as LoRA's B does, and mixes records once it has moved."""
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.branch = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+            nn.init.zeros_(self.branch.weight)
+
+        def forward(self, x):
+            return (self.layer(x) + self.branch(x).square().mean(dim=0)).square().sum(dim=1)
+
+    model = Branch().train()
+    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match=r"parameter (layer|branch).weight"):
+        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
+
+
+def test_wrong_norms_are_refused_even_where_gradients_are_right(monkeypatch):
+    monkeypatch.setattr(Instantiated, "squared_norms", lambda self: _dots(self.gradient, self.gradient) / 4)
+    model = nn.Linear(4, 4)
+    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="the norms over all parameters"):
+        probe(clipper, lambda batch: model(torch.stack(batch)).square().sum(dim=1), ROWS)
+
+
+def test_autocast_around_the_clipping_is_refused_and_inside_the_losses_is_not():
+    model = llama()
+    losses = next_token(model)
+    with clipping(model, 1.0) as clipper:
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="autocast"):
+            clipper.accumulate(losses, RECORDS)
+
+        def inside(records):
+            with torch.autocast("cpu", torch.bfloat16):
+                return losses(records)
+
+        clipper.accumulate(inside, RECORDS)
+        assert length(clipper.take()) <= len(RECORDS)
+
+
+def test_a_model_whose_inputs_want_gradients_is_refused_in_words():
+    model = lora(llama(), ["q_proj"])
+    model.enable_input_require_grads()
+    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="enable_input_require_grads"):
+        probe(clipper, next_token(model), RECORDS[:3])
+
+
+def test_ghost_clipping_takes_no_norm_over_from_another_batch():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always, self.rarely = nn.Linear(4, 1), nn.Linear(4, 1)
+
+        def forward(self, x, rarely):
+            return self.always(x).square().sum(dim=1) + (self.rarely(x).square().sum(dim=1) if rarely else 0.0)
+
+    model = Sometimes().train()
+    with clipping(model, 1.0, "opacus_ghost") as clipper:
+        clipper.accumulate(lambda batch: model(torch.stack(batch), rarely=True), ROWS)
+        with pytest.raises(InputError, match=r"parameter rarely.weight: unused"):
+            clipper.accumulate(lambda batch: model(torch.stack(batch), rarely=False), ROWS)

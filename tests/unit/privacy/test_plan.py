@@ -1,6 +1,7 @@
 """Plans: which are consistent, how they are written and digested, and that event, sampler and epsilon are one thing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from dp_accounting import GaussianDpEvent, NeighboringRelation
@@ -11,6 +12,7 @@ from configs.artifacts import canonical_json, digest_json
 from configs.errors import InputError, PolicyRefusal
 from configs.load import load, parse
 from federated.rounds import plan_request
+from privacy.accountant import schedule_epsilon
 from privacy.plan import MetricRelease, PlanRequest
 from privacy.replay import replay
 from privacy.truncation import FAILURE_SHARE, size_margin, size_noise, units_for
@@ -262,3 +264,9 @@ def test_quantile_clipping_is_refused_where_the_count_would_take_all_the_noise()
     request = PlanRequest(**{**RECORD, **QUANTILE})
     with pytest.raises(PolicyRefusal, match="expected batches above 8"):
         request.bind(200)
+
+
+def test_the_size_tests_noise_is_part_of_what_a_truncated_plan_spends():
+    schedule = PlanRequest(**TRUNCATED).schedule
+    assert schedule.releases == ((size_noise(3), 3),)
+    assert schedule_epsilon(schedule, 1e-5) > schedule_epsilon(replace(schedule, releases=()), 1e-5)
