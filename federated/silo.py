@@ -138,8 +138,6 @@ class Silo:
             request = parse(PlanRequest, _json_object(text), "plan")
         except InputError as error:
             raise _refuse("plan", "an inconsistent plan", str(error)) from None
-        if request.metric_releases:
-            raise _refuse("metric_releases", f"{len(request.metric_releases)}", "none: no silo releases metrics yet")
         plan = request.bind(self.config.silo.public_record_count)
         policy = self.config.policy
         if request.noise_multiplier < policy.min_noise_multiplier:
@@ -154,6 +152,8 @@ class Silo:
         epsilon = request.epsilon
         if epsilon > policy.max_epsilon_per_run:
             raise _refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
+        if request.metric_releases:
+            raise _refuse("metric_releases", f"{len(request.metric_releases)}", "none: no silo releases metrics yet")
         return plan
 
     def _train(self, request: pb.Request, digest: str) -> bytes:
