@@ -43,7 +43,7 @@ def save(
     shutil.rmtree(target, ignore_errors=True)
     try:
         target.mkdir(parents=True)
-        write_sealed(target / ADAPTER, adapter, key, _context(target))
+        write_sealed(target / ADAPTER, adapter, key, _context(target, run_id))
         (target / SILOS).write_text(json.dumps(silos, indent=2, sort_keys=True), encoding="utf-8")
     except OSError as error:
         raise write_failure(target, error) from error
@@ -87,10 +87,10 @@ def all_rounds(directory: Path, key: MasterKey | None = None) -> list[Round]:
 
 def _read(target: Path, manifest: Manifest, key: MasterKey | None) -> Round:
     silos = json.loads((target / SILOS).read_text(encoding="utf-8"))
-    adapter = read_sealed(target / ADAPTER, key, _context(target))
+    adapter = read_sealed(target / ADAPTER, key, _context(target, manifest.metadata["run_id"]))
     return Round(int(manifest.metadata["round"]), adapter, silos)
 
 
-def _context(target: Path) -> str:
-    """One round's adapter can't stand in for another's."""
-    return f"{target.name}/{ADAPTER}"
+def _context(target: Path, run_id: str) -> str:
+    """One round's adapter can't stand in for another's, nor for one of the federation without DP or of another run."""
+    return f"{run_id}/{target.parent.name}/{target.name}/{ADAPTER}"

@@ -124,5 +124,6 @@ def save_peft(config: RunConfig, base_model: Path, federation: Path) -> None:
     """
     model = final_model(config, base_model, federation)
     model.peft_config["default"].base_model_name_or_path = "../../model"
-    with sealing(federation / "adapter", load_key(config.run.encryption_key_file), "adapter") as folder:
+    key = load_key(config.run.encryption_key_file)
+    with sealing(federation / "adapter", key, f"{federation.name}/adapter") as folder:
         model.save_pretrained(folder, save_embedding_layers=False)

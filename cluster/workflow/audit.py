@@ -4,6 +4,7 @@ Everything about an audit is fixed and written down before it starts. Its traini
 canaries only, so that it costs no budget; records of silos are read only where they are declared public.
 """
 
+import copy
 import io
 import json
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 
 from cluster.workflow.pipeline import Run
 from configs.artifacts import digest_json, require_manifest, write_atomic
+from configs.encryption import load_key
 from configs.errors import InputError
 from configs.schema import RunConfig
 from federated.audit_training import AuditSettings, AuditTraining
@@ -50,13 +52,14 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
         raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
     model = require_manifest(run.model, "model", "export")
     federations = _finished(run.directory)
+    base = load_model(run.model, load_key(run.config.run.encryption_key_file))
     directory = run.directory / "audit"
     earlier = _set_aside(directory)
     design = _design(run.config, canaries, model.content_digest)
     write_atomic(directory / "design.json", json.dumps(design, indent=2).encode() + b"\n")
     with run.stage("audit"):
         claims = {
-            name: _audit_plan(run, name, PlanRequest(**claim["plan"]), design)
+            name: _audit_plan(run, name, PlanRequest(**claim["plan"]), design, copy.deepcopy(base))
             for name, claim in design["claims"].items()
         }
         membership = _membership(run, federations)
@@ -110,7 +113,7 @@ def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, An
     return {"version": AUDIT_VERSION, "base_model": model_digest, "claims": claims}
 
 
-def _audit_plan(run: Run, name: str, request: PlanRequest, design: dict[str, Any]) -> dict[str, Any]:
+def _audit_plan(run: Run, name: str, request: PlanRequest, design: dict[str, Any], base: Any) -> dict[str, Any]:
     torch.set_num_threads(run.config.cluster.threads_per_rank)
     federated = run.config.federated
     task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
@@ -118,7 +121,7 @@ def _audit_plan(run: Run, name: str, request: PlanRequest, design: dict[str, Any
     training = AuditTraining(
         request,
         AuditSettings(**design["claims"][name]["settings"]),
-        add_adapter(load_model(run.model), federated.lora_rank, federated.lora_alpha, run.config.run.seed),
+        add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed),
         task,
         [task.encode(row[run.config.data.public.text]) for row in islice(rows, _BACKGROUND)],
         digest_json(design),

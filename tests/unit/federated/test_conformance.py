@@ -59,6 +59,7 @@ def trained(silo, adapter):
         adapter_spec=pb.AdapterSpec(rank=4, alpha=8.0),
         adapter=adapter,
         learning_rate=0.01,
+        optimizer="adam",
     )
     reply = pb.Reply.FromString(ask(silo, "round-1", train=train))
     kinds = [json.loads(entry["body"])["kind"] for entry in silo.ledger.entries()]

@@ -76,6 +76,7 @@ def train_kind(silo, content, round_number=1, **changes):
         "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0),
         "adapter": content,
         "learning_rate": 0.01,
+        "optimizer": "adam",
     }
     return {"train": pb.Train(**{**values, **changes})}
 
@@ -194,7 +195,8 @@ def test_a_round_of_truncated_poisson_sampling(silo, adapter, max_units, fits):
         assert reply.refusal.rule == "max_units"
         return
     receipt = Receipt.from_bytes(reply.reserved.receipt, "reply")
-    assert receipt.epsilon_reserved == pytest.approx(plan.epsilon) > PLAN.epsilon
+    assert receipt.epsilon_reserved == pytest.approx(plan.epsilon)
+    assert plan.epsilon > PLAN.epsilon
     train = train_kind(silo, adapter)
     train["train"].plan_digest = plan.digest
     update = from_bytes(ask(silo, "round-1", **train)[0].trained.update)
@@ -215,6 +217,8 @@ def test_a_budget_too_small_for_the_run_is_refused(tmp_path, tiny_model):
         ({"adapter_spec": pb.AdapterSpec(rank=1000, alpha=1.0)}, "max_lora_rank"),
         ({"adapter_spec": pb.AdapterSpec(rank=2, alpha=1.0)}, "adapter"),
         ({"learning_rate": 7.0}, "learning_rate"),
+        ({"optimizer": "lion"}, "optimizer"),
+        ({"optimizer": ""}, "optimizer"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"plan_digest": "00" * 32}, "reservation"),
         ({"adapter": b"lies"}, "adapter"),

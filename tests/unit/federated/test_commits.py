@@ -1,0 +1,49 @@
+"""Encrypted rounds are bound to their place: another stage's, run's or round's adapter is refused."""
+
+import json
+import shutil
+
+import pytest
+
+from configs.encryption import load_key
+from configs.errors import InputError
+from federated import commits
+
+
+@pytest.fixture
+def key(tmp_path):
+    path = tmp_path / "key"
+    path.write_bytes(bytes(range(7, 39)))
+    path.chmod(0o600)
+    return load_key(str(path))
+
+
+def saved(folder, run, number, key):
+    commits.save(folder, "digest", number, f"{folder.name} {run} {number}".encode(), {}, run, key)
+    return folder / f"round-{number:05d}"
+
+
+def test_a_round_comes_back(tmp_path, key):
+    saved(tmp_path / "federated", "run", 1, key)
+    found = commits.newest(tmp_path / "federated", "digest", pytest.fail, key)
+    assert (found.round_number, found.adapter) == (1, b"federated run 1")
+
+
+@pytest.mark.parametrize("other", [("federated-no-dp", "run", 1), ("federated", "another", 1), ("federated", "run", 2)])
+def test_another_rounds_adapter_is_refused(tmp_path, key, other):
+    target = saved(tmp_path / "federated", "run", 1, key)
+    stage, run, number = other
+    source = saved(tmp_path / "elsewhere" / stage, run, number, key)
+    manifest = json.loads((target / "COMMITTED").read_text())
+    shutil.copy(source / "adapter.safetensors", target)
+    manifest["files"] = json.loads((source / "COMMITTED").read_text())["files"]
+    (target / "COMMITTED").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="adapter"):
+        commits.newest(tmp_path / "federated", "digest", pytest.fail, key)
+
+
+def test_a_whole_round_of_the_run_without_dp_is_refused(tmp_path, key):
+    shutil.rmtree(saved(tmp_path / "federated", "run", 1, key))
+    shutil.copytree(saved(tmp_path / "federated-no-dp", "run", 1, key), tmp_path / "federated" / "round-00001")
+    with pytest.raises(InputError, match="adapter"):
+        commits.newest(tmp_path / "federated", "digest", pytest.fail, key)
