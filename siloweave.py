@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster import commands as cluster_commands
+from cluster.job_commands import job_app, submit
 from configs.errors import SiloweaveError
 from federated.commands import silo_app
 from privacy.commands import ledger_app
@@ -21,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cluster_commands.add_to(app)
+app.command()(submit)
+app.add_typer(job_app, name="job")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(silo_app, name="silo")
 

@@ -1,0 +1,273 @@
+"""Jobs of a Ray cluster: what is uploaded, what is refused before, and how a job is watched to its end.
+
+The cluster gets the code and one resolved configuration, nothing else of this machine: no data, no runs, no ledgers, no
+keys. What a job keeps lies in folders that its nodes share, so that a job submitted again continues.
+"""
+
+import asyncio
+import http.client
+import os
+import shlex
+import shutil
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from configs.errors import InputError, SiloweaveError
+from configs.load import run_directory, to_toml
+from configs.schema import RunConfig
+
+LARGEST_UPLOAD_BYTES = 2 * 2**20
+CONFIG = "submitted.toml"
+_ROOT = Path(__file__).parents[2]
+_PACKAGES = ("configs", "trainer", "privacy", "federated", "cluster")
+_SUFFIXES = {".py", ".j2", ".proto"}
+_PROBE_S = 5.0
+_POLL_S = 0.5
+_STOP_S = 60.0
+# Stages that open the simulated silos' ledgers and keys.
+_WITH_STATE = {"demo", "federate", "evaluate", "report", "audit"}
+
+
+def check_movable(stage: str, config: RunConfig) -> None:
+    """Refuses settings that mean something only on this machine.
+
+    Raises:
+        InputError: a path is relative, or the settings name a cluster of their own.
+    """
+    if config.cluster.address:
+        raise InputError(
+            f"cluster.address is {config.cluster.address!r}: a job runs in the cluster that takes it; unset it"
+        )
+    paths = {"run.storage": config.run.storage}
+    if stage in _WITH_STATE:  # a ledger in a job's own folder would vanish with it, and the budget would start anew
+        paths["federated.state_dir"] = config.federated.state_dir
+    for name, source in (("public", config.data.public.source), ("private", config.data.private.source)):
+        if not source.startswith(("embedded:", "hf:")):
+            paths[f"data.{name}.source"] = source
+    if config.data.deidentify.names_file:
+        paths["data.deidentify.names_file"] = config.data.deidentify.names_file
+    for name, path in paths.items():
+        if not Path(path).is_absolute():
+            raise InputError(f"{name} is {path!r}: give an absolute path that all nodes of the cluster share")
+
+
+def stage_upload(config: RunConfig, folder: Path) -> int:
+    """Copies what a job needs into an empty folder, by an allow-list.
+
+    Args:
+        config: the resolved settings; written as ``submitted.toml``.
+        folder: receives the packages' code, ``siloweave.py``, ``pyproject.toml`` and the metadata of this version, so
+            that nodes need the dependencies only.
+
+    Returns:
+        The upload's size in bytes.
+
+    Raises:
+        SiloweaveError: it is larger than ``LARGEST_UPLOAD_BYTES``.
+    """
+    for path in _code():
+        target = folder / path.relative_to(_ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    (folder / CONFIG).write_text(to_toml(config), encoding="utf-8")
+    number = version("siloweave")
+    metadata = folder / f"siloweave-{number}.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: siloweave\nVersion: {number}\n", encoding="utf-8")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if size > LARGEST_UPLOAD_BYTES:
+        raise SiloweaveError(
+            f"the upload has {size} bytes, at most {LARGEST_UPLOAD_BYTES} are sent: move what is no code out of {_ROOT}"
+        )
+    return size
+
+
+def _code() -> Iterator[Path]:
+    yield _ROOT / "siloweave.py"
+    if (_ROOT / "pyproject.toml").exists():  # a checkout; an installation has none
+        yield _ROOT / "pyproject.toml"
+    for package in _PACKAGES:
+        yield from (path for path in (_ROOT / package).rglob("*") if path.suffix in _SUFFIXES)
+    yield from (path for path in (_ROOT / "federated" / "app").iterdir() if path.name in ("pyproject.toml", "LICENSE"))
+
+
+class Jobs:
+    """The jobs of one cluster.
+
+    Raises:
+        InputError: no Ray job server answers at the address.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address, self.host = find_server(address)
+        from ray.job_submission import JobSubmissionClient
+
+        with self._asking():
+            self._client: Any = JobSubmissionClient(self.address)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Turns the client's errors into one line."""
+        try:
+            yield
+        except (RuntimeError, ConnectionError, OSError) as error:
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            if "does not exist" in line:
+                raise InputError(f"{line} (asked at {self.address}); see the id that `siloweave submit` gave") from None
+            raise SiloweaveError(f"{self.address}: the job server says: {line}") from error
+
+    def submit(self, config: RunConfig, command: Sequence[str], python: str) -> str:
+        """Uploads the code and the settings and starts a command on the cluster's head.
+
+        Args:
+            config: settings of the run.
+            command: the stage and its options, without ``--config`` and ``--set``.
+            python: interpreter on the nodes; empty: this one where the cluster is on this machine, else ``python``.
+
+        Returns:
+            The job's id.
+
+        Raises:
+            InputError: another job is at work on this run.
+        """
+        run = str(run_directory(config))
+        self._refuse_second(run)
+        interpreter = python or (sys.executable if _is_loopback(self.host) else "python")
+        entrypoint = shlex.join([interpreter, "-m", "siloweave", *command, "--config", CONFIG])
+        with tempfile.TemporaryDirectory(prefix="siloweave-upload-") as folder, self._asking():
+            stage_upload(config, Path(folder))
+            job: str = self._client.submit_job(
+                entrypoint=entrypoint, runtime_env={"working_dir": folder}, metadata={"run": run}
+            )
+        return job
+
+    def _refuse_second(self, run: str) -> None:
+        with self._asking():
+            jobs = self._client.list_jobs()
+        for job in jobs:
+            if (job.metadata or {}).get("run") == run and not job.status.is_terminal():
+                raise InputError(
+                    f"{run}: job {job.submission_id} is at work on it; wait for it, or `siloweave job stop` it first"
+                )
+
+    def details(self, job: str) -> dict[str, Any]:
+        """What the cluster knows of a job; ``exit_status`` is None until it has ended."""
+        with self._asking():
+            found = self._client.get_job_info(job)
+        return {
+            "job": job,
+            "address": self.address,
+            "status": found.status.value,
+            "command": found.entrypoint,
+            "run": (found.metadata or {}).get("run"),
+            "started": found.start_time and found.start_time / 1000,
+            "ended": found.end_time and found.end_time / 1000,
+            "exit_status": exit_status(found.status.value, found.driver_exit_code),
+            "message": "" if found.driver_exit_code is not None else found.message or "",
+        }
+
+    def logs(self, job: str) -> str:
+        """Everything that a job has printed so far."""
+        with self._asking():
+            text: str = self._client.get_job_logs(job)
+        return text
+
+    def follow(self, job: str, write: Callable[[str], None]) -> dict[str, Any]:
+        """Passes a job's output on until it ends. Returns its details."""
+
+        async def tail() -> None:
+            async for text in self._client.tail_job_logs(job):
+                write(text)
+
+        with self._asking():
+            asyncio.run(tail())
+        return self._wait(job, float("inf"))
+
+    def stop(self, job: str) -> dict[str, Any]:
+        """Ends a job and waits until it has ended; one that had ended already is left as it is.
+
+        Raises:
+            SiloweaveError: it is still there after a minute.
+        """
+        with self._asking():
+            if not self.ended(self.details(job)):
+                self._client.stop_job(job)
+        return self._wait(job, _STOP_S)
+
+    @staticmethod
+    def ended(details: dict[str, Any]) -> bool:
+        """Whether a job is over."""
+        return details["exit_status"] is not None
+
+    def _wait(self, job: str, seconds: float) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while not self.ended(found := self.details(job)):
+            if time.monotonic() > deadline:
+                raise SiloweaveError(f"job {job} is still {found['status']} after {seconds:g} s; look at its node")
+            time.sleep(_POLL_S)
+        return found
+
+
+def exit_status(status: str, code: int | None) -> int | None:
+    """The exit status of a job as siloweave's: 0 to 3 as its command gave it, 1 for every other end, None before it."""
+    if status in ("PENDING", "RUNNING"):
+        return None
+    if status == "SUCCEEDED":
+        return 0
+    return code if code in (1, 2, 3) else 1
+
+
+def find_server(address: str) -> tuple[str, str]:
+    """(URL, host) of the job server, which has answered; Ray's own client would try one that doesn't for minutes.
+
+    Args:
+        address: ``http://HOST:PORT``; empty: RAY_API_SERVER_ADDRESS.
+
+    Raises:
+        InputError: none is given, or no Ray answers there.
+    """
+    given = address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
+    if not given:
+        raise InputError("--address is empty: give the cluster's job server, for instance http://head:8265")
+    url = urlsplit(given if "://" in given else f"http://{given}")
+    try:
+        host, port = url.hostname, url.port
+    except ValueError:
+        host, port = None, None
+    if url.scheme not in ("http", "https") or not host or not port:
+        raise InputError(f"--address {given!r}: give http://HOST:PORT of the job server (Ray's default port is 8265)")
+    reason = _silent(url.scheme, host, port)
+    if reason:
+        raise InputError(f"--address {given!r}: no Ray job server answers there ({reason}); start it, or correct it")
+    return f"{url.scheme}://{url.netloc}", host
+
+
+def _silent(scheme: str, host: str, port: int) -> str | None:
+    """Why no Ray answers, or None where one does."""
+    connection = (
+        http.client.HTTPSConnection(host, port, timeout=_PROBE_S, context=ssl.create_default_context())
+        if scheme == "https"
+        else http.client.HTTPConnection(host, port, timeout=_PROBE_S)
+    )
+    try:
+        connection.request("GET", "/api/version")
+        answer = connection.getresponse()
+        # 401 and 403: a cluster that wants a token; the client gives it, or says so.
+        found = answer.status in (401, 403) or (answer.status == 200 and b"ray_version" in answer.read(10_000))
+        return None if found else f"something else answers: HTTP {answer.status}"
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    finally:
+        connection.close()
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
