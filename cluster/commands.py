@@ -23,11 +23,26 @@ AddressOption = Annotated[
     str, typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, else a Ray of our own on this machine.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+FOLLOW_S = 2.0
 
 
 def add_to(app: typer.Typer) -> None:
     """Registers the commands."""
-    commands = (demo, prepare, pretrain, export, federate, evaluate, generate, report, audit, plan, doctor, decrypt)
+    commands = (
+        demo,
+        prepare,
+        pretrain,
+        export,
+        federate,
+        evaluate,
+        generate,
+        report,
+        audit,
+        plan,
+        doctor,
+        status,
+        decrypt,
+    )
     for command in commands:
         app.command()(command)
 
@@ -156,6 +171,31 @@ def doctor(config: ConfigOption = "demo", override: SetOption = None, as_json: J
             typer.echo(f"{mark}{finding.check}: {finding.found}" + ("" if finding.ok else f"; {finding.fix}"))
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+def status(
+    run: Annotated[Path | None, typer.Argument(help="A run's directory. Default: that of the configuration.")] = None,
+    config: ConfigOption = "demo",
+    override: SetOption = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show it anew every two seconds, until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """How far a run is: stages, last step, rounds, epsilon and failures, from its files alone."""
+    from cluster.workflow import status as progress
+    from configs.load import run_directory
+
+    directory = run or run_directory(load(config, override or []))
+
+    def show() -> str:
+        found = progress.status(directory)
+        return json.dumps(found) if as_json else "\n".join(progress.lines(found))
+
+    if not follow:
+        typer.echo(show())
+        return
+    from cluster.workflow.console import refresh
+
+    refresh(show, FOLLOW_S)
 
 
 def decrypt(

@@ -1,10 +1,13 @@
 """What a person sees while a run goes on: progress bars on a terminal, a line now and then elsewhere."""
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 _TOTALS = {"step": "steps", "round": "rounds", "scored": "of"}
 _POSITIONS = {"step": "step", "round": "round", "scored": "done"}
@@ -93,6 +97,19 @@ def _detail(event: dict[str, Any]) -> str:
     if "message" in event or "cause" in event:
         return str(event.get("message") or event.get("cause"))
     return ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("time", "stage", "event"))
+
+
+def refresh(show: Callable[[], str], seconds: float) -> None:
+    """Shows a text anew until Ctrl-C: in place on a terminal, below the last one elsewhere."""
+    console = Console()
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            text = show()
+            if console.is_terminal:
+                live.update(Text(text), refresh=True)
+            else:
+                print(text, flush=True)  # noqa: T201
+            time.sleep(seconds)
 
 
 def result_table(report: dict[str, Any]) -> Table:

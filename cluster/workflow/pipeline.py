@@ -6,7 +6,7 @@ prepare -> pretrain -> export -> federate -> evaluate -> generate -> report
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.runtime.session import ray_session
 from configs.artifacts import Manifest, commit_manifest, require_manifest, write_atomic
-from configs.errors import InputError
+from configs.errors import InputError, SiloweaveError
 from configs.events import EventLog, Listener
 from configs.load import bind_run_directory, config_digest, run_directory
 from configs.schema import RunConfig
@@ -33,10 +33,15 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage and says so in the events."""
+        """Times a stage and says so in the events; how it failed as well, but not why: a message may quote a record."""
         self.log.emit(name, "start")
         began = time.perf_counter()
-        yield
+        try:
+            yield
+        except BaseException as error:
+            with suppress(SiloweaveError):  # a full disk: the stage's own error is the one to show
+                self.log.emit(name, "failed", error=type(error).__name__)
+            raise
         self.log.emit(name, "end", seconds=time.perf_counter() - began)
 
     def ray(self) -> Any:
