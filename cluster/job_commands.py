@@ -36,10 +36,7 @@ job_app = typer.Typer(help="Jobs on a Ray cluster.", no_args_is_help=True)
 def submit(
     command: Annotated[list[str], typer.Argument(help="After `--`: a command of the pipeline and its options.")],
     address: ServerOption = "",
-    python: Annotated[
-        str,
-        typer.Option(help="Interpreter on the nodes. Default: `python`; for a cluster on this machine, this one."),
-    ] = "",
+    python: Annotated[str, typer.Option(help="Interpreter on the nodes, with the dependencies installed.")] = "python",
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Don't wait for the job's end.")] = False,
     as_json: commands.JsonOption = False,
 ) -> None:

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import ssl
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ _SUFFIXES = {".py", ".j2", ".proto"}
 _PROBE_S = 5.0
 _POLL_S = 0.5
 _STOP_S = 60.0
+_NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # a shell's exit statuses
 # Stages that open the simulated silos' ledgers and keys.
 _WITH_STATE = {"demo", "federate", "evaluate", "report", "audit"}
 
@@ -107,7 +107,7 @@ class Jobs:
     """
 
     def __init__(self, address: str) -> None:
-        self.address, self.host = find_server(address)
+        self.address = find_server(address)
         from ray.job_submission import JobSubmissionClient
 
         with self._asking():
@@ -130,7 +130,7 @@ class Jobs:
         Args:
             config: settings of the run.
             command: the stage and its options, without ``--config`` and ``--set``.
-            python: interpreter on the nodes; empty: this one where the cluster is on this machine, else ``python``.
+            python: interpreter on the nodes.
 
         Returns:
             The job's id.
@@ -140,8 +140,7 @@ class Jobs:
         """
         run = str(run_directory(config))
         self._refuse_second(run)
-        interpreter = python or (sys.executable if _is_loopback(self.host) else "python")
-        entrypoint = shlex.join([interpreter, "-m", "siloweave", *command, "--config", CONFIG])
+        entrypoint = shlex.join([python, "-m", "siloweave", *command, "--config", CONFIG])
         with tempfile.TemporaryDirectory(prefix="siloweave-upload-") as folder, self._asking():
             stage_upload(config, Path(folder))
             job: str = self._client.submit_job(
@@ -171,7 +170,7 @@ class Jobs:
             "started": found.start_time and found.start_time / 1000,
             "ended": found.end_time and found.end_time / 1000,
             "exit_status": exit_status(found.status.value, found.driver_exit_code),
-            "message": "" if found.driver_exit_code is not None else found.message or "",
+            "message": _message(found),
         }
 
     def logs(self, job: str) -> str:
@@ -216,6 +215,13 @@ class Jobs:
         return found
 
 
+def _message(found: Any) -> str:
+    """What Ray says of a job whose command said nothing itself."""
+    if found.driver_exit_code in (_NOT_EXECUTABLE, _NOT_FOUND):
+        return "the nodes have no such interpreter; give theirs with --python"
+    return found.message or "" if found.driver_exit_code is None else ""
+
+
 def exit_status(status: str, code: int | None) -> int | None:
     """The exit status of a job as siloweave's: 0 to 3 as its command gave it, 1 for every other end, None before it."""
     if status in ("PENDING", "RUNNING"):
@@ -225,8 +231,8 @@ def exit_status(status: str, code: int | None) -> int | None:
     return code if code in (1, 2, 3) else 1
 
 
-def find_server(address: str) -> tuple[str, str]:
-    """(URL, host) of the job server, which has answered; Ray's own client would try one that doesn't for minutes.
+def find_server(address: str) -> str:
+    """URL of the job server, which has answered; Ray's own client would try one that doesn't for minutes.
 
     Args:
         address: ``http://HOST:PORT``; empty: RAY_API_SERVER_ADDRESS.
@@ -247,7 +253,7 @@ def find_server(address: str) -> tuple[str, str]:
     reason = _silent(url.scheme, host, port)
     if reason:
         raise InputError(f"--address {given!r}: no Ray job server answers there ({reason}); start it, or correct it")
-    return f"{url.scheme}://{url.netloc}", host
+    return f"{url.scheme}://{url.netloc}"
 
 
 def _silent(scheme: str, host: str, port: int) -> str | None:
@@ -267,7 +273,3 @@ def _silent(scheme: str, host: str, port: int) -> str | None:
         return str(error) or type(error).__name__
     finally:
         connection.close()
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")

@@ -39,7 +39,8 @@ def server(tmp_path_factory):
 
 def submit(siloweave, server, root, *words, **more):
     command = [*words, "--set", f"run.storage={root / 'runs'}"]
-    return siloweave("submit", "--address", server, "--json", *more.get("options", ()), "--", *command, cwd=root)
+    options = ["--address", server, "--json", "--python", more.get("python", sys.executable), *more.get("options", ())]
+    return siloweave("submit", *options, "--", *command, cwd=root)
 
 
 def job_ids(server):
@@ -84,6 +85,12 @@ def test_a_job_that_fails_passes_its_exit_status_on(siloweave, server, tmp_path)
     logs = siloweave("job", "logs", ended["job"], "--address", server, "--follow", cwd=tmp_path)
     assert logs.returncode == 2
     assert "run `siloweave prepare` first" in logs.stdout
+
+
+def test_an_interpreter_that_the_nodes_lack(siloweave, server, tmp_path):
+    done = submit(siloweave, server, tmp_path, "plan", "-c", "tiny", python="/nowhere/python")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["message"] == "the nodes have no such interpreter; give theirs with --python"
 
 
 def test_unknown_jobs_are_one_clear_line(siloweave, server, tmp_path):
@@ -150,7 +157,7 @@ def test_another_web_server_is_not_taken_for_ray(tmp_path):
 
 
 def test_a_cluster_says_that_it_is_alive(server):
-    assert jobs.find_server(server)[1] == "127.0.0.1"
+    assert jobs.find_server(server.removeprefix("http://")) == server
 
 
 @pytest.fixture
