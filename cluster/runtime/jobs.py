@@ -6,12 +6,14 @@ keys. What a job keeps lies in folders that its nodes share, so that a job submi
 
 import asyncio
 import http.client
+import logging
 import os
 import shlex
 import shutil
 import ssl
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -30,6 +32,7 @@ _PACKAGES = ("configs", "trainer", "privacy", "federated", "cluster")
 _SUFFIXES = {".py", ".j2", ".proto"}
 _PROBE_S = 5.0
 _POLL_S = 0.5
+_READY_S = 60.0
 _STOP_S = 60.0
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # a shell's exit statuses
 # Stages that open the simulated silos' ledgers and keys.
@@ -110,6 +113,8 @@ class Jobs:
         self.address = find_server(address)
         from ray.job_submission import JobSubmissionClient
 
+        if not os.environ.get("SILOWEAVE_DEBUG"):
+            logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
         with self._asking():
             self._client: Any = JobSubmissionClient(self.address)
 
@@ -141,12 +146,24 @@ class Jobs:
         run = str(run_directory(config))
         self._refuse_second(run)
         entrypoint = shlex.join([python, "-m", "siloweave", *command, "--config", CONFIG])
+        job = f"siloweave-{uuid.uuid4().hex[:12]}"  # our own id: asked twice, it can't start twice
         with tempfile.TemporaryDirectory(prefix="siloweave-upload-") as folder, self._asking():
             stage_upload(config, Path(folder))
-            job: str = self._client.submit_job(
-                entrypoint=entrypoint, runtime_env={"working_dir": folder}, metadata={"run": run}
-            )
-        return job
+            deadline = time.monotonic() + _READY_S
+            while True:
+                try:
+                    self._client.submit_job(
+                        entrypoint=entrypoint,
+                        submission_id=job,
+                        runtime_env={"working_dir": folder},
+                        metadata={"run": run},
+                    )
+                    return job
+                except RuntimeError as error:
+                    # The server of a cluster that has just started answers before its nodes can take a job.
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(1)
 
     def _refuse_second(self, run: str) -> None:
         with self._asking():
@@ -188,7 +205,9 @@ class Jobs:
 
         with self._asking():
             asyncio.run(tail())
-        return self._wait(job, float("inf"))
+        while (found := self.details(job))["exit_status"] is None:  # its output ends a moment before it does
+            time.sleep(_POLL_S)
+        return found
 
     def stop(self, job: str) -> dict[str, Any]:
         """Ends a job and waits until it has ended; one that had ended already is left as it is.
@@ -196,21 +215,12 @@ class Jobs:
         Raises:
             SiloweaveError: it is still there after a minute.
         """
-        with self._asking():
-            if not self.ended(self.details(job)):
-                self._client.stop_job(job)
-        return self._wait(job, _STOP_S)
-
-    @staticmethod
-    def ended(details: dict[str, Any]) -> bool:
-        """Whether a job is over."""
-        return details["exit_status"] is not None
-
-    def _wait(self, job: str, seconds: float) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
-        while not self.ended(found := self.details(job)):
+        deadline = time.monotonic() + _STOP_S
+        while (found := self.details(job))["exit_status"] is None:
             if time.monotonic() > deadline:
-                raise SiloweaveError(f"job {job} is still {found['status']} after {seconds:g} s; look at its node")
+                raise SiloweaveError(f"job {job} is still {found['status']} after {_STOP_S:g} s; look at its node")
+            with self._asking():  # again and again: a job that is still pending may not hear it
+                self._client.stop_job(job)
             time.sleep(_POLL_S)
         return found
 

@@ -6,6 +6,7 @@
 #
 # NOT RUN under Slurm: it is checked by `bash -n`, and its commands and settings by tests/unit/test_deploy.py.
 #SBATCH --job-name=siloweave
+#SBATCH --exclusive
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
@@ -14,7 +15,7 @@
 set -euo pipefail
 
 config=${1:?"give the run's settings: sbatch --nodes=N $0 RUN.toml"}
-port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
+port=6379
 export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 
 head=$(hostname) # this script runs on the first node of the allocation

@@ -1,9 +1,13 @@
 """Jobs on a real Ray head with its job server: upload, refusals, exit status, stop, and going on."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -12,29 +16,54 @@ from cluster.runtime import jobs
 from configs.errors import InputError, SiloweaveError
 from configs.load import load
 
-HEAD = """
-import json, sys, ray
-head = ray.init(address="local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=0,
-                object_store_memory=80 * 2**20, log_to_driver=False)
-print(json.dumps({"address": f"http://{head.dashboard_url}"}), flush=True)
-sys.stdin.read()
-"""
+
+def free_ports(number):
+    """Ports that nobody listens on now, all different."""
+    sockets = [socket.socket() for _ in range(number)]
+    for probe in sockets:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in sockets]
+    for probe in sockets:
+        probe.close()
+    return ports
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Address of a Ray head of our own; it ends when its standard input does."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HEAD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=tmp_path_factory.mktemp("head"),
-    ) as head:
-        yield json.loads(head.stdout.readline())["address"]
-        head.stdin.close()
-        head.wait(timeout=60)
+def server():
+    """Address of the job server of a Ray head of our own: on ports of its own, so that another Ray may be here."""
+    gcs, jobs_port, agent, client = free_ports(4)
+    options = {
+        "--node-ip-address": "127.0.0.1",
+        "--port": gcs,
+        "--dashboard-host": "127.0.0.1",
+        "--dashboard-port": jobs_port,
+        "--dashboard-agent-listen-port": agent,
+        "--ray-client-server-port": client,
+        "--num-cpus": 2,
+        "--object-store-memory": 80 * 2**20,
+    }
+    # A short path: Ray's sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--temp-dir={folder}"]
+        command += [f"{name}={value}" for name, value in options.items()]
+        environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+            try:
+                yield wait_for(f"http://127.0.0.1:{jobs_port}", head)
+            finally:
+                head.terminate()  # ends the processes that it has started, and no other Ray's
+                head.wait(timeout=60)
+
+
+def wait_for(address, head):
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return jobs.find_server(address)
+        except InputError:
+            assert head.poll() is None, "the head has ended"
+            assert time.monotonic() < deadline, "no job server"
+            time.sleep(0.5)
 
 
 def submit(siloweave, server, root, *words, **more):
@@ -55,9 +84,8 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(siloweave, server, tmp
     assert started.returncode == 0, started.stderr
     job = json.loads(started.stdout)["job"]
     # Two drivers must never write to one run.
-    second = submit(siloweave, server, tmp_path, "prepare", "-c", "tiny")
-    assert second.returncode == 2
-    assert f"job {job} is at work on it" in json.loads(second.stdout)["error"]
+    with pytest.raises(InputError, match=f"job {job} is at work on it"):
+        jobs.Jobs(server).submit(load("tiny", [f"run.storage={tmp_path / 'runs'}"]), ["prepare"], sys.executable)
     stopped = siloweave("job", "stop", job, "--address", server, "--json", cwd=tmp_path)
     assert (json.loads(stopped.stdout)["status"], json.loads(stopped.stdout)["exit_status"]) == ("STOPPED", 1)
     manifest = tmp_path / "runs" / "tiny" / "corpus" / "manifest.json"

@@ -141,6 +141,13 @@ def test_every_ray_start_option_exists():
 def test_the_slurm_script_is_a_shell_script():
     subprocess.run(["bash", "-n", str(DEPLOY / "slurm.sh")], check=True)
     directives = re.findall(r"^#SBATCH (--[a-z-]+)", text("slurm.sh"), re.MULTILINE)
-    assert set(directives) == {"--job-name", "--ntasks-per-node", "--cpus-per-task", "--time", "--requeue"}
+    assert set(directives) == {
+        "--job-name",
+        "--exclusive",
+        "--ntasks-per-node",
+        "--cpus-per-task",
+        "--time",
+        "--requeue",
+    }
     # sbatch stops reading directives at the first command.
     assert text("slurm.sh").index("set -euo") > text("slurm.sh").rindex("#SBATCH")
