@@ -5,13 +5,15 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from configs.errors import InputError
-from configs.load import load, presets
+from configs.events import Listener
+from configs.load import bind_run_directory, load, presets, run_directory
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help=f"A TOML file, or a preset: {', '.join(presets())}.", show_default=True)
@@ -182,7 +184,6 @@ def status(
 ) -> None:
     """How far a run is: stages, last step, rounds, epsilon and failures, from its files alone."""
     from cluster.workflow import status as progress
-    from configs.load import run_directory
 
     directory = run or run_directory(load(config, override or []))
 
@@ -234,8 +235,13 @@ def _with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet
     from cluster.workflow.pipeline import Run
 
     _quiet_libraries()
-    with Progressing(quiet=quiet or as_json) as progress:
-        run = Run(settings, (progress,))
+    with ExitStack() as listeners:
+        listening: list[Listener] = [listeners.enter_context(Progressing(quiet=quiet or as_json))]
+        if settings.monitoring.tensorboard:
+            from cluster.workflow.tensorboard import TensorBoard
+
+            listening.append(listeners.enter_context(TensorBoard(bind_run_directory(settings))))
+        run = Run(settings, tuple(listening))
         return work(run), run.directory
 
 

@@ -181,6 +181,7 @@ _MOVABLE = {
     "evaluate.prompt",
     "evaluate.sample_tokens",
     "evaluate.temperature",
+    "monitoring.tensorboard",
 }
 
 

@@ -271,6 +271,13 @@ class EvaluateSettings(Settings):
     """Softmax temperature of the sample."""
 
 
+class MonitoringSettings(Settings):
+    """Where a run's events are shown besides ``events.jsonl``."""
+
+    tensorboard: bool = False
+    """Write TensorBoard scalars to ``tensorboard/`` in the run's directory; needs the extra ``monitoring``."""
+
+
 class RunConfig(Settings):
     """Everything that shapes a run."""
 
@@ -283,6 +290,7 @@ class RunConfig(Settings):
     federated: FederatedSettings = FederatedSettings()
     privacy: PrivacySettings = PrivacySettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    monitoring: MonitoringSettings = MonitoringSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
