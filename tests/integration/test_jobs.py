@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,18 @@ def free_ports(number):
 
 @pytest.fixture(scope="module")
 def server():
-    """Address of the job server of a Ray head of our own: on ports of its own, so that another Ray may be here."""
+    """Address of the job server of a Ray head of our own."""
+    with ExitStack() as stack:
+        try:
+            address = stack.enter_context(ray_head())
+        except AssertionError:  # Ray gives its raylet 30 s to start, which a busy machine may not
+            address = stack.enter_context(ray_head())
+        yield address
+
+
+@contextmanager
+def ray_head():
+    """A head on ports of its own, so that another Ray may be here."""
     gcs, jobs_port, agent, client = free_ports(4)
     options = {
         "--node-ip-address": "127.0.0.1",
@@ -47,21 +59,25 @@ def server():
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--temp-dir={folder}"]
         command += [f"{name}={value}" for name, value in options.items()]
         environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-        with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as head:
+        said = Path(folder) / "head.log"
+        with (
+            said.open("w") as log,
+            subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT) as head,
+        ):
             try:
-                yield wait_for(f"http://127.0.0.1:{jobs_port}", head)
+                yield wait_for(f"http://127.0.0.1:{jobs_port}", head, said)
             finally:
                 head.terminate()  # ends the processes that it has started, and no other Ray's
                 head.wait(timeout=60)
 
 
-def wait_for(address, head):
+def wait_for(address, head, said):
     deadline = time.monotonic() + 120
     while True:
         try:
             return jobs.find_server(address)
         except InputError:
-            assert head.poll() is None, "the head has ended"
+            assert head.poll() is None, said.read_text()
             assert time.monotonic() < deadline, "no job server"
             time.sleep(0.5)
 
