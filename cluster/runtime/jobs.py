@@ -192,6 +192,7 @@ class Jobs:
 
     def logs(self, job: str) -> str:
         """Everything that a job has printed so far."""
+        self.details(job)  # an unknown id is one clear line, even where no node answers yet
         with self._asking():
             text: str = self._client.get_job_logs(job)
         return text
