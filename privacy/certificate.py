@@ -11,7 +11,7 @@ from typing import Any
 from privacy.claim import headline
 from privacy.plan import PlanRequest
 
-CERTIFICATE_VERSION = 2
+CERTIFICATE_VERSION = 3
 NOT_AUDITED = "not audited"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
 _NOT_COVERED = (  # a change of these words is a new version: checking a certificate makes them again
@@ -19,6 +19,7 @@ _NOT_COVERED = (  # a change of these words is a new version: checking a certifi
     "a silo whose own machine or key is in the hands of the adversary",
     "a rewrite of a whole ledger together with its anchor by the owner of its key, where nobody keeps a receipt",
     "an old ledger put back together with its anchor, until a coordinator shows a newer receipt",
+    "versions: no silo signs them here; each statement has its own silo's",
     "whose keys these are: compare each public key with what its steward gives you",
     "a silo that the coordinator leaves out: only that silo's own ledger shows its charges",
     "a coordinator that is not who it says: requests are not signed yet",
@@ -31,7 +32,6 @@ def certificate(
     plan: PlanRequest,
     silos: Mapping[str, Mapping[str, Any]],
     *,
-    audited: Mapping[str, Any] | str = NOT_AUDITED,
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What a finished run claims.
@@ -41,7 +41,6 @@ def certificate(
         plan: the plan that every silo reserved.
         silos: public facts of each silo that has reserved, by name: its last ``receipt`` and, where it has closed the
             run, its ``statement``.
-        audited: the audit's lower bound and how it was found, or ``NOT_AUDITED``.
         versions: of the libraries; None takes those that are installed.
 
     Returns:
@@ -67,7 +66,7 @@ def certificate(
         "epsilon_rdp": guarantee.epsilon_rdp,
         "epsilon_prv": guarantee.epsilon_prv,
         "accountant": "dp-accounting PLD, pessimistic",
-        "audited": audited if isinstance(audited, str) else dict(audited),
+        "audited": NOT_AUDITED,  # until an audit is signed, nobody could check what stood here
         "seeds": _seeds(silos, statements),
         "left_each_silo": "one noised adapter update a charged round; no loss, norm or count",
         "silos": {name: dict(silo) for name, silo in silos.items()},
@@ -90,5 +89,8 @@ def _seeds(silos: Mapping[str, Any], statements: Mapping[str, Mapping[str, Any]]
         name for name in silos if name not in statements or statements[name]["seed_source"] != "operating system"
     )
     if unknown:
-        return f"not stated by {', '.join(unknown)}; else from the operating system, one a charge, erased"
+        return (  # without its statement a silo with an injected seed looks like one that has not closed
+            f"not stated by {', '.join(unknown)}, where they may be INJECTED: whoever knows such a seed can remove the "
+            "noise; else from the operating system, one a charge, erased"
+        )
     return "operating system, one a charge, erased when the reply is stored"

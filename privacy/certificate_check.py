@@ -1,17 +1,18 @@
 """Checks a certificate offline: makes it again from its plan and signed parts, and looks for it in a silo's ledger."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from configs.errors import InputError
 from configs.load import parse
-from privacy.certificate import CERTIFICATE_VERSION, NOT_AUDITED, certificate
+from privacy.certificate import CERTIFICATE_VERSION, certificate
 from privacy.chain import find
 from privacy.plan import PlanRequest
 from privacy.statements import Receipt, RunStatement
 
 _TOLERANCE = 1e-6  # accountants differ by less between machines
+_SILO_FIELDS = {"dataset_id", "public_key", "public_record_count", "receipt", "statement"}
 
 
 def check_certificate(document: Mapping[str, Any], origin: str) -> None:
@@ -26,25 +27,34 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     """
     if document.get("version") != CERTIFICATE_VERSION:
         raise InputError(f"{origin}: version is {document.get('version')!r}, expected {CERTIFICATE_VERSION}")
-    for name in ("run_id", "plan", "silos", "audited", "versions"):
+    for name in ("run_id", "plan", "silos", "versions"):
         if name not in document:
             raise InputError(f"{origin}: {name}: missing; the certificate was edited")
     plan = parse(PlanRequest, document["plan"], f"{origin}: plan")
     if document.get("plan_digest") != plan.digest:
         raise InputError(f"{origin}: plan_digest is {document.get('plan_digest')!r}, plan's is {plan.digest!r}: edited")
     run, silos = document["run_id"], _mapping(document["silos"], f"{origin}: silos")
+    if not silos:
+        raise InputError(f"{origin}: silos: none; a certificate is of the silos that have reserved")
     epsilon = plan.epsilon
-    for name, silo in silos.items():
-        where = f"{origin}: silos.{name}"
-        _check_receipt(_mapping(silo, where), name, run, plan, epsilon, where)
-        if "statement" in silo:
-            _check_statement(silo, name, run, plan, epsilon, where)
-    audited = document["audited"]
-    if audited != NOT_AUDITED:
-        _check_audit(_mapping(audited, f"{origin}: audited"), epsilon, origin)
+    signed = {name: _signed(silo, name, run, plan, epsilon, f"{origin}: silos.{name}") for name, silo in silos.items()}
     versions = _mapping(document["versions"], f"{origin}: versions")
-    again = certificate(run, plan, silos, audited=audited, versions=versions)
-    _compare(dict(_leaves(document)), dict(_leaves(again)), origin)
+    if not all(isinstance(version, str) for version in versions.values()):
+        raise InputError(f"{origin}: versions: not all are strings; the certificate was edited")
+    _compare(document, certificate(run, plan, signed, versions=versions), "", origin)
+
+
+def _signed(value: Any, name: str, run: str, plan: PlanRequest, epsilon: float, where: str) -> dict[str, Any]:
+    """A silo's part as its signatures give it; whatever else was written there is then found by comparing."""
+    silo = dict(_mapping(value, where))
+    for field in sorted(silo.keys() - _SILO_FIELDS):
+        raise InputError(f"{where}.{field}: no such field, and nothing signs it; the certificate was edited")
+    receipt = _check_receipt(silo, name, run, plan, epsilon, where)
+    found = {**silo, "receipt": receipt.model_dump(mode="json")}
+    if "statement" in silo:
+        statement = _check_statement(silo, name, run, plan, epsilon, where)
+        found["statement"] = statement.model_dump(mode="json")
+    return found
 
 
 def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], hashes: list[str], origin: str) -> str:
@@ -86,7 +96,9 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
     return str(name)
 
 
-def _check_receipt(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, epsilon: float, where: str) -> None:
+def _check_receipt(
+    silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, epsilon: float, where: str
+) -> Receipt:
     receipt = parse(Receipt, silo.get("receipt", {}), f"{where}.receipt")
     expected = {
         "silo": name,
@@ -99,11 +111,12 @@ def _check_receipt(silo: Mapping[str, Any], name: str, run: str, plan: PlanReque
         "delta_reserved": plan.delta,
     }
     _expect(receipt, expected, f"{where}.receipt")
+    return receipt
 
 
 def _check_statement(
     silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, epsilon: float, where: str
-) -> None:
+) -> RunStatement:
     statement = parse(RunStatement, silo["statement"], f"{where}.statement")
     expected = {
         "silo": name,
@@ -118,6 +131,7 @@ def _check_statement(
     _expect(statement, expected, f"{where}.statement")
     if statement.rounds_charged > plan.rounds:
         raise InputError(f"{where}.statement.rounds_charged is {statement.rounds_charged}, the plan has {plan.rounds}")
+    return statement
 
 
 def _expect(signed: Receipt | RunStatement, expected: Mapping[str, Any], where: str) -> None:
@@ -130,39 +144,28 @@ def _expect(signed: Receipt | RunStatement, expected: Mapping[str, Any], where: 
         raise InputError(f"{where}.signature doesn't hold: one of the fields of {where} was edited")
 
 
-def _check_audit(audited: Mapping[str, Any], epsilon: float, origin: str) -> None:
-    bound = audited.get("epsilon_lower_bound")
-    if not isinstance(bound, int | float) or not 0 <= bound <= epsilon:
-        raise InputError(f"{origin}: audited.epsilon_lower_bound is {bound!r}, expected a number up to {epsilon}")
-
-
-def _compare(claimed: Mapping[str, Any], again: Mapping[str, Any], origin: str) -> None:
-    for field in sorted({*claimed, *again}):
-        if field not in again:
-            raise InputError(f"{origin}: {field}: no such field; the certificate was edited")
-        if field not in claimed:
-            raise InputError(f"{origin}: {field}: missing; the certificate was edited")
-        if not _same(claimed[field], again[field]):
-            raise InputError(
-                f"{origin}: {field} is {claimed[field]!r}, its replay gives {again[field]!r}; do not trust it"
-            )
+def _compare(claimed: Any, again: Any, path: str, origin: str) -> None:
+    """Part by part, never by dotted names: a key may itself hold a dot."""
+    if isinstance(again, Mapping) and isinstance(claimed, Mapping):
+        for key in sorted({*claimed, *again}):
+            inside = f"{path}.{key}" if path else key
+            if key not in again:
+                raise InputError(f"{origin}: {inside}: no such field; the certificate was edited")
+            if key not in claimed:
+                raise InputError(f"{origin}: {inside}: missing; the certificate was edited")
+            _compare(claimed[key], again[key], inside, origin)
+    elif isinstance(again, list) and isinstance(claimed, list) and len(again) == len(claimed):
+        for number, (found, expected) in enumerate(zip(claimed, again, strict=True)):
+            _compare(found, expected, f"{path}.{number}", origin)
+    elif not _same(claimed, again):
+        raise InputError(f"{origin}: {path} is {claimed!r}, its replay gives {again!r}; do not trust it")
 
 
 def _same(found: Any, expected: Any) -> bool:
     if isinstance(found, float) or isinstance(expected, float):
-        numbers = isinstance(found, int | float) and isinstance(expected, int | float)
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (found, expected))
         return numbers and math.isclose(found, expected, rel_tol=_TOLERANCE)
     return type(found) is type(expected) and bool(found == expected)
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every scalar of a document under its dotted name; an empty part under its own."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
-    parts = list(items or ())
-    if not parts:
-        yield path, value
-    for key, item in parts:
-        yield from _leaves(item, f"{path}.{key}" if path else str(key))
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

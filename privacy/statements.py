@@ -5,6 +5,7 @@ that is has to be known from elsewhere.
 """
 
 import json
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -135,12 +136,23 @@ def json_object(content: bytes | str, origin: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        InputError: it is none.
+        InputError: it is none, or holds a name twice: readers would differ in which one they see.
     """
     try:
-        value = json.loads(content)
+        value = json.loads(content, object_pairs_hook=partial(_each_once, origin))
+    except InputError:
+        raise
     except (ValueError, RecursionError):
         raise InputError(f"{origin}: not JSON; give the file as it was written") from None
     if not isinstance(value, dict):
         raise InputError(f"{origin}: {type(value).__name__}, expected a JSON object; give the file as it was written")
     return value
+
+
+def _each_once(origin: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InputError(f"{origin}: {name!r} is there twice; give the file as it was written")
+        found[name] = value
+    return found

@@ -11,6 +11,7 @@ from privacy.certificate_check import check_certificate, check_in_ledger
 from privacy.chain import Budget, verify_entries
 from privacy.ledger import Ledger
 from privacy.plan import PlanRequest
+from privacy.statements import json_object
 
 REQUEST = PlanRequest(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
@@ -103,7 +104,7 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
     found = list(numbers(sound))
     assert len(found) > 50
     for path, value in found:
-        other = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 0.9
+        other = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else (value or 0.5) * 0.9
         with pytest.raises(InputError) as caught:
             check_certificate(edited(sound, path, other), "test")
         # Inside of what a silo signed, the signature tells only that one of its fields was edited.
@@ -134,7 +135,14 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
         (("not_covered",), [], "not_covered"),
         (("seeds",), "dice", "seeds is 'dice'"),
         (("run_id",), "run-2", "silos.north.receipt.run is 'run-1', expected 'run-2'"),
-        (("audited",), {"epsilon_lower_bound": 99.0}, "audited.epsilon_lower_bound is 99.0"),
+        (("audited",), {"epsilon_lower_bound": 99.0}, "audited is {'epsilon_lower_bound': 99.0}"),
+        (("audited",), {"epsilon_lower_bound": 0.1, "confidence": 0.999}, "its replay gives 'not audited'"),
+        (("silos", "north", "epsilon_spent_in_all"), 0.001, "silos.north.epsilon_spent_in_all: no such field"),
+        (("silos", "north", "receipt", "number"), "5", "silos.north.receipt.number is '5'"),
+        (("not_covered",), {"0": "nothing"}, "not_covered is {'0': 'nothing'}"),
+        (("headline", "epsilon"), True, "headline.epsilon is True"),
+        (("silos",), {}, "silos: none"),
+        (("versions",), {"torch": 2}, "versions: not all are strings"),
         (("audited",), "yes", "audited"),
         (("extra",), 1, "extra: no such field"),
         (("version",), 1, "version is 1"),
@@ -169,11 +177,33 @@ def test_a_field_that_was_taken_out_is_missed(sound):
             check_certificate(changed, "test")
 
 
-def test_an_audited_bound_is_shown(sound):
-    bound = {"epsilon_lower_bound": 0.1, "confidence": 0.95}
-    document = certificate("run-1", REQUEST, sound["silos"], audited=bound)
+def test_a_name_with_a_dot_never_stands_for_what_is_inside(sound):
+    for part in ("headline", "plan"):
+        forged = {**copy.deepcopy(sound), **{f"{part}.{name}": value for name, value in sound[part].items()}}
+        with pytest.raises(InputError, match=rf"{part}.\w+: no such field"):
+            check_certificate(forged, "test")
+    forged = {**sound, "headline": {**sound["headline"], "epsilon": 0.01}, "headline.epsilon": sound["epsilon"]}
+    with pytest.raises(InputError, match=r"headline.epsilon"):
+        check_certificate(forged, "test")
+    listed = {str(number): line for number, line in enumerate(sound["not_covered"])}
+    with pytest.raises(InputError, match="not_covered"):
+        check_certificate({**sound, "not_covered": listed}, "test")
+
+
+def test_a_name_that_is_there_twice_is_refused(sound):
+    text = json.dumps(sound)
+    assert json_object(text, "test") == sound
+    for twice in (text[:-1] + ', "epsilon": 0.01}', text.replace('"rule": ', '"rule": "maximum", "rule": ')):
+        with pytest.raises(InputError, match="is there twice"):
+            json_object(twice, "test")
+
+
+def test_taking_a_statement_out_never_hides_that_its_seeds_may_be_injected(tmp_path):
+    silos = {"north": close_run(tmp_path, "north", seed_source=lambda _: bytes(32)), "south": close_run(tmp_path, "south")}
+    del silos["north"]["statement"]
+    document = certificate("run-1", REQUEST, silos)
     check_certificate(document, "test")
-    assert document["audited"] == bound
+    assert document["seeds"].startswith("not stated by north, where they may be INJECTED")
 
 
 def test_the_run_is_looked_for_in_a_silos_ledger(sound, folder, tmp_path):
