@@ -221,7 +221,10 @@ class Journal:
 
     def scrub(self) -> None:
         """Moves the write-ahead log into the file and empties it: a deleted seed must not linger there."""
-        busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        try:
+            busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise explain(self.path, error) from error
         if busy:
             raise SiloweaveError(
                 f"{self.path}: another program reads it, and so an erased seed can't be overwritten; end that program, "

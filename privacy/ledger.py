@@ -174,23 +174,28 @@ class Ledger:
         with self.journal.transaction():
             bodies = self.journal.bodies()
             before = find(bodies, "charge", run=run_id, request=request_id)
-            if before is not None:
-                if before["digest"] != request_digest:
-                    raise _refusal(
-                        "request_id", request_digest, before["digest"], f"request {request_id} was another one"
-                    )
-                return self._stored(before["number"], run_id, bodies)
-            self._check_round(bodies, run_id, round_number)
-            number = self.journal.append(
-                "charge",
-                run=run_id,
-                request=request_id,
-                digest=request_digest,
-                round=round_number,
-                seed_source=self._seed_origin,
-            )
-            seed = self._seed_source(request_digest)
-            self.journal.db.execute("INSERT INTO seeds VALUES (?, ?)", (number, seed))
+            if before is None:
+                self._check_round(bodies, run_id, round_number)
+                charge = self._new_charge(run_id, request_id, request_digest, round_number)
+            elif before["digest"] != request_digest:
+                raise _refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
+            else:
+                charge = self._stored(before["number"], run_id, bodies)
+        if charge.reply is not None:
+            self.journal.scrub()  # it may have failed when the reply was stored, and the seed may still be there
+        return charge
+
+    def _new_charge(self, run_id: str, request_id: str, request_digest: str, round_number: int) -> Charge:
+        number = self.journal.append(
+            "charge",
+            run=run_id,
+            request=request_id,
+            digest=request_digest,
+            round=round_number,
+            seed_source=self._seed_origin,
+        )
+        seed = self._seed_source(request_digest)
+        self.journal.db.execute("INSERT INTO seeds VALUES (?, ?)", (number, seed))
         return Charge(number, seed, None)
 
     def _check_round(self, bodies: list[dict[str, Any]], run_id: str, round_number: int) -> None:
@@ -224,17 +229,19 @@ class Ledger:
         """
         with self.journal.transaction():
             stored = self.journal.db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
-            if stored is not None:
-                return bytes(stored[0])
-            if self.journal.db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
-                raise _refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
-            self.journal.append(
-                "release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply)
-            )
-            self.journal.db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
-            self.journal.db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
+            if stored is None:
+                self._store(number, run_id, reply)
         self.journal.scrub()
-        return reply
+        return reply if stored is None else bytes(stored[0])
+
+    def _store(self, number: int, run_id: str, reply: bytes) -> None:
+        if self.journal.db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
+            raise _refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
+        self.journal.append(
+            "release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply)
+        )
+        self.journal.db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
+        self.journal.db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
 
     def close(self, run_id: str) -> Receipt:
         """Ends a run: nothing more can be charged to it, its seeds and stored replies are deleted. Refunds nothing."""

@@ -177,6 +177,13 @@ def test_a_seed_that_cannot_be_overwritten_is_not_released(ledger, tmp_path, mon
     reader.execute("SELECT * FROM entries").fetchall()
     with pytest.raises(SiloweaveError, match="another program reads it"):
         held.release(charge.number, "run-1", b"reply")
+    assert any(charge.seed in path.read_bytes() for path in tmp_path.iterdir())
+    for again in (
+        lambda: held.charge("run-1", "round-1", DIGEST, 1),
+        lambda: held.release(charge.number, "run-1", b"reply"),
+    ):
+        with pytest.raises(SiloweaveError, match="another program reads it"):
+            again()
     reader.close()
     assert reopen(tmp_path).charge("run-1", "round-1", DIGEST, 1).reply == b"reply"
     assert not any(charge.seed in path.read_bytes() for path in tmp_path.iterdir())
