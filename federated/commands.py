@@ -59,7 +59,8 @@ def reconcile(
     """Makes a ledger usable again that was put back: charges every spend that anchor and receipts prove and it lacks.
 
     Runs that are open are closed, because their lost charges are not known. Give the receipts of every coordinator:
-    what nobody shows can't be charged.
+    what nobody shows can't be charged. A run that is charged here and was reserved before the ledgers parted is charged
+    once more for each receipt of a lost one: it may have released the same rounds there.
     """
     from privacy.reconcile import read_receipts
     from privacy.reconcile import reconcile as take_in
@@ -71,6 +72,7 @@ def reconcile(
         "doubt": done.doubt,
         "epsilon_charged": sum(spend.epsilon for spend in done.spends),
         "delta_charged": sum(spend.delta for spend in done.spends),
+        "reservations_charged_again": done.charged_again,
         "closed_runs": list(done.closed_runs),
         "epsilon_left": done.left.epsilon,
         "delta_left": done.left.delta,
@@ -79,7 +81,9 @@ def reconcile(
     line = f"{journal.path}: nothing to reconcile; {remaining}"
     if done.doubt is not None:
         line = (
-            f"{journal.path}: reconciled with {done.receipts} receipts; {len(done.spends)} lost spends charged, "
+            f"{journal.path}: reconciled with {done.receipts} receipts; "
+            f"{len(done.spends) - done.charged_again} lost spends charged, "
+            f"{done.charged_again} reservations charged again because their rounds may be released twice, together "
             f"epsilon {result['epsilon_charged']:.4g}; {len(done.closed_runs)} open runs closed; {remaining}"
         )
     typer.echo(json.dumps(result) if as_json else line)

@@ -7,11 +7,11 @@ it: the doubt survives restarts, and another old file put back, until the ledger
 import json
 from pathlib import Path
 
-from configs.artifacts import canonical_json, write_atomic
+from configs.artifacts import canonical_json, digest_bytes, write_atomic
 from configs.errors import InputError, SiloweaveError
 from configs.load import parse
 from privacy.chain import Entry, epoch, spends
-from privacy.statements import Receipt
+from privacy.statements import Receipt, Spend
 
 ANCHOR_FILE = "ledger.anchor"
 
@@ -56,13 +56,41 @@ class Anchor:
 def against(receipt: Receipt, entries: list[Entry]) -> str | None:
     """Why a genuine receipt of this ledger speaks against its entries; None where it doesn't.
 
-    A head in the chain is no evidence. Nor is one from before the last reconciliation whose spends are all known: every
-    run that was open then was closed by it, so that nothing that it lost can be asked for again.
+    A head in the chain is no evidence. Nor is one from before the last reconciliation of which nothing is missing:
+    every run that was open then was closed by it, so that nothing that it lost can be asked for again.
     """
-    if receipt.number <= len(entries) and entries[receipt.number - 1]["hash"] == receipt.head:
-        return None
-    if receipt.epoch < epoch(entries) and {spend.entry for spend in receipt.spends} <= {
-        spend.entry for spend in spends(entries)
-    }:
+    if _in_chain(receipt, entries) or (receipt.epoch < epoch(entries) and not missing(receipt, entries)):
         return None
     return f"entry {receipt.number} was signed and is not in the ledger: an old or other ledger was put back"
+
+
+def missing(receipt: Receipt, entries: list[Entry]) -> list[Spend]:
+    """What a receipt proves to be spent, and the entries don't charge.
+
+    A head that is not in the chain is one of another branch. A run that was reserved before the two parted and charged
+    since may have released one round in both: its reservation counts once more, under a name of its own.
+    """
+    if _in_chain(receipt, entries):
+        return []
+    known = {spend.entry for spend in spends(entries)}
+    return [spend for spend in (*receipt.spends, *_in_both(receipt, entries)) if spend.entry not in known]
+
+
+def _in_both(receipt: Receipt, entries: list[Entry]) -> list[Spend]:
+    shared, bodies = {spend.entry for spend in receipt.spends}, [json.loads(entry["body"]) for entry in entries]
+    reserved = {
+        body["run"]: (entry["hash"], body)
+        for entry, body in zip(entries, bodies, strict=True)
+        if body["kind"] == "reserve" and entry["hash"] in shared
+    }
+    parted = max((body["number"] for _, body in reserved.values()), default=0)  # or later: nobody can tell
+    charged = {body["run"] for body in bodies[parted:] if body["kind"] == "charge"}
+    return [
+        Spend(entry=digest_bytes(f"{name}\n{receipt.head}".encode()), epsilon=body["epsilon"], delta=body["delta"])
+        for run, (name, body) in reserved.items()
+        if run in charged
+    ]
+
+
+def _in_chain(receipt: Receipt, entries: list[Entry]) -> bool:
+    return receipt.number <= len(entries) and entries[receipt.number - 1]["hash"] == receipt.head

@@ -1,7 +1,8 @@
 """Takes what receipts prove was spent into a ledger that was put back, so that it may be used again.
 
 What is lost is known from two sides: the anchor, which is the silo's own last receipt, and the receipts that
-coordinators hold. Every spend in them that the file doesn't know is charged, once. Lost charges can't be told from
+coordinators hold. Every spend in them that the file doesn't know is charged, once; and once more every reservation
+whose run may have released rounds both in the file and in the branch that is lost. Lost charges can't be told from
 charges that never were: so every run that is open is closed, and nothing can be asked for again under its reservation.
 """
 
@@ -12,8 +13,8 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import parse
-from privacy.anchor import against
-from privacy.chain import Budget, epoch, find, left, open_runs, policy_budget, spends, verify_entries
+from privacy.anchor import against, missing
+from privacy.chain import Budget, epoch, find, left, open_runs, policy_budget, verify_entries
 from privacy.journal import Journal
 from privacy.ledger_file import LEDGER_FILE, read_only
 from privacy.statements import Receipt, Spend
@@ -21,11 +22,22 @@ from privacy.statements import Receipt, Spend
 
 @dataclass(frozen=True)
 class Reconciled:
-    """What a reconciliation did; ``doubt`` is None where there was nothing to do."""
+    """What a reconciliation did.
+
+    Attributes:
+        doubt: why it was needed; None where there was nothing to do.
+        receipts: how many it took in.
+        spends: what it charged.
+        charged_again: how many of them are reservations that the ledger had charged: their runs may have released
+            rounds here and in a branch that is lost.
+        closed_runs: runs that were open.
+        left: what no run has reserved yet.
+    """
 
     doubt: str | None
     receipts: int
     spends: tuple[Spend, ...]
+    charged_again: int
     closed_runs: tuple[str, ...]
     left: Budget
 
@@ -63,9 +75,9 @@ def reconcile(journal: Journal, budget: Budget, receipts: list[Receipt]) -> Reco
 def _take_in(journal: Journal, doubt: str | None, receipts: list[Receipt]) -> Reconciled:
     entries, bodies = journal.entries(), journal.bodies()
     if doubt is None:
-        return Reconciled(None, 0, (), (), left(bodies))
-    known = {spend.entry for spend in spends(entries)}
-    lost = {spend.entry: spend for receipt in receipts for spend in receipt.spends if spend.entry not in known}
+        return Reconciled(None, 0, (), 0, (), left(bodies))
+    lost = {spend.entry: spend for receipt in receipts for spend in missing(receipt, entries)}
+    proven = {spend.entry for receipt in receipts for spend in receipt.spends}
     runs = open_runs(bodies)
     for run in runs:
         journal.append("close", run=run)
@@ -79,7 +91,9 @@ def _take_in(journal: Journal, doubt: str | None, receipts: list[Receipt]) -> Re
         epsilon=sum(spend.epsilon for spend in lost.values()),
         delta=sum(spend.delta for spend in lost.values()),
     )
-    return Reconciled(doubt, len(receipts), tuple(lost.values()), tuple(runs), left(journal.bodies()))
+    return Reconciled(
+        doubt, len(receipts), tuple(lost.values()), len(lost.keys() - proven), tuple(runs), left(journal.bodies())
+    )
 
 
 def _check_own(journal: Journal, receipt: Receipt, keys: set[str]) -> None:

@@ -104,7 +104,9 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
     found = list(numbers(sound))
     assert len(found) > 50
     for path, value in found:
-        other = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else (value or 0.5) * 0.9
+        other = (
+            (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else (value or 0.5) * 0.9
+        )
         with pytest.raises(InputError) as caught:
             check_certificate(edited(sound, path, other), "test")
         # Inside of what a silo signed, the signature tells only that one of its fields was edited.
@@ -199,7 +201,10 @@ def test_a_name_that_is_there_twice_is_refused(sound):
 
 
 def test_taking_a_statement_out_never_hides_that_its_seeds_may_be_injected(tmp_path):
-    silos = {"north": close_run(tmp_path, "north", seed_source=lambda _: bytes(32)), "south": close_run(tmp_path, "south")}
+    silos = {
+        "north": close_run(tmp_path, "north", seed_source=lambda _: bytes(32)),
+        "south": close_run(tmp_path, "south"),
+    }
     del silos["north"]["statement"]
     document = certificate("run-1", REQUEST, silos)
     check_certificate(document, "test")

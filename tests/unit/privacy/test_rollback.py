@@ -304,6 +304,38 @@ def test_both_branches_of_a_ledger_are_paid(state, put_back):
     ledger.close_file()
 
 
+def test_a_round_that_may_be_released_in_two_branches_is_paid_twice(state, tmp_path, siloweave):
+    ledger = open_ledger(state)
+    held = ledger.reserve("run-1", PLAN)
+    ledger.close_file()
+    places = [state, default_anchor_dir(state)]
+    for place in places:
+        shutil.copytree(place, tmp_path / "copy" / place.name)
+
+    def release_round_one():
+        ledger = open_ledger(state)
+        ledger.accept(held)
+        charge = ledger.charge("run-1", "round-1", DIGEST, 1)
+        receipt = ledger.receipt("run-1")
+        ledger.release(charge.number, "run-1", b"reply")
+        ledger.close_file()
+        return charge.seed, receipt
+
+    first, lost = release_round_one()
+    for place in places:
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "copy" / place.name, place)
+    second, _ = release_round_one()
+    assert first != second  # the same value under two draws of noise
+    (tmp_path / "silos.json").write_text(json.dumps({"north": {"receipt": json.loads(lost.to_bytes())}}))
+    done = siloweave("silo", "budget", "reconcile", str(state), "silos.json", cwd=tmp_path)
+    assert "0 lost spends charged, 1 reservations charged again" in done.stdout, done.stderr
+    again = mend(state, [lost, lost])
+    assert (again.doubt, again.charged_again) == (None, 0)
+    assert again.left.epsilon == pytest.approx(20 - 2 * EPSILON)
+    assert kinds(state)[-2:] == ["close", "reconcile"]
+
+
 def test_a_ledger_that_is_put_back_before_its_reconciliation_loses_nothing(state, put_back, tmp_path):
     receipt = put_back(with_anchor=True)
     shutil.copytree(state, tmp_path / "again")
@@ -499,7 +531,7 @@ class World:
 
     def __init__(self, root):
         self.state, self.copy = root / "north", root / "copy"
-        self.runs, self.receipt, self.charged = 0, None, []
+        self.runs, self.receipt, self.charged, self.all = 0, None, [], []
         open_ledger(self.state).close_file()
         self.snapshot()
 
@@ -510,16 +542,29 @@ class World:
             mend(self.state, [self.receipt] if self.receipt else [])
             ledger = open_ledger(self.state)
         try:
-            ledger.accept(self.receipt)
+            if work != self.charge_unseen:
+                ledger.accept(self.receipt)
             work(ledger)
         except PolicyRefusal:
             return
         finally:
             ledger.close_file()
+            self.all += [self.receipt] if self.receipt else []
 
     def reserve(self, ledger):
+        self.receipt = ledger.reserve(f"run-{self.runs + 1}", PLAN)
         self.runs += 1
-        self.receipt = ledger.reserve(f"run-{self.runs}", PLAN)
+
+    def charge_unseen(self, ledger):
+        """The coordinator has lost the receipt that it held, and gets a new one."""
+        self.charge(ledger)
+
+    def charged_here(self):
+        """Runs of the file as it is."""
+        ledger = open_ledger(self.state)
+        found = [json.loads(entry["body"]) for entry in ledger.entries()]
+        ledger.close_file()
+        return {body["run"] for body in found if body["kind"] == "charge"}
 
     def charge(self, ledger):
         digest = f"{len(self.charged):064x}"
@@ -567,3 +612,26 @@ def test_whatever_is_put_back_no_spend_is_lost_and_no_round_is_charged_twice(tmp
         world.ask(lambda ledger: left.append(ledger.left().epsilon))
     assert left[-1] <= 20 - world.runs * EPSILON + 1e-9
     assert len(set(world.charged)) == len(world.charged)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.sampled_from(["reserve", "charge", "charge_unseen", "close", "copy", "put back", "put back with anchor"]),
+        max_size=12,
+    )
+)
+def test_what_a_file_and_a_lost_branch_may_both_have_released_is_paid_for_each(tmp_path_factory, steps):
+    """Coordinators lose receipts, a steward finds them all in the end."""
+    world = World(tmp_path_factory.mktemp("any"))
+    for name in ["reserve", "copy", "charge", *steps]:
+        world.step(name)
+    mend(world.state, world.all)
+    here = world.charged_here()
+    paid = {f"run-{run}": world.charged.count(run) for run in set(world.charged) if f"run-{run}" in here}
+    others = world.runs - len(paid)
+    ledger = open_ledger(world.state)
+    for receipt in world.all:
+        ledger.accept(receipt)
+    assert ledger.left().epsilon <= 20 - (others + sum(paid.values())) * EPSILON + 1e-9
+    ledger.close_file()
