@@ -1,16 +1,20 @@
 """Replays what a ledger claims: each reservation's epsilon from its plan, and that every charge was covered."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from configs.errors import InputError
+from configs.errors import InputError, PolicyRefusal
 from configs.load import parse
+from privacy.chain import left
 from privacy.plan import PlanRequest
 
 _TOLERANCE = 1e-6
+Body = dict[str, Any]
 
 
-def replay(bodies: list[dict[str, Any]], origin: str) -> None:
+def replay(bodies: list[Body], origin: str) -> None:
     """Computes every claim again.
 
     Args:
@@ -18,32 +22,106 @@ def replay(bodies: list[dict[str, Any]], origin: str) -> None:
         origin: file name, for the message.
 
     Raises:
-        InputError: a reservation claims less than its plan spends, or a charge had none.
+        InputError: the first entry that the silo would not have written: a reservation that claims less than its plan
+            spends, repeats a run, or takes more than was left; a charge or a release that nothing covers; and others.
     """
-    open_runs: dict[str, set[int]] = {}
-    plans: dict[str, PlanRequest] = {}
-    for body in bodies:
-        where = f"{origin}: entry {body['number']}"
-        if body["kind"] == "reserve":
-            plan = parse(PlanRequest, body["plan"], where)
-            epsilon = plan.epsilon
-            claimed = (body["plan_digest"], body["delta"])
-            if claimed != (plan.digest, plan.delta) or abs(epsilon - body["epsilon"]) > _TOLERANCE * epsilon:
-                raise InputError(
-                    f"{where}: claims epsilon {body['epsilon']}, its plan spends {epsilon}; do not trust it"
-                )
-            plans[body["run"]], open_runs[body["run"]] = plan, set()
-        elif body["kind"] == "charge":
-            covered = body["run"] in open_runs and 1 <= body["round"] <= plans[body["run"]].rounds
-            if not covered or body["round"] in open_runs[body["run"]]:
-                raise InputError(f"{where}: a charge that no reservation covers; do not trust this ledger")
-            open_runs[body["run"]].add(body["round"])
-        elif body["kind"] == "reconcile":
-            for name in ("epsilon", "delta"):
-                taken = sum(spend[name] for spend in body["spends"])
-                if not math.isclose(body[name], taken, rel_tol=_TOLERANCE) or any(s[name] < 0 for s in body["spends"]):
-                    raise InputError(
-                        f"{where}: charges {name} {body[name]}, its spends are {taken} together; do not trust it"
-                    )
-        elif body["kind"] == "close":
-            open_runs.pop(body["run"], None)
+    state = _State()
+    for position, body in enumerate(bodies, 1):
+        where = f"{origin}: entry {position}"
+        rule = _RULES.get(body.get("kind", ""))
+        if rule is None:
+            raise InputError(f"{where}: kind {body.get('kind')!r} is not known; do not trust this ledger")
+        try:
+            problem = rule(state, body)
+            if body["kind"] == "reserve" and not problem:
+                problem = _overspent(bodies[:position])
+        except InputError as error:
+            problem = str(error)
+        except (LookupError, TypeError, ValueError, ArithmeticError):
+            problem = "a field is missing or of another type"
+        if problem:
+            raise InputError(f"{where}: {problem}; do not trust this ledger")
+
+
+@dataclass
+class _State:
+    """What has happened up to an entry."""
+
+    plans: dict[str, PlanRequest] = field(default_factory=dict)
+    charged: dict[str, set[int]] = field(default_factory=dict)  # of open runs: their rounds
+    unanswered: dict[int, str] = field(default_factory=dict)  # charge -> run
+    opened: bool = False
+
+
+def _opening(state: _State, _body: Body) -> str:
+    repeated, state.opened = state.opened, True
+    return "opens the ledger a second time" if repeated else ""
+
+
+def _policy(_state: _State, body: Body) -> str:
+    allowed = all(math.isfinite(body[name]) and body[name] >= 0 for name in ("epsilon", "delta"))
+    return "" if allowed else f"a budget of {body['epsilon']} and {body['delta']}"
+
+
+def _reserve(state: _State, body: Body) -> str:
+    run, plan = body["run"], parse(PlanRequest, body["plan"], "plan")
+    if run in state.plans:
+        return f"run {run} is reserved a second time"
+    try:
+        plan.bind(body["public_record_count"])
+    except PolicyRefusal as refusal:
+        return f"its plan does not fit its public_record_count ({refusal})"
+    epsilon = plan.epsilon
+    claimed = (body["plan_digest"], body["delta"])
+    if claimed != (plan.digest, plan.delta) or abs(epsilon - body["epsilon"]) > _TOLERANCE * epsilon:
+        return f"claims epsilon {body['epsilon']}, its plan spends {epsilon}"
+    state.plans[run], state.charged[run] = plan, set()
+    return ""
+
+
+def _overspent(bodies: list[Body]) -> str:
+    """Only a new reservation has to fit: a policy may be lowered, and a reconciliation charge more than is left."""
+    remaining = left(bodies)
+    if remaining.epsilon < -_TOLERANCE * bodies[-1]["epsilon"] or remaining.delta < -_TOLERANCE * bodies[-1]["delta"]:
+        return f"reserves more than was left: epsilon {remaining.epsilon:.4g} and delta {remaining.delta:.3g} after it"
+    return ""
+
+
+def _charge(state: _State, body: Body) -> str:
+    run, number = body["run"], body["round"]
+    if run not in state.charged or not 1 <= number <= state.plans[run].rounds or number in state.charged[run]:
+        return "a charge that no reservation covers"
+    state.charged[run].add(number)
+    state.unanswered[body["number"]] = run
+    return ""
+
+
+def _release(state: _State, body: Body) -> str:
+    if state.unanswered.pop(body["charge"], None) != body["run"]:
+        return f"a release of charge {body['charge']}, which is not there, answered, or closed"
+    return ""
+
+
+def _close(state: _State, body: Body) -> str:
+    run = body["run"]
+    state.unanswered = {charge: owner for charge, owner in state.unanswered.items() if owner != run}
+    return f"closes run {run}, which is not open" if state.charged.pop(run, None) is None else ""
+
+
+def _reconcile(_state: _State, body: Body) -> str:
+    for name in ("epsilon", "delta"):
+        taken = sum(spend[name] for spend in body["spends"])
+        if not math.isclose(body[name], taken, rel_tol=_TOLERANCE) or any(s[name] < 0 for s in body["spends"]):
+            return f"charges {name} {body[name]}, its spends are {taken} together"
+    return ""
+
+
+_RULES: dict[str, Callable[[_State, Body], str]] = {
+    "open": _opening,
+    "policy": _policy,
+    "reserve": _reserve,
+    "charge": _charge,
+    "release": _release,
+    "close": _close,
+    "reconcile": _reconcile,
+}
