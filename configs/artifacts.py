@@ -67,9 +67,9 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
     Raises:
         SiloweaveError: the disk is full or not writable; what was there before is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary: str | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -129,7 +129,8 @@ class Journal:
 
     def receipt(self, run_id: str = "") -> Receipt:
         """The present head, signed, with what a run has reserved and what is left."""
-        entries, bodies = self.entries(), self.bodies()
+        entries = self.entries()  # read once: another process may append between two looks
+        bodies = [json.loads(entry["body"]) for entry in entries]
         remaining, reservation = left(bodies), find(bodies, "reserve", run=run_id) or {}
         return Receipt(
             silo=self.silo_id,

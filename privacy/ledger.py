@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.artifacts import digest_bytes
 from configs.errors import InputError, PolicyRefusal
-from privacy.chain import Budget, find, left, spent_since, verify_entries
+from privacy.chain import Budget, find, left, spends, spent_since, verify_entries
 from privacy.journal import RECONCILE, Journal, default_anchor_dir
 from privacy.plan import PrivacyPlan
 from privacy.statements import Receipt, RunStatement
@@ -25,6 +25,7 @@ from privacy.streams import SEED_BYTES
 
 SeedSource = Callable[[str], bytes]
 DAY_S = 24 * 3600
+LARGEST_NUMBER_OF_SPENDS = 5000  # about 130 bytes each in a receipt, which may be a megabyte
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ class Ledger:
             before = find(bodies, "reserve", run=run_id)
             if before is None:
                 _check_left(left(bodies), request.epsilon, request.delta)
+                _check_spends(self.journal.entries())
                 self._check_day(bodies, request.epsilon, epsilon_per_day)
                 self.journal.append(
                     "reserve",
@@ -148,15 +150,23 @@ class Ledger:
     def _check_day(self, bodies: list[dict[str, Any]], epsilon: float, limit: float | None) -> None:
         if limit is None:
             return
-        now = self.journal.now(max(body["time"] for body in bodies))
+        latest = max(body["time"] for body in bodies)
+        now = self.journal.now(latest)
         remaining = limit - spent_since(bodies, now - DAY_S)
         if epsilon > remaining * (1 + 1e-12):
+            ahead = (latest - self.journal.now(0.0)) / DAY_S
+            remedy = "wait, or lower privacy.epsilon"
+            if ahead > 1:  # waiting would take as long as the clock was wrong by
+                remedy = (
+                    f"the ledger's last signed time is {ahead:.0f} days ahead of this machine's clock: ask the steward "
+                    "to mend the clock, or to raise policy.max_epsilon_per_day"
+                )
             raise _refusal(
                 "max_epsilon_per_day",
                 f"{epsilon:.6g}",
                 f"{max(remaining, 0):.6g}",
                 f"the run needs epsilon {epsilon:.4g} and {max(remaining, 0):.4g} of {limit:g} is left for 24 hours; "
-                "wait, or lower privacy.epsilon",
+                f"{remedy}",
             )
 
     def charge(self, run_id: str, request_id: str, request_digest: str, round_number: int) -> Charge:
@@ -306,6 +316,18 @@ def _check_left(remaining: Budget, epsilon: float, delta: float) -> None:
                 asked=f"{asked:.6g}",
                 allowed=f"{max(there, 0):.6g}",
             )
+
+
+def _check_spends(entries: list[dict[str, Any]]) -> None:
+    """A receipt names every spend, and one that is too long to be read again would stop the silo for good."""
+    number = len(spends(entries))
+    if number >= LARGEST_NUMBER_OF_SPENDS:
+        raise _refusal(
+            "max_reservations",
+            f"{number + 1}",
+            f"{LARGEST_NUMBER_OF_SPENDS}",
+            f"this ledger has {number} reservations and takes no more; ask for fewer, longer runs of another dataset",
+        )
 
 
 def _refusal(rule: str, asked: str, allowed: str, message: str) -> PolicyRefusal:

@@ -9,11 +9,13 @@ import sys
 import pytest
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
+from privacy import journal as journal_module
 from privacy.chain import Budget, left, verify_entries
 from privacy.ledger import Ledger
 from privacy.ledger_file import read_only
 from privacy.plan import PlanRequest
 from privacy.replay import replay
+from privacy.statements import Receipt
 
 BUDGET = Budget(20.0, 3e-5)
 REQUEST = PlanRequest(
@@ -67,6 +69,43 @@ def test_delta_is_a_budget_too(tmp_path):
     ledger.reserve("run-2", PLAN)
     with pytest.raises(PolicyRefusal, match="needs delta"):
         ledger.reserve("run-3", PLAN)
+
+
+def test_a_receipt_never_grows_beyond_what_is_read(tmp_path):
+    tiny = REQUEST.model_copy(update={"noise_multiplier": 30.0, "rounds": 1, "steps_per_round": 1, "delta": 1e-15})
+    ledger = Ledger.open(tmp_path, "north", "hospital-1", Budget(1e4, 3e-5))
+    ledger.reserve("run-0", tiny.bind(5000))
+    same = {
+        name: value for name, value in ledger.reservation("run-0").items() if name not in ("kind", "number", "time")
+    }
+    with ledger.journal.transaction():
+        for number in range(1, 4999):
+            ledger.journal.append("reserve", **{**same, "run": f"run-{number}"})
+    last = ledger.reserve("run-4999", tiny.bind(5000))
+    assert Receipt.from_bytes(last.to_bytes(), "test") == last
+    assert len(last.spends) == 5000
+    with pytest.raises(PolicyRefusal, match="takes no more") as caught:
+        ledger.reserve("run-5000", tiny.bind(5000))
+    assert caught.value.rule == "max_reservations"
+    assert ledger.charge("run-4999", "round-1", DIGEST, 1).seed
+    ledger.close_file()
+
+
+def test_a_receipt_is_of_one_instant(ledger, tmp_path, monkeypatch):
+    other, read = reopen(tmp_path), journal_module.read_entries
+    appended = []
+
+    def reads(connection):
+        found = read(connection)
+        if not appended:
+            appended.append("run-1")
+            other.reserve("run-1", PLAN)
+        return found
+
+    monkeypatch.setattr(journal_module, "read_entries", reads)
+    torn = ledger.receipt("run-1")
+    assert (torn.number, torn.epsilon_left, torn.plan_digest, torn.spends) == (1, 20.0, "", ())
+    other.close_file()
 
 
 def test_a_request_is_charged_once_and_answered_alike(ledger):
@@ -240,6 +279,7 @@ def test_damaged_and_newer_files_are_refused(ledger, tmp_path):
 CHILD = """
 import os, signal, sys
 from pathlib import Path
+from privacy import journal as journal_module
 from privacy.chain import Budget
 from privacy.ledger import Ledger
 from privacy.ledger_file import read_only
@@ -329,6 +369,46 @@ def test_replay_checks_every_claim(ledger):
         replay(more, "test")
     with pytest.raises(InputError, match="no reservation covers"):
         replay([found[0], found[2]], "test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{"kind": "charge", "round": 2}, {"kind": "reserve"}], "run run-1 is reserved a second time"),
+        ([{"kind": "reserve", "run": f"run-{number}"} for number in range(2, 9)], "entry 7: reserves more than was"),
+        ([{"kind": "policy", "epsilon": 0.5}, {"kind": "reserve", "run": "run-2"}], "entry 6: reserves more than was"),
+        ([{"kind": "policy", "epsilon": float("nan")}], "a budget of nan"),
+        ([{"kind": "reserve", "run": "run-2", "public_record_count": 10**9}], "does not fit its public_record_count"),
+        ([{"kind": "refund", "epsilon": -5.0}], "kind 'refund' is not known"),
+        ([{"kind": "open"}], "a second time"),
+        ([{"kind": "release", "charge": 3}], "release of charge 3"),
+        ([{"kind": "release", "charge": 99}], "release of charge 99"),
+        ([{"kind": "charge", "round": 2}, {"kind": "release", "charge": 5, "run": "run-2"}], "release of charge 5"),
+        ([{"kind": "charge", "round": 2}, {"kind": "close"}, {"kind": "release", "charge": 5}], "release of charge 5"),
+        ([{"kind": "close"}, {"kind": "close"}], "run-1, which is not open"),
+        ([{"kind": "close"}, {"kind": "charge", "round": 2}], "no reservation covers"),
+        ([{"kind": "charge", "round": None}], "a field is missing or of another type"),
+    ],
+)
+def test_replay_refuses_what_no_silo_would_have_written(ledger, changes, message):
+    ledger.reserve("run-1", PLAN)
+    charge = ledger.charge("run-1", "round-1", DIGEST, 1)
+    ledger.release(charge.number, "run-1", b"reply")
+    found = bodies(ledger)
+    replay(found, "test")
+    first = {body["kind"]: body for body in found}
+    for number, change in enumerate(changes, len(found) + 1):
+        found.append({**first.get(change["kind"], first["open"]), "run": "run-1", **change, "number": number})
+    with pytest.raises(InputError, match=message):
+        replay(found, "test")
+
+
+def test_a_budget_that_is_lowered_below_what_is_reserved_replays(ledger, tmp_path):
+    ledger.reserve("run-1", PLAN)
+    lowered = Ledger.open(tmp_path, "north", "hospital-1", Budget(0.5, 3e-6))
+    lowered.charge("run-1", "round-1", DIGEST, 1)
+    assert lowered.left().epsilon < 0
+    replay(bodies(lowered), "test")
 
 
 def test_the_ledger_commands(ledger, tmp_path, siloweave):
