@@ -5,6 +5,7 @@ it: the doubt survives restarts, and another old file put back, until the ledger
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from configs.artifacts import canonical_json, digest_bytes, write_atomic
@@ -43,6 +44,32 @@ class Anchor:
         if not all(receipt.holds() for receipt in receipts):
             raise InputError(f"{self.path}: a signature doesn't hold: the anchor was edited or damaged")
         return receipts
+
+    def doubt(
+        self, path: Path, owner: tuple[str, str, str], entries: Callable[[], list[Entry]], *, expected: bool
+    ) -> str | None:
+        """Why a ledger may be an old one, in words for its steward; None where the anchor agrees with it.
+
+        Args:
+            path: the ledger, for the message.
+            owner: its silo, dataset and public key.
+            entries: reads them; called after the anchor is read, so that a silo in service is never ahead of itself.
+            expected: whether there has to be an anchor.
+        """
+        try:
+            receipts = self.read()
+        except InputError as error:
+            return str(error)
+        if receipts is None:
+            return f"{self.path}: the anchor is missing" if expected else None
+        first = receipts[0]
+        if any((receipt.silo, receipt.dataset) != owner[:2] for receipt in receipts):
+            return f"{self.path}: the anchor of silo {first.silo!r} and dataset {first.dataset!r}"
+        if first.public_key != owner[2]:
+            return f"{self.path}: the anchor was signed with another key than {path} is"
+        present = entries()
+        reasons = (against(receipt, present) for receipt in receipts)
+        return next((f"{path}: {reason}" for reason in reasons if reason), None)
 
     def write(self, receipts: list[Receipt]) -> None:
         """Replaces the anchor, synced before this returns.

@@ -10,6 +10,7 @@ import typer
 from configs.errors import InputError
 
 ledger_app = typer.Typer(help="Shows, verifies and copies a silo's ledger.", no_args_is_help=True)
+ANCHOR_AGREES = "agrees"
 LedgerArgument = Annotated[
     Path, typer.Argument(help="A ledger.sqlite, the state_dir that holds it, or an export (*.jsonl).")
 ]
@@ -102,13 +103,37 @@ def _replayed(ledger: Path) -> dict[str, Any]:
 
     bodies, hashes = _verified(ledger)
     replay(bodies, str(ledger))
+    anchor = _anchored(ledger, bodies[0])
     remaining = left(bodies)
     return {
         "entries": len(bodies),
         "head": hashes[-1],
+        "anchor": anchor,
+        "later_entries_can_be_missing": anchor != ANCHOR_AGREES,
         "epsilon_left": remaining.epsilon,
         "delta_left": remaining.delta,
     }
+
+
+def _anchored(ledger: Path, opening: dict[str, Any]) -> str:
+    """Compares a ledger with the anchor beside its state_dir: what its silo would refuse is not sound.
+
+    Raises:
+        InputError: the anchor is damaged, or the ledger is behind it.
+    """
+    from privacy.anchor import Anchor
+    from privacy.journal import RECONCILE, default_anchor_dir
+    from privacy.ledger_file import LEDGER_FILE, read_only
+
+    path = _file(ledger)
+    anchor = Anchor(default_anchor_dir(path.parent))
+    if path.name != LEDGER_FILE or not anchor.path.exists():
+        return "not there"
+    owner = (opening["silo"], opening["dataset"], opening["public_key"])
+    doubt = anchor.doubt(path, owner, lambda: read_only(path), expected=False)
+    if doubt is not None:
+        raise InputError(f"{doubt}; the silo refuses everything until {RECONCILE} has been run")
+    return ANCHOR_AGREES
 
 
 def _certificate(path: Path) -> dict[str, Any]:
@@ -133,7 +158,12 @@ def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | Non
     lines = []
     if ledger is not None:
         remaining = f"epsilon {results['epsilon_left']:.4g}, delta {results['delta_left']:.3g}"
-        lines.append(f"{ledger}: {results['entries']} entries hold, head {results['head'][:16]}; left: {remaining}")
+        lines.append(f"{ledger}: {results['entries']} entries hold, head {results['head']}; left: {remaining}")
+        if results["later_entries_can_be_missing"]:
+            lines.append(
+                f"{ledger}: no anchor to compare with, so later entries can be missing: compare the head with the "
+                "silo's own, or with a newer receipt's"
+            )
     if certificate is not None:
         claim = results["headline"]
         spent = f"epsilon {claim['epsilon']:.4g}, delta {claim['delta']:.3g} ({claim['rule']})"

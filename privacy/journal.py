@@ -155,20 +155,9 @@ class Journal:
 
     def doubt(self) -> str | None:
         """Why the file may be an old one, in words for the steward; None where anchor and file agree."""
-        try:
-            receipts = self.anchor.read()
-        except InputError as error:
-            return str(error)
-        if receipts is None:
-            # Until its first anchor is written a file says so by its version: a crash before that is no doubt.
-            return f"{self.anchor.path}: the anchor is missing" if version_of(self.db) >= ANCHORED else None
-        if not all(map(self.is_own, receipts)):
-            return f"{self.anchor.path}: the anchor of silo {receipts[0].silo!r} and dataset {receipts[0].dataset!r}"
-        if receipts[0].public_key != self.signer.public_key:
-            return f"{self.anchor.path}: the anchor was signed with another key than {self.path} is"
-        entries = self.entries()
-        reasons = (against(receipt, entries) for receipt in receipts)
-        return next((f"{self.path}: {reason}" for reason in reasons if reason), None)
+        owner = (self.silo_id, self.dataset_id, self.signer.public_key)
+        # Until its first anchor is written a file says so by its version: a crash before that is no doubt.
+        return self.anchor.doubt(self.path, owner, self.entries, expected=version_of(self.db) >= ANCHORED)
 
     def refuse_doubt(self) -> None:
         """Raises a PolicyRefusal where anchor and file disagree. Its words name no place: they leave the silo."""

@@ -65,6 +65,16 @@ def read_only(path: Path) -> list[Entry]:
         return read_entries(connection)
 
 
+def read_version(path: Path) -> int:
+    """The version of a ledger file that is only looked at.
+
+    Raises:
+        InputError: it is missing, no ledger, damaged, or of a newer version.
+    """
+    with _looking(path) as connection:
+        return version_of(connection)
+
+
 def export(path: Path, target: Path) -> int:
     """Writes a ledger's entries as JSON lines: neither seeds nor replies.
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import parse
-from privacy.anchor import against, missing
-from privacy.chain import Budget, epoch, find, left, open_runs, policy_budget, verify_entries
-from privacy.journal import Journal
-from privacy.ledger_file import LEDGER_FILE, read_only
+from privacy.anchor import Anchor, against, missing
+from privacy.chain import Budget, epoch, left, open_runs, policy_budget, verify_entries
+from privacy.journal import Journal, default_anchor_dir
+from privacy.ledger_file import ANCHORED, LEDGER_FILE, read_only, read_version
 from privacy.statements import Receipt, Spend
 
 
@@ -142,14 +142,31 @@ def _receipts_in(tree: Any) -> list[dict[str, Any]]:
 
 
 def identity(state_dir: Path) -> tuple[str, str, Budget]:
-    """Silo, dataset and policy of a ledger, as its own entries say.
+    """Silo, dataset and policy of a ledger with its anchor beside it: by its entries, or the anchor where it is lost.
 
     Raises:
-        InputError: there is no ledger, or it is empty.
+        InputError: there is neither, or the anchor is not where one is found without the silo.toml.
     """
-    entries = read_only(state_dir / LEDGER_FILE)
-    bodies = verify_entries(entries, str(state_dir / LEDGER_FILE))
-    opening = find(bodies, "open")
-    if opening is None:
-        raise InputError(f"{state_dir / LEDGER_FILE}: empty; give the silo.toml instead")
-    return opening["silo"], opening["dataset"], policy_budget(bodies)
+    path, anchor = state_dir / LEDGER_FILE, Anchor(default_anchor_dir(state_dir))
+    entries = read_only(path) if path.exists() else []
+    anchored = anchor.read()
+    if not entries:
+        if anchored is None:
+            raise InputError(f"{path}: no ledger, and no anchor in {anchor.path.parent}; give the silo.toml instead")
+        return _identity_of(anchored[0])
+    if anchored is None and read_version(path) >= ANCHORED:
+        raise InputError(
+            f"{anchor.path}: no such anchor; where silo.anchor_dir is set it lies elsewhere and may agree with the "
+            "ledger, so give the silo.toml instead of the folder"
+        )
+    bodies = verify_entries(entries, str(path))
+    return bodies[0]["silo"], bodies[0]["dataset"], policy_budget(bodies)
+
+
+def _identity_of(receipt: Receipt) -> tuple[str, str, Budget]:
+    """What was left and what was spent make the budget, but for the last digits."""
+    totals = (
+        receipt.epsilon_left + sum(spend.epsilon for spend in receipt.spends),
+        receipt.delta_left + sum(spend.delta for spend in receipt.spends),
+    )
+    return receipt.silo, receipt.dataset, Budget(*(float(f"{total:.12g}") for total in totals))

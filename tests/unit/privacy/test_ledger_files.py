@@ -196,14 +196,76 @@ def test_a_version_1_file_can_be_looked_at_as_it_is(state, siloweave, tmp_path):
     assert (state / "ledger.sqlite").read_bytes() == before
 
 
+SILO_TOML = """
+[silo]
+id = "north"
+dataset_id = "ward"
+state_dir = "{state}"
+base_model = "{state}/model"
+public_record_count = 5000
+{more}
+[data]
+source = "{state}/notes.jsonl"
+[policy]
+budget_epsilon = 20.0
+budget_delta = 3e-5
+max_epsilon_per_run = 10.0
+"""
+
+
+def test_a_folder_whose_anchor_lies_elsewhere_is_not_reconciled(state, tmp_path, siloweave):
+    ledger = Ledger.open(state, "north", "ward", BUDGET, anchor_dir=tmp_path / "elsewhere")
+    ledger.reserve("run-1", PLAN)
+    done = siloweave("silo", "budget", "reconcile", str(state), cwd=tmp_path)
+    assert (done.returncode, "give the silo.toml" in done.stderr) == (2, True)
+    assert ledger.charge("run-1", "round-1", DIGEST, 1).seed  # its run is open
+    ledger.close_file()
+    (tmp_path / "silo.toml").write_text(SILO_TOML.format(state=state, more=f'anchor_dir = "{tmp_path}/elsewhere"'))
+    sound = siloweave("silo", "budget", "reconcile", "silo.toml", cwd=tmp_path)
+    assert (sound.returncode, "nothing to reconcile" in sound.stdout) == (0, True), sound.stderr
+
+
+def test_a_lost_ledger_is_mended_from_its_folders_anchor(ledger, state, tmp_path, siloweave):
+    ledger.close_file()
+    for path in state.glob("ledger.sqlite*"):
+        path.unlink()
+    with pytest.raises(InputError, match="is not in the ledger"):
+        Ledger.open(state, "north", "ward", BUDGET)
+    done = siloweave("silo", "budget", "reconcile", str(state), "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["epsilon_left"] == pytest.approx(20 - REQUEST.epsilon), done.stderr
+    again = Ledger.open(state, "north", "ward", BUDGET)
+    assert verify_entries(again.entries(), "test")[0]["epsilon"] == 20.0
+    assert len(again.entries()) == 2
+    again.close_file()
+
+
+def test_verify_looks_at_the_anchor_and_says_what_an_export_cannot_show(ledger, state, tmp_path, siloweave):
+    shutil.copytree(state, tmp_path / "copy")
+    export(state / "ledger.sqlite", tmp_path / "out.jsonl")
+    ledger.charge("run-1", "round-2", DIGEST, 2)
+    head = ledger.entries()[-1]["hash"]
+    sound = siloweave("ledger", "verify", str(state), "--json", cwd=tmp_path)
+    shown = json.loads(sound.stdout)
+    assert (shown["anchor"], shown["later_entries_can_be_missing"], shown["head"]) == ("agrees", False, head)
+    exported = siloweave("ledger", "verify", "out.jsonl", cwd=tmp_path)
+    assert "later entries can be missing" in exported.stdout
+    assert ledger.entries()[-2]["hash"] in exported.stdout  # whole, to be compared
+    ledger.close_file()
+    shutil.rmtree(state)
+    shutil.copytree(tmp_path / "copy", state)
+    old = siloweave("ledger", "verify", str(state), cwd=tmp_path)
+    assert (old.returncode, "is not in the ledger" in old.stderr) == (2, True), old.stdout
+
+
 def test_the_reconcile_command(ledger, state, tmp_path, siloweave):
     receipt = ledger.receipt("run-1")
     ledger.close_file()
     sound = siloweave("silo", "budget", "reconcile", str(state), cwd=tmp_path)
     assert (sound.returncode, "nothing to reconcile" in sound.stdout) == (0, True), sound.stderr
     (default_anchor_dir(state) / "ledger.anchor").unlink()
+    (tmp_path / "silo.toml").write_text(SILO_TOML.format(state=state, more=""))
     (tmp_path / "certificate.json").write_bytes(b'{"silos": {"north": {"receipt": ' + receipt.to_bytes() + b"}}}")
-    done = siloweave("silo", "budget", "reconcile", str(state), "certificate.json", "--json", cwd=tmp_path)
+    done = siloweave("silo", "budget", "reconcile", "silo.toml", "certificate.json", "--json", cwd=tmp_path)
     result = json.loads(done.stdout)
     assert "the anchor is missing" in result["doubt"]
     assert (result["epsilon_charged"], result["closed_runs"]) == (0, ["run-1"])
