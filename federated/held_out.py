@@ -15,7 +15,7 @@ from federated.adapters import from_bytes
 from federated.silo import warm_model
 from federated.silo_data import load_units
 from federated.simulation import simulated_silos
-from privacy.signing import load_or_create_secret
+from privacy.signing import load_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation import Score, score
 from trainer.models import load_adapter_weights
@@ -95,7 +95,7 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
             asked="exact figures",
             allowed="data declared public",
         )
-    units = load_units(silo, load_or_create_secret(Path(silo.silo.state_dir) / "split.key"))
+    units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
     base_model = Path(silo.silo.base_model)
     task = CausalTask(load_tokenizer(base_model), config.model.context_length)
     key_file = silo.silo.encryption_key_file

@@ -15,7 +15,7 @@ from federated.held_out import final_model
 from federated.silo_data import load_units
 from federated.simulation import simulated_silos
 from privacy.attacks import membership_figures
-from privacy.signing import load_or_create_secret
+from privacy.signing import load_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.tasks import CausalTask, Encoded
 
@@ -61,7 +61,7 @@ def _records(silos: Mapping[str, SiloConfig], task: CausalTask, limit: int) -> t
     members: list[Encoded] = []
     others: list[Encoded] = []
     for silo in silos.values():
-        units = load_units(silo, load_or_create_secret(Path(silo.silo.state_dir) / "split.key"))
+        units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
         count = min(limit, len(units.train), len(units.held_out))
         members += [task.encode(text) for text in _spread(units.train, count)]
         others += [task.encode(text) for text in _spread(units.held_out, count)]

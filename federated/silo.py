@@ -28,7 +28,7 @@ from privacy.certificate import library_versions
 from privacy.chain import Budget
 from privacy.ledger import Ledger
 from privacy.plan import PlanRequest, PrivacyPlan
-from privacy.signing import load_or_create_secret
+from privacy.signing import load_or_create_secret, load_secret
 from privacy.statements import Receipt
 from privacy.streams import SEED_BYTES, Streams
 from trainer.data.tokenizer import load_tokenizer
@@ -36,6 +36,7 @@ from trainer.models import add_adapter, load_model, shapes, trainable
 from trainer.tasks import CausalTask, Encoded
 
 FAILED = "FAILED"
+LARGEST_ECHO = 100  # characters of a request that a refusal repeats
 
 
 class Silo:
@@ -65,9 +66,14 @@ class Silo:
             _seed_source(injected_seed, config.silo.id),
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
-        self.units: Units = load_units(config, load_or_create_secret(state_dir / "split.key"))
+        self.units: Units = load_units(config, self._split_key(state_dir / "split.key"))
         self._log = _private_log(state_dir)
         self._one_at_a_time = threading.Lock()
+
+    def _split_key(self, path: Path) -> bytes:
+        """Drawn before anything is charged, and never again: a new one would train on what was held out."""
+        charged = any(body["kind"] == "charge" for body in self.ledger.journal.bodies())
+        return load_secret(path) if charged else load_or_create_secret(path)
 
     def close(self) -> None:
         """Closes the ledger's file."""
@@ -89,8 +95,9 @@ class Silo:
                     self.ledger.accept(_receipt(receipt))
                 return self._dispatch(request, digest)
         except PolicyRefusal as refusal:
-            self._log.warning("refused %s: %s", digest, refusal)
-            return self._reply(digest, refusal=refusal_message(refusal)).SerializeToString(deterministic=True)
+            shown = refusal_message(refusal)
+            self._log.warning("refused %s: %s", digest, shown.message)
+            return self._reply(digest, refusal=shown).SerializeToString(deterministic=True)
         except Exception:
             # Whatever failed may depend on the data: one constant code leaves, the details stay here.
             self._log.exception("failed %s", digest)
@@ -182,7 +189,7 @@ class Silo:
 
     def _reserved_plan(self, run_id: str, plan_digest: str) -> PrivacyPlan:
         reservation = self.ledger.reservation(run_id)
-        if reservation is None or not hmac.compare_digest(reservation["plan_digest"], plan_digest):
+        if reservation is None or reservation["plan_digest"] != plan_digest:
             raise _refuse("reservation", plan_digest or "no plan", "the plan that the run reserved")
         request = parse(PlanRequest, reservation["plan"], "ledger")
         return PrivacyPlan(request=request, public_record_count=reservation["public_record_count"])
@@ -198,7 +205,7 @@ class Silo:
         if not 0 < train.learning_rate <= 1:
             raise _refuse("learning_rate", f"{train.learning_rate:g}", "above 0, at most 1")
         if train.optimizer not in OPTIMIZERS:
-            raise _refuse("optimizer", train.optimizer[:100] or "none", ", ".join(OPTIMIZERS))
+            raise _refuse("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))
 
     def model(self, train: pb.Train) -> Any:
         """The warm base model with the adapter that a request describes."""
@@ -258,14 +265,14 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
     if kind != "describe" and request.silo_id != silo_id:
         raise _refuse("silo_id", request.silo_id, silo_id)
     if kind != "describe" and not (request.run_id and len(request.run_id) <= 100 and len(request.request_id) <= 200):
-        raise _refuse("run_id", request.run_id[:100] or "empty", "1 to 100 characters, request_id up to 200")
+        raise _refuse("run_id", request.run_id or "empty", "1 to 100 characters, request_id up to 200")
     return request
 
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise _refuse("plan", "not JSON", "a JSON object") from None
     if not isinstance(value, dict):
         raise _refuse("plan", type(value).__name__, "a JSON object")
@@ -280,12 +287,18 @@ def _arrays(content: bytes) -> Arrays:
 
 
 def _refuse(rule: str, asked: str, allowed: str) -> PolicyRefusal:
+    asked = asked[:LARGEST_ECHO]
     return PolicyRefusal(f"{rule}: asked {asked}, allowed {allowed}", rule=rule, asked=asked, allowed=allowed)
 
 
 def refusal_message(refusal: PolicyRefusal) -> pb.Refusal:
-    """A refusal as it leaves."""
-    return pb.Refusal(rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed, message=str(refusal))
+    """A refusal as it leaves and is logged: one line, whatever was asked."""
+    asked, allowed, message = map(_one_line, (refusal.asked[:LARGEST_ECHO], refusal.allowed, str(refusal)))
+    return pb.Refusal(rule=refusal.rule, asked=asked, allowed=allowed, message=message)
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:2000])
 
 
 def _receipt(content: bytes) -> Receipt | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from configs.artifacts import write_atomic
+from configs.artifacts import sync_directory, write_atomic
 from configs.errors import InputError
 
 KEY_BYTES = 32
@@ -17,7 +17,7 @@ def load_or_create_secret(path: Path) -> bytes:
     """A 32-byte secret, drawn from the operating system the first time.
 
     Raises:
-        InputError: the file is not a secret of ours.
+        InputError: the file is not a secret of ours, or others than its owner may read it.
     """
     if not path.exists():
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
@@ -25,7 +25,22 @@ def load_or_create_secret(path: Path) -> bytes:
         with contextlib.suppress(FileExistsError):  # another process was first: its key is the key
             os.link(fresh, path)
         fresh.unlink()
-    content = path.read_bytes()
+        sync_directory(path.parent)
+    return load_secret(path)
+
+
+def load_secret(path: Path) -> bytes:
+    """A 32-byte secret that was drawn before.
+
+    Raises:
+        InputError: it is missing, not a secret of ours, or others than its owner may read it.
+    """
+    try:
+        content, mode = path.read_bytes(), path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such key, and a new one would not be the same; put its backup back") from None
+    if mode & 0o077:
+        raise InputError(f"{path}: mode {mode & 0o777:o} lets others read it; `chmod 600` it if it is still a secret")
     if len(content) != KEY_BYTES:
         raise InputError(f"{path}: {len(content)} bytes, a key has {KEY_BYTES}; put the key's backup back")
     return content

@@ -145,6 +145,7 @@ def silo_toml(config: RunConfig, model: Path, state_dir: Path) -> Path:
     settings = silo.silo.model_copy(update={"state_dir": str(state_dir)})
     state_dir.mkdir()
     (state_dir / "split.key").write_bytes(SPLIT_KEY)
+    (state_dir / "split.key").chmod(0o600)
     path = state_dir / "silo.toml"
     path.write_text(to_toml(silo.model_copy(update={"silo": settings})), encoding="utf-8")
     return path

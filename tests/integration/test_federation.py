@@ -84,6 +84,7 @@ def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_pa
         folder = tmp_path / "state" / "plays-tiny" / silo
         folder.mkdir(parents=True)
         (folder / "split.key").write_bytes(key)
+        (folder / "split.key").chmod(0o600)
 
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.json").write_text('{"run_id": "same"}')

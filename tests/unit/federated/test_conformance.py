@@ -24,6 +24,7 @@ def silo_of(folder, model, rows, name="south"):
     state = folder / "state" / name
     state.mkdir(parents=True)
     (state / "split.key").write_bytes(SEED)
+    (state / "split.key").chmod(0o600)
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps({"text": f"note {i} of ward {name}"}) + "\n" for i in range(rows)))
     rows_of.cache_clear()

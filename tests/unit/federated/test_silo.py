@@ -20,6 +20,7 @@ from federated.silo_data import rows_of
 from federated.simulation import PublicSilo
 from privacy.journal import default_anchor_dir
 from privacy.plan import MetricRelease, PlanRequest
+from privacy.signing import load_secret
 from privacy.statements import Receipt, RunStatement
 from privacy.truncation import units_for
 
@@ -361,6 +362,50 @@ def test_an_anchor_inside_the_state_directory_is_refused(tmp_path, tiny_model, a
 @pytest.mark.parametrize("text", ["[]", "{", '{"rounds": "NaN"}', "[" * 5000, "1" * 20_000])
 def test_plans_that_are_none_are_refused(silo, text):
     assert ask(silo, "reserve", reserve=pb.Reserve(plan=text))[0].refusal.rule == "plan"
+
+
+@pytest.mark.parametrize("plan", ['{"sampling_rate": 1' + "0" * 5000 + "}", '{"sampling_rate": NaN}'])
+def test_numbers_that_are_none_are_refused(silo, plan):
+    assert ask(silo, "reserve", reserve=pb.Reserve(plan=plan))[0].refusal.rule == "plan"
+
+
+def test_what_a_refusal_repeats_is_short_and_on_one_line(silo):
+    reserve(silo)
+    for asked in ("é", "a" * 1_000_000, "b\n2026-11-22 INFO nothing happened\x1b[2J"):
+        for changes in ({"plan_digest": asked}, {"base_model_digest": asked}, {"task": asked}):
+            refusal = ask(silo, "x", **train_kind(silo, b"", **changes))[0].refusal
+            assert refusal.rule in ("reservation", "base_model", "task")
+            assert len(refusal.SerializeToString()) < 1000
+            assert refusal.message.isprintable()
+    ask(silo, "x", run_id="run\nforged", **train_kind(silo, b""))
+    lines = (silo.ledger.path.parent / "silo.log").read_text().splitlines()
+    assert all(" WARNING refused " in line for line in lines)
+
+
+def test_the_split_is_never_drawn_anew(tmp_path, tiny_model, adapter):
+    silo = Silo(silo_config(tmp_path, tiny_model))
+    key = silo.ledger.path.parent / "split.key"
+    reserve(silo)
+    silo.close()
+    kept = key.read_bytes()
+    key.unlink()
+    silo = Silo(silo.config)  # nothing is charged yet
+    assert key.read_bytes() != kept
+    ask(silo, "round-1", **train_kind(silo, adapter))
+    silo.close()
+    kept = key.read_bytes()
+    key.unlink()
+    with pytest.raises(InputError, match="put its backup back"):
+        Silo(silo.config)
+    with pytest.raises(InputError, match="put its backup back"):
+        load_secret(key)
+    assert not key.exists()
+    key.write_bytes(kept)
+    key.chmod(0o644)
+    with pytest.raises(InputError, match="mode 644 lets others read it"):
+        Silo(silo.config)
+    key.chmod(0o600)
+    Silo(silo.config).close()
 
 
 def test_a_base_model_that_is_not_from_public_text_is_refused(tmp_path, tiny_model):

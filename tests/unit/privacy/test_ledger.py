@@ -200,6 +200,9 @@ def test_a_lost_key_never_spoils_a_sound_ledger(ledger, tmp_path):
     with pytest.raises(InputError, match="the key that signed"):
         reopen(tmp_path)
     (tmp_path / "silo.key").write_bytes(bytes(32))
+    with pytest.raises(InputError, match="mode 644 lets others read it"):
+        reopen(tmp_path)
+    (tmp_path / "silo.key").chmod(0o600)
     with pytest.raises(InputError, match="does not hold"):
         Ledger.open(tmp_path, "north", "hospital-1", Budget(99.0, 3e-5))
     (tmp_path / "silo.key").write_bytes(key)
@@ -271,6 +274,7 @@ def test_damaged_and_newer_files_are_refused(ledger, tmp_path):
         reopen(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "silo.key").write_bytes(bytes(32))
+    (tmp_path / "other" / "silo.key").chmod(0o600)
     (tmp_path / "other" / "ledger.sqlite").write_bytes(b"not a database, though long enough to be read as one" * 30)
     with pytest.raises(InputError, match="not a sound ledger"):
         Ledger.open(tmp_path / "other", "north", "hospital-1", BUDGET)
