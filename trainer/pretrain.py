@@ -16,7 +16,7 @@ from trainer.data.prepare import TRAIN_TOKENS, VALIDATION_TOKENS
 from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
-COLLECTIVE_TIMEOUT_S = 600.0
+Enter = Callable[[int, str], None]
 
 
 def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
@@ -42,7 +42,21 @@ def learning_rate(settings: PretrainSettings, step: int) -> float:
     return settings.learning_rate * (floor + (1 - floor) * cosine)
 
 
-def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report) -> None:
+def warm_up(config: RunConfig) -> None:
+    """Does ahead what a start does before it knows its peers: imports, and the first use of what imports lazily."""
+    import deepspeed  # noqa: F401
+    import torch
+
+    from trainer.models import new_model
+
+    torch.set_num_threads(config.cluster.threads_per_rank)
+    small = config.model.model_copy(update={"hidden_size": 2 * config.model.heads, "intermediate_size": 8, "layers": 1})
+    model = new_model(small, vocab_size=16, seed=0)
+    next_token_nats(model, torch.zeros(1, 8, dtype=torch.int64)).backward()
+    torch.optim.AdamW(model.parameters()).step()
+
+
+def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report, enter: Enter) -> None:
     """Trains to the last step, from the newest committed checkpoint where there is one.
 
     Args:
@@ -50,8 +64,10 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
         run_directory: holds ``corpus/``; receives ``pretrain/checkpoints/``.
         rank: this process's place in the gang; its environment is already prepared.
         report: receives one dict an event (rank 0 only).
+        enter: called with step and name at the start of every phase, on every rank alike.
 
     Raises:
+        FloatingPointError: the loss or a weight is not finite; such a step is never committed.
         InputError: there is no encryption key on this node, or a checkpoint was not written with it.
         SiloweaveError: a checkpoint could not be written.
     """
@@ -65,12 +81,15 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
     root.mkdir(parents=True, exist_ok=True)
     report = report if rank.rank == 0 else _ignore
     key = load_key(config.run.encryption_key_file)
-    join_process_group(rank, COLLECTIVE_TIMEOUT_S)
+    enter(0, "join")
+    # The driver notices a hang first; this is for a rank that has no driver any more.
+    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
     _prove_shared(root, rank)
-
+    enter(0, "build")
     engine = build_engine(config, rank, manifest.metadata["vocab_size"])
     if key is not None:
         checkpoints.keep_sealed(engine, key)
+    enter(0, "resume")
     start = _resume(engine, root, digest, report)
     train = TokenFile(corpus / TRAIN_TOKENS, config.model.context_length)
     cursor = Cursor(train.num_windows, settings.batch_size, config.run.seed)
@@ -79,7 +98,8 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
     scale = rank.world_size * accumulation_steps(settings, rank.world_size) / targets_per_step
 
     for step in range(start, settings.steps):
-        began = time.perf_counter()
+        began, done = time.perf_counter(), step + 1
+        enter(done, "data")
         # 1. The rank's share of the global batch, a pure function of (seed, step, position).
         windows = train.windows(cursor.rank_windows(step, rank.rank, rank.world_size))
         for group in engine.optimizer.param_groups:
@@ -87,13 +107,18 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
         # 2. Forward and backward, micro-batch by micro-batch; the optimizer steps after the last.
         nats = torch.zeros((), device=engine.device)
         for micro in torch.from_numpy(windows).split(settings.micro_batch_size):
+            enter(done, "forward")
             loss = next_token_nats(engine, micro.to(engine.device))
+            enter(done, "backward")
             engine.backward(loss * scale)
+            enter(done, "step")
             engine.step()
             nats += loss.detach()
         # 3. The global loss, for people.
+        enter(done, "loss")
         distributed.all_reduce(nats)
-        done = step + 1
+        if not math.isfinite(nats.item()):
+            raise FloatingPointError(f"the loss of step {done} is {nats.item()}; lower pretrain.learning_rate")
         report(
             {
                 "event": "step",
@@ -107,8 +132,11 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report)
         )
         # 4. Validation and commit.
         if done % settings.validate_every == 0 or done == settings.steps:
+            enter(done, "validation")
             report({"event": "validation", "step": done, **validate(engine, config, corpus, manifest.metadata, rank)})
         if done % settings.commit_every == 0 or done == settings.steps:
+            enter(done, "commit")
+            _require_finite(engine, done)
             checkpoints.save(engine, root, done, digest, distributed.barrier, rank.rank)
             if rank.rank == 0:
                 checkpoints.prune(root, settings.keep_commits)
@@ -133,6 +161,18 @@ def _prove_shared(root: Path, rank: Rank) -> None:
         raise InputError(
             f"{root}: rank {rank.rank} does not see rank 0's file; give a run.storage that all nodes share"
         )
+
+
+def _require_finite(engine: Any, step: int) -> None:
+    """A gradient that was not finite shows in the next step's loss only: too late for a commit in between."""
+    import torch
+    from torch import distributed
+
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in engine.module.parameters()]).all()
+    broken = (~finite).float()
+    distributed.all_reduce(broken)
+    if broken.item():
+        raise FloatingPointError(f"the weights after step {step} are not finite; lower pretrain.learning_rate")
 
 
 def _ignore(_: dict[str, Any]) -> None:

@@ -1,0 +1,164 @@
+"""The gang's places: one bundle of a placement group each, which holds a rank and its warm standby."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.runtime.rank_actor import Endpoint, RankActor
+from configs.errors import InputError
+from configs.schema import ClusterSettings, RunConfig
+from trainer.pretrain import Report
+from trainer.zero import Rank
+
+_THREADS = 4  # train or stand_by, listen, and two short calls
+
+
+class Places:
+    """Ranks and standbys of one placement group.
+
+    A standby is a process that has imported everything and waits. ``take_over`` puts the standbys in the ranks'
+    places: a restart always begins with fresh processes.
+
+    Attributes:
+        ranks: handles of the ranks, by rank.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, config: RunConfig, group: Any, device: str, report: Report) -> None:
+        self._config, self._group, self.device, self._report = config, group, device, report
+        self._standbys: dict[int, Any] = {}
+        self._waits: dict[Any, tuple[int, Any]] = {}
+        self.ranks: list[Any] = [self._actor(index) for index in range(config.cluster.world_size)]
+
+    def _actor(self, index: int) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        # The bundle reserves the CPUs; a rank and its standby share them, and the GPU.
+        gpus = 0.0 if self.device == "cpu" else 0.5 if self._config.cluster.standbys else 1.0
+        actor: Any = ray.remote(RankActor)
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return actor.options(
+            num_cpus=0, num_gpus=gpus, scheduling_strategy=strategy, max_concurrency=_THREADS, max_restarts=0
+        ).remote()
+
+    def add_standbys(self) -> None:
+        """Starts the missing standbys; they get ready while training goes on."""
+        if not self._config.cluster.standbys:
+            return
+        for index in range(len(self.ranks)):
+            if index not in self._standbys:
+                standby = self._standbys[index] = self._actor(index)
+                self._waits[standby.warm.remote(self._config, self.device)] = (index, standby)
+
+    @property
+    def waits(self) -> list[Any]:
+        """References that become ready when a standby is warm, or dead."""
+        return list(self._waits)
+
+    def standby_changed(self, reference: Any) -> None:
+        """Takes note of a standby that is warm now, or replaces one that died."""
+        import ray
+
+        index, standby = self._waits.pop(reference)
+        if self._standbys.get(index) is not standby:
+            return
+        try:
+            pid = ray.get(reference)
+        except ray.exceptions.RayError:
+            self._report({"event": "standby_died", "rank": index})
+            del self._standbys[index]
+            self.add_standbys()
+            return
+        self._report({"event": "standby", "rank": index, "pid": pid})
+        self._waits[standby.stand_by.remote()] = (index, standby)
+
+    def take_over(self) -> None:
+        """Kills the ranks and puts their standbys, or new processes where there is none, in their places."""
+        import ray
+
+        for rank in self.ranks:
+            ray.kill(rank, no_restart=True)
+        self.ranks = [self._standbys.pop(index, None) or self._actor(index) for index in range(len(self.ranks))]
+        self._waits.clear()
+
+    def lost_a_node(self) -> bool:
+        """Whether a rank and its standby are both gone: the place can't be taken there."""
+        return False
+
+    def kill(self) -> None:
+        """Ends all processes."""
+        import ray
+
+        for handle in (*self.ranks, *self._standbys.values()):
+            ray.kill(handle, no_restart=True)
+
+
+@contextmanager
+def placed(config: RunConfig, report: Report) -> Iterator[Places]:
+    """The gang's places in one placement group; all of them are gone at the end, however it comes.
+
+    Raises:
+        InputError: the cluster can't place the gang.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    settings = config.cluster
+    device = pick_device(settings, ray.cluster_resources())
+    bundle = {"CPU": settings.threads_per_rank, **({"GPU": 1} if device == "cuda" else {})}
+    _check_resources(settings, bundle, ray.cluster_resources())
+    group = placement_group([bundle] * settings.world_size, strategy="PACK")
+    places: Places | None = None
+    try:
+        if not group.wait(timeout_seconds=settings.placement_timeout_s):
+            raise InputError(
+                f"cluster.world_size {settings.world_size}: Ray did not place {bundle} a rank within "
+                f"{settings.placement_timeout_s:g} s (free: {_counts(ray.available_resources())}); wait for other "
+                "jobs, or lower cluster.world_size"
+            )
+        places = Places(config, group, device, report)
+        yield places
+    finally:
+        if places is not None:
+            places.kill()
+        remove_placement_group(group)
+
+
+def pick_device(settings: ClusterSettings, resources: dict[str, float]) -> str:
+    """``cuda`` where it is asked for, or where every rank can have a GPU; else ``cpu``."""
+    if settings.device == "auto":
+        return "cuda" if resources.get("GPU", 0) >= settings.world_size else "cpu"
+    return "cuda" if settings.device == "gpu" else "cpu"
+
+
+def _check_resources(settings: ClusterSettings, bundle: dict[str, int], resources: dict[str, float]) -> None:
+    for name, amount in bundle.items():
+        needed, there = amount * settings.world_size, resources.get(name, 0)
+        if needed > there:
+            raise InputError(
+                f"cluster.world_size {settings.world_size}: the gang needs {needed:g} {name}, the Ray cluster has "
+                f"{there:g}; lower cluster.world_size or cluster.threads_per_rank, or join a larger cluster"
+            )
+
+
+def _counts(resources: dict[str, float]) -> dict[str, float]:
+    return {name: resources.get(name, 0.0) for name in ("CPU", "GPU")}
+
+
+def ranks_of(endpoints: list[Endpoint], device: str, threads: int) -> list[Rank]:
+    """Every rank's place, with rank 0's port as the rendezvous."""
+    nodes = [endpoint.node for endpoint in endpoints]
+    return [
+        Rank(
+            rank=index,
+            world_size=len(nodes),
+            local_rank=nodes[:index].count(node),
+            local_world_size=nodes.count(node),
+            master_address=endpoints[0].address,
+            master_port=endpoints[0].port,
+            device=device,
+            threads=threads,
+        )
+        for index, node in enumerate(nodes)
+    ]

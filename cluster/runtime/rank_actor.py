@@ -1,0 +1,98 @@
+"""The process of one rank, or of the standby that waits for a rank's place."""
+
+import os
+import socket
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs.schema import RunConfig
+from trainer.zero import Rank
+
+LISTEN_S = 0.2
+
+
+class Beat(NamedTuple):
+    """Where a rank is.
+
+    Attributes:
+        count: phases entered so far; every rank enters the same ones in the same order, so the lowest is behind.
+        step: the step it works on.
+        phase: what it does in that step.
+    """
+
+    count: int
+    step: int
+    phase: str
+
+
+class Endpoint(NamedTuple):
+    """Where a rank's process runs.
+
+    Attributes:
+        node: Ray's node id.
+        address: the node's address.
+        port: a port that was free a moment ago.
+        pid: process id on that node.
+    """
+
+    node: str
+    address: str
+    port: int
+    pid: int
+
+
+class RankActor:
+    """One rank. ``train`` or ``stand_by`` runs in one of the actor's threads; the others answer meanwhile."""
+
+    def __init__(self) -> None:
+        self._events: deque[dict[str, Any]] = deque()
+        self._beat = Beat(0, 0, "start")
+        self._taken = threading.Event()
+
+    def endpoint(self) -> Endpoint:
+        """This process's node and a port for the gang's rendezvous."""
+        import ray
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        return Endpoint(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port, os.getpid())
+
+    def warm(self, config: RunConfig, device: str) -> int:
+        """Imports what a rank needs, so that taking its place takes no time. Returns the process id."""
+        from trainer.zero import prepare_process
+
+        # Threads and device are read at import; the rest of the place is not known yet and is set when it is taken.
+        prepare_process(Rank(0, 1, 0, 1, "127.0.0.1", 0, device, config.cluster.threads_per_rank))
+        from trainer.pretrain import warm_up
+
+        warm_up(config)
+        return os.getpid()
+
+    def stand_by(self) -> None:
+        """Returns when the place is taken; fails when the process dies."""
+        self._taken.wait()
+
+    def train(self, config: RunConfig, run_directory: Path, rank: Rank) -> None:
+        """Trains this rank's share to the end."""
+        self._taken.set()
+        from trainer.zero import prepare_process
+
+        prepare_process(rank)
+        from trainer.pretrain import pretrain
+
+        pretrain(config, run_directory, rank, self._report, self._enter)
+
+    def listen(self, wait_s: float = LISTEN_S) -> tuple[list[dict[str, Any]], Beat]:
+        """Events since the last call (rank 0 has them), and where this rank is."""
+        time.sleep(wait_s)
+        return [self._events.popleft() for _ in range(len(self._events))], self._beat
+
+    def _report(self, event: dict[str, Any]) -> None:
+        self._events.append({**event, "time": time.time()})
+
+    def _enter(self, step: int, phase: str) -> None:
+        self._beat = Beat(self._beat.count + 1, step, phase)

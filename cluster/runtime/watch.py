@@ -1,0 +1,138 @@
+"""Watches a gang: the first failure ends it at once, with its cause; a rank that no longer moves is a failure too."""
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.runtime.places import Places
+from cluster.runtime.rank_actor import Beat
+from configs.errors import SiloweaveError
+from trainer.pretrain import Report
+
+# What a rank sees of a peer's death. The death itself is reported a moment later.
+_ECHO = re.compile(r"gloo|nccl|TCPStore|store->get|Connection (?:closed|reset|refused)|Broken pipe", re.IGNORECASE)
+_ECHO_WAIT_S = 2.0
+_CHECK_S = 1.0
+
+
+class RankFailed(Exception):
+    """A rank raised, hangs, or its process died."""
+
+
+@dataclass
+class _Heard:
+    """What was last heard of a rank, by the driver's clock."""
+
+    beat: Beat = Beat(0, 0, "start")
+    moved: float = field(default_factory=time.monotonic)
+    answered: float = field(default_factory=time.monotonic)
+
+
+class Watch:
+    """One start of the gang, from ``train`` to its end.
+
+    Args:
+        places: the gang's processes.
+        runs: reference of each rank's ``train``, by rank.
+        hang_timeout_s: seconds without a new phase that count as a hang.
+        report: receives rank 0's events.
+    """
+
+    def __init__(self, places: Places, runs: list[Any], hang_timeout_s: float, report: Report) -> None:
+        self._places, self._hang_timeout_s, self._report = places, hang_timeout_s, report
+        self._runs = dict(zip(runs, range(len(runs)), strict=True))
+        self._listens = {handle.listen.remote(): rank for rank, handle in enumerate(places.ranks)}
+        self._heard = [_Heard() for _ in runs]
+
+    def until_done(self) -> None:
+        """Returns when every rank has finished.
+
+        Raises:
+            RankFailed: a rank died, raised or hangs.
+            SiloweaveError: a rank says that going on is of no use.
+        """
+        import ray
+
+        while self._runs:
+            # Runs come first: a failure is never behind a queue of answers.
+            references = [*self._runs, *self._listens, *self._places.waits]
+            for reference in ray.wait(references, timeout=min(_CHECK_S, self._hang_timeout_s / 4))[0]:
+                if reference in self._runs:
+                    self._end_of_run(reference)
+                elif reference in self._listens:
+                    self._answer(reference)
+                else:
+                    self._places.standby_changed(reference)
+            self._check_hang()
+        events, _ = ray.get(self._places.ranks[0].listen.remote(0))
+        self._pass_on(events)
+
+    def _end_of_run(self, reference: Any) -> None:
+        rank = self._runs.pop(reference)
+        cause = _failure(rank, reference)
+        if cause is not None:
+            raise RankFailed(self._first_cause(cause))
+
+    def _first_cause(self, cause: str) -> str:
+        """The failure that another rank's broken connection is the echo of."""
+        import ray
+
+        deadline = time.monotonic() + _ECHO_WAIT_S
+        while _ECHO.search(cause) and self._runs and time.monotonic() < deadline:
+            for reference in ray.wait(list(self._runs), timeout=deadline - time.monotonic())[0]:
+                other = _failure(self._runs.pop(reference), reference)
+                if other is not None and not _ECHO.search(other):
+                    return other
+        return cause
+
+    def _answer(self, reference: Any) -> None:
+        import ray
+
+        rank = self._listens.pop(reference)
+        try:
+            events, beat = ray.get(reference)
+        except ray.exceptions.RayError:
+            return  # the rank's own run tells why
+        heard, now = self._heard[rank], time.monotonic()
+        heard.answered = now
+        if beat.count > heard.beat.count:
+            heard.beat, heard.moved = beat, now
+        self._listens[self._places.ranks[rank].listen.remote()] = rank
+        self._pass_on(events)
+
+    def _pass_on(self, events: list[dict[str, Any]]) -> None:
+        for event in events:
+            self._report(event)
+            if event["event"] == "step":
+                self._places.add_standbys()  # not earlier: they would take time from the (re)start
+
+    def _check_hang(self) -> None:
+        now, running = time.monotonic(), set(self._runs.values())
+        still = [rank for rank in running if now - self._heard[rank].moved > self._hang_timeout_s]
+        if not still:
+            return
+        mute = [rank for rank in still if now - self._heard[rank].answered > self._hang_timeout_s / 2]
+        # Peers wait for the one that hangs inside a collective, a phase or more ahead of it.
+        rank = mute[0] if mute else min(still, key=lambda rank: self._heard[rank].beat.count)
+        beat = self._heard[rank].beat
+        raise RankFailed(
+            f"rank {rank} hangs: nothing new for {self._hang_timeout_s:g} s (cluster.hang_timeout_s) "
+            f"in phase {beat.phase} of step {beat.step}{', its process does not answer' if mute else ''}"
+        )
+
+
+def _failure(rank: int, reference: Any) -> str | None:
+    """How a rank's run ended: None where it finished."""
+    import ray
+
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, SiloweaveError):
+            raise cause from None
+        return f"rank {rank} raised {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
+    except ray.exceptions.RayActorError as error:
+        return f"rank {rank}'s process died ({str(error).splitlines()[0]})"
+    return None
