@@ -172,6 +172,8 @@ _MOVABLE = {
     "run.encryption_key_file",
     "cluster.address",
     "cluster.max_failures",
+    "cluster.standbys",
+    "cluster.hang_timeout_s",
     "cluster.placement_timeout_s",
     "federated.state_dir",
     "federated.workers",

@@ -44,7 +44,8 @@ def learning_rate(settings: PretrainSettings, step: int) -> float:
 
 def warm_up(config: RunConfig) -> None:
     """Does ahead what a start does before it knows its peers: imports, and the first use of what imports lazily."""
-    import deepspeed  # noqa: F401
+    # deepspeed.initialize imports it, and with it torch's compiler: two seconds.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch
 
     from trainer.models import new_model
@@ -117,19 +118,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         # 3. The global loss, for people.
         enter(done, "loss")
         distributed.all_reduce(nats)
-        if not math.isfinite(nats.item()):
-            raise FloatingPointError(f"the loss of step {done} is {nats.item()}; lower pretrain.learning_rate")
-        report(
-            {
-                "event": "step",
-                "step": done,
-                "steps": settings.steps,
-                "loss": nats.item() / targets_per_step,
-                "learning_rate": learning_rate(settings, step),
-                "tokens": settings.batch_size * config.model.context_length,
-                "seconds": time.perf_counter() - began,
-            }
-        )
+        report(_step_event(config, done, nats.item() / targets_per_step, time.perf_counter() - began))
         # 4. Validation and commit.
         if done % settings.validate_every == 0 or done == settings.steps:
             enter(done, "validation")
@@ -143,6 +132,20 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
             report({"event": "commit", "step": done})
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def _step_event(
+    settings: PretrainSettings, done: int, context_length: int, loss: float, began: float
+) -> dict[str, Any]:
+    return {
+        "event": "step",
+        "step": done,
+        "steps": settings.steps,
+        "loss": loss,
+        "learning_rate": learning_rate(settings, done - 1),
+        "tokens": settings.batch_size * context_length,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def _prove_shared(root: Path, rank: Rank) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cluster.runtime.places import Places, placed, ranks_of
+from cluster.runtime.places import PlaceLost, Places, placed, ranks_of
 from cluster.runtime.watch import RankFailed, Watch
 from configs.errors import SiloweaveError
 from configs.schema import RunConfig
@@ -22,38 +22,40 @@ def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
         SiloweaveError: more than ``cluster.max_failures`` failures; the message is the first cause.
     """
     causes: list[str] = []
-    while True:
-        with placed(config, report) as places:
-            while True:
-                try:
-                    _train_once(places, config, run_directory, report)
-                    return
-                except RankFailed as failure:
-                    causes.append(str(failure))
-                if len(causes) > config.cluster.max_failures:
-                    raise SiloweaveError(_summary(causes))
-                report({"event": "restart", "attempt": len(causes), "cause": causes[-1]})
-                if places.lost_a_node():
-                    break
-                places.take_over()
+    while not _train_in_places(config, run_directory, report, causes):
+        pass
 
 
-def _summary(causes: list[str]) -> str:
-    if len(causes) == 1:
-        return causes[0]
-    return f"{causes[0]}; {len(causes)} failures in all, more than cluster.max_failures allows"
+def _train_in_places(config: RunConfig, run_directory: Path, report: Report, causes: list[str]) -> bool:
+    """Trains in one placement group, through failures. False where a place is lost and another group is needed."""
+    with placed(config, report) as places:
+        taken_over = False
+        while True:
+            try:
+                _train_once(places, config, run_directory, report)
+                return True
+            except RankFailed as failure:
+                _count(causes, str(failure), config.cluster.max_failures, report)
+            except PlaceLost as lost:
+                if not taken_over:  # else the standby died of what the rank died of, which is counted
+                    _count(causes, str(lost), config.cluster.max_failures, report)
+                return False
+            places.take_over()
+            taken_over = True
+
+
+def _count(causes: list[str], cause: str, max_failures: int, report: Report) -> None:
+    causes.append(cause)
+    if len(causes) == 1 > max_failures:
+        raise SiloweaveError(cause)
+    if len(causes) > max_failures:
+        raise SiloweaveError(f"{causes[0]}; {len(causes)} failures, and cluster.max_failures is {max_failures}")
+    report({"event": "restart", "attempt": len(causes), "cause": cause})
 
 
 def _train_once(places: Places, config: RunConfig, run_directory: Path, report: Report) -> None:
-    import ray
-
-    try:
-        endpoints = ray.get([handle.endpoint.remote() for handle in places.ranks])
-    except ray.exceptions.RayActorError as error:
-        raise RankFailed(f"a rank's process died before it started ({str(error).splitlines()[0]})") from error
+    endpoints = places.endpoints()
     report({"event": "gang", "pids": [endpoint.pid for endpoint in endpoints]})
     ranks = ranks_of(endpoints, places.device, config.cluster.threads_per_rank)
-    runs = [
-        handle.train.remote(config, run_directory, rank) for handle, rank in zip(places.ranks, ranks, strict=True)
-    ]
+    runs = [handle.train.remote(config, run_directory, rank) for handle, rank in zip(places.ranks, ranks, strict=True)]
     Watch(places, runs, config.cluster.hang_timeout_s, report).until_done()

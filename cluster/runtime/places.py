@@ -13,6 +13,10 @@ from trainer.zero import Rank
 _THREADS = 4  # train or stand_by, listen, and two short calls
 
 
+class PlaceLost(Exception):
+    """A rank's process can't be reached, or can't be started: its node may be gone."""
+
+
 class Places:
     """Ranks and standbys of one placement group.
 
@@ -26,8 +30,9 @@ class Places:
 
     def __init__(self, config: RunConfig, group: Any, device: str, report: Report) -> None:
         self._config, self._group, self.device, self._report = config, group, device, report
-        self._standbys: dict[int, Any] = {}
-        self._waits: dict[Any, tuple[int, Any]] = {}
+        self._standbys: dict[int, Any] = {}  # None: it could not be warmed
+        self._warming: dict[Any, int] = {}
+        self._waiting: dict[Any, int] = {}
         self.ranks: list[Any] = [self._actor(index) for index in range(config.cluster.world_size)]
 
     def _actor(self, index: int) -> Any:
@@ -42,36 +47,60 @@ class Places:
             num_cpus=0, num_gpus=gpus, scheduling_strategy=strategy, max_concurrency=_THREADS, max_restarts=0
         ).remote()
 
+    def endpoints(self) -> list[Endpoint]:
+        """Where the ranks run, once their processes answer.
+
+        Raises:
+            PlaceLost: one of them doesn't.
+        """
+        import ray
+
+        timeout_s = self._config.cluster.placement_timeout_s
+        try:
+            return list(ray.get([rank.endpoint.remote() for rank in self.ranks], timeout=timeout_s))
+        except ray.exceptions.RayActorError as error:
+            raise PlaceLost(f"a rank's process died before it started ({str(error).splitlines()[0]})") from error
+        except ray.exceptions.GetTimeoutError as error:
+            raise PlaceLost(
+                f"a rank's process did not start within {timeout_s:g} s (cluster.placement_timeout_s)"
+            ) from error
+
     def add_standbys(self) -> None:
         """Starts the missing standbys; they get ready while training goes on."""
         if not self._config.cluster.standbys:
             return
         for index in range(len(self.ranks)):
             if index not in self._standbys:
-                standby = self._standbys[index] = self._actor(index)
-                self._waits[standby.warm.remote(self._config, self.device)] = (index, standby)
+                standby: Any = self._actor(index)
+                self._standbys[index] = standby
+                self._warming[standby.warm.remote(self._config, self.device)] = index
 
     @property
     def waits(self) -> list[Any]:
         """References that become ready when a standby is warm, or dead."""
-        return list(self._waits)
+        return [*self._warming, *self._waiting]
 
     def standby_changed(self, reference: Any) -> None:
-        """Takes note of a standby that is warm now, or replaces one that died."""
+        """Takes note of a standby that is warm now, or died."""
         import ray
 
-        index, standby = self._waits.pop(reference)
-        if self._standbys.get(index) is not standby:
-            return
-        try:
-            pid = ray.get(reference)
-        except ray.exceptions.RayError:
+        if reference in self._waiting:
+            index = self._waiting.pop(reference)
             self._report({"event": "standby_died", "rank": index})
             del self._standbys[index]
             self.add_standbys()
             return
+        index = self._warming.pop(reference)
+        try:
+            pid = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            # Another one would fail, too: none until the next restart.
+            self._standbys[index] = None
+            self._report({"event": "standby_died", "rank": index, "cause": str(error).splitlines()[0]})
+            return
+        standby: Any = self._standbys[index]
+        self._waiting[standby.stand_by.remote()] = index
         self._report({"event": "standby", "rank": index, "pid": pid})
-        self._waits[standby.stand_by.remote()] = (index, standby)
 
     def take_over(self) -> None:
         """Kills the ranks and puts their standbys, or new processes where there is none, in their places."""
@@ -79,18 +108,15 @@ class Places:
 
         for rank in self.ranks:
             ray.kill(rank, no_restart=True)
-        self.ranks = [self._standbys.pop(index, None) or self._actor(index) for index in range(len(self.ranks))]
-        self._waits.clear()
-
-    def lost_a_node(self) -> bool:
-        """Whether a rank and its standby are both gone: the place can't be taken there."""
-        return False
+        self.ranks = [self._standbys.get(index) or self._actor(index) for index in range(len(self.ranks))]
+        for state in (self._standbys, self._warming, self._waiting):
+            state.clear()
 
     def kill(self) -> None:
         """Ends all processes."""
         import ray
 
-        for handle in (*self.ranks, *self._standbys.values()):
+        for handle in filter(None, (*self.ranks, *self._standbys.values())):
             ray.kill(handle, no_restart=True)
 
 

@@ -5,8 +5,9 @@ import socket
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from configs.schema import RunConfig
 from trainer.zero import Rank
@@ -14,7 +15,8 @@ from trainer.zero import Rank
 LISTEN_S = 0.2
 
 
-class Beat(NamedTuple):
+@dataclass(frozen=True)
+class Beat:
     """Where a rank is.
 
     Attributes:
@@ -23,12 +25,13 @@ class Beat(NamedTuple):
         phase: what it does in that step.
     """
 
-    count: int
-    step: int
-    phase: str
+    count: int = 0
+    step: int = 0
+    phase: str = "start"
 
 
-class Endpoint(NamedTuple):
+@dataclass(frozen=True)
+class Endpoint:
     """Where a rank's process runs.
 
     Attributes:
@@ -49,8 +52,9 @@ class RankActor:
 
     def __init__(self) -> None:
         self._events: deque[dict[str, Any]] = deque()
-        self._beat = Beat(0, 0, "start")
+        self._beat = Beat()
         self._taken = threading.Event()
+        self._preparing = threading.Lock()
 
     def endpoint(self) -> Endpoint:
         """This process's node and a port for the gang's rendezvous."""
@@ -65,11 +69,13 @@ class RankActor:
         """Imports what a rank needs, so that taking its place takes no time. Returns the process id."""
         from trainer.zero import prepare_process
 
-        # Threads and device are read at import; the rest of the place is not known yet and is set when it is taken.
-        prepare_process(Rank(0, 1, 0, 1, "127.0.0.1", 0, device, config.cluster.threads_per_rank))
-        from trainer.pretrain import warm_up
+        with self._preparing:
+            if not self._taken.is_set():
+                # Threads and device are read at import; the rest is not known yet and is set when the place is taken.
+                prepare_process(Rank(0, 1, 0, 1, "127.0.0.1", 0, device, config.cluster.threads_per_rank))
+                from trainer.pretrain import warm_up
 
-        warm_up(config)
+                warm_up(config)
         return os.getpid()
 
     def stand_by(self) -> None:
@@ -81,7 +87,8 @@ class RankActor:
         self._taken.set()
         from trainer.zero import prepare_process
 
-        prepare_process(rank)
+        with self._preparing:  # a standby may be taken before it is warm
+            prepare_process(rank)
         from trainer.pretrain import pretrain
 
         pretrain(config, run_directory, rank, self._report, self._enter)

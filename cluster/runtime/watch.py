@@ -24,7 +24,7 @@ class RankFailed(Exception):
 class _Heard:
     """What was last heard of a rank, by the driver's clock."""
 
-    beat: Beat = Beat(0, 0, "start")
+    beat: Beat = field(default_factory=Beat)
     moved: float = field(default_factory=time.monotonic)
     answered: float = field(default_factory=time.monotonic)
 

@@ -1,0 +1,182 @@
+"""A gang through every kind of failure: the losses are those of an uninterrupted run."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs.events import read_events
+
+SILOWEAVE = Path(sys.executable).with_name("siloweave")
+STEPS = 200
+SETTINGS = (f"pretrain.steps={STEPS}", "pretrain.commit_every=10", f"pretrain.validate_every={STEPS}")
+
+
+def events(run, kind):
+    return [event for event in read_events(run / "events.jsonl", "pretrain") if event["event"] == kind]
+
+
+def losses(run):
+    return {event["step"]: event["loss"] for event in events(run, "step")}
+
+
+def wait_for(condition, process, seconds=240.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+    return found
+
+
+def prepared(tiny_run, root):
+    run = root / "runs" / "tiny"
+    run.mkdir(parents=True)
+    for name in ("corpus", "tokenizer"):
+        shutil.copytree(tiny_run.directory / name, run / name)
+    return run
+
+
+def start(cwd, *arguments, **environment):
+    settings = (part for setting in SETTINGS for part in ("--set", setting))
+    return subprocess.Popen(
+        [SILOWEAVE, "pretrain", "-c", "tiny", *settings, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def processes_of(process):
+    """The driver and everything below it."""
+    driver = psutil.Process(process.pid)
+    return [driver, *driver.children(recursive=True)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_run, tmp_path_factory):
+    """The losses of a run that nothing happens to."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    run = prepared(tiny_run, root)
+    process = start(root)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return losses(run)
+
+
+class Scenario:
+    """One run with standbys and an injector of faults, for one failure after the other."""
+
+    def __init__(self, root, run):
+        self.run, self.faults = run, root / "faults"
+        self.faults.mkdir()
+        (self.faults / "slow").touch()
+        path = os.pathsep.join([str(Path(__file__).parents[1] / "faults"), os.environ.get("PYTHONPATH", "")])
+        options = ("cluster.standbys=true", "cluster.max_failures=5", "cluster.hang_timeout_s=30")
+        arguments = (part for option in options for part in ("--set", option))
+        self.process = start(root, *arguments, PYTHONPATH=path, SILOWEAVE_TEST_FAULTS=str(self.faults))
+
+    def wait(self, condition):
+        return wait_for(condition, self.process)
+
+    def gangs(self, number):
+        return self.wait(lambda: len(found := events(self.run, "gang")) >= number and found)
+
+    def trains_on(self, steps=5):
+        """Waits for further steps of the gang that runs now."""
+        before = len(events(self.run, "step"))
+        self.wait(lambda: len(events(self.run, "step")) >= before + steps)
+
+    def cause(self, number):
+        return self.wait(lambda: len(found := events(self.run, "restart")) >= number and found)[number - 1]["cause"]
+
+    def recovers(self, number, expected):
+        """The failure's cause is as expected, and training goes on from the newest commit."""
+        assert re.search(expected, self.cause(number))
+        self.gangs(number + 1)
+        assert self.wait(lambda: len(found := events(self.run, "resume")) >= number and found)[-1]["step"] % 10 == 0
+        self.trains_on()
+
+
+def test_a_gang_survives_every_kind_of_failure(tiny_run, uninterrupted, tmp_path):
+    run = prepared(tiny_run, tmp_path)
+    gang = Scenario(tmp_path, run)
+    try:
+        # 1. A standby dies: training is not disturbed, and another one takes its place.
+        standbys = gang.wait(lambda: len(found := events(run, "standby")) >= 2 and found)
+        os.kill(standbys[0]["pid"], signal.SIGKILL)
+        gang.wait(lambda: events(run, "standby_died"))
+        standbys = gang.wait(lambda: len(found := events(run, "standby")) >= 3 and found)[1:]
+        assert not events(run, "restart")
+        # 2. A rank dies: both ranks are the former standbys.
+        os.kill(gang.gangs(1)[0]["pids"][1], signal.SIGKILL)
+        gang.recovers(1, "rank 1's process died")
+        assert set(gang.gangs(2)[1]["pids"]) == {standby["pid"] for standby in standbys}
+        # 3. A rank raises, before the new standbys are warm.
+        (gang.faults / "raise-1").touch()
+        gang.recovers(2, "rank 1 raised ValueError: injected")
+        # 4. A rank hangs but answers; one that does not answer is stopped from outside.
+        (gang.faults / "hang-1").touch()
+        gang.recovers(3, r"rank 1 hangs: nothing new for 30 s .* in phase forward of step \d+$")
+        os.kill(gang.gangs(4)[3]["pids"][0], signal.SIGSTOP)
+        gang.recovers(4, r"rank 0 hangs: nothing new for 30 s .* of step \d+, its process does not answer$")
+        # 5. A loss that is not a number is not trained on.
+        (gang.faults / "nan-1").touch()
+        gang.recovers(5, r"FloatingPointError: the loss of step \d+ is nan")
+        everything = processes_of(gang.process)
+        (gang.faults / "slow").unlink()
+        _, errors = gang.process.communicate(timeout=300)
+        assert gang.process.returncode == 0, errors
+    finally:
+        gang.process.kill()
+    assert "gloo" not in errors
+    assert not psutil.wait_procs(everything, timeout=30)[1]
+    for event in events(run, "step"):  # steps that were done again included
+        assert event["loss"] == pytest.approx(uninterrupted[event["step"]], rel=1e-6)
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_diverges_ends_with_its_first_cause(tiny_run, tmp_path):
+    """Every restart meets the same loss; what was committed before stays."""
+    prepared(tiny_run, tmp_path)
+    process = start(tmp_path, "--set", "pretrain.learning_rate=1e38", "--set", "pretrain.commit_every=1")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert re.search(r"error: rank \d raised FloatingPointError: the (loss of|weights after) step \d+", errors)
+    assert "2 failures, and cluster.max_failures is 1" in errors
+
+
+def test_a_lost_node_costs_one_restart_elsewhere(tiny_run, uninterrupted, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    run = prepared(tiny_run, tmp_path)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        process = start(tmp_path, "--address", cluster.address, "--set", "cluster.standbys=true")
+        wait_for(lambda: len(events(run, "commit")) >= 1, process)
+        pids = events(run, "gang")[0]["pids"]
+        victim = next(node for node in nodes if node_of(node, pids))
+        cluster.remove_node(victim, allow_graceful=False)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    finally:
+        cluster.shutdown()
+    assert len(events(run, "restart")) == 1
+    for event in events(run, "step"):
+        assert event["loss"] == pytest.approx(uninterrupted[event["step"]], rel=1e-6)
+
+
+def node_of(node, pids):
+    """Whether one of the processes belongs to the node's raylet."""
+    raylets = [info.process.pid for info in node.all_processes["raylet"]]
+    return any(child.pid in pids for pid in raylets for child in psutil.Process(pid).children(recursive=True))
