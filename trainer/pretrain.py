@@ -134,17 +134,17 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     distributed.destroy_process_group()
 
 
-def _step_event(
-    settings: PretrainSettings, done: int, context_length: int, loss: float, began: float
-) -> dict[str, Any]:
+def _step_event(config: RunConfig, done: int, loss: float, seconds: float) -> dict[str, Any]:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss of step {done} is {loss}; lower pretrain.learning_rate")
     return {
         "event": "step",
         "step": done,
-        "steps": settings.steps,
+        "steps": config.pretrain.steps,
         "loss": loss,
-        "learning_rate": learning_rate(settings, done - 1),
-        "tokens": settings.batch_size * context_length,
-        "seconds": time.perf_counter() - began,
+        "learning_rate": learning_rate(config.pretrain, done - 1),
+        "tokens": config.pretrain.batch_size * config.model.context_length,
+        "seconds": seconds,
     }
 
 
