@@ -68,7 +68,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         enter: called with step and name at the start of every phase, on every rank alike.
 
     Raises:
-        FloatingPointError: the loss or a weight is not finite; such a step is never committed.
+        FloatingPointError: the loss, the gradient or a weight is not finite; such a step is never committed.
         InputError: there is no encryption key on this node, or a checkpoint was not written with it.
         SiloweaveError: a checkpoint could not be written.
     """
@@ -109,16 +109,16 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         nats = torch.zeros((), device=engine.device)
         for micro in torch.from_numpy(windows).split(settings.micro_batch_size):
             enter(done, "forward")
-            loss = next_token_nats(engine, micro.to(engine.device))
+            micro_nats = next_token_nats(engine, micro.to(engine.device))
             enter(done, "backward")
-            engine.backward(loss * scale)
+            engine.backward(micro_nats * scale)
             enter(done, "step")
             engine.step()
-            nats += loss.detach()
+            nats += micro_nats.detach()
         # 3. The global loss, for people.
         enter(done, "loss")
-        distributed.all_reduce(nats)
-        report(_step_event(config, done, nats.item() / targets_per_step, time.perf_counter() - began))
+        loss = _global_loss(engine, nats, done) / targets_per_step
+        report(_step_event(config, done, loss, time.perf_counter() - began))
         # 4. Validation and commit.
         if done % settings.validate_every == 0 or done == settings.steps:
             enter(done, "validation")
@@ -134,9 +134,19 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     distributed.destroy_process_group()
 
 
+def _global_loss(engine: Any, nats: Any, step: int) -> float:
+    """Sum over all ranks of a step that was good: every rank raises where one was not."""
+    from torch import distributed
+
+    if engine.skipped_steps:  # DeepSpeed's answer to a gradient that is not finite: training would stand still
+        raise FloatingPointError(f"the gradient of step {step} is not finite; lower pretrain.learning_rate")
+    distributed.all_reduce(nats)
+    if not math.isfinite(nats.item()):
+        raise FloatingPointError(f"the loss of step {step} is {nats.item()}; lower pretrain.learning_rate")
+    return float(nats.item())
+
+
 def _step_event(config: RunConfig, done: int, loss: float, seconds: float) -> dict[str, Any]:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss of step {done} is {loss}; lower pretrain.learning_rate")
     return {
         "event": "step",
         "step": done,

@@ -149,12 +149,17 @@ def test_a_gang_survives_every_kind_of_failure(tiny_run, uninterrupted, tmp_path
 
 def test_a_run_that_diverges_ends_with_its_first_cause(tiny_run, tmp_path):
     """Every restart meets the same loss; what was committed before stays."""
-    prepared(tiny_run, tmp_path)
+    run = prepared(tiny_run, tmp_path)
     process = start(tmp_path, "--set", "pretrain.weight_decay=1e30", "--set", "pretrain.commit_every=1")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
-    assert re.search(r"error: rank \d raised FloatingPointError: the weights after step 2 are not finite", errors)
+    assert re.search(r"error: rank \d raised FloatingPointError: the gradient of step 2 is not finite", errors)
+    assert checkpoints_of(run) == [1]
     assert "2 failures, and cluster.max_failures is 1" in errors
+
+
+def checkpoints_of(run):
+    return sorted(int(path.parent.name[5:]) for path in run.glob("pretrain/checkpoints/step-*/COMMITTED"))
 
 
 def test_a_lost_node_costs_one_restart_elsewhere(tiny_run, uninterrupted, tmp_path):
