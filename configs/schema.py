@@ -196,7 +196,7 @@ class ClusterSettings(Settings):
     """Restarts from the last commit after a rank failed, before the run ends with the first cause."""
     standbys: bool = True
     """Keep a warm process for every rank, which takes its place when any rank fails: a restart in about a second. Costs
-    about 450 MB of memory a rank, and some seconds of CPU after the first step and after every restart."""
+    about 520 MB of memory a rank, and some seconds of CPU after the first step and after every restart."""
     hang_timeout_s: Positive = 300
     """Seconds without a new phase (data, forward, backward, step, commit, ...) after which a rank counts as failed;
     more than the slowest phase takes."""
