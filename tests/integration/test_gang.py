@@ -103,16 +103,18 @@ def test_killed_ranks_and_a_killed_driver_resume_exactly(prepared, tiny_run, tmp
     first.kill()
     first.communicate(timeout=60)
     assert not psutil.wait_procs(ours, timeout=60)[1]
-    committed = max(event["step"] for event in events(run, "commit"))
+    reported = max(losses(run))
+    committed = max(int(path.parent.name[5:]) for path in run.glob("pretrain/checkpoints/step-*/COMMITTED"))
     second = start([*arguments, "--set", "cluster.max_failures=0"], tmp_path)
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 0, errors
-    assert committed - 20 <= events(run, "resume")[-1]["step"] <= committed + 20
-    # 3. Every step that was done twice had the same loss both times, and the whole curve is there.
+    assert events(run, "resume")[-1]["step"] == committed
+    # 3. Every step that was done twice had the same loss both times, and the whole curve is there, but for what the
+    #    ranks did and committed in the moment in which they outlived their driver.
     seen = {}
     for event in events(run, "step"):
         assert event["loss"] == pytest.approx(seen.setdefault(event["step"], event["loss"]), rel=1e-6)
-    assert sorted(seen) == list(range(1, 401))
+    assert set(range(1, 401)) - set(seen) <= set(range(reported + 1, committed + 1))
     assert losses(run)[400] < losses(run)[1]
 
 
