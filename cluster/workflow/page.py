@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-from privacy.accountant import pld_epsilon
+from privacy.plan import PlanRequest
 
 _INK, _ACCENT, _MUTED = "#1d3557", "#d1495b", "#8d99ae"
 
@@ -65,12 +65,8 @@ def _epsilon_plot(report: dict[str, Any]) -> str:
     """What a silo has spent by round: all silos run the same plan, those that missed rounds spent less."""
     privacy, rounds = report["privacy"], report["federated"]["rounds"]
     figure, axes = _figure()
-    spent = [
-        pld_epsilon(
-            privacy["sampling_rate"], privacy["noise_multiplier"], done * privacy["steps_per_round"], privacy["delta"]
-        )
-        for done in range(1, rounds + 1)
-    ]
+    plan = PlanRequest(**privacy["plan"])
+    spent = [plan.model_copy(update={"rounds": done}).epsilon for done in range(1, rounds + 1)]
     groups: dict[int, list[str]] = {}
     for name, silo in privacy["silos"].items():
         groups.setdefault(silo["charges"], []).append(name)

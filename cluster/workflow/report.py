@@ -144,6 +144,7 @@ def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
         "epsilon_sum": sum(silo["epsilon"] for silo in silos.values()),
         "epsilon_rdp": certificate["epsilon_rdp"],
         "epsilon_prv": certificate["epsilon_prv"],
+        "plan": certificate["plan"],
         "noise_multiplier": certificate["plan"]["noise_multiplier"],
         "sampling_rate": certificate["plan"]["sampling_rate"],
         "max_grad_norm": certificate["plan"]["max_grad_norm"],
