@@ -41,7 +41,7 @@ def one_line(done, status):
         (["ledger", "export", "nowhere", "--to", "out.jsonl"], "no such ledger"),
         (["ledger", "backup", "nowhere", "--to", "out.sqlite"], "no such ledger"),
         (["silo", "budget", "reconcile", "silo.toml"], "silo.toml: no such file"),
-        (["silo", "budget", "reconcile", "."], "no such ledger"),
+        (["silo", "budget", "reconcile", "."], "no ledger, and no anchor"),
         (["silo", "serve", "-c", "silo.toml", "--socket", "s.sock"], "silo.toml: no such file"),
     ],
 )
