@@ -118,7 +118,8 @@ def test_following_shows_it_anew_until_it_is_interrupted(copy):
         assert json.loads(following.stdout.readline())["troubles"] == []
         with (copy / "events.jsonl").open("a") as log:
             log.write('{"time": 1.0, "stage": "pretrain", "event": "restart", "cause": "x"}\n')
-        assert json.loads(following.stdout.readline())["pretrain"]["restarts"] == 1
+        shown = (json.loads(line)["pretrain"]["restarts"] for line in following.stdout)
+        assert 1 in shown  # the first one after it was written; a busy machine may have shown the old one again
         following.send_signal(signal.SIGINT)
         assert following.wait(timeout=60) == 0
 
