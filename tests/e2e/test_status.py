@@ -114,6 +114,8 @@ def test_a_stage_that_failed_says_so_and_nothing_of_its_data(siloweave, tmp_path
 
 def test_following_shows_it_anew_until_it_is_interrupted(copy):
     command = [str(Path(sys.executable).with_name("siloweave")), "status", str(copy), "--follow", "--json"]
+    # A shell starts background jobs, and so perhaps these tests, with SIGINT ignored, which children inherit.
+    command = ["env", "--default-signal=INT", *command]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
         assert json.loads(following.stdout.readline())["troubles"] == []
         with (copy / "events.jsonl").open("a") as log:

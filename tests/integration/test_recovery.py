@@ -131,9 +131,9 @@ def test_a_gang_survives_every_kind_of_failure(tiny_run, uninterrupted, tmp_path
         stopped.suspend()
         gang.recovers(4, r"rank 0 hangs: nothing new for 25 s .* of step \d+, its process does not answer$")
         assert not psutil.wait_procs([stopped], timeout=30)[1]
-        # 5. A loss that is not a number is not trained on.
+        # 5. A loss that is not a number is not trained on: its gradient is looked at first.
         (gang.faults / "nan-1").touch()
-        gang.recovers(5, r"FloatingPointError: the loss of step \d+ is nan")
+        gang.recovers(5, r"FloatingPointError: the gradient of step \d+ is not finite")
         everything = processes_of(gang.process)
         (gang.faults / "slow").unlink()
         _, errors = gang.process.communicate(timeout=300)

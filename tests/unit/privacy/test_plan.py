@@ -156,10 +156,19 @@ def test_plans_of_version_1_keep_digest_and_epsilon_and_old_ledgers_replay(chang
     assert plan.model_dump() == written
     assert plan.digest == digest == digest_json(written)
     assert plan.epsilon == pytest.approx(epsilon, rel=1e-9)
-    entry = {"number": 2, "kind": "reserve", "run": "r", "plan": written, "plan_digest": digest, "delta": plan.delta}
-    replay([{**entry, "epsilon": epsilon}], "old.sqlite")
+    opening = {"number": 1, "kind": "open", "epsilon": 20.0, "delta": 1e-4}
+    entry = {
+        "number": 2,
+        "kind": "reserve",
+        "run": "r",
+        "plan": written,
+        "plan_digest": digest,
+        "public_record_count": 1000,
+        "delta": plan.delta,
+    }
+    replay([opening, {**entry, "epsilon": epsilon}], "old.sqlite")
     with pytest.raises(InputError, match="claims epsilon"):
-        replay([{**entry, "epsilon": 0.9 * epsilon}], "old.sqlite")
+        replay([opening, {**entry, "epsilon": 0.9 * epsilon}], "old.sqlite")
 
 
 @pytest.mark.parametrize(
