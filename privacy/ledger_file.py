@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from configs.artifacts import canonical_json, sync_directory, write_atomic, write_failure
+from configs.artifacts import canonical_json, sync_directory, write_failure
+from configs.encryption import ENVIRONMENT, FROM_ENVIRONMENT, is_sealed, load_key, read_sealed, write_sealed
 from configs.errors import InputError, SiloweaveError
 from privacy.chain import Entry, read_entries
 
@@ -17,6 +18,7 @@ UNANCHORED, ANCHORED = 1, 2  # the same tables; version 2 has an anchor, and may
 SCHEMA_VERSION = ANCHORED
 LOCK_TIMEOUT_S = 60
 EXPORT_SUFFIX = ".jsonl"
+_EXPORT = "ledger export"
 _SCHEMA = """
 CREATE TABLE entries (number INTEGER PRIMARY KEY, body TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL,
                       signature TEXT NOT NULL);
@@ -76,7 +78,7 @@ def read_version(path: Path) -> int:
 
 
 def export(path: Path, target: Path) -> int:
-    """Writes a ledger's entries as JSON lines: neither seeds nor replies.
+    """Writes a ledger's entries as JSON lines: neither seeds nor replies. Encrypted where the environment has a key.
 
     Returns:
         The number of entries.
@@ -89,7 +91,8 @@ def export(path: Path, target: Path) -> int:
         raise InputError(f"{target}: an export is named *{EXPORT_SUFFIX}; give such a name")
     _must_be_new(target)
     entries = read_only(path)
-    write_atomic(target, b"".join(canonical_json(entry) + b"\n" for entry in entries))
+    content = b"".join(canonical_json(entry) + b"\n" for entry in entries)
+    write_sealed(target, content, load_key(FROM_ENVIRONMENT) if os.environ.get(ENVIRONMENT) else None, _EXPORT)
     return len(entries)
 
 
@@ -139,7 +142,8 @@ def _must_be_new(target: Path) -> None:
 
 def _read_export(path: Path) -> list[Entry]:
     entries: list[Entry] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    content = read_sealed(path, load_key(FROM_ENVIRONMENT), _EXPORT) if is_sealed(path) else path.read_bytes()
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):

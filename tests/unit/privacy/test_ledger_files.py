@@ -56,6 +56,18 @@ def test_an_export_is_verified_alone_and_holds_neither_seed_nor_reply(ledger, st
     assert (tmp_path / "out.jsonl").read_bytes() == content
 
 
+def test_an_export_is_sealed_where_the_environment_has_a_key(ledger, state, tmp_path, siloweave):
+    key = {"SILOWEAVE_ENCRYPTION_KEY": bytes(range(9, 41)).hex()}
+    assert siloweave("ledger", "export", str(state), "--to", "out.jsonl", cwd=tmp_path, **key).returncode == 0
+    assert b"run-1" not in (tmp_path / "out.jsonl").read_bytes()
+    verified = siloweave("ledger", "verify", "out.jsonl", "--json", cwd=tmp_path, **key)
+    assert json.loads(verified.stdout)["head"] == ledger.entries()[-1]["hash"]
+    for wrong in ({}, {"SILOWEAVE_ENCRYPTION_KEY": bytes(range(10, 42)).hex()}):
+        refused = siloweave("ledger", "verify", "out.jsonl", cwd=tmp_path, **wrong)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "KEY" in refused.stderr or "key" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
