@@ -4,20 +4,16 @@ python benchmarks/accounting.py --json accounting.json
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+from figures import setting, spread
 from opacus.accountants import PRVAccountant
 
 from privacy.accountant import calibrate, schedule_epsilon
@@ -67,11 +63,7 @@ def measure(repetitions: int, steps: list[int]) -> dict[str, dict[str, Any]]:
                     began = time.perf_counter()
                     results[name] = run(Schedule(count, q, sigma))
                     seconds.setdefault(name, []).append(time.perf_counter() - began)
-    return {name: {**summary(values), "result": results[name]} for name, values in seconds.items()}
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
+    return {name: {**spread(values), "result": results[name]} for name, values in seconds.items()}
 
 
 def main() -> None:
@@ -82,10 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = measure(arguments.repetitions, arguments.steps)
     document = {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "load_1min": os.getloadavg()[0],
-        "versions": {name: importlib.metadata.version(name) for name in ("dp-accounting", "opacus", "numpy", "scipy")},
+        **setting(("dp-accounting", "opacus", "numpy", "scipy")),
         "repetitions": arguments.repetitions,
         "delta": DELTA,
         "seconds": figures,

@@ -10,21 +10,18 @@ python benchmarks/audit_power.py --runs 100 --model-runs 10 --json audit_power.j
 import argparse
 import json
 import os
-import platform
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from figures import setting, spreads
 
 from configs.schema import ModelSettings, SourceSettings
 from federated.audit_training import AuditSettings, AuditTraining
@@ -112,12 +109,7 @@ def one_model_audit(canaries: int) -> dict[str, dict[str, Any]]:
 
 
 def summary(audits: list[dict[str, Any]]) -> dict[str, Any]:
-    figures = {
-        name: {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
-        for name in audits[0]
-        if name != "verdict"
-        for values in [[audit[name] for audit in audits]]
-    }
+    figures = spreads([{name: value for name, value in audit.items() if name != "verdict"} for audit in audits])
     counts = {verdict: sum(audit["verdict"] == verdict for audit in audits) for verdict in ("pass", "warn", "fail")}
     return {"runs": len(audits), "verdicts": counts, "figures": figures}
 
@@ -147,9 +139,7 @@ def main() -> None:
         print(f"model {number + 1}/{arguments.model_runs}", file=sys.stderr)
     quarter = REFERENCE_PLAN.model_copy(update={"noise_multiplier": REFERENCE_PLAN.noise_multiplier / 4})
     document = {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {name: version(name) for name in LIBRARIES},
+        **setting(LIBRARIES),
         "plan": REFERENCE_PLAN.model_dump(),
         "canaries": arguments.canaries,
         "guesses": num_guesses(REFERENCE_PLAN, arguments.canaries),

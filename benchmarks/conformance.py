@@ -5,14 +5,12 @@ python benchmarks/conformance.py --json conformance.json --markdown docs/conform
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from figures import setting
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout's own packages, as the tests take them
 
@@ -68,18 +66,7 @@ def run_library(library: str, traps: list[str]) -> dict[str, Cell]:
 
 def described() -> dict[str, Any]:
     """Date, machine and versions."""
-    names = ("opacus", "flwr", "torch", "transformers", "peft", "numpy", "dp-accounting", "siloweave")
-    return {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
-    }
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return setting(("opacus", "flwr", "torch", "transformers", "peft", "numpy", "dp-accounting", "siloweave"))
 
 
 def markdown(document: dict[str, Any]) -> str:

@@ -10,20 +10,18 @@ Real text is harder: take these figures as an upper bound.
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import re
-import statistics
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from importlib.metadata import version
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
+
+from figures import setting, spread
 
 from configs.schema import DeidentifySettings
 from privacy.deidentify import Deidentifier
@@ -209,9 +207,7 @@ def main() -> None:
                     values[kind][name].append(value)
     figures = {kind: {name: _spread(found) for name, found in rows.items()} for kind, rows in values.items()}
     document = {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "versions": {name: version(name) for name in ("presidio-analyzer", "presidio-anonymizer", "spacy")},
+        **setting(("presidio-analyzer", "presidio-anonymizer", "spacy")),
         "notes": arguments.notes,
         "repetitions": arguments.repetitions,
         "figures": figures,
@@ -228,9 +224,7 @@ def main() -> None:
 def _spread(found: list[float]) -> dict[str, Any]:
     """Median, minimum and maximum; null where there was nothing to count (a kind without examples, or never said)."""
     known = [value for value in found if not math.isnan(value)]
-    if not known:
-        return {"median": None, "minimum": None, "maximum": None}
-    return {"median": statistics.median(known), "minimum": min(known), "maximum": max(known)}
+    return spread(known) if known else {"median": None, "minimum": None, "maximum": None}
 
 
 def _shown(spread: dict[str, Any]) -> str:

@@ -5,15 +5,13 @@ python benchmarks/demo.py --repetitions 3 --json demo.json
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
+
+from figures import setting, spreads
 
 FIGURES = {
     "bits_per_char_base": ("federated", "bits_per_char_base"),
@@ -53,15 +51,9 @@ def main() -> None:
         figures, versions = one_demo(arguments.config)
         runs.append(figures)
         print(f"{number + 1}/{arguments.repetitions}: {figures['seconds_total']:.0f} s", file=sys.stderr)
-    summary = {
-        name: {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
-        for name in runs[0]
-        for values in [[run[name] for run in runs]]
-    }
-    machine = {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    summary = spreads(runs)
     document = {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": machine,
+        **setting(()),
         "versions": versions,
         "repetitions": arguments.repetitions,
         "figures": summary,

@@ -8,10 +8,7 @@ python benchmarks/dp_step.py --json dp_step.json
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -20,11 +17,11 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import setting, spread
 from torch.nn import functional
 
 MAX_GRAD_NORM = 1.0
@@ -241,10 +238,6 @@ def print_peak(name: str, mode: str) -> None:
     print(next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM")))
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=15)
@@ -263,19 +256,13 @@ def main() -> None:
         figures[name] = {**compare(name, arguments.repetitions), **peak_memory(name, arguments.memory_repetitions)}
         show(name, figures[name])
     document = {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "threads": 1},
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "opacus", "transformers", "peft")},
+        **setting(("torch", "opacus", "transformers", "peft")),
+        "threads": 1,
         "repetitions": arguments.repetitions,
         "figures": figures,
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
-
-
-def processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].split(":")[1].strip() if names else platform.machine()
 
 
 def show(name: str, figures: dict[str, Any]) -> None:

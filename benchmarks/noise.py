@@ -4,23 +4,19 @@ python benchmarks/noise.py --json noise.json
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import setting, spread
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from privacy import engine
+from privacy.engine import PrivateTraining
 from privacy.noise import grid, noised
-from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.plan import PlanRequest
 from privacy.streams import Streams
 from trainer.models import add_adapter
 
@@ -48,15 +44,13 @@ def model(lora: bool) -> Any:
 
 
 def straightforward(
-    clipped_sum: torch.Tensor, plan: PrivacyPlan, streams: Streams, step: int, name: str
+    clipped_sum: torch.Tensor, noise_std: float, streams: Streams, step: int, name: str
 ) -> torch.Tensor:
     """The same distribution, all at once: the baseline."""
     generator = streams.generator("noise", step, name)
     draws: Any = sum(generator.standard_normal(tuple(clipped_sum.shape)) for _ in range(4))
-    spacing = grid(plan.noise_std)
-    return (
-        ((clipped_sum.double() + torch.from_numpy(draws * (plan.noise_std / 2))) / spacing).round().mul(spacing).float()
-    )
+    spacing = grid(noise_std)
+    return ((clipped_sum.double() + torch.from_numpy(draws * (noise_std / 2))) / spacing).round().mul(spacing).float()
 
 
 def losses(net: Any, units: Any) -> torch.Tensor:
@@ -76,7 +70,7 @@ def whole_step(net: Any, seed: int) -> float:
         began = time.perf_counter()
         return [batch]
 
-    engine.train_privately(
+    PrivateTraining(
         PLAN,
         Streams(seed.to_bytes(32, "little"), DIGEST),
         net,
@@ -85,7 +79,7 @@ def whole_step(net: Any, seed: int) -> float:
         micro_batches=start,
         unit_losses=lambda units: losses(net, units),
         synthetic=tokens[:2],
-    )
+    ).run()
     return time.perf_counter() - began
 
 
@@ -94,7 +88,7 @@ def noise_alone(net: Any, seed: int, add: Callable[..., torch.Tensor]) -> float:
     sums = {name: torch.zeros_like(value) for name, value in net.named_parameters() if value.requires_grad}
     began = time.perf_counter()
     for name, value in sums.items():
-        add(value, PLAN, streams, 0, name)
+        add(value, PLAN.noise_std, streams, 0, name)
     return time.perf_counter() - began
 
 
@@ -111,14 +105,10 @@ def measure(repetitions: int) -> dict[str, dict[str, Any]]:
             for name, value in (("step_s", step), ("noise_s", noise), ("straightforward_noise_s", before)):
                 seconds.setdefault(f"{kind}_{name}", []).append(value)
             seconds.setdefault(f"{kind}_noise_share", []).append(noise / step)
-    figures: dict[str, dict[str, Any]] = {name: summary(values) for name, values in seconds.items()}
+    figures: dict[str, dict[str, Any]] = {name: spread(values) for name, values in seconds.items()}
     for kind, net in nets.items():
-        figures[f"{kind}_parameters"] = summary([sum(v.numel() for v in net.parameters() if v.requires_grad)])
+        figures[f"{kind}_parameters"] = spread([sum(v.numel() for v in net.parameters() if v.requires_grad)])
     return figures
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
 
 
 def main() -> None:
@@ -128,11 +118,8 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = measure(arguments.repetitions)
     document = {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))},
-        "load_1min": os.getloadavg()[0],
+        **setting(("torch", "opacus", "numpy", "randomgen")),
         "threads": torch.get_num_threads(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "opacus", "numpy", "randomgen")},
         "repetitions": arguments.repetitions,
         "figures": figures,
     }

@@ -9,17 +9,15 @@ with standbys that have. The kill is sent between commits, once the gang has mad
 import argparse
 import json
 import os
-import platform
 import signal
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from figures import setting, spreads
 
 COMMIT_EVERY = 20
 STEPS_BEFORE_KILL = 30
@@ -121,15 +119,6 @@ def settings(folder: str, repetitions: int, *, standbys: bool) -> Iterator[str]:
     yield "pretrain.validate_every=1000000"
 
 
-def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median, minimum and maximum of every figure."""
-    return {
-        name: {"median": statistics.median(values), "minimum": min(values), "maximum": max(values)}
-        for name in runs[0]
-        for values in [[run[name] for run in runs]]
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
@@ -139,15 +128,9 @@ def main() -> None:
     figures = {}
     for name, standbys in (("warm", True), ("cold", False)):
         print(name, file=sys.stderr)
-        figures[name] = summary(measure(arguments.repetitions, standbys=standbys))
+        figures[name] = spreads(measure(arguments.repetitions, standbys=standbys))
     document = {
-        "date": datetime.now(tz=UTC).date().isoformat(),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average_1_min": os.getloadavg()[0],
-        },
-        "versions": {name: version(name) for name in ("ray", "torch", "deepspeed", "transformers")},
+        **setting(("ray", "torch", "deepspeed", "transformers")),
         "repetitions": arguments.repetitions,
         "figures": figures,
     }

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Optimizer = Literal["adam", "adam_bc", "sgd"]
 ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew", "opacus_ghost"]
 
 
@@ -213,7 +214,7 @@ class FederatedSettings(Settings):
     """Optimizer steps of a silo in a round."""
     learning_rate: Positive = 5e-3
     """Learning rate inside a silo."""
-    optimizer: Literal["adam", "adam_bc", "sgd"] = "adam"
+    optimizer: Optimizer = "adam"
     """Optimizer inside a silo, anew each round; ``adam_bc`` takes the noise's share off Adam's second moment."""
     lora_rank: Count = 16
     """Rank of the adapters, on all linear layers, the output head included."""

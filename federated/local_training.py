@@ -5,12 +5,12 @@ With DP for a silo, and without for the comparison on public data.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from configs.schema import ClippingMethod
+from configs.schema import ClippingMethod, Optimizer
 from federated.adapters import Arrays
 from privacy.engine import PrivateTraining
 from privacy.optimizers import AdamBC
@@ -20,7 +20,7 @@ from privacy.streams import Streams
 from trainer.models import adapter_weights, load_adapter_weights, trainable
 from trainer.tasks import CausalTask, Encoded, by_length
 
-OPTIMIZERS = ("adam", "adam_bc", "sgd")
+OPTIMIZERS = get_args(Optimizer)
 
 
 @dataclass(frozen=True)

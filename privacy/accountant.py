@@ -61,11 +61,6 @@ def schedule_epsilon(
     return float(pld.get_epsilon_for_delta(schedule.accounted_delta(delta)))
 
 
-def pld_epsilon(q: float, sigma: float, steps: int, delta: float) -> float:
-    """Epsilon of ``steps`` Poisson-subsampled Gaussians and nothing else."""
-    return schedule_epsilon(Schedule(steps, q, sigma), delta)
-
-
 @lru_cache(maxsize=64)
 def guarantee(schedule: Schedule, delta: float) -> Guarantee:
     """The guarantee of a schedule, with the other accountants beside it.

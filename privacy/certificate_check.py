@@ -100,17 +100,8 @@ def _check_receipt(
     silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, epsilon: float, where: str
 ) -> Receipt:
     receipt = parse(Receipt, silo.get("receipt", {}), f"{where}.receipt")
-    expected = {
-        "silo": name,
-        "dataset": silo.get("dataset_id"),
-        "public_key": silo.get("public_key"),
-        "public_record_count": silo.get("public_record_count"),
-        "run": run,
-        "plan_digest": plan.digest,
-        "epsilon_reserved": epsilon,
-        "delta_reserved": plan.delta,
-    }
-    _expect(receipt, expected, f"{where}.receipt")
+    spent = {"epsilon_reserved": epsilon, "delta_reserved": plan.delta}
+    _expect(receipt, {**_in_both(silo, name, run, plan), **spent}, f"{where}.receipt")
     return receipt
 
 
@@ -118,20 +109,23 @@ def _check_statement(
     silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, epsilon: float, where: str
 ) -> RunStatement:
     statement = parse(RunStatement, silo["statement"], f"{where}.statement")
-    expected = {
+    spent = {"epsilon": epsilon, "delta": plan.delta}
+    _expect(statement, {**_in_both(silo, name, run, plan), **spent}, f"{where}.statement")
+    if statement.rounds_charged > plan.rounds:
+        raise InputError(f"{where}.statement.rounds_charged is {statement.rounds_charged}, the plan has {plan.rounds}")
+    return statement
+
+
+def _in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest) -> dict[str, Any]:
+    """What a receipt and a statement of the same run both say."""
+    return {
         "silo": name,
         "dataset": silo.get("dataset_id"),
         "public_key": silo.get("public_key"),
         "public_record_count": silo.get("public_record_count"),
         "run": run,
         "plan_digest": plan.digest,
-        "epsilon": epsilon,
-        "delta": plan.delta,
     }
-    _expect(statement, expected, f"{where}.statement")
-    if statement.rounds_charged > plan.rounds:
-        raise InputError(f"{where}.statement.rounds_charged is {statement.rounds_charged}, the plan has {plan.rounds}")
-    return statement
 
 
 def _expect(signed: Receipt | RunStatement, expected: Mapping[str, Any], where: str) -> None:

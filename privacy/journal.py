@@ -162,7 +162,7 @@ class Journal:
     def refuse_doubt(self) -> None:
         """Raises a PolicyRefusal where anchor and file disagree. Its words name no place: they leave the silo."""
         if self.doubt() is not None:
-            raise _refusal(
+            raise refusal(
                 "rollback", "a request", "none", f"the silo's ledger is in doubt; its steward runs {RECONCILE}"
             )
 
@@ -182,7 +182,7 @@ class Journal:
             if receipt is None:
                 return
             if not self.is_own(receipt) or receipt.public_key != self.signer.public_key or not receipt.holds():
-                raise _refusal("receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt")
+                raise refusal("receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt")
             if against(receipt, self.entries()) is not None:
                 self.anchor.write([self.receipt(), receipt])
                 self.refuse_doubt()
@@ -234,5 +234,6 @@ def default_anchor_dir(state_dir: Path) -> Path:
     return place.with_name(f"{place.name}.anchor")
 
 
-def _refusal(rule: str, asked: str, allowed: str, message: str) -> PolicyRefusal:
+def refusal(rule: str, asked: str, allowed: str, message: str) -> PolicyRefusal:
+    """A refusal whose message begins with its rule."""
     return PolicyRefusal(f"{rule}: {message}", rule=rule, asked=asked, allowed=allowed)

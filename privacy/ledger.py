@@ -18,7 +18,7 @@ from typing import Any
 from configs.artifacts import digest_bytes
 from configs.errors import InputError, PolicyRefusal
 from privacy.chain import Budget, find, left, spends, spent_since, verify_entries
-from privacy.journal import RECONCILE, Journal, default_anchor_dir
+from privacy.journal import RECONCILE, Journal, default_anchor_dir, refusal
 from privacy.plan import PrivacyPlan
 from privacy.statements import Receipt, RunStatement
 from privacy.streams import SEED_BYTES
@@ -142,7 +142,7 @@ class Ledger:
                     delta=request.delta,
                 )
             elif before["plan_digest"] != request.digest:
-                raise _refusal(
+                raise refusal(
                     "reservation", request.digest, before["plan_digest"], f"run {run_id} reserved another plan"
                 )
         return self.receipt(run_id)
@@ -161,7 +161,7 @@ class Ledger:
                     f"the ledger's last signed time is {ahead:.0f} days ahead of this machine's clock: ask the steward "
                     "to mend the clock, or to raise policy.max_epsilon_per_day"
                 )
-            raise _refusal(
+            raise refusal(
                 "max_epsilon_per_day",
                 f"{epsilon:.6g}",
                 f"{max(remaining, 0):.6g}",
@@ -188,7 +188,7 @@ class Ledger:
                 self._check_round(bodies, run_id, round_number)
                 charge = self._new_charge(run_id, request_id, request_digest, round_number)
             elif before["digest"] != request_digest:
-                raise _refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
+                raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
             else:
                 charge = self._stored(before["number"], run_id, bodies)
         if charge.reply is not None:
@@ -211,14 +211,14 @@ class Ledger:
     def _check_round(self, bodies: list[dict[str, Any]], run_id: str, round_number: int) -> None:
         reservation = find(bodies, "reserve", run=run_id)
         if reservation is None:
-            raise _refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
+            raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
         if find(bodies, "close", run=run_id) is not None:
-            raise _refusal("closed", run_id, "an open run", f"run {run_id} is closed")
+            raise refusal("closed", run_id, "an open run", f"run {run_id} is closed")
         rounds = reservation["plan"]["rounds"]
         if not 1 <= round_number <= rounds:
-            raise _refusal("schedule", str(round_number), f"1 to {rounds}", f"run {run_id} reserved {rounds} rounds")
+            raise refusal("schedule", str(round_number), f"1 to {rounds}", f"run {run_id} reserved {rounds} rounds")
         if find(bodies, "charge", run=run_id, round=round_number) is not None:
-            raise _refusal("schedule", str(round_number), "a new round", f"round {round_number} of {run_id} is charged")
+            raise refusal("schedule", str(round_number), "a new round", f"round {round_number} of {run_id} is charged")
 
     def _stored(self, number: int, run_id: str, bodies: list[dict[str, Any]]) -> Charge:
         reply = self.journal.db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
@@ -226,9 +226,9 @@ class Ledger:
             return Charge(number, None, reply[0])
         seed = self.journal.db.execute("SELECT seed FROM seeds WHERE charge = ?", (number,)).fetchone()
         if find(bodies, "close", run=run_id) is not None:
-            raise _refusal("closed", run_id, "an open run", f"run {run_id} is closed and its replies are deleted")
+            raise refusal("closed", run_id, "an open run", f"run {run_id} is closed and its replies are deleted")
         if seed is None:  # a backup, which holds no seeds, was put back
-            raise _refusal("seed", run_id, "a kept seed", f"charge {number} has lost its seed; it stays spent")
+            raise refusal("seed", run_id, "a kept seed", f"charge {number} has lost its seed; it stays spent")
         return Charge(number, seed[0], None)
 
     def release(self, number: int, run_id: str, reply: bytes) -> bytes:
@@ -246,7 +246,7 @@ class Ledger:
 
     def _store(self, number: int, run_id: str, reply: bytes) -> None:
         if self.journal.db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
-            raise _refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
+            raise refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
         self.journal.append(
             "release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply)
         )
@@ -322,13 +322,9 @@ def _check_spends(entries: list[dict[str, Any]]) -> None:
     """A receipt names every spend, and one that is too long to be read again would stop the silo for good."""
     number = len(spends(entries))
     if number >= LARGEST_NUMBER_OF_SPENDS:
-        raise _refusal(
+        raise refusal(
             "max_reservations",
             f"{number + 1}",
             f"{LARGEST_NUMBER_OF_SPENDS}",
             f"this ledger has {number} reservations and takes no more; ask for fewer, longer runs of another dataset",
         )
-
-
-def _refusal(rule: str, asked: str, allowed: str, message: str) -> PolicyRefusal:
-    return PolicyRefusal(f"{rule}: {message}", rule=rule, asked=asked, allowed=allowed)

@@ -26,14 +26,6 @@ SETTINGS = AuditSettings(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def training(model, settings=SETTINGS, **changes):
     task = CausalTask(load_tokenizer(model), 64)
     background = [task.encode(f"a public sentence, number {number}") for number in range(100)]

@@ -33,14 +33,6 @@ DIGEST = "ab" * 32
 CANARIES = 2000
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("guesses", "correct"), [(10, 9), (100, 70), (250, 210), (1000, 1000)])
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.999])
 def test_without_delta_the_bound_is_clopper_and_pearsons(guesses, correct, confidence):
