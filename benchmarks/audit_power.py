@@ -23,7 +23,8 @@ from unittest import mock
 import torch
 from figures import setting, spreads
 
-from configs.schema import ModelSettings, SourceSettings
+from configs.data_settings import SourceSettings
+from configs.pretrain_settings import ModelSettings
 from federated.audit_training import AuditSettings, AuditTraining
 from privacy.audit import FAIL_CONFIDENCE, REFERENCE_PLAN, WARN_CONFIDENCE, Finding, fair_coins, judge, num_guesses
 from privacy.canaries import probe_alone

@@ -23,7 +23,7 @@ from typing import Any
 
 from figures import setting, spread
 
-from configs.schema import DeidentifySettings
+from configs.data_settings import DeidentifySettings
 from privacy.deidentify import Deidentifier
 
 LISTED = ["Amara Okafor", "Jonas Lindqvist", "Mei-Ling Zhao", "O'Brien", "Petrova", "Hadley", "Ruiz", "Nakamura"]

@@ -5,19 +5,14 @@ Fields that change a privacy guarantee live in ``PrivacySettings``; fields that 
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Probability = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+from configs.data_settings import DataSettings, TokenizerSettings
+from configs.pretrain_settings import ClusterSettings, ModelSettings, PretrainSettings
+from configs.settings import Count, Positive, Probability, Settings
+
 Optimizer = Literal["adam", "adam_bc", "sgd"]
 ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew", "opacus_ghost"]
-
-
-class Settings(BaseModel):
-    """Base of every group: immutable, and a misspelt key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunSettings(Settings):
@@ -38,171 +33,6 @@ class RunSettings(Settings):
         if "://" in self.storage:
             raise ValueError(f"run.storage is {self.storage!r}: object stores are not supported yet; give a folder")
         return self
-
-
-class SourceSettings(Settings):
-    """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
-
-    source: str
-    """``embedded:NAME``, a path (JSONL, CSV, Parquet, text file, or a folder of them), or ``hf:DATASET``."""
-    text: str = "text"
-    """Column that holds the text. Text files have this one column: a file is a record."""
-    split: str = "train"
-    """Split to read from a Hugging Face dataset."""
-
-
-class PrivateSettings(SourceSettings):
-    """The data of the silos, for a simulation on one machine."""
-
-    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """The steward's name for this dataset. Its ledgers outlive runs: a new name is a new privacy budget, so
-    change it only when the people in the data have changed."""
-    silo: str = "silo"
-    """Column that names the silo of a record."""
-    unit: str = ""
-    """Column that names the privacy unit (a person, a device); empty: every record is a unit of its own."""
-    max_rows_per_unit: Count = 8
-    """Rows kept of one unit; which ones depends on that unit alone."""
-    public: bool = False
-    """True only for data that everyone may see: it allows figures read in the clear and the run without DP."""
-    public_record_count: Count
-    """Training units of a silo, rounded, declared by the steward and never computed from the data."""
-    public_record_counts: dict[str, Count] = Field(default_factory=dict)
-    """The same for single silos, by name, where they differ."""
-    held_out_fraction: Probability = 0.1
-    """Share of the units that are never trained on, chosen by a keyed hash of the unit."""
-
-    def record_count(self, silo: str) -> int:
-        """The declared number of training units of a silo."""
-        return self.public_record_counts.get(silo, self.public_record_count)
-
-
-class DeidentifySettings(Settings):
-    """Replacing what identifies people by ``<KIND>`` before anything else reads a text (Presidio; extra ``deid``).
-
-    Hygiene, not differential privacy: what it misses stays in.
-    """
-
-    enabled: bool = False
-    """Treat the public corpus and the silos' records."""
-    names_file: str = ""
-    """File of names, one a line, found as written and in capitals; empty: none."""
-    spacy_model: str = ""
-    """Installed spaCy model, or its folder, that finds names; empty: none. Never downloaded."""
-    countries: tuple[str, ...] = ("us", "uk")
-    """Countries whose national ids are looked for, by Presidio's codes."""
-    medical_record_pattern: str = r"(?<=\b(?:MRN|medical record(?: (?:number|no))?)[.:# ]{1,3})[A-Z]{0,3}-?\d{5,10}\b"
-    """Regular expression of a medical record number; letters of either case."""
-
-
-class DataSettings(Settings):
-    """Public text for pretraining, private text for the silos, and how the public text is cleaned."""
-
-    public: SourceSettings
-    """The public corpus. Tokenizer and base model see nothing else."""
-    private: PrivateSettings
-    """The data of the silos."""
-    validation_fraction: Probability = 0.05
-    """Share of the public documents held out from pretraining."""
-    min_characters: Count = 40
-    """Shorter public documents are dropped."""
-    near_duplicate_similarity: Annotated[float, Field(ge=0.1, le=0.95)] = 0.8
-    """Public documents with at least this Jaccard similarity (5-word shingles, MinHash) count as copies."""
-    deidentify: DeidentifySettings = DeidentifySettings()
-    """What is replaced in the public corpus and, in a simulation, in the silos' records."""
-
-
-class TokenizerSettings(Settings):
-    """Byte-level BPE, trained on the public corpus only."""
-
-    vocab_size: Annotated[int, Field(ge=260, le=65535)] = 2048
-    """Number of tokens, the end-of-text token included."""
-
-
-class ModelSettings(Settings):
-    """A Llama-style decoder (transformers' configuration), started at random."""
-
-    hidden_size: Count = 128
-    """Width of the residual stream."""
-    layers: Count = 4
-    """Number of blocks."""
-    heads: Count = 4
-    """Attention heads of a block; divides ``hidden_size``."""
-    intermediate_size: Count = 384
-    """Width of the gated feed-forward layer."""
-    context_length: Annotated[int, Field(ge=8)] = 128
-    """Longest sequence, in tokens. A longer private record is truncated."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ModelSettings":
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
-            raise ValueError(
-                f"model.heads is {self.heads}: model.hidden_size {self.hidden_size} must be an even multiple of it "
-                "(rotary embeddings pair the dimensions)"
-            )
-        return self
-
-
-class PretrainSettings(Settings):
-    """Pretraining on public text."""
-
-    steps: Count = 600
-    """Optimizer steps."""
-    batch_size: Count = 8
-    """Sequences a step, over all ranks."""
-    micro_batch_size: Count = 4
-    """Sequences a rank processes at once; the rest is accumulated."""
-    learning_rate: Positive = 3e-3
-    """Peak learning rate of AdamW."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 30
-    """Steps of linear warm-up before the cosine."""
-    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Final learning rate as a share of the peak."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay of matrices (norms have none)."""
-    max_grad_norm: Positive = 1.0
-    """Global gradient norm is clipped to this (optimization, not privacy)."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
-    """DeepSpeed ZeRO stage."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward; master weights stay float32."""
-    commit_every: Count = 100
-    """Steps between committed checkpoints."""
-    keep_commits: Annotated[int, Field(ge=2)] = 2
-    """Committed checkpoints kept; two at least, so that a damaged newest has one before it."""
-    validate_every: Count = 200
-    """Steps between validations."""
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> "PretrainSettings":
-        if self.warmup_steps >= self.steps:
-            raise ValueError(
-                f"pretrain.warmup_steps is {self.warmup_steps}: give less than pretrain.steps ({self.steps})"
-            )
-        return self
-
-
-class ClusterSettings(Settings):
-    """The gang of Ray actors; one actor is one rank."""
-
-    world_size: Count = 2
-    """Ranks."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """``auto`` takes a GPU a rank where Ray has enough of them, else CPUs."""
-    address: str = ""
-    """Ray cluster to join; empty: RAY_ADDRESS, else a Ray of our own on this machine."""
-    threads_per_rank: Count = 1
-    """Torch threads, and CPUs reserved, of a rank or of a silo worker."""
-    max_failures: Annotated[int, Field(ge=0)] = 1
-    """Restarts from the last commit after a rank failed, before the run ends with the first cause."""
-    standbys: bool = True
-    """Keep a warm process for every rank, which takes its place when any rank fails: a restart in about a second. Costs
-    about 520 MB of memory a rank, and some seconds of CPU after the first step and after every restart."""
-    hang_timeout_s: Positive = 300
-    """Seconds without a new phase (data, forward, backward, step, commit, ...) after which a rank counts as failed;
-    more than the slowest phase takes."""
-    placement_timeout_s: Positive = 60
-    """Seconds to wait for the cluster to place the gang."""
 
 
 class FederatedSettings(Settings):

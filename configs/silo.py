@@ -6,17 +6,10 @@ from urllib.parse import quote
 
 from pydantic import Field, model_validator
 
+from configs.data_settings import DeidentifySettings, SourceSettings
 from configs.load import parse, read_toml
-from configs.schema import (
-    ClippingMethod,
-    Count,
-    DeidentifySettings,
-    Positive,
-    Probability,
-    RunConfig,
-    Settings,
-    SourceSettings,
-)
+from configs.schema import ClippingMethod, RunConfig
+from configs.settings import Count, Positive, Probability, Settings
 
 
 class SiloSettings(Settings):

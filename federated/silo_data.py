@@ -5,8 +5,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 
+from configs.data_settings import SourceSettings
 from configs.errors import InputError
-from configs.schema import SourceSettings
 from configs.silo import SiloConfig, SiloDataSettings
 from privacy.deidentify import open_deidentifier
 from trainer.data.sources import ReadCounts, read_rows

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_bytes, digest_json
+from configs.data_settings import DeidentifySettings
 from configs.errors import InputError, SiloweaveError
-from configs.schema import DeidentifySettings
 
 MIN_SCORE = 0.4
 _LANGUAGE = "en"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from configs.encryption import MasterKey, opened
-from configs.schema import ModelSettings
+from configs.pretrain_settings import ModelSettings
 
 MODEL = "model"
 

@@ -9,7 +9,8 @@ from typing import Any
 from configs.artifacts import digest_json, require_manifest
 from configs.encryption import load_key
 from configs.errors import InputError
-from configs.schema import PretrainSettings, RunConfig
+from configs.pretrain_settings import PretrainSettings
+from configs.schema import RunConfig
 from trainer import checkpoints
 from trainer.data.packing import Cursor, TokenFile
 from trainer.data.prepare import TRAIN_TOKENS, VALIDATION_TOKENS

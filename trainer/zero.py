@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from configs.schema import PretrainSettings
+from configs.pretrain_settings import PretrainSettings
 
 
 @dataclass(frozen=True)

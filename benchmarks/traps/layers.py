@@ -80,7 +80,7 @@ def gpt2() -> nn.Module:
 
 
 def lora() -> nn.Module:
-    from configs.schema import ModelSettings
+    from configs.pretrain_settings import ModelSettings
     from trainer.models import add_adapter, new_model, trainable
 
     settings = ModelSettings(hidden_size=8, layers=1, heads=2, intermediate_size=12, context_length=16)

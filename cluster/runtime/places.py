@@ -6,7 +6,8 @@ from typing import Any
 
 from cluster.runtime.rank_actor import Endpoint, RankActor
 from configs.errors import InputError
-from configs.schema import ClusterSettings, RunConfig
+from configs.pretrain_settings import ClusterSettings
+from configs.schema import RunConfig
 from trainer.pretrain import Report
 from trainer.zero import Rank
 

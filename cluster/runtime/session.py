@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from configs.errors import InputError
-from configs.schema import ClusterSettings
+from configs.pretrain_settings import ClusterSettings
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from configs.data_settings import SourceSettings
 from configs.errors import InputError
 from configs.load import load
-from configs.schema import SourceSettings
 from trainer.data.prepare import prepare
 from trainer.data.sources import ReadCounts, read_rows
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from configs.artifacts import Manifest, commit_manifest, damaged_file, digest_json, read_manifest, write_failure
+from configs.data_settings import SourceSettings
 from configs.errors import InputError
-from configs.schema import RunConfig, SourceSettings
+from configs.schema import RunConfig
 from trainer.data.cleaning import CleaningCounts, clean
 from trainer.data.packing import pack
 from trainer.data.sources import ReadCounts, read_rows

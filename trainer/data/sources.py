@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.data_settings import SourceSettings
 from configs.errors import InputError
-from configs.schema import SourceSettings
 from trainer.data.embedded import EMBEDDED
 
 Row = dict[str, Any]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.data_settings import DeidentifySettings
 from configs.errors import InputError
 from configs.load import load
-from configs.schema import DeidentifySettings
 from configs.silo import simulated_silo
 from federated.silo import Silo
 from federated.silo_data import load_units, rows_of
@@ -143,7 +143,7 @@ def run_python(code, **environment):
 
 
 PRELUDE = """
-from configs.schema import DeidentifySettings
+from configs.data_settings import DeidentifySettings
 from privacy.deidentify import Deidentifier
 """
 

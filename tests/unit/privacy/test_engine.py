@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs.errors import InputError
-from configs.schema import ModelSettings
+from configs.pretrain_settings import ModelSettings
 from privacy.engine import PrivateTraining
 from privacy.noise import noised
 from privacy.optimizers import AdamBC

@@ -1,0 +1,93 @@
+"""Settings of the base model, its pretraining, and the gang of ranks that does it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from configs.settings import Count, Positive, Settings
+
+
+class ModelSettings(Settings):
+    """A Llama-style decoder (transformers' configuration), started at random."""
+
+    hidden_size: Count = 128
+    """Width of the residual stream."""
+    layers: Count = 4
+    """Number of blocks."""
+    heads: Count = 4
+    """Attention heads of a block; divides ``hidden_size``."""
+    intermediate_size: Count = 384
+    """Width of the gated feed-forward layer."""
+    context_length: Annotated[int, Field(ge=8)] = 128
+    """Longest sequence, in tokens. A longer private record is truncated."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelSettings":
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"model.heads is {self.heads}: model.hidden_size {self.hidden_size} must be an even multiple of it "
+                "(rotary embeddings pair the dimensions)"
+            )
+        return self
+
+
+class PretrainSettings(Settings):
+    """Pretraining on public text."""
+
+    steps: Count = 600
+    """Optimizer steps."""
+    batch_size: Count = 8
+    """Sequences a step, over all ranks."""
+    micro_batch_size: Count = 4
+    """Sequences a rank processes at once; the rest is accumulated."""
+    learning_rate: Positive = 3e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 30
+    """Steps of linear warm-up before the cosine."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Final learning rate as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of matrices (norms have none)."""
+    max_grad_norm: Positive = 1.0
+    """Global gradient norm is clipped to this (optimization, not privacy)."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of forward and backward; master weights stay float32."""
+    commit_every: Count = 100
+    """Steps between committed checkpoints."""
+    keep_commits: Annotated[int, Field(ge=2)] = 2
+    """Committed checkpoints kept; two at least, so that a damaged newest has one before it."""
+    validate_every: Count = 200
+    """Steps between validations."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "PretrainSettings":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"pretrain.warmup_steps is {self.warmup_steps}: give less than pretrain.steps ({self.steps})"
+            )
+        return self
+
+
+class ClusterSettings(Settings):
+    """The gang of Ray actors; one actor is one rank."""
+
+    world_size: Count = 2
+    """Ranks."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """``auto`` takes a GPU a rank where Ray has enough of them, else CPUs."""
+    address: str = ""
+    """Ray cluster to join; empty: RAY_ADDRESS, else a Ray of our own on this machine."""
+    threads_per_rank: Count = 1
+    """Torch threads, and CPUs reserved, of a rank or of a silo worker."""
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """Restarts from the last commit after a rank failed, before the run ends with the first cause."""
+    standbys: bool = True
+    """Keep a warm process for every rank, which takes its place when any rank fails: a restart in about a second. Costs
+    about 520 MB of memory a rank, and some seconds of CPU after the first step and after every restart."""
+    hang_timeout_s: Positive = 300
+    """Seconds without a new phase (data, forward, backward, step, commit, ...) after which a rank counts as failed;
+    more than the slowest phase takes."""
+    placement_timeout_s: Positive = 60
+    """Seconds to wait for the cluster to place the gang."""
