@@ -9,11 +9,12 @@ from typing import Any
 from configs.artifacts import digest_json, require_manifest
 from configs.encryption import load_key
 from configs.errors import InputError
-from configs.pretrain_settings import PretrainSettings
 from configs.schema import RunConfig
 from trainer import checkpoints
 from trainer.data.packing import Cursor, TokenFile
-from trainer.data.prepare import TRAIN_TOKENS, VALIDATION_TOKENS
+from trainer.data.prepare import TRAIN_TOKENS
+from trainer.objective import next_token_nats, validate
+from trainer.optimizers import learning_rate, new_optimizer
 from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
@@ -31,16 +32,6 @@ def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
             corpus_digest,
         ]
     )
-
-
-def learning_rate(settings: PretrainSettings, step: int) -> float:
-    """Linear warm-up, then a cosine down to ``min_learning_rate_ratio`` of the peak."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    floor = settings.min_learning_rate_ratio
-    return settings.learning_rate * (floor + (1 - floor) * cosine)
 
 
 def warm_up(config: RunConfig) -> None:
@@ -194,23 +185,16 @@ def _ignore(_: dict[str, Any]) -> None:
 
 
 def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
-    """The DeepSpeed engine around a model at its random start and torch's AdamW."""
+    """The DeepSpeed engine around a model at its random start and its optimizer."""
     import deepspeed
-    import torch
 
     from trainer.models import new_model
 
-    settings = config.pretrain
     model = new_model(config.model, vocab_size, config.run.seed).train()
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.95),
-    )
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(settings, rank.world_size)
+        model=model,
+        optimizer=new_optimizer(config.pretrain, model),
+        config=deepspeed_config(config.pretrain, rank.world_size),
     )
     return engine
 
@@ -223,46 +207,3 @@ def _resume(engine: Any, root: Path, digest: str, report: Report) -> int:
     engine.load_checkpoint(str(root), tag=found.directory.name)
     report({"event": "resume", "step": found.step})
     return found.step
-
-
-def next_token_nats(model: Any, tokens_BT: Any) -> Any:
-    """Sum over the batch of the next tokens' negative log-likelihood, in nats."""
-    from torch.nn import functional
-
-    logits_BTV = model(input_ids=tokens_BT).logits.float()
-    return functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum")
-
-
-def validate(engine: Any, config: RunConfig, corpus: Path, metadata: dict[str, Any], rank: Rank) -> dict[str, float]:
-    """Validation loss (nats a token) and bits per character, over all windows of the validation file.
-
-    Bits per character don't depend on the tokenizer: bits a token times tokens a character of the held-out text.
-    """
-    import numpy as np
-    import torch
-    from torch import distributed
-
-    tokens = TokenFile(corpus / VALIDATION_TOKENS, config.model.context_length)
-    # Equal numbers of batches on every rank: under ZeRO-3 each forward is a collective.
-    share = math.ceil(tokens.num_windows / rank.world_size)
-    mine = [index for i in range(share) if (index := rank.rank + i * rank.world_size) < tokens.num_windows]
-    totals = torch.zeros(2, device=engine.device)
-    engine.eval()
-    with torch.no_grad():
-        for start in range(0, share, config.pretrain.micro_batch_size):
-            indices = mine[start : start + config.pretrain.micro_batch_size]
-            windows = torch.from_numpy(tokens.windows(np.asarray(indices or [0]))).to(engine.device)
-            if indices:
-                totals += torch.stack(
-                    [
-                        next_token_nats(engine, windows),
-                        torch.tensor(float(windows[:, 1:].numel()), device=engine.device),
-                    ]
-                )
-            else:
-                next_token_nats(engine, windows)
-    engine.train()
-    distributed.all_reduce(totals)
-    loss = (totals[0] / totals[1]).item()
-    counts = metadata["validation"]
-    return {"loss": loss, "bits_per_char": loss / math.log(2) * counts["tokens"] / counts["characters"]}

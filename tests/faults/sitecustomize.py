@@ -12,7 +12,7 @@ from pathlib import Path
 
 def watch():
     faults = Path(os.environ["SILOWEAVE_TEST_FAULTS"])
-    while not hasattr(sys.modules.get("trainer.pretrain"), "validate"):  # the module's last name
+    while not hasattr(sys.modules.get("trainer.pretrain"), "_resume"):  # the module's last name
         time.sleep(0.05)
     module = sys.modules["trainer.pretrain"]
     original = module.next_token_nats

@@ -17,7 +17,8 @@ from configs.events import read_events
 from trainer import checkpoints
 from trainer.data.packing import Cursor, TokenFile
 from trainer.models import new_model
-from trainer.pretrain import learning_rate, next_token_nats
+from trainer.objective import next_token_nats
+from trainer.optimizers import learning_rate
 
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
 
