@@ -1,10 +1,13 @@
 """Settings of the data: where it comes from, how public text is cleaned, and its tokenizer."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from configs.settings import Count, Probability, Settings
+from configs.settings import Count, Positive, Probability, Settings
+
+PUBLIC = "public"
+CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class SourceSettings(Settings):
@@ -16,6 +19,13 @@ class SourceSettings(Settings):
     """Column that holds the text. Text files have this one column: a file is a record."""
     split: str = "train"
     """Split to read from a Hugging Face dataset."""
+
+
+class CorpusSettings(SourceSettings):
+    """A public corpus."""
+
+    weight: Positive = 1.0
+    """Share of its samples among those of all corpora, relative to the others' weights."""
 
 
 class PrivateSettings(SourceSettings):
@@ -65,8 +75,12 @@ class DeidentifySettings(Settings):
 class DataSettings(Settings):
     """Public text for pretraining, private text for the silos, and how the public text is cleaned."""
 
-    public: SourceSettings
-    """The public corpus. Tokenizer and base model see nothing else."""
+    public: CorpusSettings
+    """The public corpus. Tokenizer and base model see nothing but this and ``corpora``."""
+    corpora: dict[CorpusName, CorpusSettings] = Field(default_factory=dict)
+    """Further public corpora by name; every batch mixes all of them by their weights."""
+    packing: Literal["concatenate", "documents"] = "concatenate"
+    """``concatenate`` fills windows across documents; ``documents`` keeps attention and loss inside a document."""
     private: PrivateSettings
     """The data of the silos."""
     validation_fraction: Probability = 0.05
@@ -77,6 +91,12 @@ class DataSettings(Settings):
     """Public documents with at least this Jaccard similarity (5-word shingles, MinHash) count as copies."""
     deidentify: DeidentifySettings = DeidentifySettings()
     """What is replaced in the public corpus and, in a simulation, in the silos' records."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "DataSettings":
+        if PUBLIC in self.corpora:
+            raise ValueError(f"data.corpora.{PUBLIC}: that is the name of data.public; give another name")
+        return self
 
 
 class TokenizerSettings(Settings):

@@ -60,6 +60,19 @@ class PretrainSettings(Settings):
     """Committed checkpoints kept; two at least, so that a damaged newest has one before it."""
     validate_every: Count = 200
     """Steps between validations."""
+    spike_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """A loss above this multiple of the median of the last 32 steps' is a spike: training goes back to the last commit
+    and skips the data since, as it does where something is not finite. 0: spikes are not looked for."""
+    max_rollbacks: Annotated[int, Field(ge=0)] = 3
+    """How often a run may roll back before it ends with the cause."""
+
+    @model_validator(mode="after")
+    def _spikes_are_above(self) -> "PretrainSettings":
+        if 0 < self.spike_ratio <= 1:
+            raise ValueError(
+                f"pretrain.spike_ratio is {self.spike_ratio:g}: give more than 1 (2 is twice the median), or 0 for none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> "PretrainSettings":

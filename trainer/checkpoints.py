@@ -31,8 +31,16 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(engine: Any, root: Path, step: int, config_digest: str, barrier: Callable[[], None], rank: int) -> None:
-    """Writes every rank's shards, then rank 0 commits them.
+def save(
+    engine: Any,
+    root: Path,
+    step: int,
+    config_digest: str,
+    barrier: Callable[[], None],
+    rank: int,
+    metadata: dict[str, Any],
+) -> None:
+    """Writes every rank's shards, then rank 0 commits them with the metadata.
 
     Raises:
         SiloweaveError: the disk is full or not writable; earlier commits are unchanged.
@@ -54,7 +62,7 @@ def save(engine: Any, root: Path, step: int, config_digest: str, barrier: Callab
         ) from error
     barrier()
     if rank == 0:
-        commit_manifest(directory, Manifest(KIND, config_digest, metadata={"step": step}), name=COMMITTED)
+        commit_manifest(directory, Manifest(KIND, config_digest, metadata={**metadata, "step": step}), name=COMMITTED)
 
 
 def keep_sealed(engine: Any, key: MasterKey) -> None:

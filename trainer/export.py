@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import Manifest, commit_manifest, require_manifest
+from configs.corpora import corpora
 from configs.encryption import load_key, opened, sealing
 from configs.errors import InputError, SiloweaveError
 from configs.schema import RunConfig
 from trainer import checkpoints
+from trainer.data.batches import corpus_counts
 from trainer.data.prepare import finished
 from trainer.models import MODEL, new_model
 from trainer.pretrain import pretrain_digest
@@ -85,12 +87,13 @@ def _consolidated(folder: Path, stage: int) -> dict[str, Any]:
 
 
 def _card(config: RunConfig, corpus: Manifest, parameters: int) -> str:
+    counts = corpus_counts(corpus)
     return _CARD.format(
         name=f"{config.run.name} base model",
         parameters=parameters,
-        source=config.data.public.source,
-        tokens=corpus.metadata["train"]["tokens"],
-        characters=corpus.metadata["train"]["characters"],
+        source=", ".join(source.source for source in corpora(config.data).values()),
+        tokens=counts["tokens"],
+        characters=counts["characters"],
         steps=config.pretrain.steps,
         batch_size=config.pretrain.batch_size,
         context=config.model.context_length,

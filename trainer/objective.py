@@ -9,13 +9,29 @@ from trainer.data.packing import TokenFile
 from trainer.data.prepare import VALIDATION_TOKENS
 from trainer.zero import Rank
 
+_NO_TARGET = -100
 
-def next_token_nats(model: Any, tokens_BT: Any) -> Any:
-    """Sum over the batch of the next tokens' negative log-likelihood, in nats."""
+
+def next_token_nats(model: Any, tokens_BT: Any, positions_BT: Any = None) -> Any:
+    """Sum over the batch of the next tokens' negative log-likelihood, in nats.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens_BT: the windows.
+        positions_BT: each token's position in its piece of a document; None where a window is one piece. transformers
+            keeps attention inside runs of consecutive positions, and a token at position 0 is not predicted.
+    """
     from torch.nn import functional
 
-    logits_BTV = model(input_ids=tokens_BT).logits.float()
-    return functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="sum")
+    targets_BT = tokens_BT[:, 1:]
+    if positions_BT is None:
+        logits_BTV = model(input_ids=tokens_BT).logits.float()
+    else:
+        logits_BTV = model(input_ids=tokens_BT, position_ids=positions_BT).logits.float()
+        targets_BT = targets_BT.masked_fill(positions_BT[:, 1:] == 0, _NO_TARGET)
+    return functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten(), reduction="sum", ignore_index=_NO_TARGET
+    )
 
 
 def validate(engine: Any, config: RunConfig, corpus: Path, metadata: dict[str, Any], rank: Rank) -> dict[str, float]:
@@ -30,24 +46,27 @@ def validate(engine: Any, config: RunConfig, corpus: Path, metadata: dict[str, A
     tokens = TokenFile(corpus / VALIDATION_TOKENS, config.model.context_length)
     # Equal numbers of batches on every rank: under ZeRO-3 each forward is a collective.
     share = math.ceil(tokens.num_windows / rank.world_size)
-    mine = [index for i in range(share) if (index := rank.rank + i * rank.world_size) < tokens.num_windows]
-    totals = torch.zeros(2, device=engine.device)
+    totals = torch.zeros(2, device=engine.device, dtype=torch.float64)
     engine.eval()
     with torch.no_grad():
         for start in range(0, share, config.pretrain.micro_batch_size):
-            indices = mine[start : start + config.pretrain.micro_batch_size]
-            windows = torch.from_numpy(tokens.windows(np.asarray(indices or [0]))).to(engine.device)
-            if indices:
-                totals += torch.stack(
-                    [
-                        next_token_nats(engine, windows),
-                        torch.tensor(float(windows[:, 1:].numel()), device=engine.device),
-                    ]
-                )
-            else:
-                next_token_nats(engine, windows)
+            places = np.arange(start, min(start + config.pretrain.micro_batch_size, share))
+            mine = rank.rank + places * rank.world_size
+            inside = mine[mine < tokens.num_windows]
+            windows = inside if len(inside) else np.zeros(1, dtype=np.int64)
+            nats = next_token_nats(engine, *to_tensors(tokens.windows(windows), tokens.positions(windows), engine))
+            if len(inside):
+                totals += torch.stack([nats.double(), nats.new_tensor(tokens.num_targets(inside)).double()])
     engine.train()
     distributed.all_reduce(totals)
     loss = (totals[0] / totals[1]).item()
     counts = metadata["validation"]
     return {"loss": loss, "bits_per_char": loss / math.log(2) * counts["tokens"] / counts["characters"]}
+
+
+def to_tensors(tokens: Any, positions: Any, engine: Any) -> tuple[Any, Any]:
+    """Arrays of windows, and of positions where there are any, on the engine's device."""
+    import torch
+
+    on_device = [None if array is None else torch.from_numpy(array).to(engine.device) for array in (tokens, positions)]
+    return on_device[0], on_device[1]

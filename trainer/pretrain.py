@@ -1,20 +1,21 @@
 """The pretraining loop of one rank: DeepSpeed engine, exact data, committed checkpoints."""
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_json, require_manifest
+from configs.corpora import corpora
 from configs.encryption import load_key
 from configs.errors import InputError
 from configs.schema import RunConfig
 from trainer import checkpoints
-from trainer.data.packing import Cursor, TokenFile
-from trainer.data.prepare import TRAIN_TOKENS
-from trainer.objective import next_token_nats, validate
+from trainer.data.batches import Batches, prove_disjoint
+from trainer.data.order import SkippedData
+from trainer.objective import next_token_nats, to_tensors, validate
 from trainer.optimizers import learning_rate, new_optimizer
+from trainer.rollback import Progress
 from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
@@ -28,6 +29,7 @@ def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
             config.model.model_dump(),
             config.pretrain.model_dump(),
             config.cluster.world_size,
+            {name: source.weight for name, source in corpora(config.data).items()},
             config.run.seed,
             corpus_digest,
         ]
@@ -49,7 +51,14 @@ def warm_up(config: RunConfig) -> None:
     torch.optim.AdamW(model.parameters()).step()
 
 
-def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report, enter: Enter) -> None:
+def pretrain(
+    config: RunConfig,
+    run_directory: Path,
+    rank: Rank,
+    report: Report,
+    enter: Enter,
+    skipped: SkippedData = (),
+) -> None:
     """Trains to the last step, from the newest committed checkpoint where there is one.
 
     Args:
@@ -58,11 +67,12 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         rank: this process's place in the gang; its environment is already prepared.
         report: receives one dict an event (rank 0 only).
         enter: called with step and name at the start of every phase, on every rank alike.
+        skipped: ranges of batches to pass over, besides those that the checkpoint knows.
 
     Raises:
-        FloatingPointError: the loss, the gradient or a weight is not finite; such a step is never committed.
+        RollBack: the loss is a spike, or the loss, the gradient or a weight is not finite; it is not committed.
         InputError: there is no encryption key on this node, or a checkpoint was not written with it.
-        SiloweaveError: a checkpoint could not be written.
+        SiloweaveError: a checkpoint could not be written, or the run has rolled back too often.
     """
     import torch
     from torch import distributed
@@ -73,43 +83,38 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     root = run_directory / "pretrain" / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     report = report if rank.rank == 0 else _ignore
-    key = load_key(config.run.encryption_key_file)
-    enter(0, "join")
-    # The driver notices a hang first; this is for a rank that has no driver any more.
-    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
-    _prove_shared(root, rank)
-    enter(0, "build")
-    engine = build_engine(config, rank, manifest.metadata["vocab_size"])
-    if key is not None:
-        checkpoints.keep_sealed(engine, key)
+    engine = _join(config, root, rank, manifest.metadata["vocab_size"], enter)
     enter(0, "resume")
-    start = _resume(engine, root, digest, report)
-    train = TokenFile(corpus / TRAIN_TOKENS, config.model.context_length)
-    cursor = Cursor(train.num_windows, settings.batch_size, config.run.seed)
-    targets_per_step = settings.batch_size * (config.model.context_length - 1)
-    # DeepSpeed averages over ranks and micro-batches; the loss is the global sum over the global number of targets.
-    scale = rank.world_size * accumulation_steps(settings, rank.world_size) / targets_per_step
+    progress = Progress(settings, _resume(engine, root, digest, report), skipped)
+    batches = Batches(config, corpus, progress.skipped)
+    _prove_shares(batches, progress.committed, rank)
 
-    for step in range(start, settings.steps):
+    for step in range(progress.committed, settings.steps):
         began, done = time.perf_counter(), step + 1
         enter(done, "data")
-        # 1. The rank's share of the global batch, a pure function of (seed, step, position).
-        windows = train.windows(cursor.rank_windows(step, rank.rank, rank.world_size))
+        # 1. The rank's share of the global batch, a pure function of (seed, step, place).
+        share = batches.share(step, rank.rank, rank.world_size)
+        # DeepSpeed averages over ranks and micro-batches; the loss is the global sum over the global number of targets.
+        scale = rank.world_size * accumulation_steps(settings, rank.world_size) / share.num_targets
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         # 2. Forward and backward, micro-batch by micro-batch; the optimizer steps after the last.
         nats = torch.zeros((), device=engine.device)
-        for micro in torch.from_numpy(windows).split(settings.micro_batch_size):
+        for tokens, positions in share.micro_batches(settings.micro_batch_size):
             enter(done, "forward")
-            micro_nats = next_token_nats(engine, micro.to(engine.device))
+            micro_nats = next_token_nats(engine, *to_tensors(tokens, positions, engine))
             enter(done, "backward")
             engine.backward(micro_nats * scale)
             enter(done, "step")
             engine.step()
             nats += micro_nats.detach()
-        # 3. The global loss, for people.
+        # 3. The global loss, for people, and for the decision whether to go on from here.
         enter(done, "loss")
-        loss = _global_loss(engine, nats, done) / targets_per_step
+        since_commit = batches.number(progress.committed), batches.number(step) + 1
+        progress.require(_gradient_trouble(engine), done, since_commit)
+        distributed.all_reduce(nats)
+        loss = nats.item() / share.num_targets
+        progress.require_good_loss(loss, done, since_commit)
         report(_step_event(config, done, loss, time.perf_counter() - began))
         # 4. Validation and commit.
         if done % settings.validate_every == 0 or done == settings.steps:
@@ -117,8 +122,9 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
             report({"event": "validation", "step": done, **validate(engine, config, corpus, manifest.metadata, rank)})
         if done % settings.commit_every == 0 or done == settings.steps:
             enter(done, "commit")
-            _require_finite(engine, done)
-            checkpoints.save(engine, root, done, digest, distributed.barrier, rank.rank)
+            progress.require(_weight_trouble(engine), done, since_commit)
+            checkpoints.save(engine, root, done, digest, distributed.barrier, rank.rank, progress.as_metadata())
+            progress.committed = done
             if rank.rank == 0:
                 checkpoints.prune(root, settings.keep_commits)
             report({"event": "commit", "step": done})
@@ -126,16 +132,44 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     distributed.destroy_process_group()
 
 
-def _global_loss(engine: Any, nats: Any, step: int) -> float:
-    """Sum over all ranks of a step that was good: every rank raises where one was not."""
+def _join(config: RunConfig, root: Path, rank: Rank, vocab_size: int, enter: Enter) -> Any:
+    """Joins the gang, and builds this rank's engine."""
+    key = load_key(config.run.encryption_key_file)
+    enter(0, "join")
+    # The driver notices a hang first; this is for a rank that has no driver any more.
+    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
+    _prove_shared(root, rank)
+    enter(0, "build")
+    engine = build_engine(config, rank, vocab_size)
+    if key is not None:
+        checkpoints.keep_sealed(engine, key)
+    return engine
+
+
+def _gradient_trouble(engine: Any) -> str | None:
+    """DeepSpeed skips a step whose gradient is not finite, on all ranks: training would stand still in silence."""
+    return "the gradient is not finite" if engine.skipped_steps else None
+
+
+def _weight_trouble(engine: Any) -> str | None:
+    """A gradient that was not finite shows in the next step's loss only: too late for a commit in between."""
+    import torch
     from torch import distributed
 
-    if engine.skipped_steps:  # DeepSpeed's answer to a gradient that is not finite: training would stand still
-        raise FloatingPointError(f"the gradient of step {step} is not finite; lower pretrain.learning_rate")
-    distributed.all_reduce(nats)
-    if not math.isfinite(nats.item()):
-        raise FloatingPointError(f"the loss of step {step} is {nats.item()}; lower pretrain.learning_rate")
-    return float(nats.item())
+    finite = torch.stack([parameter.detach().isfinite().all() for parameter in engine.module.parameters()]).all()
+    broken = (~finite).float()
+    distributed.all_reduce(broken)
+    return "a weight is not finite" if broken.item() else None
+
+
+def _prove_shares(batches: Batches, step: int, rank: Rank) -> None:
+    """All ranks compare what they are about to train on first."""
+    from torch import distributed
+
+    mine = batches.share(step, rank.rank, rank.world_size).digests()
+    shares: list[dict[int, str]] = [{} for _ in range(rank.world_size)]
+    distributed.all_gather_object(shares, mine)
+    prove_disjoint(shares, batches.share(step, 0, 1).digests())
 
 
 def _step_event(config: RunConfig, done: int, loss: float, seconds: float) -> dict[str, Any]:
@@ -168,18 +202,6 @@ def _prove_shared(root: Path, rank: Rank) -> None:
         )
 
 
-def _require_finite(engine: Any, step: int) -> None:
-    """A gradient that was not finite shows in the next step's loss only: too late for a commit in between."""
-    import torch
-    from torch import distributed
-
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in engine.module.parameters()]).all()
-    broken = (~finite).float()
-    distributed.all_reduce(broken)
-    if broken.item():
-        raise FloatingPointError(f"the weights after step {step} are not finite; lower pretrain.learning_rate")
-
-
 def _ignore(_: dict[str, Any]) -> None:
     """Only rank 0 reports."""
 
@@ -199,11 +221,12 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     return engine
 
 
-def _resume(engine: Any, root: Path, digest: str, report: Report) -> int:
+def _resume(engine: Any, root: Path, digest: str, report: Report) -> dict[str, Any]:
+    """Loads the newest commit, if there is one. Returns its metadata."""
     found = checkpoints.newest(root, digest, lambda line: report({"event": "damaged", "message": line}))
     if found is None:
-        return 0
+        return {}
     # Pickles: loaded only from the run's own storage, after their digests held.
     engine.load_checkpoint(str(root), tag=found.directory.name)
     report({"event": "resume", "step": found.step})
-    return found.step
+    return found.manifest.metadata

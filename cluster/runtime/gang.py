@@ -7,6 +7,7 @@ from cluster.runtime.watch import RankFailed, Watch
 from configs.errors import SiloweaveError
 from configs.schema import RunConfig
 from trainer.pretrain import Report
+from trainer.rollback import RollBack
 
 
 def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
@@ -22,18 +23,24 @@ def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
         SiloweaveError: more than ``cluster.max_failures`` failures; the message is the first cause.
     """
     causes: list[str] = []
-    while not _train_in_places(config, run_directory, report, causes):
+    skipped: list[tuple[int, int]] = []
+    while not _train_in_places(config, run_directory, report, causes, skipped):
         pass
 
 
-def _train_in_places(config: RunConfig, run_directory: Path, report: Report, causes: list[str]) -> bool:
+def _train_in_places(
+    config: RunConfig, run_directory: Path, report: Report, causes: list[str], skipped: list[tuple[int, int]]
+) -> bool:
     """Trains in one placement group, through failures. False where a place is lost and another group is needed."""
     with placed(config, report) as places:
         taken_over = False
         while True:
             try:
-                _train_once(places, config, run_directory, report)
+                _train_once(places, config, run_directory, report, skipped)
                 return True
+            except RollBack as back:  # no failure: the ranks count these, over all restarts of the run
+                skipped.append(back.skip)
+                report({"event": "rollback", "step": back.step, "cause": str(back), "skipped_batches": back.skip})
             except RankFailed as failure:
                 _count(causes, str(failure), config.cluster.max_failures, report)
             except PlaceLost as lost:
@@ -53,9 +60,14 @@ def _count(causes: list[str], cause: str, max_failures: int, report: Report) -> 
     report({"event": "restart", "attempt": len(causes), "cause": cause})
 
 
-def _train_once(places: Places, config: RunConfig, run_directory: Path, report: Report) -> None:
+def _train_once(
+    places: Places, config: RunConfig, run_directory: Path, report: Report, skipped: list[tuple[int, int]]
+) -> None:
     endpoints = places.endpoints()
     report({"event": "gang", "pids": [endpoint.pid for endpoint in endpoints]})
     ranks = ranks_of(endpoints, places.device, config.cluster.threads_per_rank)
-    runs = [handle.train.remote(config, run_directory, rank) for handle, rank in zip(places.ranks, ranks, strict=True)]
+    runs = [
+        handle.train.remote(config, run_directory, rank, skipped)
+        for handle, rank in zip(places.ranks, ranks, strict=True)
+    ]
     Watch(places, runs, config.cluster.hang_timeout_s, report).until_done()

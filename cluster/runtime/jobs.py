@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from configs.corpora import corpora, field_of
 from configs.errors import InputError, SiloweaveError
 from configs.load import run_directory, to_toml
 from configs.schema import RunConfig
@@ -52,9 +53,9 @@ def check_movable(stage: str, config: RunConfig) -> None:
     paths = {"run.storage": config.run.storage}
     if stage in _WITH_STATE:  # a ledger in a job's own folder would vanish with it, and the budget would start anew
         paths["federated.state_dir"] = config.federated.state_dir
-    for name, source in (("public", config.data.public.source), ("private", config.data.private.source)):
-        if not source.startswith(("embedded:", "hf:")):
-            paths[f"data.{name}.source"] = source
+    sources = {field_of(name): source.source for name, source in corpora(config.data).items()}
+    sources["data.private.source"] = config.data.private.source
+    paths.update({name: source for name, source in sources.items() if not source.startswith(("embedded:", "hf:"))})
     if config.data.deidentify.names_file:
         paths["data.deidentify.names_file"] = config.data.deidentify.names_file
     for name, path in paths.items():

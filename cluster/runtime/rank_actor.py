@@ -82,7 +82,7 @@ class RankActor:
         """Returns when the place is taken; fails when the process dies."""
         self._taken.wait()
 
-    def train(self, config: RunConfig, run_directory: Path, rank: Rank) -> None:
+    def train(self, config: RunConfig, run_directory: Path, rank: Rank, skipped: list[tuple[int, int]]) -> None:
         """Trains this rank's share to the end."""
         self._taken.set()
         from trainer.zero import prepare_process
@@ -91,7 +91,7 @@ class RankActor:
             prepare_process(rank)
         from trainer.pretrain import pretrain
 
-        pretrain(config, run_directory, rank, self._report, self._enter)
+        pretrain(config, run_directory, rank, self._report, self._enter, skipped)
 
     def listen(self, wait_s: float = LISTEN_S) -> tuple[list[dict[str, Any]], Beat]:
         """Events since the last call (rank 0 has them), and where this rank is."""

@@ -9,6 +9,7 @@ from cluster.runtime.places import Places
 from cluster.runtime.rank_actor import Beat
 from configs.errors import SiloweaveError
 from trainer.pretrain import Report
+from trainer.rollback import RollBack
 
 # What a rank sees of a peer's death. The death itself is reported a moment later.
 _ECHO = re.compile(r"gloo|nccl|TCPStore|store->get|Connection (?:closed|reset|refused)|Broken pipe", re.IGNORECASE)
@@ -65,8 +66,10 @@ class Watch:
                 else:
                     self._places.standby_changed(reference)
             self._check_hang()
-        events, _ = ray.get(self._places.ranks[0].listen.remote(0))
-        self._pass_on(events)
+        # What an answer under way has taken with it comes first, then the rest.
+        under_way = [reference for reference, rank in self._listens.items() if rank == 0]
+        for reference in (*under_way, self._places.ranks[0].listen.remote(0)):
+            self._pass_on(ray.get(reference)[0])
 
     def _end_of_run(self, reference: Any) -> None:
         rank = self._runs.pop(reference)
@@ -130,7 +133,7 @@ def _failure(rank: int, reference: Any) -> str | None:
         ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, SiloweaveError):
+        if isinstance(cause, SiloweaveError | RollBack):
             raise cause from None
         return f"rank {rank} raised {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
     except ray.exceptions.RayActorError as error:

@@ -15,7 +15,7 @@ from configs.events import read_events
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
 
-_TROUBLES = ("restart", "damaged", "refused", "rejected", "timeout", "failed")
+_TROUBLES = ("restart", "rollback", "damaged", "refused", "rejected", "timeout", "failed")
 _RECENT = 20
 _COMMITTED = "COMMITTED"
 _CORPUS, _MODEL, _FEDERATED, _NO_DP = "corpus", "model", "federated", "federated-no-dp"

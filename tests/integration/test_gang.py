@@ -12,13 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from plain_training import plain_losses
 
 from configs.events import read_events
 from trainer import checkpoints
-from trainer.data.packing import Cursor, TokenFile
-from trainer.models import new_model
+from trainer.data.packing import TokenFile
 from trainer.objective import next_token_nats
-from trainer.optimizers import learning_rate
 
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
 
@@ -64,26 +63,10 @@ def start(arguments, cwd):
 def test_zero_training_equals_plain_pytorch(tiny_run):
     """Two ranks under ZeRO-2 with clipping against a loop on one process: the same loss at every step."""
     config = tiny_run.config()
-    settings, vocabulary = config.pretrain, config.tokenizer.vocab_size
-    tokens = TokenFile(tiny_run.directory / "corpus" / "tokens-train.bin", config.model.context_length)
-    cursor = Cursor(tokens.num_windows, settings.batch_size, config.run.seed)
-    model = new_model(config.model, vocabulary, config.run.seed).train()
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     found = losses(tiny_run.directory)
-    for step in range(settings.steps):
-        batch = torch.from_numpy(tokens.windows(cursor.rank_windows(step, 0, 1)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        loss = next_token_nats(model, batch) / (settings.batch_size * (config.model.context_length - 1))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        optimizer.step()
-        assert found[step + 1] == pytest.approx(loss.item(), rel=1e-4), step
+    assert [event["step"] for event in events(tiny_run.directory, "validation")] == [20, 40]  # the last moment's, too
+    for step, loss in plain_losses(config, tiny_run.directory / "corpus", config.pretrain.steps).items():
+        assert found[step] == pytest.approx(loss, rel=1e-4), step
 
 
 def test_killed_ranks_and_a_killed_driver_resume_exactly(prepared, tiny_run, tmp_path):
@@ -159,10 +142,10 @@ prepare_process(rank)
 join_process_group(rank, 60)
 config = load("tiny", ["cluster.world_size=1"])
 engine = build_engine(config, rank, 512)
-checkpoints.save(engine, root, 1, "digest", lambda: None, 0)
+checkpoints.save(engine, root, 1, "digest", lambda: None, 0, {})
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-checkpoints.save(engine, root, 2, "digest", lambda: None, 0)
+checkpoints.save(engine, root, 2, "digest", lambda: None, 0, {})
 """
 
 

@@ -1,11 +1,17 @@
+import json
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
+from configs.errors import SiloweaveError
 from configs.load import load
+from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.cleaning import CleaningCounts, clean, normalise
 from trainer.data.embedded import plays, python_docs
-from trainer.data.packing import Cursor, TokenFile, pack
-from trainer.data.prepare import prepare
+from trainer.data.order import Order, merged, permuted
+from trainer.data.packing import TokenFile, best_fit, pack
+from trainer.data.prepare import prepare, train_tokens
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -19,7 +25,7 @@ def test_cleaning_drops_short_exact_and_near_duplicates_and_keeps_the_first():
     other = "an entirely different sentence about compilers, linkers and the strange life of symbols in object files"
     counts = CleaningCounts()
     kept = list(clean(["short", text, "  " + text, near, other], 40, 0.8, counts))
-    assert kept == [normalise(text), other]
+    assert kept == [(1, normalise(text)), (4, other)]
     assert counts.as_dict() == {"read": 5, "too_short": 1, "exact_duplicates": 1, "near_duplicates": 1, "kept": 2}
 
 
@@ -36,14 +42,17 @@ def test_the_embedded_texts_are_there():
 def tokens(tmp_path):
     documents = [f"document number {i} speaks of the number {i * i}" for i in range(60)]
     tokenizer = train_tokenizer(documents, 300, tmp_path / "tokenizer")
-    counts = pack(documents, tokenizer, tmp_path / "tokens.bin")
+    counts = pack(documents, tokenizer, tmp_path / "tokens.bin", 16, "concatenate")
     return documents, tokenizer, counts, tmp_path
 
 
 def test_packed_tokens_read_back_as_the_documents(tokens):
     documents, tokenizer, counts, folder = tokens
     file = TokenFile(folder / "tokens.bin", 16)
-    assert counts["tokens"] // 16 == file.num_windows
+    assert counts["tokens"] // 16 == file.num_windows == counts["windows"]
+    assert counts["tokens"] - counts["tokens_kept"] < 16
+    assert file.positions(np.arange(2)) is None
+    assert file.num_targets(np.arange(3)) == 3 * 15
     stream = file.windows(np.arange(file.num_windows)).reshape(-1).tolist()
     texts = tokenizer.decode(stream).split("<|endoftext|>")
     assert texts[:50] == documents[:50]
@@ -56,28 +65,152 @@ def test_the_tokenizer_is_byte_level(tokens):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
+def test_documents_packed_whole_keep_every_token_and_know_their_places(tokens):
+    documents, tokenizer, _, folder = tokens
+    documents = [*documents, "one long document " * 30]
+    counts = pack(documents, tokenizer, folder / "whole.bin", 32, "documents")
+    file = TokenFile(folder / "whole.bin", 32)
+    everything = np.arange(file.num_windows)
+    ids, positions = file.windows(everything), file.positions(everything)
+    encoded = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in documents]
+    expected = [tuple(ids[start : start + 32]) for ids in encoded for start in range(0, len(ids), 32)]
+    found, targets = [], 0
+    for row, places in zip(ids, positions, strict=True):
+        starts = [*np.flatnonzero(places == 0), 32]
+        for a, b in pairwise(starts):
+            assert places[a:b].tolist() == list(range(b - a))
+            targets += b - a - 1
+            found.append(tuple(row[a:b]))
+    padding = (int(tokenizer.eos_token_id),)  # alone, at position 0
+    assert sorted(piece for piece in found if piece != padding) == sorted(p for p in expected if p != padding)
+    assert file.num_targets(everything) == targets == sum(file.num_targets(everything[i : i + 1]) for i in everything)
+    assert counts["tokens_kept"] == counts["tokens"] == sum(map(len, encoded))
+
+
+@pytest.mark.parametrize("capacity", [8, 64])
+def test_best_fit_fills_windows(capacity):
+    drawn = np.random.default_rng(0).exponential(capacity / 4, 500).astype(int) + 1
+    lengths = np.minimum(drawn, capacity).tolist()
+    bins = best_fit(lengths, capacity)
+    assert sorted(index for window in bins for index in window) == list(range(500))
+    assert all(sum(lengths[index] for index in window) <= capacity for window in bins)
+    assert len(bins) <= 1.02 * sum(lengths) / capacity + 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 4097])
+def test_the_shuffle_is_a_permutation_that_depends_on_its_key(size):
+    numbers = np.arange(size)
+    images = permuted(numbers, size, (0, 0, 0))
+    assert sorted(images) == list(range(size))
+    assert permuted(numbers[size // 2 :], size, (0, 0, 0)).tolist() == images[size // 2 :].tolist()
+    if size > 10:
+        assert (permuted(numbers, size, (0, 0, 1)) != images).mean() > 0.9
+        assert abs(np.corrcoef(numbers, images)[0, 1]) < 4 / np.sqrt(size)
+        assert (np.diff(images) == 1).mean() < 0.1
+
+
+def test_a_shuffle_of_a_thousand_million_windows_starts_anywhere_at_once():
+    order = Order([10**9, 10**8], [3, 1], 512, seed=0)
+    corpora, windows = order.batch(10**7)
+    assert windows[corpora == 0].max() < 10**9
+    assert windows[corpora == 1].max() < 10**8
+    assert len(set(zip(corpora, windows, strict=True))) == 512
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (3.0, 1.0), (0.5, 0.3, 0.2)])
+def test_an_epoch_of_each_corpus_sees_every_window_once_and_the_next_in_another_order(weights):
+    sizes = (24, 40, 16)[: len(weights)]
+    order = Order(sizes, weights, 8, seed=0)
+    drawn = [[] for _ in weights]
+    for step in range(512):
+        for corpus, window in zip(*order.batch(step), strict=True):
+            drawn[corpus].append(int(window))
+    for size, share, windows in zip(sizes, np.asarray(weights) / sum(weights), drawn, strict=True):
+        assert len(windows) == pytest.approx(512 * 8 * share, abs=8)
+        epochs = [windows[start : start + size] for start in range(0, len(windows) - size, size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
+def test_a_sample_depends_on_seed_step_and_place_alone():
+    order = Order([37, 12], [1.0, 2.0], 8, seed=3)
+    forwards = [np.stack(order.batch(step)) for step in range(300)]
+    anew = [np.stack(Order([37, 12], [1.0, 2.0], 8, seed=3).batch(step)) for step in reversed(range(300))]
+    assert all((a == b).all() for a, b in zip(forwards, reversed(anew), strict=True))
+    assert any((np.stack(Order([37, 12], [1.0, 2.0], 8, seed=4).batch(s)) != forwards[s]).any() for s in range(9))
+
+
+def test_skipped_batches_are_passed_over_and_nothing_else_moves():
+    plain, skipping = Order([37], [1.0], 4, seed=0), Order([37], [1.0], 4, seed=0, skipped=[(9, 11), (3, 5), (4, 6)])
+    numbers = [skipping.batch_number(step) for step in range(9)]
+    assert numbers == [0, 1, 2, 6, 7, 8, 11, 12, 13]
+    for step, number in enumerate(numbers):
+        assert (skipping.batch(step)[1] == plain.batch(number)[1]).all()
+    assert merged([(9, 11), (3, 5), (4, 6), (6, 7)]) == [(3, 7), (9, 11)]
+
+
+@pytest.fixture(scope="module", params=["concatenate", "documents"])
+def corpus(request, tmp_path_factory):
+    """Two small corpora, prepared."""
+    folder = tmp_path_factory.mktemp("corpora")
+    for name, count in (("a", 200), ("b", 80)):
+        rows = [
+            {"text": f"{name}: text {i} on subject {i % 7} with {i * i} neighbours " + "x" * (i % 50)}
+            for i in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load(
+        "tiny",
+        [
+            f'data.public.source="{folder / "a.jsonl"}"',
+            f'data.corpora.other.source="{folder / "b.jsonl"}"',
+            "data.corpora.other.weight=0.5",
+            f'data.packing="{request.param}"',
+            "tokenizer.vocab_size=300",
+            "data.near_duplicate_similarity=0.95",
+            "model.context_length=32",
+        ],
+    )
+    return config, folder / "run", prepare(config, folder / "run")
+
+
+def test_corpora_are_packed_apart_and_their_copies_dropped_together(corpus):
+    _, run, manifest = corpus
+    counts = manifest.metadata["train"]
+    assert set(counts) == {"public", "other"}
+    assert manifest.metadata["cleaning"]["kept"] == 280
+    for name, part in counts.items():
+        assert TokenFile(run / "corpus" / train_tokens(name), 32).num_windows == part["windows"]
+        assert part["tokens"] - part["tokens_kept"] < 32
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_share_each_global_batch_without_overlap(world_size):
-    windows, batch = 37, 8
-    alone = Cursor(windows, batch, seed=3)
-    expected = [alone.rank_windows(step, 0, 1).tolist() for step in range(20)]
-    cursors = [Cursor(windows, batch, seed=3) for _ in range(world_size)]
-    for step in range(20):
-        parts = [cursor.rank_windows(step, rank, world_size).tolist() for rank, cursor in enumerate(cursors)]
-        assert [parts[i % world_size][i // world_size] for i in range(batch)] == expected[step]
+def test_ranks_share_each_global_batch_without_overlap(corpus, world_size):
+    config, run, _ = corpus
+    batches = Batches(config, run / "corpus")
+    for step in (0, 1, 7, 500):
+        whole = batches.share(step, 0, 1)
+        shares = [batches.share(step, rank, world_size) for rank in range(world_size)]
+        assert {share.num_targets for share in shares} == {whole.num_targets}
+        prove_disjoint([share.digests() for share in shares], whole.digests())
+        counted = (whole.positions[:, 1:] > 0).sum() if whole.positions is not None else whole.tokens[:, 1:].size
+        assert counted == whole.num_targets
+        assert [len(tokens) for tokens, _ in whole.micro_batches(3)] == [3, 3, 2]
 
 
-def test_an_epoch_sees_every_window_once_and_the_next_in_another_order():
-    cursor = Cursor(24, 8, seed=0)
-    epochs = [[cursor.window(step, i) for step in range(3 * e, 3 * e + 3) for i in range(8)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(24))
-    assert epochs[0] != epochs[1]
-    assert Cursor(24, 8, seed=0).window(4, 5) == cursor.window(4, 5)
+def test_ranks_that_train_on_the_same_samples_are_found_out(corpus):
+    config, run, _ = corpus
+    batches = Batches(config, run / "corpus")
+    whole = batches.share(0, 0, 1).digests()
+    alone = batches.share(0, 0, 2).digests()
+    with pytest.raises(SiloweaveError, match="are not the global batch of 8"):
+        prove_disjoint([alone, alone], whole)
+    other = {place: batches.share(1, 1, 2).digests()[place] for place in (1, 3, 5, 7)}
+    with pytest.raises(SiloweaveError, match="sample 1 of the first step is not the same on all ranks"):
+        prove_disjoint([alone, other], whole)
 
 
 def test_prepare_is_skipped_when_its_manifest_proves_it_and_repeated_when_damaged(tmp_path):
-    import json
-
     rows = [
         {"text": f"public text number {i} about subject {i % 7} and its {i} neighbours in the list"} for i in range(300)
     ]
@@ -91,7 +224,7 @@ def test_prepare_is_skipped_when_its_manifest_proves_it_and_repeated_when_damage
         ],
     )
     first = prepare(config, tmp_path)
-    token_file = tmp_path / "corpus" / "tokens-train.bin"
+    token_file = tmp_path / "corpus" / "tokens-train-public.bin"
     stamp = token_file.stat().st_mtime_ns
     assert prepare(config, tmp_path) == first
     assert token_file.stat().st_mtime_ns == stamp

@@ -42,8 +42,10 @@ def normalise(text: str) -> str:
     return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
 
 
-def clean(documents: Iterable[str], min_characters: int, similarity: float, counts: CleaningCounts) -> Iterator[str]:
-    """Yields the documents worth training on, in their order; the first of a group of duplicates stays.
+def clean(
+    documents: Iterable[str], min_characters: int, similarity: float, counts: CleaningCounts
+) -> Iterator[tuple[int, str]]:
+    """Yields the documents worth training on with their places, in their order; the first of duplicates stays.
 
     Near duplicates are found by MinHash with locality-sensitive hashing over 5-word shingles (Broder 1997; datasketch).
 
@@ -56,30 +58,32 @@ def clean(documents: Iterable[str], min_characters: int, similarity: float, coun
     from datasketch import MinHash, MinHashLSH
 
     texts = _exact(documents, min_characters, counts)
-    sketches = MinHash.bulk([_shingles(text) for text in texts], num_perm=_PERMUTATIONS)
+    sketches = MinHash.bulk([_shingles(text) for text in texts.values()], num_perm=_PERMUTATIONS)
     index = MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS)
-    for position, (text, sketch) in enumerate(zip(texts, sketches, strict=True)):
+    for position, ((place, text), sketch) in enumerate(zip(texts.items(), sketches, strict=True)):
         if any(sketch.jaccard(sketches[other]) >= similarity for other in index.query(sketch)):
             counts.near_duplicates += 1
             continue
         index.insert(position, sketch)
         counts.kept += 1
-        yield text
+        yield place, text
 
 
-def _exact(documents: Iterable[str], min_characters: int, counts: CleaningCounts) -> list[str]:
-    kept: dict[str, str] = {}
-    for document in documents:
+def _exact(documents: Iterable[str], min_characters: int, counts: CleaningCounts) -> dict[int, str]:
+    kept: dict[int, str] = {}
+    seen: set[str] = set()
+    for place, document in enumerate(documents):
         counts.read += 1
         text = normalise(document)
         digest = digest_bytes(text.encode())
         if len(text) < min_characters:
             counts.too_short += 1
-        elif digest in kept:
+        elif digest in seen:
             counts.exact_duplicates += 1
         else:
-            kept[digest] = text
-    return list(kept.values())
+            seen.add(digest)
+            kept[place] = text
+    return kept
 
 
 def _shingles(text: str) -> list[bytes]:

@@ -1,67 +1,153 @@
-"""Token files: documents joined by the end-of-text token, as little-endian uint16, read through a memory map.
+"""Token files: windows of ``context_length`` tokens, little-endian uint16, read through a memory map.
 
-Which tokens are sample i of step s is a pure function of (seed, s, i): no loader state to save, and any number of
-ranks reads disjoint samples of the same global batch.
+Two ways to fill the windows (``data.packing``). ``concatenate`` joins the documents by the end-of-text token and cuts
+the stream; what stands before a document's start in its window is visible to it. ``documents`` puts documents, or
+pieces of long ones, whole into windows by best fit (Ding et al. 2024, "Fewer truncations improve language modeling"):
+a second file has every token's position in its piece, so that attention and loss stay inside a piece.
 """
 
-from collections.abc import Iterable
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+Packing = Literal["concatenate", "documents"]
 TOKEN_DTYPE = np.dtype("<u2")
+_POSITIONS, _TARGETS = ".positions", ".targets"
+_BUFFER_TOKENS = 2**22
+
+Ids = npt.NDArray[np.uint16]
 
 
-def pack(documents: Iterable[str], tokenizer: Any, path: Path) -> dict[str, int]:
-    """Writes documents one after the other, each ended by the end-of-text token.
+def pack(documents: Iterable[str], tokenizer: Any, path: Path, context_length: int, packing: Packing) -> dict[str, int]:
+    """Writes documents, each ended by the end-of-text token, as windows.
 
     Returns:
-        Counts: ``documents``, ``tokens``, ``characters``.
+        Counts: ``documents``, ``tokens``, ``characters``, ``windows``, and ``tokens_kept``: those inside windows.
     """
     counts = {"documents": 0, "tokens": 0, "characters": 0}
-    backend = tokenizer.backend_tokenizer
-    with path.open("wb") as file:
+
+    def encoded() -> Iterator[Ids]:
+        backend = tokenizer.backend_tokenizer
         for document in documents:
             ids = backend.encode(document, add_special_tokens=False).ids
-            np.asarray([*ids, tokenizer.eos_token_id], dtype=TOKEN_DTYPE).tofile(file)
             counts["documents"] += 1
             counts["tokens"] += len(ids) + 1
             counts["characters"] += len(document)
-    return counts
+            yield np.asarray([*ids, tokenizer.eos_token_id], dtype=TOKEN_DTYPE)
+
+    if packing == "concatenate":
+        with path.open("wb") as file:
+            for ids in encoded():
+                ids.tofile(file)
+        windows = counts["tokens"] // context_length
+        return {**counts, "windows": windows, "tokens_kept": windows * context_length}
+    windows = _pack_whole(encoded(), path, context_length, tokenizer.eos_token_id)
+    return {**counts, "windows": windows, "tokens_kept": counts["tokens"]}
+
+
+def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int, padding: int) -> int:
+    windows = 0
+    with (
+        path.open("wb") as tokens,
+        path.with_suffix(_POSITIONS).open("wb") as positions,
+        path.with_suffix(_TARGETS).open("wb") as targets,
+    ):
+        for pieces in _buffers(documents, context_length):
+            for window in best_fit([len(piece) for piece in pieces], context_length):
+                row = np.full(context_length, padding, dtype=TOKEN_DTYPE)
+                # Padding stands at position 0, each alone: no token sees it, and a position of 0 is never a target.
+                place, start = np.zeros(context_length, dtype=TOKEN_DTYPE), 0
+                for piece in (pieces[index] for index in window):
+                    row[start : start + len(piece)] = piece
+                    place[start : start + len(piece)] = np.arange(len(piece))
+                    start += len(piece)
+                row.tofile(tokens)
+                place.tofile(positions)
+                np.asarray(np.count_nonzero(place), dtype=TOKEN_DTYPE).tofile(targets)
+                windows += 1
+    return windows
+
+
+def _buffers(documents: Iterable[Ids], context_length: int) -> Iterator[list[Ids]]:
+    """Pieces of at most a window, in lists that fit into memory."""
+    pieces: list[Ids] = []
+    held = 0
+    for document in documents:
+        pieces += [document[start : start + context_length] for start in range(0, len(document), context_length)]
+        held += len(document)
+        if held >= _BUFFER_TOKENS:
+            yield pieces
+            pieces, held = [], 0
+    yield pieces
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit-decreasing bin packing.
+
+    Args:
+        lengths: sizes of the pieces, each at most ``capacity``.
+        capacity: size of a bin.
+
+    Returns:
+        The pieces' indices, bin by bin.
+    """
+    bins: list[list[int]] = []
+    with_space: defaultdict[int, list[int]] = defaultdict(list)
+    spaces: list[int] = []  # the keys of with_space that have bins, sorted
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        at = bisect_left(spaces, length)
+        if at == len(spaces):
+            space, chosen = capacity, len(bins)
+            bins.append([])
+        else:
+            space = spaces[at]
+            chosen = with_space[space].pop()
+            if not with_space[space]:
+                del spaces[at]
+        bins[chosen].append(index)
+        left = space - length
+        if left and not with_space[left]:
+            insort(spaces, left)
+        if left:
+            with_space[left].append(chosen)
+    return bins
 
 
 class TokenFile:
-    """A packed file cut into windows of ``context_length`` tokens; the tail that fills no window is left out."""
+    """A packed file's windows; of a concatenated one, the tail that fills no window is left out."""
 
     def __init__(self, path: Path, context_length: int) -> None:
-        self._tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
         self._context_length = context_length
+        self._tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
         self.num_windows = len(self._tokens) // context_length
+        self._positions = self._targets = None
+        if path.with_suffix(_POSITIONS).exists():
+            self._positions = np.memmap(path.with_suffix(_POSITIONS), dtype=TOKEN_DTYPE, mode="r")
+            self._targets = np.memmap(path.with_suffix(_TARGETS), dtype=TOKEN_DTYPE, mode="r")
 
     def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens of the given windows, shape (len(indices), context_length)."""
+        return self._rows(self._tokens, indices)
+
+    def positions(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        """Every token's position in its piece of a document, same shape; None where every window is one piece.
+
+        A token at position 0 is no target.
+        """
+        return None if self._positions is None else self._rows(self._positions, indices)
+
+    def num_targets(self, indices: npt.NDArray[np.int64]) -> int:
+        """Tokens of the given windows that a loss is summed over."""
+        if self._targets is None:
+            return len(indices) * (self._context_length - 1)
+        return int(self._targets[indices].sum(dtype=np.int64))
+
+    def _rows(self, values: npt.NDArray[np.uint16], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         starts = indices[:, None] * self._context_length
-        return np.asarray(self._tokens[starts + np.arange(self._context_length)], dtype=np.int64)
-
-
-class Cursor:
-    """Maps (step, position in the global batch) to a window: a fresh permutation an epoch, nothing skipped."""
-
-    def __init__(self, num_windows: int, batch_size: int, seed: int) -> None:
-        self._num_windows, self._batch_size, self._seed = num_windows, batch_size, seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def window(self, step: int, position: int) -> int:
-        """Index of the window that is sample ``position`` of step ``step`` (both from 0)."""
-        epoch, offset = divmod(step * self._batch_size + position, self._num_windows)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(self._num_windows)
-        return int(self._order[offset])
-
-    def rank_windows(self, step: int, rank: int, world_size: int) -> npt.NDArray[np.int64]:
-        """The windows of one rank in a step: positions rank, rank + world_size, ... of the global batch."""
-        positions = range(rank, self._batch_size, world_size)
-        return np.asarray([self.window(step, position) for position in positions], dtype=np.int64)
+        return np.asarray(values[starts + np.arange(self._context_length)], dtype=np.int64)

@@ -2,12 +2,13 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from configs.artifacts import Manifest, commit_manifest, damaged_file, digest_json, read_manifest, write_failure
-from configs.data_settings import SourceSettings
+from configs.corpora import corpora, field_of
+from configs.data_settings import PUBLIC
 from configs.errors import InputError
 from configs.schema import RunConfig
 from trainer.data.cleaning import CleaningCounts, clean
@@ -15,8 +16,12 @@ from trainer.data.packing import pack
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import train_tokenizer
 
-TRAIN_TOKENS = "tokens-train.bin"
 VALIDATION_TOKENS = "tokens-validation.bin"
+
+
+def train_tokens(corpus: str) -> str:
+    """File name of a corpus' training tokens."""
+    return f"tokens-train-{corpus}.bin"
 
 
 class Deidentify(Protocol):
@@ -52,24 +57,30 @@ def prepare(config: RunConfig, run_directory: Path, deidentify: Deidentify | Non
     if config.data.deidentify.enabled and deidentify is None:
         raise ValueError("data.deidentify.enabled is true: give prepare() a deidentifier")
     corpus, tokenizer_directory = run_directory / "corpus", run_directory / "tokenizer"
-    shaping = [config.data.public.model_dump(), *_cleaning_settings(config), config.tokenizer.model_dump()]
-    settings = digest_json([*shaping, config.run.seed, *([deidentify.digest] if deidentify else [])])
+    settings = digest_json([*_shaping(config), config.run.seed, *([deidentify.digest] if deidentify else [])])
     done = finished(corpus, "corpus", settings)
     if done is not None and finished(tokenizer_directory, "tokenizer", settings) is not None:
         return done
     for directory in (corpus, tokenizer_directory):
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-    documents, metadata = _read_public(config, config.data.public, deidentify)
-    train, validation = _split(documents, config.data.validation_fraction, config.run.seed)
-    tokenizer = train_tokenizer(train, config.tokenizer.vocab_size, tokenizer_directory)
+    documents, metadata = _read_public(config, deidentify)
+    parts = {name: _split(texts, config.data.validation_fraction, config.run.seed) for name, texts in documents.items()}
+    tokenizer = train_tokenizer(
+        [text for train, _ in parts.values() for text in train], config.tokenizer.vocab_size, tokenizer_directory
+    )
     commit_manifest(
         tokenizer_directory,
         Manifest("tokenizer", settings, metadata={"vocab_size": len(tokenizer), "trained_on": "public"}),
     )
+
+    def packed(texts: Iterable[str], name: str) -> dict[str, int]:
+        return pack(texts, tokenizer, corpus / name, config.model.context_length, config.data.packing)
+
     try:
-        metadata["train"] = pack(train, tokenizer, corpus / TRAIN_TOKENS)
-        metadata["validation"] = pack(validation, tokenizer, corpus / VALIDATION_TOKENS)
+        metadata["train"] = {name: packed(train, train_tokens(name)) for name, (train, _) in parts.items()}
+        held_out = (text for _, validation in parts.values() for text in validation)
+        metadata["validation"] = packed(held_out, VALIDATION_TOKENS)
     except OSError as error:
         raise write_failure(corpus, error) from error
     metadata["vocab_size"] = len(tokenizer)
@@ -85,23 +96,37 @@ def finished(directory: Path, kind: str, config_digest: str) -> Manifest | None:
     return manifest
 
 
-def _cleaning_settings(config: RunConfig) -> list[float]:
+def _shaping(config: RunConfig) -> list[Any]:
     data = config.data
-    return [data.validation_fraction, data.min_characters, data.near_duplicate_similarity]
+    sources = {name: source.model_dump(exclude={"weight"}) for name, source in corpora(data).items()}
+    cleaning = [data.validation_fraction, data.min_characters, data.near_duplicate_similarity]
+    # A concatenated corpus is cut into windows as it is read, a packed one as it is written.
+    packing = [data.packing, config.model.context_length] if data.packing == "documents" else [data.packing]
+    return [sources, *cleaning, *packing, config.tokenizer.model_dump()]
 
 
-def _read_public(
-    config: RunConfig, source: SourceSettings, deidentify: Deidentify | None
-) -> tuple[list[str], dict[str, Any]]:
-    read, cleaned = ReadCounts(), CleaningCounts()
-    texts = map(deidentify or str, (row[source.text] for row in read_rows(source, [], read)))
-    documents = list(clean(texts, config.data.min_characters, config.data.near_duplicate_similarity, cleaned))
-    if not documents:
-        raise InputError(
-            f"data.public.source {source.source!r}: no document is left of {read.rows} rows "
-            f"({read.empty} empty, {cleaned.too_short} shorter than data.min_characters {config.data.min_characters}); "
-            "give more text or lower data.min_characters"
-        )
+def _read_public(config: RunConfig, deidentify: Deidentify | None) -> tuple[dict[str, list[str]], dict[str, Any]]:
+    """Every corpus' documents; a copy is dropped wherever it stands, the first one stays."""
+    sources, read, cleaned = corpora(config.data), ReadCounts(), CleaningCounts()
+    origins: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for name, source in sources.items():
+            for row in read_rows(source, [], read):
+                origins.append(name)
+                yield (deidentify or str)(row[source.text])
+
+    documents: dict[str, list[str]] = {name: [] for name in sources}
+    for place, text in clean(texts(), config.data.min_characters, config.data.near_duplicate_similarity, cleaned):
+        documents[origins[place]].append(text)
+    for name, source in sources.items():
+        if not documents[name]:
+            raise InputError(
+                f"{field_of(name)} {source.source!r}: no document is left of {read.rows} rows ({read.empty} empty, "
+                f"{cleaned.too_short} shorter than data.min_characters {config.data.min_characters}, "
+                f"{cleaned.exact_duplicates + cleaned.near_duplicates} copies); give more text or lower "
+                "data.min_characters"
+            )
     metadata = {"cleaning": cleaned.as_dict(), "replaced_utf8": read.replaced_utf8, "empty": read.empty}
     return documents, {**metadata, **({"deidentified": dict(deidentify.counts)} if deidentify else {})}
 
@@ -116,11 +141,14 @@ def _split(documents: list[str], fraction: float, seed: int) -> tuple[list[str],
 
 
 def _check_size(config: RunConfig, metadata: dict[str, Any]) -> None:
-    context = config.model.context_length
-    needed = {"train": config.pretrain.batch_size * context, "validation": context}
-    for part, tokens in needed.items():
-        if metadata[part]["tokens"] < tokens:
+    """Every corpus fills a window, all together a batch, and there is something to validate on."""
+    found = {field_of(name): (counts["windows"], 1) for name, counts in metadata["train"].items()}
+    found["validation text of the public corpora"] = (metadata["validation"]["windows"], 1)
+    if len(metadata["train"]) == 1:
+        found[field_of(PUBLIC)] = (metadata["train"][PUBLIC]["windows"], config.pretrain.batch_size)
+    for field, (windows, needed) in found.items():
+        if windows < needed:
             raise InputError(
-                f"data.public.source {config.data.public.source!r}: {metadata[part]['tokens']} {part} tokens are fewer "
-                f"than the {tokens} needed; give more text, or lower pretrain.batch_size or model.context_length"
+                f"{field}: its tokens fill {windows} windows of model.context_length {config.model.context_length}, "
+                f"fewer than the {needed} needed; give more text, or lower pretrain.batch_size or model.context_length"
             )

@@ -1,0 +1,111 @@
+"""A rank's share of each global batch, and the proof at the first step that the shares are what they should be."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.artifacts import Manifest, digest_bytes
+from configs.corpora import corpora
+from configs.errors import SiloweaveError
+from configs.schema import RunConfig
+from trainer.data.order import Int64s, Order, SkippedData
+from trainer.data.packing import TokenFile
+from trainer.data.prepare import train_tokens
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank trains on in a step.
+
+    Attributes:
+        samples: places in the global batch, shape (b,).
+        tokens: shape (b, context_length).
+        positions: every token's position in its piece of a document, same shape; None where windows are whole.
+        num_targets: target tokens of the GLOBAL batch, which the loss is divided by.
+    """
+
+    samples: Int64s
+    tokens: Int64s
+    positions: Int64s | None
+    num_targets: int
+
+    def micro_batches(self, size: int) -> Iterator[tuple[Int64s, Int64s | None]]:
+        """Tokens and positions of at most ``size`` samples at a time."""
+        for start in range(0, len(self.samples), size):
+            part = slice(start, start + size)
+            yield self.tokens[part], None if self.positions is None else self.positions[part]
+
+    def digests(self) -> dict[int, str]:
+        """What stands at each place of the global batch."""
+        return {int(sample): digest_bytes(row.tobytes()) for sample, row in zip(self.samples, self.tokens, strict=True)}
+
+
+class Batches:
+    """The global batches of a run, read from its packed corpora.
+
+    Args:
+        config: the run's settings.
+        corpus: directory of the packed files.
+        skipped: ranges of batches that are passed over.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Path, skipped: SkippedData = ()) -> None:
+        sources = corpora(config.data)
+        self._files = [TokenFile(corpus / train_tokens(name), config.model.context_length) for name in sources]
+        self._batch_size = config.pretrain.batch_size
+        self._order = Order(
+            [file.num_windows for file in self._files],
+            [source.weight for source in sources.values()],
+            self._batch_size,
+            config.run.seed,
+            skipped,
+        )
+
+    def number(self, step: int) -> int:
+        """Number of the batch that a step (from 0) trains on."""
+        return self._order.batch_number(step)
+
+    def share(self, step: int, rank: int, world_size: int) -> Share:
+        """One rank's part: places rank, rank + world_size, ... of the global batch."""
+        origins, windows = self._order.batch(step)
+        samples = np.arange(rank, self._batch_size, world_size)
+        rows = [(self._files[origins[i]], windows[i : i + 1]) for i in samples]
+        tokens = np.concatenate([file.windows(window) for file, window in rows])
+        places = [place for file, window in rows if (place := file.positions(window)) is not None]
+        targets = sum(file.num_targets(windows[origins == index]) for index, file in enumerate(self._files))
+        return Share(samples, tokens, np.concatenate(places) if places else None, targets)
+
+
+def prove_disjoint(shares: Sequence[dict[int, str]], expected: dict[int, str]) -> None:
+    """Raises unless the ranks' shares are, together, the global batch, each sample exactly once.
+
+    A launcher that tells every rank it is alone makes all of them train on the same samples, and nothing else fails:
+    only the loss shows it.
+
+    Args:
+        shares: of every rank, from the tokens that it is about to train on.
+        expected: the whole batch, as a single rank would read it.
+
+    Raises:
+        SiloweaveError: a sample is missing, there twice, or another one.
+    """
+    places = [place for share in shares for place in share]
+    if sorted(places) != sorted(expected):
+        raise SiloweaveError(
+            f"the ranks' samples are not the global batch of {len(expected)}: they hold the places {sorted(places)}"
+        )
+    for share in shares:
+        for place, digest in share.items():
+            if digest != expected[place]:
+                raise SiloweaveError(
+                    f"sample {place} of the first step is not the same on all ranks: is the corpus' folder the same on "
+                    "all nodes?"
+                )
+
+
+def corpus_counts(manifest: Manifest) -> dict[str, int]:
+    """Documents, tokens, characters and windows to train on, over all corpora."""
+    parts = manifest.metadata["train"].values()
+    return {name: sum(part[name] for part in parts) for name in ("documents", "tokens", "characters", "windows")}
