@@ -79,6 +79,9 @@ class DataSettings(Settings):
     """The public corpus. Tokenizer and base model see nothing but this and ``corpora``."""
     corpora: dict[CorpusName, CorpusSettings] = Field(default_factory=dict)
     """Further public corpora by name; every batch mixes all of them by their weights."""
+    workers: Count = 1
+    """Processes that clean and tokenise the public corpora. More than one are tasks of Ray Data; on a cluster all its
+    CPUs take part, and ``run.storage`` must be shared."""
     packing: Literal["concatenate", "documents"] = "concatenate"
     """``concatenate`` fills windows across documents; ``documents`` keeps attention and loss inside a document."""
     private: PrivateSettings

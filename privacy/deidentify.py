@@ -47,8 +47,12 @@ class Deidentifier:
     """
 
     def __init__(self, settings: DeidentifySettings) -> None:
+        self._settings = settings
         self._analyzer, self._anonymizer, self.digest = _engines(settings)
         self.counts: Counter[str] = Counter()
+
+    def __reduce__(self) -> tuple[type["Deidentifier"], tuple[DeidentifySettings]]:
+        return Deidentifier, (self._settings,)  # another process opens its own
 
     def __call__(self, text: str) -> str:
         """The text with ``<KIND>`` in place of each identifier found.

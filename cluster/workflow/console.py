@@ -20,8 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-_TOTALS = {"step": "steps", "round": "rounds", "scored": "of"}
-_POSITIONS = {"step": "step", "round": "round", "scored": "done"}
+_TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of"}
+_POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done"}
 _PLAIN_EVERY_S = 10.0
 
 

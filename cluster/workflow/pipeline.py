@@ -6,7 +6,7 @@ prepare -> pretrain -> export -> federate -> evaluate -> generate -> report
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -63,12 +63,21 @@ def demo(run: Run, on_text: Printer) -> dict[str, Any]:
 
 
 def prepare(run: Run) -> None:
-    """Public text to tokens, and the tokenizer."""
+    """Public text to tokens, and the tokenizer; a large corpus on Ray."""
+    from cluster.runtime.preparation import ray_map
     from privacy.deidentify import open_deidentifier
+    from trainer.data.parts import one_after_the_other
     from trainer.data.prepare import prepare as prepare_corpus
 
-    with run.stage("prepare"):
-        manifest = prepare_corpus(run.config, run.directory, open_deidentifier(run.config.data.deidentify))
+    workers = run.config.data.workers
+    with run.stage("prepare"), ray_session(run.config.cluster, workers) if workers > 1 else nullcontext():
+        manifest = prepare_corpus(
+            run.config,
+            run.directory,
+            open_deidentifier(run.config.data.deidentify),
+            ray_map if workers > 1 else one_after_the_other,
+            lambda done, of: run.log.emit("prepare", "part", part=done, parts=of),
+        )
     run.log.emit("prepare", "corpus", **manifest.metadata)
 
 

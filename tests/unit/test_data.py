@@ -7,10 +7,11 @@ import pytest
 from configs.errors import SiloweaveError
 from configs.load import load
 from trainer.data.batches import Batches, prove_disjoint
-from trainer.data.cleaning import CleaningCounts, clean, normalise
+from trainer.data.cleaning import CleaningCounts, Copies, candidates, normalise
 from trainer.data.embedded import plays, python_docs
 from trainer.data.order import Order, merged, permuted
-from trainer.data.packing import TokenFile, best_fit, pack
+from trainer.data.packing import Document, TokenFile, best_fit, pack
+from trainer.data.parts import Parts, one_after_the_other
 from trainer.data.prepare import prepare, train_tokens
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -24,9 +25,10 @@ def test_cleaning_drops_short_exact_and_near_duplicates_and_keeps_the_first():
     near = text + "today"
     other = "an entirely different sentence about compilers, linkers and the strange life of symbols in object files"
     counts = CleaningCounts()
-    kept = list(clean(["short", text, "  " + text, near, other], 40, 0.8, counts))
+    found, copies = list(candidates(["short", text, "  " + text, near, other], 40)), Copies(0.8)
+    kept = [(c.place, c.text) for c in found if copies.keep(c, counts)]
     assert kept == [(1, normalise(text)), (4, other)]
-    assert counts.as_dict() == {"read": 5, "too_short": 1, "exact_duplicates": 1, "near_duplicates": 1, "kept": 2}
+    assert [counts.exact_duplicates, counts.near_duplicates, counts.kept] == [1, 1, 2]
 
 
 def test_the_embedded_texts_are_there():
@@ -38,11 +40,17 @@ def test_the_embedded_texts_are_there():
     assert all("**" not in row["text"][:2] and not row["text"].startswith("#") for row in speeches)
 
 
+def encoded(documents, tokenizer):
+    for text in documents:
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        yield Document(np.asarray(ids, dtype=np.uint16), len(text))
+
+
 @pytest.fixture
 def tokens(tmp_path):
     documents = [f"document number {i} speaks of the number {i * i}" for i in range(60)]
     tokenizer = train_tokenizer(documents, 300, tmp_path / "tokenizer")
-    counts = pack(documents, tokenizer, tmp_path / "tokens.bin", 16, "concatenate")
+    counts = pack(encoded(documents, tokenizer), tmp_path / "tokens.bin", 16, "concatenate")
     return documents, tokenizer, counts, tmp_path
 
 
@@ -68,12 +76,12 @@ def test_the_tokenizer_is_byte_level(tokens):
 def test_documents_packed_whole_keep_every_token_and_know_their_places(tokens):
     documents, tokenizer, _, folder = tokens
     documents = [*documents, "one long document " * 30]
-    counts = pack(documents, tokenizer, folder / "whole.bin", 32, "documents")
+    counts = pack(encoded(documents, tokenizer), folder / "whole.bin", 32, "documents")
     file = TokenFile(folder / "whole.bin", 32)
     everything = np.arange(file.num_windows)
     ids, positions = file.windows(everything), file.positions(everything)
-    encoded = [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in documents]
-    expected = [tuple(ids[start : start + 32]) for ids in encoded for start in range(0, len(ids), 32)]
+    whole = [document.ids.tolist() for document in encoded(documents, tokenizer)]
+    expected = [tuple(ids[start : start + 32]) for ids in whole for start in range(0, len(ids), 32)]
     found, targets = [], 0
     for row, places in zip(ids, positions, strict=True):
         starts = [*np.flatnonzero(places == 0), 32]
@@ -84,7 +92,7 @@ def test_documents_packed_whole_keep_every_token_and_know_their_places(tokens):
     padding = (int(tokenizer.eos_token_id),)  # alone, at position 0
     assert sorted(piece for piece in found if piece != padding) == sorted(p for p in expected if p != padding)
     assert file.num_targets(everything) == targets == sum(file.num_targets(everything[i : i + 1]) for i in everything)
-    assert counts["tokens_kept"] == counts["tokens"] == sum(map(len, encoded))
+    assert counts["tokens_kept"] == counts["tokens"] == sum(map(len, whole))
 
 
 @pytest.mark.parametrize("capacity", [8, 64])
@@ -231,3 +239,43 @@ def test_prepare_is_skipped_when_its_manifest_proves_it_and_repeated_when_damage
     token_file.write_bytes(b"damaged")
     assert prepare(config, tmp_path).content_digest == first.content_digest
     assert token_file.stat().st_size > 1000
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_preparation_goes_on_with_the_parts_that_are_missing(corpus, tmp_path, monkeypatch):
+    config, _, expected = corpus
+    monkeypatch.setattr("trainer.data.parts.PART_ROWS", 40)
+    done = []
+
+    def killed_after(limit):
+        def map_parts(function, numbers):
+            for number in one_after_the_other(function, numbers):
+                if len(done) == limit:
+                    raise Killed
+                done.append((function.func.__name__, number))
+                yield number
+
+        return map_parts
+
+    for limit in (3, 9):  # while cleaning, while tokenising
+        with pytest.raises(Killed):
+            prepare(config, tmp_path, None, killed_after(limit))
+        assert not (tmp_path / "corpus" / "manifest.json").exists()
+    told = []
+    manifest = prepare(config, tmp_path, None, killed_after(None), lambda part, parts: told.append((part, parts)))
+    # What was being done when the kill came was done, and not said.
+    assert len(done) == len(set(done)) == 14 - 2
+    assert told[-1] == (14, 14)
+    assert manifest.content_digest == expected.content_digest
+    assert not list((tmp_path / "corpus-parts").glob("*"))
+
+
+def test_parts_of_other_settings_are_not_used(corpus, tmp_path):
+    config, _, _ = corpus
+    stale = Parts(tmp_path / "corpus-parts" / "other")
+    stale.write_rows([("public", "stale")])
+    prepare(config, tmp_path)
+    assert not stale.folder.exists()

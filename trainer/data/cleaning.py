@@ -6,7 +6,7 @@ record-level guarantee allows (``privacy`` design, "Words").
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,48 +42,69 @@ def normalise(text: str) -> str:
     return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
 
 
-def clean(
-    documents: Iterable[str], min_characters: int, similarity: float, counts: CleaningCounts
-) -> Iterator[tuple[int, str]]:
-    """Yields the documents worth training on with their places, in their order; the first of duplicates stays.
+@dataclass(frozen=True)
+class Candidate:
+    """A document that may be worth training on.
 
-    Near duplicates are found by MinHash with locality-sensitive hashing over 5-word shingles (Broder 1997; datasketch).
+    Attributes:
+        place: among the texts it was read with.
+        text: normalised.
+        sketch: a serialized MinHash of its 5-word shingles.
+    """
+
+    place: int
+    text: str
+    sketch: bytes
+
+
+def candidates(texts: Sequence[str], min_characters: int) -> Iterator[Candidate]:
+    """The texts that are long enough, normalised and sketched (MinHash; Broder 1997, datasketch)."""
+    from datasketch import LeanMinHash, MinHash
+
+    clean = [(place, text) for place, text in enumerate(map(normalise, texts)) if len(text) >= min_characters]
+    sketches = MinHash.generator((_shingles(text) for _, text in clean), num_perm=_PERMUTATIONS)
+    for (place, text), sketch in zip(clean, sketches, strict=True):
+        lean = LeanMinHash(sketch)
+        serialized = bytearray(lean.bytesize())
+        lean.serialize(serialized)
+        yield Candidate(place, text, bytes(serialized))
+
+
+class Copies:
+    """Finds exact and near copies among documents that come one after the other; the first of a group stays.
+
+    Near copies are found by locality-sensitive hashing of the sketches.
 
     Args:
-        documents: public texts.
-        min_characters: shorter ones are dropped.
-        similarity: Jaccard similarity from which two documents count as the same.
-        counts: filled while reading.
+        similarity: estimated Jaccard similarity from which two documents count as the same.
     """
-    from datasketch import MinHash, MinHashLSH
 
-    texts = _exact(documents, min_characters, counts)
-    sketches = MinHash.bulk([_shingles(text) for text in texts.values()], num_perm=_PERMUTATIONS)
-    index = MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS)
-    for position, ((place, text), sketch) in enumerate(zip(texts.items(), sketches, strict=True)):
-        if any(sketch.jaccard(sketches[other]) >= similarity for other in index.query(sketch)):
-            counts.near_duplicates += 1
-            continue
-        index.insert(position, sketch)
-        counts.kept += 1
-        yield place, text
+    def __init__(self, similarity: float) -> None:
+        from datasketch import MinHashLSH
 
+        self._similarity = similarity
+        self._seen: set[str] = set()
+        self._sketches: list[Any] = []
+        self._index = MinHashLSH(threshold=similarity, num_perm=_PERMUTATIONS)
 
-def _exact(documents: Iterable[str], min_characters: int, counts: CleaningCounts) -> dict[int, str]:
-    kept: dict[int, str] = {}
-    seen: set[str] = set()
-    for place, document in enumerate(documents):
-        counts.read += 1
-        text = normalise(document)
-        digest = digest_bytes(text.encode())
-        if len(text) < min_characters:
-            counts.too_short += 1
-        elif digest in seen:
+    def keep(self, candidate: Candidate, counts: CleaningCounts) -> bool:
+        """Whether a document is not a copy of one before it; counted."""
+        from datasketch import LeanMinHash
+
+        digest = digest_bytes(candidate.text.encode())
+        if digest in self._seen:
             counts.exact_duplicates += 1
-        else:
-            seen.add(digest)
-            kept[place] = text
-    return kept
+            return False
+        self._seen.add(digest)
+        sketch = LeanMinHash.deserialize(candidate.sketch)
+        similar = (self._sketches[other] for other in self._index.query(sketch))
+        if any(sketch.jaccard(other) >= self._similarity for other in similar):
+            counts.near_duplicates += 1
+            return False
+        self._index.insert(len(self._sketches), sketch)
+        self._sketches.append(sketch)
+        counts.kept += 1
+        return True
 
 
 def _shingles(text: str) -> list[bytes]:

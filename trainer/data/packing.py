@@ -10,7 +10,7 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,34 +23,44 @@ _BUFFER_TOKENS = 2**22
 Ids = npt.NDArray[np.uint16]
 
 
-def pack(documents: Iterable[str], tokenizer: Any, path: Path, context_length: int, packing: Packing) -> dict[str, int]:
-    """Writes documents, each ended by the end-of-text token, as windows.
+class Document(NamedTuple):
+    """A tokenised document.
+
+    Attributes:
+        ids: tokens, the end-of-text token last.
+        characters: of the text.
+    """
+
+    ids: Ids
+    characters: int
+
+
+def pack(documents: Iterable[Document], path: Path, context_length: int, packing: Packing) -> dict[str, int]:
+    """Writes documents as windows.
 
     Returns:
         Counts: ``documents``, ``tokens``, ``characters``, ``windows``, and ``tokens_kept``: those inside windows.
     """
     counts = {"documents": 0, "tokens": 0, "characters": 0}
 
-    def encoded() -> Iterator[Ids]:
-        backend = tokenizer.backend_tokenizer
+    def counted() -> Iterator[Ids]:
         for document in documents:
-            ids = backend.encode(document, add_special_tokens=False).ids
             counts["documents"] += 1
-            counts["tokens"] += len(ids) + 1
-            counts["characters"] += len(document)
-            yield np.asarray([*ids, tokenizer.eos_token_id], dtype=TOKEN_DTYPE)
+            counts["tokens"] += len(document.ids)
+            counts["characters"] += document.characters
+            yield document.ids
 
     if packing == "concatenate":
         with path.open("wb") as file:
-            for ids in encoded():
+            for ids in counted():
                 ids.tofile(file)
         windows = counts["tokens"] // context_length
         return {**counts, "windows": windows, "tokens_kept": windows * context_length}
-    windows = _pack_whole(encoded(), path, context_length, tokenizer.eos_token_id)
+    windows = _pack_whole(counted(), path, context_length)
     return {**counts, "windows": windows, "tokens_kept": counts["tokens"]}
 
 
-def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int, padding: int) -> int:
+def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int) -> int:
     windows = 0
     with (
         path.open("wb") as tokens,
@@ -59,9 +69,9 @@ def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int, paddi
     ):
         for pieces in _buffers(documents, context_length):
             for window in best_fit([len(piece) for piece in pieces], context_length):
-                row = np.full(context_length, padding, dtype=TOKEN_DTYPE)
-                # Padding stands at position 0, each alone: no token sees it, and a position of 0 is never a target.
-                place, start = np.zeros(context_length, dtype=TOKEN_DTYPE), 0
+                # Padding (any token) stands at position 0, each alone: nothing sees it, and position 0 is no target.
+                row, place = np.zeros((2, context_length), dtype=TOKEN_DTYPE)
+                start = 0
                 for piece in (pieces[index] for index in window):
                     row[start : start + len(piece)] = piece
                     place[start : start + len(piece)] = np.arange(len(piece))

@@ -1,18 +1,30 @@
 """The prepare stage: public text in, ``corpus/`` (packed tokens) and ``tokenizer/`` out, each with a manifest."""
 
 import hashlib
+import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from configs.artifacts import Manifest, commit_manifest, damaged_file, digest_json, read_manifest, write_failure
+from configs.artifacts import (
+    Manifest,
+    canonical_json,
+    commit_manifest,
+    damaged_file,
+    digest_json,
+    read_manifest,
+    write_atomic,
+    write_failure,
+)
 from configs.corpora import corpora, field_of
 from configs.data_settings import PUBLIC
 from configs.errors import InputError
 from configs.schema import RunConfig
-from trainer.data.cleaning import CleaningCounts, clean
-from trainer.data.packing import pack
+from trainer.data.packing import Document, pack
+from trainer.data.parts import Deidentify, MapParts, Parts, one_after_the_other
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import train_tokenizer
 
@@ -24,34 +36,27 @@ def train_tokens(corpus: str) -> str:
     return f"tokens-train-{corpus}.bin"
 
 
-class Deidentify(Protocol):
-    """What replaces identifiers in a text; lives in ``privacy``, which nothing here may import."""
-
-    @property
-    def digest(self) -> str:
-        """Of everything that shapes its results."""
-
-    @property
-    def counts(self) -> Mapping[str, int]:
-        """Spans replaced so far, by kind."""
-
-    def __call__(self, text: str, /) -> str:
-        """The text without them."""
-
-
-def prepare(config: RunConfig, run_directory: Path, deidentify: Deidentify | None = None) -> Manifest:
-    """Cleans the public corpus, trains the tokenizer on it, and packs it.
+def prepare(
+    config: RunConfig,
+    run_directory: Path,
+    deidentify: Deidentify | None = None,
+    map_parts: MapParts = one_after_the_other,
+    on_part: Callable[[int, int], object] = lambda _done, _of: None,
+) -> Manifest:
+    """Cleans the public corpora, trains the tokenizer on them, and packs them.
 
     Args:
         config: the run's settings.
         run_directory: receives ``corpus/`` and ``tokenizer/``.
         deidentify: treats every document first, where ``data.deidentify`` is on.
+        map_parts: where the parts are cleaned and tokenised.
+        on_part: told how many parts are done, and of how many.
 
     Returns:
         The corpus' manifest; its metadata holds the counts. Nothing is done again where it is already there.
 
     Raises:
-        InputError: the corpus is empty, or too small for one batch and one validation window.
+        InputError: a corpus is empty, or too small for one batch and one validation window.
         ValueError: ``deidentify`` is missing though the settings ask for it.
     """
     if config.data.deidentify.enabled and deidentify is None:
@@ -61,31 +66,68 @@ def prepare(config: RunConfig, run_directory: Path, deidentify: Deidentify | Non
     done = finished(corpus, "corpus", settings)
     if done is not None and finished(tokenizer_directory, "tokenizer", settings) is not None:
         return done
-    for directory in (corpus, tokenizer_directory):
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    documents, metadata = _read_public(config, deidentify)
-    parts = {name: _split(texts, config.data.validation_fraction, config.run.seed) for name, texts in documents.items()}
-    tokenizer = train_tokenizer(
-        [text for train, _ in parts.values() for text in train], config.tokenizer.vocab_size, tokenizer_directory
-    )
-    commit_manifest(
-        tokenizer_directory,
-        Manifest("tokenizer", settings, metadata={"vocab_size": len(tokenizer), "trained_on": "public"}),
-    )
+    work = run_directory / "corpus-parts"
+    parts = Parts(_only(work, settings))
 
-    def packed(texts: Iterable[str], name: str) -> dict[str, int]:
-        return pack(texts, tokenizer, corpus / name, config.model.context_length, config.data.packing)
+    # 1. Rows to parts; what was read before a kill counts only if all was.
+    count, metadata = _read_public(config, parts)
+
+    def each(step: str, function: Callable[[int], None]) -> None:
+        missing, before = parts.missing(step, count), 0 if step == "clean" else count
+        on_part(before + count - len(missing), 2 * count)
+        for number, _ in enumerate(map_parts(function, missing), 1):
+            on_part(before + count - len(missing) + number, 2 * count)
+
+    # 2. Each part is cleaned by itself; copies are looked for over all of them.
+    each("clean", partial(parts.clean, min_characters=config.data.min_characters, deidentify=deidentify))
+    counts, replaced = parts.drop_copies(count, config.data.near_duplicate_similarity)
+    metadata.update({"cleaning": counts.as_dict(), **({"deidentified": dict(replaced)} if deidentify else {})})
+    _check_left(config, Counter(name for name, _ in parts.documents(count)), metadata)
+    # 3. The tokenizer, from the training side alone.
+    held_out = partial(is_held_out, fraction=config.data.validation_fraction, seed=config.run.seed)
+    train = (text for _, text in parts.documents(count) if not held_out(text))
+    metadata["vocab_size"] = _tokenizer(config, tokenizer_directory, settings, train)
+    # 4. Tokens, and windows of them.
+    each("tokens", partial(parts.encode, tokenizer_directory=tokenizer_directory, held_out=held_out))
+    shutil.rmtree(corpus, ignore_errors=True)
+    corpus.mkdir(parents=True)
+
+    def packed(documents: Iterable[Document], name: str) -> dict[str, int]:
+        return pack(documents, corpus / name, config.model.context_length, config.data.packing)
 
     try:
-        metadata["train"] = {name: packed(train, train_tokens(name)) for name, (train, _) in parts.items()}
-        held_out = (text for _, validation in parts.values() for text in validation)
-        metadata["validation"] = packed(held_out, VALIDATION_TOKENS)
+        metadata["train"] = {
+            name: packed(parts.encoded(count, name, held_out=False), train_tokens(name))
+            for name in corpora(config.data)
+        }
+        metadata["validation"] = packed(parts.encoded(count, None, held_out=True), VALIDATION_TOKENS)
     except OSError as error:
         raise write_failure(corpus, error) from error
-    metadata["vocab_size"] = len(tokenizer)
     _check_size(config, metadata)
-    return commit_manifest(corpus, Manifest("corpus", settings, metadata=metadata))
+    manifest = commit_manifest(corpus, Manifest("corpus", settings, metadata=metadata))
+    shutil.rmtree(work)
+    return manifest
+
+
+def _only(work: Path, settings: str) -> Path:
+    """The folder of a preparation with these settings; those with others are removed."""
+    mine = work / settings[:16]
+    for other in work.glob("*"):
+        if other != mine:
+            shutil.rmtree(other)
+    return mine
+
+
+def _tokenizer(config: RunConfig, directory: Path, settings: str, texts: Iterable[str]) -> int:
+    """Trains the tokenizer, unless it is there. Returns the size of its vocabulary."""
+    done = finished(directory, "tokenizer", settings)
+    if done is not None:
+        return int(done.metadata["vocab_size"])
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    size = len(train_tokenizer(texts, config.tokenizer.vocab_size, directory))
+    commit_manifest(directory, Manifest("tokenizer", settings, metadata={"vocab_size": size, "trained_on": "public"}))
+    return size
 
 
 def finished(directory: Path, kind: str, config_digest: str) -> Manifest | None:
@@ -105,39 +147,38 @@ def _shaping(config: RunConfig) -> list[Any]:
     return [sources, *cleaning, *packing, config.tokenizer.model_dump()]
 
 
-def _read_public(config: RunConfig, deidentify: Deidentify | None) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Every corpus' documents; a copy is dropped wherever it stands, the first one stays."""
-    sources, read, cleaned = corpora(config.data), ReadCounts(), CleaningCounts()
-    origins: list[str] = []
+def _read_public(config: RunConfig, parts: Parts) -> tuple[int, dict[str, Any]]:
+    """Cuts all corpora into parts. Returns their number, and what was seen while reading."""
+    done = parts.folder / "read.json"
+    if not done.exists():
+        counts = ReadCounts()
+        rows = (
+            (name, row[source.text])
+            for name, source in corpora(config.data).items()
+            for row in read_rows(source, [], counts)
+        )
+        found = {"parts": parts.write_rows(rows), "replaced_utf8": counts.replaced_utf8, "empty": counts.empty}
+        write_atomic(done, canonical_json(found))
+    read = json.loads(done.read_bytes())
+    return read.pop("parts"), read
 
-    def texts() -> Iterator[str]:
-        for name, source in sources.items():
-            for row in read_rows(source, [], read):
-                origins.append(name)
-                yield (deidentify or str)(row[source.text])
 
-    documents: dict[str, list[str]] = {name: [] for name in sources}
-    for place, text in clean(texts(), config.data.min_characters, config.data.near_duplicate_similarity, cleaned):
-        documents[origins[place]].append(text)
-    for name, source in sources.items():
-        if not documents[name]:
+def _check_left(config: RunConfig, left: Mapping[str, int], metadata: dict[str, Any]) -> None:
+    cleaning = metadata["cleaning"]
+    for name, source in corpora(config.data).items():
+        if not left.get(name):
             raise InputError(
-                f"{field_of(name)} {source.source!r}: no document is left of {read.rows} rows ({read.empty} empty, "
-                f"{cleaned.too_short} shorter than data.min_characters {config.data.min_characters}, "
-                f"{cleaned.exact_duplicates + cleaned.near_duplicates} copies); give more text or lower "
-                "data.min_characters"
+                f"{field_of(name)} {source.source!r}: no document is left of {cleaning['read']} rows with text "
+                f"({metadata['empty']} without; {cleaning['too_short']} shorter than data.min_characters "
+                f"{config.data.min_characters}, {cleaning['exact_duplicates'] + cleaning['near_duplicates']} copies); "
+                "give more text or lower data.min_characters"
             )
-    metadata = {"cleaning": cleaned.as_dict(), "replaced_utf8": read.replaced_utf8, "empty": read.empty}
-    return documents, {**metadata, **({"deidentified": dict(deidentify.counts)} if deidentify else {})}
 
 
-def _split(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Train and validation documents; a document's side depends on its own text and the seed alone."""
-    parts: tuple[list[str], list[str]] = ([], [])
-    for document in documents:
-        digest = hashlib.blake2b(document.encode(), key=str(seed).encode(), digest_size=8).digest()
-        parts[int.from_bytes(digest, "big") < fraction * 2**64].append(document)
-    return parts
+def is_held_out(text: str, fraction: float, seed: int) -> bool:
+    """Whether a document is for validation; its own text and the seed alone decide."""
+    digest = hashlib.blake2b(text.encode(), key=str(seed).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def _check_size(config: RunConfig, metadata: dict[str, Any]) -> None:
