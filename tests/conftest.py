@@ -58,7 +58,7 @@ class TinyRun:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> TinyRun:
     root = tmp_path_factory.mktemp("tiny")
-    done = run_siloweave("demo", "-c", "tiny", "--json", cwd=root)
+    done = run_siloweave("demo", "-c", "tiny", "--json", cwd=root, timeout_s=800)
     assert done.returncode == 0, done.stderr
     return TinyRun(root, root / "runs" / "tiny", json.loads(done.stdout), done.stderr)
 
