@@ -8,13 +8,17 @@ from typing import Any
 
 from configs.artifacts import digest_json, require_manifest
 from configs.encryption import load_key
-from configs.errors import InputError
+from configs.mirror import local_stage
 from configs.schema import RunConfig
+from configs.storage import Storage
 from trainer import checkpoints
+from trainer.commits import Committer
 from trainer.data.packing import Cursor, TokenFile
 from trainer.data.prepare import TRAIN_TOKENS
 from trainer.objective import next_token_nats, validate
 from trainer.optimizers import learning_rate, new_optimizer
+from trainer.scratch import scratch_folder
+from trainer.shared import first_on_its_node, prove_shared, require_same_step
 from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
@@ -62,28 +66,29 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     Raises:
         FloatingPointError: the loss, the gradient or a weight is not finite; such a step is never committed.
         InputError: there is no encryption key on this node, or a checkpoint was not written with it.
-        SiloweaveError: a checkpoint could not be written.
+        SiloweaveError: a checkpoint could not be written, or the storage does not answer.
     """
     import torch
-    from torch import distributed
 
-    settings, corpus = config.pretrain, run_directory / "corpus"
-    manifest = require_manifest(corpus, "corpus", "prepare")
-    digest = pretrain_digest(config, manifest.content_digest)
-    root = run_directory / "pretrain" / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
+    settings = config.pretrain
     report = report if rank.rank == 0 else _ignore
     key = load_key(config.run.encryption_key_file)
     enter(0, "join")
     # The driver notices a hang first; this is for a rank that has no driver any more.
     join_process_group(rank, 2 * config.cluster.hang_timeout_s)
-    _prove_shared(root, rank)
+    storage = checkpoints.storage(config, run_directory)
+    attempt = prove_shared(storage, rank)
+    enter(0, "corpus")
+    corpus = first_on_its_node(rank, config, lambda: local_stage(config, run_directory, "corpus"))
+    manifest = require_manifest(corpus, "corpus", "prepare")
+    digest = pretrain_digest(config, manifest.content_digest)
     enter(0, "build")
     engine = build_engine(config, rank, manifest.metadata["vocab_size"])
     if key is not None:
         checkpoints.keep_sealed(engine, key)
     enter(0, "resume")
-    start = _resume(engine, root, digest, report)
+    start = _resume(engine, config, storage, digest, rank, report)
+    commits = Committer(config, storage, scratch_folder(config, run_directory), rank, attempt, start, digest, report)
     train = TokenFile(corpus / TRAIN_TOKENS, config.model.context_length)
     cursor = Cursor(train.num_windows, settings.batch_size, config.run.seed)
     targets_per_step = settings.batch_size * (config.model.context_length - 1)
@@ -118,12 +123,10 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         if done % settings.commit_every == 0 or done == settings.steps:
             enter(done, "commit")
             _require_finite(engine, done)
-            checkpoints.save(engine, root, done, digest, distributed.barrier, rank.rank)
-            if rank.rank == 0:
-                checkpoints.prune(root, settings.keep_commits)
-            report({"event": "commit", "step": done})
-    distributed.barrier()
-    distributed.destroy_process_group()
+            commits.commit(engine, done)
+        commits.check()
+    enter(settings.steps, "last commit")
+    _leave(commits)
 
 
 def _global_loss(engine: Any, nats: Any, step: int) -> float:
@@ -150,24 +153,6 @@ def _step_event(config: RunConfig, done: int, loss: float, seconds: float) -> di
     }
 
 
-def _prove_shared(root: Path, rank: Rank) -> None:
-    """Every rank must see rank 0's file: a storage folder that is not shared would lose its checkpoints."""
-    from torch import distributed
-
-    probe = root / f"probe-{rank.master_port}"
-    if rank.rank == 0:
-        probe.touch()
-    distributed.barrier()
-    seen = probe.exists()
-    distributed.barrier()
-    if rank.rank == 0:
-        probe.unlink()
-    if not seen:
-        raise InputError(
-            f"{root}: rank {rank.rank} does not see rank 0's file; give a run.storage that all nodes share"
-        )
-
-
 def _require_finite(engine: Any, step: int) -> None:
     """A gradient that was not finite shows in the next step's loss only: too late for a commit in between."""
     import torch
@@ -178,6 +163,15 @@ def _require_finite(engine: Any, step: int) -> None:
     distributed.all_reduce(broken)
     if broken.item():
         raise FloatingPointError(f"the weights after step {step} are not finite; lower pretrain.learning_rate")
+
+
+def _leave(commits: Committer) -> None:
+    """Nobody leaves before the last commit stands: rank 0 is the last to know."""
+    from torch import distributed
+
+    commits.finish()
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def _ignore(_: dict[str, Any]) -> None:
@@ -199,11 +193,15 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     return engine
 
 
-def _resume(engine: Any, root: Path, digest: str, report: Report) -> int:
-    found = checkpoints.newest(root, digest, lambda line: report({"event": "damaged", "message": line}))
+def _resume(engine: Any, config: RunConfig, storage: Storage, digest: str, rank: Rank, report: Report) -> int:
+    def tell(line: str) -> None:
+        report({"event": "damaged", "message": line})
+
+    found = first_on_its_node(rank, config, lambda: checkpoints.newest(storage, digest, tell))
+    require_same_step(found.step if found else 0, storage, engine.device)
     if found is None:
         return 0
     # Pickles: loaded only from the run's own storage, after their digests held.
-    engine.load_checkpoint(str(root), tag=found.directory.name)
+    engine.load_checkpoint(str(found.directory.parent), tag=found.directory.name)
     report({"event": "resume", "step": found.step})
     return found.step
