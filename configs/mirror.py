@@ -10,9 +10,10 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from configs.artifacts import MANIFEST, Manifest, damaged_file, digest_bytes, write_atomic
+from configs.bucket import Bucket
 from configs.errors import SiloweaveError
 from configs.schema import RunConfig
-from configs.storage import COMMITTED, Bucket
+from configs.storage import COMMITTED
 
 CONFIG, EVENTS = "config.toml", "events.jsonl"
 _CHECKPOINTS = "pretrain/"

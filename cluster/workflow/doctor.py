@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cluster.runtime.session import unreachable
+from configs.bucket import Bucket
 from configs.errors import InputError
 from configs.load import run_directory
 from configs.schema import RunConfig
-from configs.storage import Bucket
 
 _WANTED = {
     "torch": (2, 8),

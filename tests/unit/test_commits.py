@@ -4,14 +4,16 @@ import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 
 import pytest
 
+from configs.bucket import Bucket
 from configs.errors import InputError, SiloweaveError
 from configs.load import load
-from configs.storage import COMMITTED, Bucket, Folder, committed, prune
+from configs.storage import COMMITTED, Folder, committed, prune
 from trainer import checkpoints
 from trainer.commits import Committer
 from trainer.scratch import scratch_folder
@@ -310,3 +312,14 @@ def test_scratch_that_others_can_write_to_is_refused(tmp_path):
     full = load("tiny", ["cluster.scratch_dir=/proc"])
     with pytest.raises(SiloweaveError, match="could not be written"):
         scratch_folder(full, tmp_path / "runs" / "tiny")
+
+
+def test_a_store_whose_package_is_missing_is_said_with_the_extra(tmp_path, monkeypatch):
+    import fsspec  # noqa: F401
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "s3fs"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(InputError, match=r"run.storage is 's3://bucket'.*pip install 'siloweave\[s3\]'"):
+        Bucket("s3://bucket", tmp_path)
