@@ -34,7 +34,7 @@ class Committer:
     Args:
         config: how many commits are kept, and how long rank 0 waits for the others' copies after its own.
         storage: where the checkpoints are.
-        scratch: the run's folder on this machine; what an earlier start of this rank left there is removed.
+        scratch: the run's folder on this machine; what an earlier start left there is removed.
         rank: this process's place in the gang.
         attempt: one name for all ranks of this start of the gang, and for no other.
         start: the step that training goes on from.
@@ -58,7 +58,9 @@ class Committer:
         self._keep, self._patience_s = config.pretrain.keep_commits, config.cluster.hang_timeout_s
         self._flight: threading.Thread | None = None
         self._error: BaseException | None = None
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        if rank.local_rank == 0:  # nobody writes there before all have come this far
+            for left in scratch.glob("rank-*"):
+                shutil.rmtree(left, ignore_errors=True)
         # What lies beyond the start is damaged, or was never committed, perhaps by another number of ranks.
         self._stale = {name for name in storage.children() if name > step_name(start)} if rank.rank == 0 else set()
 
@@ -103,6 +105,11 @@ class Committer:
             self._flight.join()
             self._flight = None
         self.check()
+
+    def close(self) -> None:
+        """Waits for the last commit and leaves nothing in scratch."""
+        self.finish()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _copy(self, step: int, began: float, spent: dict[str, float]) -> None:
         name = step_name(step)

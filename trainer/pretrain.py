@@ -169,7 +169,7 @@ def _leave(commits: Committer) -> None:
     """Nobody leaves before the last commit stands: rank 0 is the last to know."""
     from torch import distributed
 
-    commits.finish()
+    commits.close()
     distributed.barrier()
     distributed.destroy_process_group()
 

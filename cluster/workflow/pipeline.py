@@ -39,6 +39,7 @@ class Run:
         self.log.emit(name, "start")
         began = time.perf_counter()
         try:
+            self.push()  # what a kill kept from the store: other machines need it now
             yield
         except BaseException as error:
             with suppress(SiloweaveError):  # a full disk: the stage's own error is the one to show
