@@ -14,6 +14,8 @@ import typer
 from configs.errors import InputError
 from configs.events import Listener
 from configs.load import bind_run_directory, load, presets, run_directory
+from configs.mirror import open_mirror
+from configs.schema import RunConfig
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help=f"A TOML file, or a preset: {', '.join(presets())}.", show_default=True)
@@ -185,7 +187,7 @@ def status(
     """How far a run is: stages, last step, rounds, epsilon and failures, from its files alone."""
     from cluster.workflow import status as progress
 
-    directory = run or run_directory(load(config, override or []))
+    directory = run or _directory_to_look_at(load(config, override or []))
 
     def show() -> str:
         found = progress.status(directory)
@@ -197,6 +199,14 @@ def status(
     from cluster.workflow.console import refresh
 
     refresh(show, FOLLOW_S)
+
+
+def _directory_to_look_at(settings: RunConfig) -> Path:
+    """A run's directory; that of an object store is brought here where it never was."""
+    directory, mirror = run_directory(settings), open_mirror(settings)
+    if mirror is not None and not directory.exists():
+        mirror.pull()
+    return directory
 
 
 def decrypt(
@@ -242,7 +252,9 @@ def _with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet
 
             listening.append(listeners.enter_context(TensorBoard(bind_run_directory(settings))))
         run = Run(settings, tuple(listening))
-        return work(run), run.directory
+        done = work(run)
+        run.push()
+        return done, run.directory
 
 
 def _quiet_libraries() -> None:

@@ -117,6 +117,15 @@ class Manifest:
         """One digest for all files of the directory."""
         return digest_json({name: entry["sha256"] for name, entry in self.files.items()})
 
+    @classmethod
+    def decode(cls, content: bytes) -> "Manifest":
+        """A manifest that ``encode`` made."""
+        return cls(**json.loads(content))
+
+    def encode(self) -> bytes:
+        """The manifest's file."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True).encode() + b"\n"
+
 
 def describe_files(directory: Path, exclude: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
     """Sizes and digests of all files below a directory, by relative path."""
@@ -140,7 +149,7 @@ def commit_manifest(directory: Path, manifest: Manifest, name: str = MANIFEST) -
     except OSError as error:
         raise write_failure(directory, error) from error
     complete = Manifest(**{**asdict(manifest), "files": describe_files(directory, exclude=[name])})
-    write_atomic(directory / name, json.dumps(asdict(complete), indent=2, sort_keys=True).encode() + b"\n")
+    write_atomic(directory / name, complete.encode())
     return complete
 
 
@@ -151,11 +160,18 @@ def read_manifest(directory: Path, kind: str, name: str = MANIFEST) -> Manifest 
         InputError: the manifest can't be read, is of another kind, or was written by a newer Siloweave.
     """
     path = directory / name
-    if not path.exists():
-        return None
+    return parse_manifest(path.read_bytes(), str(directory), name, kind) if path.exists() else None
+
+
+def parse_manifest(content: bytes, directory: str, name: str, kind: str) -> Manifest:
+    """A manifest from its file's content; ``directory`` and ``name`` are for the message.
+
+    Raises:
+        InputError: see ``read_manifest``.
+    """
+    path = f"{directory}/{name}"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest(**value)
+        manifest = Manifest(**json.loads(content))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise InputError(f"{path}: not a readable manifest ({error}); delete {directory} to make it again") from None
     if manifest.version > MANIFEST_VERSION:

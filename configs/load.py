@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from configs.artifacts import MANIFEST, digest_json, write_atomic
 from configs.encryption import ENVIRONMENT, FROM_ENVIRONMENT
 from configs.errors import InputError
+from configs.mirror import CONFIG, mirror_directory, open_mirror
 from configs.schema import RunConfig
 
 PRESETS = Path(__file__).parent
@@ -129,20 +130,32 @@ def bind_run_directory(config: RunConfig) -> Path:
         The run's directory.
 
     Raises:
-        InputError: the directory was made with other settings; the message names them.
+        InputError: the directory was made with other settings; the message names them. Or the object store can't be
+            written, read and cleaned.
     """
-    directory = run_directory(config)
-    stored = directory / "config.toml"
+    directory, mirror = run_directory(config), open_mirror(config)
+    if mirror is None:
+        _bind(config, directory)
+    else:
+        mirror.bucket.prove()
+        mirror.pull()
+        _bind(config, directory)
+        mirror.push_file(CONFIG)
+    return directory
+
+
+def _bind(config: RunConfig, directory: Path) -> None:
+    stored = directory / CONFIG
     if not stored.exists():
         write_atomic(stored, to_toml(config).encode())
-        return directory
+        return
     before = parse(RunConfig, read_toml(stored), str(stored))
     content = to_toml(config).encode()
     if before == config:
-        return directory
+        return
     if not _holds_work(directory):  # an earlier start failed before it made anything, for instance over a wrong path
         write_atomic(stored, content)
-        return directory
+        return
     changed = [
         f"{name} was {old!r} and is {new!r}"
         for (name, old), (_, new) in zip(_flatten(before), _flatten(config), strict=True)
@@ -150,11 +163,10 @@ def bind_run_directory(config: RunConfig) -> Path:
     ]
     if changed:
         raise InputError(
-            f"{directory}: belongs to another configuration ({'; '.join(changed)}); choose another run.name, "
-            "or delete that directory"
+            f"{config.run.url or directory}: belongs to another configuration ({'; '.join(changed)}); choose another "
+            "run.name, or delete that directory"
         )
     write_atomic(stored, content)
-    return directory
 
 
 def _holds_work(directory: Path) -> bool:
@@ -163,8 +175,8 @@ def _holds_work(directory: Path) -> bool:
 
 
 def run_directory(config: RunConfig) -> Path:
-    """Absolute path of the run's directory."""
-    return (Path(config.run.storage) / config.run.name).absolute()
+    """Absolute path of the run's directory on this machine: its mirror where ``run.storage`` is an object store."""
+    return mirror_directory(config) if config.run.url else (Path(config.run.storage) / config.run.name).absolute()
 
 
 _MOVABLE = {
@@ -175,6 +187,7 @@ _MOVABLE = {
     "cluster.standbys",
     "cluster.hang_timeout_s",
     "cluster.placement_timeout_s",
+    "cluster.scratch_dir",
     "federated.state_dir",
     "federated.workers",
     "federated.round_timeout_s",

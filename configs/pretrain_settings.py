@@ -102,5 +102,8 @@ class ClusterSettings(Settings):
     hang_timeout_s: Positive = 300
     """Seconds without a new phase (data, forward, backward, step, commit, ...) after which a rank counts as failed;
     more than the slowest phase takes."""
+    scratch_dir: str = ""
+    """Folder of each node where its ranks write a checkpoint before it is copied to ``run.storage`` in the background,
+    and where one from an object store is fetched to: room for two checkpoints; empty: below TMPDIR."""
     placement_timeout_s: Positive = 60
     """Seconds to wait for the cluster to place the gang."""

@@ -21,7 +21,8 @@ class RunSettings(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the run's directory below ``storage``."""
     storage: str = "runs"
-    """Folder where runs live. On a cluster: an absolute folder that every node shares."""
+    """Folder where runs live, or the URL of an object store (``s3://bucket/prefix``: needs the extra ``s3``; others as
+    fsspec knows them). On a cluster: an absolute folder that every node shares, or a URL."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything public: tokenizer, initial weights, order of the public data. Never of privacy noise."""
     encryption_key_file: str = ""
@@ -29,10 +30,22 @@ class RunSettings(Settings):
     SILOWEAVE_ENCRYPTION_KEY, and a set SILOWEAVE_ENCRYPTION_KEY does so by itself; empty: nothing is encrypted."""
 
     @model_validator(mode="after")
-    def _local_folder(self) -> "RunSettings":
-        if "://" in self.storage:
-            raise ValueError(f"run.storage is {self.storage!r}: object stores are not supported yet; give a folder")
+    def _storage_lasts(self) -> "RunSettings":
+        if self.url is None:
+            return self
+        protocol, _, rest = self.storage.partition("://")
+        if protocol in ("file", "local", "memory") or "::" in self.storage or not rest.strip("/"):
+            raise ValueError(f"run.storage is {self.storage!r}: give a folder, or a URL such as s3://bucket/prefix")
+        if "@" in rest:  # not repeated here: it would stand in logs
+            raise ValueError(
+                "run.storage holds credentials: leave them out, and set the store's own environment variables"
+            )
         return self
+
+    @property
+    def url(self) -> str | None:
+        """Where the run is in an object store; None where ``storage`` is a folder."""
+        return f"{self.storage.rstrip('/')}/{self.name}" if "://" in self.storage else None
 
 
 class FederatedSettings(Settings):

@@ -9,9 +9,9 @@ from typing import Any
 
 from configs.artifacts import Manifest, commit_manifest, damaged_file, read_manifest, write_failure
 from configs.encryption import MasterKey, read_sealed, write_sealed
+from configs.storage import COMMITTED, Folder, newest_commit
 
-COMMITTED = "COMMITTED"
-KIND = "round"
+KIND = UNIT = "round"
 ADAPTER = "adapter.safetensors"
 SILOS = "silos.json"
 
@@ -60,15 +60,8 @@ def newest(
     Raises:
         InputError: its adapter was not written with this key.
     """
-    for target in sorted(directory.glob("round-*"), reverse=True):
-        manifest = read_manifest(target, KIND, name=COMMITTED)
-        if manifest is None or manifest.config_digest != config_digest:
-            continue
-        broken = damaged_file(target, manifest)
-        if broken is None:
-            return _read(target, manifest, key)
-        damaged(f"{target / broken}: its digest doesn't hold; going back to the round before")
-    return None
+    found = newest_commit(Folder(directory), UNIT, KIND, config_digest, damaged)
+    return None if found is None else _read(found.directory, found.manifest, key)
 
 
 def all_rounds(directory: Path, key: MasterKey | None = None) -> list[Round]:

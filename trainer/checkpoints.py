@@ -1,25 +1,32 @@
 """Committed checkpoints: a folder ``step-N`` counts only once ``COMMITTED``, its manifest, is there."""
 
 import io
-import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.artifacts import Manifest, commit_manifest, damaged_file, read_manifest
-from configs.encryption import MasterKey, read_sealed, write_sealed
-from configs.errors import SiloweaveError
+from configs.artifacts import Manifest
+from configs.bucket import Bucket
+from configs.encryption import MasterKey, read_sealed, seal
+from configs.schema import RunConfig
+from configs.storage import COMMITTED, Folder, Storage, committed, newest_commit
+from trainer.scratch import scratch_folder
 
-COMMITTED = "COMMITTED"
-KIND = "checkpoint"
-_WRITE_ERROR = re.compile("PytorchStreamWriter|inline_container|No space left|File too large")
+__all__ = ["COMMITTED", "KIND", "UNIT", "Checkpoint", "keep_sealed", "newest", "step_name", "steps", "storage"]
+
+KIND, UNIT = "checkpoint", "step"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint whose digests hold."""
+    """A committed checkpoint whose digests hold.
+
+    Attributes:
+        directory: a local folder with its files: in the run's storage, or fetched from there.
+        step: steps done.
+        manifest: its metadata has ``step`` and ``world_size``, the number of ranks that wrote it.
+    """
 
     directory: Path
     step: int
@@ -28,41 +35,40 @@ class Checkpoint:
 
 def step_name(step: int) -> str:
     """Folder name of a step, so that names sort as numbers do."""
-    return f"step-{step:08d}"
+    return f"{UNIT}-{step:08d}"
 
 
-def save(
-    engine: Any,
-    root: Path,
-    step: int,
-    config_digest: str,
-    barrier: Callable[[], None],
-    rank: int,
-    metadata: dict[str, Any],
-) -> None:
-    """Writes every rank's shards, then rank 0 commits them with the metadata.
+def storage(config: RunConfig, run_directory: Path) -> Storage:
+    """Where a run's checkpoints are: in its folder, or straight in the object store.
 
     Raises:
-        SiloweaveError: the disk is full or not writable; earlier commits are unchanged.
+        InputError: there is no such kind of store, or its package is not installed.
     """
-    directory = root / step_name(step)
-    if rank == 0:
-        # What a kill left there without COMMITTED is garbage, perhaps of another number of ranks.
-        shutil.rmtree(directory, ignore_errors=True)
-    barrier()
-    try:
-        engine.save_checkpoint(str(root), tag=step_name(step), save_latest=False)
-    except (OSError, RuntimeError) as error:
-        # torch reports a failed write as RuntimeError; a rank that died shows as one, too, and is not the disk's fault.
-        if isinstance(error, RuntimeError) and not _WRITE_ERROR.search(str(error)):
-            raise
-        raise SiloweaveError(
-            f"{directory}: the checkpoint could not be written ({str(error).splitlines()[0]}); the commit before it is "
-            "intact: free some space or choose another run.storage, then run the same command again"
-        ) from error
-    barrier()
-    if rank == 0:
-        commit_manifest(directory, Manifest(KIND, config_digest, metadata={**metadata, "step": step}), name=COMMITTED)
+    if config.run.url is None:
+        return Folder(run_directory / "pretrain" / "checkpoints")
+    return Bucket(f"{config.run.url}/pretrain/checkpoints", scratch_folder(config, run_directory) / "fetched")
+
+
+def newest(root: Path | Storage, config_digest: str, damaged: Callable[[str], None]) -> Checkpoint | None:
+    """The newest commit whose digests hold, else the one before it, else None.
+
+    Args:
+        root: where the checkpoints are: ``storage(...)``, or a folder.
+        config_digest: only commits made with these settings count.
+        damaged: told, in one line, about every commit that is passed over.
+
+    Raises:
+        InputError: a manifest can't be read, or was written by a newer Siloweave.
+        SiloweaveError: the store does not answer.
+    """
+    place = Folder(root) if isinstance(root, Path) else root
+    found = newest_commit(place, UNIT, KIND, config_digest, damaged)
+    return None if found is None else Checkpoint(found.directory, int(found.manifest.metadata["step"]), found.manifest)
+
+
+def steps(root: Storage) -> list[int]:
+    """Committed steps, oldest first, whatever settings they were made with; no digest is looked at."""
+    return [int(name.removeprefix(f"{UNIT}-")) for name in committed(root, UNIT)]
 
 
 def keep_sealed(engine: Any, key: MasterKey) -> None:
@@ -72,7 +78,8 @@ def keep_sealed(engine: Any, key: MasterKey) -> None:
     def save(state_dict: Any, path: str) -> None:
         buffer = io.BytesIO()
         torch.save(state_dict, buffer)
-        write_sealed(Path(path), buffer.getbuffer(), key, _context(Path(path)))
+        # Scratch: it need not survive a crash, so it is neither synced nor moved into place.
+        Path(path).write_bytes(seal(buffer.getbuffer(), key, _context(Path(path))))
 
     def load(path: str, map_location: Any = None) -> Any:
         content = read_sealed(Path(path), key, _context(Path(path)))
@@ -85,34 +92,3 @@ def keep_sealed(engine: Any, key: MasterKey) -> None:
 def _context(path: Path) -> str:
     """One step's shard can't stand in for another's."""
     return f"{path.parent.name}/{path.name}"
-
-
-def newest(root: Path, config_digest: str, damaged: Callable[[str], None]) -> Checkpoint | None:
-    """The newest commit whose digests hold, else the one before it, else None.
-
-    Args:
-        root: folder of the checkpoints.
-        config_digest: only commits made with these settings count.
-        damaged: told, in one line, about every commit that is passed over.
-    """
-    for directory in sorted(root.glob("step-*"), reverse=True):
-        manifest = read_manifest(directory, KIND, name=COMMITTED)
-        if manifest is None or manifest.config_digest != config_digest:
-            continue
-        broken = damaged_file(directory, manifest)
-        if broken is None:
-            return Checkpoint(directory, int(manifest.metadata["step"]), manifest)
-        damaged(f"{directory / broken}: its digest doesn't hold; going back to the commit before")
-    return None
-
-
-def prune(root: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` commits, and what was never committed before the newest."""
-    committed = sorted(path.parent for path in root.glob(f"step-*/{COMMITTED}"))
-    for directory in committed[:-keep]:
-        # The manifest goes first, so that a kill in between leaves garbage and not a damaged commit.
-        (directory / COMMITTED).unlink()
-        shutil.rmtree(directory)
-    for directory in root.glob("step-*"):
-        if directory < committed[-1] and not (directory / COMMITTED).exists():
-            shutil.rmtree(directory)

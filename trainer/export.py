@@ -44,11 +44,11 @@ def export(config: RunConfig, run_directory: Path) -> Manifest:
     done = finished(target, "model", digest)
     if done is not None:
         return done
-    root = run_directory / "pretrain" / "checkpoints"
-    checkpoint = checkpoints.newest(root, digest, _refuse_damaged)
+    storage = checkpoints.storage(config, run_directory)
+    checkpoint = checkpoints.newest(storage, digest, _refuse_damaged)
     if checkpoint is None or checkpoint.step < config.pretrain.steps:
         at = f"is at step {checkpoint.step} of {config.pretrain.steps}" if checkpoint else "has no commit yet"
-        raise InputError(f"{root}: pretraining {at}; run `siloweave pretrain` first")
+        raise InputError(f"{storage}: pretraining {at}; run `siloweave pretrain` first")
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(run_directory / "tokenizer", target, ignore=shutil.ignore_patterns("manifest.json"))
     model = new_model(config.model, corpus.metadata["vocab_size"], config.run.seed)

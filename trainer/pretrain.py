@@ -2,20 +2,25 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_json, require_manifest
 from configs.corpora import corpora
 from configs.encryption import load_key
-from configs.errors import InputError
+from configs.mirror import local_stage
 from configs.schema import RunConfig
+from configs.storage import Storage
 from trainer import checkpoints
+from trainer.commits import Committer
 from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.order import SkippedData
 from trainer.objective import next_token_nats, to_tensors, validate
 from trainer.optimizers import learning_rate, new_optimizer
 from trainer.rollback import Progress
+from trainer.scratch import scratch_folder
+from trainer.shared import first_on_its_node, prove_shared, require_same_step
 from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
@@ -72,20 +77,29 @@ def pretrain(
     Raises:
         RollBack: the loss is a spike, or the loss, the gradient or a weight is not finite; it is not committed.
         InputError: there is no encryption key on this node, or a checkpoint was not written with it.
-        SiloweaveError: a checkpoint could not be written, or the run has rolled back too often.
+        SiloweaveError: a checkpoint could not be written, the storage does not answer, or too many rollbacks.
     """
     import torch
     from torch import distributed
 
-    settings, corpus = config.pretrain, run_directory / "corpus"
+    settings = config.pretrain
+    report = report if rank.rank == 0 else _ignore
+    enter(0, "join")
+    # The driver notices a hang first; this is for a rank that has no driver any more.
+    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
+    storage = checkpoints.storage(config, run_directory)
+    attempt = prove_shared(storage, rank)
+    enter(0, "corpus")
+    corpus = first_on_its_node(rank, config, lambda: local_stage(config, run_directory, "corpus"))
     manifest = require_manifest(corpus, "corpus", "prepare")
     digest = pretrain_digest(config, manifest.content_digest)
-    root = run_directory / "pretrain" / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    report = report if rank.rank == 0 else _ignore
-    engine = _join(config, root, rank, manifest.metadata["vocab_size"], enter)
+    enter(0, "build")
+    engine = build_engine(config, rank, manifest.metadata["vocab_size"])
     enter(0, "resume")
-    progress = Progress(settings, _resume(engine, root, digest, report), skipped)
+    progress = Progress(settings, _resume(engine, config, storage, digest, rank, report), skipped)
+    commits = Committer(
+        config, storage, scratch_folder(config, run_directory), rank, attempt, progress.committed, digest, report
+    )
     batches = Batches(config, corpus, progress.skipped)
     _prove_shares(batches, progress.committed, rank)
 
@@ -123,27 +137,10 @@ def pretrain(
         if done % settings.commit_every == 0 or done == settings.steps:
             enter(done, "commit")
             progress.require(_weight_trouble(engine), done, since_commit)
-            checkpoints.save(engine, root, done, digest, distributed.barrier, rank.rank, progress.as_metadata())
+            commits.commit(engine, done, progress.as_metadata())
             progress.committed = done
-            if rank.rank == 0:
-                checkpoints.prune(root, settings.keep_commits)
-            report({"event": "commit", "step": done})
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
-def _join(config: RunConfig, root: Path, rank: Rank, vocab_size: int, enter: Enter) -> Any:
-    """Joins the gang, and builds this rank's engine."""
-    key = load_key(config.run.encryption_key_file)
-    enter(0, "join")
-    # The driver notices a hang first; this is for a rank that has no driver any more.
-    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
-    _prove_shared(root, rank)
-    enter(0, "build")
-    engine = build_engine(config, rank, vocab_size)
-    if key is not None:
-        checkpoints.keep_sealed(engine, key)
-    return engine
+        commits.check()
+    _leave(commits, partial(enter, settings.steps))
 
 
 def _gradient_trouble(engine: Any) -> str | None:
@@ -156,7 +153,9 @@ def _weight_trouble(engine: Any) -> str | None:
     import torch
     from torch import distributed
 
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in engine.module.parameters()]).all()
+    # Under ZeRO-3 a parameter's own tensor is empty, and this rank's part of it stands beside it.
+    parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in engine.module.parameters()]
+    finite = torch.stack([part.isfinite().all() for part in parts]).all()
     broken = (~finite).float()
     distributed.all_reduce(broken)
     return "a weight is not finite" if broken.item() else None
@@ -184,22 +183,14 @@ def _step_event(config: RunConfig, done: int, loss: float, seconds: float) -> di
     }
 
 
-def _prove_shared(root: Path, rank: Rank) -> None:
-    """Every rank must see rank 0's file: a storage folder that is not shared would lose its checkpoints."""
+def _leave(commits: Committer, enter: Callable[[str], None]) -> None:
+    """Nobody leaves before the last commit stands: rank 0 is the last to know."""
     from torch import distributed
 
-    probe = root / f"probe-{rank.master_port}"
-    if rank.rank == 0:
-        probe.touch()
+    enter("last commit")
+    commits.close()
     distributed.barrier()
-    seen = probe.exists()
-    distributed.barrier()
-    if rank.rank == 0:
-        probe.unlink()
-    if not seen:
-        raise InputError(
-            f"{root}: rank {rank.rank} does not see rank 0's file; give a run.storage that all nodes share"
-        )
+    distributed.destroy_process_group()
 
 
 def _ignore(_: dict[str, Any]) -> None:
@@ -207,7 +198,7 @@ def _ignore(_: dict[str, Any]) -> None:
 
 
 def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
-    """The DeepSpeed engine around a model at its random start and its optimizer."""
+    """The DeepSpeed engine around a model at its random start and its optimizer; with a key, its files are sealed."""
     import deepspeed
 
     from trainer.models import new_model
@@ -218,15 +209,25 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
         optimizer=new_optimizer(config.pretrain, model),
         config=deepspeed_config(config.pretrain, rank.world_size),
     )
+    key = load_key(config.run.encryption_key_file)
+    if key is not None:
+        checkpoints.keep_sealed(engine, key)
     return engine
 
 
-def _resume(engine: Any, root: Path, digest: str, report: Report) -> dict[str, Any]:
+def _resume(
+    engine: Any, config: RunConfig, storage: Storage, digest: str, rank: Rank, report: Report
+) -> dict[str, Any]:
     """Loads the newest commit, if there is one. Returns its metadata."""
-    found = checkpoints.newest(root, digest, lambda line: report({"event": "damaged", "message": line}))
+
+    def tell(line: str) -> None:
+        report({"event": "damaged", "message": line})
+
+    found = first_on_its_node(rank, config, lambda: checkpoints.newest(storage, digest, tell))
+    require_same_step(found.step if found else 0, storage, engine.device)
     if found is None:
         return {}
     # Pickles: loaded only from the run's own storage, after their digests held.
-    engine.load_checkpoint(str(root), tag=found.directory.name)
+    engine.load_checkpoint(str(found.directory.parent), tag=found.directory.name)
     report({"event": "resume", "step": found.step})
     return found.manifest.metadata

@@ -50,7 +50,7 @@ def check_movable(stage: str, config: RunConfig) -> None:
         raise InputError(
             f"cluster.address is {config.cluster.address!r}: a job runs in the cluster that takes it; unset it"
         )
-    paths = {"run.storage": config.run.storage}
+    paths = {} if config.run.url else {"run.storage": config.run.storage}
     if stage in _WITH_STATE:  # a ledger in a job's own folder would vanish with it, and the budget would start anew
         paths["federated.state_dir"] = config.federated.state_dir
     sources = {field_of(name): source.source for name, source in corpora(config.data).items()}
@@ -144,7 +144,7 @@ class Jobs:
         Raises:
             InputError: another job is at work on this run.
         """
-        run = str(run_directory(config))
+        run = config.run.url or str(run_directory(config))
         self._refuse_second(run)
         entrypoint = shlex.join([python, "-m", "siloweave", *command, "--config", CONFIG])
         job = f"siloweave-{uuid.uuid4().hex[:12]}"  # our own id: asked twice, it can't start twice

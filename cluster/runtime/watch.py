@@ -66,10 +66,10 @@ class Watch:
                 else:
                     self._places.standby_changed(reference)
             self._check_hang()
-        # What an answer under way has taken with it comes first, then the rest.
-        under_way = [reference for reference, rank in self._listens.items() if rank == 0]
-        for reference in (*under_way, self._places.ranks[0].listen.remote(0)):
-            self._pass_on(ray.get(reference)[0])
+        # An answer that is on its way has taken its events along; the last commit's may be among them.
+        pending = [reference for reference, rank in self._listens.items() if rank == 0]
+        for events, _ in ray.get([*pending, self._places.ranks[0].listen.remote(0)]):
+            self._pass_on(events)
 
     def _end_of_run(self, reference: Any) -> None:
         rank = self._runs.pop(reference)

@@ -12,6 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cluster.runtime.session import unreachable
+from configs.bucket import Bucket
+from configs.errors import InputError
+from configs.load import run_directory
 from configs.schema import RunConfig
 
 _WANTED = {
@@ -45,15 +48,18 @@ class Finding:
 
 def examine(config: RunConfig) -> list[Finding]:
     """All checks, each one independent of the others."""
-    storage = Path(config.run.storage).absolute()
+    storage = run_directory(config)
+    # Of an object store this machine keeps a mirror.
+    what, which = ("the mirror", "SILOWEAVE_CACHE") if config.run.url else ("run.storage", "run.storage")
     checks: list[Callable[[], Finding]] = [
         _python,
         *(lambda name=name, least=least: _package(name, least) for name, least in _WANTED.items()),
         _compiler,
         lambda: _cpus(config),
-        lambda: _space("disk for run.storage", _existing(storage), _MIN_DISK_BYTES, "choose another run.storage"),
+        lambda: _space(f"disk for {what}", _existing(storage), _MIN_DISK_BYTES, f"choose another {which}"),
         lambda: _space("shared memory", Path("/dev/shm"), _MIN_SHM_BYTES, "give the container more (--shm-size=1g)"),  # noqa: S108
-        lambda: _writable(_existing(storage)),
+        lambda: _writable(_existing(storage), what, which),
+        *([lambda: _store(config)] if config.run.url else []),
         _loopback,
         _build_locks,
         lambda: _address(config),
@@ -98,13 +104,22 @@ def _space(check: str, path: Path, least: int, fix: str) -> Finding:
     return Finding(check, free >= least, f"{free / 2**30:.1f} GiB free at {path}", f"free some space, or {fix}")
 
 
-def _writable(path: Path) -> Finding:
+def _store(config: RunConfig) -> Finding:
+    check = "run.storage can be written, read and cleaned"
+    try:
+        Bucket(config.run.storage, run_directory(config)).prove()
+    except InputError as error:
+        return Finding(check, ok=False, found=str(error), fix="see the line before")
+    return Finding(check, ok=True, found=config.run.storage)
+
+
+def _writable(path: Path, what: str, which: str) -> Finding:
     try:
         with tempfile.TemporaryFile(dir=path):
-            return Finding("run.storage is writable", ok=True, found=str(path))
+            return Finding(f"{what} is writable", ok=True, found=str(path))
     except OSError as error:
         return Finding(
-            "run.storage is writable", ok=False, found=f"{path}: {error.strerror}", fix="choose another run.storage"
+            f"{what} is writable", ok=False, found=f"{path}: {error.strerror}", fix=f"choose another {which}"
         )
 
 

@@ -17,6 +17,7 @@ from configs.artifacts import Manifest, commit_manifest, require_manifest, write
 from configs.errors import InputError, SiloweaveError
 from configs.events import EventLog, Listener
 from configs.load import bind_run_directory, config_digest, run_directory
+from configs.mirror import open_mirror
 from configs.schema import RunConfig
 
 Printer = Callable[[str], None]
@@ -28,6 +29,7 @@ class Run:
     def __init__(self, config: RunConfig, listeners: tuple[Listener, ...] = ()) -> None:
         self.config = config
         self.directory = bind_run_directory(config)
+        self._mirror = open_mirror(config)
         self.model = self.directory / "model"
         self.log = EventLog(self.directory / "events.jsonl", listeners)
 
@@ -37,12 +39,20 @@ class Run:
         self.log.emit(name, "start")
         began = time.perf_counter()
         try:
+            self.push()  # what a kill kept from the store: other machines need it now
             yield
         except BaseException as error:
             with suppress(SiloweaveError):  # a full disk: the stage's own error is the one to show
                 self.log.emit(name, "failed", error=type(error).__name__)
+                self.push()
             raise
         self.log.emit(name, "end", seconds=time.perf_counter() - began)
+        self.push()
+
+    def push(self) -> None:
+        """Takes what is finished to the object store, where the run has one."""
+        if self._mirror is not None:
+            self._mirror.push()
 
     def ray(self) -> Any:
         """A Ray with room for the larger of gang and silo workers."""
@@ -84,12 +94,12 @@ def prepare(run: Run) -> None:
 def pretrain(run: Run) -> None:
     """Tokens to a trained checkpoint, on a gang of Ray actors; continues from the newest commit."""
     from cluster.runtime.gang import run_gang
-    from trainer.checkpoints import newest
+    from trainer.checkpoints import newest, storage
     from trainer.pretrain import pretrain_digest
 
     corpus = require_manifest(run.directory / "corpus", "corpus", "prepare")
     digest = pretrain_digest(run.config, corpus.content_digest)
-    commit = newest(run.directory / "pretrain" / "checkpoints", digest, lambda _: None)
+    commit = newest(storage(run.config, run.directory), digest, lambda _: None)
     if commit is not None and commit.step == run.config.pretrain.steps:
         return
     with run.stage("pretrain"), run.ray():
@@ -122,9 +132,16 @@ def federate(run: Run) -> None:
                 raise InputError(f"{directory}: was made from another base model; delete it, and run the command again")
             continue
         with run.stage(stage), run.ray() as ray:
-            on_event = partial(_forward, run.log, stage)
+            on_event = partial(_federation_event, run, stage)
             simulate(ray, run.config, run.model, directory, with_dp=with_dp, on_event=on_event)
             _publish(run, directory, stage, model)
+
+
+def _federation_event(run: Run, stage: str, event: dict[str, Any]) -> None:
+    """Rounds are pushed as they come. The last one may be missing: asked again, silos answer as they did."""
+    _forward(run.log, stage, event)
+    if event["event"] == "round":
+        run.push()
 
 
 def _federations(config: RunConfig) -> list[tuple[str, bool]]:
@@ -192,10 +209,15 @@ def set_aside_finished(config: RunConfig, say: Printer) -> None:
 
     The silos' ledgers stay where they are: a new run is a new reservation.
     """
-    directory = run_directory(config)
-    if not (directory / "report.json").exists():
+    directory, mirror = run_directory(config), open_mirror(config)
+    name = f"{directory.name}-until-{datetime.now(tz=UTC).strftime('%Y%m%d-%H%M%S')}"
+    if mirror is not None:
+        if mirror.bucket.read("report.json") is None:
+            return
+        mirror.move(name)
+    elif (directory / "report.json").exists():
+        directory.rename(directory.with_name(name))
+    else:
         return
-    stamp = datetime.now(tz=UTC).strftime("%Y%m%d-%H%M%S")
-    target = directory.with_name(f"{directory.name}-until-{stamp}")
-    directory.rename(target)
+    target = directory.with_name(name) if mirror is None else f"{config.run.storage.rstrip('/')}/{name}"
     say(f"{directory.name} had finished before: kept as {target}, starting anew")

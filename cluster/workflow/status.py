@@ -14,6 +14,7 @@ from configs.errors import InputError
 from configs.events import read_events
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
+from trainer import checkpoints
 
 _TROUBLES = ("restart", "rollback", "damaged", "refused", "rejected", "timeout", "failed")
 _RECENT = 20
@@ -86,7 +87,7 @@ def _pretrain(config: RunConfig, directory: Path, events: list[dict[str, Any]]) 
     return {
         "step": last.get("step", 0),
         "steps": config.pretrain.steps,
-        "committed_step": _committed(directory / "pretrain" / "checkpoints", "step", "checkpoint"),
+        "committed_step": _committed_step(config, directory),
         "loss": last.get("loss"),
         "tokens_per_s": statistics.median(rates) if rates else None,
         "validation_bits_per_char": checks[-1]["bits_per_char"] if checks else None,
@@ -129,6 +130,13 @@ def _silos(federation: Path, committed: int | None, rounds: list[dict[str, Any]]
         for name, silo in sorted(told.items())
         if "receipt" in silo
     }
+
+
+def _committed_step(config: RunConfig, directory: Path) -> int | None:
+    """Checkpoints go straight to an object store where there is one; it is asked for their names."""
+    if config.run.url is None:
+        return _committed(directory / "pretrain" / "checkpoints", "step", "checkpoint")
+    return max(checkpoints.steps(checkpoints.storage(config, directory)), default=None)
 
 
 def _committed(root: Path, unit: str, kind: str) -> int | None:

@@ -132,27 +132,31 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from configs.load import load
-from trainer import checkpoints
+from configs.storage import Folder
+from trainer.commits import Committer
 from trainer.pretrain import build_engine
 from trainer.zero import Rank, join_process_group, prepare_process
 
-root, port = Path(sys.argv[1]), int(sys.argv[2])
+root, scratch, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 rank = Rank(0, 1, 0, 1, "127.0.0.1", port, "cpu", 1)
 prepare_process(rank)
 join_process_group(rank, 60)
 config = load("tiny", ["cluster.world_size=1"])
 engine = build_engine(config, rank, 512)
-checkpoints.save(engine, root, 1, "digest", lambda: None, 0, {})
+commits = Committer(config, Folder(root), scratch, rank, "attempt", 0, "digest", lambda event: None)
+commits.commit(engine, 1, {})
+commits.finish()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-checkpoints.save(engine, root, 2, "digest", lambda: None, 0, {})
+commits.commit(engine, 2, {})
 """
 
 
 def test_a_full_disk_leaves_the_last_commit_intact(tmp_path):
     """A real DeepSpeed engine whose process may not let a file grow beyond 20 kB (RLIMIT_FSIZE)."""
+    root, scratch = tmp_path / "checkpoints", tmp_path / "scratch"
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(free_port())],
+        [sys.executable, "-c", FULL_DISK, str(root), str(scratch), str(free_port())],
         capture_output=True,
         text=True,
         timeout=300,
@@ -160,9 +164,10 @@ def test_a_full_disk_leaves_the_last_commit_intact(tmp_path):
     )
     assert done.returncode == 1
     assert "the commit before it is intact" in done.stderr
-    assert not (tmp_path / "step-00000002" / "COMMITTED").exists()
-    found = checkpoints.newest(tmp_path, "digest", pytest.fail)
-    assert found.step == 1
+    assert "set cluster.scratch_dir" in done.stderr
+    assert not (root / "step-00000002").exists()
+    found = checkpoints.newest(root, "digest", pytest.fail)
+    assert (found.step, found.manifest.metadata["world_size"]) == (1, 1)
 
 
 def free_port():
