@@ -54,7 +54,8 @@ def save(engine: Any, root: Path, step: int, config_digest: str, barrier: Callab
         ) from error
     barrier()
     if rank == 0:
-        commit_manifest(directory, Manifest(KIND, config_digest, metadata={"step": step}), name=COMMITTED)
+        metadata = {"step": step, "world_size": engine.world_size}
+        commit_manifest(directory, Manifest(KIND, config_digest, metadata=metadata), name=COMMITTED)
 
 
 def keep_sealed(engine: Any, key: MasterKey) -> None:
@@ -72,6 +73,15 @@ def keep_sealed(engine: Any, key: MasterKey) -> None:
         return torch.load(io.BytesIO(content), map_location=map_location, weights_only=False)
 
     engine.checkpoint_engine.save, engine.checkpoint_engine.load = save, load
+
+
+def read_shard(engine: Any, key: MasterKey | None, path: Path) -> Any:
+    """One of DeepSpeed's files in a commit whose digests hold; without a key, only what is touched is read."""
+    import torch
+
+    if key is not None:
+        return engine.checkpoint_engine.load(str(path), map_location="cpu")
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
 def _context(path: Path) -> str:

@@ -3,14 +3,15 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_json, require_manifest
-from configs.encryption import load_key
+from configs.encryption import MasterKey, load_key
 from configs.errors import InputError
 from configs.schema import RunConfig
-from trainer import checkpoints
+from trainer import checkpoints, elastic
 from trainer.data.packing import Cursor, TokenFile
 from trainer.data.prepare import TRAIN_TOKENS
 from trainer.objective import next_token_nats, validate
@@ -21,13 +22,16 @@ Report = Callable[[dict[str, Any]], None]
 Enter = Callable[[int, str], None]
 
 
+# Nor on the number of ranks: it may change at any restart.
+_NO_WEIGHT_DEPENDS_ON = {"micro_batch_size", "commit_every", "keep_commits", "validate_every"}
+
+
 def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
     """Digest of everything that shapes the weights; checkpoints of another one are not continued."""
     return digest_json(
         [
             config.model.model_dump(),
-            config.pretrain.model_dump(),
-            config.cluster.world_size,
+            config.pretrain.model_dump(exclude=_NO_WEIGHT_DEPENDS_ON),
             config.run.seed,
             corpus_digest,
         ]
@@ -83,7 +87,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     if key is not None:
         checkpoints.keep_sealed(engine, key)
     enter(0, "resume")
-    start = _resume(engine, root, digest, report)
+    start = _resume(engine, root, digest, report, key)
     train = TokenFile(corpus / TRAIN_TOKENS, config.model.context_length)
     cursor = Cursor(train.num_windows, settings.batch_size, config.run.seed)
     targets_per_step = settings.batch_size * (config.model.context_length - 1)
@@ -199,11 +203,18 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     return engine
 
 
-def _resume(engine: Any, root: Path, digest: str, report: Report) -> int:
+def _resume(engine: Any, root: Path, digest: str, report: Report, key: MasterKey | None) -> int:
     found = checkpoints.newest(root, digest, lambda line: report({"event": "damaged", "message": line}))
     if found is None:
         return 0
+    saved, now = found.manifest.metadata.get("world_size", engine.world_size), engine.world_size
     # Pickles: loaded only from the run's own storage, after their digests held.
-    engine.load_checkpoint(str(root), tag=found.directory.name)
+    if saved == now or not engine.zero_optimization():
+        engine.load_checkpoint(str(root), tag=found.directory.name)
+    else:
+        began = time.perf_counter()
+        elastic.load_resized(engine, found.directory, saved, partial(checkpoints.read_shard, engine, key))
+        seconds = time.perf_counter() - began
+        report({"event": "convert", "step": found.step, "ranks": [saved, now], "seconds": seconds})
     report({"event": "resume", "step": found.step})
     return found.step
