@@ -3,7 +3,7 @@
 ZeRO cuts the flattened optimizer state into one partition a rank. Which parts of which parameter lie where follows from
 the number of ranks alone, so the ranks of another number read their parts straight out of the old shards and hand
 DeepSpeed the state that a commit of their own number would hold. Nothing is converted on disk: no copy in the clear
-beside an encrypted run, and nothing to clean up. Any optimizer whose state is one value an element, or one a group, fits.
+beside an encrypted run, and nothing to clean up. An optimizer's state may be a value an element, or one for all.
 """
 
 from collections import defaultdict

@@ -191,10 +191,14 @@ def _ignore(_: dict[str, Any]) -> None:
 def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     """The DeepSpeed engine around a model at its random start and its optimizer."""
     import deepspeed
+    from deepspeed.checkpoint import constants
 
     from trainer.models import new_model
 
     model = new_model(config.model, vocab_size, config.run.seed).train()
+    # With this, DeepSpeed's own converter reads our commits.
+    version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, version)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=new_optimizer(config.pretrain, model),
@@ -214,7 +218,7 @@ def _resume(engine: Any, root: Path, digest: str, report: Report, key: MasterKey
     else:
         began = time.perf_counter()
         elastic.load_resized(engine, found.directory, saved, partial(checkpoints.read_shard, engine, key))
-        seconds = time.perf_counter() - began
-        report({"event": "convert", "step": found.step, "ranks": [saved, now], "seconds": seconds})
+        seconds = round(time.perf_counter() - began, 3)
+        report({"event": "convert", "step": found.step, "from_ranks": saved, "to_ranks": now, "seconds": seconds})
     report({"event": "resume", "step": found.step})
     return found.step

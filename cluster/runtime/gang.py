@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from cluster.runtime.places import PlaceLost, Places, placed, ranks_of
+from cluster.runtime.placement import could_grow, pick_device, placed
+from cluster.runtime.places import PlaceLost, Places, ranks_of
 from cluster.runtime.watch import RankFailed, Watch
 from configs.errors import SiloweaveError
 from configs.schema import RunConfig
@@ -11,6 +12,8 @@ from trainer.pretrain import Report
 
 def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
     """Pretrains on a gang of ranks until the last step is committed.
+
+    Every start takes as many ranks as there is room for, from ``cluster.world_size`` down to ``min_world_size``.
 
     Args:
         config: the run's settings.
@@ -22,13 +25,14 @@ def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
         SiloweaveError: more than ``cluster.max_failures`` failures; the message is the first cause.
     """
     causes: list[str] = []
-    while not _train_in_places(config, run_directory, report, causes):
+    device = pick_device(config)
+    while not _train_in_places(config, run_directory, device, report, causes):
         pass
 
 
-def _train_in_places(config: RunConfig, run_directory: Path, report: Report, causes: list[str]) -> bool:
-    """Trains in one placement group, through failures. False where a place is lost and another group is needed."""
-    with placed(config, report) as places:
+def _train_in_places(config: RunConfig, run_directory: Path, device: str, report: Report, causes: list[str]) -> bool:
+    """Trains in one placement group, through failures. False where another group is needed, or a larger one fits."""
+    with placed(config, device, report, patient=not causes) as places:
         taken_over = False
         while True:
             try:
@@ -39,6 +43,8 @@ def _train_in_places(config: RunConfig, run_directory: Path, report: Report, cau
             except PlaceLost as lost:
                 if not taken_over:  # else the standby died of what the rank died of, which is counted
                     _count(causes, str(lost), config.cluster.max_failures, report)
+                return False
+            if could_grow(config, places):
                 return False
             places.take_over()
             taken_over = True
@@ -55,7 +61,7 @@ def _count(causes: list[str], cause: str, max_failures: int, report: Report) -> 
 
 def _train_once(places: Places, config: RunConfig, run_directory: Path, report: Report) -> None:
     endpoints = places.endpoints()
-    report({"event": "gang", "pids": [endpoint.pid for endpoint in endpoints]})
+    report({"event": "gang", "world_size": len(endpoints), "pids": [endpoint.pid for endpoint in endpoints]})
     ranks = ranks_of(endpoints, places.device, config.cluster.threads_per_rank)
     runs = [handle.train.remote(config, run_directory, rank) for handle, rank in zip(places.ranks, ranks, strict=True)]
     Watch(places, runs, config.cluster.hang_timeout_s, report).until_done()

@@ -65,7 +65,7 @@ class Progressing:
             self._tasks[stage] = self._progress.add_task(stage, total=None, note="")
         elif kind == "end":
             self._finish(stage, event["seconds"])
-        elif kind in ("damaged", "restart", "refused", "rejected", "resume", "timeout"):
+        elif kind in ("convert", "damaged", "restart", "refused", "rejected", "resume", "timeout", "waiting"):
             self._console.print(f"{stage}: {kind}: {_detail(event)}", markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, stage: str, position: int, total: int, note: str) -> None:
