@@ -75,17 +75,42 @@ def load_resized(engine: Any, directory: Path, saved_world_size: int, read: Read
         module = {name: value for name, value in module.items() if name in buffers}
         engine.optimizer.checkpoint_event_prologue()
     engine.module.load_state_dict(module, strict=stage != 3)
-    layout = _Stage3(engine.optimizer, common) if stage == 3 else _Stage12(engine.optimizer)
-    shards = (
-        layout.shard(read(_optimizer_file(directory, rank))["optimizer_state_dict"], rank, saved_world_size)
-        for rank in range(saved_world_size)
-    )
-    mine = layout.as_saved(*_collect(layout.pieces(), layout.sizes(), shards, directory))
+    shards = saved_shards(directory, stage, saved_world_size, read)
+    own = _Stage3(engine.optimizer) if stage == 3 else _Stage12(engine.optimizer)
+    mine = own.as_saved(*collect(own.pieces(), own.sizes(), shards, directory))
     engine.optimizer.load_state_dict(state_dict_list=[mine] * engine.dp_world_size, load_from_fp32_weights=True)
     if stage == 3:
         engine.optimizer.checkpoint_event_epilogue()
     engine.global_steps, engine.global_samples = common["global_steps"], common["global_samples"]
     engine.skipped_steps = common["skipped_steps"]
+
+
+def saved_shards(directory: Path, stage: int, world_size: int, read: Read) -> Iterator[Shard]:
+    """What the ranks of a commit with ZeRO stage 1, 2 or 3 saved, in their order."""
+    numels: list[dict[str, int]] = []
+    if stage == 3:
+        shapes = read(directory / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
+        numels = [{name: shape.numel() for name, shape in group.items()} for group in shapes]
+    seen: dict[str, int] = defaultdict(int)
+    for rank in range(world_size):
+        content = read(_optimizer_file(directory, rank))["optimizer_state_dict"]
+        if stage == 3:
+            weights, state = content["fp32_flat_groups"], content["optimizer_state_dict"]["state"]
+            pieces = list(equal_parts(numels, rank, world_size))
+        else:
+            weights, state = content["single_partition_of_fp32_groups"], content["base_optimizer_state"]["state"]
+            pieces = list(_following(content["param_slice_mappings"], seen))
+        split = [_split(state.get(group, {})) for group in range(len(weights))]
+        states = [{_WEIGHTS: flat, **own} for flat, (own, _) in zip(weights, split, strict=True)]
+        yield Shard(pieces, states, [others for _, others in split], content)
+
+
+def _following(mappings: list[dict[str, Any]], seen: dict[str, int]) -> Iterator[Piece]:
+    """ZeRO-1's and 2's layout: a rank's pieces begin where those of the ranks before it ended."""
+    for group, mapping in enumerate(mappings):
+        for name, address in mapping.items():
+            yield Piece(name, group, address.start, seen[name], address.numel)
+            seen[name] += address.numel
 
 
 def _optimizer_file(directory: Path, rank: int) -> Path:
@@ -94,10 +119,19 @@ def _optimizer_file(directory: Path, rank: int) -> Path:
     return bf16 if bf16.exists() else directory / name
 
 
-def _collect(
+def collect(
     wanted: list[Piece], sizes: list[int], shards: Iterator[Shard], directory: Path
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """This rank's flat states and other values by group, and the first shard's content; one shard in memory at a time.
+    """Copies this rank's pieces out of the shards; one shard is in memory at a time.
+
+    Args:
+        wanted: what this rank's flat partitions hold.
+        sizes: elements of each of its flat partitions, padding included.
+        shards: the old ranks', in order.
+        directory: where they lie, for messages.
+
+    Returns:
+        Flat tensors by group and name, other values by group and name, and the first shard's content.
 
     Raises:
         SiloweaveError: an element of a wanted piece was in no shard.
@@ -147,7 +181,6 @@ class _Stage12:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._seen: dict[str, int] = defaultdict(int)
 
     def sizes(self) -> list[int]:
         return [flat.numel() for flat in self._optimizer.single_partition_of_fp32_groups]
@@ -164,18 +197,6 @@ class _Stage12:
                     found.append(Piece(name, group, here.start, within.start, here.numel))
         return found
 
-    def shard(self, content: dict[str, Any], rank: int, world_size: int) -> Shard:
-        del rank, world_size  # the shard says itself where its pieces lie; they come in the order of the ranks
-        pieces, states, scalars = [], [], []
-        for group, mapping in enumerate(content["param_slice_mappings"]):
-            for name, address in mapping.items():
-                pieces.append(Piece(name, group, address.start, self._seen[name], address.numel))
-                self._seen[name] += address.numel
-            flat, others = _split(content["base_optimizer_state"]["state"].get(group, {}))
-            states.append({_WEIGHTS: content["single_partition_of_fp32_groups"][group], **flat})
-            scalars.append(others)
-        return Shard(pieces, states, scalars, content)
-
     def as_saved(
         self, states: list[dict[str, Any]], scalars: list[dict[str, Any]], content: dict[str, Any]
     ) -> dict[str, Any]:
@@ -191,9 +212,8 @@ class _Stage12:
 class _Stage3:
     """Every parameter is cut into equal parts; a flat partition holds this rank's part of each."""
 
-    def __init__(self, optimizer: Any, common: dict[str, Any]) -> None:
+    def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self._numels = [{name: shape.numel() for name, shape in group.items()} for group in common["param_shapes"]]
 
     def sizes(self) -> list[int]:
         return [flat.numel() for flat in self._optimizer.fp32_partitioned_groups_flat]
@@ -203,15 +223,7 @@ class _Stage3:
 
         names = self._optimizer.param_names
         groups = [{names[value]: value.ds_numel for value in group} for group in self._optimizer.fp16_groups]
-        return list(_equal_parts(groups, distributed.get_rank(), distributed.get_world_size()))
-
-    def shard(self, content: dict[str, Any], rank: int, world_size: int) -> Shard:
-        states, scalars = [], []
-        for group, weights in enumerate(content["fp32_flat_groups"]):
-            flat, others = _split(content["optimizer_state_dict"]["state"].get(group, {}))
-            states.append({_WEIGHTS: weights, **flat})
-            scalars.append(others)
-        return Shard(list(_equal_parts(self._numels, rank, world_size)), states, scalars, content)
+        return list(equal_parts(groups, distributed.get_rank(), distributed.get_world_size()))
 
     def as_saved(
         self, states: list[dict[str, Any]], scalars: list[dict[str, Any]], content: dict[str, Any]
@@ -226,7 +238,8 @@ class _Stage3:
         return {**content, "fp32_flat_groups": weights, "optimizer_state_dict": optimizer_state}
 
 
-def _equal_parts(groups: list[dict[str, int]], rank: int, world_size: int) -> Iterator[Piece]:
+def equal_parts(groups: list[dict[str, int]], rank: int, world_size: int) -> Iterator[Piece]:
+    """ZeRO-3's layout: for each group of parameters' sizes, this rank's part of each, one after the other."""
     for group, numels in enumerate(groups):
         start = 0
         for name, numel in numels.items():

@@ -113,10 +113,8 @@ def _await_room(
         time.sleep(_LOOK_S)
     if fitting:
         return fitting
-    raise InputError(
-        f"{_lack(config, bundle)}; lower cluster.world_size or cluster.threads_per_rank, set cluster.min_world_size "
-        "to go on with fewer ranks, or join a larger cluster"
-    )
+    lower = "cluster.min_world_size" if config.cluster.min_world_size else "cluster.world_size"
+    raise InputError(f"{_lack(config, bundle)}; lower {lower} or cluster.threads_per_rank, or join a larger cluster")
 
 
 def _lack(config: RunConfig, bundle: dict[str, int]) -> str:
