@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -140,15 +141,11 @@ class Elastic:
     """A driver on a Ray cluster whose nodes come and go, one CPU each."""
 
     def __init__(self, root, run, address):
-        self.run, self.faults = run, root / "faults"
-        self.faults.mkdir()
-        (self.faults / "slow").touch()
-        path = os.pathsep.join([str(Path(__file__).parents[1] / "faults"), os.environ.get("PYTHONPATH", "")])
+        self.run = run
         settings = ("cluster.min_world_size=1", "cluster.max_failures=4", "pretrain.validate_every=40")
         self.process = subprocess.Popen(
             [SILOWEAVE, "pretrain", "-c", "tiny", *options(settings), "--address", address],
             cwd=root,
-            env={**os.environ, "PYTHONPATH": path, "SILOWEAVE_TEST_FAULTS": str(self.faults)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -169,7 +166,19 @@ class Elastic:
         self.wait(lambda: any(event["step"] >= step for event in events(self.run, "commit")))
 
 
-def test_a_lost_node_takes_a_rank_and_a_new_one_gives_it_back(prepared, tmp_path):
+@pytest.fixture
+def slow(tmp_path, monkeypatch):
+    """A file; while it is there, ranks on nodes that are started from now on are held up in every step."""
+    faults = tmp_path / "faults"
+    faults.mkdir()
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "faults"), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("SILOWEAVE_TEST_FAULTS", str(faults))
+    (faults / "slow").touch()
+    return faults / "slow"
+
+
+def test_a_lost_node_takes_a_rank_and_a_new_one_gives_it_back(prepared, slow, tmp_path):
     from ray.cluster_utils import Cluster
 
     run = prepared()
@@ -186,12 +195,14 @@ def test_a_lost_node_takes_a_rank_and_a_new_one_gives_it_back(prepared, tmp_path
         # 2. The node is lost: one rank goes on from the last commit.
         cluster.remove_node(node, allow_graceful=False)
         assert gang.gang(2)["world_size"] == 1
+        (lost,) = events(run, "restart")
+        assert re.search(r"rank \d's process (died|does not answer any more)", lost["cause"])
         gang.commits(20)
         # 3. Another one comes: the next restart has two ranks again.
         cluster.add_node(num_cpus=1)
         os.kill(gang.gang(2)["pids"][0], signal.SIGKILL)
         assert gang.gang(3)["world_size"] == 2
-        (gang.faults / "slow").unlink()
+        slow.unlink()
         _, errors = gang.process.communicate(timeout=400)
         assert gang.process.returncode == 0, errors
     finally:
