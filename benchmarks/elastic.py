@@ -4,8 +4,8 @@ python benchmarks/elastic.py --stages 1 2 3 --repetitions 3 --json elastic.json
 
 The tiny model goes through 1, 2, 4 and 2 ranks, killed after each, against one rank that nothing happens to. A resize
 is a cold start with other ranks: seconds from then to the first completed step; the conversion is a part of it.
-DeepSpeed's own converter is timed beside it on a commit of two ranks (in this process, imports done, with one worker and
-with its default of four); its ranks would read its output afterwards, which is not in its time and is in ours.
+DeepSpeed's own converter is timed beside it on a commit of two ranks (in this process, imports done, with one worker
+and with its default of four); its ranks would read its output afterwards, which is not in its time and is in ours.
 """
 
 import argparse
