@@ -74,7 +74,7 @@ def load_resized(engine: Any, directory: Path, saved_world_size: int, read: Read
         buffers = {name for name, _ in engine.module.named_buffers()}
         module = {name: value for name, value in module.items() if name in buffers}
         engine.optimizer.checkpoint_event_prologue()
-    engine.module.load_state_dict(module, strict=stage != 3)
+    engine.load_module_state_dict({"module": module}, strict=stage != 3)
     shards = saved_shards(directory, stage, saved_world_size, read)
     own = _Stage3(engine.optimizer) if stage == 3 else _Stage12(engine.optimizer)
     mine = own.as_saved(*collect(own.pieces(), own.sizes(), shards, directory))
@@ -180,6 +180,11 @@ class _Stage12:
     """One flat partition a parameter group; a parameter may be cut anywhere."""
 
     def __init__(self, optimizer: Any) -> None:
+        if not hasattr(optimizer, "round_robin_bit16_padding"):  # DeepSpeed has another class for some settings
+            raise SiloweaveError(
+                f"DeepSpeed's {type(optimizer).__name__}: its commits can't be loaded by another number of ranks; set "
+                "cluster.world_size to the number that wrote them, or pretrain.zero_stage = 2 for a new run"
+            )
         self._optimizer = optimizer
 
     def sizes(self) -> list[int]:

@@ -153,8 +153,10 @@ def _gang(config: RunConfig, directory: Path, ranks: int, steps: int, listener: 
         "keep_commits": steps,
         "validate_every": steps,
     }
+    run = {"storage": str(directory.parent), "name": directory.name}
     scratch = config.model_copy(
         update={
+            "run": config.run.model_copy(update=run),
             "cluster": config.cluster.model_copy(update=cluster),
             "pretrain": config.pretrain.model_copy(update=pretrain),
         }
