@@ -80,10 +80,29 @@ def prepare(config: ConfigOption = "demo", override: SetOption = None, as_json: 
 
 
 def pretrain(
-    config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
+    config: ConfigOption = "demo",
+    override: SetOption = None,
+    address: AddressOption = "",
+    verify_resume: Annotated[
+        bool, typer.Option("--verify-resume", help="Only show, in a few steps, that kills and resizing change no loss.")
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Pretrains on a gang of Ray actors with DeepSpeed; continues from the last commit."""
-    _stage("pretrain", config, override, address, as_json)
+    if verify_resume:
+        _verify_resume(config, override, address, as_json)
+    else:
+        _stage("pretrain", config, override, address, as_json)
+
+
+def _verify_resume(config: str, override: list[str] | None, address: str, as_json: bool) -> None:
+    from cluster.workflow import pipeline
+    from cluster.workflow import verify_resume as verification
+
+    document, _ = _with_run(load(config, _overrides(override, address)), pipeline.verify_resume, as_json)
+    typer.echo(json.dumps(document) if as_json else "\n".join(verification.lines(document)))
+    if not document["holds"]:
+        raise typer.Exit(1)
 
 
 def export(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:

@@ -182,6 +182,12 @@ def run_directory(config: RunConfig) -> Path:
 _MOVABLE = {
     "run.storage",
     "run.encryption_key_file",
+    "pretrain.micro_batch_size",
+    "pretrain.commit_every",
+    "pretrain.keep_commits",
+    "pretrain.validate_every",
+    "cluster.world_size",
+    "cluster.min_world_size",
     "cluster.address",
     "cluster.max_failures",
     "cluster.standbys",

@@ -87,7 +87,10 @@ class ClusterSettings(Settings):
     """The gang of Ray actors; one actor is one rank."""
 
     world_size: Count = 2
-    """Ranks."""
+    """Ranks; with ``min_world_size``, the most."""
+    min_world_size: Annotated[int, Field(ge=0)] = 0
+    """Fewest ranks to train with: where the cluster lacks room for ``world_size``, a start takes as many as it has room
+    for and ``pretrain.batch_size`` can be shared among. 0: ``world_size``, never fewer."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """``auto`` takes a GPU a rank where Ray has enough of them, else CPUs."""
     address: str = ""
@@ -106,4 +109,13 @@ class ClusterSettings(Settings):
     """Folder of each node where its ranks write a checkpoint before it is copied to ``run.storage`` in the background,
     and where one from an object store is fetched to: room for two checkpoints; empty: below TMPDIR."""
     placement_timeout_s: Positive = 60
-    """Seconds to wait for the cluster to place the gang."""
+    """Seconds to wait for the cluster to have room for the gang; the first start waits that long for ``world_size``
+    ranks before it takes fewer."""
+
+    @model_validator(mode="after")
+    def _range(self) -> "ClusterSettings":
+        if self.min_world_size > self.world_size:
+            raise ValueError(
+                f"cluster.min_world_size is {self.min_world_size}: give at most cluster.world_size ({self.world_size})"
+            )
+        return self

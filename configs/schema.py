@@ -142,13 +142,25 @@ class RunConfig(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     monitoring: MonitoringSettings = MonitoringSettings()
 
+    @property
+    def world_sizes(self) -> list[int]:
+        """The numbers of ranks that a start may have, largest first."""
+        most = self.cluster.world_size
+        return [size for size in range(most, (self.cluster.min_world_size or most) - 1, -1) if self._shares(size)]
+
+    def _shares(self, size: int) -> bool:
+        """Whether so many ranks can share the batch."""
+        return self.pretrain.batch_size % (size * self.pretrain.micro_batch_size) == 0
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         ranks, pretrain, private = self.cluster.world_size, self.pretrain, self.data.private
-        if pretrain.batch_size % (ranks * pretrain.micro_batch_size):
+        if ranks not in self.world_sizes:
+            fitting = [str(size) for size in range(1, pretrain.batch_size + 1) if self._shares(size)]
             raise ValueError(
                 f"pretrain.batch_size is {pretrain.batch_size}: give a multiple of cluster.world_size "
-                f"({ranks}) times pretrain.micro_batch_size ({pretrain.micro_batch_size})"
+                f"({ranks}) times pretrain.micro_batch_size ({pretrain.micro_batch_size}); with these batches "
+                f"cluster.world_size can be {', '.join(fitting) or 'no number at all'}"
             )
         largest = max([private.public_record_count, *private.public_record_counts.values()])
         if self.privacy.delta > 0.1 / largest:

@@ -89,6 +89,15 @@ def keep_sealed(engine: Any, key: MasterKey) -> None:
     engine.checkpoint_engine.save, engine.checkpoint_engine.load = save, load
 
 
+def read_shard(engine: Any, key: MasterKey | None, path: Path) -> Any:
+    """One of DeepSpeed's files in a commit whose digests hold; without a key, only what is touched is read."""
+    import torch
+
+    if key is not None:
+        return engine.checkpoint_engine.load(str(path), map_location="cpu")
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+
+
 def _context(path: Path) -> str:
     """One step's shard can't stand in for another's."""
     return f"{path.parent.name}/{path.name}"

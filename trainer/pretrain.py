@@ -12,7 +12,7 @@ from configs.encryption import load_key
 from configs.mirror import local_stage
 from configs.schema import RunConfig
 from configs.storage import Storage
-from trainer import checkpoints
+from trainer import checkpoints, elastic
 from trainer.commits import Committer
 from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.order import SkippedData
@@ -27,13 +27,23 @@ Report = Callable[[dict[str, Any]], None]
 Enter = Callable[[int, str], None]
 
 
+# Nor on the number of ranks: it may change at any restart.
+_NO_WEIGHT_DEPENDS_ON = {
+    "micro_batch_size",
+    "commit_every",
+    "keep_commits",
+    "validate_every",
+    "spike_ratio",
+    "max_rollbacks",
+}
+
+
 def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
     """Digest of everything that shapes the weights; checkpoints of another one are not continued."""
     return digest_json(
         [
             config.model.model_dump(),
-            config.pretrain.model_dump(),
-            config.cluster.world_size,
+            config.pretrain.model_dump(exclude=_NO_WEIGHT_DEPENDS_ON),
             {name: source.weight for name, source in corpora(config.data).items()},
             config.run.seed,
             corpus_digest,
@@ -200,10 +210,14 @@ def _ignore(_: dict[str, Any]) -> None:
 def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     """The DeepSpeed engine around a model at its random start and its optimizer; with a key, its files are sealed."""
     import deepspeed
+    from deepspeed.checkpoint import constants
 
     from trainer.models import new_model
 
     model = new_model(config.model, vocab_size, config.run.seed).train()
+    # With this, DeepSpeed's own converter reads our commits.
+    version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, version)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=new_optimizer(config.pretrain, model),
@@ -227,7 +241,14 @@ def _resume(
     require_same_step(found.step if found else 0, storage, engine.device)
     if found is None:
         return {}
+    saved, now = found.manifest.metadata.get("world_size", engine.world_size), engine.world_size
     # Pickles: loaded only from the run's own storage, after their digests held.
-    engine.load_checkpoint(str(found.directory.parent), tag=found.directory.name)
+    if saved == now or not engine.zero_optimization():
+        engine.load_checkpoint(str(found.directory.parent), tag=found.directory.name)
+    else:
+        began, key = time.perf_counter(), load_key(config.run.encryption_key_file)
+        elastic.load_resized(engine, found.directory, saved, partial(checkpoints.read_shard, engine, key))
+        seconds = round(time.perf_counter() - began, 3)
+        report({"event": "convert", "step": found.step, "from_ranks": saved, "to_ranks": now, "seconds": seconds})
     report({"event": "resume", "step": found.step})
     return found.manifest.metadata

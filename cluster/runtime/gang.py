@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from cluster.runtime.places import PlaceLost, Places, placed, ranks_of
+from cluster.runtime.placement import could_grow, pick_device, placed
+from cluster.runtime.places import PlaceLost, Places, ranks_of
 from cluster.runtime.watch import RankFailed, Watch
 from configs.errors import SiloweaveError
 from configs.schema import RunConfig
@@ -12,6 +13,8 @@ from trainer.rollback import RollBack
 
 def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
     """Pretrains on a gang of ranks until the last step is committed.
+
+    Every start takes as many ranks as there is room for, from ``cluster.world_size`` down to ``min_world_size``.
 
     Args:
         config: the run's settings.
@@ -24,15 +27,21 @@ def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
     """
     causes: list[str] = []
     skipped: list[tuple[int, int]] = []
-    while not _train_in_places(config, run_directory, report, causes, skipped):
+    device = pick_device(config)
+    while not _train_in_places(config, run_directory, device, report, causes, skipped):
         pass
 
 
 def _train_in_places(
-    config: RunConfig, run_directory: Path, report: Report, causes: list[str], skipped: list[tuple[int, int]]
+    config: RunConfig,
+    run_directory: Path,
+    device: str,
+    report: Report,
+    causes: list[str],
+    skipped: list[tuple[int, int]],
 ) -> bool:
-    """Trains in one placement group, through failures. False where a place is lost and another group is needed."""
-    with placed(config, report) as places:
+    """Trains in one placement group, through failures. False where another group is needed, or a larger one fits."""
+    with placed(config, device, report, patient=not causes) as places:
         taken_over = False
         while True:
             try:
@@ -46,6 +55,8 @@ def _train_in_places(
             except PlaceLost as lost:
                 if not taken_over:  # else the standby died of what the rank died of, which is counted
                     _count(causes, str(lost), config.cluster.max_failures, report)
+                return False
+            if could_grow(config, places):
                 return False
             places.take_over()
             taken_over = True
@@ -64,7 +75,7 @@ def _train_once(
     places: Places, config: RunConfig, run_directory: Path, report: Report, skipped: list[tuple[int, int]]
 ) -> None:
     endpoints = places.endpoints()
-    report({"event": "gang", "pids": [endpoint.pid for endpoint in endpoints]})
+    report({"event": "gang", "world_size": len(endpoints), "pids": [endpoint.pid for endpoint in endpoints]})
     ranks = ranks_of(endpoints, places.device, config.cluster.threads_per_rank)
     runs = [
         handle.train.remote(config, run_directory, rank, skipped)

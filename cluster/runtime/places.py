@@ -1,17 +1,15 @@
 """The gang's places: one bundle of a placement group each, which holds a rank and its warm standby."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from typing import Any
 
 from cluster.runtime.rank_actor import Endpoint, RankActor
-from configs.errors import InputError
-from configs.pretrain_settings import ClusterSettings
 from configs.schema import RunConfig
 from trainer.pretrain import Report
 from trainer.zero import Rank
 
 _THREADS = 4  # train or stand_by, listen, and two short calls
+_LOOK_S = 0.5
 
 
 class PlaceLost(Exception):
@@ -29,12 +27,13 @@ class Places:
         device: ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, config: RunConfig, group: Any, device: str, report: Report) -> None:
+    def __init__(self, config: RunConfig, group: Any, size: int, device: str, report: Report) -> None:
         self._config, self._group, self.device, self._report = config, group, device, report
         self._standbys: dict[int, Any] = {}  # None: it could not be warmed
         self._warming: dict[Any, int] = {}
         self._waiting: dict[Any, int] = {}
-        self.ranks: list[Any] = [self._actor(index) for index in range(config.cluster.world_size)]
+        self.ranks: list[Any] = [self._actor(index) for index in range(size)]
+        self._nodes: set[str] = set()  # where they ran last
 
     def _actor(self, index: int) -> Any:
         import ray
@@ -57,14 +56,22 @@ class Places:
         import ray
 
         timeout_s = self._config.cluster.placement_timeout_s
-        try:
-            return list(ray.get([rank.endpoint.remote() for rank in self.ranks], timeout=timeout_s))
-        except ray.exceptions.RayActorError as error:
-            raise PlaceLost(f"a rank's process died before it started ({str(error).splitlines()[0]})") from error
-        except ray.exceptions.GetTimeoutError as error:
-            raise PlaceLost(
-                f"a rank's process did not start within {timeout_s:g} s (cluster.placement_timeout_s)"
-            ) from error
+        deadline = time.monotonic() + timeout_s
+        asked = [rank.endpoint.remote() for rank in self.ranks]
+        while True:
+            answered, missing = ray.wait(asked, num_returns=len(asked), timeout=_LOOK_S)
+            try:
+                ray.get(answered)
+            except ray.exceptions.RayActorError as error:
+                raise PlaceLost(f"a rank's process died before it started ({str(error).splitlines()[0]})") from error
+            if not missing:
+                found: list[Endpoint] = ray.get(asked)
+                self._nodes = {endpoint.node for endpoint in found}
+                return found
+            if self._nodes - {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+                raise PlaceLost("a node is gone that ranks ran on")
+            if time.monotonic() > deadline:
+                raise PlaceLost(f"a rank's process did not start within {timeout_s:g} s (cluster.placement_timeout_s)")
 
     def add_standbys(self) -> None:
         """Starts the missing standbys; they get ready while training goes on."""
@@ -119,58 +126,6 @@ class Places:
 
         for handle in filter(None, (*self.ranks, *self._standbys.values())):
             ray.kill(handle, no_restart=True)
-
-
-@contextmanager
-def placed(config: RunConfig, report: Report) -> Iterator[Places]:
-    """The gang's places in one placement group; all of them are gone at the end, however it comes.
-
-    Raises:
-        InputError: the cluster can't place the gang.
-    """
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    settings = config.cluster
-    device = pick_device(settings, ray.cluster_resources())
-    bundle = {"CPU": settings.threads_per_rank, **({"GPU": 1} if device == "cuda" else {})}
-    _check_resources(settings, bundle, ray.cluster_resources())
-    group = placement_group([bundle] * settings.world_size, strategy="PACK")
-    places: Places | None = None
-    try:
-        if not group.wait(timeout_seconds=settings.placement_timeout_s):
-            raise InputError(
-                f"cluster.world_size {settings.world_size}: Ray did not place {bundle} a rank within "
-                f"{settings.placement_timeout_s:g} s (free: {_counts(ray.available_resources())}); wait for other "
-                "jobs, or lower cluster.world_size"
-            )
-        places = Places(config, group, device, report)
-        yield places
-    finally:
-        if places is not None:
-            places.kill()
-        remove_placement_group(group)
-
-
-def pick_device(settings: ClusterSettings, resources: dict[str, float]) -> str:
-    """``cuda`` where it is asked for, or where every rank can have a GPU; else ``cpu``."""
-    if settings.device == "auto":
-        return "cuda" if resources.get("GPU", 0) >= settings.world_size else "cpu"
-    return "cuda" if settings.device == "gpu" else "cpu"
-
-
-def _check_resources(settings: ClusterSettings, bundle: dict[str, int], resources: dict[str, float]) -> None:
-    for name, amount in bundle.items():
-        needed, there = amount * settings.world_size, resources.get(name, 0)
-        if needed > there:
-            raise InputError(
-                f"cluster.world_size {settings.world_size}: the gang needs {needed:g} {name}, the Ray cluster has "
-                f"{there:g}; lower cluster.world_size or cluster.threads_per_rank, or join a larger cluster"
-            )
-
-
-def _counts(resources: dict[str, float]) -> dict[str, float]:
-    return {name: resources.get(name, 0.0) for name in ("CPU", "GPU")}
 
 
 def ranks_of(endpoints: list[Endpoint], device: str, threads: int) -> list[Rank]:

@@ -87,7 +87,17 @@ class Watch:
                 other = _failure(self._runs.pop(reference), reference)
                 if other is not None and not _ECHO.search(other):
                     return other
-        return cause
+        return (self._lost_node() if _ECHO.search(cause) else None) or cause
+
+    def _lost_node(self) -> str | None:
+        """A rank that does not answer: Ray takes a while to say that a node is gone."""
+        import ray
+
+        probes = {self._places.ranks[rank].listen.remote(0): rank for rank in self._runs.values()}
+        if not probes:
+            return None
+        _, mute = ray.wait(list(probes), num_returns=len(probes), timeout=_ECHO_WAIT_S)
+        return f"rank {probes[mute[0]]}'s process does not answer any more: its node may be lost" if mute else None
 
     def _answer(self, reference: Any) -> None:
         import ray

@@ -22,6 +22,7 @@ from rich.text import Text
 
 _TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of"}
 _POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done"}
+_SHOWN = {"convert", "damaged", "restart", "rollback", "refused", "rejected", "resume", "timeout", "waiting"}
 _PLAIN_EVERY_S = 10.0
 
 
@@ -65,7 +66,7 @@ class Progressing:
             self._tasks[stage] = self._progress.add_task(stage, total=None, note="")
         elif kind == "end":
             self._finish(stage, event["seconds"])
-        elif kind in ("damaged", "restart", "rollback", "refused", "rejected", "resume", "timeout"):
+        elif kind in _SHOWN:
             self._console.print(f"{stage}: {kind}: {_detail(event)}", markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, stage: str, position: int, total: int, note: str) -> None:

@@ -23,6 +23,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         "model": {"parameters": parameters, "context_length": config.model.context_length},
         "pretrain": {
             "world_size": cluster.world_size,
+            "world_sizes": config.world_sizes,
             "steps": pretrain.steps,
             "tokens": pretrain.steps * pretrain.batch_size * config.model.context_length,
             "batch": {

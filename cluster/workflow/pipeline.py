@@ -106,6 +106,16 @@ def pretrain(run: Run) -> None:
         run_gang(run.config, run.directory, partial(_forward, run.log, "pretrain"))
 
 
+def verify_resume(run: Run) -> dict[str, Any]:
+    """Shows in a run of its own that kills and other numbers of ranks change no loss."""
+    from cluster.workflow.verify_resume import sizes_of
+    from cluster.workflow.verify_resume import verify_resume as verify
+
+    with run.ray():
+        tell = partial(_forward, run.log, "verify-resume")
+        return verify(run.config, run.directory, tell, sizes_of(run.config))
+
+
 def _forward(log: EventLog, stage: str, event: dict[str, Any]) -> None:
     """Passes another log's, or a rank's, event on as one of this stage."""
     values = {name: value for name, value in event.items() if name not in ("time", "stage", "event")}

@@ -179,13 +179,16 @@ def free_port():
 def test_more_ranks_than_the_cluster_has_is_said_before_anything_starts(prepared, tmp_path):
     from ray.cluster_utils import Cluster
 
-    arguments, run = prepared()
+    arguments, run = prepared("cluster.placement_timeout_s=3")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         errors = finish([*arguments, "--address", cluster.address], tmp_path, 2)
     finally:
         cluster.shutdown()
-    assert "cluster.world_size 2: the gang needs 2 CPU, the Ray cluster has 1" in errors
+    assert "the gang needs 2 CPU, the Ray cluster has 1; waiting up to 3 s for nodes, then giving up" in errors
+    assert (
+        "error: cluster.world_size 2: the gang needs 2 CPU, the Ray cluster has 1; lower cluster.world_size" in errors
+    )
     assert not events(run, "step")
 
 
