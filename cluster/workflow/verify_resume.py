@@ -18,10 +18,12 @@ from cluster.runtime.gang import run_gang
 from configs.artifacts import require_manifest
 from configs.errors import InputError
 from configs.schema import RunConfig
+from trainer.checkpoints import step_name
 
 TOLERANCE = 1e-5
 STEPS_A_LEG = 4
-_BEYOND = 2  # steps that a leg makes after its commit, and loses
+_BEYOND = 2  # steps that a leg makes after its commit, at least, and loses
+_HORIZON = 10_000  # of the learning rate's schedule; no run gets there
 _CHECKPOINTS = Path("pretrain") / "checkpoints"
 
 
@@ -112,7 +114,7 @@ def verify_resume(
         for name in ("single", "legs"):
             (folder / name / _CHECKPOINTS).mkdir(parents=True)
             (folder / name / "corpus").symlink_to(directory / "corpus")
-        single, legs = _train(config, folder, tell, sizes)
+        legs = _train(config, folder, tell, sizes)
     finally:
         shutil.rmtree(folder)
     largest = max(leg.deviation for leg in legs)
@@ -121,41 +123,49 @@ def verify_resume(
         "tolerance": TOLERANCE,
         "holds": largest <= TOLERANCE,
         "zero_stage": config.pretrain.zero_stage,
-        "steps": len(single),
+        "steps": STEPS_A_LEG * len(sizes),
         "legs": [asdict(leg) for leg in legs],
     }
 
 
-def _train(
-    config: RunConfig, folder: Path, tell: Callable[[dict[str, Any]], None], sizes: Sequence[int]
-) -> tuple[dict[int, float], list[Leg]]:
-    """The single rank's losses, and the legs."""
-    steps = STEPS_A_LEG * len(sizes)
-    alone = _Listener(steps + 1, steps, tell)
-    _gang(config, folder / "single", 1, steps, alone)
+def _train(config: RunConfig, folder: Path, tell: Callable[[dict[str, Any]], None], sizes: Sequence[int]) -> list[Leg]:
+    """The legs, compared with a single rank."""
+    last = STEPS_A_LEG * len(sizes)
+    alone = _Listener(last, last, tell)
+    _gang(config, folder / "single", 1, alone)
     legs = []
     for number, ranks in enumerate(sizes):
-        done, is_last = STEPS_A_LEG * (number + 1), number == len(sizes) - 1
+        done = STEPS_A_LEG * (number + 1)
         if number == 0 and ranks == 1:  # it has been there already
-            name = f"step-{done:08d}"
+            name = step_name(done)
             shutil.copytree(folder / "single" / _CHECKPOINTS / name, folder / "legs" / _CHECKPOINTS / name)
             legs.append(Leg(1, 1, done, start_s=alone.start_s))
             continue
-        leg = _Listener(steps + 1 if is_last else done + _BEYOND, done, tell)
-        _gang(config, folder / "legs", ranks, steps, leg)
-        deviation = max(abs(loss / alone.losses[step] - 1) for step, loss in leg.losses.items())
-        legs.append(Leg(ranks, min(leg.losses), max(leg.losses), deviation, leg.start_s, leg.convert_s))
-    return alone.losses, legs
+        leg = _Listener(min(done + _BEYOND, last), done, tell)
+        _gang(config, folder / "legs", ranks, leg)
+        for path in (folder / "legs" / _CHECKPOINTS).glob("step-*"):
+            if path.name > step_name(done):  # ranks don't stop at once: the next leg is to begin where it is said
+                shutil.rmtree(path)
+        compared = {step: loss for step, loss in leg.losses.items() if step in alone.losses}
+        deviation = max(abs(loss / alone.losses[step] - 1) for step, loss in compared.items())
+        legs.append(Leg(ranks, min(compared), max(compared), deviation, leg.start_s, leg.convert_s))
+    return legs
 
 
-def _gang(config: RunConfig, directory: Path, ranks: int, steps: int, listener: _Listener) -> None:
-    cluster = {"world_size": ranks, "min_world_size": 0, "max_failures": 0, "standbys": False}
+def _gang(config: RunConfig, directory: Path, ranks: int, listener: _Listener) -> None:
+    cluster = {
+        "world_size": ranks,
+        "min_world_size": 0,
+        "max_failures": 0,
+        "standbys": False,
+        "scratch_dir": str(directory.parent / "scratch"),
+    }
     pretrain = {
-        "steps": steps,
+        "steps": _HORIZON,
         "warmup_steps": min(config.pretrain.warmup_steps, STEPS_A_LEG),
         "commit_every": STEPS_A_LEG,
-        "keep_commits": steps,
-        "validate_every": steps,
+        "keep_commits": _HORIZON,
+        "validate_every": _HORIZON,
     }
     run = {"storage": str(directory.parent), "name": directory.name}
     scratch = config.model_copy(

@@ -18,8 +18,8 @@ from configs.events import read_events
 from trainer import elastic
 
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
-# Settings under which the numbers of targets in a batch's rows differ belong here, too.
-DATA = [()]
+# Under the second, the numbers of targets in a batch's rows differ.
+DATA = [(), ("data.packing=documents",)]
 
 
 def options(settings):
