@@ -5,15 +5,13 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from configs.errors import InputError
-from configs.events import Listener
-from configs.load import bind_run_directory, load, presets, run_directory
+from configs.load import load, presets, run_directory
 
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help=f"A TOML file, or a preset: {', '.join(presets())}.", show_default=True)
@@ -232,16 +230,12 @@ def _overrides(override: list[str] | None, address: str) -> list[str]:
 def _with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet: bool = False) -> tuple[Any, Any]:
     """Binds the run's directory, shows progress, and does the work."""
     from cluster.workflow.console import Progressing
+    from cluster.workflow.listeners import listening
     from cluster.workflow.pipeline import Run
 
     _quiet_libraries()
-    with ExitStack() as listeners:
-        listening: list[Listener] = [listeners.enter_context(Progressing(quiet=quiet or as_json))]
-        if settings.monitoring.tensorboard:
-            from cluster.workflow.tensorboard import TensorBoard
-
-            listening.append(listeners.enter_context(TensorBoard(bind_run_directory(settings))))
-        run = Run(settings, tuple(listening))
+    with Progressing(quiet=quiet or as_json) as shown, listening(settings) as listeners:
+        run = Run(settings, (shown, *listeners))
         return work(run), run.directory
 
 

@@ -15,6 +15,7 @@ from trainer.data.packing import Cursor, TokenFile
 from trainer.data.prepare import TRAIN_TOKENS
 from trainer.objective import next_token_nats, validate
 from trainer.optimizers import learning_rate, new_optimizer
+from trainer.throughput import Throughput
 from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
@@ -83,7 +84,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     if key is not None:
         checkpoints.keep_sealed(engine, key)
     enter(0, "resume")
-    start = _resume(engine, root, digest, report)
+    start, rates = _resume(engine, root, digest, report), Throughput(engine.module, config, rank)
     train = TokenFile(corpus / TRAIN_TOKENS, config.model.context_length)
     cursor = Cursor(train.num_windows, settings.batch_size, config.run.seed)
     targets_per_step = settings.batch_size * (config.model.context_length - 1)
@@ -110,7 +111,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         # 3. The global loss, for people.
         enter(done, "loss")
         loss = _global_loss(engine, nats, done) / targets_per_step
-        report(_step_event(config, done, loss, time.perf_counter() - began))
+        report(_step_event(config, done, loss, time.perf_counter() - began, rates))
         # 4. Validation and commit.
         if done % settings.validate_every == 0 or done == settings.steps:
             enter(done, "validation")
@@ -138,15 +139,17 @@ def _global_loss(engine: Any, nats: Any, step: int) -> float:
     return float(nats.item())
 
 
-def _step_event(config: RunConfig, done: int, loss: float, seconds: float) -> dict[str, Any]:
+def _step_event(config: RunConfig, done: int, loss: float, seconds: float, rates: Throughput) -> dict[str, Any]:
+    tokens = config.pretrain.batch_size * config.model.context_length
     return {
         "event": "step",
         "step": done,
         "steps": config.pretrain.steps,
         "loss": loss,
         "learning_rate": learning_rate(config.pretrain, done - 1),
-        "tokens": config.pretrain.batch_size * config.model.context_length,
+        "tokens": tokens,
         "seconds": seconds,
+        **rates.figures(tokens, seconds),
     }
 
 
