@@ -187,6 +187,9 @@ _MOVABLE = {
     "monitoring.mlflow",
     "monitoring.mlflow_experiment",
     "monitoring.ray_metrics",
+    "tune.early_stopping",
+    "tune.grace_steps",
+    "tune.reduction_factor",
 }
 
 

@@ -108,6 +108,17 @@ class EvaluateSettings(Settings):
     """Softmax temperature of the sample."""
 
 
+class TuneSettings(Settings):
+    """When ``siloweave tune`` stops a trial early: asynchronous successive halving (ASHA)."""
+
+    early_stopping: bool = True
+    """Stop trials whose validations are worse than others' at the same step."""
+    grace_steps: Annotated[int, Field(ge=0)] = 0
+    """No trial is stopped before this step; 0: ``pretrain.validate_every``."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """Of the trials that reach a rung (the grace steps times a power of this), the best one in so many goes on."""
+
+
 class MonitoringSettings(Settings):
     """Where a run's events are shown besides ``events.jsonl``."""
 
@@ -150,6 +161,7 @@ class RunConfig(Settings):
     privacy: PrivacySettings = PrivacySettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     monitoring: MonitoringSettings = MonitoringSettings()
+    tune: TuneSettings = TuneSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

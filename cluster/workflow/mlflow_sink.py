@@ -96,7 +96,8 @@ class MLflow:
         run = str(self._client.create_run(number, run_name=config.run.name).info.run_id)
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:_LONGEST_PARAMETER]) for key, value in flatten(config)]
+        shown = [(key, value) for key, value in flatten(config) if key != "run.encryption_key_file"]
+        params = [Param(key, str(value)[:_LONGEST_PARAMETER]) for key, value in shown]
         for start in range(0, len(params), 100):
             self._client.log_batch(run, params=params[start : start + 100])
         write_atomic(stored, json.dumps({"tracking_uri": self._uri, "run_id": run}).encode() + b"\n")
