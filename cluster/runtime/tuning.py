@@ -23,6 +23,7 @@ from configs.schema import RunConfig, TuneSettings
 METRICS = {"validation_loss": "loss", "validation_bits_per_char": "bits_per_char"}
 _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean everywhere else
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints to standard output however quiet it is asked to be
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own events say more
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
