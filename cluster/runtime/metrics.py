@@ -4,6 +4,7 @@ The driver sets them from events, at most once a second: a gauge that is scraped
 training must not wait for it.
 """
 
+import sys
 import time
 from typing import Any
 
@@ -50,9 +51,8 @@ class RayMetrics:
             self._publish()
 
     def _publish(self) -> None:
-        import ray
-
-        if not ray.is_initialized():
+        ray = sys.modules.get("ray")  # not imported for this: stages without Ray would take seconds longer
+        if ray is None or not ray.is_initialized():
             return
         self._last = time.monotonic()
         for (stage, name), value in self._pending.items():

@@ -126,7 +126,8 @@ def _check_range(kind: str, arguments: tuple[Any, ...], text: str) -> None:
         raise InputError(f"--param {text!r}: {kind} takes two numbers, the lower and the upper end")
     low, high = numbers
     if whole and not all(isinstance(value, int) for value in numbers):
-        raise InputError(f"--param {text!r}: {kind} takes whole numbers; for others there is {kind.replace('randint', 'uniform')}")
+        real = kind.replace("randint", "uniform")
+        raise InputError(f"--param {text!r}: {kind} takes whole numbers; for others there is {real}")
     if low >= high or (kind.startswith("log") and low <= 0):
         above = " above 0" if kind.startswith("log") else ""
         raise InputError(f"--param {text!r}: give {kind} a lower end{above} and a larger upper end")
