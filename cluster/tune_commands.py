@@ -53,6 +53,6 @@ def tune(
 def _check_installed() -> None:
     from importlib.util import find_spec
 
-    missing = [name for name in ("pandas", "pyarrow", "fsspec", "requests", "tensorboardX") if find_spec(name) is None]
+    missing = [name for name in ("pandas", "pyarrow", "fsspec", "requests") if find_spec(name) is None]
     if missing:
         raise InputError(f"tune: Ray Tune needs {', '.join(missing)}; pip install 'siloweave[tune]'")
