@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.runtime.places import pick_device
 from cluster.runtime.session import ray_session
+from configs.artifacts import write_atomic
 from configs.errors import InputError, SiloweaveError
 from configs.events import read_events
 from configs.load import run_directory
@@ -111,9 +112,24 @@ def _train(config: RunConfig, pretrain: Pretrain) -> None:
             reported = event["step"]
             tune.report({"step": reported, **{name: event[field] for name, field in METRICS.items()}})
 
+    _failure(config).unlink(missing_ok=True)
     for event in validations(config):
         on_event({"event": "validation", **event})
-    pretrain(config, on_event)
+    try:
+        pretrain(config, on_event)
+    except Exception as error:
+        write_atomic(_failure(config), _one_line(error).encode())
+        raise
+
+
+def _failure(config: RunConfig) -> Path:
+    """Where a trial leaves why it failed: Tune knows it only after it has told that it did."""
+    return run_directory(config) / "failure.txt"
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error) if isinstance(error, SiloweaveError) else f"{type(error).__name__}: {error}"
+    return next((line for line in text.splitlines() if line.strip()), "unknown")[:500]
 
 
 def session(configs: Sequence[RunConfig], max_parallel: int) -> AbstractContextManager[Any]:
@@ -197,14 +213,8 @@ def _watcher(trials: dict[int, RunConfig], on_outcome: Outcome) -> Any:
             self._on_outcome(number, "finished" if reached and reached[-1]["step"] == steps else "stopped", "")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
-            self._on_outcome(trial.config["number"], "failed", _cause(trial))
+            told = _failure(self._configs[trial.config["number"]])
+            cause = told.read_text(encoding="utf-8") if told.exists() else "its process died"
+            self._on_outcome(trial.config["number"], "failed", cause)
 
     return Watcher(trials, on_outcome)
-
-
-def _cause(trial: Any) -> str:
-    """A failed trial's error, in one line."""
-    error = trial.get_pickled_error()
-    error = getattr(error, "cause", None) or error
-    text = str(error) if isinstance(error, SiloweaveError) else f"{type(error).__name__}: {error}"
-    return next((line for line in text.splitlines() if line.strip()), "unknown")[:500]

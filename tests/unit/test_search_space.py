@@ -112,3 +112,10 @@ def test_bad_input_ends_the_command_before_ray_starts(siloweave, tmp_path):
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
     assert not list(tmp_path.rglob("*"))
+
+
+def test_a_search_is_submitted_with_all_its_parameters():
+    from cluster.job_commands import _resolve
+
+    _, words = _resolve(["tune", "-c", "tiny", "--param", LR, "--param", "model.layers=choice(1,2)", "--trials", "3"])
+    assert words == ["tune", f"--param={LR}", "--param=model.layers=choice(1,2)", "--trials=3"]
