@@ -234,7 +234,7 @@ def _pretrain_note(pretrain: dict[str, Any]) -> str:
         if pretrain["last_commit_age_s"] is not None:
             parts.append(f"last commit {duration(pretrain['last_commit_age_s'])} ago")
     if pretrain["failures"]:
-        parts.append(f"{pretrain['failures']} failures, {pretrain['restarts']} restarts")
+        parts.append(f"failures {pretrain['failures']}, restarts {pretrain['restarts']}")
     return ", ".join(parts)
 
 
