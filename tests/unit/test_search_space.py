@@ -1,6 +1,8 @@
 """Distributions as they are written, trials as they are drawn, and what is refused before anything starts."""
 
 import math
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ from cluster.workflow.tuning import Search
 from configs.errors import InputError
 from configs.load import load
 
+README = Path(__file__).parents[2] / "README.md"
 BASE = load("tiny")
 LR = "pretrain.learning_rate=loguniform(1e-4,1e-2)"
 
@@ -119,3 +122,10 @@ def test_a_search_is_submitted_with_all_its_parameters():
 
     _, words = _resolve(["tune", "-c", "tiny", "--param", LR, "--param", "model.layers=choice(1,2)", "--trials", "3"])
     assert words == ["tune", f"--param={LR}", "--param=model.layers=choice(1,2)", "--trials=3"]
+
+
+def test_the_readmes_search_is_one():
+    (line,) = [line for line in README.read_text().splitlines() if line.startswith("$ siloweave tune ")]
+    words = shlex.split(line)
+    texts = [words[at + 1] for at, word in enumerate(words) if word == "--param"]
+    assert len(draw_trials(load("demo"), parse_parameters(texts), 8, "/trials")) == 8
