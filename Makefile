@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: asked for by a range through another package, pip may fetch a CUDA build of gigabytes.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deid,flower-simulation,monitoring,s3,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deid,flower-simulation,mlflow,monitoring,s3,test,tune]'
 	touch $@
 
 # Regenerates the gRPC stubs in an environment of their own: grpcio-tools needs a protobuf that Flower does not allow.

@@ -10,6 +10,7 @@ import typer
 
 from cluster import commands as cluster_commands
 from cluster.job_commands import job_app, submit
+from cluster.tune_commands import tune
 from configs.errors import SiloweaveError
 from federated.commands import silo_app
 from privacy.commands import ledger_app
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cluster_commands.add_to(app)
+app.command()(tune)
 app.command()(submit)
 app.add_typer(job_app, name="job")
 app.add_typer(ledger_app, name="ledger")

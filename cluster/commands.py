@@ -5,15 +5,13 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from configs.errors import InputError
-from configs.events import Listener
-from configs.load import bind_run_directory, load, presets, run_directory
+from configs.load import load, presets, run_directory
 from configs.mirror import open_mirror
 from configs.schema import RunConfig
 
@@ -60,13 +58,13 @@ def demo(
     from cluster.workflow import pipeline
     from cluster.workflow.console import result_table
 
-    settings = load(config, _overrides(override, address))
+    settings = load(config, overrides(override, address))
     pipeline.set_aside_finished(settings, lambda line: typer.echo(line, err=True))
 
     def work(run: Any) -> dict[str, Any]:
         return pipeline.demo(run, lambda text: typer.echo(text, nl=False, err=True))
 
-    document, directory = _with_run(settings, work, as_json)
+    document, directory = with_run(settings, work, as_json)
     if as_json:
         typer.echo(json.dumps(document))
         return
@@ -99,7 +97,7 @@ def _verify_resume(config: str, override: list[str] | None, address: str, as_jso
     from cluster.workflow import pipeline
     from cluster.workflow import verify_resume as verification
 
-    document, _ = _with_run(load(config, _overrides(override, address)), pipeline.verify_resume, as_json)
+    document, _ = with_run(load(config, overrides(override, address)), pipeline.verify_resume, as_json)
     typer.echo(json.dumps(document) if as_json else "\n".join(verification.lines(document)))
     if not document["holds"]:
         raise typer.Exit(1)
@@ -142,7 +140,7 @@ def generate(
         if not as_json:
             typer.echo(text, nl=False)
 
-    text, _ = _with_run(
+    text, _ = with_run(
         load(config, override or []), lambda run: pipeline.generate(run, on_text, prompt), as_json, quiet=True
     )
     if as_json:
@@ -159,7 +157,7 @@ def audit(
     from cluster.workflow import audit as audits
     from configs.errors import SiloweaveError
 
-    document, directory = _with_run(load(config, override or []), lambda run: audits.audit(run, canaries), as_json)
+    document, directory = with_run(load(config, override or []), lambda run: audits.audit(run, canaries), as_json)
     typer.echo(json.dumps(document) if as_json else "\n".join(audits.summary(document)))
     if document["verdict"] == "warn":
         typer.echo("warning: a lower bound on epsilon exceeds the claim at 95% confidence; audit again", err=True)
@@ -248,29 +246,26 @@ def decrypt(
 def _stage(name: str, config: str, override: list[str] | None, address: str, as_json: bool) -> None:
     from cluster.workflow import pipeline
 
-    settings = load(config, _overrides(override, address))
-    _, directory = _with_run(settings, getattr(pipeline, name), as_json)
+    settings = load(config, overrides(override, address))
+    _, directory = with_run(settings, getattr(pipeline, name), as_json)
     done = {"stage": name, "directory": str(directory)}
     typer.echo(json.dumps(done) if as_json else f"{name}: done in {directory}")
 
 
-def _overrides(override: list[str] | None, address: str) -> list[str]:
+def overrides(override: list[str] | None, address: str) -> list[str]:
+    """What ``--set`` and ``--address`` change."""
     return [*(override or []), *([f'cluster.address="{address}"'] if address else [])]
 
 
-def _with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet: bool = False) -> tuple[Any, Any]:
+def with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet: bool = False) -> tuple[Any, Any]:
     """Binds the run's directory, shows progress, and does the work."""
     from cluster.workflow.console import Progressing
+    from cluster.workflow.listeners import listening
     from cluster.workflow.pipeline import Run
 
     _quiet_libraries()
-    with ExitStack() as listeners:
-        listening: list[Listener] = [listeners.enter_context(Progressing(quiet=quiet or as_json))]
-        if settings.monitoring.tensorboard:
-            from cluster.workflow.tensorboard import TensorBoard
-
-            listening.append(listeners.enter_context(TensorBoard(bind_run_directory(settings))))
-        run = Run(settings, tuple(listening))
+    with Progressing(quiet=quiet or as_json) as shown, listening(settings) as listeners:
+        run = Run(settings, (shown, *listeners))
         done = work(run)
         run.push()
         return done, run.directory

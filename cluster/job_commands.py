@@ -8,6 +8,7 @@ import typer
 
 from cluster import commands
 from cluster.runtime import jobs
+from cluster.tune_commands import tune
 from configs.errors import InputError
 from configs.load import load
 from configs.schema import RunConfig
@@ -24,6 +25,7 @@ STAGES = (
     commands.audit,
     commands.plan,
     commands.doctor,
+    tune,
 )
 ServerOption = Annotated[
     str, typer.Option(help="Job server of the cluster, http://HOST:PORT. Default: RAY_API_SERVER_ADDRESS.")
@@ -101,7 +103,8 @@ def _resolve(command: list[str]) -> tuple[RunConfig, list[str]]:
         value = given.get(option.name)
         if option.name in ("config", "override", "address") or value in (None, False, "") or value == option.default:
             continue
-        words += [option.opts[0]] if value is True else [f"{option.opts[0]}={value}"]
+        several = value if isinstance(value, list | tuple) else [value]
+        words += [option.opts[0]] if value is True else [f"{option.opts[0]}={one}" for one in several]
     if given.get("address"):
         raise InputError(f"--address {given['address']!r} after `--`: give it before, as the job server's")
     return load(given["config"], given["override"] or []), words

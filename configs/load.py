@@ -113,7 +113,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def config_digest(config: RunConfig) -> str:
     """Digest of the settings that shape results, for manifests."""
-    return digest_json({name: value for name, value in _flatten(config) if name not in _MOVABLE})
+    return digest_json({name: value for name, value in flatten(config) if name not in _MOVABLE})
 
 
 def to_toml(config: BaseModel) -> str:
@@ -158,7 +158,7 @@ def _bind(config: RunConfig, directory: Path) -> None:
         return
     changed = [
         f"{name} was {old!r} and is {new!r}"
-        for (name, old), (_, new) in zip(_flatten(before), _flatten(config), strict=True)
+        for (name, old), (_, new) in zip(flatten(before), flatten(config), strict=True)
         if old != new and name not in _MOVABLE
     ]
     if changed:
@@ -203,10 +203,17 @@ _MOVABLE = {
     "evaluate.sample_tokens",
     "evaluate.temperature",
     "monitoring.tensorboard",
+    "monitoring.mlflow",
+    "monitoring.mlflow_experiment",
+    "monitoring.ray_metrics",
+    "tune.early_stopping",
+    "tune.grace_steps",
+    "tune.reduction_factor",
 }
 
 
-def _flatten(config: RunConfig) -> Iterator[tuple[str, Any]]:
+def flatten(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting by its full name, for instance ``pretrain.steps``."""
     for group, value in config:
         yield from _flatten_group(group, value)
 

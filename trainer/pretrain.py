@@ -21,6 +21,7 @@ from trainer.optimizers import learning_rate, new_optimizer
 from trainer.rollback import Progress
 from trainer.scratch import scratch_folder
 from trainer.shared import first_on_its_node, prove_shared, require_same_step
+from trainer.throughput import Throughput
 from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
@@ -110,7 +111,7 @@ def pretrain(
     commits = Committer(
         config, storage, scratch_folder(config, run_directory), rank, attempt, progress.committed, digest, report
     )
-    batches = Batches(config, corpus, progress.skipped)
+    batches, rates = Batches(config, corpus, progress.skipped), Throughput(engine.module, config, rank)
     _prove_shares(batches, progress.committed, rank)
 
     for step in range(progress.committed, settings.steps):
@@ -139,7 +140,7 @@ def pretrain(
         distributed.all_reduce(nats)
         loss = nats.item() / share.num_targets
         progress.require_good_loss(loss, done, since_commit)
-        report(_step_event(config, done, loss, time.perf_counter() - began))
+        report(_step_event(config, done, loss, time.perf_counter() - began, rates))
         # 4. Validation and commit.
         if done % settings.validate_every == 0 or done == settings.steps:
             enter(done, "validation")
@@ -181,15 +182,17 @@ def _prove_shares(batches: Batches, step: int, rank: Rank) -> None:
     prove_disjoint(shares, batches.share(step, 0, 1).digests())
 
 
-def _step_event(config: RunConfig, done: int, loss: float, seconds: float) -> dict[str, Any]:
+def _step_event(config: RunConfig, done: int, loss: float, seconds: float, rates: Throughput) -> dict[str, Any]:
+    tokens = config.pretrain.batch_size * config.model.context_length
     return {
         "event": "step",
         "step": done,
         "steps": config.pretrain.steps,
         "loss": loss,
         "learning_rate": learning_rate(config.pretrain, done - 1),
-        "tokens": config.pretrain.batch_size * config.model.context_length,
+        "tokens": tokens,
         "seconds": seconds,
+        **rates.figures(tokens, seconds),
     }
 
 

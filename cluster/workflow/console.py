@@ -15,13 +15,14 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
 
-_TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of"}
-_POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done"}
+from cluster.workflow.durations import Remaining, duration
+
+_TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of", "trial": "of"}
+_POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done", "trial": "done"}
 _SHOWN = {"convert", "damaged", "restart", "rollback", "refused", "rejected", "resume", "timeout", "waiting"}
 _PLAIN_EVERY_S = 10.0
 
@@ -37,11 +38,11 @@ class Progressing:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=self._console,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._remaining: dict[str, Remaining] = {}
         self._last_line = 0.0
 
     def __enter__(self) -> "Progressing":
@@ -70,6 +71,9 @@ class Progressing:
             self._console.print(f"{stage}: {kind}: {_detail(event)}", markup=False, highlight=False, soft_wrap=True)
 
     def _advance(self, stage: str, position: int, total: int, note: str) -> None:
+        left = self._remaining.setdefault(stage, Remaining())(position, total)
+        if left is not None and position < total:
+            note = ", ".join([*([note] if note else []), f"{duration(left)} left"])
         if self._bars:
             if stage not in self._tasks:
                 self._tasks[stage] = self._progress.add_task(stage, total=total, note="")
@@ -88,9 +92,12 @@ class Progressing:
 
 def _note(event: dict[str, Any]) -> str:
     if event["event"] == "step":
-        return f"loss {event['loss']:.3f}, {event['tokens'] / event['seconds']:,.0f} tokens/s"
+        share = f", MFU {100 * event['mfu']:.1f}%" if event.get("mfu") else ""
+        return f"loss {event['loss']:.3f}, {event['tokens'] / event['seconds']:,.0f} tokens/s{share}"
     if event["event"] == "round":
         return f"{len(event['answered'])} silos, {event['bytes'] / 1e6:.1f} MB"
+    if event["event"] == "trial":
+        return f"trial {event['trial']} {event['status']}" + (f": {event['cause']}" if "cause" in event else "")
     return ""
 
 

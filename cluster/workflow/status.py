@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cluster.workflow.durations import duration
 from configs.artifacts import MANIFEST, read_manifest
 from configs.errors import InputError
 from configs.events import read_events
@@ -31,7 +32,8 @@ def status(directory: Path) -> dict[str, Any]:
 
     Returns:
         A tree: ``stages`` in order (``waiting``, ``started``, ``failed`` or ``done``), ``pretrain``, ``federated``,
-        ``troubles`` and ``last_event``. A stage that was killed looks like one that goes on: its last event gets old.
+        ``tune`` (None where nothing was searched), ``troubles`` and ``last_event``. A stage that was killed looks like
+        one that goes on: its last event gets old.
 
     Raises:
         InputError: there is no run, or a manifest can't be read.
@@ -48,6 +50,7 @@ def status(directory: Path) -> dict[str, Any]:
         "stages": _stages(config, directory, events, pretrained=pretrain["committed_step"] == config.pretrain.steps),
         "pretrain": pretrain,
         "federated": _federated(config, directory, events),
+        "tune": _tune(directory / "tune" / "tune.json"),
         "troubles": [_trouble(event) for event in events if event["event"] in _TROUBLES],
         "last_event": _last(events),
     }
@@ -82,17 +85,40 @@ def _pretrain(config: RunConfig, directory: Path, events: list[dict[str, Any]]) 
     mine = [event for event in events if event["stage"] == "pretrain"]
     steps = [event for event in mine if event["event"] == "step"]
     checks = [event for event in mine if event["event"] == "validation"]
-    last = steps[-1] if steps else {}
-    rates = [event["tokens"] / event["seconds"] for event in steps[-_RECENT:]]
+    commits = [event["time"] for event in mine if event["event"] == "commit"]
+    last, recent = steps[-1] if steps else {}, steps[-_RECENT:]
+    restarts = sum(event["event"] == "restart" for event in mine)
+    left = config.pretrain.steps - last.get("step", 0)
+    seconds = _median([event["seconds"] for event in recent])
     return {
         "step": last.get("step", 0),
         "steps": config.pretrain.steps,
         "committed_step": _committed_step(config, directory),
         "loss": last.get("loss"),
-        "tokens_per_s": statistics.median(rates) if rates else None,
+        "tokens_per_s": _median([event["tokens"] / event["seconds"] for event in recent]),
+        "gflop_per_s": _median([event["gflop_per_s"] for event in recent if "gflop_per_s" in event]),
+        "mfu": _median([event["mfu"] for event in recent if event.get("mfu") is not None]),
+        "memory_bytes": last.get("peak_memory_bytes"),
+        "gpu_memory_bytes": last.get("gpu_memory_bytes"),
+        "seconds_left": None if seconds is None else seconds * left,
         "validation_bits_per_char": checks[-1]["bits_per_char"] if checks else None,
-        "restarts": sum(event["event"] == "restart" for event in mine),
+        "last_commit_age_s": round(max(time.time() - commits[-1], 0), 1) if commits else None,
+        "restarts": restarts,
+        # One more than the restarts where the last one was one too many.
+        "failures": restarts + sum((e["event"], e.get("error")) == ("failed", "SiloweaveError") for e in mine),
     }
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _tune(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    found = _json(path)
+    states = [trial["status"] for trial in found["trials"]]
+    return {"trials": {state: states.count(state) for state in sorted(set(states))}, "best": found["best"]}
 
 
 def _federated(config: RunConfig, directory: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -185,6 +211,10 @@ def lines(found: dict[str, Any]) -> list[str]:
             f"    {name:14}epsilon {silo['epsilon_reserved']:.3g} reserved, {silo['epsilon_left']:.3g} left, "
             f"{'' if silo['stated'] else 'at least '}{silo['rounds_charged']} of {federated['rounds']} rounds charged"
         )
+    if found["tune"]:
+        trials = ", ".join(f"{number} {state}" for state, number in found["tune"]["trials"].items())
+        best = found["tune"]["best"]
+        rows.append(f"  tune: trials {trials}" + (f"; best so far: {best['number']}" if best else ""))
     troubles = found["troubles"]
     rows += [f"  {trouble['stage']}: {trouble['event']}: {trouble['detail']}" for trouble in troubles[-5:]]
     if len(troubles) > 5:
@@ -202,9 +232,18 @@ def _pretrain_note(pretrain: dict[str, Any]) -> str:
         f"loss {pretrain['loss']:.3f}",
         f"{pretrain['tokens_per_s']:,.0f} tokens/s",
     ]
+    if pretrain["gflop_per_s"]:
+        share = f" ({100 * pretrain['mfu']:.1f}% of the peak)" if pretrain["mfu"] else ""
+        parts.append(f"{pretrain['gflop_per_s']:,.3g} GFLOP/s{share}")
     if pretrain["validation_bits_per_char"]:
         parts.append(f"validation {pretrain['validation_bits_per_char']:.3f} bits per character")
-    return ", ".join([*parts, *([f"{pretrain['restarts']} restarts"] if pretrain["restarts"] else [])])
+    if pretrain["step"] < pretrain["steps"]:
+        parts.append(f"{duration(pretrain['seconds_left'])} left")
+        if pretrain["last_commit_age_s"] is not None:
+            parts.append(f"last commit {duration(pretrain['last_commit_age_s'])} ago")
+    if pretrain["failures"]:
+        parts.append(f"failures {pretrain['failures']}, restarts {pretrain['restarts']}")
+    return ", ".join(parts)
 
 
 def _federated_note(federated: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from cluster.runtime.scalars import position, scalars
 from configs.errors import InputError
 
 
@@ -34,17 +35,5 @@ class TensorBoard:
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Writes one event's figures, at its step or round and its time."""
-        for name, value in _scalars(event).items():
-            at = event.get("step", event.get("round"))
-            self._writer.add_scalar(f"{event['stage']}/{name}", value, at, walltime=event["time"])
-
-
-def _scalars(event: dict[str, Any]) -> dict[str, float]:
-    if event["event"] == "step":
-        rate = event["tokens"] / event["seconds"]
-        return {"loss": event["loss"], "learning_rate": event["learning_rate"], "tokens_per_s": rate}
-    if event["event"] == "validation":
-        return {"validation_loss": event["loss"], "validation_bits_per_char": event["bits_per_char"]}
-    if event["event"] == "round":
-        return {"silos": len(event["answered"]), "bytes": event["bytes"], "seconds": event["seconds"]}
-    return {}
+        for name, value in scalars(event).items():
+            self._writer.add_scalar(f"{event['stage']}/{name}", value, position(event), walltime=event["time"])

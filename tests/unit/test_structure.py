@@ -85,6 +85,7 @@ def test_the_command_line_answers_without_heavy_imports(siloweave, tmp_path):
         "plan",
         "doctor",
         "status",
+        "tune",
         "submit",
         "job",
         "decrypt",

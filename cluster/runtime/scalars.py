@@ -1,0 +1,26 @@
+"""The figures of an event that are worth a curve: what TensorBoard, MLflow and Prometheus show alike."""
+
+from typing import Any
+
+_STEP = ("loss", "learning_rate", "gflop_per_s", "mfu", "memory_bytes", "peak_memory_bytes", "gpu_memory_bytes")
+
+
+def scalars(event: dict[str, Any]) -> dict[str, float]:
+    """An event's figures by name; none where it has none. Nothing is in them that ``events.jsonl`` does not hold."""
+    if event["event"] == "step":
+        rate = event["tokens"] / event["seconds"]
+        known = {name: event[name] for name in _STEP if event.get(name) is not None}
+        return {**known, "tokens_per_s": rate}
+    if event["event"] == "validation":
+        return {"validation_loss": event["loss"], "validation_bits_per_char": event["bits_per_char"]}
+    if event["event"] == "round":
+        return {"silos": len(event["answered"]), "bytes": event["bytes"], "seconds": event["seconds"]}
+    if event["event"] == "restart":
+        return {"failures": event["attempt"]}
+    return {}
+
+
+def position(event: dict[str, Any]) -> int | None:
+    """The step or round that an event belongs to."""
+    found = event.get("step", event.get("round"))
+    return None if found is None else int(found)

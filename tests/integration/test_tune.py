@@ -1,0 +1,154 @@
+"""A search with real gangs: killed, given again, and what it leaves behind."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.runtime import tuning
+from cluster.workflow.status import lines, status
+from configs.events import EventLog, read_events
+from configs.load import load
+
+REPOSITORY = Path(__file__).parents[2]
+SILOWEAVE = Path(sys.executable).with_name("siloweave")
+TRIALS = 4
+SETTINGS = (
+    "data.public.source=corpus.jsonl",
+    "run.seed=2",  # of its four trials, number 1 has the weight decay that diverges
+    "cluster.world_size=1",
+    "cluster.max_failures=0",
+    "pretrain.steps=6",
+    "pretrain.warmup_steps=1",
+    "pretrain.validate_every=2",
+    "pretrain.commit_every=2",
+)
+PARAMS = ("pretrain.learning_rate=loguniform(1e-6,2e-2)", "pretrain.weight_decay=choice(0.1,0.1,0.1,1e30)")
+DIVERGES = 1
+
+
+def command(*arguments):
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    params = [part for param in PARAMS for part in ("--param", param)]
+    return [SILOWEAVE, "tune", "-c", "tiny", *settings, *params, "--trials", str(TRIALS), "--json", *arguments]
+
+
+def events(trial, kind):
+    return [event for event in read_events(Path(trial["directory"]) / "events.jsonl") if event["event"] == kind]
+
+
+def ended(document):
+    return [trial for trial in json.loads(document.read_text())["trials"] if trial["status"] in ("finished", "stopped")]
+
+
+def write_corpus(path):
+    """The paragraphs of our own documents: little, and quickly prepared."""
+    texts = [part for page in sorted((REPOSITORY / "docs").glob("*.md")) for part in page.read_text().split("\n\n")]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_a_killed_search_goes_on_and_leaves_the_best_settings(tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    write_corpus(tmp_path / "corpus.jsonl")
+    document = run / "tune" / "tune.json"
+    # 1. Killed as soon as a trial has ended, while another one is at work.
+    first = subprocess.Popen(command(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while not (document.exists() and ended(document)):
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    everything = [child for child in psutil.Process(first.pid).children(recursive=True) if "Agent" not in child.name()]
+    first.kill()
+    first.communicate(timeout=60)
+    assert not psutil.wait_procs(everything, timeout=60)[1]
+    before = ended(document)
+    assert len(before) < TRIALS
+    # 2. Given again: what has ended is not done again, the rest is.
+    second = subprocess.run(command(), cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert second.returncode == 0, second.stderr
+    found = json.loads(second.stdout)
+    assert found == json.loads(document.read_text())
+    assert "tune: trials 1 failed, " in "\n".join(lines(status(run)))
+    failed = found["trials"].pop(DIVERGES)
+    assert failed["status"] == "failed"
+    assert "the gradient of step 2 is not finite" in failed["cause"]
+    assert {trial["status"] for trial in found["trials"]} <= {"finished", "stopped"}
+    by_number = {trial["number"]: trial for trial in found["trials"]}
+    for trial in before:
+        assert len(events(by_number[trial["number"]], "start")) == 1
+    # 3. A trial is a run: its losses, its commits, the one corpus of them all.
+    for trial in found["trials"]:
+        folder = Path(trial["directory"])
+        assert (folder / "corpus").resolve() == run / "corpus"  # prepared once, for all
+        assert trial["validations"] == tuning.validations(load(str(folder / "config.toml")))
+        assert (trial["step"] == 6) == (trial["status"] == "finished")
+    assert len([e for e in read_events(run / "events.jsonl", "prepare") if e["event"] == "start"]) == 1
+    # 4. The best one's settings are a configuration of its own.
+    finished = [trial for trial in found["trials"] if trial["status"] == "finished"]
+    best = min(finished, key=lambda trial: trial["validation_loss"])
+    assert found["best"] == {key: best[key] for key in ("number", "values", "validation_loss")}
+    config = load(found["best_config"])
+    assert config.run.name == "tiny-best"
+    assert config.pretrain.learning_rate == best["values"]["pretrain.learning_rate"]
+    assert (run / "tune" / "trials.svg").read_text().rstrip().endswith("</svg>")
+    assert not (run / "tune" / "ray").exists()
+    # 5. Another search has no place there.
+    other = subprocess.run(
+        command("--metric", "validation_bits_per_char"), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 2
+    assert "holds another search" in other.stderr
+
+
+@pytest.fixture
+def trial(tmp_path):
+    """Settings of a trial that has reached some validation losses."""
+
+    def make(name, losses):
+        config = load("tiny", [f"run.storage={tmp_path}", f"run.name={name}"])
+        log = EventLog(tmp_path / name / "events.jsonl")
+        for step, loss in losses.items():
+            log.emit("pretrain", "validation", step=step, loss=loss, bits_per_char=2 * loss)
+        return config
+
+    return make
+
+
+def test_what_earlier_trials_reached_counts_when_others_are_stopped(trial):
+    from types import SimpleNamespace
+
+    known = {number: trial(f"known-{number}", {20: 1.0 + number, 40: 0.5 + number}) for number in range(3)}
+    asha = tuning._asha(load("tiny").tune, "validation_loss", list(known.values()))
+    tuning._replay(asha, known, "validation_loss")
+    for name, loss, expected in (("bad", 2.9, "STOP"), ("good", 0.9, "CONTINUE")):
+        new = SimpleNamespace(trial_id=name)
+        asha.on_trial_add(None, new)
+        assert asha.on_trial_result(None, new, {"step": 20, "validation_loss": loss}) == expected
+
+
+def test_a_validation_that_was_done_again_counts_once(trial):
+    config = trial("again", {20: 3.0, 40: 2.0})
+    EventLog(Path(config.run.storage) / "again" / "events.jsonl").emit(
+        "pretrain", "validation", step=20, loss=2.5, bits_per_char=5.0
+    )
+    assert [(point["step"], point["loss"]) for point in tuning.validations(config)] == [(20, 2.5), (40, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "room"),
+    [
+        ([{"CPU": 8.0}], [], 4),
+        ([{"CPU": 3.0}, {"CPU": 3.0}], [], 3),
+        ([{"CPU": 3.0}, {"CPU": 3.0}], ["cluster.threads_per_rank=2"], 1),
+        ([{"CPU": 1.0}], [], 0),
+        ([{"CPU": 64.0, "GPU": 4.0}], [], 2),
+        ([{"CPU": 64.0, "GPU": 4.0}], ["cluster.device=cpu"], 32),
+    ],
+)
+def test_as_many_trials_at_once_as_gangs_fit_on_the_nodes(nodes, overrides, room):
+    assert tuning._room(load("tiny", overrides), nodes) == room
