@@ -105,9 +105,10 @@ class Folder:
     def remove(self, folder: str) -> None:
         """See ``Storage``."""
         try:
-            (self.root / folder / COMMITTED).unlink(missing_ok=True)
-            if (self.root / folder).is_dir():
+            if (self.root / folder / COMMITTED).exists():
+                (self.root / folder / COMMITTED).unlink()
                 sync_directory(self.root / folder)
+            if (self.root / folder).is_dir():
                 shutil.rmtree(self.root / folder)
         except OSError as error:
             raise write_failure(self.root / folder, error) from error

@@ -80,7 +80,7 @@ class Committer:
         self.finish()
         waited = time.perf_counter() - began
         name = step_name(step)
-        if name in self._stale:
+        if name in self._stale:  # also a step of our own that is made again, after a rollback beyond it
             self._storage.remove(name)
         try:
             # Begins and ends with a barrier: nobody copies into a folder that rank 0 has not cleaned.
@@ -164,6 +164,7 @@ class Committer:
         step = metadata["step"]
         manifest = Manifest(KIND, self._config_digest, files=files, metadata=metadata)
         self._storage.write(f"{step_name(step)}/{COMMITTED}", manifest.encode())
+        self._stale.add(step_name(step))
         size = sum(entry["size_bytes"] for entry in files.values())
         seconds = {name: round(value, 4) for name, value in spent.items()}
         event = {"event": "commit", "step": step, "size_bytes": size, **seconds}

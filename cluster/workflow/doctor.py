@@ -109,7 +109,8 @@ def _store(config: RunConfig) -> Finding:
     try:
         Bucket(config.run.storage, run_directory(config)).prove()
     except InputError as error:
-        return Finding(check, ok=False, found=str(error), fix="see the line before")
+        found, _, fix = str(error).partition("; ")
+        return Finding(check, ok=False, found=found, fix=fix)
     return Finding(check, ok=True, found=config.run.storage)
 
 

@@ -99,6 +99,7 @@ def kill(process):
     assert not psutil.wait_procs(children, timeout=60)[1]
 
 
+@pytest.mark.timeout(1800)
 def test_a_run_goes_on_from_the_store_on_machines_with_empty_caches(s3, tmp_path, monkeypatch):
     # 1. One machine prepares, and is lost while it trains.
     first = Machine(tmp_path, "first", monkeypatch)

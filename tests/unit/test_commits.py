@@ -254,6 +254,21 @@ def test_what_lies_beyond_the_start_is_cleaned_before_it_is_written_anew(tmp_pat
         assert checkpoints.newest(storage, "digest", pytest.fail).step == 3
 
 
+def test_a_step_that_is_made_again_is_no_commit_until_all_of_it_is_new(tmp_path):
+    """After a rollback beyond it."""
+    storage, seen = folder(tmp_path), []
+    commits = committer(storage, tmp_path)
+    for step in (1, 2):
+        commits.commit(Engine(), step, {})
+    commits.finish()
+    put = storage.put
+    storage.put = lambda *arguments: seen.append(checkpoints.steps(storage)) or put(*arguments)
+    commits.commit(Engine(), 2, {})
+    commits.finish()
+    assert seen == [[1]]
+    assert checkpoints.newest(storage, "digest", pytest.fail).step == 2
+
+
 def test_pruning_keeps_the_newest_and_leaves_alone_what_is_not_a_step(tmp_path):
     storage = folder(tmp_path)
     commit(storage, tmp_path, 1)

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
+from cluster.runtime.jobs import check_movable
 from configs.artifacts import Manifest, commit_manifest, require_manifest
-from configs.errors import SiloweaveError
+from configs.errors import InputError, SiloweaveError
 from configs.load import load, run_directory
 from configs.mirror import Mirror, open_mirror
 
@@ -114,3 +115,9 @@ def test_a_folder_has_no_mirror_and_a_url_one_below_the_cache(tmp_path, monkeypa
     assert first == same != other
     assert first.parent.parent == tmp_path
     assert urls[1].run.url == "s3://bucket/a/tiny"
+
+
+def test_a_job_takes_a_url_where_a_folder_must_be_absolute():
+    check_movable("prepare", load("tiny", ["run.storage=s3://bucket/runs"]))
+    with pytest.raises(InputError, match=r"run.storage is .runs.: give an absolute path"):
+        check_movable("prepare", load("tiny"))
