@@ -28,7 +28,7 @@ class Engine:
     def __init__(self, rank=0, world_size=1):
         self.rank, self.world_size = rank, world_size
 
-    def save_checkpoint(self, root, tag, client_state, save_latest):
+    def save_checkpoint(self, root, tag, save_latest):
         folder = checkpoints.Path(root) / tag
         folder.mkdir(parents=True)
         content = f"{tag} {self.rank} {self.world_size}".encode().ljust(SHARD_BYTES, b".")
