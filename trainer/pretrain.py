@@ -15,7 +15,7 @@ from trainer.data.packing import Cursor, TokenFile
 from trainer.data.prepare import TRAIN_TOKENS
 from trainer.objective import next_token_nats, validate
 from trainer.optimizers import learning_rate, new_optimizer
-from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
+from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group, require_supported
 
 Report = Callable[[dict[str, Any]], None]
 Enter = Callable[[int, str], None]
@@ -46,7 +46,7 @@ def warm_up(config: RunConfig) -> None:
     small = config.model.model_copy(update={"hidden_size": 2 * config.model.heads, "intermediate_size": 8, "layers": 1})
     model = new_model(small, vocab_size=16, seed=0)
     next_token_nats(model, torch.zeros(1, 8, dtype=torch.int64)).backward()
-    torch.optim.AdamW(model.parameters()).step()
+    new_optimizer(config.pretrain, model).step()
 
 
 def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report, enter: Enter) -> None:
@@ -95,8 +95,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         enter(done, "data")
         # 1. The rank's share of the global batch, a pure function of (seed, step, position).
         windows = train.windows(cursor.rank_windows(step, rank.rank, rank.world_size))
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+        set_step(engine, config, step, rank)
         # 2. Forward and backward, micro-batch by micro-batch; the optimizer steps after the last.
         nats = torch.zeros((), device=engine.device)
         for micro in torch.from_numpy(windows).split(settings.micro_batch_size):
@@ -117,7 +116,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
             report({"event": "validation", "step": done, **validate(engine, config, corpus, manifest.metadata, rank)})
         if done % settings.commit_every == 0 or done == settings.steps:
             enter(done, "commit")
-            _require_finite(engine, done)
+            require_finite(engine, done)
             checkpoints.save(engine, root, done, digest, distributed.barrier, rank.rank)
             if rank.rank == 0:
                 checkpoints.prune(root, settings.keep_commits)
@@ -126,11 +125,23 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     distributed.destroy_process_group()
 
 
+def set_step(engine: Any, config: RunConfig, step: int, rank: Rank) -> None:
+    """Sets what a step has of its own, learning rate and dropout masks: both depend on the step, not on the past."""
+    from trainer.models import seed_dropout
+
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(config.pretrain, step)
+    if config.pretrain.dropout:
+        seed_dropout(config.run.seed, step, rank.rank)
+
+
 def _global_loss(engine: Any, nats: Any, step: int) -> float:
     """Sum over all ranks of a step that was good: every rank raises where one was not."""
     from torch import distributed
 
-    if engine.skipped_steps:  # DeepSpeed's answer to a gradient that is not finite: training would stand still
+    # Skipping is DeepSpeed's answer to a gradient that is not finite: training would stand still. Under fp16 it is how
+    # the loss scale is found, and DeepSpeed raises by itself when there is none.
+    if engine.skipped_steps and not engine.fp16_enabled():
         raise FloatingPointError(f"the gradient of step {step} is not finite; lower pretrain.learning_rate")
     distributed.all_reduce(nats)
     if not math.isfinite(nats.item()):
@@ -168,12 +179,14 @@ def _prove_shared(root: Path, rank: Rank) -> None:
         )
 
 
-def _require_finite(engine: Any, step: int) -> None:
+def require_finite(engine: Any, step: int) -> None:
     """A gradient that was not finite shows in the next step's loss only: too late for a commit in between."""
     import torch
     from torch import distributed
 
-    finite = torch.stack([parameter.detach().isfinite().all() for parameter in engine.module.parameters()]).all()
+    # Under ZeRO-3 a parameter is empty between steps, and ds_tensor is this rank's share of it.
+    own = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
+    finite = torch.stack([values.detach().isfinite().all() for values in own]).all()
     broken = (~finite).float()
     distributed.all_reduce(broken)
     if broken.item():
@@ -185,17 +198,28 @@ def _ignore(_: dict[str, Any]) -> None:
 
 
 def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
-    """The DeepSpeed engine around a model at its random start and its optimizer."""
+    """The DeepSpeed engine around a model at its random start and its optimizer.
+
+    Raises:
+        InputError: the settings ask for what this rank's machine can't do.
+    """
+    require_supported(config, rank, vocab_size)
     import deepspeed
 
     from trainer.models import new_model
 
-    model = new_model(config.model, vocab_size, config.run.seed).train()
+    settings = config.pretrain
+    model = new_model(config.model, vocab_size, config.run.seed, settings.dropout).train()
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=new_optimizer(config.pretrain, model),
-        config=deepspeed_config(config.pretrain, rank.world_size),
+        optimizer=new_optimizer(settings, model),
+        config=deepspeed_config(settings, rank.world_size, sizes, rank.device),
     )
+    if settings.torch_compile:
+        engine.compile()
     return engine
 
 
