@@ -51,13 +51,20 @@ def _buffers(settings: PretrainSettings, sizes: Sequence[int], stage: int, world
     # The step's float32 gradients exist in the step only, but for offload, which keeps them.
     stepping, kept = (0.0, shared * 4) if offloads else (shared * 4, 0.0)
     if stage == 3:
-        # The bucket is always there. Small parameters stay whole on every rank, and so do their gradients.
-        small = sum(size for size in sizes if size < _PERSISTENT)
-        return bucket + kept + max(stepping, 2 * small * width)
+        # The bucket is always there; small parameters are whole until the step.
+        return bucket + kept + max(stepping, _small_bytes(sizes, world_size, width))
     if offloads:  # a copy of the new weights on their way back, and a gradient at a time on its way out, at both ends
         kept += shared * width + 2 * max(sizes) * width
-    accumulated = values * width if stage == 1 else shared * width
-    return kept + max(bucket, shared * width + stepping - accumulated)
+    # Gradients that wait while others fill the bucket: all of them, or this rank's share of the micro-batches before.
+    repeats = settings.batch_size > world_size * settings.micro_batch_size
+    waiting = values * width if stage == 1 else shared * width if repeats else 0.0
+    fullest = max(waiting + bucket, shared * width + stepping)
+    return kept + fullest - (values if stage == 1 else shared) * width
+
+
+def _small_bytes(sizes: Sequence[int], world_size: int, width: int) -> float:
+    """ZeRO-3 leaves small parameters and their gradients whole on every rank."""
+    return 2.0 * width * sum(size for size in sizes if size < _PERSISTENT) if world_size > 1 else 0.0
 
 
 def placed_bytes(settings: PretrainSettings, sizes: Sequence[int], world_size: int) -> dict[str, float]:
@@ -71,11 +78,10 @@ def placed_bytes(settings: PretrainSettings, sizes: Sequence[int], world_size: i
     found[settings.offload_optimizer] += parts.pop("master") + parts.pop("optimizer")
     if settings.offload_optimizer != "none":  # gradients follow, but for stage 1's whole ones and the bucket
         width = 4 if settings.precision == "fp32" else 2
-        stays = bucket_values(sizes) * width
+        stays = float(bucket_values(sizes) * width)
         if settings.zero_stage == 1:
             stays += parts["gradients"]
-        if settings.zero_stage < 3:
-            stays += max(sizes) * width
+        stays += max(sizes) * width if settings.zero_stage < 3 else _small_bytes(sizes, world_size, width)
         found["none"] += stays
         found["cpu"] += sum(parts.values()) - stays
     else:

@@ -1,7 +1,5 @@
 """The one place where our settings become DeepSpeed's, and where a rank's process is set up for it."""
 
-import contextlib
-import io
 import os
 import shutil
 import tempfile
@@ -115,9 +113,7 @@ def unsupported(settings: PretrainSettings, device: str) -> list[str]:
 def _no_nvme(settings: PretrainSettings) -> Iterator[str]:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    with contextlib.redirect_stderr(io.StringIO()):  # the compiler's complaint about a library that is not there
-        there = AsyncIOBuilder().is_compatible(verbose=False)
-    if not there:
+    if not AsyncIOBuilder().is_compatible(verbose=False):
         name = "offload_optimizer" if settings.offload_optimizer == "nvme" else "offload_parameters"
         yield (
             f"pretrain.{name} is 'nvme': DeepSpeed needs libaio with its headers (Debian: `apt install libaio-dev`); "

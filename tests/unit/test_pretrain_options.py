@@ -142,6 +142,8 @@ def test_deepspeeds_own_settings_class_takes_them_as_they_are_meant(overrides):
 
 def test_what_this_machine_can_not_do_is_named(tmp_path, monkeypatch):
     assert unsupported(settings(), "cpu") == []
+    nvme = unsupported(settings(*NVME, f"offload_folder={tmp_path}"), "cpu")
+    assert all("libaio" in line for line in nvme)  # this machine has it or not
     assert unsupported(settings("precision=fp16"), "cuda") == []
     assert "pretrain.precision is 'fp16': runs on GPUs only" in unsupported(settings("precision=fp16"), "cpu")[0]
     monkeypatch.setenv("CXX", "no-such-compiler")
