@@ -170,6 +170,7 @@ def run_directory(config: RunConfig) -> Path:
 _MOVABLE = {
     "run.storage",
     "run.encryption_key_file",
+    "pretrain.offload_folder",
     "cluster.address",
     "cluster.max_failures",
     "cluster.standbys",

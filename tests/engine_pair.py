@@ -98,6 +98,16 @@ def study(config, rank, folder):
     return {"losses": losses, "resumed": resumed, "nan_noticed": noticed}
 
 
+def train_only(config, rank, _):
+    from trainer.pretrain import build_engine
+
+    engine = build_engine(config, rank, VOCABULARY)
+    losses = train(engine, config, rank, 0, STEPS)
+    from torch._dynamo.utils import counters
+
+    return {"losses": losses, "compiled": counters["stats"]["unique_graphs"]}
+
+
 def walk(overrides, rank):
     """Memory: see benchmarks/memory.py."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -118,8 +128,11 @@ def main():
     for kind, overrides in json.loads(Path(sys.argv[4]).read_text()):
         folders = [tempfile.mkdtemp() if number == 0 else None]
         distributed.broadcast_object_list(folders)
-        memory = kind == "memory"
-        found = walk(overrides, rank) if memory else study(settings(overrides, world_size), rank, folders[0])
+        if kind == "memory":
+            found = walk(overrides, rank)
+        else:
+            work = study if kind == "study" else train_only
+            found = work(settings(overrides, world_size), rank, folders[0])
         if number == 0:
             sys.stdout.write(json.dumps({"kind": kind, "overrides": overrides, **found}) + "\n")
             sys.stdout.flush()

@@ -26,7 +26,7 @@ def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
     return digest_json(
         [
             config.model.model_dump(),
-            config.pretrain.model_dump(),
+            config.pretrain.model_dump(exclude={"offload_folder"}),
             config.cluster.world_size,
             config.run.seed,
             corpus_digest,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -39,21 +40,19 @@ def named(options):
     return [f"pretrain.{option}" for option in options]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What one pair of processes found for all combinations, by kind and options."""
-    cases = tmp_path_factory.mktemp("pair") / "cases.json"
-    studies = [("study", named(options)) for options in (*PLAIN, *OFFLOADED, *CHECKPOINTING, *HALVES, DROPOUT)]
-    cases.write_text(json.dumps([*studies, *(("memory", named(options)) for options in MEMORY)]))
+def run_pair(kinds, folder):
+    """What one pair of processes finds for all combinations, by kind and options."""
+    cases, errors = folder / "cases.json", folder / "errors"
+    cases.write_text(json.dumps([[kind, named(options)] for kind, options in kinds]))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with (cases.parent / "errors").open("wb") as errors:
+    with errors.open("wb") as log:
         ranks = [
             subprocess.Popen(
                 [sys.executable, PAIR, str(rank), "2", str(port), cases],
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stderr=errors,
+                stderr=log,
                 text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
@@ -61,12 +60,18 @@ def found(tmp_path_factory):
         ]
         try:
             output, _ = ranks[0].communicate(timeout=800)
-            assert [rank.wait(timeout=60) for rank in ranks] == [0, 0], (cases.parent / "errors").read_text()[-3000:]
+            assert [rank.wait(timeout=60) for rank in ranks] == [0, 0], errors.read_text()[-3000:]
         finally:
             for rank in ranks:
                 rank.kill()
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return {(row["kind"], tuple(row["overrides"])): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    studies = [("study", options) for options in (*PLAIN, *OFFLOADED, *CHECKPOINTING, *HALVES, DROPOUT)]
+    return run_pair([*studies, *(("memory", options) for options in MEMORY)], tmp_path_factory.mktemp("pair"))
 
 
 def plain_losses(options):
@@ -132,3 +137,11 @@ def test_dropout_changes_the_losses_and_does_not_break_them(found):
 def test_memory_is_what_the_formula_says(found, options):
     row = found["memory", tuple(named(options))]
     assert row["measured_peak"] == pytest.approx(row["formula_peak"], rel=0.05)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_training_is_the_same_training(tmp_path):
+    options = ["zero_stage=2", "torch_compile=true"]
+    row = run_pair([("train", options)], tmp_path)["train", tuple(named(options))]
+    assert row["losses"] == pytest.approx(plain_losses(options), rel=1e-4)
+    assert row["compiled"]
