@@ -40,20 +40,45 @@ class PretrainSettings(Settings):
     """Sequences a step, over all ranks."""
     micro_batch_size: Count = 4
     """Sequences a rank processes at once; the rest is accumulated."""
+    optimizer: Literal["adamw", "adam", "sgd", "momentum"] = "adamw"
+    """Torch's own: ``adam`` couples weight decay to the gradient (L2), ``momentum`` is SGD with momentum ``beta1``."""
     learning_rate: Positive = 3e-3
-    """Peak learning rate of AdamW."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 30
-    """Steps of linear warm-up before the cosine."""
-    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Final learning rate as a share of the peak."""
+    """Peak learning rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment, or of ``momentum``; sgd has none."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the second moment (adamw, adam)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay of matrices (norms have none)."""
+    """Weight decay of matrices, embeddings and head included; vectors (norms, biases) have none."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Learning rate after the warm-up; ``wsd`` stays at the peak, then decays linearly over ``decay_share`` of all
+    steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 30
+    """Steps of linear warm-up before the schedule."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of all steps in which ``wsd`` decays."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Final learning rate as a share of the peak; ``constant`` stays at the peak."""
     max_grad_norm: Positive = 1.0
     """Global gradient norm is clipped to this (optimization, not privacy)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout while pretraining, on attention weights (a Llama has no other). The loss curve then depends on the number
+    of ranks; the exported model has none."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed ZeRO stage."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of forward and backward; master weights stay float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward; master weights stay float32. fp16 needs GPUs."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where master weights and optimizer state live instead of the device: ``cpu`` from ZeRO stage 1 on, ``nvme`` at
+    3."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where a rank's share of the weights lives instead of the device, at ZeRO stage 3."""
+    offload_folder: str = ""
+    """Folder on a local disk of every node for ``nvme``; empty without it."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more work."""
+    torch_compile: bool = False
+    """Compile the model with torch.compile: a slower start for faster steps; needs a C++ compiler, and ZeRO below 3."""
     commit_every: Count = 100
     """Steps between committed checkpoints."""
     keep_commits: Annotated[int, Field(ge=2)] = 2
@@ -79,6 +104,42 @@ class PretrainSettings(Settings):
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"pretrain.warmup_steps is {self.warmup_steps}: give less than pretrain.steps ({self.steps})"
+            )
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"pretrain.decay_share is {self.decay_share:g}: warm-up ({self.warmup_steps} steps) and decay "
+                f"({self.decay_steps}) don't fit into pretrain.steps ({self.steps}); lower one of them"
+            )
+        return self
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps of the decay at the end of ``wsd``."""
+        return max(1, round(self.decay_share * self.steps))
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> "PretrainSettings":
+        places = {"offload_optimizer": self.offload_optimizer, "offload_parameters": self.offload_parameters}
+        for name, place in places.items():
+            least = 3 if name == "offload_parameters" or place == "nvme" else 1
+            if place != "none" and self.zero_stage < least:
+                raise ValueError(
+                    f"pretrain.{name} is {place!r}: needs pretrain.zero_stage {least} or more, and it is "
+                    f"{self.zero_stage}"
+                )
+        if ("nvme" in places.values()) != bool(self.offload_folder):
+            raise ValueError(
+                f"pretrain.offload_folder is {self.offload_folder!r}: give a folder on a local disk with offload to "
+                "'nvme', and none without"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compile_fits(self) -> "PretrainSettings":
+        if self.torch_compile and self.zero_stage == 3:
+            raise ValueError(
+                "pretrain.torch_compile is true: ZeRO 3 gathers weights inside the forward pass, where compiled code "
+                "would be cut at every layer; give pretrain.zero_stage 2, or false"
             )
         return self
 

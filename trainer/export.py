@@ -27,7 +27,8 @@ A Llama-style language model of {parameters:,} parameters, pretrained from a ran
 
 - **Data**: {source} ({tokens:,} tokens, {characters:,} characters after cleaning). Public text only: no private record
   has touched the weights or the tokenizer.
-- **Training**: {steps} steps of {batch_size} sequences of {context} tokens, AdamW, ZeRO stage {stage} on {ranks} ranks.
+- **Training**: {steps} steps of {batch_size} sequences of {context} tokens, {optimizer}, ZeRO stage {stage} on {ranks}
+  ranks.
 - **Use**: a starting point for fine-tuning across silos. It is far too small to answer questions.
 """
 
@@ -97,6 +98,7 @@ def _card(config: RunConfig, corpus: Manifest, parameters: int) -> str:
         steps=config.pretrain.steps,
         batch_size=config.pretrain.batch_size,
         context=config.model.context_length,
+        optimizer=config.pretrain.optimizer,
         stage=config.pretrain.zero_stage,
         ranks=config.cluster.world_size,
     )

@@ -1,5 +1,6 @@
 """Model families through transformers' configurations, started at random, and adapters through peft."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ MODEL = "model"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
-def model_config(settings: ModelSettings, vocab_size: int) -> Any:
-    """The transformers configuration of a Llama-style decoder; embeddings and head are not tied."""
+def model_config(settings: ModelSettings, vocab_size: int, dropout: float = 0.0) -> Any:
+    """The transformers configuration of a Llama-style decoder; embeddings and head are not tied.
+
+    Dropout belongs to pretraining, not to the model: what is exported, and then trained under DP, has none.
+    """
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -29,20 +33,21 @@ def model_config(settings: ModelSettings, vocab_size: int) -> Any:
         max_position_embeddings=settings.context_length,
         tie_word_embeddings=False,
         use_cache=False,
+        attention_dropout=dropout,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
 
 
-def new_model(settings: ModelSettings, vocab_size: int, seed: int) -> Any:
+def new_model(settings: ModelSettings, vocab_size: int, seed: int, dropout: float = 0.0) -> Any:
     """A model with random float32 weights that depend on the seed alone."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
-            model_config(settings, vocab_size), dtype=torch.float32, attn_implementation=attention()
+            model_config(settings, vocab_size, dropout), dtype=torch.float32, attn_implementation=attention()
         )
 
 
@@ -51,13 +56,22 @@ def attention() -> str:
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
-def count_parameters(settings: ModelSettings, vocab_size: int) -> int:
-    """Number of parameters, without allocating them."""
+def parameter_sizes(settings: ModelSettings, vocab_size: int) -> list[int]:
+    """Number of values of each parameter, without allocating them."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config(settings, vocab_size))
-    return sum(parameter.numel() for parameter in model.parameters())
+    return [parameter.numel() for parameter in model.parameters()]
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Makes the dropout masks of a step a function of seed, step and rank: a restart draws the same ones again.
+
+    They still depend on the number of ranks, since a rank's share of the batch does.
+    """
+    digest = hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
 def load_model(directory: Path, key: MasterKey | None = None) -> Any:

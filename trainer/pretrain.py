@@ -16,13 +16,14 @@ from trainer import checkpoints, elastic
 from trainer.commits import Committer
 from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.order import SkippedData
+from trainer.engine import build_engine, gradient_trouble, set_step, weight_trouble
 from trainer.objective import next_token_nats, to_tensors, validate
 from trainer.optimizers import learning_rate, new_optimizer
 from trainer.rollback import Progress
 from trainer.scratch import scratch_folder
 from trainer.shared import first_on_its_node, prove_shared, require_same_step
 from trainer.throughput import Throughput
-from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
+from trainer.zero import Rank, accumulation_steps, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
 Enter = Callable[[int, str], None]
@@ -30,6 +31,7 @@ Enter = Callable[[int, str], None]
 
 # Nor on the number of ranks: it may change at any restart.
 _NO_WEIGHT_DEPENDS_ON = {
+    "offload_folder",
     "micro_batch_size",
     "commit_every",
     "keep_commits",
@@ -64,7 +66,7 @@ def warm_up(config: RunConfig) -> None:
     small = config.model.model_copy(update={"hidden_size": 2 * config.model.heads, "intermediate_size": 8, "layers": 1})
     model = new_model(small, vocab_size=16, seed=0)
     next_token_nats(model, torch.zeros(1, 8, dtype=torch.int64)).backward()
-    torch.optim.AdamW(model.parameters()).step()
+    new_optimizer(config.pretrain, model).step()
 
 
 def pretrain(
@@ -121,8 +123,7 @@ def pretrain(
         share = batches.share(step, rank.rank, rank.world_size)
         # DeepSpeed averages over ranks and micro-batches; the loss is the global sum over the global number of targets.
         scale = rank.world_size * accumulation_steps(settings, rank.world_size) / share.num_targets
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+        set_step(engine, config, step, rank)
         # 2. Forward and backward, micro-batch by micro-batch; the optimizer steps after the last.
         nats = torch.zeros((), device=engine.device)
         for tokens, positions in share.micro_batches(settings.micro_batch_size):
@@ -136,7 +137,7 @@ def pretrain(
         # 3. The global loss, for people, and for the decision whether to go on from here.
         enter(done, "loss")
         since_commit = batches.number(progress.committed), batches.number(step) + 1
-        progress.require(_gradient_trouble(engine), done, since_commit)
+        progress.require(gradient_trouble(engine), done, since_commit)
         distributed.all_reduce(nats)
         loss = nats.item() / share.num_targets
         progress.require_good_loss(loss, done, since_commit)
@@ -147,29 +148,11 @@ def pretrain(
             report({"event": "validation", "step": done, **validate(engine, config, corpus, manifest.metadata, rank)})
         if done % settings.commit_every == 0 or done == settings.steps:
             enter(done, "commit")
-            progress.require(_weight_trouble(engine), done, since_commit)
+            progress.require(weight_trouble(engine), done, since_commit)
             commits.commit(engine, done, progress.as_metadata())
             progress.committed = done
         commits.check()
     _leave(commits, partial(enter, settings.steps))
-
-
-def _gradient_trouble(engine: Any) -> str | None:
-    """DeepSpeed skips a step whose gradient is not finite, on all ranks: training would stand still in silence."""
-    return "the gradient is not finite" if engine.skipped_steps else None
-
-
-def _weight_trouble(engine: Any) -> str | None:
-    """A gradient that was not finite shows in the next step's loss only: too late for a commit in between."""
-    import torch
-    from torch import distributed
-
-    # Under ZeRO-3 a parameter's own tensor is empty, and this rank's part of it stands beside it.
-    parts = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in engine.module.parameters()]
-    finite = torch.stack([part.isfinite().all() for part in parts]).all()
-    broken = (~finite).float()
-    distributed.all_reduce(broken)
-    return "a weight is not finite" if broken.item() else None
 
 
 def _prove_shares(batches: Batches, step: int, rank: Rank) -> None:
@@ -208,28 +191,6 @@ def _leave(commits: Committer, enter: Callable[[str], None]) -> None:
 
 def _ignore(_: dict[str, Any]) -> None:
     """Only rank 0 reports."""
-
-
-def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
-    """The DeepSpeed engine around a model at its random start and its optimizer; with a key, its files are sealed."""
-    import deepspeed
-    from deepspeed.checkpoint import constants
-
-    from trainer.models import new_model
-
-    model = new_model(config.model, vocab_size, config.run.seed).train()
-    # With this, DeepSpeed's own converter reads our commits.
-    version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
-    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, version)
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=new_optimizer(config.pretrain, model),
-        config=deepspeed_config(config.pretrain, rank.world_size),
-    )
-    key = load_key(config.run.encryption_key_file)
-    if key is not None:
-        checkpoints.keep_sealed(engine, key)
-    return engine
 
 
 def _resume(

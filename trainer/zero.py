@@ -1,11 +1,18 @@
 """The one place where our settings become DeepSpeed's, and where a rank's process is set up for it."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+from configs.errors import InputError
 from configs.pretrain_settings import PretrainSettings
+from configs.schema import RunConfig
+from trainer.memory import bucket_values, placed_bytes
 
 
 @dataclass(frozen=True)
@@ -33,15 +40,37 @@ class Rank:
     threads: int
 
 
-def deepspeed_config(settings: PretrainSettings, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for these settings."""
+def deepspeed_config(
+    settings: PretrainSettings, world_size: int, sizes: Sequence[int] = (), device: str = "cpu"
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for these settings.
+
+    Args:
+        settings: the run's.
+        world_size: number of ranks.
+        sizes: number of values of each parameter; buffers are made to fit. Empty: DeepSpeed's defaults.
+        device: ``cpu`` or ``cuda``.
+    """
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if sizes:
+        # DeepSpeed would reserve its 500 million values whatever the model's size.
+        zero["reduce_bucket_size"] = bucket_values(sizes)
+    for part, place in (("optimizer", settings.offload_optimizer), ("param", settings.offload_parameters)):
+        if place != "none":
+            zero[f"offload_{part}"] = {"device": place, "pin_memory": device == "cuda"}
+            if place == "nvme":
+                zero[f"offload_{part}"]["nvme_path"] = settings.offload_folder
+    if settings.offload_parameters == "nvme" and sizes:
+        zero["offload_param"]["buffer_size"] = max(sizes)
     return {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(settings, world_size),
         "gradient_clipping": settings.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": zero,
         "bf16": {"enabled": settings.precision == "bf16"},
+        # loss_scale 0: dynamic. A step whose gradient overflows is skipped and the scale halved.
+        "fp16": {"enabled": settings.precision == "fp16", "loss_scale": 0},
         # The optimizer is torch's own: no just-in-time compilation on the user's machine.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -54,23 +83,76 @@ def accumulation_steps(settings: PretrainSettings, world_size: int) -> int:
     return settings.batch_size // (world_size * settings.micro_batch_size)
 
 
-def state_bytes(parameters: int, stage: int, world_size: int, precision: str) -> dict[str, float]:
-    """Bytes a rank holds for weights, gradients and Adam's state, by part (Rajbhandari et al. 2020, section 5).
+def likely_device(setting: str) -> str:
+    """What ``cluster.device`` comes to on this machine, as far as can be said without asking Ray."""
+    if setting == "auto":
+        return "cuda" if Path("/dev/nvidia0").exists() else "cpu"
+    return "cuda" if setting == "gpu" else "cpu"
 
-    float32 ZeRO keeps a master copy beside the model's own weights, sharded from stage 1 on. Activations and
-    communication buffers are not included.
+
+def unsupported(settings: PretrainSettings, device: str) -> list[str]:
+    """What these settings ask for and this machine can't do, one line each with its fix.
+
+    Args:
+        settings: the run's.
+        device: ``cpu`` or ``cuda``.
     """
-    width = 4 if precision == "fp32" else 2
-    optimizer_share = world_size if stage >= 1 else 1
-    gradient_share = world_size if stage >= 2 else 1
-    weight_share = world_size if stage >= 3 else 1
-    has_master = stage >= 1 or precision == "bf16"
-    return {
-        "weights": parameters * width / weight_share,
-        "gradients": parameters * width / gradient_share,
-        "master": parameters * 4 / optimizer_share if has_master else 0.0,
-        "adam": parameters * 8 / optimizer_share,
-    }
+    lines = []
+    if settings.precision == "fp16" and device == "cpu":
+        lines.append("pretrain.precision is 'fp16': runs on GPUs only; give 'bf16' or 'fp32'")
+    if settings.torch_compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        lines.append(
+            f"pretrain.torch_compile is true: there is no C++ compiler ({os.environ.get('CXX', 'g++')}); install one "
+            "(Debian: `apt install g++`), or give false"
+        )
+    if settings.offload_folder:
+        lines += _no_nvme(settings)
+    return lines
+
+
+def _no_nvme(settings: PretrainSettings) -> Iterator[str]:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        name = "offload_optimizer" if settings.offload_optimizer == "nvme" else "offload_parameters"
+        yield (
+            f"pretrain.{name} is 'nvme': DeepSpeed needs libaio with its headers (Debian: `apt install libaio-dev`); "
+            "install it, or give 'cpu'"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=settings.offload_folder):
+            pass
+    except OSError as error:
+        yield (
+            f"pretrain.offload_folder is {settings.offload_folder!r}: can't be written ({error.strerror}); give a "
+            "folder on a local disk"
+        )
+
+
+def require_supported(config: RunConfig, rank: Rank, vocab_size: int) -> None:
+    """Refuses what this rank's machine can't do, before anything is built.
+
+    Raises:
+        InputError: it can't; the message names each setting and its fix.
+    """
+    lines = unsupported(config.pretrain, rank.device)
+    if config.pretrain.offload_folder and not lines:
+        lines += _no_room(config, rank, vocab_size)
+    if lines:
+        raise InputError("; ".join(lines))
+
+
+def _no_room(config: RunConfig, rank: Rank, vocab_size: int) -> Iterator[str]:
+    from trainer.models import parameter_sizes
+
+    folder, sizes = config.pretrain.offload_folder, parameter_sizes(config.model, vocab_size)
+    needed = rank.local_world_size * placed_bytes(config.pretrain, sizes, rank.world_size)["nvme"]
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        yield (
+            f"pretrain.offload_folder is {folder!r}: {free / 2**30:.1f} GiB free, and this node's ranks need "
+            f"{needed / 2**30:.1f}; free some space, or give another folder"
+        )
 
 
 def prepare_process(rank: Rank) -> None:
@@ -78,7 +160,7 @@ def prepare_process(rank: Rank) -> None:
     os.environ.update(
         RANK=str(rank.rank),
         WORLD_SIZE=str(rank.world_size),
-        LOCAL_RANK=str(rank.local_rank),
+        LOCAL_RANK=str(device_index(rank)),
         LOCAL_WORLD_SIZE=str(rank.local_world_size),
         LOCAL_SIZE=str(rank.local_world_size),
         MASTER_ADDR=rank.master_address,
@@ -87,6 +169,19 @@ def prepare_process(rank: Rank) -> None:
     )
     if rank.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def device_index(rank: Rank) -> int:
+    """Index of this rank's GPU among those that its process sees.
+
+    DeepSpeed takes LOCAL_RANK for that index (``DeepSpeedEngine._set_distributed_vars`` calls ``set_device`` with it).
+    Ray shows an actor only the GPU that it was given, by CUDA_VISIBLE_DEVICES: that is device 0 there, whatever the
+    rank's number in its node. torchrun shows every rank all GPUs of the node. Nothing else that runs here reads
+    LOCAL_RANK as "first of its node".
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    alone = visible is not None and len([name for name in visible.split(",") if name.strip()]) == 1
+    return 0 if alone else rank.local_rank
 
 
 def join_process_group(rank: Rank, timeout_s: float) -> None:
@@ -101,6 +196,6 @@ def join_process_group(rank: Rank, timeout_s: float) -> None:
         # a process killed during that build leaves a lock on which every later start hangs.
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
     else:
-        torch.cuda.set_device(rank.local_rank)
+        torch.cuda.set_device(device_index(rank))
     backend = "gloo" if rank.device == "cpu" else "nccl"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s))

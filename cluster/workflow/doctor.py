@@ -16,6 +16,7 @@ from configs.bucket import Bucket
 from configs.errors import InputError
 from configs.load import run_directory
 from configs.schema import RunConfig
+from trainer.zero import likely_device, unsupported
 
 _WANTED = {
     "torch": (2, 8),
@@ -63,6 +64,7 @@ def examine(config: RunConfig) -> list[Finding]:
         _loopback,
         _build_locks,
         lambda: _address(config),
+        lambda: _options(config),
     ]
     return [check() for check in checks]
 
@@ -151,3 +153,13 @@ def _address(config: RunConfig) -> Finding:
     reason = unreachable(address)
     found = f"{address}: {reason}" if reason else f"{address} answers"
     return Finding("Ray address", reason is None, found, fix="start Ray there, or unset cluster.address")
+
+
+def _options(config: RunConfig) -> Finding:
+    lines = unsupported(config.pretrain, likely_device(config.cluster.device))
+    return Finding(
+        "pretraining options",
+        not lines,
+        "; ".join(lines) or f"this machine can do what {config.run.name} asks for",
+        "change the settings, or run where they are supported",
+    )

@@ -4,8 +4,9 @@ from typing import Any
 
 from configs.schema import RunConfig
 from federated.rounds import plan_request
-from trainer.models import LORA_TARGETS, count_parameters
-from trainer.zero import accumulation_steps, state_bytes
+from trainer.memory import placed_bytes, state_bytes
+from trainer.models import LORA_TARGETS, parameter_sizes
+from trainer.zero import accumulation_steps, likely_device, unsupported
 
 
 def estimate(config: RunConfig) -> dict[str, Any]:
@@ -16,11 +17,11 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         InputError: no noise multiplier reaches the epsilon.
     """
     pretrain, cluster, private = config.pretrain, config.cluster, config.data.private
-    parameters = count_parameters(config.model, config.tokenizer.vocab_size)
+    sizes = parameter_sizes(config.model, config.tokenizer.vocab_size)
     plan = plan_request(config)
     counts = {"(default)": private.public_record_count, **private.public_record_counts}
     return {
-        "model": {"parameters": parameters, "context_length": config.model.context_length},
+        "model": {"parameters": sum(sizes), "context_length": config.model.context_length},
         "pretrain": {
             "world_size": cluster.world_size,
             "world_sizes": config.world_sizes,
@@ -33,9 +34,12 @@ def estimate(config: RunConfig) -> dict[str, Any]:
                 "accumulation": accumulation_steps(pretrain, cluster.world_size),
             },
             "state_bytes_per_rank": {
-                str(stage): state_bytes(parameters, stage, cluster.world_size, pretrain.precision) for stage in range(4)
+                str(stage): state_bytes(pretrain, sizes, stage, cluster.world_size) for stage in range(4)
             },
+            "placed_bytes_per_rank": placed_bytes(pretrain, sizes, cluster.world_size),
             "zero_stage": pretrain.zero_stage,
+            "optimizer": pretrain.optimizer,
+            "not_supported_here": unsupported(pretrain, likely_device(cluster.device)),
         },
         "federated": {
             "rounds": config.federated.rounds,

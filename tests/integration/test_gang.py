@@ -134,7 +134,7 @@ from pathlib import Path
 from configs.load import load
 from configs.storage import Folder
 from trainer.commits import Committer
-from trainer.pretrain import build_engine
+from trainer.engine import build_engine
 from trainer.zero import Rank, join_process_group, prepare_process
 
 root, scratch, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

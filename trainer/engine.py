@@ -1,0 +1,73 @@
+"""The DeepSpeed engine of one rank: how it is built, what each step sets, and whether a step was good."""
+
+from typing import Any
+
+from configs.encryption import load_key
+from configs.schema import RunConfig
+from trainer import checkpoints
+from trainer.optimizers import learning_rate, new_optimizer
+from trainer.zero import Rank, deepspeed_config, require_supported
+
+
+def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
+    """The engine around a model at its random start and its optimizer; with a key, its checkpoints are sealed.
+
+    Raises:
+        InputError: the settings ask for what this rank's machine can't do, or the key can't be read.
+    """
+    require_supported(config, rank, vocab_size)
+    import deepspeed
+    from deepspeed.checkpoint import constants
+
+    from trainer.models import new_model
+
+    settings = config.pretrain
+    model = new_model(config.model, vocab_size, config.run.seed, settings.dropout).train()
+    # With this, DeepSpeed's own converter reads our commits.
+    version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+    setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, version)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=new_optimizer(settings, model),
+        config=deepspeed_config(settings, rank.world_size, sizes, rank.device),
+    )
+    if settings.torch_compile:
+        engine.compile()
+    key = load_key(config.run.encryption_key_file)
+    if key is not None:
+        checkpoints.keep_sealed(engine, key)
+    return engine
+
+
+def set_step(engine: Any, config: RunConfig, step: int, rank: Rank) -> None:
+    """Sets what a step has of its own, learning rate and dropout masks: both depend on the step, not on the past."""
+    from trainer.models import seed_dropout
+
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(config.pretrain, step)
+    if config.pretrain.dropout:
+        seed_dropout(config.run.seed, step, rank.rank)
+
+
+def gradient_trouble(engine: Any) -> str | None:
+    """DeepSpeed skips a step whose gradient is not finite, on all ranks: training would stand still in silence.
+
+    Under fp16 that is how the loss scale is found, and DeepSpeed raises by itself when there is none.
+    """
+    return "the gradient is not finite" if engine.skipped_steps and not engine.fp16_enabled() else None
+
+
+def weight_trouble(engine: Any) -> str | None:
+    """A gradient that was not finite shows in the next step's loss only: too late for a commit in between."""
+    import torch
+    from torch import distributed
+
+    # Under ZeRO-3 a parameter is empty between steps, and ds_tensor is this rank's share of it.
+    own = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]
+    finite = torch.stack([values.detach().isfinite().all() for values in own]).all()
+    broken = (~finite).float()
+    distributed.all_reduce(broken)
+    return "a weight is not finite" if broken.item() else None
