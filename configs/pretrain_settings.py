@@ -105,17 +105,12 @@ class PretrainSettings(Settings):
             raise ValueError(
                 f"pretrain.warmup_steps is {self.warmup_steps}: give less than pretrain.steps ({self.steps})"
             )
-        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_share * self.steps > self.steps:
             raise ValueError(
-                f"pretrain.decay_share is {self.decay_share:g}: warm-up ({self.warmup_steps} steps) and decay "
-                f"({self.decay_steps}) don't fit into pretrain.steps ({self.steps}); lower one of them"
+                f"pretrain.decay_share is {self.decay_share:g}: the decay and pretrain.warmup_steps "
+                f"({self.warmup_steps}) don't fit into pretrain.steps ({self.steps}); lower one of them"
             )
         return self
-
-    @property
-    def decay_steps(self) -> int:
-        """Steps of the decay at the end of ``wsd``."""
-        return max(1, round(self.decay_share * self.steps))
 
     @model_validator(mode="after")
     def _offload_fits(self) -> "PretrainSettings":

@@ -27,7 +27,8 @@ def _share(settings: PretrainSettings, step: int) -> float:
     if settings.schedule == "constant":
         return 1.0
     if settings.schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024, MiniCPM)
-        return min(1.0, (settings.steps - step) / settings.decay_steps)
+        decay_steps = max(1, round(settings.decay_share * settings.steps))
+        return min(1.0, (settings.steps - step) / decay_steps)
     progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
     return 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
