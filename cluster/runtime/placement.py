@@ -41,7 +41,7 @@ def placed(config: RunConfig, device: str, report: Report, *, patient: bool) -> 
     """
     from ray.util.placement_group import remove_placement_group
 
-    group, size = _place(config, _bundle(config, device), report, patient=patient)
+    group, size = _place(config, bundle_of(config, device), report, patient=patient)
     places = Places(config, group, size, device, report)
     try:
         yield places
@@ -54,19 +54,20 @@ def could_grow(config: RunConfig, places: Places) -> bool:
     """Whether a gang of more ranks than this one would find room now."""
     import ray
 
-    size, bundle = len(places.ranks), _bundle(config, places.device)
-    larger = [n for n in config.world_sizes if size < n <= _room(bundle)]
+    size, bundle = len(places.ranks), bundle_of(config, places.device)
+    larger = [n for n in config.world_sizes if size < n <= room(bundle)]
     if not larger:
         return False
     free = ray.available_resources()
     return all(free.get(name, 0.0) >= (larger[-1] - size) * amount for name, amount in bundle.items())
 
 
-def _bundle(config: RunConfig, device: str) -> dict[str, int]:
+def bundle_of(config: RunConfig, device: str) -> dict[str, int]:
+    """What a place reserves."""
     return {"CPU": config.cluster.threads_per_rank, **({"GPU": 1} if device == "cuda" else {})}
 
 
-def _room(bundle: dict[str, int]) -> int:
+def room(bundle: dict[str, int]) -> int:
     """Ranks that the living nodes have room for, were nothing else running there."""
     import ray
 
@@ -79,7 +80,7 @@ def _place(config: RunConfig, bundle: dict[str, int], report: Report, *, patient
     from ray.util.placement_group import placement_group, remove_placement_group
 
     deadline = time.monotonic() + config.cluster.placement_timeout_s
-    fitting = _await_room(config, bundle, deadline, report, patient=patient)
+    fitting = await_room(config, bundle, deadline, report, patient=patient)
     for size in fitting:
         last = size == fitting[-1] or (patient and size == fitting[0])
         group = placement_group([bundle] * size, strategy="PACK")
@@ -89,7 +90,7 @@ def _place(config: RunConfig, bundle: dict[str, int], report: Report, *, patient
     raise InputError(_not_placed(config, bundle))
 
 
-def _await_room(
+def await_room(
     config: RunConfig, bundle: dict[str, int], deadline: float, report: Report, *, patient: bool
 ) -> list[int]:
     """The sizes that the living nodes have room for, largest first.
@@ -99,7 +100,7 @@ def _await_room(
     """
     said = False
     while True:
-        fitting = [size for size in config.world_sizes if size <= _room(bundle)]
+        fitting = [size for size in config.world_sizes if size <= room(bundle)]
         if fitting and (fitting[0] == config.world_sizes[0] or not patient):
             return fitting
         if time.monotonic() > deadline:
@@ -126,7 +127,7 @@ def _lack(config: RunConfig, bundle: dict[str, int]) -> str:
         needed, has = size * amount, there.get(name, 0)
         if needed > has:
             return f"cluster.world_size {size}: the gang needs {needed:g} {name}, the Ray cluster has {has:g}"
-    return f"cluster.world_size {size}: the Ray cluster's nodes have room for {_room(bundle)} times {bundle}"
+    return f"cluster.world_size {size}: the Ray cluster's nodes have room for {room(bundle)} times {bundle}"
 
 
 def _not_placed(config: RunConfig, bundle: dict[str, int]) -> str:

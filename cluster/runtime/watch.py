@@ -82,12 +82,12 @@ class Watch:
         import ray
 
         deadline = time.monotonic() + _ECHO_WAIT_S
-        while _ECHO.search(cause) and self._runs and time.monotonic() < deadline:
+        while _is_echo(cause) and self._runs and time.monotonic() < deadline:
             for reference in ray.wait(list(self._runs), timeout=deadline - time.monotonic())[0]:
                 other = _failure(self._runs.pop(reference), reference)
-                if other is not None and not _ECHO.search(other):
+                if other is not None and not _is_echo(other):
                     return other
-        return (self._lost_node() if _ECHO.search(cause) else None) or cause
+        return (self._lost_node() if _is_echo(cause) else None) or cause
 
     def _lost_node(self) -> str | None:
         """A rank that does not answer: Ray takes a while to say that a node is gone."""
@@ -133,6 +133,11 @@ class Watch:
             f"rank {rank} hangs: nothing new for {self._hang_timeout_s:g} s (cluster.hang_timeout_s) "
             f"in phase {beat.phase} of step {beat.step}{', its process does not answer' if mute else ''}"
         )
+
+
+def _is_echo(cause: str) -> bool:
+    """A death is none, whatever Ray quotes in its message."""
+    return " raised " in cause and _ECHO.search(cause) is not None
 
 
 def _failure(rank: int, reference: Any) -> str | None:

@@ -1,10 +1,12 @@
 """Numbers of ranks: which ones may train, and a commit's elements under another number."""
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from cluster.runtime.placement import await_room, bundle_of, pick_device, room
 from cluster.workflow.verify_resume import sizes_of
 from configs.errors import InputError, SiloweaveError
 from configs.load import bind_run_directory, load
@@ -107,3 +109,61 @@ def test_a_partition_of_padding_alone_has_the_optimizer_s_state_too():
     states, scalars, _ = collect(wanted, [24, 2], iter([committed(0, 1, state)]), Path("step-1"))
     assert states[1]["exp_avg"].tolist() == [0.0, 0.0]
     assert scalars[1]["step"].item() == 4.0
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """A Ray cluster of these nodes, by their resources; a node of None is dead."""
+    import ray
+
+    living = []
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": node is not None, "Resources": node or {}} for node in living])
+    totals = lambda: {name: sum((node or {}).get(name, 0) for node in living) for name in ("CPU", "GPU")}  # noqa: E731
+    monkeypatch.setattr(ray, "cluster_resources", totals)
+    return living
+
+
+ELASTIC = ["cluster.world_size=4", "cluster.min_world_size=2", "pretrain.micro_batch_size=1"]
+
+
+def wait_for_room(*overrides, patient):
+    config, told = load("tiny", [*ELASTIC, *overrides]), []
+    began = time.monotonic()
+    fitting = await_room(config, bundle_of(config, "cpu"), began + 0.1, told.append, patient=patient)
+    return fitting, [event["message"] for event in told]
+
+
+def test_room_is_counted_node_by_node(nodes):
+    nodes += [{"CPU": 3.0, "GPU": 1.0}, {"CPU": 1.0}, None]
+    assert room({"CPU": 1}) == 4
+    assert room({"CPU": 2}) == 1
+    assert room({"CPU": 1, "GPU": 1}) == 1
+
+
+def test_the_first_start_waits_for_all_ranks_and_a_restart_takes_what_there_is(nodes):
+    nodes += [{"CPU": 3.0}]
+    fitting, told = wait_for_room(patient=True)
+    assert fitting == [2]
+    assert told == [
+        "cluster.world_size 4: the gang needs 4 CPU, the Ray cluster has 3; waiting up to 60 s for nodes, "
+        "then going on with 2"
+    ]
+    assert wait_for_room(patient=False) == ([2], [])
+    nodes += [{"CPU": 1.0}]
+    assert wait_for_room(patient=True) == ([4, 2], [])
+
+
+def test_a_restart_waits_for_the_fewest_ranks(nodes):
+    nodes += [{"CPU": 1.0}]
+    with pytest.raises(InputError, match=r"the Ray cluster has 1; lower cluster.min_world_size or"):
+        wait_for_room(patient=False)
+    nodes += [{"CPU": 3.0}]
+    with pytest.raises(InputError, match=r"nodes have room for 1 times \{'CPU': 2\}; lower cluster.world_size or"):
+        wait_for_room("cluster.threads_per_rank=2", "cluster.world_size=2", "cluster.min_world_size=0", patient=False)
+
+
+def test_a_gang_takes_gpus_where_its_fewest_ranks_could_have_them(nodes):
+    nodes += [{"CPU": 8.0, "GPU": 2.0}]
+    assert pick_device(load("tiny", ELASTIC)) == "cuda"
+    assert pick_device(load("tiny", [*ELASTIC, "cluster.min_world_size=0"])) == "cpu"
+    assert pick_device(load("tiny", [*ELASTIC, "cluster.device=cpu"])) == "cpu"
