@@ -21,15 +21,15 @@ def tune(
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Number of trials; more extend a search.")] = 8,
     metric: Annotated[
-        str, typer.Option(help="What is minimised: validation_loss, or validation_bits_per_char.")
-    ] = "validation_loss",
+        str, typer.Option(help="What is minimised. Default: validation_loss, or held_out_bits_per_char.")
+    ] = "",
     max_parallel: Annotated[
         int, typer.Option(min=0, help="Most trials at once. Default: as many as there is room for.")
     ] = 0,
     address: commands.AddressOption = "",
     as_json: commands.JsonOption = False,
 ) -> None:
-    """Searches settings of pretraining with Ray Tune, bad trials stopped early; continues when given again."""
+    """Searches settings with Ray Tune, bad pretraining trials stopped early; continues when given again."""
     from cluster.workflow import tuning
     from cluster.workflow.search_space import parse_parameters
 
@@ -47,6 +47,8 @@ def tune(
     from rich.console import Console
 
     Console().print(tuning.table(document))
+    for silo, price in (document["reserved"] or {}).items():
+        typer.echo(f"silo {silo}: the search reserved epsilon {price['epsilon']:.4g}, delta {price['delta']:.3g}")
     typer.echo(f"best: {document['best_config']}; all trials: {search.directory / 'tune.json'}, trials.svg")
 
 

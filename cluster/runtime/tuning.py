@@ -1,7 +1,7 @@
-"""Ray Tune over whole pretraining runs: each trial is a gang of its own, in a run directory of its own.
+"""Ray Tune over whole runs: each trial is a gang, or a federation, of its own, in a run directory of its own.
 
 Which trials there are is decided before (``cluster/workflow/search_space.py``); Tune decides which run when, and which
-are stopped early. What is known of a trial lies in its own ``events.jsonl``; a killed search goes on from there.
+are stopped early. What is known of a trial lies in its run directory; a killed search goes on from there.
 """
 
 import logging
@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,53 +18,67 @@ from cluster.runtime.placement import pick_device
 from cluster.runtime.session import ray_session
 from configs.artifacts import write_atomic
 from configs.errors import InputError, SiloweaveError
-from configs.events import read_events
 from configs.load import run_directory
 from configs.schema import RunConfig, TuneSettings
 
-METRICS = {"validation_loss": "loss", "validation_bits_per_char": "bits_per_char"}
 _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean everywhere else
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints to standard output however quiet it is asked to be
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own events say more
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
-# The trial's own process only watches; the gang reserves what it needs by itself. A request must not be empty.
+# The trial's own process only watches. A request must not be empty.
 _DRIVER: dict[str, int | float] = {"memory": 2**20}
 
 
 Outcome = Callable[[int, str, str], None]
-Pretrain = Callable[[RunConfig, Callable[[dict[str, Any]], None]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 
 
-def validations(config: RunConfig) -> list[dict[str, Any]]:
-    """A trial's validations so far, by step; a step that was done again counts as it came out last."""
-    events = read_events(run_directory(config) / "events.jsonl", "pretrain")
-    found = {event["step"]: event for event in events if event["event"] == "validation"}
-    return [{name: found[step][name] for name in ("step", "loss", "bits_per_char")} for step in sorted(found)]
+@dataclass(frozen=True)
+class Kind:
+    """What a trial is. Its functions are imported on the nodes by name.
+
+    Attributes:
+        metrics: what may be minimised; the first is what is, unless another is asked for.
+        train: trains by a trial's settings, from where an earlier start came to, and passes every event on.
+        points: what a trial has reached so far: ``step`` and each metric.
+        last_step: the step at which a trial ends.
+        bundles: what a trial's processes need, by process; none where they reserve it by themselves.
+        comparable: whether trials are at the same point at the same step, so that bad ones can be stopped early.
+        one_at_a_time: whether a trial waits for the one before it.
+    """
+
+    metrics: tuple[str, ...]
+    train: Callable[[RunConfig, OnEvent], None]
+    points: Callable[[RunConfig], list[dict[str, Any]]]
+    last_step: Callable[[RunConfig], int]
+    bundles: Callable[[RunConfig], list[dict[str, float]]]
+    comparable: bool
+    one_at_a_time: bool
 
 
 def run_trials(
     trials: dict[int, RunConfig],
     known: dict[int, RunConfig],
     *,
+    kind: Kind,
     metric: str,
     search: TuneSettings,
     storage: Path,
     max_parallel: int,
-    pretrain: Pretrain,
     on_outcome: Outcome,
 ) -> None:
     """Runs trials to their end, as many at once as the cluster has room for.
 
     Args:
-        trials: settings of each trial that is to run, by number; its corpus is there already.
+        trials: settings of each trial that is to run, by number; what it starts from is there already.
         known: those that have ended in an earlier start: what they reached counts when others are stopped.
-        metric: name of what is minimised, one of ``METRICS``.
+        kind: what a trial is.
+        metric: what is minimised.
         search: when trials are stopped early.
         storage: folder for Tune's own files, which are of no use afterwards.
         max_parallel: most trials at once; 0: as many as there is room for.
-        pretrain: trains by a trial's settings and passes every event on; must be importable on the nodes.
         on_outcome: receives number, ``finished``, ``stopped`` or ``failed``, and the cause of a failure.
 
     Raises:
@@ -72,33 +87,34 @@ def run_trials(
     os.environ.update(_ENVIRONMENT)
     from ray import tune
 
-    parallel = _at_once(trials, max_parallel)
-    asha = _asha(search, metric, [*trials.values(), *known.values()])
+    parallel = 1 if kind.one_at_a_time else _at_once(trials, max_parallel)
+    asha = _asha(search, metric, [*trials.values(), *known.values()]) if kind.comparable else None
     if asha is not None:
-        _replay(asha, known, metric)
+        _replay(asha, kind, known, metric)
     shutil.rmtree(storage, ignore_errors=True)
 
     def train(parameters: dict[str, Any]) -> None:
-        _train(trials[parameters["number"]], pretrain)
+        _train(kind, trials[parameters["number"]])
 
     if not os.environ.get("SILOWEAVE_DEBUG"):
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    resources = tune.PlacementGroupFactory([dict(_DRIVER)])
+    bundles = max((kind.bundles(config) for config in trials.values()), key=len)
+    resources = tune.PlacementGroupFactory([dict(_DRIVER), *(dict(bundle) for bundle in bundles)])
     try:
         tune.Tuner(
             tune.with_resources(train, resources),
             param_space={"number": tune.grid_search(list(trials))},
             tune_config=tune.TuneConfig(scheduler=asha, max_concurrent_trials=parallel),
             run_config=tune.RunConfig(
-                name="tune", storage_path=str(storage), verbose=0, callbacks=[_watcher(trials, on_outcome)]
+                name="tune", storage_path=str(storage), verbose=0, callbacks=[_watcher(kind, trials, on_outcome)]
             ),
         ).fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 
 
-def _train(config: RunConfig, pretrain: Pretrain) -> None:
-    """In the trial's process: pretrains, and reports every validation, those of an earlier start first.
+def _train(kind: Kind, config: RunConfig) -> None:
+    """In the trial's process: trains, and reports what the trial reaches, what an earlier start had reached first.
 
     Tune stops a trial inside of a report; what it started ends with its process.
     """
@@ -106,20 +122,25 @@ def _train(config: RunConfig, pretrain: Pretrain) -> None:
 
     reported = 0
 
-    def on_event(event: dict[str, Any]) -> None:
+    def catch_up() -> None:
         nonlocal reported
-        if event["event"] == "validation" and event["step"] > reported:
-            reported = event["step"]
-            tune.report({"step": reported, **{name: event[field] for name, field in METRICS.items()}})
+        for point in kind.points(config):
+            if point["step"] > reported:
+                reported = point["step"]
+                tune.report(point)
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "validation":
+            catch_up()
 
     _failure(config).unlink(missing_ok=True)
-    for event in validations(config):
-        on_event({"event": "validation", **event})
+    catch_up()
     try:
-        pretrain(config, on_event)
+        kind.train(config, on_event)
     except Exception as error:
         write_atomic(_failure(config), _one_line(error).encode())
         raise
+    catch_up()
 
 
 def _failure(config: RunConfig) -> Path:
@@ -132,8 +153,11 @@ def _one_line(error: Exception) -> str:
     return next((line for line in text.splitlines() if line.strip()), "unknown")[:500]
 
 
-def session(configs: Sequence[RunConfig], max_parallel: int) -> AbstractContextManager[Any]:
+def session(kind: Kind, configs: Sequence[RunConfig], max_parallel: int) -> AbstractContextManager[Any]:
     """A Ray for trials: the cluster that the settings name, or one of our own with as much room as there are cores."""
+    if kind.one_at_a_time:
+        first = configs[0].cluster
+        return ray_session(first, max(first.world_size, *(len(kind.bundles(config)) for config in configs)))
     largest = max(
         (config.cluster for config in configs), key=lambda cluster: cluster.world_size * cluster.threads_per_rank
     )
@@ -184,36 +208,35 @@ def _asha(search: TuneSettings, metric: str, configs: Sequence[RunConfig]) -> An
     )
 
 
-def _replay(asha: Any, known: dict[int, RunConfig], metric: str) -> None:
+def _replay(asha: Any, kind: Kind, known: dict[int, RunConfig], metric: str) -> None:
     """Tells the scheduler what trials of earlier starts reached, as it was told then."""
     for number, config in known.items():
         trial = SimpleNamespace(trial_id=f"known-{number}")
         asha.on_trial_add(None, trial)
-        for event in validations(config):
-            asha.on_trial_result(None, trial, {"step": event["step"], metric: event[METRICS[metric]]})
+        for point in kind.points(config):
+            asha.on_trial_result(None, trial, {"step": point["step"], metric: point[metric]})
 
 
-def _watcher(trials: dict[int, RunConfig], on_outcome: Outcome) -> Any:
+def _watcher(kind: Kind, trials: dict[int, RunConfig], on_outcome: Outcome) -> Any:
     from ray import tune
 
     class Watcher(tune.Callback):
         """Passes on how trials end. Tune keeps a copy of its callbacks on disk: one that holds nothing."""
 
-        def __init__(self, configs: dict[int, RunConfig], on_outcome: Outcome) -> None:
-            self._configs, self._on_outcome = configs, on_outcome
+        def __init__(self, kind: Kind, configs: dict[int, RunConfig], on_outcome: Outcome) -> None:
+            self._kind, self._configs, self._on_outcome = kind, configs, on_outcome
 
         def __getstate__(self) -> dict[str, Any]:
             return {}
 
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
             number = trial.config["number"]
-            reached = validations(self._configs[number])
-            steps = self._configs[number].pretrain.steps
-            self._on_outcome(number, "finished" if reached and reached[-1]["step"] == steps else "stopped", "")
+            reached, last = self._kind.points(self._configs[number]), self._kind.last_step(self._configs[number])
+            self._on_outcome(number, "finished" if reached and reached[-1]["step"] == last else "stopped", "")
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
             told = _failure(self._configs[trial.config["number"]])
             cause = told.read_text(encoding="utf-8") if told.exists() else "its process died"
             self._on_outcome(trial.config["number"], "failed", cause)
 
-    return Watcher(trials, on_outcome)
+    return Watcher(kind, trials, on_outcome)

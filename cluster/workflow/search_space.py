@@ -21,6 +21,14 @@ _FORM = re.compile(r"^\s*(?P<path>[\w.]+)\s*=\s*(?P<kind>\w+)\s*\((?P<arguments>
 _KINDS = ("uniform", "loguniform", "randint", "lograndint", "choice")
 _EXAMPLE = "pretrain.learning_rate=loguniform(1e-4,1e-2)"
 _DRAWS = 1000
+_FEDERATED = {
+    *(
+        f"federated.{name}"
+        for name in ("rounds", "local_steps", "learning_rate", "optimizer", "lora_rank", "lora_alpha")
+    ),
+    *(f"privacy.{name}" for name in ("epsilon", "delta", "sampling_rate", "sampler", "max_batch_size")),
+    *(f"privacy.{name}" for name in ("max_grad_norm", "clipping_function", "target_quantile")),
+}
 _FIXED = ("run.name", "run.storage", "run.encryption_key_file", "cluster.address", "cluster.device")
 
 
@@ -92,13 +100,27 @@ def _parameter(text: str) -> Parameter:
 
 def _check_path(path: str) -> None:
     group = path.split(".", maxsplit=1)[0]
-    if group in ("federated", "privacy") or path.startswith("data.private"):
+    if path.startswith("data.private"):
+        raise InputError(f"--param {path}: whose records they are is no setting to search; search another one")
+    speed = group in ("federated", "privacy") and path not in _FEDERATED
+    if path in _FIXED or group in ("monitoring", "evaluate", "tune") or speed:
+        raise InputError(f"--param {path}: it changes nothing about what is learned; search another setting")
+
+
+def is_federated(parameters: Sequence[Parameter]) -> bool:
+    """Whether a search is one over federations; else it is one over pretraining.
+
+    Raises:
+        InputError: it would be both.
+    """
+    federated = [parameter.path for parameter in parameters if parameter.path in _FEDERATED]
+    others = [parameter.path for parameter in parameters if parameter.path not in _FEDERATED]
+    if federated and others:
         raise InputError(
-            f"--param {path}: tuning runs pretraining on public data only; every federated trial would spend a privacy "
-            'budget of its own (docs/privacy.md, "Tuning"); search pretrain.*, model.*, tokenizer.* or data.public.*'
+            f"--param {others[0]} and {federated[0]}: federations are searched on one base model; search pretraining "
+            "first, then the federation"
         )
-    if path in _FIXED or group in ("monitoring", "evaluate", "tune"):
-        raise InputError(f"--param {path}: it changes nothing about pretraining; search another setting")
+    return bool(federated)
 
 
 def _values(text: str, whole: str) -> tuple[Any, ...]:

@@ -1,10 +1,9 @@
-"""``siloweave tune``: searches settings of pretraining; each trial is a run, the best one's settings are a file.
+"""``siloweave tune``: searches settings; each trial is a run, the best one's settings are a file.
 
 ``runs/NAME/tune/`` holds ``trials/trial-NNNN/`` (a run directory each), ``tune.json``, ``best.toml``, ``trials.svg``.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 from cluster.runtime import tuning
 from cluster.workflow import pipeline
-from cluster.workflow.listeners import listening
-from cluster.workflow.search_space import Parameter, Trial, draw_trials, with_values
-from configs.artifacts import digest_json, write_atomic
+from cluster.workflow.search_space import Parameter, Trial, draw_trials, is_federated, with_values
+from cluster.workflow.tuning_kinds import FEDERATE, PRETRAIN, check_budget, give_corpora, give_model, spent
+from configs.artifacts import write_atomic
 from configs.errors import InputError, SiloweaveError
 from configs.load import bind_run_directory, run_directory, to_toml
 from configs.schema import RunConfig
@@ -29,20 +28,23 @@ class Search:
         base: settings of everything that is not searched.
         parameters: what is searched.
         count: number of trials.
-        metric: what is minimised.
+        metric: what is minimised; empty: the kind's first one.
 
     Raises:
         InputError: the parameters or the metric don't fit the settings, or the folder holds another search.
     """
 
     def __init__(self, base: RunConfig, parameters: Sequence[Parameter], count: int, metric: str) -> None:
-        _check_metric(metric, parameters)
+        self.kind = FEDERATE if is_federated(parameters) else PRETRAIN
+        self.base, self.metric = base, metric or self.kind.metrics[0]
+        _check_metric(self.kind, self.metric, parameters)
         if base.run.url is not None:
             raise InputError(f"run.storage is {base.run.storage!r}: a search needs a folder that all nodes share")
-        self.base, self.metric = base, metric
         self.directory = run_directory(base) / "tune"
         self.parameters = [str(parameter) for parameter in parameters]
-        self.trials = draw_trials(base, parameters, count, str(self.directory / "trials"))
+        trials = with_values(base, {"evaluate.without_dp": False}, "tune")  # DP's price is another question
+        self.trials = draw_trials(trials, parameters, count, str(self.directory / "trials"))
+        self.reserved: dict[str, dict[str, float]] | None = None
         self._states: dict[int, dict[str, Any]] = self._stored()
 
     @property
@@ -81,12 +83,13 @@ class Search:
             "parameters": self.parameters,
             "metric": self.metric,
             "trials": trials,
+            "reserved": self.reserved,
             "best": best and {"number": best["number"], "values": best["values"], self.metric: best[self.metric]},
             "best_config": str(self.directory / "best.toml") if best else None,
         }
 
     def _row(self, trial: Trial) -> dict[str, Any]:
-        reached = tuning.validations(trial.config)
+        reached = self.kind.points(trial.config)
         last: dict[str, Any] = reached[-1] if reached else {}
         return {
             "number": trial.number,
@@ -95,9 +98,9 @@ class Search:
             "status": self.status(trial),
             "cause": self._states.get(trial.number, {}).get("cause", ""),
             "step": last.get("step", 0),
-            "steps": trial.config.pretrain.steps,
-            **{name: last.get(field) for name, field in tuning.METRICS.items()},
-            "validations": reached,
+            "steps": self.kind.last_step(trial.config),
+            **{name: last.get(name) for name in self.kind.metrics},
+            "points": reached,
         }
 
     def write(self) -> dict[str, Any]:
@@ -107,9 +110,9 @@ class Search:
         return document
 
 
-def _check_metric(metric: str, parameters: Sequence[Parameter]) -> None:
-    if metric not in tuning.METRICS:
-        raise InputError(f"--metric {metric!r}: give one of {', '.join(tuning.METRICS)}")
+def _check_metric(kind: tuning.Kind, metric: str, parameters: Sequence[Parameter]) -> None:
+    if metric not in kind.metrics:
+        raise InputError(f"--metric {metric!r}: give {' or '.join(kind.metrics)}")
     shaping = [parameter.path for parameter in parameters if parameter.path.startswith(("tokenizer.", "data."))]
     if shaping and metric == "validation_loss":
         raise InputError(
@@ -130,11 +133,15 @@ def tune(run: pipeline.Run, search: Search, max_parallel: int) -> dict[str, Any]
     """
     with run.stage("tune"):
         waiting = [trial for trial in search.trials if search.status(trial) not in _ENDED]
-        _give_corpora(run, waiting)
+        if search.kind is FEDERATE:
+            check_budget(run, waiting)
+            give_model(run, waiting)
+        else:
+            give_corpora(run, waiting)
         search.write()
         if waiting:
             _run(run, search, waiting, max_parallel)
-        return _publish(search)
+        return _publish(run, search)
 
 
 def _run(run: pipeline.Run, search: Search, waiting: list[Trial], max_parallel: int) -> None:
@@ -156,52 +163,22 @@ def _run(run: pipeline.Run, search: Search, waiting: list[Trial], max_parallel: 
 
     for trial in waiting:
         bind_run_directory(trial.config)
-    with tuning.session([trial.config for trial in waiting], max_parallel):
+    with tuning.session(search.kind, [trial.config for trial in waiting], max_parallel):
         tuning.run_trials(
             {trial.number: trial.config for trial in waiting},
             {trial.number: trial.config for trial in search.trials if trial not in waiting},
+            kind=search.kind,
             metric=search.metric,
             search=search.base.tune,
             storage=search.directory / "ray",
             max_parallel=max_parallel,
-            pretrain=pretrain_trial,
             on_outcome=on_outcome,
         )
 
 
-def pretrain_trial(config: RunConfig, on_event: Any) -> None:
-    """One trial: a whole pretraining run, with the listeners that its settings ask for."""
-    with listening(config) as listeners:
-        pipeline.pretrain(pipeline.Run(config, (*listeners, on_event)))
-
-
-def _give_corpora(run: pipeline.Run, trials: list[Trial]) -> None:
-    """Prepares each corpus once, and links it into the run directory of every trial that trains on it."""
-    for trial in trials:
-        key = _shaping(trial.config)
-        source = run if key == _shaping(run.config) else _corpus_run(run, trial.config, key)
-        if not (source.directory / "corpus" / "manifest.json").exists():
-            pipeline.prepare(source)
-        folder = run_directory(trial.config)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("corpus", "tokenizer"):
-            link = folder / name
-            if not link.is_symlink():
-                link.symlink_to(os.path.relpath(source.directory / name, folder), target_is_directory=True)
-
-
-def _shaping(config: RunConfig) -> str:
-    """Digest of the settings that a prepared corpus may depend on."""
-    data = config.data.model_dump(exclude={"private"})
-    return digest_json([data, config.tokenizer.model_dump(), config.model.context_length, config.run.seed])
-
-
-def _corpus_run(run: pipeline.Run, config: RunConfig, key: str) -> pipeline.Run:
-    where = {"run.storage": str(run.directory / "tune" / "corpora"), "run.name": key[:16]}
-    return pipeline.Run(with_values(config, where, "tune"))
-
-
-def _publish(search: Search) -> dict[str, Any]:
+def _publish(run: pipeline.Run, search: Search) -> dict[str, Any]:
+    if search.kind is FEDERATE:
+        search.reserved = spent(run.config, run.model, search.trials)
     document = search.write()
     if document["best"] is None:
         causes = [row["cause"] for row in document["trials"] if row["cause"]]
@@ -225,7 +202,9 @@ def table(document: dict[str, Any]) -> Any:
     metric, best = document["metric"], document["best"]
     shown = Table(title=f"Tuning {document['name']}", title_justify="left")
     names = list(document["trials"][0]["values"])
-    for name in ("trial", *names, "status", "step", metric):
+    fields = [name.rpartition(".")[2] for name in names]
+    short = fields if len(set(fields)) == len(fields) else names
+    for name in ("trial", *short, "status", "step", metric):
         shown.add_column(name, justify="left" if name == "status" else "right", overflow="fold")
     rank = partial(_rank, metric)
     for row in sorted(document["trials"], key=rank):

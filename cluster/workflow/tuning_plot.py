@@ -1,4 +1,4 @@
-"""A search as one picture: each trial's validations, and where each searched setting's good values lie."""
+"""A search as one picture: each trial's course, and where each searched setting's good values lie."""
 
 import io
 from typing import Any
@@ -15,22 +15,21 @@ def plot(document: dict[str, Any]) -> str:
 
     metric, best = document["metric"], document["best"]["number"]
     names = list(document["trials"][0]["values"])
-    field = {"validation_loss": "loss", "validation_bits_per_char": "bits_per_char"}[metric]
     figure, axes = plt.subplots(1, 1 + len(names), figsize=(4.2 * (1 + len(names)), 3.2), layout="constrained")
     panels = list(axes.flat)
     for row in document["trials"]:
         color, width = (_ACCENT, 2) if row["number"] == best else (_MUTED if row["status"] != "finished" else _INK, 1)
-        points = row["validations"]
+        points = row["points"]
         panels[0].plot(
             [point["step"] for point in points],
-            [point[field] for point in points],
+            [point[metric] for point in points],
             marker="o",
             markersize=3,
             color=color,
             linewidth=width,
             zorder=3 if row["number"] == best else 2,
         )
-    panels[0].set(title="Trials (red: the best; grey: stopped early)", xlabel="step", ylabel=metric)
+    panels[0].set(title="Trials (red: the best; grey: stopped early)", xlabel="step or round", ylabel=metric)
     for panel, name in zip(panels[1:], names, strict=True):
         _scatter(panel, document, name)
     for panel in panels:
@@ -53,4 +52,4 @@ def _scatter(panel: Any, document: dict[str, Any], name: str) -> None:
     panel.scatter(values, [row[metric] for row in rows], c=colors, s=24, zorder=2)
     if kind.startswith("log"):
         panel.set_xscale("log")
-    panel.set(title="Last validation", xlabel=name, ylabel=metric)
+    panel.set(title="At the end", xlabel=name, ylabel=metric)

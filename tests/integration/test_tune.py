@@ -1,6 +1,7 @@
 """A search with real gangs: killed, given again, and what it leaves behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,8 +12,11 @@ import pytest
 
 from cluster.runtime import tuning
 from cluster.workflow.status import lines, status
+from cluster.workflow.tuning_kinds import PRETRAIN, validations
 from configs.events import EventLog, read_events
 from configs.load import load
+from privacy.chain import verify_entries
+from privacy.ledger_file import read_only
 
 REPOSITORY = Path(__file__).parents[2]
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
@@ -85,7 +89,7 @@ def test_a_killed_search_goes_on_and_leaves_the_best_settings(tmp_path):
     for trial in found["trials"]:
         folder = Path(trial["directory"])
         assert (folder / "corpus").resolve() == run / "corpus"  # prepared once, for all
-        assert trial["validations"] == tuning.validations(load(str(folder / "config.toml")))
+        assert trial["points"] == validations(load(str(folder / "config.toml")))
         assert (trial["step"] == 6) == (trial["status"] == "finished")
     assert len([e for e in read_events(run / "events.jsonl", "prepare") if e["event"] == "start"]) == 1
     # 4. The best one's settings are a configuration of its own.
@@ -124,7 +128,7 @@ def test_what_earlier_trials_reached_counts_when_others_are_stopped(trial):
 
     known = {number: trial(f"known-{number}", {20: 1.0 + number, 40: 0.5 + number}) for number in range(3)}
     asha = tuning._asha(load("tiny").tune, "validation_loss", list(known.values()))
-    tuning._replay(asha, known, "validation_loss")
+    tuning._replay(asha, PRETRAIN, known, "validation_loss")
     for name, loss, expected in (("bad", 2.9, "STOP"), ("good", 0.9, "CONTINUE")):
         new = SimpleNamespace(trial_id=name)
         asha.on_trial_add(None, new)
@@ -136,7 +140,7 @@ def test_a_validation_that_was_done_again_counts_once(trial):
     EventLog(Path(config.run.storage) / "again" / "events.jsonl").emit(
         "pretrain", "validation", step=20, loss=2.5, bits_per_char=5.0
     )
-    assert [(point["step"], point["loss"]) for point in tuning.validations(config)] == [(20, 2.5), (40, 2.0)]
+    assert [(point["step"], point["validation_loss"]) for point in validations(config)] == [(20, 2.5), (40, 2.0)]
 
 
 @pytest.mark.parametrize(
@@ -152,3 +156,46 @@ def test_a_validation_that_was_done_again_counts_once(trial):
 )
 def test_as_many_trials_at_once_as_gangs_fit_on_the_nodes(nodes, overrides, room):
     assert tuning._room(load("tiny", overrides), nodes) == room
+
+
+def spends(root, silo):
+    bodies = verify_entries(read_only(root / "state" / "plays-tiny" / silo / "ledger.sqlite"), silo)
+    return [body for body in bodies if body["kind"] == "reserve"]
+
+
+def test_trials_over_federations_are_paid_one_by_one(tiny_run, siloweave, tmp_path):
+    """Each trial is a reservation of its own in every silo, charged once; what doesn't fit is refused before."""
+    root = tmp_path / "federated"
+    shutil.copytree(tiny_run.root, root)  # with its ledgers: the tiny run has spent already
+    assert len(spends(root, "roman")) == 1
+    params = (
+        "federated.rounds=choice(1)",
+        "federated.local_steps=choice(1)",
+        "federated.learning_rate=uniform(0.01,0.1)",
+    )
+    arguments = ["tune", "-c", "tiny", "--json", *(part for param in params for part in ("--param", param))]
+    refused = siloweave(*arguments, "--trials", "9", cwd=root)
+    assert refused.returncode == 3, refused.stderr
+    assert "9 trials reserve epsilon 72 together, each one its own, and 24 is left" in refused.stderr
+    assert len(spends(root, "roman")) == 1
+    done = siloweave(*arguments, "--trials", "2", cwd=root, timeout_s=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [trial["status"] for trial in found["trials"]] == ["finished", "finished"]
+    assert found["best"]["held_out_bits_per_char"] == min(t["held_out_bits_per_char"] for t in found["trials"])
+    for silo, price in found["reserved"].items():
+        mine = spends(root, silo)[1:]
+        assert len(mine) == 2
+        assert price["epsilon"] == pytest.approx(sum(body["epsilon"] for body in mine))
+        assert 14 < price["epsilon"] <= 16
+    # Given again, nothing is paid twice; one more trial is one more reservation.
+    again = siloweave(*arguments, "--trials", "2", cwd=root)
+    assert json.loads(again.stdout) == found
+    assert len(spends(root, "roman")) == 3
+
+
+def test_there_is_no_search_without_a_public_figure(tmp_path, siloweave):
+    arguments = ["--set", "data.private.public=false", "--set", "evaluate.without_dp=false"]
+    done = siloweave("tune", "-c", "tiny", *arguments, "--param", "privacy.max_grad_norm=uniform(0.5,2)", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there is no figure of private records to choose a trial by" in done.stderr

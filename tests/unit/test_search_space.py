@@ -67,11 +67,11 @@ def test_no_two_trials_are_equal():
         (["model.layers=choice()"], "at least one value"),
         (["model.layers=choice(1,,2)"], "separate them with commas"),
         ([LR, LR], "given 2 times"),
-        (["federated.learning_rate=uniform(0,1)"], "every federated trial would spend a privacy budget of its own"),
-        (["privacy.epsilon=choice(1,8)"], "every federated trial would spend a privacy budget of its own"),
-        (["data.private.source=choice(a,b)"], "public data only"),
-        (["run.name=choice(a,b)"], "it changes nothing about pretraining"),
-        (["monitoring.tensorboard=choice(true,false)"], "it changes nothing about pretraining"),
+        (["data.private.source=choice(a,b)"], "whose records they are is no setting to search"),
+        (["privacy.budget_epsilon=choice(1,8)"], "it changes nothing about what is learned"),
+        (["federated.workers=choice(1,2)"], "it changes nothing about what is learned"),
+        (["run.name=choice(a,b)"], "it changes nothing about what is learned"),
+        (["monitoring.tensorboard=choice(true,false)"], "it changes nothing about what is learned"),
     ],
 )
 def test_what_is_malformed_is_one_clear_line(texts, expected):
@@ -103,13 +103,25 @@ def test_a_loss_a_token_is_no_measure_across_tokenizers(tmp_path):
     )
     with pytest.raises(InputError, match="validation_bits_per_char"):
         Search(base, parameters, 2, "validation_loss")
-    with pytest.raises(InputError, match="give one of validation_loss, validation_bits_per_char"):
+    with pytest.raises(InputError, match="give validation_loss or validation_bits_per_char"):
         Search(base, parameters, 2, "accuracy")
     assert len(Search(base, parameters, 2, "validation_bits_per_char").trials) == 2
 
 
+def test_a_search_is_over_pretraining_or_over_federations(tmp_path):
+    base, federated = load("tiny", [f"run.storage={tmp_path}"]), "federated.learning_rate=uniform(0.1,0.2)"
+    search = Search(base, parse_parameters([federated, "privacy.epsilon=choice(1,2)"]), 2, "")
+    assert search.metric == "held_out_bits_per_char"
+    assert not search.trials[0].config.evaluate.without_dp
+    assert Search(base, parse_parameters([LR]), 2, "").metric == "validation_loss"
+    with pytest.raises(InputError, match="federations are searched on one base model"):
+        Search(base, parse_parameters([federated, LR]), 2, "")
+    with pytest.raises(InputError, match="give held_out_bits_per_char"):
+        Search(base, parse_parameters([federated]), 2, "validation_loss")
+
+
 def test_bad_input_ends_the_command_before_ray_starts(siloweave, tmp_path):
-    for param in ("pretrain.steps=normal(1,2)", "privacy.epsilon=choice(1,2)", "pretrain.batch_size=choice(7,9)"):
+    for param in ("pretrain.steps=normal(1,2)", "privacy.epsilon=choice(0,2)", "pretrain.batch_size=choice(7,9)"):
         done = siloweave("tune", "-c", "tiny", "--param", param, "--trials", "2", cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ")
