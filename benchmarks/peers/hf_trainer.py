@@ -1,0 +1,94 @@
+"""Hugging Face Trainer with DeepSpeed:
+
+torchrun --standalone --nproc-per-node 2 benchmarks/peers/hf_trainer.py WORK RECORD
+
+Its stock settings train every rank on the same batches where there is no GPU: accelerate then finds no backend, believes
+that there is one process, and nothing fails. So accelerate's state is made here, with gloo, and handed over by
+``use_configured_state``; that the ranks share the batch is seen in the losses, which are the other peers'.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from work import Record, Work, skip_compilation
+
+
+def main() -> None:
+    work, record = Work(Path(sys.argv[1])), Record(Path(sys.argv[2])) if os.environ["RANK"] == "0" else None
+    if record is not None:
+        record.mark("started")
+    import deepspeed  # noqa: F401
+    import torch
+    from accelerate import PartialState
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Recorder(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            if record is not None:
+                record.mark("built")
+
+        def on_log(self, _: Any, state: Any, __: Any, logs: Any = None, **___: Any) -> None:
+            if record is not None and "loss" in logs:
+                record.step(state.global_step, float(logs["loss"]))
+
+    torch.set_num_threads(1)
+    if record is not None:
+        record.mark("imported")
+    skip_compilation()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    state = PartialState(backend="gloo")
+    if record is not None:
+        record.mark("joined")
+    world_size = state.num_processes
+    arguments = TrainingArguments(
+        output_dir=str(work.folder / "hf"),
+        accelerator_config={"use_configured_state": True},
+        deepspeed=work.deepspeed,
+        max_steps=work.steps,
+        per_device_train_batch_size=work.micro_batch_size,
+        gradient_accumulation_steps=work.batch_size // (work.micro_batch_size * world_size),
+        max_grad_norm=work.deepspeed["gradient_clipping"],
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=work.seed,
+        train_sampling_strategy="sequential",
+    )
+    if arguments.world_size != world_size:
+        raise RuntimeError(f"the Trainer sees {arguments.world_size} ranks of {world_size}")
+    model = work.new_model()
+    optimizer = work.new_optimizer(model)
+    first = work.learning_rates[0]
+    schedule = LambdaLR(optimizer, lambda step: work.learning_rates[min(step, work.steps - 1)] / first)
+    Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Windows(work),
+        optimizers=(optimizer, schedule),
+        callbacks=[Recorder()],
+    ).train()
+
+
+class Windows:
+    """The windows one by one, in the order of the steps."""
+
+    def __init__(self, work: Work) -> None:
+        self._windows = work.windows.reshape(-1, work.windows.shape[-1])
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import torch
+
+        tokens = torch.from_numpy(self._windows[index].astype("int64"))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+if __name__ == "__main__":
+    main()
