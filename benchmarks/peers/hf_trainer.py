@@ -34,6 +34,19 @@ def main() -> None:
             if record is not None and "loss" in logs:
                 record.step(state.global_step, float(logs["loss"]))
 
+    class OurTrainer(Trainer):
+        # With DeepSpeed it passes over the argument ``optimizers``.
+        def create_optimizer(self, model: Any = None) -> Any:
+            if self.optimizer is None:
+                self.optimizer = self.plain_optimizer = work.new_optimizer(model or self.model)
+            return self.optimizer
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            rates, last = work.learning_rates, num_training_steps - 1
+            # On torch's own optimizer: the one around it is DeepSpeed's by now.
+            self.lr_scheduler = LambdaLR(self.plain_optimizer, lambda step: rates[min(step, last)] / rates[0])
+            return self.lr_scheduler
+
     torch.set_num_threads(1)
     if record is not None:
         record.mark("imported")
@@ -61,17 +74,7 @@ def main() -> None:
     )
     if arguments.world_size != world_size:
         raise RuntimeError(f"the Trainer sees {arguments.world_size} ranks of {world_size}")
-    model = work.new_model()
-    optimizer = work.new_optimizer(model)
-    first = work.learning_rates[0]
-    schedule = LambdaLR(optimizer, lambda step: work.learning_rates[min(step, work.steps - 1)] / first)
-    Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Windows(work),
-        optimizers=(optimizer, schedule),
-        callbacks=[Recorder()],
-    ).train()
+    OurTrainer(model=work.new_model(), args=arguments, train_dataset=Windows(work), callbacks=[Recorder()]).train()
 
 
 class Windows:
