@@ -15,6 +15,7 @@ from trainer.data.packing import Cursor, TokenFile
 from trainer.data.prepare import TRAIN_TOKENS
 from trainer.objective import next_token_nats, validate
 from trainer.optimizers import learning_rate, new_optimizer
+from trainer.startup import Start, import_libraries
 from trainer.zero import Rank, accumulation_steps, deepspeed_config, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
@@ -36,8 +37,7 @@ def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
 
 def warm_up(config: RunConfig) -> None:
     """Does ahead what a start does before it knows its peers: imports, and the first use of what imports lazily."""
-    # deepspeed.initialize imports it, and with it torch's compiler: two seconds.
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import_libraries()
     import torch
 
     from trainer.models import new_model
@@ -64,6 +64,9 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         InputError: there is no encryption key on this node, or a checkpoint was not written with it.
         SiloweaveError: a checkpoint could not be written.
     """
+    begin = Start(enter)
+    begin.phase("import")
+    import_libraries()
     import torch
     from torch import distributed
 
@@ -74,16 +77,17 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     root.mkdir(parents=True, exist_ok=True)
     report = report if rank.rank == 0 else _ignore
     key = load_key(config.run.encryption_key_file)
-    enter(0, "join")
+    begin.phase("join")
     # The driver notices a hang first; this is for a rank that has no driver any more.
     join_process_group(rank, 2 * config.cluster.hang_timeout_s)
     _prove_shared(root, rank)
-    enter(0, "build")
+    begin.phase("build")
     engine = build_engine(config, rank, manifest.metadata["vocab_size"])
     if key is not None:
         checkpoints.keep_sealed(engine, key)
-    enter(0, "resume")
+    begin.phase("resume")
     start = _resume(engine, root, digest, report)
+    report({"event": "started", "seconds": begin.seconds()})
     train = TokenFile(corpus / TRAIN_TOKENS, config.model.context_length)
     cursor = Cursor(train.num_windows, settings.batch_size, config.run.seed)
     targets_per_step = settings.batch_size * (config.model.context_length - 1)

@@ -4,8 +4,9 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 from configs.errors import InputError
 from configs.pretrain_settings import ClusterSettings
@@ -28,6 +29,26 @@ def unreachable(address: str) -> str | None:
             return None
     except (OSError, ValueError) as error:
         return str(error)
+
+
+@contextmanager
+def _only_what_is_used() -> Iterator[None]:
+    """Leaves out processes that an embedded Ray starts and that nothing here asks: a second or two of every start.
+
+    They are the dashboard's server, for which ``ray.init`` waits even where ``include_dashboard`` is false, the monitors of
+    autoscaling and of logs. Ray has no setting for it; a version without these functions starts them as it does by itself.
+    """
+    import ray._private.node
+    from ray._private import services
+
+    node: Any = ray._private.node.Node
+    with ExitStack() as patches:
+        if hasattr(services, "start_api_server"):
+            patches.enter_context(mock.patch.object(services, "start_api_server", lambda *_, **__: (None, None)))
+        for name in ("start_monitor", "start_log_monitor"):
+            if hasattr(node, name):
+                patches.enter_context(mock.patch.object(node, name, lambda _: None))
+        yield
 
 
 @contextmanager
@@ -61,14 +82,15 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
                 f"cluster.address {address!r}: no Ray answers there ({reason}); start it or unset it"
             ) from error
     else:
-        # `address="local"`: never join another Ray of this machine by accident.
-        ray.init(
-            address="local",
-            num_cpus=processes * settings.threads_per_rank,
-            include_dashboard=False,
-            object_store_memory=256 * 2**20,
-            **quiet,
-        )
+        with _only_what_is_used():
+            # `address="local"`: never join another Ray of this machine by accident.
+            ray.init(
+                address="local",
+                num_cpus=processes * settings.threads_per_rank,
+                include_dashboard=False,
+                object_store_memory=256 * 2**20,
+                **quiet,
+            )
     try:
         yield ray
     finally:
