@@ -3,10 +3,9 @@
 python benchmarks/pretrain.py --repetitions 5 --json pretrain.json
 
 The same Llama of 4.2 million parameters, windows, optimizer and DeepSpeed ZeRO-2 settings, on two ranks with one thread
-each: a plain loop under torchrun, Hugging Face Trainer, and the plain loop on Ray Train (``peers/``). Every peer reports
-the global loss of every step, and they must agree, so that each is known to do the same work. A repetition runs each
-once, in an order that turns; a ratio compares two of one repetition. Time runs from the last step of the warm-up to the
-last one.
+each: a plain loop under torchrun, Hugging Face Trainer, and the plain loop on Ray Train (``peers/``). Each reports the
+global loss of every step, and these must agree, so that all are known to do the same work. A repetition runs each once,
+in an order that turns; a ratio compares two of one repetition. Time runs from the warm-up's last step to the last one.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 python benchmarks/startup.py --repetitions 5 --json startup.json
 
-The Llama of 4.2 million parameters on two ranks of this machine. Siloweave is its command, `siloweave pretrain`, with a Ray of
-its own; the peers are those of pretrain.py. A repetition starts each once, in an order that turns. The corpus is there.
+The Llama of 4.2 million parameters on two ranks of this machine. Siloweave is its command, `siloweave pretrain`, with a
+Ray of its own; the peers are those of pretrain.py. A repetition starts each once, in an order that turns.
 """
 
 import argparse
@@ -73,7 +73,9 @@ def main() -> None:
                 runs[name].append({**parts, "total": steps_of(lines)[1]["time"] - began})
                 print(f"{repetition + 1}: {name} {runs[name][-1]['total']:.1f} s", file=sys.stderr, flush=True)
     ratios = {
-        name: spread([ours["total"] / theirs["total"] for ours, theirs in zip(runs["siloweave"], runs[name], strict=True)])
+        name: spread(
+            [ours["total"] / theirs["total"] for ours, theirs in zip(runs["siloweave"], runs[name], strict=True)]
+        )
         for name in NAMES
         if name != "siloweave"
     }

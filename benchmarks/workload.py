@@ -125,7 +125,12 @@ class Workload:
         record.unlink(missing_ok=True)
         began = time.time()
         done = subprocess.run(
-            self.command(peer, record), env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False
+            self.command(peer, record),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"{peer} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")

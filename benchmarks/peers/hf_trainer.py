@@ -2,8 +2,8 @@
 
 torchrun --standalone --nproc-per-node 2 benchmarks/peers/hf_trainer.py WORK RECORD
 
-Its stock settings train every rank on the same batches where there is no GPU: accelerate then finds no backend, believes
-that there is one process, and nothing fails. So accelerate's state is made here, with gloo, and handed over by
+Its stock settings train every rank on the same batches where there is no GPU: accelerate then finds no backend, takes
+itself for the only process, and nothing fails. So accelerate's state is made here, with gloo, and handed over by
 ``use_configured_state``; that the ranks share the batch is seen in the losses, which are the other peers'.
 """
 
@@ -16,9 +16,8 @@ from work import Record, Work, skip_compilation
 
 
 def main() -> None:
-    work, record = Work(Path(sys.argv[1])), Record(Path(sys.argv[2])) if os.environ["RANK"] == "0" else None
-    if record is not None:
-        record.mark("started")
+    work, record = Work(Path(sys.argv[1])), Record(Path(sys.argv[2]), int(os.environ["RANK"]))
+    record.mark("started")
     import deepspeed  # noqa: F401
     import torch
     from accelerate import PartialState
@@ -27,11 +26,10 @@ def main() -> None:
 
     class Recorder(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            if record is not None:
-                record.mark("built")
+            record.mark("built")
 
         def on_log(self, _: Any, state: Any, __: Any, logs: Any = None, **___: Any) -> None:
-            if record is not None and "loss" in logs:
+            if "loss" in logs:
                 record.step(state.global_step, float(logs["loss"]))
 
     class OurTrainer(Trainer):
@@ -41,20 +39,18 @@ def main() -> None:
                 self.optimizer = self.plain_optimizer = work.new_optimizer(model or self.model)
             return self.optimizer
 
-        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002
             rates, last = work.learning_rates, num_training_steps - 1
             # On torch's own optimizer: the one around it is DeepSpeed's by now.
             self.lr_scheduler = LambdaLR(self.plain_optimizer, lambda step: rates[min(step, last)] / rates[0])
             return self.lr_scheduler
 
     torch.set_num_threads(1)
-    if record is not None:
-        record.mark("imported")
+    record.mark("imported")
     skip_compilation()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     state = PartialState(backend="gloo")
-    if record is not None:
-        record.mark("joined")
+    record.mark("joined")
     world_size = state.num_processes
     arguments = TrainingArguments(
         output_dir=str(work.folder / "hf"),

@@ -28,9 +28,9 @@ def worker(settings: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     work, commit_every = Work(Path(settings["work"])), settings["commit_every"]
-    record = Record(Path(settings["record"])) if context.get_world_rank() == 0 else None
-    if record is not None:
-        record.mark("worker")
+    record = Record(Path(settings["record"]), context.get_world_rank())
+    Record(Path(settings["record"])).worker()
+    record.mark("worker")
 
     def resume(engine: Any) -> int:
         checkpoint = ray.train.get_checkpoint() if commit_every else None

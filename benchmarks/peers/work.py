@@ -57,16 +57,19 @@ class Work:
 
 
 class Record:
-    """When a peer came how far, and every step's loss: lines of JSON, by wall clock."""
+    """When a peer came how far, and every step's loss: lines of JSON, by wall clock; of rank 0 alone."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self._file = (path if rank == 0 else Path(os.devnull)).open("a", buffering=1)
 
     def mark(self, name: str) -> None:
         self._write(mark=name)
 
     def step(self, step: int, loss: float) -> None:
-        self._write(step=step, loss=loss, pid=os.getpid())
+        self._write(step=step, loss=loss)
+
+    def worker(self) -> None:
+        self._write(worker=os.getpid())
 
     def _write(self, **values: Any) -> None:
         self._file.write(json.dumps({"time": time.time(), **values}) + "\n")

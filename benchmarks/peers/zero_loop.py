@@ -3,6 +3,7 @@
 torchrun --standalone --nproc-per-node 2 benchmarks/peers/zero_loop.py WORK RECORD
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from work import Record, Work, skip_compilation
 
 def train(
     work: Work,
-    record: Record | None,
+    record: Record,
     *,
     before: Callable[[Any], int] | None = None,
     after: Callable[[Any, int, float], None] | None = None,
@@ -22,7 +23,7 @@ def train(
 
     Args:
         work: what to train.
-        record: takes the times and losses; on rank 0 only.
+        record: takes the times and losses.
         before: called with the engine; gives the step to begin at.
         after: called with the engine, the steps done and the loss, after every step.
     """
@@ -33,15 +34,15 @@ def train(
     from torch.nn import functional
 
     torch.set_num_threads(1)
-    _mark(record, "imported")
+    record.mark("imported")
     skip_compilation()
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    _mark(record, "joined")
+    record.mark("joined")
     model = work.new_model().train()
     engine, *_ = deepspeed.initialize(model=model, optimizer=work.new_optimizer(model), config=work.deepspeed)
     start = before(engine) if before is not None else 0
-    _mark(record, "built")
+    record.mark("built")
     for step in range(start, work.steps):
         for group in engine.optimizer.param_groups:
             group["lr"] = work.learning_rates[step % len(work.learning_rates)]
@@ -55,22 +56,14 @@ def train(
             total += loss.detach()
         distributed.all_reduce(total)
         mean = total.item() / (len(micros) * world_size)
-        if record is not None:
-            record.step(step + 1, mean)
+        record.step(step + 1, mean)
         if after is not None:
             after(engine, step + 1, mean)
 
 
-def _mark(record: Record | None, name: str) -> None:
-    if record is not None:
-        record.mark(name)
-
-
 def main() -> None:
-    import os
-
-    record = Record(Path(sys.argv[2])) if os.environ["RANK"] == "0" else None
-    _mark(record, "started")
+    record = Record(Path(sys.argv[2]), int(os.environ["RANK"]))
+    record.mark("started")
     train(Work(Path(sys.argv[1])), record)
     from torch import distributed
 
