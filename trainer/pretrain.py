@@ -65,8 +65,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
         SiloweaveError: a checkpoint could not be written.
     """
     begin = Start(enter)
-    begin.phase("import")
-    import_libraries()
+    begin.imports()
     import torch
     from torch import distributed
 
@@ -77,12 +76,7 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
     root.mkdir(parents=True, exist_ok=True)
     report = report if rank.rank == 0 else _ignore
     key = load_key(config.run.encryption_key_file)
-    begin.phase("join")
-    # The driver notices a hang first; this is for a rank that has no driver any more.
-    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
-    _prove_shared(root, rank)
-    begin.phase("build")
-    engine = build_engine(config, rank, manifest.metadata["vocab_size"])
+    engine = _join_and_build(config, rank, root, manifest.metadata["vocab_size"], begin)
     if key is not None:
         checkpoints.keep_sealed(engine, key)
     begin.phase("resume")
@@ -128,6 +122,15 @@ def pretrain(config: RunConfig, run_directory: Path, rank: Rank, report: Report,
             report({"event": "commit", "step": done})
     distributed.barrier()
     distributed.destroy_process_group()
+
+
+def _join_and_build(config: RunConfig, rank: Rank, root: Path, vocab_size: int, begin: Start) -> Any:
+    begin.phase("join")
+    # The driver notices a hang first; this is for a rank that has no driver any more.
+    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
+    _prove_shared(root, rank)
+    begin.phase("build")
+    return build_engine(config, rank, vocab_size)
 
 
 def _global_loss(engine: Any, nats: Any, step: int) -> float:

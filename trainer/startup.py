@@ -34,6 +34,11 @@ class Start:
         self._enter = enter
         self._began: list[tuple[str, float]] = []
 
+    def imports(self) -> None:
+        """The first phase."""
+        self.phase("import")
+        import_libraries()
+
     def phase(self, name: str) -> None:
         """The next phase begins."""
         self._enter(0, name)

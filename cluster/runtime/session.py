@@ -35,8 +35,8 @@ def unreachable(address: str) -> str | None:
 def _only_what_is_used() -> Iterator[None]:
     """Leaves out processes that an embedded Ray starts and that nothing here asks: a second or two of every start.
 
-    They are the dashboard's server, for which ``ray.init`` waits even where ``include_dashboard`` is false, the monitors of
-    autoscaling and of logs. Ray has no setting for it; a version without these functions starts them as it does by itself.
+    They are the dashboard's server, for which ``ray.init`` waits even where ``include_dashboard`` is false, and the
+    monitors of autoscaling and of logs. Ray has no setting for it; a version without these functions starts them all.
     """
     import ray._private.node
     from ray._private import services
