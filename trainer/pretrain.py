@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.artifacts import digest_json, require_manifest
 from configs.corpora import corpora
@@ -22,6 +22,7 @@ from trainer.optimizers import learning_rate, new_optimizer
 from trainer.rollback import Progress
 from trainer.scratch import scratch_folder
 from trainer.shared import first_on_its_node, prove_shared, require_same_step
+from trainer.startup import Start, import_libraries
 from trainer.throughput import Throughput
 from trainer.zero import Rank, accumulation_steps, join_process_group
 
@@ -56,8 +57,7 @@ def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
 
 def warm_up(config: RunConfig) -> None:
     """Does ahead what a start does before it knows its peers: imports, and the first use of what imports lazily."""
-    # deepspeed.initialize imports it, and with it torch's compiler: two seconds.
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import_libraries()
     import torch
 
     from trainer.models import new_model
@@ -92,29 +92,12 @@ def pretrain(
         InputError: there is no encryption key on this node, or a checkpoint was not written with it.
         SiloweaveError: a checkpoint could not be written, the storage does not answer, or too many rollbacks.
     """
-    import torch
-    from torch import distributed
-
     settings = config.pretrain
     report = report if rank.rank == 0 else _ignore
-    enter(0, "join")
-    # The driver notices a hang first; this is for a rank that has no driver any more.
-    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
-    storage = checkpoints.storage(config, run_directory)
-    attempt = prove_shared(storage, rank)
-    enter(0, "corpus")
-    corpus = first_on_its_node(rank, config, lambda: local_stage(config, run_directory, "corpus"))
-    manifest = require_manifest(corpus, "corpus", "prepare")
-    digest = pretrain_digest(config, manifest.content_digest)
-    enter(0, "build")
-    engine = build_engine(config, rank, manifest.metadata["vocab_size"])
-    enter(0, "resume")
-    progress = Progress(settings, _resume(engine, config, storage, digest, rank, report), skipped)
-    commits = Committer(
-        config, storage, scratch_folder(config, run_directory), rank, attempt, progress.committed, digest, report
-    )
-    batches, rates = Batches(config, corpus, progress.skipped), Throughput(engine.module, config, rank)
-    _prove_shares(batches, progress.committed, rank)
+    engine, corpus, facts, progress, commits, batches = _begin(config, run_directory, rank, report, enter, skipped)
+    rates = Throughput(engine.module, config, rank)
+    import torch
+    from torch import distributed
 
     for step in range(progress.committed, settings.steps):
         began, done = time.perf_counter(), step + 1
@@ -145,7 +128,7 @@ def pretrain(
         # 4. Validation and commit.
         if done % settings.validate_every == 0 or done == settings.steps:
             enter(done, "validation")
-            report({"event": "validation", "step": done, **validate(engine, config, corpus, manifest.metadata, rank)})
+            report({"event": "validation", "step": done, **validate(engine, config, corpus, facts, rank)})
         if done % settings.commit_every == 0 or done == settings.steps:
             enter(done, "commit")
             progress.require(weight_trouble(engine), done, since_commit)
@@ -153,6 +136,42 @@ def pretrain(
             progress.committed = done
         commits.check()
     _leave(commits, partial(enter, settings.steps))
+
+
+class _Begun(NamedTuple):
+    engine: Any
+    corpus: Path
+    facts: dict[str, Any]
+    progress: Progress
+    commits: Committer
+    batches: Batches
+
+
+def _begin(
+    config: RunConfig, run_directory: Path, rank: Rank, report: Report, enter: Enter, skipped: SkippedData
+) -> _Begun:
+    """Joins the gang, builds the engine, and goes to where the newest commit is."""
+    begin = Start(enter)
+    begin.imports()
+    begin.phase("join")
+    # The driver notices a hang first; this is for a rank that has no driver any more.
+    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
+    storage = checkpoints.storage(config, run_directory)
+    attempt = prove_shared(storage, rank)
+    begin.phase("corpus")
+    corpus = first_on_its_node(rank, config, lambda: local_stage(config, run_directory, "corpus"))
+    manifest = require_manifest(corpus, "corpus", "prepare")
+    digest = pretrain_digest(config, manifest.content_digest)
+    begin.phase("build")
+    engine = build_engine(config, rank, manifest.metadata["vocab_size"])
+    begin.phase("resume")
+    progress = Progress(config.pretrain, _resume(engine, config, storage, digest, rank, report), skipped)
+    scratch = scratch_folder(config, run_directory)
+    commits = Committer(config, storage, scratch, rank, attempt, progress.committed, digest, report)
+    batches = Batches(config, corpus, progress.skipped)
+    _prove_shares(batches, progress.committed, rank)
+    report({"event": "started", "seconds": begin.seconds()})
+    return _Begun(engine, corpus, manifest.metadata, progress, commits, batches)
 
 
 def _prove_shares(batches: Batches, step: int, rank: Rank) -> None:

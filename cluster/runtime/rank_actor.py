@@ -12,7 +12,8 @@ from typing import Any
 from configs.schema import RunConfig
 from trainer.zero import Rank
 
-LISTEN_S = 0.2
+LISTEN_S = 0.2  # an answer costs both sides a millisecond or two, which training loses
+QUIET_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class RankActor:
 
     def __init__(self) -> None:
         self._events: deque[dict[str, Any]] = deque()
+        self._news = threading.Event()
         self._beat = Beat()
         self._taken = threading.Event()
         self._preparing = threading.Lock()
@@ -93,13 +95,19 @@ class RankActor:
 
         pretrain(config, run_directory, rank, self._report, self._enter, skipped)
 
-    def listen(self, wait_s: float = LISTEN_S) -> tuple[list[dict[str, Any]], Beat]:
-        """Events since the last call (rank 0 has them), and where this rank is."""
-        time.sleep(wait_s)
+    def listen(self, quiet_s: float = QUIET_S) -> tuple[list[dict[str, Any]], Beat]:
+        """Events since the last call (rank 0 has them), and where this rank is.
+
+        Answers at most every ``LISTEN_S``, and after ``quiet_s`` even if there are no events.
+        """
+        time.sleep(min(LISTEN_S, quiet_s))
+        self._news.wait(max(0.0, quiet_s - LISTEN_S))
+        self._news.clear()
         return [self._events.popleft() for _ in range(len(self._events))], self._beat
 
     def _report(self, event: dict[str, Any]) -> None:
         self._events.append({**event, "time": time.time()})
+        self._news.set()
 
     def _enter(self, step: int, phase: str) -> None:
         self._beat = Beat(self._beat.count + 1, step, phase)

@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.pretrain_settings import ClusterSettings
+from trainer.startup import replaced
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,6 +29,29 @@ def unreachable(address: str) -> str | None:
             return None
     except (OSError, ValueError) as error:
         return str(error)
+
+
+@contextmanager
+def _only_what_is_used() -> Iterator[None]:
+    """Leaves out processes that an embedded Ray starts and that nothing here asks: a second or two of every start.
+
+    They are the dashboard's server, for which ``ray.init`` waits even where ``include_dashboard`` is false, and the
+    monitors of autoscaling and of logs. Ray has no setting for it; versions that this was not tried with start all.
+    """
+    import ray
+    import ray._private.node
+    from ray._private import services
+
+    if not ray.__version__.startswith("2.55."):
+        yield
+        return
+    node: Any = ray._private.node.Node
+    with (
+        replaced(services, "start_api_server", lambda *_, **__: (None, None)),
+        replaced(node, "start_monitor", lambda _: None),
+        replaced(node, "start_log_monitor", lambda _: None),
+    ):
+        yield
 
 
 @contextmanager
@@ -61,14 +85,15 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
                 f"cluster.address {address!r}: no Ray answers there ({reason}); start it or unset it"
             ) from error
     else:
-        # `address="local"`: never join another Ray of this machine by accident.
-        ray.init(
-            address="local",
-            num_cpus=processes * settings.threads_per_rank,
-            include_dashboard=False,
-            object_store_memory=256 * 2**20,
-            **quiet,
-        )
+        with _only_what_is_used():
+            # `address="local"`: never join another Ray of this machine by accident.
+            ray.init(
+                address="local",
+                num_cpus=processes * settings.threads_per_rank,
+                include_dashboard=False,
+                object_store_memory=256 * 2**20,
+                **quiet,
+            )
     try:
         yield ray
     finally:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.runtime.places import Places
-from cluster.runtime.rank_actor import Beat
+from cluster.runtime.rank_actor import QUIET_S, Beat
 from configs.errors import SiloweaveError
 from trainer.pretrain import Report
 from trainer.rollback import RollBack
@@ -43,7 +43,8 @@ class Watch:
     def __init__(self, places: Places, runs: list[Any], hang_timeout_s: float, report: Report) -> None:
         self._places, self._hang_timeout_s, self._report = places, hang_timeout_s, report
         self._runs = dict(zip(runs, range(len(runs)), strict=True))
-        self._listens = {handle.listen.remote(): rank for rank, handle in enumerate(places.ranks)}
+        self._quiet_s = min(QUIET_S, hang_timeout_s / 4)
+        self._listens = {handle.listen.remote(self._quiet_s): rank for rank, handle in enumerate(places.ranks)}
         self._heard = [_Heard() for _ in runs]
 
     def until_done(self) -> None:
@@ -111,7 +112,7 @@ class Watch:
         heard.answered = now
         if beat.count > heard.beat.count:
             heard.beat, heard.moved = beat, now
-        self._listens[self._places.ranks[rank].listen.remote()] = rank
+        self._listens[self._places.ranks[rank].listen.remote(self._quiet_s)] = rank
         self._pass_on(events)
 
     def _pass_on(self, events: list[dict[str, Any]]) -> None:
