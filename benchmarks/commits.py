@@ -7,7 +7,7 @@ The tiny model on two ranks of this machine, measured in two ways:
 - ``windows``: inside one run with a commit every 50 steps, the 25 steps that begin with a commit, its copy under way
   among them, against the 25 that follow and have none. The wall time of 50 steps with a commit over that of 50 without,
   for every commit: pairs of a second or two, so that other work on the machine hits both.
-- ``training`` and ``total``: whole runs of 400 steps, with a commit every 50 and with one at the end, one right after the
+- ``training`` and ``total``: whole runs of 400 steps, with a commit every 50 and with one at the end, one after the
   other, in turns first; from the first step to the last commit, or from the start. For a quiet machine.
 
 ``blocked_share`` is the share of the time in which rank 0 stood still for commits, by its own clock.
