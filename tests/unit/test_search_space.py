@@ -146,5 +146,5 @@ def test_the_readmes_search_is_one():
 def test_a_submitted_search_needs_the_ledgers_where_they_stay():
     from cluster.runtime.jobs import check_movable
 
-    with pytest.raises(InputError, match="federated.state_dir is 'state': give an absolute path"):
+    with pytest.raises(InputError, match=r"federated\.state_dir is 'state': give an absolute path"):
         check_movable("tune", load("tiny", ["run.storage=/shared/runs"]))
