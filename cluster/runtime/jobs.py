@@ -37,7 +37,7 @@ _READY_S = 60.0
 _STOP_S = 60.0
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # a shell's exit statuses
 # Stages that open the simulated silos' ledgers and keys.
-_WITH_STATE = {"demo", "federate", "evaluate", "report", "audit"}
+_WITH_STATE = {"demo", "federate", "evaluate", "report", "audit", "tune"}
 
 
 def check_movable(stage: str, config: RunConfig) -> None:

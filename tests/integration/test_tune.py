@@ -61,7 +61,7 @@ def test_a_killed_search_goes_on_and_leaves_the_best_settings(tmp_path):
     document = run / "tune" / "tune.json"
     # 1. Killed as soon as a trial has ended, while another one is at work.
     first = subprocess.Popen(command(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 400
     while not (document.exists() and ended(document)):
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline

@@ -141,3 +141,10 @@ def test_the_readmes_search_is_one():
     words = shlex.split(line)
     texts = [words[at + 1] for at, word in enumerate(words) if word == "--param"]
     assert len(draw_trials(load("demo"), parse_parameters(texts), 8, "/trials")) == 8
+
+
+def test_a_submitted_search_needs_the_ledgers_where_they_stay():
+    from cluster.runtime.jobs import check_movable
+
+    with pytest.raises(InputError, match=r"federated\.state_dir is 'state': give an absolute path"):
+        check_movable("tune", load("tiny", ["run.storage=/shared/runs"]))
