@@ -109,6 +109,11 @@ def verify_resume(
             f"pretrain.precision is {config.pretrain.precision!r}: losses are the same to {TOLERANCE:g} in float32; "
             "give --set pretrain.precision=fp32"
         )
+    if config.pretrain.dropout:
+        raise InputError(
+            f"pretrain.dropout is {config.pretrain.dropout:g}: its masks depend on the number of ranks, and so do losses; "
+            "give --set pretrain.dropout=0"
+        )
     folder = Path(tempfile.mkdtemp(prefix=f"{directory.name}-verify-resume-", dir=directory.parent))
     try:
         for name in ("single", "legs"):
