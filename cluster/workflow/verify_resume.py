@@ -111,8 +111,8 @@ def verify_resume(
         )
     if config.pretrain.dropout:
         raise InputError(
-            f"pretrain.dropout is {config.pretrain.dropout:g}: its masks depend on the number of ranks, and so do losses; "
-            "give --set pretrain.dropout=0"
+            f"pretrain.dropout is {config.pretrain.dropout:g}: its masks depend on the number of ranks, and so do "
+            "losses; give --set pretrain.dropout=0"
         )
     folder = Path(tempfile.mkdtemp(prefix=f"{directory.name}-verify-resume-", dir=directory.parent))
     try:
