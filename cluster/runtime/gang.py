@@ -25,9 +25,11 @@ def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
         InputError: the cluster can't place the gang.
         SiloweaveError: more than ``cluster.max_failures`` failures; the message is the first cause.
     """
+    import ray
+
     causes: list[str] = []
     skipped: list[tuple[int, int]] = []
-    device = pick_device(config)
+    device = pick_device(config, ray.cluster_resources().get("GPU", 0))
     while not _train_in_places(config, run_directory, device, report, causes, skipped):
         pass
 

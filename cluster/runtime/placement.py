@@ -14,15 +14,13 @@ _LOOK_S = 0.5
 _SETTLE_S = 5.0  # a node that died may count as alive for a moment, and what a gang held as taken
 
 
-def pick_device(config: RunConfig) -> str:
-    """``cuda`` where it is asked for, or where the fewest ranks could each have a GPU; else ``cpu``.
+def pick_device(config: RunConfig, gpus: float) -> str:
+    """``cuda`` where it is asked for, or where the fewest ranks could each have one of the GPUs; else ``cpu``.
 
     Asked once a run: a gang that loses a node's GPUs waits for others, and does not go on on CPUs.
     """
-    import ray
-
     if config.cluster.device == "auto":
-        return "cuda" if ray.cluster_resources().get("GPU", 0) >= config.world_sizes[-1] else "cpu"
+        return "cuda" if gpus >= config.world_sizes[-1] else "cpu"
     return "cuda" if config.cluster.device == "gpu" else "cpu"
 
 

@@ -184,7 +184,8 @@ def _at_once(trials: dict[int, RunConfig], max_parallel: int) -> int:
 
 def _room(config: RunConfig, nodes: list[dict[str, float]]) -> int:
     cluster = config.cluster
-    per_rank = {"CPU": cluster.threads_per_rank, **({"GPU": 1} if pick_device(config) == "cuda" else {})}
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    per_rank = {"CPU": cluster.threads_per_rank, **({"GPU": 1} if pick_device(config, gpus) == "cuda" else {})}
     places = sum(min(int(node.get(name, 0) // need) for name, need in per_rank.items()) for node in nodes)
     return places // cluster.world_size
 

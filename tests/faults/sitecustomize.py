@@ -17,18 +17,18 @@ def watch():
     module = sys.modules["trainer.pretrain"]
     original = module.next_token_nats
 
-    def faulty(model, tokens):
+    def faulty(model, *inputs):
         if (faults / "slow").exists() and model.training:
             time.sleep(0.4)
         fault = next(faults.glob(f"*-{os.environ['RANK']}"), None)
         if fault is None:
-            return original(model, tokens)
+            return original(model, *inputs)
         fault.unlink()
         if fault.name.startswith("raise"):
             raise ValueError("injected")
         if fault.name.startswith("hang"):
             time.sleep(10**6)
-        return original(model, tokens) * float("nan")
+        return original(model, *inputs) * float("nan")
 
     module.next_token_nats = faulty
 

@@ -129,7 +129,7 @@ def test_a_run_goes_on_from_the_store_on_machines_with_empty_caches(s3, tmp_path
     # 3. A third one does all the rest; nothing that is done is done again.
     third = Machine(tmp_path, "third", monkeypatch)
     report = json.loads(third.run("demo", "--json"))
-    assert [event["event"] for event in third.events("start")] == ["start"]  # of pretraining: the second machine's
+    assert len(third.events("start")) == 2  # of pretraining: the first and the second machine's
     assert third.events("end", "federated")
     shutil.rmtree(third.cache)
     # 4. A fourth one looks at it.

@@ -80,7 +80,7 @@ def test_a_killed_search_goes_on_and_leaves_the_best_settings(tmp_path):
     assert "tune: trials 1 failed, " in "\n".join(lines(status(run)))
     failed = found["trials"].pop(DIVERGES)
     assert failed["status"] == "failed"
-    assert "the gradient of step 2 is not finite" in failed["cause"]
+    assert "step 2: the gradient is not finite" in failed["cause"]
     assert {trial["status"] for trial in found["trials"]} <= {"finished", "stopped"}
     by_number = {trial["number"]: trial for trial in found["trials"]}
     for trial in before:
