@@ -14,6 +14,7 @@ from configs.encryption import ENVIRONMENT, FROM_ENVIRONMENT
 from configs.errors import InputError
 from configs.mirror import CONFIG, mirror_directory, open_mirror
 from configs.schema import RunConfig
+from configs.storage import COMMITTED
 
 PRESETS = Path(__file__).parent
 Model = TypeVar("Model", bound=BaseModel)
@@ -171,7 +172,7 @@ def _bind(config: RunConfig, directory: Path) -> None:
 
 def _holds_work(directory: Path) -> bool:
     """Whether any stage has committed something there."""
-    return any(next(directory.rglob(name), None) is not None for name in (MANIFEST, "COMMITTED"))
+    return any(next(directory.rglob(name), None) is not None for name in (MANIFEST, COMMITTED))
 
 
 def run_directory(config: RunConfig) -> Path:

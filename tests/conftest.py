@@ -37,6 +37,19 @@ def siloweave():
     return run_siloweave
 
 
+@pytest.fixture
+def hidden(tmp_path):
+    """A PYTHONPATH under which a package fails to import, as if it were not installed."""
+
+    def hide(package: str) -> str:
+        folder = tmp_path / "hidden" / package
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(f"raise ImportError('No module named {package}')")
+        return f"{tmp_path / 'hidden'}:{os.environ.get('PYTHONPATH', '')}"
+
+    return hide
+
+
 @dataclass(frozen=True)
 class TinyRun:
     """A finished `siloweave demo -c tiny`."""

@@ -10,10 +10,8 @@ from configs.artifacts import Manifest
 from configs.bucket import Bucket
 from configs.encryption import MasterKey, read_sealed, seal
 from configs.schema import RunConfig
-from configs.storage import COMMITTED, Folder, Storage, committed, newest_commit
+from configs.storage import Folder, Storage, committed, newest_commit
 from trainer.scratch import scratch_folder
-
-__all__ = ["COMMITTED", "KIND", "UNIT", "Checkpoint", "keep_sealed", "newest", "step_name", "steps", "storage"]
 
 KIND, UNIT = "checkpoint", "step"
 

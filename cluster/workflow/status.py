@@ -15,11 +15,11 @@ from configs.errors import InputError
 from configs.events import read_events
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
+from configs.storage import COMMITTED
 from trainer import checkpoints
 
 _TROUBLES = ("restart", "rollback", "damaged", "refused", "rejected", "timeout", "failed")
 _RECENT = 20
-_COMMITTED = "COMMITTED"
 _CORPUS, _MODEL, _FEDERATED, _NO_DP = "corpus", "model", "federated", "federated-no-dp"
 _FILES = {"evaluate": "evaluation.json", "generate": "sample.txt", "report": "report.json"}
 
@@ -168,7 +168,7 @@ def _committed_step(config: RunConfig, directory: Path) -> int | None:
 def _committed(root: Path, unit: str, kind: str) -> int | None:
     """The newest committed step or round; None where there is none."""
     for directory in sorted(root.glob(f"{unit}-*"), reverse=True):
-        manifest = read_manifest(directory, kind, name=_COMMITTED)
+        manifest = read_manifest(directory, kind, name=COMMITTED)
         if manifest is not None:
             return int(manifest.metadata[unit])
     return None

@@ -88,13 +88,8 @@ def test_a_wrong_address_is_one_clear_line(tmp_path, address, expected):
     assert "\n" not in str(caught.value)
 
 
-def test_without_the_package_it_is_one_clear_line(siloweave, tmp_path):
-    import os
-
-    (tmp_path / "hidden" / "mlflow").mkdir(parents=True)
-    (tmp_path / "hidden" / "mlflow" / "__init__.py").write_text("raise ImportError('No module named mlflow')")
-    path = f"{tmp_path / 'hidden'}:{os.environ.get('PYTHONPATH', '')}"
+def test_without_the_package_it_is_one_clear_line(siloweave, hidden, tmp_path):
     arguments = ["export", "-c", "tiny", "--set", "monitoring.mlflow=sqlite:///x.db"]
-    done = siloweave(*arguments, cwd=tmp_path, PYTHONPATH=path)
+    done = siloweave(*arguments, cwd=tmp_path, PYTHONPATH=hidden("mlflow"))
     assert done.returncode == 2
     assert "pip install 'siloweave[mlflow]'" in done.stderr

@@ -41,13 +41,8 @@ def test_it_is_off_by_default_and_written_where_asked(siloweave, tmp_path):
     assert list((folder / "tensorboard").iterdir())
 
 
-def test_without_the_package_it_is_one_clear_line(siloweave, tmp_path):
-    (tmp_path / "hidden" / "tensorboard").mkdir(parents=True)
-    (tmp_path / "hidden" / "tensorboard" / "__init__.py").write_text("raise ImportError('No module named tensorboard')")
-    import os
-
-    path = f"{tmp_path / 'hidden'}:{os.environ.get('PYTHONPATH', '')}"
+def test_without_the_package_it_is_one_clear_line(siloweave, hidden, tmp_path):
     arguments = ["export", "-c", "tiny", "--set", "monitoring.tensorboard=true"]
-    done = siloweave(*arguments, cwd=tmp_path, PYTHONPATH=path)
+    done = siloweave(*arguments, cwd=tmp_path, PYTHONPATH=hidden("tensorboard"))
     assert done.returncode == 2
     assert "pip install 'siloweave[monitoring]'" in done.stderr

@@ -3,10 +3,11 @@
 So parts can be done in any order, on any process, and a killed preparation goes on with those that are missing.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,13 +89,13 @@ class Parts:
             {"read": len(texts), "too_short": len(texts) - len(found), "replaced": dict(replaced)},
         )
 
-    def drop_copies(self, count: int, similarity: float) -> tuple[CleaningCounts, Counter[str]]:
+    def drop_copies(self, count: int, similarity: float) -> tuple[CleaningCounts, Counter[str], Counter[str]]:
         """Drops copies over all parts, in their order: the first of a group stays.
 
         Returns:
-            What was dropped over all steps, and what was replaced, by kind.
+            What was dropped over all steps, what was replaced by kind, and how many documents each corpus has left.
         """
-        counts, replaced, copies = CleaningCounts(), Counter[str](), Copies(similarity)
+        counts, replaced, left, copies = CleaningCounts(), Counter[str](), Counter[str](), Copies(similarity)
         for number in range(count):
             rows, facts = _read(self.path("clean", number)), _facts(self.path("clean", number))
             counts.read += facts["read"]
@@ -102,22 +103,24 @@ class Parts:
             replaced.update(facts["replaced"])
             texts = zip(rows["text"], rows["sketch"], strict=True)
             kept = [copies.keep(Candidate(place, *text), counts) for place, text in enumerate(texts)]
+            left.update(compress(rows["corpus"], kept))
             _write(self.path("kept", number), {"kept": kept})
-        return counts, replaced
+        return counts, replaced, left
 
-    def documents(self, count: int) -> Iterator[tuple[str, str]]:
-        """Corpus and text of every document that is left."""
+    def texts(self, count: int) -> Iterator[str]:
+        """Every document that is left."""
         for number in range(count):
-            rows, kept = _read(self.path("clean", number)), _read(self.path("kept", number))["kept"]
-            for corpus, text, keep in zip(rows["corpus"], rows["text"], kept, strict=True):
-                if keep:
-                    yield corpus, text
+            yield from (text for _, text in self._left(number))
+
+    def _left(self, number: int) -> list[tuple[str, str]]:
+        """Corpus and text of the documents of a part that are no copies."""
+        rows, kept = _read(self.path("clean", number)), _read(self.path("kept", number))["kept"]
+        return list(compress(zip(rows["corpus"], rows["text"], strict=True), kept))
 
     def encode(self, number: int, *, tokenizer_directory: Path, held_out: Callable[[str], bool]) -> None:
         """Tokenises what is left of a part; every document is ended by the end-of-text token."""
         tokenizer = load_tokenizer(tokenizer_directory)
-        rows, kept = _read(self.path("clean", number)), _read(self.path("kept", number))["kept"]
-        left = [(corpus, text) for corpus, text, keep in zip(rows["corpus"], rows["text"], kept, strict=True) if keep]
+        left = self._left(number)
         encoded = tokenizer.backend_tokenizer.encode_batch([text for _, text in left], add_special_tokens=False)
         ids = [np.asarray([*item.ids, tokenizer.eos_token_id], dtype=TOKEN_DTYPE).tobytes() for item in encoded]
         _write(
@@ -157,8 +160,6 @@ def _read(path: Path) -> dict[str, list[Any]]:
 
 
 def _facts(path: Path) -> dict[str, Any]:
-    import json
-
     import pyarrow.parquet as pq
 
     return dict(json.loads(pq.read_schema(path).metadata[b"facts"]))

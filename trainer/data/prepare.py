@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -80,12 +79,12 @@ def prepare(
 
     # 2. Each part is cleaned by itself; copies are looked for over all of them.
     each("clean", partial(parts.clean, min_characters=config.data.min_characters, deidentify=deidentify))
-    counts, replaced = parts.drop_copies(count, config.data.near_duplicate_similarity)
+    counts, replaced, left = parts.drop_copies(count, config.data.near_duplicate_similarity)
     metadata.update({"cleaning": counts.as_dict(), **({"deidentified": dict(replaced)} if deidentify else {})})
-    _check_left(config, Counter(name for name, _ in parts.documents(count)), metadata)
+    _check_left(config, left, metadata)
     # 3. The tokenizer, from the training side alone.
     held_out = partial(is_held_out, fraction=config.data.validation_fraction, seed=config.run.seed)
-    train = (text for _, text in parts.documents(count) if not held_out(text))
+    train = (text for text in parts.texts(count) if not held_out(text))
     metadata["vocab_size"] = _tokenizer(config, tokenizer_directory, settings, train)
     # 4. Tokens, and windows of them.
     each("tokens", partial(parts.encode, tokenizer_directory=tokenizer_directory, held_out=held_out))
