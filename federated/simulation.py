@@ -11,7 +11,6 @@ from configs.schema import RunConfig
 from configs.silo import SiloConfig, simulated_silo
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
-from federated.client_app import Handler
 from federated.local_grid import LocalGrid, OpenSilo
 from federated.local_training import public_update
 from federated.protocol import PROTOCOL_VERSION
@@ -70,12 +69,12 @@ def simulate(
         run_federation(grid, config, base_model, directory, len(silos), on_event, certify=with_dp)
 
 
-def _open_silo(silos: dict[str, SiloConfig], injected_seed: bytes | None, name: str) -> Handler:
-    return Silo(silos[name], injected_seed).handle
+def _open_silo(silos: dict[str, SiloConfig], injected_seed: bytes | None, name: str) -> Silo:
+    return Silo(silos[name], injected_seed)
 
 
-def _open_comparison(silos: dict[str, SiloConfig], plan: PlanRequest, name: str) -> Handler:
-    return PublicSilo(silos[name], plan).handle
+def _open_comparison(silos: dict[str, SiloConfig], plan: PlanRequest, name: str) -> "PublicSilo":
+    return PublicSilo(silos[name], plan)
 
 
 class PublicSilo:
@@ -95,6 +94,10 @@ class PublicSilo:
             )
         self._silo = Silo(config)  # for its data and model; its ledger is neither charged nor asked
         self._plan = plan.bind(config.silo.public_record_count)  # for its batches
+
+    def close(self) -> None:
+        """Closes the silo's files."""
+        self._silo.close()
 
     def handle(self, body: bytes, receipt: bytes = b"") -> bytes:  # noqa: ARG002
         """Answers like a silo, without receipts."""

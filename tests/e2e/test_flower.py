@@ -193,7 +193,7 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
 
     over_grid = federation(tmp_path / "over-grid")
     silo = silo_toml(config, model, tmp_path / "silo-over-grid")
-    with LocalGrid(shared_ray, lambda _: Silo(load_silo(silo), SEED).handle, [NAME], workers=1, threads=1) as grid:
+    with LocalGrid(shared_ray, lambda _: Silo(load_silo(silo), SEED), [NAME], workers=1, threads=1) as grid:
         server_app.run_federation(grid, config, model, over_grid, 1, lambda _: None)
 
     processes.wait_until("end of the run", lambda: run.poll() is not None, RUN_S)
