@@ -28,8 +28,8 @@ _WAIT_S = 0.5
 class OpenedSilo(Protocol):
     """What a process hosts: ``federated.silo.Silo``, for instance."""
 
-    def handle(self, body: bytes, receipt: bytes) -> bytes:
-        """Answers one request."""
+    def handle(self, content: bytes) -> bytes:
+        """Answers one request's envelope."""
 
     def close(self) -> None:
         """Lets go of the silo's files."""

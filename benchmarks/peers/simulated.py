@@ -161,7 +161,7 @@ def _body(task: Task, content: bytes) -> bytes:
     return pb.Request(silo_id=str(task.client), train=train).SerializeToString()
 
 
-def answer(body: bytes, receipt: bytes = b"") -> bytes:  # noqa: ARG001
+def answer(body: bytes) -> bytes:
     """What stands where a silo would: parses, does the task, replies."""
     from federated import silo_pb2 as pb
 
@@ -178,8 +178,8 @@ class Client:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def handle(self, body: bytes, receipt: bytes) -> bytes:
-        return answer(body, receipt)
+    def handle(self, content: bytes) -> bytes:
+        return answer(content)
 
     def close(self) -> None:
         pass
@@ -200,7 +200,7 @@ def grid_exchange(grid: Any, nodes: Sequence[int]) -> Exchange:
         while waiting:
             for message in grid.pull_messages(waiting):
                 waiting.discard(message.metadata.reply_to_message_id)
-                yield pb.Reply.FromString(unpack(message.content)[0]).trained.update
+                yield pb.Reply.FromString(unpack(message.content)).trained.update
             if waiting and drives_flower:
                 time.sleep(0.1)  # as Flower's own send_and_receive waits
 
