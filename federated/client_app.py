@@ -7,15 +7,24 @@ from flwr.clientapp import ClientApp
 
 from federated.silo_client import exchange
 
-RECORD, ENVELOPE = "siloweave", "envelope"
+RECORD, SHARED = "siloweave", "shared"
+HEAD, CONTENT, TAIL = "head", "content", "tail"
 
 Handler = Callable[[bytes], bytes]
 Connect = Callable[[Context], Handler]
 
 
-def pack(envelope: bytes) -> RecordDict:
-    """A request's or reply's envelope as a Flower message's content."""
-    return RecordDict({RECORD: ConfigRecord({ENVELOPE: envelope})})
+def pack(envelope: bytes, shared: bytes = b"") -> RecordDict:
+    """A request's or reply's envelope as a Flower message's content.
+
+    Args:
+        envelope: the bytes.
+        shared: a part of it that other messages of the same step have, too, such as the adapter. It is a record of its
+            own, so that the sender holds it, and Flower stores it, once a step and not once a silo.
+    """
+    head, found, tail = envelope.partition(shared) if shared else (envelope, b"", b"")
+    content = shared if found else b""
+    return RecordDict({RECORD: ConfigRecord({HEAD: head, TAIL: tail}), SHARED: ConfigRecord({CONTENT: content})})
 
 
 def unpack(content: RecordDict) -> bytes:
@@ -24,11 +33,13 @@ def unpack(content: RecordDict) -> bytes:
     Raises:
         ValueError: the content was not made by ``pack``.
     """
-    record = content.get(RECORD)
-    envelope = record.get(ENVELOPE) if isinstance(record, ConfigRecord) else None
-    if not isinstance(envelope, bytes):
+    parts = []
+    for name, key in ((RECORD, HEAD), (SHARED, CONTENT), (RECORD, TAIL)):
+        record = content.get(name)
+        parts.append(record.get(key) if isinstance(record, ConfigRecord) else None)
+    if not all(isinstance(part, bytes) for part in parts):
         raise ValueError("the message holds no siloweave envelope")
-    return envelope
+    return b"".join(part for part in parts if isinstance(part, bytes))
 
 
 def make_app(connect: Connect) -> ClientApp:

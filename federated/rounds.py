@@ -19,7 +19,7 @@ from configs.schema import RunConfig
 from federated import commits
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, FixedPointSum, from_bytes, to_bytes
-from federated.exchange import QUERY, TRAIN, Exchange, Parties
+from federated.exchange import QUERY, TRAIN, Bodies, Exchange, Parties
 from federated.private_evaluation import METRIC, bounds_of, checked_sums, figures
 from federated.runs import open_run
 from privacy.certificate import certificate
@@ -159,7 +159,7 @@ class Coordinator:
             )
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
-        bodies = {silo: self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)) for silo in new}
+        bodies = Bodies(new, lambda silo: self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)))
         already = len(set(self.exchange.nodes) & self.reserved)
         self.exchange.collect(bodies, QUERY, "reserve", self._take_reservation, already)
 
@@ -184,7 +184,7 @@ class Coordinator:
             self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
             total.add(from_bytes(reply.trained.update))
 
-        bodies = self._bodies(f"round-{round_number}", train=train)
+        bodies = self._bodies(f"round-{round_number}", train.adapter, train=train)
         answered = self.exchange.collect(bodies, TRAIN, str(round_number), fold)
         mean = total.mean()
         return {name: array + mean[name] for name, array in adapter.items()}, answered
@@ -209,7 +209,7 @@ class Coordinator:
             self._receipt(silo, reply.evaluated.receipt)
             sums[silo] = checked_sums(reply.evaluated.sums)
 
-        bodies = self._bodies(f"evaluation-{number}", evaluate=evaluate)
+        bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
         answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", take)
         noise = self.config.privacy.evaluation_noise_multiplier
         found = figures([sums[silo] for silo in answered], bounds_of(self.base), noise)
@@ -218,10 +218,10 @@ class Coordinator:
     def _adapter_spec(self) -> pb.AdapterSpec:
         return pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha)
 
-    def _bodies(self, request_id: str, **kind: Any) -> dict[str, bytes]:
+    def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
         """One request to each silo that is there and has reserved."""
         silos = sorted(set(self.exchange.nodes) & self.reserved)
-        return {silo: self.exchange.body(request_id, silo, **kind) for silo in silos}
+        return Bodies(silos, lambda silo: self.exchange.body(request_id, silo, **kind), shared)
 
     def _close(self) -> None:
         self.exchange.collect(self._bodies("close", close=pb.Close()), QUERY, "close", self._closed)
