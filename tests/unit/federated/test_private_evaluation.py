@@ -20,7 +20,7 @@ from privacy.replay import replay
 from privacy.streams import Streams
 from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation import score
-from trainer.tasks import CausalTask
+from trainer.tasks import CausalTask, Encoded
 
 NOISE = 3.0
 PLAN = PlanRequest(
@@ -44,9 +44,12 @@ def streams(number):
 def scored(tiny_model):
     """A model, its task, and units of many lengths."""
     task = CausalTask(load_tokenizer(tiny_model), CONTEXT)
-    # Text like the model's own, so that it gets some tokens right; the last unit is longer than the context.
-    units = [task.encode("Return the number of items in the list. " * count) for count in (1, 2, 3, 40)]
-    return warm_model(tiny_model, 4, 8.0).eval(), task, units
+    model = warm_model(tiny_model, 4, 8.0).eval()
+    units = [task.encode("Return the number of items. " * count) for count in (1, 2, 40)]
+    ids = list(units[0].ids)
+    for _ in range(10):  # the model's own words: these it gets right
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return model, task, [*units, Encoded(tuple(ids), 40, truncated=False)]
 
 
 def unit_by_unit(model, task, units):
