@@ -20,8 +20,10 @@ from configs.load import config_digest, parse
 from configs.schema import RunConfig
 from federated import commits
 from federated import silo_pb2 as pb
-from federated.adapters import Arrays, FixedPointSum, from_bytes, to_bytes
+from federated.adapters import Arrays, from_bytes, to_bytes
+from federated.aggregation import Aggregation, Sent, check_size
 from federated.client_app import pack, unpack
+from federated.factors import frozen_digest
 from federated.protocol import PROTOCOL_VERSION
 from privacy.certificate import certificate
 from privacy.plan import PlanRequest
@@ -87,9 +89,11 @@ class Coordinator:
     model_digest: str = field(init=False)
     nodes: dict[str, int] = field(default_factory=dict)
     silos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    server_state: Arrays = field(default_factory=dict)
     bytes_moved: int = 0
 
     def __post_init__(self) -> None:
+        check_size(self.config.federated, self.num_silos)
         self.run_id = run_id(self.directory)
         self.plan = plan_request(self.config)
         self.model_digest = require_manifest(self.base_model, "model", "export").content_digest
@@ -110,6 +114,7 @@ class Coordinator:
         self._discover()
         self._reserve()
         adapter = from_bytes(commit.adapter)
+        self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
             began, self.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
@@ -122,7 +127,8 @@ class Coordinator:
                 bytes=self.bytes_moved,
                 seconds=time.perf_counter() - began,
             )
-            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, self.run_id, key)
+            state = to_bytes(self.server_state) if self.server_state else b""
+            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, self.run_id, key, state)
         self._close()
         if self.certify:
             self._certify()
@@ -159,26 +165,38 @@ class Coordinator:
         self._collect(bodies, QUERY, "reserve", lambda silo, reply: self._receipt(silo, reply.reserved.receipt))
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
-        content = to_bytes(adapter)
-        train = pb.Train(
+        aggregation = Aggregation(self.config.federated, adapter, self.server_state, len(self.silos))
+        frozen = frozen_digest(adapter) if self.config.federated.adapters == "ffa" else ""
+
+        def fold(silo: str, reply: pb.Reply) -> None:
+            self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
+            aggregation.add(silo, from_bytes(reply.trained.update))
+
+        bodies = {
+            silo: self._body(
+                silo, f"round-{round_number}", train=self._train(round_number, aggregation.sent(silo), frozen)
+            )
+            for silo in sorted(self.nodes)
+        }
+        answered = self._collect(bodies, TRAIN, str(round_number), fold)
+        adapter, self.server_state = aggregation.result()
+        return adapter, answered
+
+    def _train(self, round_number: int, sent: Sent, frozen: str) -> pb.Train:
+        federated = self.config.federated
+        seed = self.config.run.seed if frozen else 0
+        return pb.Train(
             round=round_number,
             plan_digest=self.plan.digest,
             base_model_digest=self.model_digest,
             task=CausalTask.name,
-            adapter_spec=pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha),
-            adapter=content,
-            learning_rate=self.config.federated.learning_rate,
-            optimizer=self.config.federated.optimizer,
+            adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
+            adapter=to_bytes(sent.adapter),
+            learning_rate=federated.learning_rate,
+            optimizer=federated.optimizer,
+            proximal_mu=federated.proximal_mu,
+            correction=to_bytes(sent.correction) if sent.correction else b"",
         )
-        total = FixedPointSum(adapter)
-
-        def fold(silo: str, reply: pb.Reply) -> None:
-            self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
-            total.add(from_bytes(reply.trained.update))
-
-        answered = self._collect(self._bodies(f"round-{round_number}", train=train), TRAIN, str(round_number), fold)
-        mean = total.mean()
-        return {name: array + mean[name] for name, array in adapter.items()}, answered
 
     def _close(self) -> None:
         bodies = self._bodies("close", close=pb.Close())
@@ -212,13 +230,13 @@ class Coordinator:
         return next((canonical_json(receipt) for receipt in receipts if "signature" in receipt), b"")
 
     def _bodies(self, request_id: str, **kind: Any) -> dict[str, bytes]:
-        """One request a silo. The same step of the same run has the same bytes, so a restart asks nothing new."""
-        return {
-            silo: pb.Request(
-                version=PROTOCOL_VERSION, run_id=self.run_id, silo_id=silo, request_id=request_id, **kind
-            ).SerializeToString(deterministic=True)
-            for silo in sorted(self.nodes)
-        }
+        """The same request to every silo."""
+        return {silo: self._body(silo, request_id, **kind) for silo in sorted(self.nodes)}
+
+    def _body(self, silo: str, request_id: str, **kind: Any) -> bytes:
+        """One silo's request. The same step of the same run has the same bytes, so a restart asks nothing new."""
+        request = pb.Request(version=PROTOCOL_VERSION, run_id=self.run_id, silo_id=silo, request_id=request_id, **kind)
+        return request.SerializeToString(deterministic=True)
 
     def _collect(
         self, bodies: Mapping[str, bytes], kind: str, group: str, accept: Callable[[str, pb.Reply], None]

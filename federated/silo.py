@@ -20,7 +20,8 @@ from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.load import parse
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
-from federated.adapters import Arrays, from_bytes, to_bytes
+from federated.adapters import Arrays, check_update, from_bytes, to_bytes
+from federated.factors import frozen, frozen_digest
 from federated.local_training import OPTIMIZERS, LocalSettings, private_update
 from federated.protocol import PROTOCOL_VERSION
 from federated.silo_data import Units, load_units
@@ -37,6 +38,7 @@ from trainer.tasks import CausalTask, Encoded
 
 FAILED = "FAILED"
 LARGEST_ECHO = 100  # characters of a request that a refusal repeats
+LARGEST_PROXIMAL_MU = 100.0
 
 
 class Silo:
@@ -171,6 +173,7 @@ class Silo:
         model, adapter = self.model(train), _arrays(train.adapter)
         if shapes(trainable(model)) != shapes(adapter):
             raise _refuse("adapter", "other names or shapes", "those of the adapter that adapter_spec describes")
+        settings = self.local_settings(train)
         # 2. Charge. A request that was answered before gets the stored reply.
         charge = self.ledger.charge(request.run_id, request.request_id, digest, train.round)
         if charge.reply is not None:
@@ -179,7 +182,6 @@ class Silo:
             raise SiloweaveError(f"charge {charge.number} has neither seed nor reply")
         # 3. Train under the charge's own randomness.
         streams = Streams(charge.seed, digest)
-        settings = self.local_settings(train)
         update = private_update(plan, streams, model, self.task, adapter, self.records, settings)
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
         receipt = self.ledger.receipt(request.run_id).to_bytes()
@@ -204,13 +206,21 @@ class Silo:
             raise _refuse("max_lora_rank", str(train.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
         if not 0 < train.learning_rate <= 1:
             raise _refuse("learning_rate", f"{train.learning_rate:g}", "above 0, at most 1")
+        if not 0 <= train.proximal_mu <= LARGEST_PROXIMAL_MU:
+            raise _refuse("proximal_mu", f"{train.proximal_mu:g}", f"0 to {LARGEST_PROXIMAL_MU:g}")
         if train.optimizer not in OPTIMIZERS:
             raise _refuse("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))
 
     def model(self, train: pb.Train) -> Any:
         """The warm base model with the adapter that a request describes."""
         silo, spec = self.config.silo, train.adapter_spec
-        return warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file)
+        seed = spec.frozen_seed if spec.frozen_digest else None
+        model = warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file, seed)
+        if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
+            drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
+            if drawn != spec.frozen_digest:
+                raise _refuse("frozen_digest", spec.frozen_digest, drawn)
+        return model
 
     @cached_property
     def task(self) -> CausalTask:
@@ -235,15 +245,29 @@ class Silo:
         return records
 
     def local_settings(self, train: pb.Train) -> LocalSettings:
-        """Learning rate of the request, speed of the silo."""
+        """What the request says of the steps, and the silo of their speed."""
         silo = self.config.silo
-        return LocalSettings(train.learning_rate, train.optimizer, silo.micro_batch_size, silo.clipping)
+        correction = _arrays(train.correction, "correction") if train.correction else {}
+        if correction:
+            try:
+                check_update(correction, _arrays(train.adapter))
+            except ValueError as error:
+                raise _refuse("correction", str(error), "finite values in the adapter's shapes") from None
+        return LocalSettings(
+            train.learning_rate, train.optimizer, silo.micro_batch_size, silo.clipping, train.proximal_mu, correction
+        )
 
 
 @lru_cache(maxsize=1)
-def warm_model(directory: Path, rank: int, alpha: float, key_file: str = "") -> Any:
-    """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time)."""
-    return add_adapter(load_model(directory, load_key(key_file)), rank, alpha, seed=0)
+def warm_model(directory: Path, rank: int, alpha: float, key_file: str = "", frozen_seed: int | None = None) -> Any:
+    """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time).
+
+    With a seed, A is drawn from it and doesn't train.
+    """
+    model = add_adapter(load_model(directory, load_key(key_file)), rank, alpha, frozen_seed or 0)
+    for name, value in trainable(model).items():
+        value.requires_grad = frozen_seed is None or not frozen(name)
+    return model
 
 
 def decode(body: bytes, silo_id: str) -> pb.Request:
@@ -279,11 +303,11 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _arrays(content: bytes) -> Arrays:
+def _arrays(content: bytes, field: str = "adapter") -> Arrays:
     try:
         return from_bytes(content)
     except ValueError as error:
-        raise _refuse("adapter", str(error), "float32 safetensors") from None
+        raise _refuse(field, str(error), "float32 safetensors") from None
 
 
 def _refuse(rule: str, asked: str, allowed: str) -> PolicyRefusal:
