@@ -1,25 +1,19 @@
 """Held-out bits per character of every way to aggregate, on a skewed split: same model, rounds, steps and records.
 
-The silos are the genres of the embedded plays; the model is the pretrained Llama of 260,000 parameters. The silos' steps
-and the aggregation are the product's own, without the transport. Local and server learning rates were chosen once a
-method, with --seeds 100, from --grid; the seeds of the table are others.
+The silos are the genres of the embedded plays; the model is the pretrained Llama of 260,000 parameters. The silos'
+steps and the aggregation are the product's own, without what carries them.
 
 python benchmarks/federated_methods.py --model FOLDER --seeds 0 1 2 --json federated_methods.json
 """
 
-import argparse
 import hashlib
-import json
 import os
-import sys
 import time
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from figures import setting, spread
 
 from configs.federated_settings import FederatedSettings
 from federated.adapters import Arrays
@@ -104,7 +98,10 @@ def bits(model: Path, adapter: Arrays) -> dict[str, float]:
 
 def fresh_adapter(model: Path, seed: int) -> Arrays:
     """A at random from the seed, B zero."""
-    return {name: array.numpy() for name, array in adapter_weights(add_adapter(load_model(model), RANK, ALPHA, seed)).items()}
+    return {
+        name: array.numpy()
+        for name, array in adapter_weights(add_adapter(load_model(model), RANK, ALPHA, seed)).items()
+    }
 
 
 def federate(model: Path, settings: FederatedSettings, seed: int, *, with_dp: bool) -> dict[str, Any]:

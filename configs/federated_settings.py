@@ -75,6 +75,10 @@ class FederatedSettings(Settings):
     """How per-record gradients are clipped: book-keeping, or one of Opacus' modes; speed only."""
     min_silos: Count = 1
     """Silos that must answer for a round to count."""
+    enough_silos: Annotated[int, Field(ge=0)] = 0
+    """Replies with which a round ends before its deadline; 0: those of all silos that are there."""
+    run_lifetime_h: Positive = 720
+    """Hours from a run's first start for which its requests are valid; a silo refuses them later."""
     round_timeout_s: Positive = 3600
     """Seconds after which a round goes on without those that have not answered."""
     state_dir: str = "state"

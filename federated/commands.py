@@ -36,7 +36,7 @@ def serve(
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    server = start(Silo(settings), socket)
+    server, _ = start(Silo(settings), f"unix:{socket}")
     typer.echo(f"silo {settings.silo.id}: listening on {socket}")
     ended.wait()
     server.stop(grace=5).wait()

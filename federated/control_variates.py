@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from federated.adapters import Arrays
 
-_COMMON, _SILO = "common", "silo"
+_COMMON, _SILO, _NUM_SILOS = "common", "silo", "num_silos"
 
 
 class ControlVariates:
@@ -20,7 +20,8 @@ class ControlVariates:
         template: arrays of the updates' names and shapes.
         state: ``after`` of the round before; empty before the first, when all variates are 0.
         path: learning rate times number of a silo's steps in a round: an update over it is a mean gradient.
-        num_silos: silos of the federation, whoever answers.
+        num_silos: silos of the federation now, whoever answers. No request depends on it: a round that is asked again
+            after a restart has the same requests, also when silos have joined.
     """
 
     def __init__(self, template: Arrays, state: Arrays, path: float, num_silos: int) -> None:
@@ -38,16 +39,18 @@ class ControlVariates:
             self._after[f"{_SILO}/{silo}/{name}"] = variate.astype(np.float32)
 
     def after(self, mean: Arrays, count: int) -> Arrays:
-        """All variates after the round; c moves by the sum of the silos' changes over ``num_silos``.
+        """All variates after the round; c is the mean c_i of all silos, those that never answered counting as 0.
 
         Args:
             mean: mean update of those that answered: the sum of their changes is -count * (c + mean / path).
             count: how many answered.
         """
+        before = float(self._state[_NUM_SILOS][0]) if self._state else 0.0
         for name, update in mean.items():
             common = self._get(_COMMON, name).astype(np.float64)
-            common -= count / self._num_silos * (common + update.astype(np.float64) / self._path)
-            self._after[f"{_COMMON}/{name}"] = common.astype(np.float32)
+            total = before * common - count * (common + update.astype(np.float64) / self._path)
+            self._after[f"{_COMMON}/{name}"] = (total / self._num_silos).astype(np.float32)
+        self._after[_NUM_SILOS] = np.array([self._num_silos], dtype=np.float32)
         return self._after
 
     def _get(self, whose: str, name: str) -> npt.NDArray[np.float32]:

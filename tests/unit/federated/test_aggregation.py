@@ -225,6 +225,19 @@ def test_scaffold_is_the_papers_also_when_silos_are_missing():
     np.testing.assert_allclose(adapter[B], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_common_variate_stays_the_mean_of_all_when_a_silo_joins():
+    """And a round's requests are the same, whether or not the new silo is already there when it is asked again."""
+    chosen = settings("scaffold", optimizer="sgd")
+    adapter, state = run_rounds(chosen, UPDATES[:2], silos=SILOS)[-1]
+    fewer, more = (Aggregation(chosen, adapter, state, count) for count in (4, 5))
+    assert to_bytes(fewer.sent("east").correction) == to_bytes(more.sent("east").correction)
+    for silo in (*SILOS[:2], "new"):
+        more.add(silo, random(len(silo)))
+    _, state = more.result()
+    mean = sum(state[f"silo/{silo}/{B}"] for silo in (*SILOS, "new")) / 5
+    np.testing.assert_allclose(state[f"common/{B}"], mean, rtol=1e-4, atol=1e-4)
+
+
 def test_an_update_after_the_correction_keeps_the_variate_of_the_plain_gradient():
     """Steps on a constant gradient g with the correction give back c_i = g, and the common variate the mean of them."""
     chosen = settings("scaffold", optimizer="sgd", learning_rate=0.1, local_steps=3)
