@@ -8,11 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.data_settings import DataSettings, TokenizerSettings
+from configs.federated_settings import FederatedSettings
 from configs.pretrain_settings import ClusterSettings, ModelSettings, PretrainSettings
 from configs.settings import Count, Positive, Probability, Settings
-
-Optimizer = Literal["adam", "adam_bc", "sgd"]
-ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew", "opacus_ghost"]
 
 
 class RunSettings(Settings):
@@ -46,39 +44,6 @@ class RunSettings(Settings):
     def url(self) -> str | None:
         """Where the run is in an object store; None where ``storage`` is a folder."""
         return f"{self.storage.rstrip('/')}/{self.name}" if "://" in self.storage else None
-
-
-class FederatedSettings(Settings):
-    """Fine-tuning across silos: LoRA adapters, FedAvg with fixed equal weights."""
-
-    rounds: Count = 3
-    """Rounds; every silo takes part in each."""
-    local_steps: Count = 12
-    """Optimizer steps of a silo in a round."""
-    learning_rate: Positive = 5e-3
-    """Learning rate inside a silo."""
-    optimizer: Optimizer = "adam"
-    """Optimizer inside a silo, anew each round; ``adam_bc`` takes the noise's share off Adam's second moment."""
-    lora_rank: Count = 16
-    """Rank of the adapters, on all linear layers, the output head included."""
-    lora_alpha: Positive = 32
-    """Scale of the adapters: the update is ``alpha / rank * B A``."""
-    workers: Count = 2
-    """Processes that host the silos of a simulation."""
-    micro_batch_size: Count = 16
-    """Records processed at once inside a silo; speed only."""
-    clipping: ClippingMethod = "bookkeeping"
-    """How per-record gradients are clipped: book-keeping, or one of Opacus' modes; speed only."""
-    min_silos: Count = 1
-    """Silos that must answer for a round to count."""
-    enough_silos: Annotated[int, Field(ge=0)] = 0
-    """Replies with which a round ends before its deadline; 0: those of all silos that are there."""
-    run_lifetime_h: Positive = 720
-    """Hours from a run's first start for which its requests are valid; a silo refuses them later."""
-    round_timeout_s: Positive = 3600
-    """Seconds after which a round goes on without those that have not answered."""
-    state_dir: str = "state"
-    """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does."""
 
 
 class PrivacySettings(Settings):

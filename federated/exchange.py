@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from configs.artifacts import digest_bytes
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
-from configs.schema import FederatedSettings
+from configs.federated_settings import FederatedSettings
 from federated import silo_pb2 as pb
 from federated.client_app import pack, unpack
 from federated.envelope import reply_holds, seal_request
