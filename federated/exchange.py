@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from configs.artifacts import digest_bytes
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
-from configs.schema import FederatedSettings
+from configs.federated_settings import FederatedSettings
 from federated import silo_pb2 as pb
 from federated.client_app import pack, unpack
 from federated.envelope import reply_holds, seal_request
@@ -46,13 +46,11 @@ class Bodies:
 
     Attributes:
         silos: who is asked.
-        make: gives a silo's request.
-        shared: a part that all have in common, the adapter for instance.
+        make: gives a silo's request, and the part of it that others have in common with it: its adapter, or nothing.
     """
 
     silos: Sequence[str]
-    make: Callable[[str], bytes]
-    shared: bytes = b""
+    make: Callable[[str], tuple[bytes, bytes]]
 
 
 @dataclass
@@ -88,7 +86,7 @@ class Exchange:
         unknown = sorted(present - set(self._silo_at))
         body = self.body("describe", describe=pb.Describe())
         met: list[tuple[str, pb.Described]] = []
-        for node, envelope, reply in self._send(((node, body) for node in unknown), QUERY, "describe", body):
+        for node, envelope, reply in self._send(((node, body, body) for node in unknown), QUERY, "describe"):
             try:
                 self._admit(reply, envelope, present)
             except ValueError as error:
@@ -156,13 +154,13 @@ class Exchange:
         refusals: list[PolicyRefusal] = []
         enough = self.settings.enough_silos or len(bodies.silos)
 
-        def sent() -> Iterator[tuple[int, bytes]]:
+        def sent() -> Iterator[tuple[int, bytes, bytes]]:
             for silo in bodies.silos:
-                body = bodies.make(silo)
+                body, shared = bodies.make(silo)
                 digests[silo] = digest_bytes(body)
-                yield self.nodes[silo], body
+                yield self.nodes[silo], body, shared
 
-        for node, envelope, reply in self._send(sent(), kind, group, bodies.shared):
+        for node, envelope, reply in self._send(sent(), kind, group):
             silo = silo_of[node]
             try:
                 self._check(silo, envelope, reply, digests[silo])
@@ -202,12 +200,12 @@ class Exchange:
             raise ValueError(f"the reply is {kind}: {reply.failure.code}")
 
     def _send(
-        self, bodies: Iterable[tuple[int, bytes]], kind: str, group: str, shared: bytes
+        self, bodies: Iterable[tuple[int, bytes, bytes]], kind: str, group: str
     ) -> Iterator[tuple[int, pb.Envelope, pb.Reply]]:
-        """Sends one body a node and yields what comes back as it comes, until all have answered or time is up."""
+        """Sends (node, body, its shared part) and yields what comes back as it comes, until all have or time is up."""
         timeout_s = self.settings.round_timeout_s
         messages = []
-        for node, body in bodies:
+        for node, body, shared in bodies:
             envelope = seal_request(self.parties.signer, body, self.receipt_of(self._silo_at.get(node, "")))
             self.bytes_moved += len(envelope)
             # A node that is away must not find the message when it is back: its round is over by then.
