@@ -28,12 +28,13 @@ from federated.envelope import seal_reply
 from federated.protocol import PROTOCOL_VERSION
 from privacy.signing import Signer
 
-ARRAYS, VALUES = 16, 2**16  # 4 MB in float32
+ARRAYS, RANK, WIDTH = 16, 4, 2**14  # 4 MB in float32
 MB = 2**20
 
 
 def adapter() -> dict[str, Any]:
-    return {f"layer{number:02d}": np.full(VALUES, 0.25, dtype=np.float32) for number in range(ARRAYS)}
+    whole = np.full((RANK, WIDTH), 0.25, dtype=np.float32)
+    return {f"layer{number:02d}.lora_A.weight": whole for number in range(ARRAYS)}
 
 
 class Echo:
@@ -97,7 +98,7 @@ def coordinator(silos: int, folder: Path, model: Path) -> dict[str, float]:  # n
     from federated.local_grid import LocalGrid
     from federated.rounds import Coordinator
 
-    config = load("tiny", ["federated.rounds=2", "privacy.epsilon=1"])
+    config = load("tiny", ["federated.rounds=2", f"federated.lora_rank={RANK}", "privacy.epsilon=1"])
     base = folder / "model"
     base.mkdir()
     commit_manifest(base, Manifest("model", ""))
@@ -198,7 +199,7 @@ def main() -> None:
             found.setdefault(part, {}).setdefault(silos, []).append(measured(part, silos, arguments.model))
     document = {
         **setting(("flwr", "ray", "torch")),
-        "update_mb": 4 * ARRAYS * VALUES / MB,
+        "update_mb": 4 * ARRAYS * RANK * WIDTH / MB,
         "repetitions": arguments.repetitions,
         "figures": {part: {silos: spreads(runs) for silos, runs in rows.items()} for part, rows in found.items()},
     }

@@ -1,6 +1,8 @@
 """The Flower ClientApp: a thin relay between Flower's messages and a silo. Imports neither torch nor any data."""
 
+import os
 from collections.abc import Callable
+from functools import partial
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -58,6 +60,12 @@ def silo_service(context: Context) -> Handler:
     """Reaches the silo service at the SuperNode's ``silo-address``.
 
     It is ``unix:/run/silo.sock``, or ``HOST:PORT`` by mutual TLS with key and certificates in the folder ``silo-tls``.
+    Flower's own simulation engine gives its nodes nothing but a partition id: there it is the address with this number
+    among those that SILOWEAVE_SILO_ADDRESSES lists, separated by spaces.
     """
-    address, folder = str(context.node_config["silo-address"]), str(context.node_config.get("silo-tls", ""))
-    return lambda envelope: exchange(address, envelope, tls_folder=folder)
+    node = context.node_config
+    if "silo-address" in node:
+        address = str(node["silo-address"])
+    else:
+        address = os.environ["SILOWEAVE_SILO_ADDRESSES"].split()[int(node["partition-id"])]
+    return partial(exchange, address, tls_folder=str(node.get("silo-tls", "")))
