@@ -70,8 +70,8 @@ class PrivacySettings(Settings):
     target_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of gradients that ``quantile`` leaves unshortened, 0.5 for instance; 0 with the others."""
     evaluations: Annotated[int, Field(ge=0)] = 0
-    """Private evaluations on the silos' held-out units, spread evenly over the rounds, the last after the last round.
-    Their noise is paid from the same epsilon. 0: none."""
+    """Private evaluations on the silos' held-out units: one after the last round; of several the first is of the base
+    model, and the others are spread evenly over the rounds. Their noise is paid from the same epsilon. 0: none."""
     evaluation_noise_multiplier: Positive = 5.0
     """Noise of a private evaluation's sums, over the most that one unit can move them."""
     budget_epsilon: Positive = 32.0
@@ -181,10 +181,10 @@ class RunConfig(Settings):
                 f"privacy.max_batch_size is {self.privacy.max_batch_size} and privacy.sampler "
                 f"{self.privacy.sampler!r}: give 0 with 'poisson', a cap with 'truncated_poisson'"
             )
-        if self.privacy.evaluations > self.federated.rounds:
+        if self.privacy.evaluations > self.federated.rounds + 1:
             raise ValueError(
-                f"privacy.evaluations is {self.privacy.evaluations}: there are {self.federated.rounds} rounds to "
-                "evaluate; give at most federated.rounds"
+                f"privacy.evaluations is {self.privacy.evaluations}: there are {self.federated.rounds} rounds and "
+                "the base model to evaluate; give at most federated.rounds + 1"
             )
         if self.federated.optimizer == "adam_bc" and self.privacy.clipping_function == "quantile":
             raise ValueError(

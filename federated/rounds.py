@@ -118,6 +118,8 @@ class Coordinator:
         self._meet()
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
+        if commit.round_number == 0:
+            self._evaluate(0, None)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
             began, self.exchange.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
@@ -205,7 +207,7 @@ class Coordinator:
             correction=to_bytes(sent.correction) if sent.correction else b"",
         )
 
-    def _evaluate(self, round_number: int, adapter: Arrays) -> None:
+    def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
         """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
         number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
         if number is None or not self.certify:
@@ -217,7 +219,7 @@ class Coordinator:
             base_model_digest=self.base.content_digest,
             task=CausalTask.name,
             adapter_spec=self._adapter_spec(),
-            adapter=to_bytes(adapter),
+            adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
 
@@ -272,6 +274,10 @@ class Coordinator:
 
 
 def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
-    """Number of the private evaluation that follows a round; None where none does. The last one follows the last."""
-    after = {-(-rounds * number // evaluations): number for number in range(1, evaluations + 1)}
+    """Number of the private evaluation that follows a round; None where none does.
+
+    A single one follows the last round; of several the first is of the base model, before round 1.
+    """
+    parts = max(evaluations - 1, 1)
+    after = {rounds * (number + (evaluations == 1)) // parts: number + 1 for number in range(evaluations)}
     return after.get(round_number)

@@ -12,15 +12,18 @@ import pytest
 from configs.artifacts import read_manifest
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
+from configs.silo import simulated_silo
 from federated import commits
 from federated.adapters import from_bytes
 from federated.exchange import Exchange
+from federated.held_out import score_held_out
 from federated.local_grid import LocalGrid
 from federated.rounds import Coordinator
 from federated.simulation import simulate
 from privacy.certificate_check import check_certificate
 from privacy.chain import verify_entries
 from privacy.ledger_file import read_only
+from trainer.evaluation import Score
 
 SEED = bytes(range(32))
 
@@ -73,6 +76,30 @@ def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
     assert all(silo["statement"]["rounds_charged"] == 2 for silo in certificate["silos"].values())
     rounds = [event for event in read_events(tmp_path / "federated" / "events.jsonl") if event["event"] == "round"]
     assert all(event["answered"] == ["roman", "romances"] for event in rounds)
+
+
+def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, tiny_model, tmp_path):
+    """Little noise, so that the figures of base model and last round can be told from the exact ones."""
+    config = federation(
+        "federated.rounds=1", "privacy.evaluations=2", "privacy.evaluation_noise_multiplier=2", "privacy.epsilon=16"
+    )
+    events = list(read_events(tmp_path / "federated" / "events.jsonl"))
+    found = [event for event in events if event["event"] == "private_evaluation"]
+    assert [event["round"] for event in found] == [0, 1]
+    for event, adapter in zip(found, (None, adapters(tmp_path / "federated")[1]), strict=True):
+        exact = [
+            score_held_out(config, simulated_silo(config, name, tiny_model), adapter, 10_000)
+            for name in ("roman", "romances")
+        ]
+        bits = sum(exact, Score(0.0, 0, 0)).bits_per_char
+        assert abs(event["bits_per_char"] - bits) < 5 * event["bits_per_char_error"] + 0.02 * bits
+        assert event["bits_per_char_error"] < 0.2 * bits
+    certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    assert "2 times the noised sums of the metric held_out" in certificate["left_each_silo"]
+    assert certificate["headline"]["epsilon"] <= 16
+    charges = ["charge", "release"] * 3
+    assert ledger_kinds(tmp_path) == ["open", "reserve", *charges, "close"]
 
 
 def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_path, monkeypatch):
