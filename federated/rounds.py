@@ -114,7 +114,7 @@ class Coordinator:
         if commit is None:
             commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, run_id, key)
         self.silos = commit.silos  # one that has spent stays in the certificate, whoever is there today
-        self._wait_for_silos()
+        self._wait_for_silos(self.parties.num_silos)
         self._meet()
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
@@ -147,18 +147,19 @@ class Coordinator:
         document = certificate(self.exchange.run.id, self.plan, reserved)
         write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
 
-    def _wait_for_silos(self) -> None:
-        """Until all have connected; at the deadline those that are there are enough, if they are enough for a round."""
+    def _wait_for_silos(self, number: int) -> None:
+        """Until so many have connected; at the deadline those that are there are enough, if enough for a round."""
         deadline = time.monotonic() + self.config.federated.round_timeout_s
-        while (found := len(list(self.grid.get_node_ids()))) < self.parties.num_silos:
+        while (found := len(list(self.grid.get_node_ids()))) < number:
             if time.monotonic() > deadline:
                 if found >= self.config.federated.min_silos:
                     return
-                raise SiloweaveError(f"{found} of {self.parties.num_silos} silos have connected; start the others")
+                raise SiloweaveError(f"{found} of {number} silos have connected; start the others")
             time.sleep(1)
 
     def _meet(self) -> None:
         """Who is there now; one that is new reserves the whole schedule before it is asked for anything."""
+        self._wait_for_silos(self.config.federated.min_silos)  # all may be away for a moment, after a restart
         for silo, described in self.exchange.meet():
             self.silos.setdefault(silo, {}).update(
                 dataset_id=described.dataset_id,
