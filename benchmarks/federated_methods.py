@@ -6,14 +6,18 @@ steps and the aggregation are the product's own, without what carries them.
 python benchmarks/federated_methods.py --model FOLDER --seeds 0 1 2 --json federated_methods.json
 """
 
+import argparse
 import hashlib
+import json
 import os
+import sys
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import setting, spreads
 
 from configs.federated_settings import FederatedSettings
 from federated.adapters import Arrays
