@@ -148,12 +148,12 @@ def main() -> None:
         "methods": METHODS,
         "base": bits(arguments.model, fresh_adapter(arguments.model, 0)),
     }
-    for seed in arguments.seeds:  # all methods of a seed before the next: a table of fewer seeds is whole, too
-        for mode in MODES:
+    for mode in MODES:
+        for seed in arguments.seeds:  # all methods of a seed before the next: a table of fewer seeds is whole, too
             for method in METHODS:
                 found = federate(arguments.model, method, mode, seed)
                 runs[mode][method].append(found)
-                print(f"seed {seed}, {mode}, {method}: {found}", file=sys.stderr, flush=True)
+                print(f"{mode}, seed {seed}, {method}: {found}", file=sys.stderr, flush=True)
             table = {name: spreads(done) for name, done in runs[mode].items()}
             document[mode] = {"seeds": len(runs[mode]["fedavg"]), "bits_per_char": table}
             arguments.json.write_text(json.dumps(document, indent=2) + "\n")
