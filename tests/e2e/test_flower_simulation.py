@@ -49,7 +49,8 @@ def run_flower(processes: Processes, given: dict[str, object]) -> None:
     home.mkdir()
     link = {"superlink": {"local": {"address": f"127.0.0.1:{port}", "insecure": True}}}
     (home / "config.toml").write_text(tomli_w.dumps(link), encoding="utf-8")
-    options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", port, "--disable-runtime-dependency-installation"]
+    isolated = "--disable-runtime-dependency-installation"
+    options = ["--insecure", "--simulation", "--host", "127.0.0.1", "--port", port, isolated]
     processes.start("superlink", str(BIN / "flower-superlink"), *options)
     processes.wait_until("SuperLink's port", lambda: listens(port))
     settings = processes.directory / "run-config.toml"
