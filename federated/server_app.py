@@ -11,6 +11,7 @@ from configs.events import EventLog, Listener
 from configs.load import parse
 from configs.schema import RunConfig
 from federated.adapters import Arrays
+from federated.outcome import recorded
 from federated.rounds import Coordinator
 
 app = ServerApp()
@@ -39,7 +40,8 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     config = parse(RunConfig, tomllib.loads(str(given["config"])), "run configuration")
     base_model, directory = Path(str(given["base-model"])), Path(str(given["directory"]))
-    run_federation(grid, config, base_model, directory, int(given["num-silos"]), lambda _: None)
+    with recorded(directory, context.run_id):
+        run_federation(grid, config, base_model, directory, int(given["num-silos"]), lambda _: None)
 
 
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
