@@ -13,8 +13,8 @@ from configs.load import bind_run_directory, to_toml
 from configs.schema import RunConfig
 from configs.storage import COMMITTED
 from federated.federation import Federation
-from federated.outcome import Outcome, is_worked_on, read_outcome
-from federated.superlink import run_status, start_run
+from federated.outcome import Outcome, read_outcome, worked_on_by
+from federated.superlink import run_status, start_run, stop_run
 
 POLL_S, ASK_S = 0.5, 3.0
 MOST_ATTEMPTS = 5  # ServerApps in a row that die without a round
@@ -94,24 +94,36 @@ def _follow(
     federation: Federation, directory: Path, flower_run: int, seen: int, on_event: Listener
 ) -> tuple[Outcome | None, int]:
     """Passes events on until the ServerApp has ended; None where it died without a word."""
-    asked = 0.0
+    asked, worked = 0.0, False
     while True:
         for event in list(read_events(directory / "events.jsonl"))[seen:]:
             seen += 1
             on_event(event)
-        outcome = read_outcome(directory, flower_run)
+        works = worked_on_by(directory) == flower_run
+        outcome = read_outcome(directory, flower_run)  # is written before the ServerApp lets go of the directory
         if outcome is not None:
             return outcome, seen
-        if not is_worked_on(directory) and time.monotonic() - asked > ASK_S:
-            if _has_died(federation, directory, flower_run):
+        if worked and not works and _is_told(federation, flower_run):
+            return None, seen
+        if not works and time.monotonic() - asked > ASK_S:
+            if _has_ended(federation, flower_run) and read_outcome(directory, flower_run) is None:
                 return None, seen
             asked = time.monotonic()
+        worked = worked or works
         time.sleep(POLL_S)
 
 
-def _has_died(federation: Federation, directory: Path, flower_run: int) -> bool:
+def _is_told(federation: Federation, flower_run: int) -> bool:
+    """Tells Flower what its heartbeats would only show it later: that the run's ServerApp is gone."""
     try:
-        status, _ = run_status(federation, flower_run)
+        stop_run(federation, flower_run)
     except SiloweaveError:  # the SuperLink is being restarted
         return False
-    return status == "finished" and read_outcome(directory, flower_run) is None
+    return True
+
+
+def _has_ended(federation: Federation, flower_run: int) -> bool:
+    try:
+        return run_status(federation, flower_run)[0] == "finished"
+    except SiloweaveError:
+        return False

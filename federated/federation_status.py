@@ -10,7 +10,7 @@ from configs.storage import COMMITTED
 from federated.certificates import days_left, read_certificate
 from federated.federation import Federation
 from federated.federation_run import read_current
-from federated.outcome import is_worked_on
+from federated.outcome import worked_on_by
 from federated.processes import read_state
 from federated.superlink import nodes
 
@@ -67,7 +67,7 @@ def _run(name: str, directory: Path) -> dict[str, Any]:
     return {
         "name": name,
         "directory": str(directory),
-        "working": is_worked_on(directory),
+        "working": worked_on_by(directory) is not None,
         "finished": (directory / "certificate.json").exists(),
         "round": last.get("round", 0),
         "rounds": last.get("rounds"),

@@ -35,8 +35,11 @@ def recorded(directory: Path, flower_run: int) -> Iterator[None]:
     Waits for another one that still works there: a ServerApp outlives a SuperLink that was killed by some seconds.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("wb") as lock:
+    with (directory / LOCK).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(flower_run).encode())
+        lock.flush()
         try:
             yield
         except SiloweaveError as error:
@@ -61,13 +64,13 @@ def read_outcome(directory: Path, flower_run: int) -> Outcome | None:
     return outcome if outcome.flower_run == flower_run else None
 
 
-def is_worked_on(directory: Path) -> bool:
-    """Whether a ServerApp works on the run now."""
+def worked_on_by(directory: Path) -> int | None:
+    """Flower's number of the run whose ServerApp works there now."""
     if not (directory / LOCK).exists():
-        return False
+        return None
     with (directory / LOCK).open("rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return True
-    return False
+            return int(lock.read() or b"0")
+    return None

@@ -159,3 +159,12 @@ def run_status(federation: Federation, flower_run: int) -> tuple[str, str]:
         if run is None
         else (run.status.status, f"{run.status.sub_status}: {run.status.details}")
     )
+
+
+def stop_run(federation: Federation, flower_run: int) -> None:
+    """Ends a run in Flower's books; one that has ended stays as it is."""
+    from flwr.proto.control_pb2 import StopRunRequest
+
+    if run_status(federation, flower_run)[0] != "finished":
+        with control(federation) as client:
+            client.StopRun(StopRunRequest(run_id=flower_run))
