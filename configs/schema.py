@@ -71,6 +71,10 @@ class FederatedSettings(Settings):
     """How per-record gradients are clipped: book-keeping, or one of Opacus' modes; speed only."""
     min_silos: Count = 1
     """Silos that must answer for a round to count."""
+    enough_silos: Annotated[int, Field(ge=0)] = 0
+    """Replies with which a round ends before its deadline; 0: those of all silos that are there."""
+    run_lifetime_h: Positive = 720
+    """Hours from a run's first start for which its requests are valid; a silo refuses them later."""
     round_timeout_s: Positive = 3600
     """Seconds after which a round goes on without those that have not answered."""
     state_dir: str = "state"
@@ -100,6 +104,11 @@ class PrivacySettings(Settings):
     ``target_quantile`` of a batch is not shortened, by a noised count that is paid from the same epsilon."""
     target_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of gradients that ``quantile`` leaves unshortened, 0.5 for instance; 0 with the others."""
+    evaluations: Annotated[int, Field(ge=0)] = 0
+    """Private evaluations on the silos' held-out units, spread evenly over the rounds, the last after the last round.
+    Their noise is paid from the same epsilon. 0: none."""
+    evaluation_noise_multiplier: Positive = 5.0
+    """Noise of a private evaluation's sums, over the most that one unit can move them."""
     budget_epsilon: Positive = 32.0
     """Epsilon that a silo's dataset may ever spend (the simulated steward's policy)."""
     budget_delta: Probability = 1e-4
@@ -206,6 +215,11 @@ class RunConfig(Settings):
             raise ValueError(
                 f"privacy.max_batch_size is {self.privacy.max_batch_size} and privacy.sampler "
                 f"{self.privacy.sampler!r}: give 0 with 'poisson', a cap with 'truncated_poisson'"
+            )
+        if self.privacy.evaluations > self.federated.rounds:
+            raise ValueError(
+                f"privacy.evaluations is {self.privacy.evaluations}: there are {self.federated.rounds} rounds to "
+                "evaluate; give at most federated.rounds"
             )
         if self.federated.optimizer == "adam_bc" and self.privacy.clipping_function == "quantile":
             raise ValueError(

@@ -75,6 +75,12 @@ class SiloPolicy(Settings):
     """Most steps of one round."""
     max_lora_rank: Count = 64
     """Largest adapter rank."""
+    releases_metrics: bool = False
+    """Whether noised sums over the held-out units may leave, charged as any other release."""
+    max_request_bytes: Count = 256 * 2**20
+    """Bytes of one request, its adapter included."""
+    max_requests_per_day: Count = 10_000
+    """Requests of trusted coordinators within 24 hours."""
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""
@@ -149,6 +155,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             budget_epsilon=privacy.budget_epsilon,
             budget_delta=privacy.budget_delta,
             max_epsilon_per_run=privacy.budget_epsilon,
+            releases_metrics=True,
             # Without a unit column a row is a unit, and a row is in one silo.
             attests_disjoint_units=not private.unit,
         ),

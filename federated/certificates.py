@@ -27,22 +27,21 @@ _USAGE = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageO
 
 
 class Authority:
-    """A certificate authority: ``KEYS/ca.key``, never leaving its machine, and ``CERTIFICATES/ca.pem``.
+    """A certificate authority: its key, which never leaves its machine, and its certificate.
 
     Args:
-        keys: folder of private keys.
-        certificates: folder of certificates.
+        key: the key's file.
+        path: the certificate's file.
         name: its common name, used when it is made.
     """
 
-    def __init__(self, keys: Path, certificates: Path, name: str) -> None:
-        self._key = load_or_create_key(keys / "ca.key", CURVE)
-        self.path = certificates / "ca.pem"
+    def __init__(self, key: Path, path: Path, name: str) -> None:
+        self._key, self.path = load_or_create_key(key, CURVE), path
         if not self.path.exists():
             write_atomic(self.path, _pem(self._sign_itself(name)))
         self.certificate = read_certificate(self.path)
         if self.certificate.public_key() != self._key.public_key():
-            raise InputError(f"{self.path}: is not the certificate of {keys / 'ca.key'}; put the backup of both back")
+            raise InputError(f"{self.path}: is not the certificate of {key}; put the backup of both back")
 
     def _sign_itself(self, name: str) -> x509.Certificate:
         builder = _builder(_name(name), _name(name), self._key.public_key(), AUTHORITY_DAYS)

@@ -17,13 +17,13 @@ from configs.load import to_toml
 from federated.certificates import CURVE, Authority, check_certificate, read_certificate
 from federated.keys import (
     CoordinatorCard,
-    SiloCard,
     load_or_create_key,
     private_folder,
     read_document,
     write_document,
 )
-from privacy.signing import Signer, load_secret
+from federated.trust import COORDINATOR_KEY, ENROLLED, EnrolledSilo, coordinator_signer
+from privacy.signing import load_secret
 
 LOOPBACK = "127.0.0.1"
 
@@ -42,7 +42,7 @@ class Federation:
         self.config = load_federation(self.folder)
         self.keys, self.certificates = self.folder / "keys", self.folder / "certificates"
         self.state, self.home = self.folder / "state", self.folder / "flower"
-        self.card_file, self.coordinator_key = self.folder / "coordinator.json", self.keys / "coordinator.key"
+        self.card_file = self.folder / "coordinator.json"
 
     @classmethod
     def create(cls, folder: Path, config: FederationConfig) -> "Federation":
@@ -62,7 +62,7 @@ class Federation:
         federation = cls(folder)
         for part in (federation.keys, federation.certificates, federation.state, federation.home):
             private_folder(part)
-        Signer(federation.coordinator_key)
+        coordinator_signer(federation.folder)
         federation.renew_certificates()
         write_document(federation.card_file, federation.card)
         return federation
@@ -70,15 +70,15 @@ class Federation:
     @cached_property
     def authority(self) -> Authority:
         """Signs the certificates of proxy and SuperLink."""
-        return Authority(self.keys, self.certificates, f"{self.config.name} authority")
+        return Authority(self.keys / "ca.key", self.certificates / "ca.pem", f"{self.config.name} authority")
 
     @property
     def card(self) -> CoordinatorCard:
         """What silos know this coordinator by."""
-        load_secret(self.coordinator_key)  # never a new one in silence
+        load_secret(self.folder / COORDINATOR_KEY)  # never a new one in silence
         return CoordinatorCard(
             name=self.config.name,
-            public_key=Signer(self.coordinator_key).public_key,
+            public_key=coordinator_signer(self.folder).public_key,
             address=f"{self.config.hosts[0]}:{self.config.port}",
             root_certificate=self.authority.path.read_text(encoding="ascii"),
         )
@@ -91,12 +91,12 @@ class Federation:
             self.authority.issue(path, key, f"{self.config.name} {name}", hosts, "server")
             check_certificate(read_certificate(path), self.authority.certificate, str(path), hosts[0])
 
-    def silos(self) -> dict[str, SiloCard]:
+    def silos(self) -> dict[str, EnrolledSilo]:
         """The enrolled silos by name."""
-        cards = [read_document(SiloCard, path) for path in sorted((self.folder / "silos").glob("*.json"))]
-        return {card.name: card for card in cards}
+        cards = [read_document(EnrolledSilo, path) for path in sorted((self.folder / ENROLLED).glob("*.json"))]
+        return {card.silo: card for card in cards}
 
-    def enrol(self, card: SiloCard) -> None:
+    def enrol(self, card: EnrolledSilo) -> None:
         """Takes a silo in. The federation may be running: it is registered within seconds.
 
         Raises:
@@ -106,13 +106,13 @@ class Federation:
         for known in self.silos().values():
             if known == card:
                 return
-            if known.name == card.name:
+            if known.silo == card.silo:
                 raise InputError(
-                    f"silo {card.name!r} is enrolled with other keys; revoke it first, if its steward says so"
+                    f"silo {card.silo!r} is enrolled with other keys; revoke it first, if its steward says so"
                 )
-            if {known.public_key, known.supernode_key} & {card.public_key, card.supernode_key}:
-                raise InputError(f"silo {card.name!r}: has a key of silo {known.name!r}; each silo makes its own")
-        write_document(self._card_path(card.name), card)
+            if {known.public_key, known.node_key} & {card.public_key, card.node_key}:
+                raise InputError(f"silo {card.silo!r}: has a key of silo {known.silo!r}; each silo makes its own")
+        write_document(self._card_path(card.silo), card)
 
     def revoke(self, name: str) -> None:
         """Takes a silo out: its SuperNode is turned away within seconds, its replies from then on are refused.
@@ -128,10 +128,10 @@ class Federation:
         sync_directory(path.parent)
 
     def _card_path(self, name: str) -> Path:
-        return self.folder / "silos" / f"{quote(name, safe=' ').replace('.', '%2E')}.json"
+        return self.folder / ENROLLED / f"{quote(name, safe=' ').replace('.', '%2E')}.json"
 
-    def _check_keys(self, card: SiloCard) -> None:
+    def _check_keys(self, card: EnrolledSilo) -> None:
         try:
-            load_ssh_public_key(card.supernode_key.encode())
+            load_ssh_public_key(card.node_key.encode())
         except ValueError:
-            raise InputError(f"silo {card.name!r}: its supernode_key is no OpenSSH public key") from None
+            raise InputError(f"silo {card.silo!r}: its node_key is no OpenSSH public key") from None

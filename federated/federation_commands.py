@@ -50,12 +50,13 @@ def enrol(
 ) -> None:
     """Takes a silo in; nothing has to be restarted."""
     from federated.federation import Federation
-    from federated.keys import SiloCard, confirm, read_document
+    from federated.keys import confirm, read_document
+    from federated.trust import EnrolledSilo
 
-    card = read_document(SiloCard, enrolment)
+    card = read_document(EnrolledSilo, enrolment)
     confirm(card, fingerprint, str(enrolment), typer.confirm)
     Federation(folder).enrol(card)
-    typer.echo(f"silo {card.name}: enrolled; runs that start from now on ask it")
+    typer.echo(f"silo {card.silo}: enrolled; runs ask it from their next round on")
 
 
 @federation_app.command()

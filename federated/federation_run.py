@@ -41,7 +41,13 @@ def run(federation: Federation, config: RunConfig, on_event: Listener) -> Path:
     model, directory = run_directory / "model", run_directory / "federated"
     require_manifest(model, "model", "export")
     settings = federation.state / "run-config.toml"
-    given = {"config": to_toml(config), "base-model": str(model), "directory": str(directory), "num-silos": len(silos)}
+    given = {
+        "config": to_toml(config),
+        "base-model": str(model),
+        "directory": str(directory),
+        "coordinator": str(federation.folder),
+        "num-silos": len(silos),
+    }
     write_atomic(settings, tomli_w.dumps(given).encode(), mode=0o600)
     seen = sum(1 for _ in read_events(directory / "events.jsonl"))
     attempts, rounds = 0, num_rounds(directory)

@@ -13,15 +13,16 @@ from typing import Annotated, Literal, TypeVar
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from configs.artifacts import canonical_json, digest_bytes, sync_directory, write_atomic
 from configs.errors import InputError
 from configs.load import parse
 from configs.settings import Settings
+from federated.trust import PublicKey
+from privacy.statements import json_object
 
-PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Document = TypeVar("Document", bound=Settings)
+Document = TypeVar("Document", bound=BaseModel)
 FINGERPRINT_DIGITS = 40  # 160 bits: finding another document with the same ones is out of reach
 LARGEST_DOCUMENT_BYTES = 100_000
 
@@ -52,28 +53,13 @@ class RelayCard(Settings):
     """Request (PEM) for the certificate by which the silo service knows the relay, where they talk over TLS."""
 
 
-class SiloCard(Settings):
-    """What a coordinator knows a silo by: ``enrolment.json``."""
-
-    kind: Literal["silo"] = "silo"
-    version: Literal[1] = 1
-    name: Annotated[str, Field(min_length=1, max_length=100)]
-    """The silo's id."""
-    dataset_id: str
-    """The steward's name for the dataset."""
-    public_key: PublicKey
-    """Ed25519 key of the silo's ledger and replies, in hexadecimal."""
-    supernode_key: str
-    """The relay's ECDSA P-384 key, OpenSSH."""
-
-
-def fingerprint(document: Settings) -> str:
+def fingerprint(document: BaseModel) -> str:
     """What two people compare by telephone: ten groups of four hexadecimal digits."""
     digits = digest_bytes(canonical_json(document.model_dump(mode="json")))[:FINGERPRINT_DIGITS]
     return "-".join(digits[start : start + 4] for start in range(0, FINGERPRINT_DIGITS, 4))
 
 
-def confirm(document: Settings, given: str | None, origin: str, ask: Callable[[str], bool]) -> str:
+def confirm(document: BaseModel, given: str | None, origin: str, ask: Callable[[str], bool]) -> str:
     """The document's fingerprint, confirmed by what was given or by a person.
 
     Args:
@@ -106,16 +92,10 @@ def read_document(schema: type[Document], path: Path) -> Document:
         raise InputError(f"{path}: can't be read ({error.strerror}); give the file that the other side sent") from None
     if len(content) > LARGEST_DOCUMENT_BYTES:
         raise InputError(f"{path}: {len(content)} bytes, a public document has at most {LARGEST_DOCUMENT_BYTES}")
-    try:
-        tree = json.loads(content)
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not JSON; give the file that the other side sent") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: holds no public document; give the file that the other side sent")
-    return parse(schema, tree, str(path))
+    return parse(schema, json_object(content, str(path)), str(path))
 
 
-def write_document(path: Path, document: Settings) -> None:
+def write_document(path: Path, document: BaseModel) -> None:
     """Writes a public document."""
     write_atomic(path, json.dumps(document.model_dump(mode="json"), indent=2, sort_keys=True).encode() + b"\n")
 

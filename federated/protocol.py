@@ -1,4 +1,13 @@
 """What both ends of a silo's boundary must agree on."""
 
-PROTOCOL_VERSION = 2
+from collections.abc import Iterator
+
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 256 * 2**20
+CHUNK_BYTES = 2**20
+
+
+def chunks(content: bytes) -> Iterator[bytes]:
+    """A message in parts of at most ``CHUNK_BYTES``; an empty one has one empty part."""
+    for start in range(0, max(len(content), 1), CHUNK_BYTES):
+        yield content[start : start + CHUNK_BYTES]

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from configs.artifacts import write_atomic
 from configs.deployment import RelayConfig
 from configs.errors import InputError
-from federated.certificates import CURVE, certificate_request, check_certificate
+from federated.certificates import CURVE, certificate_request, check_certificate, read_certificate
 from federated.health import is_serving
 from federated.keys import (
     CoordinatorCard,
@@ -26,6 +26,7 @@ from federated.keys import (
     write_document,
 )
 from federated.processes import Program, free_port
+from federated.silo_client import AUTHORITY, CERTIFICATE, KEY
 from federated.superlink import BIN, flower_environment
 
 SUPERNODE_CURVE = ec.SECP384R1()
@@ -38,7 +39,7 @@ def make_keys(config: RelayConfig) -> RelayCard:
     """The relay's keys, made where they stay, and their public halves in ``relay.json``."""
     folder = private_folder(Path(config.state_dir))
     supernode = load_or_create_key(folder / "supernode.ssh", SUPERNODE_CURVE)
-    tls = load_or_create_key(folder / "relay.key", CURVE)
+    tls = load_or_create_key(folder / KEY, CURVE)
     card = RelayCard(supernode_key=ssh_public_key(supernode), certificate_request=certificate_request(tls, "relay"))
     if not (folder / "relay.json").exists():  # a request's signature is another one each time
         write_document(folder / "relay.json", card)
@@ -77,7 +78,15 @@ def supernode(config: RelayConfig) -> Program:
 
 
 def _node_config(config: RelayConfig) -> str:
-    return f'silo-address="{config.silo_address}"'
+    address = f'silo-address="{config.silo_address}"'
+    if config.silo_address.startswith("unix:"):
+        return address
+    folder = Path(config.state_dir)
+    for name in (CERTIFICATE, AUTHORITY):
+        if not (folder / name).exists():
+            raise InputError(f"{folder / name}: missing; copy it from the silo's tls folder, where `silo init` put it")
+    check_certificate(read_certificate(folder / CERTIFICATE), read_certificate(folder / AUTHORITY), CERTIFICATE)
+    return f'{address} silo-tls="{folder}"'
 
 
 def check_coordinator(coordinator: CoordinatorCard) -> None:

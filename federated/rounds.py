@@ -2,35 +2,31 @@
 
 import json
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
 from flwr.serverapp import Grid
 
-from configs.artifacts import canonical_json, digest_bytes, require_manifest, write_atomic
+from configs.artifacts import Manifest, canonical_json, require_manifest, write_atomic
 from configs.encryption import load_key
-from configs.errors import PolicyRefusal, SiloweaveError
+from configs.errors import SiloweaveError
 from configs.events import EventLog
 from configs.load import config_digest, parse
 from configs.schema import RunConfig
 from federated import commits
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, FixedPointSum, from_bytes, to_bytes
-from federated.client_app import pack, unpack
-from federated.protocol import PROTOCOL_VERSION
+from federated.exchange import QUERY, TRAIN, Exchange, Parties
+from federated.private_evaluation import METRIC, bounds_of, checked_sums, figures
+from federated.runs import open_run
 from privacy.certificate import certificate
 from privacy.plan import PlanRequest
 from privacy.statements import Receipt, RunStatement, Signed
 from privacy.truncation import units_for
 from trainer.tasks import CausalTask
-
-POLL_S = 0.05
-TRAIN, QUERY = "train", "query"
 
 
 def plan_request(config: RunConfig) -> PlanRequest:
@@ -45,6 +41,10 @@ def plan_request(config: RunConfig) -> PlanRequest:
     if privacy.sampler == "truncated_poisson":
         max_units = units_for(largest, federated.rounds, privacy.delta)
         cap = {"max_batch_size": privacy.max_batch_size, "max_units": max_units}
+    metrics = []
+    if privacy.evaluations:
+        noise = privacy.evaluation_noise_multiplier
+        metrics = [{"name": METRIC, "noise_multiplier": noise, "releases": privacy.evaluations}]
     tree = {
         "unit": privacy.unit,
         "sampler": privacy.sampler,
@@ -56,6 +56,7 @@ def plan_request(config: RunConfig) -> PlanRequest:
         "rounds": federated.rounds,
         "steps_per_round": federated.local_steps,
         "delta": privacy.delta,
+        "metric_releases": metrics,
         **cap,
     }
     return parse(PlanRequest, tree, "privacy").calibrated(privacy.epsilon)
@@ -70,7 +71,7 @@ class Coordinator:
         config: the run's settings.
         base_model: exported model directory.
         directory: receives the rounds' commits, the certificate and the final adapter.
-        num_silos: nodes to wait for.
+        parties: the coordinator's key, and the silos.
         log: receives one event a round, refusal or rejected reply.
         certify: write a certificate; False for the comparison without DP.
     """
@@ -79,20 +80,21 @@ class Coordinator:
     config: RunConfig
     base_model: Path
     directory: Path
-    num_silos: int
+    parties: Parties
     log: EventLog
     certify: bool = True
-    run_id: str = field(init=False)
+    exchange: Exchange = field(init=False)
     plan: PlanRequest = field(init=False)
-    model_digest: str = field(init=False)
-    nodes: dict[str, int] = field(default_factory=dict)
+    base: Manifest = field(init=False)
     silos: dict[str, dict[str, Any]] = field(default_factory=dict)
-    bytes_moved: int = 0
+    reserved: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.run_id = run_id(self.directory)
+        run = open_run(self.directory, self.config.federated.run_lifetime_h)
+        settings, held = self.config.federated, self._held
+        self.exchange = Exchange(self.grid, run, self.parties, settings, self.log, held)
         self.plan = plan_request(self.config)
-        self.model_digest = require_manifest(self.base_model, "model", "export").content_digest
+        self.base = require_manifest(self.base_model, "model", "export")
 
     def run(self, initial_adapter: Callable[[], Arrays]) -> None:
         """All rounds, from the one after the newest commit.
@@ -102,27 +104,30 @@ class Coordinator:
             SiloweaveError: fewer are left for another reason.
         """
         digest, key = config_digest(self.config), load_key(self.config.run.encryption_key_file)
+        run_id = self.exchange.run.id
         say = partial(self.log.emit, "federate", "damaged")
         commit = commits.newest(self.directory, digest, lambda line: say(message=line), key)
         if commit is None:
-            commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, self.run_id, key)
+            commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, run_id, key)
         self.silos = commit.silos  # one that has spent stays in the certificate, whoever is there today
-        self._discover()
-        self._reserve()
+        self._wait_for_silos()
+        self._meet()
         adapter = from_bytes(commit.adapter)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
-            began, self.bytes_moved = time.perf_counter(), 0
+            began, self.exchange.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
+            self._evaluate(round_number, adapter)
             self.log.emit(
                 "federate",
                 "round",
                 round=round_number,
                 rounds=self.plan.rounds,
                 answered=answered,
-                bytes=self.bytes_moved,
+                bytes=self.exchange.bytes_moved,
                 seconds=time.perf_counter() - began,
             )
-            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, self.run_id, key)
+            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, run_id, key)
+            self._meet()
         self._close()
         if self.certify:
             self._certify()
@@ -131,42 +136,45 @@ class Coordinator:
         reserved = {
             name: silo for name, silo in self.silos.items() if silo.get("receipt", {}).get("epsilon_reserved", 0) > 0
         }
-        document = certificate(self.run_id, self.plan, reserved)
+        document = certificate(self.exchange.run.id, self.plan, reserved)
         write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
 
-    def _discover(self) -> None:
+    def _wait_for_silos(self) -> None:
+        """Until all have connected; at the deadline those that are there are enough, if they are enough for a round."""
         deadline = time.monotonic() + self.config.federated.round_timeout_s
-        while len(node_ids := list(self.grid.get_node_ids())) < self.num_silos:
+        while (found := len(list(self.grid.get_node_ids()))) < self.parties.num_silos:
             if time.monotonic() > deadline:
-                raise SiloweaveError(f"{len(node_ids)} of {self.num_silos} silos have connected; start the others")
+                if found >= self.config.federated.min_silos:
+                    return
+                raise SiloweaveError(f"{found} of {self.parties.num_silos} silos have connected; start the others")
             time.sleep(1)
-        body = pb.Request(version=PROTOCOL_VERSION, request_id="describe", describe=pb.Describe()).SerializeToString()
-        for node, reply in self._exchange(dict.fromkeys(node_ids, body), QUERY, "describe"):
-            if reply.WhichOneof("kind") != "described":
-                self.log.emit("federate", "rejected", node=node, step="describe", message=reply.refusal.message)
-                continue
-            described = reply.described
-            self.nodes[reply.silo_id] = node
-            self.silos.setdefault(reply.silo_id, {}).update(
+
+    def _meet(self) -> None:
+        """Who is there now; one that is new reserves the whole schedule before it is asked for anything."""
+        for silo, described in self.exchange.meet():
+            self.silos.setdefault(silo, {}).update(
                 dataset_id=described.dataset_id,
                 public_key=described.public_key,
                 public_record_count=described.public_record_count,
             )
-
-    def _reserve(self) -> None:
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
-        bodies = self._bodies("reserve", reserve=pb.Reserve(plan=text))
-        self._collect(bodies, QUERY, "reserve", lambda silo, reply: self._receipt(silo, reply.reserved.receipt))
+        new = sorted(set(self.exchange.nodes) - self.reserved)
+        bodies = {silo: self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)) for silo in new}
+        already = len(set(self.exchange.nodes) & self.reserved)
+        self.exchange.collect(bodies, QUERY, "reserve", self._take_reservation, already)
+
+    def _take_reservation(self, silo: str, reply: pb.Reply) -> None:
+        self._receipt(silo, reply.reserved.receipt)
+        self.reserved.add(silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
-        content = to_bytes(adapter)
         train = pb.Train(
             round=round_number,
             plan_digest=self.plan.digest,
-            base_model_digest=self.model_digest,
+            base_model_digest=self.base.content_digest,
             task=CausalTask.name,
-            adapter_spec=pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha),
-            adapter=content,
+            adapter_spec=self._adapter_spec(),
+            adapter=to_bytes(adapter),
             learning_rate=self.config.federated.learning_rate,
             optimizer=self.config.federated.optimizer,
         )
@@ -176,13 +184,47 @@ class Coordinator:
             self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
             total.add(from_bytes(reply.trained.update))
 
-        answered = self._collect(self._bodies(f"round-{round_number}", train=train), TRAIN, str(round_number), fold)
+        bodies = self._bodies(f"round-{round_number}", train=train)
+        answered = self.exchange.collect(bodies, TRAIN, str(round_number), fold)
         mean = total.mean()
         return {name: array + mean[name] for name, array in adapter.items()}, answered
 
+    def _evaluate(self, round_number: int, adapter: Arrays) -> None:
+        """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
+        number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
+        if number is None or not self.certify:
+            return
+        evaluate = pb.Evaluate(
+            number=number,
+            metric=METRIC,
+            plan_digest=self.plan.digest,
+            base_model_digest=self.base.content_digest,
+            task=CausalTask.name,
+            adapter_spec=self._adapter_spec(),
+            adapter=to_bytes(adapter),
+        )
+        sums: dict[str, list[float]] = {}
+
+        def take(silo: str, reply: pb.Reply) -> None:
+            self._receipt(silo, reply.evaluated.receipt)
+            sums[silo] = checked_sums(reply.evaluated.sums)
+
+        bodies = self._bodies(f"evaluation-{number}", evaluate=evaluate)
+        answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", take)
+        noise = self.config.privacy.evaluation_noise_multiplier
+        found = figures([sums[silo] for silo in answered], bounds_of(self.base), noise)
+        self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
+
+    def _adapter_spec(self) -> pb.AdapterSpec:
+        return pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha)
+
+    def _bodies(self, request_id: str, **kind: Any) -> dict[str, bytes]:
+        """One request to each silo that is there and has reserved."""
+        silos = sorted(set(self.exchange.nodes) & self.reserved)
+        return {silo: self.exchange.body(request_id, silo, **kind) for silo in silos}
+
     def _close(self) -> None:
-        bodies = self._bodies("close", close=pb.Close())
-        self._collect(bodies, QUERY, "close", self._closed)
+        self.exchange.collect(self._bodies("close", close=pb.Close()), QUERY, "close", self._closed)
 
     def _closed(self, silo: str, reply: pb.Reply) -> None:
         self._receipt(silo, reply.closed.receipt)
@@ -203,104 +245,15 @@ class Coordinator:
 
     def _check_signed(self, silo: str, signed: Signed, run: str) -> None:
         known = self.silos[silo]["public_key"]
-        if (signed.silo, signed.public_key, run) != (silo, known, self.run_id) or not signed.holds():
+        if (signed.silo, signed.public_key, run) != (silo, known, self.exchange.run.id) or not signed.holds():
             raise ValueError("its receipt or statement is of another run, or not signed with the key that it gave")
 
-    def _held(self, node: int) -> bytes:
-        """The last signed receipt of the silo behind a node; nothing where there is none."""
-        receipts = (self.silos[silo].get("receipt", {}) for silo, at in self.nodes.items() if at == node)
-        return next((canonical_json(receipt) for receipt in receipts if "signature" in receipt), b"")
-
-    def _bodies(self, request_id: str, **kind: Any) -> dict[str, bytes]:
-        """One request a silo. The same step of the same run has the same bytes, so a restart asks nothing new."""
-        return {
-            silo: pb.Request(
-                version=PROTOCOL_VERSION, run_id=self.run_id, silo_id=silo, request_id=request_id, **kind
-            ).SerializeToString(deterministic=True)
-            for silo in sorted(self.nodes)
-        }
-
-    def _collect(
-        self, bodies: Mapping[str, bytes], kind: str, group: str, accept: Callable[[str, pb.Reply], None]
-    ) -> list[str]:
-        """Sends the requests and accepts each sound reply as it comes; the others are recorded and passed over.
-
-        Raises:
-            PolicyRefusal: too few silos are left, and a policy refused.
-            SiloweaveError: too few silos are left.
-        """
-        silo_of = {self.nodes[silo]: silo for silo in bodies}
-        answered: list[str] = []
-        refusals: list[PolicyRefusal] = []
-        for node, reply in self._exchange({self.nodes[silo]: body for silo, body in bodies.items()}, kind, group):
-            silo = silo_of[node]
-            try:
-                self._check(silo, reply, digest_bytes(bodies[silo]))
-                accept(silo, reply)
-                answered.append(silo)
-            except PolicyRefusal as refusal:
-                refusals.append(refusal)
-                self.log.emit("federate", "refused", silo=silo, step=group, rule=refusal.rule, message=str(refusal))
-            except ValueError as error:
-                self.log.emit("federate", "rejected", silo=silo, step=group, message=str(error))
-        if len(answered) < self.config.federated.min_silos:
-            message = f"step {group}: {len(answered)} of {len(bodies)} silos answered, federated.min_silos is "
-            message += f"{self.config.federated.min_silos}"
-            if refusals:
-                first = refusals[0]
-                raise PolicyRefusal(f"{message}; {first}", rule=first.rule, asked=first.asked, allowed=first.allowed)
-            raise SiloweaveError(
-                f"{message}; see {self.log.path} and the silos' own logs, then run the same command again"
-            )
-        return sorted(answered)
-
-    def _check(self, silo: str, reply: pb.Reply, request_digest: str) -> None:
-        kind = reply.WhichOneof("kind")
-        if kind == "refusal":
-            refusal = reply.refusal
-            message = f"silo {silo} refuses: {refusal.message}"
-            raise PolicyRefusal(message, rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed)
-        if reply.silo_id != silo or reply.request_digest != request_digest:
-            raise ValueError("the reply is not to this request")
-        if kind not in ("reserved", "trained", "closed"):
-            raise ValueError(f"the reply is {kind}: {reply.failure.code}")
-
-    def _exchange(self, bodies: Mapping[int, bytes], kind: str, group: str) -> Iterator[tuple[int, pb.Reply]]:
-        """Sends one body a node and yields (node, reply) as they come, until all have or time is up."""
-        contents = {node: (body, self._held(node)) for node, body in bodies.items()}
-        messages = [Message(pack(*content), node, kind, group_id=group) for node, content in contents.items()]
-        self.bytes_moved += sum(len(body) + len(receipt) for body, receipt in contents.values())
-        waiting = set(self.grid.push_messages(messages))
-        deadline = time.monotonic() + self.config.federated.round_timeout_s
-        while waiting and time.monotonic() < deadline:
-            for message in self.grid.pull_messages(waiting):
-                waiting.discard(message.metadata.reply_to_message_id)
-                node = message.metadata.src_node_id
-                reply = self._parse(message, node, group)
-                if reply is not None:
-                    yield node, reply
-            if waiting:
-                time.sleep(POLL_S)
-        if waiting:
-            self.log.emit("federate", "timeout", step=group, missing=len(waiting))
-
-    def _parse(self, message: Message, node: int, group: str) -> pb.Reply | None:
-        reply = pb.Reply()
-        try:
-            if message.has_error():
-                raise ValueError(f"Flower reports {message.error.code}: {message.error.reason}")
-            body, _ = unpack(message.content)
-            self.bytes_moved += len(body)
-            reply.ParseFromString(body)
-        except Exception as error:  # protobuf's DecodeError lives in an untyped module
-            self.log.emit("federate", "rejected", node=node, step=group, message=str(error)[:500])
-            return None
-        return reply
+    def _held(self, silo: str) -> bytes:
+        receipt = self.silos.get(silo, {}).get("receipt", {})
+        return canonical_json(receipt) if "signature" in receipt else b""
 
 
-def run_id(directory: Path) -> str:
-    """The id under which silos know this run; made at its first start and kept for its restarts."""
-    path = directory / "run.json"
-    if not path.exists():
-        write_atomic(path, json.dumps({"run_id": uuid.uuid4().hex}).encode())
-    return str(json.loads(path.read_text(encoding="utf-8"))["run_id"])
+def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
+    """Number of the private evaluation that follows a round; None where none does. The last one follows the last."""
+    after = {-(-rounds * number // evaluations): number for number in range(1, evaluations + 1)}
+    return after.get(round_number)

@@ -1,6 +1,7 @@
 """The Flower ServerApp: reads the run's settings from Flower's context and hands over to the coordinator."""
 
 import tomllib
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context
@@ -11,8 +12,10 @@ from configs.events import EventLog, Listener
 from configs.load import parse
 from configs.schema import RunConfig
 from federated.adapters import Arrays
+from federated.exchange import Parties
 from federated.outcome import recorded
 from federated.rounds import Coordinator
+from federated.trust import coordinator_signer, enrolled_silos
 
 app = ServerApp()
 
@@ -22,7 +25,7 @@ def run_federation(
     config: RunConfig,
     base_model: Path,
     directory: Path,
-    num_silos: int,
+    parties: Parties,
     on_event: Listener,
     *,
     certify: bool = True,
@@ -30,7 +33,7 @@ def run_federation(
     """Runs a federation over a grid to its end, from its newest commit."""
     directory.mkdir(parents=True, exist_ok=True)
     log = EventLog(directory / "events.jsonl", (on_event,))
-    coordinator = Coordinator(grid, config, base_model, directory, num_silos, log, certify)
+    coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
     coordinator.run(lambda: initial_adapter(config, base_model))
 
 
@@ -40,8 +43,10 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     config = parse(RunConfig, tomllib.loads(str(given["config"])), "run configuration")
     base_model, directory = Path(str(given["base-model"])), Path(str(given["directory"]))
+    home = Path(str(given["coordinator"]))
+    parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home))
     with recorded(directory, context.run_id):
-        run_federation(grid, config, base_model, directory, int(given["num-silos"]), lambda _: None)
+        run_federation(grid, config, base_model, directory, parties, lambda _: None)
 
 
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:

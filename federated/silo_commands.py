@@ -49,7 +49,7 @@ def init(
     journal, _ = _journal(config)
     card = make_identity(settings, journal, read_document(RelayCard, relay), tuple(host or ["localhost"]))
     typer.echo(
-        f"silo {card.name}: send {Path(settings.silo.state_dir) / ENROLMENT} to the coordinator, and read this out:"
+        f"silo {card.silo}: send {Path(settings.silo.state_dir) / ENROLMENT} to the coordinator, and read this out:"
     )
     typer.echo(f"fingerprint {fingerprint(card)}")
 
@@ -69,47 +69,58 @@ def trust(
 
     card = read_document(CoordinatorCard, coordinator)
     found = confirm(card, fingerprint, str(coordinator), typer.confirm)
-    path = take_in(load_silo(config), card, found)
-    typer.echo(f"{card.name}: trusted from now on ({path}); its relay's settings need coordinator_fingerprint too")
+    take_in(load_silo(config), card)
+    typer.echo(f'{card.name}: trusted from now on; its relay\'s settings say coordinator_fingerprint = "{found}"')
 
 
 @silo_app.command()
-def distrust(config: SiloToml, fingerprint: Annotated[str, typer.Argument(help="As `silo status` shows it.")]) -> None:
+def distrust(config: SiloToml, name: Annotated[str, typer.Argument(help="As `silo status` shows it.")]) -> None:
     """Refuses this coordinator's requests from now on. What was charged stays charged."""
     from configs.silo import load_silo
     from federated.silo_identity import distrust as leave_out
 
-    leave_out(load_silo(config), fingerprint)
-    typer.echo(f"{fingerprint}: not trusted any more")
+    leave_out(load_silo(config), name)
+    typer.echo(f"{name}: not trusted any more")
 
 
 @silo_app.command()
 def serve(
     config: SiloToml,
-    socket: Annotated[Path, typer.Option(help="Unix socket to listen on, for the relay's group and nobody else.")],
+    socket: Annotated[
+        Path | None, typer.Option(help="Unix socket to listen on, for the relay's group and nobody else.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT to listen on by mutual TLS, for a relay on another machine.")
+    ] = None,
 ) -> None:
     """Starts the silo's gRPC service, and runs until it is told to end (SIGTERM, Ctrl-C)."""
     from configs.errors import InputError
     from configs.silo import load_silo
     from federated.separation import check_separation, share_socket
 
+    if (socket is None) == (address is None):
+        raise InputError("silo serve: give --socket for a relay on this machine, or --address for one on another")
     settings = load_silo(config)
     relay_user = settings.silo.relay_user
     if relay_user:
         check_separation(settings, config)
-    elif not settings.data.public:
+    elif socket and not settings.data.public:
         raise InputError(
             f"{config}: silo.relay_user is empty; name the operating-system user of the relay, which runs code that "
             "comes from elsewhere"
         )
     from federated.silo import Silo
+    from federated.silo_identity import service_tls
     from federated.silo_service import serve as start
 
     ended = ended_by_signal()
-    server = start(Silo(settings), socket)
-    if relay_user:
-        share_socket(socket, relay_user)
-    typer.echo(f"silo {settings.silo.id}: listening on {socket}")
+    if socket:
+        server, _ = start(Silo(settings), f"unix:{socket}")
+        if relay_user:
+            share_socket(socket, relay_user)
+    else:
+        server, _ = start(Silo(settings), str(address), service_tls(settings))
+    typer.echo(f"silo {settings.silo.id}: listening on {socket or address}")
     ended.wait()
     server.stop(grace=5).wait()
 

@@ -1,26 +1,22 @@
 """What a silo's steward makes and confirms: the silo's keys and enrolment, and the coordinators it trusts."""
 
-import json
 from pathlib import Path
 
-from configs.artifacts import sync_directory, write_atomic
+from configs.artifacts import sync_directory
 from configs.errors import InputError
 from configs.silo import SiloConfig
 from federated.certificates import CURVE, Authority, requested_key
-from federated.keys import (
-    CoordinatorCard,
-    RelayCard,
-    SiloCard,
-    load_or_create_key,
-    private_folder,
-    write_document,
-)
+from federated.keys import CoordinatorCard, RelayCard, load_or_create_key, private_folder, read_document, write_document
+from federated.silo_client import AUTHORITY, CERTIFICATE
+from federated.silo_service import ServiceTls
+from federated.trust import TRUSTED, EnrolledSilo, TrustedCoordinator
+from federated.trust import trust as write_trusted
 from privacy.journal import Journal
 
-TRUSTED, TLS, ENROLMENT = "trusted", "tls", "enrolment.json"
+TLS, ENROLMENT = "tls", "enrolment.json"
 
 
-def make_identity(config: SiloConfig, journal: Journal, relay: RelayCard, hosts: tuple[str, ...]) -> SiloCard:
+def make_identity(config: SiloConfig, journal: Journal, relay: RelayCard, hosts: tuple[str, ...]) -> EnrolledSilo:
     """The silo's keys, its authority and two certificates for mutual TLS with its relay, and its enrolment.
 
     Args:
@@ -32,45 +28,56 @@ def make_identity(config: SiloConfig, journal: Journal, relay: RelayCard, hosts:
     silo = config.silo
     state_dir = private_folder(Path(silo.state_dir))
     tls = private_folder(state_dir / TLS)
-    authority = Authority(tls, tls, f"silo {silo.id}")
+    authority = Authority(tls / "ca.key", tls / AUTHORITY, f"silo {silo.id}")
     service = load_or_create_key(tls / "service.key", CURVE).public_key()
-    authority.issue(tls / "service.pem", service, f"silo {silo.id} service", hosts, "server")
+    authority.issue(tls / "service.crt", service, f"silo {silo.id} service", hosts, "server")
     relay_key = requested_key(relay.certificate_request, "relay.json")
-    authority.issue(tls / "relay.pem", relay_key, f"silo {silo.id} relay", ("relay",), "client")
-    card = SiloCard(
-        name=silo.id,
-        dataset_id=silo.dataset_id,
-        public_key=journal.signer.public_key,
-        supernode_key=relay.supernode_key,
-    )
+    authority.issue(tls / CERTIFICATE, relay_key, f"silo {silo.id} relay", ("relay",), "client")
+    card = EnrolledSilo(silo=silo.id, public_key=journal.signer.public_key, node_key=relay.supernode_key)
     write_document(state_dir / ENROLMENT, card)
     return card
 
 
-def trust(config: SiloConfig, coordinator: CoordinatorCard, fingerprint: str) -> Path:
+def service_tls(config: SiloConfig) -> ServiceTls:
+    """What the service needs to speak mutual TLS.
+
+    Raises:
+        InputError: `silo init` has not been run.
+    """
+    tls = Path(config.silo.state_dir) / TLS
+    if not (tls / "service.crt").exists():
+        raise InputError(f"{tls / 'service.crt'}: no such certificate; make it with `siloweave silo init`")
+    key, certificate, authority = (tls / name for name in ("service.key", "service.crt", AUTHORITY))
+    return ServiceTls(key.read_bytes(), certificate.read_bytes(), authority.read_bytes())
+
+
+def trust(config: SiloConfig, coordinator: CoordinatorCard) -> Path:
     """From now on the silo answers this coordinator's requests."""
-    path = private_folder(Path(config.silo.state_dir) / TRUSTED) / f"{fingerprint}.json"
-    known = coordinator.model_dump(include={"kind", "version", "name", "public_key"})
-    write_atomic(path, json.dumps(known, sort_keys=True).encode(), mode=0o600)
-    return path
+    state_dir = private_folder(Path(config.silo.state_dir))
+    return write_trusted(state_dir, TrustedCoordinator(name=coordinator.name, public_key=coordinator.public_key))
 
 
-def distrust(config: SiloConfig, fingerprint: str) -> None:
+def distrust(config: SiloConfig, name: str) -> None:
     """From now on the silo refuses this coordinator's requests. What it has charged stays charged.
 
     Raises:
-        InputError: the silo doesn't trust it.
+        InputError: the silo trusts no coordinator of that name.
     """
-    folder = Path(config.silo.state_dir) / TRUSTED
-    path = folder / f"{fingerprint}.json"
-    if not path.exists():
-        known = ", ".join(trusted(config)) or "none"
-        raise InputError(f"{fingerprint}: no trusted coordinator has this fingerprint (there are {known})")
-    path.unlink()
-    sync_directory(folder)
+    known = _trusted(config)
+    paths = [path for path, coordinator in known.items() if coordinator.name == name]
+    if not paths:
+        names = ", ".join(sorted(coordinator.name for coordinator in known.values())) or "none"
+        raise InputError(f"{name!r}: no trusted coordinator has this name (there are {names})")
+    for path in paths:
+        path.unlink()
+        sync_directory(path.parent)
 
 
 def trusted(config: SiloConfig) -> dict[str, str]:
-    """Names of the trusted coordinators by fingerprint."""
+    """Public keys of the trusted coordinators by name."""
+    return {coordinator.name: coordinator.public_key for coordinator in _trusted(config).values()}
+
+
+def _trusted(config: SiloConfig) -> dict[Path, TrustedCoordinator]:
     found = sorted((Path(config.silo.state_dir) / TRUSTED).glob("*.json"))
-    return {path.stem: str(json.loads(path.read_bytes())["name"]) for path in found}
+    return {path: read_document(TrustedCoordinator, path) for path in found}

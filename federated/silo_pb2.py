@@ -24,41 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x65\x64\x65rated/silo.proto\x12\x0csiloweave.v1\")\n\x08\x45nvelope\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x0f\n\x07receipt\x18\x02 \x01(\x0c\"\xf9\x01\n\x07Request\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07silo_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12*\n\x08\x64\x65scribe\x18\n \x01(\x0b\x32\x16.siloweave.v1.DescribeH\x00\x12(\n\x07reserve\x18\x0b \x01(\x0b\x32\x15.siloweave.v1.ReserveH\x00\x12$\n\x05train\x18\x0c \x01(\x0b\x32\x13.siloweave.v1.TrainH\x00\x12$\n\x05\x63lose\x18\r \x01(\x0b\x32\x13.siloweave.v1.CloseH\x00\x42\x06\n\x04kind\"\n\n\x08\x44\x65scribe\"\x17\n\x07Reserve\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\xc0\x01\n\x05Train\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x05 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0c\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x11\n\toptimizer\x18\x08 \x01(\t\"*\n\x0b\x41\x64\x61pterSpec\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\"\x07\n\x05\x43lose\"\xc9\x02\n\x05Reply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07silo_id\x18\x02 \x01(\t\x12\x16\n\x0erequest_digest\x18\x03 \x01(\t\x12,\n\tdescribed\x18\n \x01(\x0b\x32\x17.siloweave.v1.DescribedH\x00\x12*\n\x08reserved\x18\x0b \x01(\x0b\x32\x16.siloweave.v1.ReservedH\x00\x12(\n\x07trained\x18\x0c \x01(\x0b\x32\x15.siloweave.v1.TrainedH\x00\x12&\n\x06\x63losed\x18\r \x01(\x0b\x32\x14.siloweave.v1.ClosedH\x00\x12(\n\x07refusal\x18\x0e \x01(\x0b\x32\x15.siloweave.v1.RefusalH\x00\x12(\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x15.siloweave.v1.FailureH\x00\x42\x06\n\x04kind\"P\n\tDescribed\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x1b\n\x13public_record_count\x18\x03 \x01(\x04\"\x1b\n\x08Reserved\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"*\n\x07Trained\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x0e\n\x06update\x18\x02 \x01(\x0c\",\n\x06\x43losed\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tstatement\x18\x02 \x01(\x0c\"H\n\x07Refusal\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05\x61sked\x18\x02 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t2@\n\x04Silo\x12\x38\n\x06Handle\x12\x16.siloweave.v1.Envelope\x1a\x16.siloweave.v1.Envelopeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x65\x64\x65rated/silo.proto\x12\x0csiloweave.v1\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"<\n\x08\x45nvelope\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x0f\n\x07receipt\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\t\"\xcb\x02\n\x07Request\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07silo_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x0b\x63oordinator\x18\x05 \x01(\t\x12\x0f\n\x07\x65xpires\x18\x06 \x01(\x04\x12*\n\x08\x64\x65scribe\x18\n \x01(\x0b\x32\x16.siloweave.v1.DescribeH\x00\x12(\n\x07reserve\x18\x0b \x01(\x0b\x32\x15.siloweave.v1.ReserveH\x00\x12$\n\x05train\x18\x0c \x01(\x0b\x32\x13.siloweave.v1.TrainH\x00\x12$\n\x05\x63lose\x18\r \x01(\x0b\x32\x13.siloweave.v1.CloseH\x00\x12*\n\x08\x65valuate\x18\x0e \x01(\x0b\x32\x16.siloweave.v1.EvaluateH\x00\x42\x06\n\x04kind\"\n\n\x08\x44\x65scribe\"\x17\n\x07Reserve\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\xc0\x01\n\x05Train\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x05 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0c\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x11\n\toptimizer\x18\x08 \x01(\t\"*\n\x0b\x41\x64\x61pterSpec\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\"\xaa\x01\n\x08\x45valuate\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0e\n\x06metric\x18\x02 \x01(\t\x12\x13\n\x0bplan_digest\x18\x03 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x06 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0c\"\x07\n\x05\x43lose\"\xf7\x02\n\x05Reply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07silo_id\x18\x02 \x01(\t\x12\x16\n\x0erequest_digest\x18\x03 \x01(\t\x12,\n\tdescribed\x18\n \x01(\x0b\x32\x17.siloweave.v1.DescribedH\x00\x12*\n\x08reserved\x18\x0b \x01(\x0b\x32\x16.siloweave.v1.ReservedH\x00\x12(\n\x07trained\x18\x0c \x01(\x0b\x32\x15.siloweave.v1.TrainedH\x00\x12&\n\x06\x63losed\x18\r \x01(\x0b\x32\x14.siloweave.v1.ClosedH\x00\x12(\n\x07refusal\x18\x0e \x01(\x0b\x32\x15.siloweave.v1.RefusalH\x00\x12(\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x15.siloweave.v1.FailureH\x00\x12,\n\tevaluated\x18\x10 \x01(\x0b\x32\x17.siloweave.v1.EvaluatedH\x00\x42\x06\n\x04kind\"P\n\tDescribed\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x1b\n\x13public_record_count\x18\x03 \x01(\x04\"\x1b\n\x08Reserved\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"*\n\x07Trained\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x0e\n\x06update\x18\x02 \x01(\x0c\"*\n\tEvaluated\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x0c\n\x04sums\x18\x02 \x03(\x01\",\n\x06\x43losed\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tstatement\x18\x02 \x01(\x0c\"H\n\x07Refusal\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05\x61sked\x18\x02 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t2@\n\x04Silo\x12\x38\n\x08\x45xchange\x12\x13.siloweave.v1.Chunk\x1a\x13.siloweave.v1.Chunk(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'federated.silo_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENVELOPE']._serialized_start=38
-  _globals['_ENVELOPE']._serialized_end=79
-  _globals['_REQUEST']._serialized_start=82
-  _globals['_REQUEST']._serialized_end=331
-  _globals['_DESCRIBE']._serialized_start=333
-  _globals['_DESCRIBE']._serialized_end=343
-  _globals['_RESERVE']._serialized_start=345
-  _globals['_RESERVE']._serialized_end=368
-  _globals['_TRAIN']._serialized_start=371
-  _globals['_TRAIN']._serialized_end=563
-  _globals['_ADAPTERSPEC']._serialized_start=565
-  _globals['_ADAPTERSPEC']._serialized_end=607
-  _globals['_CLOSE']._serialized_start=609
-  _globals['_CLOSE']._serialized_end=616
-  _globals['_REPLY']._serialized_start=619
-  _globals['_REPLY']._serialized_end=948
-  _globals['_DESCRIBED']._serialized_start=950
-  _globals['_DESCRIBED']._serialized_end=1030
-  _globals['_RESERVED']._serialized_start=1032
-  _globals['_RESERVED']._serialized_end=1059
-  _globals['_TRAINED']._serialized_start=1061
-  _globals['_TRAINED']._serialized_end=1103
-  _globals['_CLOSED']._serialized_start=1105
-  _globals['_CLOSED']._serialized_end=1149
-  _globals['_REFUSAL']._serialized_start=1151
-  _globals['_REFUSAL']._serialized_end=1223
-  _globals['_FAILURE']._serialized_start=1225
-  _globals['_FAILURE']._serialized_end=1248
-  _globals['_SILO']._serialized_start=1250
-  _globals['_SILO']._serialized_end=1314
+  _globals['_CHUNK']._serialized_start=38
+  _globals['_CHUNK']._serialized_end=59
+  _globals['_ENVELOPE']._serialized_start=61
+  _globals['_ENVELOPE']._serialized_end=121
+  _globals['_REQUEST']._serialized_start=124
+  _globals['_REQUEST']._serialized_end=455
+  _globals['_DESCRIBE']._serialized_start=457
+  _globals['_DESCRIBE']._serialized_end=467
+  _globals['_RESERVE']._serialized_start=469
+  _globals['_RESERVE']._serialized_end=492
+  _globals['_TRAIN']._serialized_start=495
+  _globals['_TRAIN']._serialized_end=687
+  _globals['_ADAPTERSPEC']._serialized_start=689
+  _globals['_ADAPTERSPEC']._serialized_end=731
+  _globals['_EVALUATE']._serialized_start=734
+  _globals['_EVALUATE']._serialized_end=904
+  _globals['_CLOSE']._serialized_start=906
+  _globals['_CLOSE']._serialized_end=913
+  _globals['_REPLY']._serialized_start=916
+  _globals['_REPLY']._serialized_end=1291
+  _globals['_DESCRIBED']._serialized_start=1293
+  _globals['_DESCRIBED']._serialized_end=1373
+  _globals['_RESERVED']._serialized_start=1375
+  _globals['_RESERVED']._serialized_end=1402
+  _globals['_TRAINED']._serialized_start=1404
+  _globals['_TRAINED']._serialized_end=1446
+  _globals['_EVALUATED']._serialized_start=1448
+  _globals['_EVALUATED']._serialized_end=1490
+  _globals['_CLOSED']._serialized_start=1492
+  _globals['_CLOSED']._serialized_end=1536
+  _globals['_REFUSAL']._serialized_start=1538
+  _globals['_REFUSAL']._serialized_end=1610
+  _globals['_FAILURE']._serialized_start=1612
+  _globals['_FAILURE']._serialized_end=1635
+  _globals['_SILO']._serialized_start=1637
+  _globals['_SILO']._serialized_end=1701
 # @@protoc_insertion_point(module_scope)

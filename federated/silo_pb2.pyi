@@ -1,37 +1,52 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Chunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
 class Envelope(_message.Message):
-    __slots__ = ("body", "receipt")
+    __slots__ = ("body", "receipt", "signature")
     BODY_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     body: bytes
     receipt: bytes
-    def __init__(self, body: _Optional[bytes] = ..., receipt: _Optional[bytes] = ...) -> None: ...
+    signature: str
+    def __init__(self, body: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("version", "run_id", "silo_id", "request_id", "describe", "reserve", "train", "close")
+    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "describe", "reserve", "train", "close", "evaluate")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_FIELD_NUMBER: _ClassVar[int]
     DESCRIBE_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
     version: int
     run_id: str
     silo_id: str
     request_id: str
+    coordinator: str
+    expires: int
     describe: Describe
     reserve: Reserve
     train: Train
     close: Close
-    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+    evaluate: Evaluate
+    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ...) -> None: ...
 
 class Describe(_message.Message):
     __slots__ = ()
@@ -71,12 +86,30 @@ class AdapterSpec(_message.Message):
     alpha: float
     def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ...) -> None: ...
 
+class Evaluate(_message.Message):
+    __slots__ = ("number", "metric", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_SPEC_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    metric: str
+    plan_digest: str
+    base_model_digest: str
+    task: str
+    adapter_spec: AdapterSpec
+    adapter: bytes
+    def __init__(self, number: _Optional[int] = ..., metric: _Optional[str] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ...) -> None: ...
+
 class Close(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("version", "silo_id", "request_digest", "described", "reserved", "trained", "closed", "refusal", "failure")
+    __slots__ = ("version", "silo_id", "request_digest", "described", "reserved", "trained", "closed", "refusal", "failure", "evaluated")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +119,7 @@ class Reply(_message.Message):
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_FIELD_NUMBER: _ClassVar[int]
     version: int
     silo_id: str
     request_digest: str
@@ -95,7 +129,8 @@ class Reply(_message.Message):
     closed: Closed
     refusal: Refusal
     failure: Failure
-    def __init__(self, version: _Optional[int] = ..., silo_id: _Optional[str] = ..., request_digest: _Optional[str] = ..., described: _Optional[_Union[Described, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    evaluated: Evaluated
+    def __init__(self, version: _Optional[int] = ..., silo_id: _Optional[str] = ..., request_digest: _Optional[str] = ..., described: _Optional[_Union[Described, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ...) -> None: ...
 
 class Described(_message.Message):
     __slots__ = ("dataset_id", "public_key", "public_record_count")
@@ -120,6 +155,14 @@ class Trained(_message.Message):
     receipt: bytes
     update: bytes
     def __init__(self, receipt: _Optional[bytes] = ..., update: _Optional[bytes] = ...) -> None: ...
+
+class Evaluated(_message.Message):
+    __slots__ = ("receipt", "sums")
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    receipt: bytes
+    sums: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, receipt: _Optional[bytes] = ..., sums: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Closed(_message.Message):
     __slots__ = ("receipt", "statement")

@@ -34,18 +34,18 @@ class SiloStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Handle = channel.unary_unary(
-                '/siloweave.v1.Silo/Handle',
-                request_serializer=federated_dot_silo__pb2.Envelope.SerializeToString,
-                response_deserializer=federated_dot_silo__pb2.Envelope.FromString,
+        self.Exchange = channel.stream_stream(
+                '/siloweave.v1.Silo/Exchange',
+                request_serializer=federated_dot_silo__pb2.Chunk.SerializeToString,
+                response_deserializer=federated_dot_silo__pb2.Chunk.FromString,
                 _registered_method=True)
 
 
 class SiloServicer(object):
     """Missing associated documentation comment in .proto file."""
 
-    def Handle(self, request, context):
-        """Takes a serialized Request and gives a serialized Reply.
+    def Exchange(self, request_iterator, context):
+        """Takes an Envelope with a Request and gives one with a Reply, each serialized and cut into chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -54,10 +54,10 @@ class SiloServicer(object):
 
 def add_SiloServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Handle': grpc.unary_unary_rpc_method_handler(
-                    servicer.Handle,
-                    request_deserializer=federated_dot_silo__pb2.Envelope.FromString,
-                    response_serializer=federated_dot_silo__pb2.Envelope.SerializeToString,
+            'Exchange': grpc.stream_stream_rpc_method_handler(
+                    servicer.Exchange,
+                    request_deserializer=federated_dot_silo__pb2.Chunk.FromString,
+                    response_serializer=federated_dot_silo__pb2.Chunk.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -71,7 +71,7 @@ class Silo(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def Handle(request,
+    def Exchange(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -81,12 +81,12 @@ class Silo(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/siloweave.v1.Silo/Handle',
-            federated_dot_silo__pb2.Envelope.SerializeToString,
-            federated_dot_silo__pb2.Envelope.FromString,
+            '/siloweave.v1.Silo/Exchange',
+            federated_dot_silo__pb2.Chunk.SerializeToString,
+            federated_dot_silo__pb2.Chunk.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,7 +24,7 @@ def silo_status(path: Path, ledger: tuple[Journal, Budget], socket: Path | None)
     remaining = left(bodies) if bodies else policy
     closed = {body["run"] for body in bodies if body["kind"] == "close"}
     runs = [body["run"] for body in bodies if body["kind"] == "reserve"]
-    certificates = {file.stem: days_left(read_certificate(file)) for file in sorted((state_dir / TLS).glob("*.pem"))}
+    certificates = {file.stem: days_left(read_certificate(file)) for file in sorted((state_dir / TLS).glob("*.crt"))}
     return {
         "silo": settings.silo.id,
         "serving": None if socket is None else is_serving(f"unix:{socket}", SERVICE),

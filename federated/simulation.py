@@ -12,13 +12,17 @@ from configs.silo import SiloConfig, simulated_silo
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
 from federated.client_app import Handler
+from federated.envelope import seal_reply
+from federated.exchange import Parties
 from federated.local_grid import LocalGrid, OpenSilo
 from federated.local_training import public_update
 from federated.protocol import PROTOCOL_VERSION
+from federated.requests import check_sender, decode, open_envelope
 from federated.rounds import plan_request
 from federated.server_app import run_federation
-from federated.silo import Silo, decode
+from federated.silo import Silo
 from federated.silo_data import rows_of
+from federated.trust import coordinator_signer
 from privacy.plan import PlanRequest
 from privacy.streams import Streams
 
@@ -62,20 +66,24 @@ def simulate(
         injected_seed: for tests: makes the silos' noise repeatable.
     """
     silos = simulated_silos(config, base_model)
+    signer = coordinator_signer(Path(config.federated.state_dir))
+    trusted = frozenset({signer.public_key})
     if with_dp:
-        opener: OpenSilo = partial(_open_silo, silos, injected_seed)
+        opener: OpenSilo = partial(_open_silo, silos, trusted, injected_seed)
     else:
-        opener = partial(_open_comparison, silos, plan_request(config))
+        opener = partial(_open_comparison, silos, trusted, plan_request(config))
     with LocalGrid(ray, opener, silos, config.federated.workers, config.cluster.threads_per_rank) as grid:
-        run_federation(grid, config, base_model, directory, len(silos), on_event, certify=with_dp)
+        run_federation(grid, config, base_model, directory, Parties(signer, len(silos)), on_event, certify=with_dp)
 
 
-def _open_silo(silos: dict[str, SiloConfig], injected_seed: bytes | None, name: str) -> Handler:
-    return Silo(silos[name], injected_seed).handle
+def _open_silo(
+    silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str
+) -> Handler:
+    return Silo(silos[name], trusted, injected_seed).handle
 
 
-def _open_comparison(silos: dict[str, SiloConfig], plan: PlanRequest, name: str) -> Handler:
-    return PublicSilo(silos[name], plan).handle
+def _open_comparison(silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanRequest, name: str) -> Handler:
+    return PublicSilo(silos[name], trusted, plan).handle
 
 
 class PublicSilo:
@@ -85,7 +93,7 @@ class PublicSilo:
         PolicyRefusal: the data is not declared public.
     """
 
-    def __init__(self, config: SiloConfig, plan: PlanRequest) -> None:
+    def __init__(self, config: SiloConfig, trusted: frozenset[str], plan: PlanRequest) -> None:
         if not config.data.public:
             raise PolicyRefusal(
                 f"silo {config.silo.id!r}: training without DP needs data declared public = true",
@@ -93,13 +101,16 @@ class PublicSilo:
                 asked="no DP",
                 allowed="data declared public",
             )
-        self._silo = Silo(config)  # for its data and model; its ledger is neither charged nor asked
+        self._silo = Silo(config, trusted)  # for its data and model; its ledger is neither charged nor asked
         self._plan = plan.bind(config.silo.public_record_count)  # for its batches
 
-    def handle(self, body: bytes, receipt: bytes = b"") -> bytes:  # noqa: ARG002
+    def handle(self, content: bytes) -> bytes:
         """Answers like a silo, without receipts."""
-        silo, digest = self._silo, digest_bytes(body)
-        request = decode(body, silo.config.silo.id)
+        silo = self._silo
+        envelope = open_envelope(content, silo.config.policy.max_request_bytes)
+        digest = digest_bytes(envelope.body)
+        request = decode(envelope.body, silo.config.silo.id)
+        check_sender(envelope, request, silo.trusted())
         kind = request.WhichOneof("kind")
         reply = pb.Reply(version=PROTOCOL_VERSION, silo_id=silo.config.silo.id, request_digest=digest)
         if kind == "describe":
@@ -110,7 +121,7 @@ class PublicSilo:
             reply.closed.SetInParent()
         else:
             reply.trained.update = self._update(request.train, digest)
-        return reply.SerializeToString(deterministic=True)
+        return seal_reply(silo.ledger.journal.signer, reply.SerializeToString(deterministic=True))
 
     def _update(self, train: pb.Train, digest: str) -> bytes:
         silo = self._silo

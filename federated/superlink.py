@@ -93,7 +93,7 @@ def nodes(federation: Federation) -> dict[str, dict[str, Any]]:
     with control(federation) as client:
         found = {node.public_key: node for node in client.ListNodes(ListNodesRequest()).nodes_info}
     cards = federation.silos()
-    known = {name: found.get(pem(card.supernode_key)) for name, card in cards.items()}
+    known = {name: found.get(pem(card.node_key)) for name, card in cards.items()}
     return {name: {"node": node.node_id, "status": node.status} for name, node in known.items() if node is not None}
 
 
@@ -101,7 +101,7 @@ def reconcile(federation: Federation) -> None:
     """Makes the registered nodes those of the enrolled silos, without a restart of anything."""
     from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
-    wanted = {pem(card.supernode_key): name for name, card in federation.silos().items()}
+    wanted = {pem(card.node_key): name for name, card in federation.silos().items()}
     with control(federation) as client:
         there = {
             node.public_key: node.node_id

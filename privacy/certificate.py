@@ -22,7 +22,6 @@ _NOT_COVERED = (  # a change of these words is a new version: checking a certifi
     "versions: no silo signs them here; each statement has its own silo's",
     "whose keys these are: compare each public key with what its steward gives you",
     "a silo that the coordinator leaves out: only that silo's own ledger shows its charges",
-    "a coordinator that is not who it says: requests are not signed yet",
     "float32 rounding inside the clipped sum: one record may change how the others' contributions are rounded",
 )
 

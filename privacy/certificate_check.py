@@ -85,7 +85,7 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
     found = {
         "plan_digest": reservation["plan_digest"] if reservation else None,
         "public_record_count": reservation["public_record_count"] if reservation else None,
-        "rounds_charged": sum(body["kind"] == "charge" and body["run"] == run for body in bodies),
+        "rounds_charged": sum(body["kind"] == "charge" and body["run"] == run and body["round"] > 0 for body in bodies),
         "number": (find(bodies, "close", run=run) or {"number": None})["number"],
     }
     if reservation is None:

@@ -44,6 +44,13 @@ def find(bodies: list[dict[str, Any]], kind: str, **values: Any) -> dict[str, An
     return next(matching, None)
 
 
+def releases(plan: dict[str, Any], metric: str) -> int:
+    """How often a reserved plan releases a metric; without a name, its rounds of training."""
+    if not metric:
+        return int(plan["rounds"])
+    return sum(found["releases"] for found in plan.get("metric_releases", ()) if found["name"] == metric)
+
+
 def policy_budget(bodies: list[dict[str, Any]]) -> Budget:
     """The budget of the policy in force."""
     policy = [body for body in bodies if body["kind"] in ("open", "policy")][-1]

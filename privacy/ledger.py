@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.artifacts import digest_bytes
 from configs.errors import InputError, PolicyRefusal
-from privacy.chain import Budget, find, left, spends, spent_since, verify_entries
+from privacy.chain import Budget, find, left, releases, spends, spent_since, verify_entries
 from privacy.journal import RECONCILE, Journal, default_anchor_dir, refusal
 from privacy.plan import PrivacyPlan
 from privacy.statements import Receipt, RunStatement
@@ -169,14 +169,15 @@ class Ledger:
                 f"{remedy}",
             )
 
-    def charge(self, run_id: str, request_id: str, request_digest: str, round_number: int) -> Charge:
-        """Charges one round of a reserved run and draws its seed; the same request again gets the same seed or reply.
+    def charge(self, run_id: str, request_id: str, request_digest: str, number: int, metric: str = "") -> Charge:
+        """Charges one release of a reserved run and draws its seed; the same request again gets the same seed or reply.
 
         Args:
             run_id: the run.
             request_id: the coordinator's id of this request.
             request_digest: digest of the whole request; the seed is bound to it.
-            round_number: 1 to the plan's rounds; each can be charged once.
+            number: 1 to the plan's rounds, or to its releases of the metric; each can be charged once.
+            metric: a metric's name; empty for a round of training.
 
         Raises:
             PolicyRefusal: no reservation, closed, used id or round with another content, or no such round in the plan.
@@ -185,8 +186,9 @@ class Ledger:
             bodies = self.journal.bodies()
             before = find(bodies, "charge", run=run_id, request=request_id)
             if before is None:
-                self._check_round(bodies, run_id, round_number)
-                charge = self._new_charge(run_id, request_id, request_digest, round_number)
+                what = {"round": 0, "metric": metric, "metric_number": number} if metric else {"round": number}
+                self._check_release(bodies, run_id, what)
+                charge = self._new_charge(run_id, request_id, request_digest, what)
             elif before["digest"] != request_digest:
                 raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
             else:
@@ -195,30 +197,31 @@ class Ledger:
             self.journal.scrub()  # it may have failed when the reply was stored, and the seed may still be there
         return charge
 
-    def _new_charge(self, run_id: str, request_id: str, request_digest: str, round_number: int) -> Charge:
+    def _new_charge(self, run_id: str, request_id: str, request_digest: str, what: dict[str, Any]) -> Charge:
         number = self.journal.append(
             "charge",
             run=run_id,
             request=request_id,
             digest=request_digest,
-            round=round_number,
+            **what,
             seed_source=self._seed_origin,
         )
         seed = self._seed_source(request_digest)
         self.journal.db.execute("INSERT INTO seeds VALUES (?, ?)", (number, seed))
         return Charge(number, seed, None)
 
-    def _check_round(self, bodies: list[dict[str, Any]], run_id: str, round_number: int) -> None:
+    def _check_release(self, bodies: list[dict[str, Any]], run_id: str, what: dict[str, Any]) -> None:
         reservation = find(bodies, "reserve", run=run_id)
         if reservation is None:
             raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
         if find(bodies, "close", run=run_id) is not None:
             raise refusal("closed", run_id, "an open run", f"run {run_id} is closed")
-        rounds = reservation["plan"]["rounds"]
-        if not 1 <= round_number <= rounds:
-            raise refusal("schedule", str(round_number), f"1 to {rounds}", f"run {run_id} reserved {rounds} rounds")
-        if find(bodies, "charge", run=run_id, round=round_number) is not None:
-            raise refusal("schedule", str(round_number), "a new round", f"round {round_number} of {run_id} is charged")
+        metric, number = what.get("metric", ""), what.get("metric_number", what["round"])
+        shown, most = f"{metric or 'round'} {number}", releases(reservation["plan"], metric)
+        if not 1 <= number <= most:
+            raise refusal("schedule", shown, f"1 to {most}", f"run {run_id} reserved {most} of them")
+        if find(bodies, "charge", run=run_id, **what) is not None:
+            raise refusal("schedule", shown, "a new one", f"{shown} of {run_id} is charged")
 
     def _stored(self, number: int, run_id: str, bodies: list[dict[str, Any]]) -> Charge:
         reply = self.journal.db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
@@ -279,7 +282,7 @@ class Ledger:
             public_record_count=reservation["public_record_count"],
             epsilon=reservation["epsilon"],
             delta=reservation["delta"],
-            rounds_charged=len(charges),
+            rounds_charged=sum(body["round"] > 0 for body in charges),
             number=closing["number"],
             head=self.entries()[closing["number"] - 1]["hash"],
             attests_disjoint_units=attests_disjoint_units,

@@ -7,6 +7,7 @@ multiples of a power of two that depends on the plan alone.
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,8 +65,22 @@ def noised(clipped_sum: torch.Tensor, noise_std: float, streams: Streams, step: 
     return torch.from_numpy(released).view(clipped_sum.shape).to(clipped_sum.device)
 
 
+def noised_sums(
+    sums: npt.NDArray[np.float64], noise_std: float, streams: Streams, name: str
+) -> npt.NDArray[np.float64]:
+    """A vector of sums over units with its noise, on the grid.
+
+    Args:
+        sums: exact in float64: rounding them would change how far one unit can move them. Shape (K,).
+        noise_std: standard deviation of the noise on each, from the plan and the vector's sensitivity.
+        streams: the charge's random streams.
+        name: what is summed.
+    """
+    return _on_grid(sums, standard_normal(streams.generator("metric", 0, name), len(sums)), noise_std)
+
+
 def _on_grid(
-    sums: npt.NDArray[np.float32], normal: npt.NDArray[np.float64], noise_std: float
+    sums: npt.NDArray[np.floating[Any]], normal: npt.NDArray[np.float64], noise_std: float
 ) -> npt.NDArray[np.float64]:
     """Sum and noise on the grid, in place of the standard normal values."""
     spacing = grid(noise_std)

@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.errors import InputError, PolicyRefusal
 from configs.load import parse
-from privacy.chain import left
+from privacy.chain import left, releases
 from privacy.plan import PlanRequest
 
 _TOLERANCE = 1e-6
@@ -48,7 +48,7 @@ class _State:
     """What has happened up to an entry."""
 
     plans: dict[str, PlanRequest] = field(default_factory=dict)
-    charged: dict[str, set[int]] = field(default_factory=dict)  # of open runs: their rounds
+    charged: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # of open runs: metric or "", number
     unanswered: dict[int, str] = field(default_factory=dict)  # charge -> run
     opened: bool = False
 
@@ -88,10 +88,13 @@ def _overspent(bodies: list[Body]) -> str:
 
 
 def _charge(state: _State, body: Body) -> str:
-    run, number = body["run"], body["round"]
-    if run not in state.charged or not 1 <= number <= state.plans[run].rounds or number in state.charged[run]:
+    run, metric = body["run"], body.get("metric", "")
+    number = body["metric_number"] if metric else body["round"]
+    if run not in state.charged or (metric, number) in state.charged[run]:
         return "a charge that no reservation covers"
-    state.charged[run].add(number)
+    if not 1 <= number <= releases(state.plans[run].model_dump(), metric):
+        return "a charge that no reservation covers"
+    state.charged[run].add((metric, number))
     state.unanswered[body["number"]] = run
     return ""
 

@@ -60,15 +60,23 @@ class CausalTask:
 
     def record_nats(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Negative log-likelihood of each record in nats, shape (B,)."""
-        logits_BTV = model(input_ids=batch["input_ids"]).logits.float()
-        losses_BT = functional.cross_entropy(
-            logits_BTV.transpose(1, 2), batch["targets"], ignore_index=IGNORED, reduction="none"
-        )
-        return losses_BT.sum(dim=1)
+        return _nats(model(input_ids=batch["input_ids"]).logits.float(), batch["targets"])
+
+    def record_scores(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Of each record: nats, tokens that the model holds likeliest, tokens. Shape (B, 3), float64."""
+        logits_BTV, targets = model(input_ids=batch["input_ids"]).logits.float(), batch["targets"]
+        correct = (logits_BTV.argmax(dim=2) == targets).sum(dim=1)
+        tokens = (targets != IGNORED).sum(dim=1)
+        return torch.stack([_nats(logits_BTV, targets).double(), correct.double(), tokens.double()], dim=1)
 
     def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Training loss of each record, shape (B,): nats a token, a function of that record alone."""
         return self.record_nats(model, batch) / (batch["targets"] != IGNORED).sum(dim=1)
+
+
+def _nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    losses_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORED, reduction="none")
+    return losses_BT.sum(dim=1)
 
 
 def by_length(records: Sequence[Encoded], micro_batch_size: int) -> Iterator[list[Encoded]]:

@@ -167,8 +167,10 @@ def _left(config: RunConfig, model: Path) -> dict[str, tuple[float, float, list[
 
 def _reserved(trial: Trial, bodies: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The entry with which a trial of an earlier start has paid already."""
-    from federated.rounds import run_id
+    from federated.runs import RUN_FILE, open_run
     from privacy.chain import find
 
     federation = run_directory(trial.config) / "federated"
-    return find(bodies, "reserve", run=run_id(federation)) if (federation / "run.json").exists() else None
+    if not (federation / RUN_FILE).exists():
+        return None
+    return find(bodies, "reserve", run=open_run(federation, trial.config.federated.run_lifetime_h).id)

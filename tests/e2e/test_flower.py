@@ -12,6 +12,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,21 +20,28 @@ import psutil
 import pytest
 import tomli_w
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from silo_requests import body_of, opened
 
 from configs.load import load, to_toml
 from configs.schema import RunConfig
 from configs.silo import load_silo, simulated_silo
-from federated import server_app, silo_pb2_grpc
+from federated import server_app
 from federated import silo_pb2 as pb
+from federated.envelope import seal_request
+from federated.exchange import Parties
 from federated.local_grid import LocalGrid
-from federated.silo import PROTOCOL_VERSION, Silo
+from federated.silo import Silo
+from federated.silo_client import exchange
 from federated.silo_service import SERVICE
+from federated.trust import EnrolledSilo, TrustedCoordinator, coordinator_signer, enrolled_silos, trust
 from privacy.certificate_check import check_certificate
+from privacy.signing import Signer
 
 NAME = "comedies"
 SEED, SPLIT_KEY = bytes(range(32)), bytes(range(32, 64))
 BIN = Path(sys.executable).parent
 APP = Path(server_app.__file__).parent / "app"
+EXPIRES = int(time.time()) + 3600
 START_S, RUN_S, END_S = 60, 150, 10
 # A service never injects a seed, so the one whose bytes are compared is not the command's.
 SEEDED_SERVICE = """
@@ -44,8 +52,8 @@ from configs.silo import load_silo
 from federated.silo import Silo
 from federated.silo_service import serve
 torch.set_num_threads(1)
-silo = Silo(load_silo(Path(sys.argv[1])), bytes.fromhex(sys.argv[3]))
-serve(silo, Path(sys.argv[2])).wait_for_termination()
+silo = Silo(load_silo(Path(sys.argv[1])), injected_seed=bytes.fromhex(sys.argv[3]))
+serve(silo, f"unix:{sys.argv[2]}")[0].wait_for_termination()
 """
 
 
@@ -139,13 +147,18 @@ def is_serving(path: Path) -> bool:
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def silo_toml(config: RunConfig, model: Path, state_dir: Path) -> Path:
-    """The settings of the one silo, with the split key that all silos of this file share."""
+def silo_toml(config: RunConfig, model: Path, state_dir: Path, coordinator: Path) -> Path:
+    """The settings of the one silo, with the split key that all silos of this file share, enrolled and trusting."""
     silo = simulated_silo(config, NAME, model)
     settings = silo.silo.model_copy(update={"state_dir": str(state_dir)})
     state_dir.mkdir()
     (state_dir / "split.key").write_bytes(SPLIT_KEY)
     (state_dir / "split.key").chmod(0o600)
+    public_key = coordinator_signer(coordinator).public_key
+    trust(state_dir, TrustedCoordinator(name="test", public_key=public_key))
+    enrolled = EnrolledSilo(silo=NAME, public_key=Signer(state_dir / "silo.key").public_key, node_key="")
+    (coordinator / "silos").mkdir(exist_ok=True)
+    (coordinator / "silos" / f"{NAME}.json").write_text(enrolled.model_dump_json(), encoding="utf-8")
     path = state_dir / "silo.toml"
     path.write_text(to_toml(silo.model_copy(update={"silo": settings})), encoding="utf-8")
     return path
@@ -154,7 +167,7 @@ def silo_toml(config: RunConfig, model: Path, state_dir: Path) -> Path:
 def federation(directory: Path) -> Path:
     """A federation's directory with a run id that is already chosen: the id is part of every request."""
     directory.mkdir()
-    (directory / "run.json").write_text(json.dumps({"run_id": "e2e"}), encoding="utf-8")
+    (directory / "run.json").write_text(json.dumps({"run_id": "e2e", "expires": EXPIRES}), encoding="utf-8")
     return directory
 
 
@@ -181,23 +194,34 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
     # A smaller epsilon means more noise, which is calibrated faster.
     config = load("tiny", ["federated.rounds=1", f"federated.round_timeout_s={RUN_S}", "privacy.epsilon=1"])
 
-    over_flower = federation(tmp_path / "over-flower")
-    silo = silo_toml(config, model, tmp_path / "silo-over-flower")
+    over_flower, home = federation(tmp_path / "over-flower"), tmp_path / "coordinator"
+    silo = silo_toml(config, model, tmp_path / "silo-over-flower", home)
     processes.start("silo", sys.executable, "-c", SEEDED_SERVICE, str(silo), str(socket_path), SEED.hex())
     processes.wait_until("silo service", lambda: is_serving(socket_path))
     start_flower(processes, f"unix:{socket_path}")
-    given = {"config": to_toml(config), "base-model": str(model), "directory": str(over_flower), "num-silos": 1}
+    given = {
+        "config": to_toml(config),
+        "base-model": str(model),
+        "directory": str(over_flower),
+        "coordinator": str(home),
+        "num-silos": 1,
+    }
     settings = tmp_path / "run-config.toml"
     settings.write_text(tomli_w.dumps(given), encoding="utf-8")
     run = processes.start("run", str(BIN / "flwr"), "run", str(APP), "local", "--run-config", str(settings), "--stream")
 
     over_grid = federation(tmp_path / "over-grid")
-    silo = silo_toml(config, model, tmp_path / "silo-over-grid")
-    with LocalGrid(shared_ray, lambda _: Silo(load_silo(silo), SEED).handle, [NAME], workers=1, threads=1) as grid:
-        server_app.run_federation(grid, config, model, over_grid, 1, lambda _: None)
-
+    # One after the other: at the second one's start the roster names another key of the same silo.
     processes.wait_until("end of the run", lambda: run.poll() is not None, RUN_S)
     assert (over_flower / "certificate.json").exists(), processes.logs()
+    silo = silo_toml(config, model, tmp_path / "silo-over-grid", home)
+    parties = Parties(coordinator_signer(home), 1, partial(enrolled_silos, home))
+
+    def open_silo(_name):
+        return Silo(load_silo(silo), injected_seed=SEED).handle
+
+    with LocalGrid(shared_ray, open_silo, [NAME], workers=1, threads=1) as grid:
+        server_app.run_federation(grid, config, model, over_grid, parties, lambda _: None)
     assert adapter(over_flower, 0) == adapter(over_grid, 0)
     assert adapter(over_flower, 1) != adapter(over_flower, 0)
     assert adapter(over_flower, 1) == adapter(over_grid, 1)
@@ -206,22 +230,23 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
 
 
 def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path):
-    silo = silo_toml(load("tiny"), tiny_run.directory / "model", tmp_path / "silo")
+    home = tmp_path / "coordinator"
+    silo = silo_toml(load("tiny"), tiny_run.directory / "model", tmp_path / "silo", home)
     command = processes.start(
         "silo", str(BIN / "siloweave"), "silo", "serve", "-c", str(silo), "--socket", str(socket_path)
     )
     processes.wait_until("silo service", lambda: is_serving(socket_path))
     assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
-    request = pb.Request(version=PROTOCOL_VERSION, request_id="describe", describe=pb.Describe())
-    with grpc.insecure_channel(f"unix:{socket_path}") as channel:
-        envelope = silo_pb2_grpc.SiloStub(channel).Handle(pb.Envelope(body=request.SerializeToString()), timeout=30)
-    reply = pb.Reply.FromString(envelope.body)
+    signer = coordinator_signer(home)
+
+    def ask(receipt=b"", **kind):
+        body = body_of("request", silo_id=NAME, coordinator=signer.public_key, **kind)
+        return opened(exchange(f"unix:{socket_path}", seal_request(signer, body, receipt), timeout_s=30))
+
+    reply = ask(describe=pb.Describe())
     assert (reply.silo_id, reply.described.public_record_count) == (NAME, 6000)
-    request = pb.Request(version=PROTOCOL_VERSION, silo_id=NAME, run_id="run", request_id="close", close=pb.Close())
-    with grpc.insecure_channel(f"unix:{socket_path}") as channel:
-        given = pb.Envelope(body=request.SerializeToString(), receipt=b"no receipt")
-        envelope = silo_pb2_grpc.SiloStub(channel).Handle(given, timeout=30)
-    assert pb.Reply.FromString(envelope.body).refusal.rule == "receipt"  # it has crossed the socket, beside the body
+    # The receipt has crossed the socket, beside the body, and the refusal has come back with the status code.
+    assert ask(receipt=b"no receipt", close=pb.Close()).refusal.rule == "receipt"
     command.terminate()
     assert command.wait(END_S) == 0, processes.logs()
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,6 +14,7 @@ from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
 from federated import commits
 from federated.adapters import from_bytes
+from federated.exchange import Exchange
 from federated.local_grid import LocalGrid
 from federated.rounds import Coordinator
 from federated.simulation import simulate
@@ -76,10 +78,15 @@ def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
 def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_path, monkeypatch):
     """The same injected seeds and run id: killed after a round and continued, on one worker or on two."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "run.json").write_text('{"run_id": "same"}')
+    run = json.dumps({"run_id": "same", "expires": int(time.time()) + 3600})
+    (tmp_path / "a" / "run.json").write_text(run)
     federation("federated.workers=2", name="a", injected_seed=SEED)
     keys = {path.parent.name: path.read_bytes() for path in (tmp_path / "state").rglob("split.key")}
+    coordinator = (tmp_path / "state" / "coordinator.key").read_bytes()
     shutil.rmtree(tmp_path / "state")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "coordinator.key").touch(mode=0o600)
+    (tmp_path / "state" / "coordinator.key").write_bytes(coordinator)
     for silo, key in keys.items():
         folder = tmp_path / "state" / "plays-tiny" / silo
         folder.mkdir(parents=True)
@@ -87,7 +94,7 @@ def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_pa
         (folder / "split.key").chmod(0o600)
 
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "run.json").write_text('{"run_id": "same"}')
+    (tmp_path / "b" / "run.json").write_text(run)
     whole_round = Coordinator._round
 
     def dies_in_round_two(self, number, adapter):
@@ -159,7 +166,7 @@ def test_a_silo_without_records_stops_the_simulation(federation):
 
 def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, monkeypatch):
     """Stopped after round one; at the restart a silo's answers are lost: what it has spent is still claimed."""
-    whole_round, exchange = Coordinator._round, Coordinator._exchange
+    whole_round, send = Coordinator._round, Exchange._send
 
     def dies(self, number, adapter):
         if number == 2:
@@ -167,13 +174,13 @@ def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, mo
         return whole_round(self, number, adapter)
 
     def deaf(self, bodies, kind, group):
-        return ((node, reply) for node, reply in exchange(self, bodies, kind, group) if reply.silo_id != "roman")
+        return (found for found in send(self, bodies, kind, group) if found[2].silo_id != "roman")
 
     monkeypatch.setattr(Coordinator, "_round", dies)
     with pytest.raises(KeyboardInterrupt):
         federation()
     monkeypatch.undo()
-    monkeypatch.setattr(Coordinator, "_exchange", deaf)
+    monkeypatch.setattr(Exchange, "_send", deaf)
     federation()
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])

@@ -109,7 +109,7 @@ def test_the_stubs_are_those_of_silo_proto(tmp_path):
             current = line.split()[1]
         elif line.endswith(";") and "=" in line and not line.startswith("syntax"):
             declaration, number = line.rstrip(";").split("=")
-            kind, name = declaration.split()
+            *_, kind, name = declaration.split()  # "repeated" may stand before them
             fields[current, name] = (kind, int(number))
     described = {}
     for message in silo_pb2.DESCRIPTOR.message_types_by_name.values():

@@ -5,11 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from silo_requests import TRUSTED, ask
 
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
-from federated.protocol import PROTOCOL_VERSION
 from federated.server_app import initial_adapter
 from federated.silo import Silo, warm_model
 from federated.silo_data import rows_of
@@ -39,19 +39,13 @@ def silo_of(folder, model, rows, name="south"):
         data={"source": str(data)},
         policy={"budget_epsilon": 20.0, "budget_delta": 1e-4, "max_epsilon_per_run": 10.0},
     )
-    return Silo(config, SEED)
-
-
-def ask(silo, request_id, **kind):
-    request = pb.Request(
-        version=PROTOCOL_VERSION, run_id="run-1", silo_id=silo.config.silo.id, request_id=request_id, **kind
-    )
-    return silo.handle(request.SerializeToString(deterministic=True))
+    return Silo(config, TRUSTED, SEED)
 
 
 def trained(silo, adapter):
     """The reply to the first round's request, and what the ledger then says."""
-    ask(silo, "reserve", reserve=pb.Reserve(plan=PLAN.model_dump_json()))
+    name = silo.config.silo.id
+    ask(silo, "reserve", silo_id=name, reserve=pb.Reserve(plan=PLAN.model_dump_json()))
     train = pb.Train(
         round=1,
         plan_digest=PLAN.digest,
@@ -62,7 +56,7 @@ def trained(silo, adapter):
         learning_rate=0.01,
         optimizer="adam",
     )
-    reply = pb.Reply.FromString(ask(silo, "round-1", train=train))
+    reply, _ = ask(silo, "round-1", silo_id=name, train=train)
     kinds = [json.loads(entry["body"])["kind"] for entry in silo.ledger.entries()]
     claims = (kinds, silo.ledger.left())
     silo.close()

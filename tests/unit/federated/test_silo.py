@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from silo_requests import COORDINATOR, TRUSTED, ask, opened
 
 from configs.artifacts import digest_bytes
 from configs.errors import InputError, PolicyRefusal
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
-from federated.protocol import PROTOCOL_VERSION
+from federated.envelope import seal_request
 from federated.server_app import initial_adapter
 from federated.silo import FAILED, Silo
 from federated.silo_data import rows_of
@@ -47,7 +48,7 @@ def silo_config(tmp_path, model, name="north", rows=120, **policy):
 
 @pytest.fixture
 def silo(tmp_path, tiny_model):
-    silo = Silo(silo_config(tmp_path, tiny_model))
+    silo = Silo(silo_config(tmp_path, tiny_model), TRUSTED)
     yield silo
     silo.close()
 
@@ -55,13 +56,6 @@ def silo(tmp_path, tiny_model):
 @pytest.fixture(scope="module")
 def adapter(tiny_run):
     return to_bytes(initial_adapter(tiny_run.config(), tiny_run.model))
-
-
-def ask(silo, request_id, run_id="run-1", silo_id="north", receipt=b"", version=PROTOCOL_VERSION, **kind):
-    body = pb.Request(version=version, run_id=run_id, silo_id=silo_id, request_id=request_id, **kind).SerializeToString(
-        deterministic=True
-    )
-    return pb.Reply.FromString(silo.handle(body, receipt)), body
 
 
 def reserve(silo, plan=PLAN, **changes):
@@ -109,7 +103,8 @@ def test_a_whole_run(silo, adapter):
 def test_a_repeated_request_gets_the_same_bytes_and_no_second_charge(silo, adapter):
     reserve(silo)
     _, body = ask(silo, "round-1", **train_kind(silo, adapter))
-    assert silo.handle(body) == silo.handle(body)
+    envelope = seal_request(COORDINATOR, body)
+    assert silo.handle(envelope) == silo.handle(envelope)
     assert kinds(silo).count("charge") == 1
 
 
@@ -130,7 +125,7 @@ def test_two_requests_of_one_round_with_other_adapters_never_share_noise(tmp_pat
     """Learning rate next to nothing: an update is the noise's direction. Another adapter, another direction."""
     signs = []
     for number, changed in enumerate((0.0, 1e-3)):
-        silo = Silo(silo_config(tmp_path / str(number), tiny_model), SEED)
+        silo = Silo(silo_config(tmp_path / str(number), tiny_model), TRUSTED, SEED)
         reserve(silo)
         arrays = {name: array + np.float32(changed) for name, array in from_bytes(adapter).items()}
         reply, _ = ask(silo, "round-1", **train_kind(silo, to_bytes(arrays), learning_rate=1e-4))
@@ -149,7 +144,7 @@ def test_an_injected_seed_makes_a_simulated_silo_repeatable(tmp_path, tiny_model
         if number:
             (folder / "state" / "north").mkdir(parents=True)
             shutil.copy(tmp_path / "0/state/north/split.key", folder / "state/north/split.key")
-        silo = Silo(config, SEED)
+        silo = Silo(config, TRUSTED, SEED)
         reserve(silo)
         reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
         updates.append(reply.trained.update)
@@ -205,7 +200,7 @@ def test_a_round_of_truncated_poisson_sampling(silo, adapter, max_units, fits):
 
 
 def test_a_budget_too_small_for_the_run_is_refused(tmp_path, tiny_model):
-    silo = Silo(silo_config(tmp_path, tiny_model, budget_epsilon=PLAN.epsilon / 2))
+    silo = Silo(silo_config(tmp_path, tiny_model, budget_epsilon=PLAN.epsilon / 2), TRUSTED)
     assert reserve(silo).refusal.rule == "budget_epsilon"
     silo.close()
 
@@ -258,7 +253,7 @@ def test_refusals_are_alike_on_neighbouring_datasets(tmp_path, tiny_model, adapt
     for number, rows in enumerate((120, 119)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        silo = Silo(silo_config(folder, tiny_model, rows=rows))
+        silo = Silo(silo_config(folder, tiny_model, rows=rows), TRUSTED)
         shown = [
             ask(silo, "r", **train_kind(silo, adapter))[0],
             reserve(silo, PLAN.model_copy(update={"rounds": 9999})),
@@ -269,10 +264,10 @@ def test_refusals_are_alike_on_neighbouring_datasets(tmp_path, tiny_model, adapt
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(body=st.binary(max_size=400))
-def test_no_bytes_make_a_silo_crash_or_talk(silo, body):
-    reply = pb.Reply.FromString(silo.handle(body))
-    assert reply.WhichOneof("kind") in ("refusal", "described", "failure")
+@given(content=st.binary(max_size=400))
+def test_no_bytes_make_a_silo_crash_or_talk(silo, content):
+    reply = opened(silo.handle(content), silo)
+    assert reply.WhichOneof("kind") == "refusal"
     assert "Traceback" not in str(reply)
 
 
@@ -283,13 +278,13 @@ def test_a_receipt_ahead_of_the_ledger_stops_everything_until_it_is_reconciled(s
     silo.close()
     for place in (state, default_anchor_dir(state)):
         shutil.copytree(place, tmp_path / "last week" / place.name)
-    ahead = Silo(silo.config)
+    ahead = Silo(silo.config, TRUSTED)
     reply, _ = ask(ahead, "round-1", **train_kind(ahead, adapter))
     ahead.close()
     for place in (state, default_anchor_dir(state)):
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "last week" / place.name, place)
-    back = Silo(silo.config)
+    back = Silo(silo.config, TRUSTED)
     assert receipt_in(reserve(back).reserved).number == 2  # nothing on this machine can tell
     kinds_before = kinds(back)
     shown = reply.trained.receipt
@@ -300,11 +295,11 @@ def test_a_receipt_ahead_of_the_ledger_stops_everything_until_it_is_reconciled(s
     assert kinds(back) == kinds_before
     back.close()
     with pytest.raises(InputError, match="siloweave silo budget reconcile"):
-        Silo(silo.config)
+        Silo(silo.config, TRUSTED)
     (tmp_path / "silos.json").write_bytes(b'{"north": {"receipt": ' + shown + b"}}")
     done = siloweave("silo", "budget", "reconcile", str(state), "silos.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    again = Silo(silo.config)
+    again = Silo(silo.config, TRUSTED)
     assert ask(again, "round-1", receipt=shown, **train_kind(again, adapter))[0].refusal.rule == "closed"
     assert receipt_in(reserve(again, run_id="run-2", receipt=shown).reserved).epsilon_left < 20 - PLAN.epsilon
     again.close()
@@ -324,7 +319,7 @@ def test_the_receipt_is_no_part_of_what_is_digested(silo, adapter):
 
 
 def test_a_closed_run_is_stated_and_signed(tmp_path, tiny_model, adapter):
-    silo = Silo(silo_config(tmp_path, tiny_model, attests_disjoint_units=True), SEED)
+    silo = Silo(silo_config(tmp_path, tiny_model, attests_disjoint_units=True), TRUSTED, SEED)
     assert ask(silo, "close", close=pb.Close())[0].closed.statement == b""  # nothing reserved, nothing to state
     reserve(silo)
     ask(silo, "round-1", **train_kind(silo, adapter))
@@ -337,13 +332,13 @@ def test_a_closed_run_is_stated_and_signed(tmp_path, tiny_model, adapter):
     reserve(silo, run_id="run-2")
     assert ask(silo, "close", close=pb.Close())[0].closed.statement == closed.closed.statement
     silo.close()
-    later = Silo(silo.config)  # without the seed: the run stays one with an injected seed
+    later = Silo(silo.config, TRUSTED)  # without the seed: the run stays one with an injected seed
     assert ask(later, "close", close=pb.Close())[0].closed.statement == closed.closed.statement
     later.close()
 
 
 def test_a_day_is_limited_by_the_policy(tmp_path, tiny_model):
-    silo = Silo(silo_config(tmp_path, tiny_model, max_epsilon_per_day=1.5 * PLAN.epsilon))
+    silo = Silo(silo_config(tmp_path, tiny_model, max_epsilon_per_day=1.5 * PLAN.epsilon), TRUSTED)
     assert reserve(silo).reserved.receipt
     assert reserve(silo, run_id="run-2").refusal.rule == "max_epsilon_per_day"
     silo.close()
@@ -383,29 +378,29 @@ def test_what_a_refusal_repeats_is_short_and_on_one_line(silo):
 
 
 def test_the_split_is_never_drawn_anew(tmp_path, tiny_model, adapter):
-    silo = Silo(silo_config(tmp_path, tiny_model))
+    silo = Silo(silo_config(tmp_path, tiny_model), TRUSTED)
     key = silo.ledger.path.parent / "split.key"
     reserve(silo)
     silo.close()
     kept = key.read_bytes()
     key.unlink()
-    silo = Silo(silo.config)  # nothing is charged yet
+    silo = Silo(silo.config, TRUSTED)  # nothing is charged yet
     assert key.read_bytes() != kept
     ask(silo, "round-1", **train_kind(silo, adapter))
     silo.close()
     kept = key.read_bytes()
     key.unlink()
     with pytest.raises(InputError, match="put its backup back"):
-        Silo(silo.config)
+        Silo(silo.config, TRUSTED)
     with pytest.raises(InputError, match="put its backup back"):
         load_secret(key)
     assert not key.exists()
     key.write_bytes(kept)
     key.chmod(0o644)
     with pytest.raises(InputError, match="mode 644 lets others read it"):
-        Silo(silo.config)
+        Silo(silo.config, TRUSTED)
     key.chmod(0o600)
-    Silo(silo.config).close()
+    Silo(silo.config, TRUSTED).close()
 
 
 def test_a_base_model_that_is_not_from_public_text_is_refused(tmp_path, tiny_model):
@@ -415,12 +410,12 @@ def test_a_base_model_that_is_not_from_public_text_is_refused(tmp_path, tiny_mod
     manifest["metadata"]["trained_on"] = "private"
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="public text only"):
-        Silo(silo_config(tmp_path, copy))
+        Silo(silo_config(tmp_path, copy), TRUSTED)
 
 
 def test_training_without_dp_needs_public_data(tmp_path, tiny_model):
     with pytest.raises(PolicyRefusal, match="declared public = true"):
-        PublicSilo(silo_config(tmp_path, tiny_model), PLAN)
+        PublicSilo(silo_config(tmp_path, tiny_model), TRUSTED, PLAN)
 
 
 def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_path, tiny_model, adapter):
@@ -428,7 +423,7 @@ def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_pat
     with (tmp_path / "data.jsonl").open("ab") as file:
         file.write(b'{"text": "caf\xe9 ' + b"and a very long story of many words " * 30 + b'"}\n')
     rows_of.cache_clear()
-    silo = Silo(config)
+    silo = Silo(config, TRUSTED)
     reserve(silo)
     reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
     silo.close()

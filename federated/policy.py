@@ -1,0 +1,72 @@
+"""A silo's policy, applied to what is asked: computed from the request and the settings alone, without reading data."""
+
+import math
+
+from configs.errors import InputError
+from configs.load import parse
+from configs.silo import SiloPolicy
+from federated import silo_pb2 as pb
+from federated.local_training import OPTIMIZERS
+from federated.private_evaluation import METRIC
+from federated.requests import json_object, refuse
+from privacy.plan import PlanRequest, PrivacyPlan
+from trainer.tasks import CausalTask
+
+
+def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
+    """The plan that a run wants to reserve, bound to the silo's own size.
+
+    Raises:
+        PolicyRefusal: a rule of the policy, with the value asked for and the value allowed.
+    """
+    tree = json_object(text)
+    try:
+        request = parse(PlanRequest, tree, "plan")
+    except InputError as error:
+        raise refuse("plan", "an inconsistent plan", str(error)) from None
+    plan = request.bind(public_record_count)
+    if request.noise_multiplier < policy.min_noise_multiplier:
+        raise refuse("min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}")
+    if request.sampling_rate > policy.max_sampling_rate:
+        raise refuse("max_sampling_rate", f"{request.sampling_rate:g}", f"{policy.max_sampling_rate:g}")
+    if request.steps_per_round > policy.max_steps_per_round:
+        raise refuse("max_steps_per_round", f"{request.steps_per_round}", f"{policy.max_steps_per_round}")
+    weakest = min((metric.noise_multiplier for metric in request.metric_releases), default=math.inf)
+    if weakest < policy.min_noise_multiplier:
+        raise refuse("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
+    epsilon = request.epsilon
+    if epsilon > policy.max_epsilon_per_run:
+        raise refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
+    names = sorted({metric.name for metric in request.metric_releases})
+    allowed = [METRIC] if policy.releases_metrics else []
+    if not set(names) <= set(allowed):
+        raise refuse("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
+    return plan
+
+
+def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_digest: str) -> None:
+    """Base model, task and adapter of a request.
+
+    Raises:
+        PolicyRefusal: one of them is not allowed.
+    """
+    if asked.base_model_digest != base_model_digest:
+        raise refuse("base_model", asked.base_model_digest, base_model_digest)
+    if asked.task != CausalTask.name:
+        raise refuse("task", asked.task, CausalTask.name)
+    if not 1 <= asked.adapter_spec.rank <= policy.max_lora_rank:
+        raise refuse("max_lora_rank", str(asked.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
+    if not 0 < asked.adapter_spec.alpha <= 1000:
+        raise refuse("lora_alpha", f"{asked.adapter_spec.alpha:g}", "above 0, at most 1000")
+
+
+def check_optimizer(train: pb.Train) -> None:
+    """How a silo is asked to train.
+
+    Raises:
+        PolicyRefusal: it can't.
+    """
+    if not 0 < train.learning_rate <= 1:
+        raise refuse("learning_rate", f"{train.learning_rate:g}", "above 0, at most 1")
+    if train.optimizer not in OPTIMIZERS:
+        raise refuse("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))

@@ -1,0 +1,143 @@
+"""Private evaluation: a silo scores its held-out units and releases noised sums of bounded values, one vector a unit.
+
+Each unit gives four values from 0 to 1: clipped nats, clipped characters, tokens that the model holds likeliest, and
+tokens, each over a public bound. So adding or removing a unit moves the vector of sums by at most 2 (2-norm), and the
+Gaussian noise is the plan's multiple of that. Bits per character and accuracy are ratios of the sums: post-processing.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from configs.artifacts import Manifest
+from federated.adapters import Arrays
+from privacy.noise import noised_sums
+from privacy.streams import Streams
+from trainer.models import load_adapter_weights
+from trainer.tasks import CausalTask, Encoded, by_length
+
+METRIC = "held_out"
+_VALUES = ("nats", "characters", "correct tokens", "tokens")
+SENSITIVITY = 2.0  # the 2-norm of four values from 0 to 1 is at most this
+_NATS_A_TOKEN = 8.0  # a unit's mean above this counts as this: a uniform guess among 3,000 tokens
+_CHARACTERS_A_TOKEN = 8.0
+_STEP = 2.0**-20  # values are whole multiples of it, so that float64 sums of up to 2^33 units are exact
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Public bounds of one unit, from the base model's context alone: no unit has more tokens.
+
+    Attributes:
+        context_length: in tokens.
+    """
+
+    context_length: int
+
+    @property
+    def scale(self) -> npt.NDArray[np.float64]:
+        """What a value of 1 stands for, in the order of the sums."""
+        return self.context_length * np.array([_NATS_A_TOKEN, _CHARACTERS_A_TOKEN, 1.0, 1.0])
+
+
+def bounds_of(base_model: Manifest) -> Bounds:
+    """Bounds for a base model, from its manifest: the same at the silos and at the coordinator."""
+    return Bounds(base_model.metadata["context_length"])
+
+
+@contextmanager
+def evaluated(model: Any, adapter: Arrays | None) -> Iterator[None]:
+    """The model with this adapter, or the base model alone, in evaluation mode."""
+    model.eval()
+    if adapter is None:
+        with model.disable_adapter():
+            yield
+        return
+    load_adapter_weights(model, {name: torch.from_numpy(array) for name, array in adapter.items()})
+    yield
+
+
+def private_sums(
+    model: Any,
+    task: CausalTask,
+    units: Sequence[Encoded],
+    bounds: Bounds,
+    noise_multiplier: float,
+    streams: Streams,
+    micro_batch_size: int,
+) -> list[float]:
+    """The four noised sums over a silo's held-out units.
+
+    Args:
+        model: in evaluation mode.
+        task: what a unit is to the model.
+        units: all held-out units; none is sampled.
+        bounds: public.
+        noise_multiplier: of the plan's release; the noise on each sum has ``noise_multiplier * SENSITIVITY``.
+        streams: the charge's random streams.
+        micro_batch_size: units at once; speed only.
+    """
+    sums = np.zeros(len(_VALUES))
+    for values in _unit_values(model, task, units, bounds, micro_batch_size):
+        sums += values.sum(axis=0)
+    return [float(value) for value in noised_sums(sums, noise_multiplier * SENSITIVITY, streams, METRIC)]
+
+
+def _unit_values(
+    model: Any, task: CausalTask, units: Sequence[Encoded], bounds: Bounds, micro_batch_size: int
+) -> Iterator[npt.NDArray[np.float64]]:
+    """Values of some units, from 0 to 1, shape (B, 4). A unit whose loss is not finite counts as the worst."""
+    with torch.no_grad():
+        for micro in by_length(units, micro_batch_size):
+            nats, correct, tokens = task.record_scores(model, task.collate(micro)).numpy().T
+            characters = np.array([float(unit.characters) for unit in micro])
+            found = np.stack([np.nan_to_num(nats, nan=np.inf), characters, correct, tokens], axis=1)
+            yield np.rint(np.clip(found / bounds.scale, 0.0, 1.0) / _STEP) * _STEP
+
+
+def checked_sums(sums: Sequence[float]) -> list[float]:
+    """A silo's sums as they came.
+
+    Raises:
+        ValueError: not four finite numbers.
+    """
+    if len(sums) != len(_VALUES) or not all(math.isfinite(value) for value in sums):
+        raise ValueError(f"its sums are {len(sums)} numbers, or not finite: they should be {', '.join(_VALUES)}")
+    return list(sums)
+
+
+def figures(sums: Sequence[Sequence[float]], bounds: Bounds, noise_multiplier: float) -> dict[str, float | None]:
+    """Bits per character and next-token accuracy over all silos, with the standard error that the noise gives them.
+
+    Args:
+        sums: a silo's noised sums each.
+        bounds: as the silos used them.
+        noise_multiplier: of the plan's release.
+
+    Returns:
+        None for what the noise has left without a positive denominator.
+    """
+    nats, characters, correct, tokens = np.sum(sums, axis=0) * bounds.scale
+    errors = math.sqrt(len(sums)) * noise_multiplier * SENSITIVITY * bounds.scale
+    bits, bits_error = _ratio(nats / math.log(2), characters, errors[0] / math.log(2), errors[1])
+    accuracy, accuracy_error = _ratio(correct, tokens, errors[2], errors[3])
+    return {
+        "bits_per_char": bits,
+        "bits_per_char_error": bits_error,
+        "accuracy": accuracy,
+        "accuracy_error": accuracy_error,
+    }
+
+
+def _ratio(above: float, below: float, above_error: float, below_error: float) -> tuple[float | None, float | None]:
+    """A ratio of two noised sums, and its standard error to first order."""
+    if below <= below_error:
+        return None, None
+    ratio = above / below
+    return float(ratio), float(math.hypot(above_error, ratio * below_error) / below)

@@ -1,0 +1,125 @@
+"""What arrives at a silo, before anything is done about it: parsing, and refusals as they leave."""
+
+import json
+import time
+from typing import Any
+
+from configs.errors import InputError, PolicyRefusal
+from federated import silo_pb2 as pb
+from federated.adapters import Arrays, from_bytes
+from federated.envelope import request_holds
+from federated.protocol import PROTOCOL_VERSION
+from privacy.statements import Receipt
+
+LARGEST_ECHO = 100  # characters of a request that a refusal repeats
+
+
+def refuse(rule: str, asked: str, allowed: str) -> PolicyRefusal:
+    """A refusal by a rule of the policy; what was asked is repeated in part only."""
+    asked = asked[:LARGEST_ECHO]
+    return PolicyRefusal(f"{rule}: asked {asked}, allowed {allowed}", rule=rule, asked=asked, allowed=allowed)
+
+
+def open_envelope(content: bytes, largest: int) -> pb.Envelope:
+    """The envelope around a request.
+
+    Raises:
+        PolicyRefusal: it is none, or has more bytes than ``largest``.
+    """
+    if len(content) > largest:
+        raise refuse("max_request_bytes", f"{len(content)}", f"{largest}")
+    envelope = pb.Envelope()
+    _parse(envelope, content)
+    return envelope
+
+
+def decode(body: bytes, silo_id: str) -> pb.Request:
+    """Parses a request and checks that it is for this silo, in a version that it speaks, and still valid.
+
+    Raises:
+        PolicyRefusal: it is not.
+    """
+    request = pb.Request()
+    _parse(request, body)
+    kind = request.WhichOneof("kind")
+    if request.version != PROTOCOL_VERSION:
+        raise refuse("version", str(request.version), str(PROTOCOL_VERSION))
+    if kind is None:
+        raise refuse("request", "no kind", "describe, reserve, train, evaluate or close")
+    if kind != "describe" and request.silo_id != silo_id:
+        raise refuse("silo_id", request.silo_id, silo_id)
+    if kind != "describe" and not (request.run_id and len(request.run_id) <= 100 and len(request.request_id) <= 200):
+        raise refuse("run_id", request.run_id or "empty", "1 to 100 characters, request_id up to 200")
+    if request.expires < time.time():
+        raise refuse("expires", f"{request.expires}", "a time to come")
+    return request
+
+
+def check_sender(envelope: pb.Envelope, request: pb.Request, trusted: frozenset[str]) -> None:
+    """Whether a coordinator that the steward trusts has signed this request, together with its receipt.
+
+    Raises:
+        PolicyRefusal: it has not.
+    """
+    if request.coordinator not in trusted:
+        raise refuse("coordinator", request.coordinator or "none", "a coordinator that the steward trusts")
+    if not request_holds(envelope, request.coordinator):
+        raise refuse("signature", "one that does not hold", "the coordinator's own over the whole request")
+
+
+def _parse(message: Any, content: bytes) -> None:
+    try:
+        message.ParseFromString(content)
+    except Exception as error:  # protobuf's DecodeError lives in an untyped module
+        raise refuse("request", type(error).__name__, f"a serialized {type(message).__name__}") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A plan's JSON.
+
+    Raises:
+        PolicyRefusal: it is no JSON object, or longer than 10,000 characters.
+    """
+    if len(text) > 10_000:
+        raise refuse("plan", f"{len(text)} characters", "at most 10000 characters")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise refuse("plan", "not JSON", "a JSON object") from None
+    if not isinstance(value, dict):
+        raise refuse("plan", type(value).__name__, "a JSON object")
+    return value
+
+
+def arrays(content: bytes) -> Arrays:
+    """A request's adapter.
+
+    Raises:
+        PolicyRefusal: it is no float32 safetensors.
+    """
+    try:
+        return from_bytes(content)
+    except ValueError as error:
+        raise refuse("adapter", str(error), "float32 safetensors") from None
+
+
+def receipt_of(content: bytes) -> Receipt | None:
+    """The receipt that came beside a request; None where there was none.
+
+    Raises:
+        PolicyRefusal: it is something else.
+    """
+    try:
+        return Receipt.from_bytes(content, "receipt") if content else None
+    except InputError:
+        raise refuse("receipt", "something else", "a receipt of this silo, as it was sent") from None
+
+
+def refusal_message(refusal: PolicyRefusal) -> pb.Refusal:
+    """A refusal as it leaves and is logged: one line, whatever was asked."""
+    asked, allowed, message = map(_one_line, (refusal.asked[:LARGEST_ECHO], refusal.allowed, str(refusal)))
+    return pb.Refusal(rule=refusal.rule, asked=asked, allowed=allowed, message=message)
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:2000])
