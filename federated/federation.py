@@ -57,12 +57,11 @@ class Federation:
                     f"{folder / FEDERATION_FILE}: is there with other settings; edit it, or choose a folder"
                 )
         else:
-            private_folder(folder)
+            coordinator_signer(private_folder(folder))
             write_atomic(folder / FEDERATION_FILE, to_toml(config).encode())
         federation = cls(folder)
         for part in (federation.keys, federation.certificates, federation.state, federation.home):
             private_folder(part)
-        coordinator_signer(federation.folder)
         federation.renew_certificates()
         write_document(federation.card_file, federation.card)
         return federation

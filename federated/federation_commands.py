@@ -91,16 +91,19 @@ def _enrolments(served: "Federation") -> "Callable[[], None]":
     from federated.superlink import reconcile
 
     registered: dict[str, Any] | None = None
+    said = ""
 
     def tick() -> None:
-        nonlocal registered
+        nonlocal registered, said
         try:
             wanted = served.silos()
             if wanted != registered:
                 reconcile(served)
-                registered = wanted
+                registered, said = wanted, ""
         except SiloweaveError as error:
-            typer.echo(f"enrolments: {error}", err=True)
+            if str(error) != said:  # not twice a second
+                said = str(error)
+                typer.echo(f"enrolments: {said}", err=True)
 
     return tick
 

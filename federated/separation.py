@@ -56,11 +56,10 @@ class Account:
         status = path.lstat()
         if self.uid == status.st_uid:
             return bool(status.st_mode >> 6 & wanted)  # an owner may give the rest, too, but see ``owns``
-        given = status.st_mode & 7
-        # With an access list the group bits are its mask, the most that anybody named in it has.
-        if status.st_gid in self.gids or _has_access_list(path):
-            given |= status.st_mode >> 3 & 7
-        return bool(given & wanted)
+        group, others = status.st_mode >> 3 & 7, status.st_mode & 7
+        if _has_access_list(path):  # its mask, the most that anybody named in it has, is where the group's bits were
+            return bool((group | others) & wanted)
+        return bool((group if status.st_gid in self.gids else others) & wanted)
 
     def owns(self, path: Path) -> bool:
         """Whether the file is the user's own: an owner may change its mode."""
@@ -116,7 +115,8 @@ def _check(relay: Account, what: str, path: Path) -> None:
             if not relay.may(folder, ENTER):
                 break  # nothing below is within reach
         else:
-            _check_tree(relay, what, place)
+            if not place.is_symlink():  # a link has no permissions; what it names is the other place
+                _check_tree(relay, what, place)
 
 
 def _check_unchangeable(relay: Account, what: str, folder: Path) -> None:
