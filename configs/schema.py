@@ -8,11 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.data_settings import DataSettings, TokenizerSettings
+from configs.federated_settings import FederatedSettings
 from configs.pretrain_settings import ClusterSettings, ModelSettings, PretrainSettings
 from configs.settings import Count, Positive, Probability, Settings
-
-Optimizer = Literal["adam", "adam_bc", "sgd"]
-ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew", "opacus_ghost"]
 
 
 class RunSettings(Settings):
@@ -48,39 +46,6 @@ class RunSettings(Settings):
         return f"{self.storage.rstrip('/')}/{self.name}" if "://" in self.storage else None
 
 
-class FederatedSettings(Settings):
-    """Fine-tuning across silos: LoRA adapters, FedAvg with fixed equal weights."""
-
-    rounds: Count = 3
-    """Rounds; every silo takes part in each."""
-    local_steps: Count = 12
-    """Optimizer steps of a silo in a round."""
-    learning_rate: Positive = 5e-3
-    """Learning rate inside a silo."""
-    optimizer: Optimizer = "adam"
-    """Optimizer inside a silo, anew each round; ``adam_bc`` takes the noise's share off Adam's second moment."""
-    lora_rank: Count = 16
-    """Rank of the adapters, on all linear layers, the output head included."""
-    lora_alpha: Positive = 32
-    """Scale of the adapters: the update is ``alpha / rank * B A``."""
-    workers: Count = 2
-    """Processes that host the silos of a simulation."""
-    micro_batch_size: Count = 16
-    """Records processed at once inside a silo; speed only."""
-    clipping: ClippingMethod = "bookkeeping"
-    """How per-record gradients are clipped: book-keeping, or one of Opacus' modes; speed only."""
-    min_silos: Count = 1
-    """Silos that must answer for a round to count."""
-    enough_silos: Annotated[int, Field(ge=0)] = 0
-    """Replies with which a round ends before its deadline; 0: those of all silos that are there."""
-    run_lifetime_h: Positive = 720
-    """Hours from a run's first start for which its requests are valid; a silo refuses them later."""
-    round_timeout_s: Positive = 3600
-    """Seconds after which a round goes on without those that have not answered."""
-    state_dir: str = "state"
-    """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does."""
-
-
 class PrivacySettings(Settings):
     """What changes the guarantee; the steward's policy bounds each of them."""
 
@@ -105,8 +70,8 @@ class PrivacySettings(Settings):
     target_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of gradients that ``quantile`` leaves unshortened, 0.5 for instance; 0 with the others."""
     evaluations: Annotated[int, Field(ge=0)] = 0
-    """Private evaluations on the silos' held-out units, spread evenly over the rounds, the last after the last round.
-    Their noise is paid from the same epsilon. 0: none."""
+    """Private evaluations on the silos' held-out units: one after the last round; of several the first is of the base
+    model, and the others are spread evenly over the rounds. Their noise is paid from the same epsilon. 0: none."""
     evaluation_noise_multiplier: Positive = 5.0
     """Noise of a private evaluation's sums, over the most that one unit can move them."""
     budget_epsilon: Positive = 32.0
@@ -216,10 +181,10 @@ class RunConfig(Settings):
                 f"privacy.max_batch_size is {self.privacy.max_batch_size} and privacy.sampler "
                 f"{self.privacy.sampler!r}: give 0 with 'poisson', a cap with 'truncated_poisson'"
             )
-        if self.privacy.evaluations > self.federated.rounds:
+        if self.privacy.evaluations > self.federated.rounds + 1:
             raise ValueError(
-                f"privacy.evaluations is {self.privacy.evaluations}: there are {self.federated.rounds} rounds to "
-                "evaluate; give at most federated.rounds"
+                f"privacy.evaluations is {self.privacy.evaluations}: there are {self.federated.rounds} rounds and "
+                "the base model to evaluate; give at most federated.rounds + 1"
             )
         if self.federated.optimizer == "adam_bc" and self.privacy.clipping_function == "quantile":
             raise ValueError(

@@ -7,8 +7,9 @@ from urllib.parse import quote
 from pydantic import Field, model_validator
 
 from configs.data_settings import DeidentifySettings, SourceSettings
+from configs.federated_settings import ClippingMethod
 from configs.load import parse, read_toml
-from configs.schema import ClippingMethod, RunConfig
+from configs.schema import RunConfig
 from configs.settings import Count, Positive, Probability, Settings
 
 

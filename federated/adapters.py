@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,18 @@ def from_bytes(content: bytes) -> Arrays:
     return {name: array.copy() for name, array in arrays.items()}
 
 
+def check_update(update: Mapping[str, npt.NDArray[np.float32]], like: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Refuses an update that can't be added to the arrays that it changes.
+
+    Raises:
+        ValueError: names or shapes differ, or a value is not finite or beyond 2^15.
+    """
+    if {name: array.shape for name, array in update.items()} != {name: array.shape for name, array in like.items()}:
+        raise ValueError("its names or shapes are not the adapter's")
+    if not all(np.isfinite(array).all() and (np.abs(array) < _LARGEST_VALUE).all() for array in update.values()):
+        raise ValueError(f"a value is not finite or not below {_LARGEST_VALUE:g}")
+
+
 class FixedPointSum:
     """Adds float32 arrays as 64-bit integers: exact and associative, so replies may come in any order.
 
@@ -54,17 +66,11 @@ class FixedPointSum:
         """Folds one update in.
 
         Raises:
-            ValueError: names or shapes differ, a value is not finite or beyond 2^15, or there are too many updates.
+            ValueError: see ``check_update``; or there are too many updates.
         """
-        if {name: array.shape for name, array in update.items()} != {
-            name: total.shape for name, total in self._totals.items()
-        }:
-            raise ValueError("its names or shapes are not the adapter's")
+        check_update(update, self._totals)  # all of it, before anything is added: a bad update leaves no part behind
         if self.count >= _LARGEST_COUNT:
             raise ValueError(f"more than {_LARGEST_COUNT} updates in one round")
-        # First check all, then add: a bad update leaves no part of itself behind.
-        if not all(np.isfinite(array).all() and (np.abs(array) < _LARGEST_VALUE).all() for array in update.values()):
-            raise ValueError(f"a value is not finite or not below {_LARGEST_VALUE:g}")
         for name, array in update.items():
             self._totals[name] += np.rint(array.astype(np.float64) * 2.0**_FRACTION_BITS).astype(np.int64)
         self.count += 1

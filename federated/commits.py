@@ -14,15 +14,24 @@ from configs.storage import COMMITTED, Folder, newest_commit
 KIND = UNIT = "round"
 ADAPTER = "adapter.safetensors"
 SILOS = "silos.json"
+SERVER_STATE = "server-state.safetensors"
 
 
 @dataclass(frozen=True)
 class Round:
-    """A committed round: the adapter after it, and what each silo has told of itself, its last receipt among it."""
+    """A committed round.
+
+    Attributes:
+        round_number: 0 is the start.
+        adapter: the shared adapter after it.
+        silos: what each silo has told of itself, its last receipt among it.
+        server_state: what the next round's aggregation continues from, safetensors; empty where it needs nothing.
+    """
 
     round_number: int
     adapter: bytes
     silos: dict[str, dict[str, Any]]
+    server_state: bytes = b""
 
 
 def save(
@@ -33,8 +42,9 @@ def save(
     silos: dict[str, Any],
     run_id: str,
     key: MasterKey | None = None,
+    server_state: bytes = b"",
 ) -> Round:
-    """Writes a round and commits it; the adapter is encrypted where there is a key.
+    """Writes a round and commits it; what is made of weights is encrypted where there is a key.
 
     Raises:
         SiloweaveError: the disk is full or not writable; earlier rounds are unchanged.
@@ -43,13 +53,15 @@ def save(
     shutil.rmtree(target, ignore_errors=True)
     try:
         target.mkdir(parents=True)
-        write_sealed(target / ADAPTER, adapter, key, _context(target, run_id))
+        write_sealed(target / ADAPTER, adapter, key, _context(target, run_id, ADAPTER))
+        if server_state:
+            write_sealed(target / SERVER_STATE, server_state, key, _context(target, run_id, SERVER_STATE))
         (target / SILOS).write_text(json.dumps(silos, indent=2, sort_keys=True), encoding="utf-8")
     except OSError as error:
         raise write_failure(target, error) from error
     metadata = {"round": round_number, "run_id": run_id}
     commit_manifest(target, Manifest(KIND, config_digest, metadata=metadata), name=COMMITTED)
-    return Round(round_number, adapter, silos)
+    return Round(round_number, adapter, silos, server_state)
 
 
 def newest(
@@ -58,7 +70,7 @@ def newest(
     """The newest round whose digests hold, else the one before it, else None.
 
     Raises:
-        InputError: its adapter was not written with this key.
+        InputError: it was not written with this key.
     """
     found = newest_commit(Folder(directory), UNIT, KIND, config_digest, damaged)
     return None if found is None else _read(found.directory, found.manifest, key)
@@ -68,7 +80,7 @@ def all_rounds(directory: Path, key: MasterKey | None = None) -> list[Round]:
     """Every committed round, oldest first; round 0 is the start.
 
     Raises:
-        InputError: an adapter was not written with this key.
+        InputError: a round was not written with this key.
     """
     found = []
     for target in sorted(directory.glob("round-*")):
@@ -79,11 +91,14 @@ def all_rounds(directory: Path, key: MasterKey | None = None) -> list[Round]:
 
 
 def _read(target: Path, manifest: Manifest, key: MasterKey | None) -> Round:
-    silos = json.loads((target / SILOS).read_text(encoding="utf-8"))
-    adapter = read_sealed(target / ADAPTER, key, _context(target, manifest.metadata["run_id"]))
-    return Round(int(manifest.metadata["round"]), adapter, silos)
+    silos, run_id = json.loads((target / SILOS).read_text(encoding="utf-8")), manifest.metadata["run_id"]
+    adapter = read_sealed(target / ADAPTER, key, _context(target, run_id, ADAPTER))
+    server_state = b""
+    if SERVER_STATE in manifest.files:
+        server_state = read_sealed(target / SERVER_STATE, key, _context(target, run_id, SERVER_STATE))
+    return Round(int(manifest.metadata["round"]), adapter, silos, server_state)
 
 
-def _context(target: Path, run_id: str) -> str:
-    """One round's adapter can't stand in for another's, nor for one of the federation without DP or of another run."""
-    return f"{run_id}/{target.parent.name}/{target.name}/{ADAPTER}"
+def _context(target: Path, run_id: str, name: str) -> str:
+    """One round's file can't stand in for another's, nor for one of the federation without DP or of another run."""
+    return f"{run_id}/{target.parent.name}/{target.name}/{name}"

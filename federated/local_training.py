@@ -4,13 +4,13 @@ With DP for a silo, and without for the comparison on public data.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
-from configs.schema import ClippingMethod, Optimizer
+from configs.federated_settings import ClippingMethod, Optimizer
 from federated.adapters import Arrays
 from privacy.engine import PrivateTraining
 from privacy.optimizers import AdamBC
@@ -32,12 +32,16 @@ class LocalSettings:
         optimizer: a name in ``OPTIMIZERS``; fresh in every round (its moments see noised gradients only).
         micro_batch_size: units processed at once.
         clipping: how per-record gradients are clipped.
+        proximal_mu: FedProx (Li et al. 2020): pull of each step towards the adapter that came.
+        correction: SCAFFOLD: what is added to each step's gradient; empty for nothing.
     """
 
     learning_rate: float
     optimizer: str
     micro_batch_size: int
     clipping: ClippingMethod
+    proximal_mu: float = 0.0
+    correction: Arrays = field(default_factory=dict)
 
 
 def private_update(
@@ -55,7 +59,7 @@ def private_update(
         ValueError: the adapter doesn't fit the model.
     """
     before = _load(model, adapter)
-    optimizer = _optimizer(settings, model, plan.noise_std / plan.expected_batch_size)
+    optimizer = _optimizer(settings, model, before, plan.noise_std / plan.expected_batch_size)
     PrivateTraining(
         plan,
         streams,
@@ -81,7 +85,7 @@ def public_update(
 ) -> Arrays:
     """The same steps on the same batches without clipping and without noise: for data declared public only."""
     before = _load(model, adapter)
-    optimizer = _optimizer(settings, model, noise_std=0.0)
+    optimizer = _optimizer(settings, model, before, noise_std=0.0)
     model.train()
     for step in range(plan.request.steps_per_round):
         batch = [records[index] for index in sample(plan, streams, step, len(records))]
@@ -93,14 +97,35 @@ def public_update(
     return _difference(model, before)
 
 
-def _optimizer(settings: LocalSettings, model: Any, noise_std: float) -> torch.optim.Optimizer:
+def _optimizer(
+    settings: LocalSettings, model: Any, before: dict[str, torch.Tensor], noise_std: float
+) -> torch.optim.Optimizer:
     """A fresh optimizer; without noise there is nothing to take off Adam's second moment."""
     parameters, rate = list(trainable(model).values()), settings.learning_rate
+    optimizer: torch.optim.Optimizer
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate)
-    if settings.optimizer == "adam_bc" and noise_std:
-        return AdamBC(parameters, rate, noise_std)
-    return torch.optim.Adam(parameters, lr=rate)
+        optimizer = torch.optim.SGD(parameters, lr=rate)
+    elif settings.optimizer == "adam_bc" and noise_std:
+        optimizer = AdamBC(parameters, rate, noise_std)
+    else:
+        optimizer = torch.optim.Adam(parameters, lr=rate)
+    if settings.proximal_mu or settings.correction:
+        optimizer.register_step_pre_hook(lambda *_: _add_shared_terms(settings, model, before))
+    return optimizer
+
+
+def _add_shared_terms(settings: LocalSettings, model: Any, before: dict[str, torch.Tensor]) -> None:
+    """Adds what FedProx and SCAFFOLD add to a step's gradient, after clipping and noise.
+
+    It is made of released values alone, the adapter as it was and as noised steps moved it, and of what the request
+    brought: it needs no noise of its own, and under the noise it would only be clipped.
+    """
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            term = settings.proximal_mu * (parameter - before[name])
+            if settings.correction:
+                term += torch.from_numpy(settings.correction[name])
+            parameter.grad = term if parameter.grad is None else parameter.grad + term
 
 
 def _synthetic(task: CausalTask) -> list[Encoded]:

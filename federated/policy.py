@@ -12,6 +12,8 @@ from federated.requests import json_object, refuse
 from privacy.plan import PlanRequest, PrivacyPlan
 from trainer.tasks import CausalTask
 
+LARGEST_PROXIMAL_MU = 100.0
+
 
 def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
     """The plan that a run wants to reserve, bound to the silo's own size.
@@ -68,5 +70,7 @@ def check_optimizer(train: pb.Train) -> None:
     """
     if not 0 < train.learning_rate <= 1:
         raise refuse("learning_rate", f"{train.learning_rate:g}", "above 0, at most 1")
+    if not 0 <= train.proximal_mu <= LARGEST_PROXIMAL_MU:
+        raise refuse("proximal_mu", f"{train.proximal_mu:g}", f"0 to {LARGEST_PROXIMAL_MU:g}")
     if train.optimizer not in OPTIMIZERS:
         raise refuse("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))

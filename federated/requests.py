@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.errors import InputError, PolicyRefusal
 from federated import silo_pb2 as pb
-from federated.adapters import Arrays, from_bytes
+from federated.adapters import Arrays, check_update, from_bytes
 from federated.envelope import request_holds
 from federated.protocol import PROTOCOL_VERSION
 from privacy.statements import Receipt
@@ -91,8 +91,8 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def arrays(content: bytes) -> Arrays:
-    """A request's adapter.
+def arrays(content: bytes, rule: str = "adapter") -> Arrays:
+    """A request's adapter, or another field's arrays.
 
     Raises:
         PolicyRefusal: it is no float32 safetensors.
@@ -100,7 +100,23 @@ def arrays(content: bytes) -> Arrays:
     try:
         return from_bytes(content)
     except ValueError as error:
-        raise refuse("adapter", str(error), "float32 safetensors") from None
+        raise refuse(rule, str(error), "float32 safetensors") from None
+
+
+def correction_of(train: pb.Train) -> Arrays:
+    """What SCAFFOLD adds to each gradient; empty where the request brings nothing.
+
+    Raises:
+        PolicyRefusal: it doesn't fit the request's adapter, or isn't finite.
+    """
+    if not train.correction:
+        return {}
+    correction = arrays(train.correction, "correction")
+    try:
+        check_update(correction, arrays(train.adapter))
+    except ValueError as error:
+        raise refuse("correction", str(error), "finite arrays in the adapter's shapes") from None
+    return correction
 
 
 def receipt_of(content: bytes) -> Receipt | None:

@@ -18,8 +18,10 @@ from configs.load import config_digest, parse
 from configs.schema import RunConfig
 from federated import commits
 from federated import silo_pb2 as pb
-from federated.adapters import Arrays, FixedPointSum, from_bytes, to_bytes
-from federated.exchange import QUERY, TRAIN, Exchange, Parties
+from federated.adapters import Arrays, from_bytes, to_bytes
+from federated.aggregation import Aggregation, Sent, check_size
+from federated.exchange import QUERY, TRAIN, Bodies, Exchange, Parties
+from federated.factors import frozen_digest
 from federated.private_evaluation import METRIC, bounds_of, checked_sums, figures
 from federated.runs import open_run
 from privacy.certificate import certificate
@@ -88,8 +90,10 @@ class Coordinator:
     base: Manifest = field(init=False)
     silos: dict[str, dict[str, Any]] = field(default_factory=dict)
     reserved: set[str] = field(default_factory=set)
+    server_state: Arrays = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_size(self.config.federated, self.parties.num_silos)
         run = open_run(self.directory, self.config.federated.run_lifetime_h)
         settings, held = self.config.federated, self._held
         self.exchange = Exchange(self.grid, run, self.parties, settings, self.log, held)
@@ -110,9 +114,12 @@ class Coordinator:
         if commit is None:
             commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, run_id, key)
         self.silos = commit.silos  # one that has spent stays in the certificate, whoever is there today
-        self._wait_for_silos()
+        self._wait_for_silos(self.parties.num_silos)
         self._meet()
         adapter = from_bytes(commit.adapter)
+        self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
+        if commit.round_number == 0:
+            self._evaluate(0, None)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
             began, self.exchange.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
@@ -126,7 +133,8 @@ class Coordinator:
                 bytes=self.exchange.bytes_moved,
                 seconds=time.perf_counter() - began,
             )
-            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, run_id, key)
+            state = to_bytes(self.server_state) if self.server_state else b""
+            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, run_id, key, state)
             self._meet()
         self._close()
         if self.certify:
@@ -139,18 +147,19 @@ class Coordinator:
         document = certificate(self.exchange.run.id, self.plan, reserved)
         write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
 
-    def _wait_for_silos(self) -> None:
-        """Until all have connected; at the deadline those that are there are enough, if they are enough for a round."""
+    def _wait_for_silos(self, number: int) -> None:
+        """Until so many have connected; at the deadline those that are there are enough, if enough for a round."""
         deadline = time.monotonic() + self.config.federated.round_timeout_s
-        while (found := len(list(self.grid.get_node_ids()))) < self.parties.num_silos:
+        while (found := len(list(self.grid.get_node_ids()))) < number:
             if time.monotonic() > deadline:
                 if found >= self.config.federated.min_silos:
                     return
-                raise SiloweaveError(f"{found} of {self.parties.num_silos} silos have connected; start the others")
+                raise SiloweaveError(f"{found} of {number} silos have connected; start the others")
             time.sleep(1)
 
     def _meet(self) -> None:
         """Who is there now; one that is new reserves the whole schedule before it is asked for anything."""
+        self._wait_for_silos(self.config.federated.min_silos)  # all may be away for a moment, after a restart
         for silo, described in self.exchange.meet():
             self.silos.setdefault(silo, {}).update(
                 dataset_id=described.dataset_id,
@@ -159,7 +168,7 @@ class Coordinator:
             )
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
-        bodies = {silo: self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)) for silo in new}
+        bodies = Bodies(new, lambda silo: (self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)), b""))
         already = len(set(self.exchange.nodes) & self.reserved)
         self.exchange.collect(bodies, QUERY, "reserve", self._take_reservation, already)
 
@@ -168,28 +177,43 @@ class Coordinator:
         self.reserved.add(silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
-        train = pb.Train(
+        aggregation = Aggregation(self.config.federated, adapter, self.server_state, len(self.silos))
+        frozen = frozen_digest(adapter) if self.config.federated.adapters == "ffa" else ""
+
+        def fold(silo: str, reply: pb.Reply) -> None:
+            self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
+            aggregation.add(silo, from_bytes(reply.trained.update))
+
+        adapters: dict[int, bytes] = {}
+
+        def body(silo: str) -> tuple[bytes, bytes]:
+            sent = aggregation.sent(silo)
+            if sent.rank not in adapters:
+                adapters[sent.rank] = to_bytes(sent.adapter)
+            train = self._train(round_number, sent, adapters[sent.rank], frozen)
+            return self.exchange.body(f"round-{round_number}", silo, train=train), adapters[sent.rank]
+
+        answered = self.exchange.collect(Bodies(self._present(), body), TRAIN, str(round_number), fold)
+        adapter, self.server_state = aggregation.result()
+        return adapter, answered
+
+    def _train(self, round_number: int, sent: Sent, adapter: bytes, frozen: str) -> pb.Train:
+        federated = self.config.federated
+        seed = self.config.run.seed if frozen else 0
+        return pb.Train(
             round=round_number,
             plan_digest=self.plan.digest,
             base_model_digest=self.base.content_digest,
             task=CausalTask.name,
-            adapter_spec=self._adapter_spec(),
-            adapter=to_bytes(adapter),
-            learning_rate=self.config.federated.learning_rate,
-            optimizer=self.config.federated.optimizer,
+            adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
+            adapter=adapter,
+            learning_rate=federated.learning_rate,
+            optimizer=federated.optimizer,
+            proximal_mu=federated.proximal_mu,
+            correction=to_bytes(sent.correction) if sent.correction else b"",
         )
-        total = FixedPointSum(adapter)
 
-        def fold(silo: str, reply: pb.Reply) -> None:
-            self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
-            total.add(from_bytes(reply.trained.update))
-
-        bodies = self._bodies(f"round-{round_number}", train=train)
-        answered = self.exchange.collect(bodies, TRAIN, str(round_number), fold)
-        mean = total.mean()
-        return {name: array + mean[name] for name, array in adapter.items()}, answered
-
-    def _evaluate(self, round_number: int, adapter: Arrays) -> None:
+    def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
         """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
         number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
         if number is None or not self.certify:
@@ -201,7 +225,7 @@ class Coordinator:
             base_model_digest=self.base.content_digest,
             task=CausalTask.name,
             adapter_spec=self._adapter_spec(),
-            adapter=to_bytes(adapter),
+            adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
 
@@ -209,7 +233,7 @@ class Coordinator:
             self._receipt(silo, reply.evaluated.receipt)
             sums[silo] = checked_sums(reply.evaluated.sums)
 
-        bodies = self._bodies(f"evaluation-{number}", evaluate=evaluate)
+        bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
         answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", take)
         noise = self.config.privacy.evaluation_noise_multiplier
         found = figures([sums[silo] for silo in answered], bounds_of(self.base), noise)
@@ -218,10 +242,12 @@ class Coordinator:
     def _adapter_spec(self) -> pb.AdapterSpec:
         return pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha)
 
-    def _bodies(self, request_id: str, **kind: Any) -> dict[str, bytes]:
-        """One request to each silo that is there and has reserved."""
-        silos = sorted(set(self.exchange.nodes) & self.reserved)
-        return {silo: self.exchange.body(request_id, silo, **kind) for silo in silos}
+    def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
+        """The same request to each silo that is there and has reserved."""
+        return Bodies(self._present(), lambda silo: (self.exchange.body(request_id, silo, **kind), shared))
+
+    def _present(self) -> list[str]:
+        return sorted(set(self.exchange.nodes) & self.reserved)
 
     def _close(self) -> None:
         self.exchange.collect(self._bodies("close", close=pb.Close()), QUERY, "close", self._closed)
@@ -254,6 +280,10 @@ class Coordinator:
 
 
 def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
-    """Number of the private evaluation that follows a round; None where none does. The last one follows the last."""
-    after = {-(-rounds * number // evaluations): number for number in range(1, evaluations + 1)}
+    """Number of the private evaluation that follows a round; None where none does.
+
+    A single one follows the last round; of several the first is of the base model, before round 1.
+    """
+    parts = max(evaluations - 1, 1)
+    after = {rounds * (number + (evaluations == 1)) // parts: number + 1 for number in range(evaluations)}
     return after.get(round_number)

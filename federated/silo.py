@@ -22,11 +22,21 @@ from federated import silo_pb2 as pb
 from federated.adapters import Arrays, to_bytes
 from federated.audit_log import AuditLog
 from federated.envelope import seal_reply
+from federated.factors import frozen, frozen_digest
 from federated.local_training import LocalSettings, private_update
 from federated.policy import check_model, check_optimizer, check_plan
 from federated.private_evaluation import METRIC, bounds_of, evaluated, private_sums
 from federated.protocol import PROTOCOL_VERSION
-from federated.requests import arrays, check_sender, decode, open_envelope, receipt_of, refusal_message, refuse
+from federated.requests import (
+    arrays,
+    check_sender,
+    correction_of,
+    decode,
+    open_envelope,
+    receipt_of,
+    refusal_message,
+    refuse,
+)
 from federated.silo_data import Units, load_units
 from federated.trust import trusted_coordinators
 from privacy.certificate import library_versions
@@ -91,8 +101,11 @@ class Silo:
         return load_secret(path) if charged else load_or_create_secret(path)
 
     def close(self) -> None:
-        """Closes the ledger's file."""
+        """Closes the files of ledger and log. A host of many silos keeps few open."""
         self.ledger.close_file()
+        for handler in list(self._log.handlers):
+            self._log.removeHandler(handler)
+            handler.close()
 
     def handle(self, content: bytes) -> bytes:
         """Answers one request. Never raises: a refusal or a failure is a reply.
@@ -186,12 +199,12 @@ class Silo:
         check_model(train, self.config.policy, self.base_model.content_digest)
         check_optimizer(train)
         model, adapter = self._fitted(train)
+        settings = self.local_settings(train)
         # 2. Charge. A request that was answered before gets the stored reply.
         charge = self.ledger.charge(request.run_id, request.request_id, digest, train.round)
         if charge.reply is not None:
             return charge.reply
         # 3. Train under the charge's own randomness.
-        settings = self.local_settings(train)
         streams = _streams(charge, digest)
         update = private_update(plan, streams, model, self.task, adapter, self.records, settings)
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
@@ -236,7 +249,13 @@ class Silo:
     def model(self, asked: pb.Train | pb.Evaluate) -> Any:
         """The warm base model with the adapter that a request describes."""
         silo, spec = self.config.silo, asked.adapter_spec
-        return warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file)
+        seed = spec.frozen_seed if spec.frozen_digest else None
+        model = warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file, seed)
+        if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
+            drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
+            if drawn != spec.frozen_digest:
+                raise refuse("frozen_digest", spec.frozen_digest, drawn)
+        return model
 
     @cached_property
     def task(self) -> CausalTask:
@@ -266,15 +285,28 @@ class Silo:
         return [self.task.encode(unit) for unit in self.units.held_out]
 
     def local_settings(self, train: pb.Train) -> LocalSettings:
-        """Learning rate of the request, speed of the silo."""
+        """What the request says of the steps, and the silo of their speed."""
         silo = self.config.silo
-        return LocalSettings(train.learning_rate, train.optimizer, silo.micro_batch_size, silo.clipping)
+        return LocalSettings(
+            train.learning_rate,
+            train.optimizer,
+            silo.micro_batch_size,
+            silo.clipping,
+            train.proximal_mu,
+            correction_of(train),
+        )
 
 
 @lru_cache(maxsize=1)
-def warm_model(directory: Path, rank: int, alpha: float, key_file: str = "") -> Any:
-    """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time)."""
-    return add_adapter(load_model(directory, load_key(key_file)), rank, alpha, seed=0)
+def warm_model(directory: Path, rank: int, alpha: float, key_file: str = "", frozen_seed: int | None = None) -> Any:
+    """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time).
+
+    With a seed, A is drawn from it and doesn't train.
+    """
+    model = add_adapter(load_model(directory, load_key(key_file)), rank, alpha, frozen_seed or 0)
+    for name, value in trainable(model).items():
+        value.requires_grad = frozen_seed is None or not frozen(name)
+    return model
 
 
 def _streams(charge: Charge, digest: str) -> Streams:

@@ -59,7 +59,7 @@ class Reserve(_message.Message):
     def __init__(self, plan: _Optional[str] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer")
+    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer", "proximal_mu", "correction")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,8 @@ class Train(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
+    CORRECTION_FIELD_NUMBER: _ClassVar[int]
     round: int
     plan_digest: str
     base_model_digest: str
@@ -76,15 +78,21 @@ class Train(_message.Message):
     adapter: bytes
     learning_rate: float
     optimizer: str
-    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ...) -> None: ...
+    proximal_mu: float
+    correction: bytes
+    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., proximal_mu: _Optional[float] = ..., correction: _Optional[bytes] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
-    __slots__ = ("rank", "alpha")
+    __slots__ = ("rank", "alpha", "frozen_digest", "frozen_seed")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_SEED_FIELD_NUMBER: _ClassVar[int]
     rank: int
     alpha: float
-    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ...) -> None: ...
+    frozen_digest: str
+    frozen_seed: int
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., frozen_digest: _Optional[str] = ..., frozen_seed: _Optional[int] = ...) -> None: ...
 
 class Evaluate(_message.Message):
     __slots__ = ("number", "metric", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter")

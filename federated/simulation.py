@@ -11,7 +11,6 @@ from configs.schema import RunConfig
 from configs.silo import SiloConfig, simulated_silo
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
-from federated.client_app import Handler
 from federated.envelope import seal_reply
 from federated.exchange import Parties
 from federated.local_grid import LocalGrid, OpenSilo
@@ -41,6 +40,9 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
             f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'} (there are "
             f"{', '.join(sorted(rows)) or 'none'}); check data.private.silo and data.private.public_record_counts"
         )
+    unknown = sorted(set(config.federated.lora_ranks) - set(rows))
+    if unknown:
+        raise InputError(f"federated.lora_ranks has {unknown}: there are {', '.join(sorted(rows))}; check the names")
     return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
 
 
@@ -76,14 +78,14 @@ def simulate(
         run_federation(grid, config, base_model, directory, Parties(signer, len(silos)), on_event, certify=with_dp)
 
 
-def _open_silo(
-    silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str
-) -> Handler:
-    return Silo(silos[name], trusted, injected_seed).handle
+def _open_silo(silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str) -> Silo:
+    return Silo(silos[name], trusted, injected_seed)
 
 
-def _open_comparison(silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanRequest, name: str) -> Handler:
-    return PublicSilo(silos[name], trusted, plan).handle
+def _open_comparison(
+    silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanRequest, name: str
+) -> "PublicSilo":
+    return PublicSilo(silos[name], trusted, plan)
 
 
 class PublicSilo:
@@ -103,6 +105,10 @@ class PublicSilo:
             )
         self._silo = Silo(config, trusted)  # for its data and model; its ledger is neither charged nor asked
         self._plan = plan.bind(config.silo.public_record_count)  # for its batches
+
+    def close(self) -> None:
+        """Closes the silo's files."""
+        self._silo.close()
 
     def handle(self, content: bytes) -> bytes:
         """Answers like a silo, without receipts."""

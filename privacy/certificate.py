@@ -67,7 +67,7 @@ def certificate(
         "accountant": "dp-accounting PLD, pessimistic",
         "audited": NOT_AUDITED,  # until an audit is signed, nobody could check what stood here
         "seeds": _seeds(silos, statements),
-        "left_each_silo": "one noised adapter update a charged round; no loss, norm or count",
+        "left_each_silo": _left_each_silo(plan),
         "silos": {name: dict(silo) for name, silo in silos.items()},
         "not_covered": list(_NOT_COVERED),
         "versions": dict(versions or library_versions()),
@@ -77,6 +77,13 @@ def certificate(
 def library_versions() -> dict[str, str]:
     """What samples, clips, adds noise and accounts."""
     return {name: version(name) for name in _LIBRARIES}
+
+
+def _left_each_silo(plan: PlanRequest) -> str:
+    left = "one noised adapter update a charged round; no loss, norm or count"
+    for metric in plan.metric_releases:
+        left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"
+    return left
 
 
 def _seeds(silos: Mapping[str, Any], statements: Mapping[str, Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from configs.errors import InputError
-from configs.schema import ClippingMethod
+from configs.federated_settings import ClippingMethod
 from privacy.bookkeeping import BookKeeper
 from privacy.gradients import ROUNDING
 from privacy.opacus_modes import ExpandedWeights, Ghost, Hooks

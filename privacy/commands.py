@@ -15,15 +15,18 @@ LedgerArgument = Annotated[
     Path, typer.Argument(help="A ledger.sqlite, the state_dir that holds it, or an export (*.jsonl).")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+KeyOption = Annotated[
+    str, typer.Option("--key-file", help="The key's file of an encrypted export. Default: SILOWEAVE_ENCRYPTION_KEY.")
+]
 ToOption = Annotated[Path, typer.Option("--to", help="The new file; nothing is overwritten.")]
 
 
 @ledger_app.command()
-def show(ledger: LedgerArgument, as_json: JsonOption = False) -> None:
+def show(ledger: LedgerArgument, key_file: KeyOption = "", as_json: JsonOption = False) -> None:
     """Every entry, and what is left."""
     from privacy.chain import left
 
-    bodies = _verified(ledger)[0]
+    bodies = _verified(ledger, key_file)[0]
     remaining = left(bodies)
     if as_json:
         typer.echo(json.dumps({"entries": bodies, "epsilon_left": remaining.epsilon, "delta_left": remaining.delta}))
@@ -40,6 +43,7 @@ def verify(
         Path | None, typer.Argument(help="A ledger.sqlite, its state_dir, or an export (*.jsonl).")
     ] = None,
     certificate: Annotated[Path | None, typer.Option(help="A certificate.json, to be replayed, too.")] = None,
+    key_file: KeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Replays numbers, chain, signatures and claims of a ledger or a certificate. Exit status 2 if one doesn't hold.
@@ -51,20 +55,23 @@ def verify(
     document = _certificate(certificate) if certificate else None
     results: dict[str, Any] = {"sound": True}
     if ledger is not None:
-        results |= _replayed(ledger)
+        results |= _replayed(ledger, key_file)
     if document is not None:
         results |= {"headline": document["headline"], "silos": list(document["silos"])}
         if ledger is not None:
-            results["silo"] = _in_ledger(document, ledger, str(certificate))
+            results["silo"] = _in_ledger(document, ledger, key_file, str(certificate))
     typer.echo(json.dumps(results) if as_json else "\n".join(_lines(results, ledger, certificate)))
 
 
 @ledger_app.command()
-def export(ledger: LedgerArgument, to: ToOption, as_json: JsonOption = False) -> None:
-    """Writes the entries as JSON lines, without seeds and replies; `ledger verify` reads them without the silo."""
+def export(ledger: LedgerArgument, to: ToOption, key_file: KeyOption = "", as_json: JsonOption = False) -> None:
+    """Writes the entries as JSON lines, without seeds and replies; `ledger verify` reads them without the silo.
+
+    They are encrypted where a key is given, or SILOWEAVE_ENCRYPTION_KEY is set.
+    """
     from privacy.ledger_file import export as write
 
-    _written(write(_file(ledger), to), to, as_json)
+    _written(write(_file(ledger), to, key_file), to, as_json)
 
 
 @ledger_app.command()
@@ -85,23 +92,23 @@ def _file(ledger: Path) -> Path:
     return ledger / LEDGER_FILE if ledger.is_dir() else ledger
 
 
-def _verified(ledger: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _verified(ledger: Path, key_file: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The entries' bodies and hashes, of a chain that holds."""
     from privacy.chain import verify_entries
     from privacy.ledger_file import read_only
 
     path = _file(ledger)
-    entries = read_only(path)
+    entries = read_only(path, key_file)
     if not entries:
         raise InputError(f"{path}: no entry; give a ledger that was opened")
     return verify_entries(entries, str(path)), [entry["hash"] for entry in entries]
 
 
-def _replayed(ledger: Path) -> dict[str, Any]:
+def _replayed(ledger: Path, key_file: str) -> dict[str, Any]:
     from privacy.chain import left
     from privacy.replay import replay
 
-    bodies, hashes = _verified(ledger)
+    bodies, hashes = _verified(ledger, key_file)
     replay(bodies, str(ledger))
     anchor = _anchored(ledger, bodies[0])
     remaining = left(bodies)
@@ -148,10 +155,10 @@ def _certificate(path: Path) -> dict[str, Any]:
     return document
 
 
-def _in_ledger(document: dict[str, Any], ledger: Path, origin: str) -> str:
+def _in_ledger(document: dict[str, Any], ledger: Path, key_file: str, origin: str) -> str:
     from privacy.certificate_check import check_in_ledger
 
-    return check_in_ledger(document, *_verified(ledger), origin)
+    return check_in_ledger(document, *_verified(ledger, key_file), origin)
 
 
 def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | None) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from configs.errors import InputError
-from configs.schema import ClippingMethod
+from configs.federated_settings import ClippingMethod
 from privacy.clipping import Clipper, clipping
 from privacy.noise import noised
 from privacy.plan import PrivacyPlan

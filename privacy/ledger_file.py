@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from configs.artifacts import canonical_json, sync_directory, write_failure
-from configs.encryption import ENVIRONMENT, FROM_ENVIRONMENT, is_sealed, load_key, read_sealed, write_sealed
+from configs.encryption import ENVIRONMENT, FROM_ENVIRONMENT, MasterKey, is_sealed, load_key, read_sealed, write_sealed
 from configs.errors import InputError, SiloweaveError
 from privacy.chain import Entry, read_entries
 
@@ -53,8 +53,12 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def read_only(path: Path) -> list[Entry]:
+def read_only(path: Path, key_file: str = "") -> list[Entry]:
     """The entries of a ledger file, or of its export, that is only looked at; nothing about it changes.
+
+    Args:
+        path: the ledger, or an export.
+        key_file: the key's file of an encrypted export; empty: the environment's key.
 
     Raises:
         InputError: it is missing, no ledger, damaged, or of a newer version.
@@ -62,7 +66,7 @@ def read_only(path: Path) -> list[Entry]:
     if not path.is_file():
         raise InputError(f"{path}: no such ledger; give the ledger.sqlite of a silo's state_dir, or an export of it")
     if path.suffix == EXPORT_SUFFIX:
-        return _read_export(path)
+        return _read_export(path, key_file)
     with _looking(path) as connection:
         return read_entries(connection)
 
@@ -77,8 +81,13 @@ def read_version(path: Path) -> int:
         return version_of(connection)
 
 
-def export(path: Path, target: Path) -> int:
-    """Writes a ledger's entries as JSON lines: neither seeds nor replies. Encrypted where the environment has a key.
+def export(path: Path, target: Path, key_file: str = "") -> int:
+    """Writes a ledger's entries as JSON lines: neither seeds nor replies. Encrypted where there is a key.
+
+    Args:
+        path: the ledger.
+        target: the new file.
+        key_file: the key's file; empty: the environment's key, if it has one.
 
     Returns:
         The number of entries.
@@ -92,7 +101,7 @@ def export(path: Path, target: Path) -> int:
     _must_be_new(target)
     entries = read_only(path)
     content = b"".join(canonical_json(entry) + b"\n" for entry in entries)
-    write_sealed(target, content, load_key(FROM_ENVIRONMENT) if os.environ.get(ENVIRONMENT) else None, _EXPORT)
+    write_sealed(target, content, _key(key_file), _EXPORT)
     return len(entries)
 
 
@@ -140,9 +149,16 @@ def _must_be_new(target: Path) -> None:
         raise InputError(f"{target}: exists; give a new name, nothing is overwritten")
 
 
-def _read_export(path: Path) -> list[Entry]:
+def _key(key_file: str) -> MasterKey | None:
+    return load_key(key_file or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else ""))
+
+
+def _read_export(path: Path, key_file: str) -> list[Entry]:
     entries: list[Entry] = []
-    content = read_sealed(path, load_key(FROM_ENVIRONMENT), _EXPORT) if is_sealed(path) else path.read_bytes()
+    sealed = is_sealed(path)
+    if sealed and not key_file and not os.environ.get(ENVIRONMENT):
+        raise InputError(f"{path}: encrypted, and no key is given; give --key-file FILE, or set {ENVIRONMENT}")
+    content = read_sealed(path, _key(key_file), _EXPORT) if sealed else path.read_bytes()
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entry = json.loads(line)

@@ -136,6 +136,11 @@ def result_table(report: dict[str, Any]) -> Table:
     for label, value, epsilon in rows:
         change = f"  ({100 * (value / base - 1):+.1f}%)" if value and value is not base else ""
         table.add_row(label, f"{value:.3f}{change}" if value else "not available", epsilon)
+    for found in federated["private_evaluation"]:
+        label = f"round {found['round']}" if found["round"] else "base model"
+        value, error = found["bits_per_char"], found["bits_per_char_error"]
+        shown = f"{value:.3f} ± {error:.3f}" if value else "lost in the noise"
+        table.add_row(f"{label}, by private evaluation", shown, "included above")
     table.caption = (
         f"{pretrain['tokens']:,} tokens at {pretrain['tokens_per_s']:,.0f} tokens/s on {pretrain['world_size']} ranks; "
         f"{federated['silos']} silos, {federated['rounds']} rounds of {federated['bytes_per_round'] / 1e6:.1f} MB; "

@@ -99,8 +99,16 @@ def _federated(
         "improvement_dp": 1 - dp[-1]["bits_per_char"] / base["bits_per_char"] if base and dp else None,
         "by_silo": _by_silo(base, dp, no_dp) if base and dp else {},
         "by_round": {"dp": [_overall(entry) for entry in dp], "no_dp": [_overall(entry) for entry in no_dp]},
+        "private_evaluation": _private_evaluations(events),
         "not_available": evaluation.get("not_available"),
     }
+
+
+def _private_evaluations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the silos released of their held-out units, noise included; a restart asks again and gets the same."""
+    found = {event["round"]: event for event in events if event["event"] == "private_evaluation"}
+    names = ("round", "bits_per_char", "bits_per_char_error", "accuracy", "accuracy_error", "silos")
+    return [{name: found[number][name] for name in names} for number in sorted(found)]
 
 
 def _by_silo(base: dict[str, Any], dp: list[dict[str, Any]], no_dp: list[dict[str, Any]]) -> dict[str, Any]:

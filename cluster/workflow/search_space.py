@@ -24,8 +24,10 @@ _DRAWS = 1000
 _FEDERATED = {
     *(
         f"federated.{name}"
-        for name in ("rounds", "local_steps", "learning_rate", "optimizer", "lora_rank", "lora_alpha")
+        for name in ("rounds", "local_steps", "learning_rate", "optimizer", "proximal_mu", "lora_rank", "lora_alpha")
     ),
+    *(f"federated.{name}" for name in ("aggregation", "adapters", "server_learning_rate", "server_momentum")),
+    *(f"federated.{name}" for name in ("server_second_moment_decay", "server_tau")),
     *(f"privacy.{name}" for name in ("epsilon", "delta", "sampling_rate", "sampler", "max_batch_size")),
     *(f"privacy.{name}" for name in ("max_grad_norm", "clipping_function", "target_quantile")),
 }

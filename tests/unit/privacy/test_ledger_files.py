@@ -68,6 +68,20 @@ def test_an_export_is_sealed_where_the_environment_has_a_key(ledger, state, tmp_
         assert "KEY" in refused.stderr or "key" in refused.stderr
 
 
+def test_an_export_is_sealed_by_a_key_file(ledger, state, tmp_path, siloweave):
+    for name, first in (("mine", 9), ("other", 10)):
+        (tmp_path / name).touch(mode=0o600)
+        (tmp_path / name).write_text(bytes(range(first, first + 32)).hex())
+    done = siloweave("ledger", "export", str(state), "--to", "out.jsonl", "--key-file", "mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert b"run-1" not in (tmp_path / "out.jsonl").read_bytes()
+    verified = siloweave("ledger", "verify", "out.jsonl", "--key-file", "mine", "--json", cwd=tmp_path)
+    assert json.loads(verified.stdout)["head"] == ledger.entries()[-1]["hash"]
+    for options, word in (([], "give --key-file FILE"), (["--key-file", "other"], "key"), (["--key-file", "no"], "no")):
+        refused = siloweave("ledger", "verify", "out.jsonl", *options, cwd=tmp_path)
+        assert (refused.returncode, refused.stderr.count("\n"), word in refused.stderr) == (2, 1, True)
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

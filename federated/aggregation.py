@@ -1,0 +1,106 @@
+"""One round's aggregation: what each silo is sent, how its update is folded in, and what becomes of all of them."""
+
+from dataclasses import dataclass
+
+from configs.errors import InputError
+from configs.federated_settings import ROBUST, FederatedSettings
+from federated.adapters import Arrays, FixedPointSum, check_update
+from federated.control_variates import ControlVariates
+from federated.factors import change, cut, factored, frozen, products
+from federated.robust_means import HeldUpdates
+from federated.server_optimizers import server_step
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one silo trains on.
+
+    Attributes:
+        rank: of its adapter.
+        alpha: scale of its adapter; with its rank it makes the same factor for every silo.
+        adapter: the weights that travel and are trained.
+        correction: what its steps add to each gradient; empty without SCAFFOLD.
+    """
+
+    rank: int
+    alpha: float
+    adapter: Arrays
+    correction: Arrays
+
+
+class Aggregation:
+    """Folds the updates of one round as they come; their order doesn't matter.
+
+    Memory doesn't grow with the silos, but for the robust means (``max_silos``) and for SCAFFOLD's variates.
+
+    Args:
+        settings: how to aggregate.
+        adapter: the whole shared adapter before the round, A and B.
+        state: what ``result`` returned with it; empty before the first round.
+        num_silos: silos of the federation, whoever answers.
+    """
+
+    def __init__(self, settings: FederatedSettings, adapter: Arrays, state: Arrays, num_silos: int) -> None:
+        self._settings, self._adapter, self._state = settings, adapter, state
+        if settings.adapters == "product":
+            self._weights = products(adapter)
+        else:
+            self._weights = {name: array for name, array in adapter.items() if self._trains(name)}
+        self._fold = (
+            HeldUpdates(self._weights, settings) if settings.aggregation in ROBUST else FixedPointSum(self._weights)
+        )
+        self._variates: ControlVariates | None = None
+        if settings.aggregation == "scaffold":
+            path = settings.learning_rate * settings.local_steps
+            self._variates = ControlVariates(self._weights, state, path, num_silos)
+
+    def _trains(self, name: str) -> bool:
+        return self._settings.adapters != "ffa" or not frozen(name)
+
+    def sent(self, silo: str) -> Sent:
+        """What a silo trains on."""
+        settings = self._settings
+        rank = settings.lora_ranks.get(silo, settings.lora_rank)
+        return Sent(
+            rank=rank,
+            alpha=settings.lora_alpha * rank / settings.lora_rank,
+            adapter={name: array for name, array in cut(self._adapter, rank).items() if self._trains(name)},
+            correction=self._variates.correction(silo) if self._variates else {},
+        )
+
+    def add(self, silo: str, update: Arrays) -> None:
+        """Folds one silo's update in: its adapter after its steps minus before.
+
+        Raises:
+            ValueError: it doesn't fit what the silo was sent, or isn't finite; nothing of it is folded in.
+        """
+        if self._settings.adapters == "product":
+            before = self.sent(silo).adapter
+            check_update(update, before)
+            update = change(before, update)
+        self._fold.add(update)
+        if self._variates:
+            self._variates.add(silo, update)
+
+    def result(self) -> tuple[Arrays, Arrays]:
+        """The whole shared adapter after the round, and the state that the next round continues from."""
+        mean = self._fold.mean()
+        after, state = server_step(self._settings, self._weights, mean, self._state)
+        if self._variates:
+            state = self._variates.after(mean, self._fold.count)
+        if self._settings.adapters == "product":
+            return factored(after, self._settings.lora_rank), state
+        return {**self._adapter, **after}, state
+
+
+def check_size(settings: FederatedSettings, num_silos: int) -> None:
+    """Refuses more silos than a rule that holds all updates may hold.
+
+    Raises:
+        InputError: there are more.
+    """
+    if settings.aggregation in ROBUST and num_silos > settings.max_silos:
+        raise InputError(
+            f"federated.max_silos is {settings.max_silos}: there are {num_silos} silos, and {settings.aggregation!r} "
+            "holds all their updates at once; raise it, or give another federated.aggregation"
+        )

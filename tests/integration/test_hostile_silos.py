@@ -1,0 +1,130 @@
+"""A coordinator among silos that send what they should not: each is rejected and recorded, and the round goes on."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.events import read_events
+from configs.load import load
+from configs.silo import simulated_silo
+from federated import commits
+from federated import silo_pb2 as pb
+from federated.adapters import from_bytes, to_bytes
+from federated.envelope import seal_reply
+from federated.exchange import Parties
+from federated.local_grid import LocalGrid
+from federated.server_app import run_federation
+from federated.silo import Silo
+from federated.trust import coordinator_signer
+
+GOOD = "good"
+SILOS = ["bytes", "forged", GOOD, "header", "huge", "infinite", "other round", "other silo", "shape", "stolen receipt"]
+ARRAYS = {
+    "huge": lambda _: np.zeros((4000, 1000), dtype=np.float32),
+    "infinite": lambda array: np.full_like(array, np.inf),
+    "shape": lambda array: array.T.copy(),
+}
+
+
+class HostileSilo:
+    """A real silo whose owner changes what it answers to a request for training."""
+
+    def __init__(self, config, trusted, name):
+        self._silo, self._name, self._first = Silo(config, trusted), name, None
+
+    def close(self):
+        self._silo.close()
+
+    def handle(self, content):
+        answer = self._silo.handle(content)
+        reply = pb.Reply.FromString(pb.Envelope.FromString(answer).body)
+        if reply.WhichOneof("kind") != "trained":
+            return answer
+        changed = self._changed(reply, answer)
+        if isinstance(changed, bytes):
+            return changed
+        return seal_reply(self._silo.ledger.journal.signer, changed.SerializeToString())  # it signs what it likes
+
+    def _changed(self, reply, answer):
+        if self._name in ARRAYS:
+            update = from_bytes(reply.trained.update)
+            first = next(iter(update))
+            reply.trained.update = to_bytes(update | {first: ARRAYS[self._name](update[first])})
+        if self._name == "header":
+            reply.trained.update = reply.trained.update[:100]
+        if self._name == "other silo":
+            reply.silo_id = GOOD
+        if self._name == "stolen receipt":
+            receipt = json.loads(reply.trained.receipt)
+            reply.trained.receipt = json.dumps(receipt | {"epsilon_left": 1e9}).encode()
+        if self._name == "forged":
+            envelope = pb.Envelope.FromString(answer)
+            envelope.signature = "00" * 64
+            return envelope.SerializeToString()
+        if self._name == "other round":
+            self._first = self._first or answer
+            return self._first
+        return b"\xff" * 100 if self._name == "bytes" else reply
+
+
+@pytest.fixture
+def federation(tiny_run, tmp_path):
+    """Settings of two rounds on tiny data, one part for each silo."""
+    rows = [{"text": f"note {row} of ward {name}", "silo": name} for name in SILOS for row in range(60)]
+    source = tmp_path / "notes.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load(
+        "tiny",
+        [
+            f'data.private.source="{source}"',
+            "data.private.public_record_counts={}",
+            "data.private.public_record_count=100",
+            f"federated.state_dir={tmp_path / 'state'}",
+            "federated.rounds=2",
+            "federated.local_steps=1",
+            "privacy.epsilon=4",
+        ],
+    )
+
+
+def test_hostile_replies_change_nothing_and_the_round_goes_on(federation, tiny_model, shared_ray, tmp_path):
+    config = federation
+    signer = coordinator_signer(Path(config.federated.state_dir))
+    silos = {name: simulated_silo(config, name, tiny_model) for name in SILOS}
+    trusted = frozenset({signer.public_key})
+
+    def open_silo(silos, trusted, name):
+        return HostileSilo(silos[name], trusted, name)
+
+    opener = partial(open_silo, silos, trusted)
+    with LocalGrid(shared_ray, opener, SILOS, workers=2, threads=1) as grid:
+        run_federation(grid, config, tiny_model, tmp_path / "run", Parties(signer, len(SILOS)), lambda _: None)
+    events = list(read_events(tmp_path / "run" / "events.jsonl"))
+    answered = [event["answered"] for event in events if event["event"] == "round"]
+    assert answered == [sorted([GOOD, "other round"]), [GOOD]]  # a replayed answer is sound once
+    rejected = {}
+    for event in events:
+        if event["event"] == "rejected":
+            rejected.setdefault(event.get("silo", "bytes"), []).append(event["message"])
+    assert set(rejected) == set(SILOS) - {GOOD}
+    assert [len(rejected[name]) for name in sorted(set(rejected) - {"other round"})] == [2] * (len(SILOS) - 2)
+    words = {
+        "forged": "not signed by the silo",
+        "header": "not safetensors",
+        "huge": "names or shapes",
+        "infinite": "not finite",
+        "other round": "not to this request",
+        "other silo": "not to this request",
+        "shape": "names or shapes",
+        "stolen receipt": "not signed with the key",
+    }
+    assert all(word in rejected[name][-1] for name, word in words.items())
+    rounds = commits.all_rounds(tmp_path / "run")
+    assert [found.round_number for found in rounds] == [0, 1, 2]
+    assert all(np.isfinite(array).all() for array in from_bytes(rounds[-1].adapter).values())
+    # What was rejected stays charged and claimed: the silos did release it.
+    certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
+    assert set(certificate["silos"]) == set(SILOS)
