@@ -298,8 +298,12 @@ def kill(pid: int) -> None:
 
 def server_app(deployment: Deployment) -> psutil.Process | None:
     link = deployment.pid_of("superlink")
-    tree = psutil.Process(link).children(recursive=True) if link else []
-    return next((process for process in tree if "flwr-serverapp" in " ".join(process.cmdline())), None)
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(link).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # one that has just been killed
+                if "flwr-serverapp" in " ".join(process.cmdline()):
+                    return process
+    return None
 
 
 def test_a_run_outlives_the_death_of_each_of_its_processes(deployment):
