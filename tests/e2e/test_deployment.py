@@ -35,7 +35,7 @@ STEWARD, RELAY = f"sw-silo-{os.getpid()}", f"sw-relay-{os.getpid()}"
 
 @pytest.fixture(scope="module")
 def root() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="sw-"))  # pytest's own folders are closed to other users, and too long
+    folder = Path(tempfile.mkdtemp(prefix="silos-"))  # pytest's own folders are closed to other users, and too long
     try:
         yield folder
     finally:
