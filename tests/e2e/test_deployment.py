@@ -279,15 +279,13 @@ def test_a_relay_refuses_a_coordinator_whose_certificate_is_not_good(coordinator
 def test_a_wrong_fingerprint_changes_nothing(coordinator, tmp_path):
     site = coordinator.sites["comedies"]
     wrong = "0000-" * 9 + "0000"
-    enrolment, coordinator = str(coordinator.root / "comedies.json"), str(coordinator.root / "coordinator.json")
+    enrolment, card = str(coordinator.root / "comedies.json"), str(coordinator.root / "coordinator.json")
     before = sorted((coordinator.folder / "silos").iterdir()), sorted((site.state_dir / "trusted").iterdir())
     done = coordinator.siloweave(
         "federation", "enrol", str(coordinator.folder), enrolment, "--fingerprint", wrong, check=False
     )
     assert done.returncode == 2 and "its fingerprint is" in done.stderr
-    done = coordinator.siloweave(
-        "silo", "trust", "-c", str(site.settings), coordinator, "--fingerprint", wrong, check=False
-    )
+    done = coordinator.siloweave("silo", "trust", "-c", str(site.settings), card, "--fingerprint", wrong, check=False)
     assert done.returncode == 2 and "its fingerprint is" in done.stderr
     assert before == (sorted((coordinator.folder / "silos").iterdir()), sorted((site.state_dir / "trusted").iterdir()))
 
