@@ -80,9 +80,7 @@ def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
 
 def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, tiny_model, tmp_path):
     """Little noise, so that the figures of base model and last round can be told from the exact ones."""
-    config = federation(
-        "federated.rounds=1", "privacy.evaluations=2", "privacy.evaluation_noise_multiplier=2", "privacy.epsilon=16"
-    )
+    config = federation("federated.rounds=1", "privacy.evaluations=2", "privacy.evaluation_noise_multiplier=2")
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
     found = [event for event in events if event["event"] == "private_evaluation"]
     assert [event["round"] for event in found] == [0, 1]
@@ -97,7 +95,7 @@ def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, t
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     check_certificate(certificate, "test")
     assert "2 times the noised sums of the metric held_out" in certificate["left_each_silo"]
-    assert certificate["headline"]["epsilon"] <= 16
+    assert certificate["headline"]["epsilon"] <= 8
     charges = ["charge", "release"] * 3
     assert ledger_kinds(tmp_path) == ["open", "reserve", *charges, "close"]
 
