@@ -1,7 +1,7 @@
 """The coordinator's end of the boundary: signed requests to the silos' nodes, and their replies, each checked."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,19 @@ class Parties:
     roster: Roster | None = None
 
 
+@dataclass(frozen=True)
+class Bodies:
+    """A request to each of some silos, made when it is sent: all at once would hold the adapter once a silo.
+
+    Attributes:
+        silos: who is asked.
+        make: gives a silo's request, and the part of it that others have in common with it: its adapter, or nothing.
+    """
+
+    silos: Sequence[str]
+    make: Callable[[str], tuple[bytes, bytes]]
+
+
 @dataclass
 class Exchange:
     """Messages of one run.
@@ -73,7 +86,7 @@ class Exchange:
         unknown = sorted(present - set(self._silo_at))
         body = self.body("describe", describe=pb.Describe())
         met: list[tuple[str, pb.Described]] = []
-        for node, envelope, reply in self._send(dict.fromkeys(unknown, body), QUERY, "describe"):
+        for node, envelope, reply in self._send(((node, body, body) for node in unknown), QUERY, "describe"):
             try:
                 self._admit(reply, envelope, present)
             except ValueError as error:
@@ -116,7 +129,7 @@ class Exchange:
 
     def collect(
         self,
-        bodies: Mapping[str, bytes],
+        bodies: Bodies,
         kind: str,
         group: str,
         accept: Callable[[str, pb.Reply], None],
@@ -125,7 +138,7 @@ class Exchange:
         """Sends the requests and accepts each sound reply as it comes; the others are recorded and passed over.
 
         Args:
-            bodies: a request a silo.
+            bodies: a request a silo; none is also fine.
             kind: Flower's message type.
             group: the step, for the events.
             accept: takes a silo's reply; a ValueError rejects it.
@@ -135,15 +148,22 @@ class Exchange:
             PolicyRefusal: too few silos are left, and a policy refused.
             SiloweaveError: too few silos are left.
         """
-        silo_of = {self.nodes[silo]: silo for silo in bodies}
+        silo_of = {self.nodes[silo]: silo for silo in bodies.silos}
+        digests: dict[str, str] = {}
         answered: list[str] = []
         refusals: list[PolicyRefusal] = []
-        enough = self.settings.enough_silos or len(bodies)
-        replies = self._send({self.nodes[silo]: body for silo, body in bodies.items()}, kind, group)
-        for node, envelope, reply in replies:
+        enough = self.settings.enough_silos or len(bodies.silos)
+
+        def sent() -> Iterator[tuple[int, bytes, bytes]]:
+            for silo in bodies.silos:
+                body, shared = bodies.make(silo)
+                digests[silo] = digest_bytes(body)
+                yield self.nodes[silo], body, shared
+
+        for node, envelope, reply in self._send(sent(), kind, group):
             silo = silo_of[node]
             try:
-                self._check(silo, envelope, reply, digest_bytes(bodies[silo]))
+                self._check(silo, envelope, reply, digests[silo])
                 accept(silo, reply)
                 answered.append(silo)
             except PolicyRefusal as refusal:
@@ -153,7 +173,7 @@ class Exchange:
                 self.log.emit("federate", "rejected", silo=silo, step=group, message=str(error))
             if len(answered) >= enough:
                 break
-        self._require(len(answered) + already, len(bodies) + already, group, refusals)
+        self._require(len(answered) + already, len(bodies.silos) + already, group, refusals)
         return sorted(answered)
 
     def _require(self, answered: int, asked: int, group: str, refusals: list[PolicyRefusal]) -> None:
@@ -179,26 +199,29 @@ class Exchange:
         if kind in (None, "failure", "described"):
             raise ValueError(f"the reply is {kind}: {reply.failure.code}")
 
-    def _send(self, bodies: Mapping[int, bytes], kind: str, group: str) -> Iterator[tuple[int, pb.Envelope, pb.Reply]]:
-        """Sends one body a node and yields what comes back as it comes, until all have answered or time is up."""
-        if not bodies:
-            return
+    def _send(
+        self, bodies: Iterable[tuple[int, bytes, bytes]], kind: str, group: str
+    ) -> Iterator[tuple[int, pb.Envelope, pb.Reply]]:
+        """Sends (node, body, its shared part) and yields what comes back as it comes, until all have or time is up."""
         timeout_s = self.settings.round_timeout_s
         messages = []
-        for node, body in bodies.items():
+        for node, body, shared in bodies:
             envelope = seal_request(self.parties.signer, body, self.receipt_of(self._silo_at.get(node, "")))
             self.bytes_moved += len(envelope)
             # A node that is away must not find the message when it is back: its round is over by then.
-            messages.append(Message(pack(envelope), node, kind, group_id=group, ttl=timeout_s))
+            messages.append(Message(pack(envelope, shared), node, kind, group_id=group, ttl=timeout_s))
+        if not messages:
+            return
         waiting = set(self.grid.push_messages(messages))
         deadline = time.monotonic() + timeout_s
         while waiting and time.monotonic() < deadline:
-            for message in self.grid.pull_messages(waiting):
+            came = list(self.grid.pull_messages(waiting))
+            for message in came:
                 waiting.discard(message.metadata.reply_to_message_id)
                 found = self._parse(message, group)
                 if found is not None:
                     yield message.metadata.src_node_id, *found
-            if waiting:
+            if waiting and not came:
                 time.sleep(POLL_S)
         if waiting:
             self.log.emit("federate", "timeout", step=group, missing=len(waiting))

@@ -1,10 +1,12 @@
 """Flower's ``Grid`` over Ray actors: the same ServerApp and the same silo code, without SuperLink and polling."""
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -14,27 +16,46 @@ from flwr.supercore.task_identity import TaskIdentity
 from configs.errors import InputError
 from federated.client_app import Handler, make_app
 
-OpenSilo = Callable[[str], Handler]
 _RUN_ID, _SERVER_NODE, _TASK_ID = 1, 1, 1
 _FIRST_NODE = 1000
 _SILO = "silo"
+_WARM_SILOS = 64  # a process keeps open at most
+_AHEAD = 2  # messages that a process holds at most: the one it works on, and the next
+_LOOK_AHEAD = 64  # waiting messages among which a process looks for one of a silo that it holds
+_WAIT_S = 0.5
+
+
+class OpenedSilo(Protocol):
+    """What a process hosts: ``federated.silo.Silo``, for instance."""
+
+    def handle(self, content: bytes) -> bytes:
+        """Answers one request's envelope."""
+
+    def close(self) -> None:
+        """Lets go of the silo's files."""
+
+
+OpenSilo = Callable[[str], OpenedSilo]
 
 
 class SiloHost:
-    """A process that hosts silos. Each is opened when its first message comes, and stays warm."""
+    """A process that hosts silos. Each is opened when a message for it comes, and stays warm while few others come."""
 
-    def __init__(self, open_silo: OpenSilo, threads: int) -> None:
+    def __init__(self, open_silo: OpenSilo, threads: int, warm: int = _WARM_SILOS) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        self._open_silo, self._handlers = open_silo, dict[str, Handler]()
+        self._open_silo, self._most, self._silos = open_silo, warm, OrderedDict[str, OpenedSilo]()
         self._app = make_app(self._connect)
 
     def _connect(self, context: Context) -> Handler:
         name = str(context.node_config[_SILO])
-        if name not in self._handlers:
-            self._handlers[name] = self._open_silo(name)
-        return self._handlers[name]
+        if name not in self._silos:
+            while len(self._silos) >= self._most:
+                self._silos.popitem(last=False)[1].close()  # the one that was asked least recently
+            self._silos[name] = self._open_silo(name)
+        self._silos.move_to_end(name)
+        return self._silos[name].handle
 
     def handle(self, message: Message, silo: str) -> Message:
         """One message through the relay to its silo. The steward's own mistakes come back as the reply's error."""
@@ -42,8 +63,19 @@ class SiloHost:
         return self._app(message, context)
 
 
+@dataclass(eq=False)
+class _Worker:
+    """A process, and the messages that it was given, in the order in which it takes them."""
+
+    actor: Any
+    running: dict[Any, Message] = field(default_factory=dict)
+
+
 class LocalGrid(Grid):
     """The silos of a simulation as Flower nodes; a free worker takes the next message.
+
+    A worker prefers the silos that it answered for last, which are warm there, and has its next message before it has
+    answered one; but the last messages of a step go to whoever is free first.
 
     Args:
         ray: a running Ray.
@@ -61,10 +93,9 @@ class LocalGrid(Grid):
             num_cpus=threads, max_restarts=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
         )
         self._start_worker: Callable[[], Any] = partial(actor.remote, open_silo, threads)
-        self._free = [self._start_worker() for _ in range(min(workers, len(self._silo_of)))]
-        self._workers = list(self._free)
-        self._queue: deque[Message] = deque()
-        self._running: dict[Any, tuple[Any, Message]] = {}
+        self._workers = [_Worker(self._start_worker()) for _ in range(min(workers, len(self._silo_of)))]
+        self._home: dict[int, _Worker] = {}
+        self._waiting: dict[str, Message] = {}
         self._replies: dict[str, Message] = {}
         self._next_id = 0
         # Flower's Message reads the identity of the task that makes it; SuperLink sets it in its own processes.
@@ -77,7 +108,7 @@ class LocalGrid(Grid):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for worker in self._workers:
-            self._ray.kill(worker, no_restart=True)
+            self._ray.kill(worker.actor, no_restart=True)
 
     def set_run(self, run: Run) -> None:
         """There is one run a grid."""
@@ -104,14 +135,16 @@ class LocalGrid(Grid):
             self._next_id += 1
             message.metadata.__dict__["_message_id"] = str(self._next_id)
             ids.append(str(self._next_id))
-            self._queue.append(message)
+            self._waiting[str(self._next_id)] = message
         self._dispatch()
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages that have come."""
-        self._gather(timeout_s=0.05)
-        return [self._replies.pop(message_id) for message_id in list(message_ids) if message_id in self._replies]
+        """The replies to these messages that have come; where there is none yet, waits a moment for one."""
+        wanted = list(message_ids)
+        if not any(message_id in self._replies for message_id in wanted):
+            self._gather(timeout_s=_WAIT_S)
+        return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Sends messages and waits for all replies, or until the time is up."""
@@ -126,26 +159,51 @@ class LocalGrid(Grid):
         return replies
 
     def _dispatch(self) -> None:
-        while self._queue and self._free:
-            message, worker = self._queue.popleft(), self._free.pop()
-            reference = worker.handle.remote(message, self._silo_of[message.metadata.dst_node_id])
-            self._running[reference] = (worker, message)
+        """Gives every process a message, and then a second one, but not of the last ones that are waiting."""
+        for held in range(_AHEAD):
+            for worker in self._workers:
+                if len(worker.running) == held and len(self._waiting) > held * len(self._workers):
+                    message = self._waiting.pop(self._next_for(worker))
+                    node = message.metadata.dst_node_id
+                    self._home[node] = worker
+                    worker.running[worker.actor.handle.remote(message, self._silo_of[node])] = message
+
+    def _next_for(self, worker: _Worker) -> str:
+        def distance(message_id: str) -> int:
+            home = self._home.get(self._waiting[message_id].metadata.dst_node_id)
+            return 0 if home is worker else 1 if home is None else 2
+
+        return min(islice(self._waiting, _LOOK_AHEAD), key=distance)
 
     def _gather(self, timeout_s: float) -> None:
-        if not self._running:
+        worker_of = {reference: worker for worker in self._workers for reference in worker.running}
+        if not worker_of:
             return
-        done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
+        done, _ = self._ray.wait(list(worker_of), num_returns=1, timeout=timeout_s)
         for reference in done:
-            worker, message = self._running.pop(reference)
+            worker = worker_of[reference]
             try:
-                self._replies[message.metadata.message_id] = self._result(reference, message)
-            except self._ray.exceptions.RayActorError as error:  # the process died: a new one takes its place
-                self._replies[message.metadata.message_id] = Message(Error(code=1, reason=str(error)), reply_to=message)
-                self._workers.remove(worker)
-                worker = self._start_worker()
-                self._workers.append(worker)
-            self._free.append(worker)
+                self._answer(worker, reference)
+            except self._ray.exceptions.RayActorError as error:
+                self._replace(worker, str(error))
         self._dispatch()
+
+    def _answer(self, worker: _Worker, reference: Any) -> None:
+        message = worker.running[reference]
+        self._replies[message.metadata.message_id] = self._result(reference, message)
+        del worker.running[reference]
+
+    def _replace(self, worker: _Worker, reason: str) -> None:
+        """A new process for one that died: the message it was at is answered with an error, the next waits again."""
+        for reference in list(worker.running):
+            try:
+                self._answer(worker, reference)  # what it had answered before
+            except self._ray.exceptions.RayActorError:
+                break
+        lost, *unread = worker.running.values()
+        self._replies[lost.metadata.message_id] = Message(Error(code=1, reason=reason), reply_to=lost)
+        self._waiting = {message.metadata.message_id: message for message in unread} | self._waiting
+        self._workers[self._workers.index(worker)] = _Worker(self._start_worker())
 
     def _result(self, reference: Any, message: Message) -> Message:
         try:

@@ -20,7 +20,7 @@ from federated import commits
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, from_bytes, to_bytes
 from federated.aggregation import Aggregation, Sent, check_size
-from federated.exchange import QUERY, TRAIN, Exchange, Parties
+from federated.exchange import QUERY, TRAIN, Bodies, Exchange, Parties
 from federated.factors import frozen_digest
 from federated.private_evaluation import METRIC, bounds_of, checked_sums, figures
 from federated.runs import open_run
@@ -168,7 +168,7 @@ class Coordinator:
             )
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
-        bodies = {silo: self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)) for silo in new}
+        bodies = Bodies(new, lambda silo: (self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)), b""))
         already = len(set(self.exchange.nodes) & self.reserved)
         self.exchange.collect(bodies, QUERY, "reserve", self._take_reservation, already)
 
@@ -184,15 +184,20 @@ class Coordinator:
             self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
             aggregation.add(silo, from_bytes(reply.trained.update))
 
-        bodies = {}
-        for silo in self._present():
-            train = self._train(round_number, aggregation.sent(silo), frozen)
-            bodies[silo] = self.exchange.body(f"round-{round_number}", silo, train=train)
-        answered = self.exchange.collect(bodies, TRAIN, str(round_number), fold)
+        adapters: dict[int, bytes] = {}
+
+        def body(silo: str) -> tuple[bytes, bytes]:
+            sent = aggregation.sent(silo)
+            if sent.rank not in adapters:
+                adapters[sent.rank] = to_bytes(sent.adapter)
+            train = self._train(round_number, sent, adapters[sent.rank], frozen)
+            return self.exchange.body(f"round-{round_number}", silo, train=train), adapters[sent.rank]
+
+        answered = self.exchange.collect(Bodies(self._present(), body), TRAIN, str(round_number), fold)
         adapter, self.server_state = aggregation.result()
         return adapter, answered
 
-    def _train(self, round_number: int, sent: Sent, frozen: str) -> pb.Train:
+    def _train(self, round_number: int, sent: Sent, adapter: bytes, frozen: str) -> pb.Train:
         federated = self.config.federated
         seed = self.config.run.seed if frozen else 0
         return pb.Train(
@@ -201,7 +206,7 @@ class Coordinator:
             base_model_digest=self.base.content_digest,
             task=CausalTask.name,
             adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
-            adapter=to_bytes(sent.adapter),
+            adapter=adapter,
             learning_rate=federated.learning_rate,
             optimizer=federated.optimizer,
             proximal_mu=federated.proximal_mu,
@@ -228,7 +233,7 @@ class Coordinator:
             self._receipt(silo, reply.evaluated.receipt)
             sums[silo] = checked_sums(reply.evaluated.sums)
 
-        bodies = self._bodies(f"evaluation-{number}", evaluate=evaluate)
+        bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
         answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", take)
         noise = self.config.privacy.evaluation_noise_multiplier
         found = figures([sums[silo] for silo in answered], bounds_of(self.base), noise)
@@ -237,9 +242,9 @@ class Coordinator:
     def _adapter_spec(self) -> pb.AdapterSpec:
         return pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha)
 
-    def _bodies(self, request_id: str, **kind: Any) -> dict[str, bytes]:
+    def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
         """The same request to each silo that is there and has reserved."""
-        return {silo: self.exchange.body(request_id, silo, **kind) for silo in self._present()}
+        return Bodies(self._present(), lambda silo: (self.exchange.body(request_id, silo, **kind), shared))
 
     def _present(self) -> list[str]:
         return sorted(set(self.exchange.nodes) & self.reserved)

@@ -101,8 +101,11 @@ class Silo:
         return load_secret(path) if charged else load_or_create_secret(path)
 
     def close(self) -> None:
-        """Closes the ledger's file."""
+        """Closes the files of ledger and log. A host of many silos keeps few open."""
         self.ledger.close_file()
+        for handler in list(self._log.handlers):
+            self._log.removeHandler(handler)
+            handler.close()
 
     def handle(self, content: bytes) -> bytes:
         """Answers one request. Never raises: a refusal or a failure is a reply.

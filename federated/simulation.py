@@ -11,7 +11,6 @@ from configs.schema import RunConfig
 from configs.silo import SiloConfig, simulated_silo
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
-from federated.client_app import Handler
 from federated.envelope import seal_reply
 from federated.exchange import Parties
 from federated.local_grid import LocalGrid, OpenSilo
@@ -79,14 +78,14 @@ def simulate(
         run_federation(grid, config, base_model, directory, Parties(signer, len(silos)), on_event, certify=with_dp)
 
 
-def _open_silo(
-    silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str
-) -> Handler:
-    return Silo(silos[name], trusted, injected_seed).handle
+def _open_silo(silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str) -> Silo:
+    return Silo(silos[name], trusted, injected_seed)
 
 
-def _open_comparison(silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanRequest, name: str) -> Handler:
-    return PublicSilo(silos[name], trusted, plan).handle
+def _open_comparison(
+    silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanRequest, name: str
+) -> "PublicSilo":
+    return PublicSilo(silos[name], trusted, plan)
 
 
 class PublicSilo:
@@ -106,6 +105,10 @@ class PublicSilo:
             )
         self._silo = Silo(config, trusted)  # for its data and model; its ledger is neither charged nor asked
         self._plan = plan.bind(config.silo.public_record_count)  # for its batches
+
+    def close(self) -> None:
+        """Closes the silo's files."""
+        self._silo.close()
 
     def handle(self, content: bytes) -> bytes:
         """Answers like a silo, without receipts."""
