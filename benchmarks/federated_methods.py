@@ -6,14 +6,18 @@ steps and the aggregation are the product's own, without what carries them.
 python benchmarks/federated_methods.py --model FOLDER --seeds 0 1 2 --json federated_methods.json
 """
 
+import argparse
 import hashlib
+import json
 import os
+import sys
 import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from figures import setting, spreads
 
 from configs.federated_settings import FederatedSettings
 from federated.adapters import Arrays
@@ -30,27 +34,29 @@ from trainer.tasks import CausalTask, Encoded
 
 LIBRARIES = ("siloweave", "torch", "peft", "opacus", "numpy")
 CONTEXT, RANK, ALPHA = 64, 8, 16.0
-ROUNDS, STEPS, SAMPLING_RATE, RECORDS, HELD_OUT = 6, 3, 0.02, 2000, 60
+ROUNDS, STEPS, SAMPLING_RATE, RECORDS, HELD_OUT = 6, 2, 0.02, 2000, 40
 EPSILON, DELTA = 8.0, 1e-5
-SGD = {"optimizer": "sgd"}
-# What a method changes: federated settings, with its learning rates under DP; and the other ones that it takes without.
-METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "fedavg": ({"learning_rate": 0.01}, {}),
-    "fedavg, sgd inside": ({**SGD, "learning_rate": 0.5}, {}),
-    "fedprox, mu 0.1": ({"proximal_mu": 0.1, "learning_rate": 0.01}, {}),
-    "fedavgm": ({"aggregation": "fedavgm", "server_momentum": 0.5, "learning_rate": 0.01}, {}),
-    "fedadam": ({"aggregation": "fedadam", "server_learning_rate": 0.02, "learning_rate": 0.01}, {}),
-    "fedyogi": ({"aggregation": "fedyogi", "server_learning_rate": 0.02, "learning_rate": 0.01}, {}),
-    "fedadagrad": ({"aggregation": "fedadagrad", "server_learning_rate": 0.02, "learning_rate": 0.01}, {}),
-    "scaffold": ({"aggregation": "scaffold", **SGD, "learning_rate": 0.5}, {}),
-    "median": ({"aggregation": "median", "learning_rate": 0.01}, {}),
-    "trimmed mean, 1 of 6": (
-        {"aggregation": "trimmed_mean", "byzantine_silos": 1, "min_silos": 3, "learning_rate": 0.01},
-        {},
-    ),
-    "krum, 1 of 6": ({"aggregation": "krum", "byzantine_silos": 1, "min_silos": 5, "learning_rate": 0.01}, {}),
-    "ffa-lora": ({"adapters": "ffa", "learning_rate": 0.01}, {}),
-    "exact product": ({"adapters": "product", "learning_rate": 0.01}, {}),
+MODES = {"with_dp": private_update, "without_dp": public_update}
+ADAM, SGD = {"learning_rate": 0.02}, {"optimizer": "sgd", "learning_rate": 1.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "fedavg": ADAM,
+    "fedavg, sgd inside": SGD,
+    "fedprox, mu 0.1": {**ADAM, "proximal_mu": 0.1},
+    "fedavgm, momentum 0.5": {**ADAM, "aggregation": "fedavgm", "server_momentum": 0.5},
+    "fedadam": {**ADAM, "aggregation": "fedadam"},
+    "fedyogi": {**ADAM, "aggregation": "fedyogi"},
+    "fedadagrad": {**ADAM, "aggregation": "fedadagrad"},
+    "scaffold, sgd inside": {**SGD, "aggregation": "scaffold"},
+    "median": {**ADAM, "aggregation": "median"},
+    "trimmed mean, 1 may lie": {**ADAM, "aggregation": "trimmed_mean", "byzantine_silos": 1, "min_silos": 3},
+    "krum, 1 may lie": {**ADAM, "aggregation": "krum", "byzantine_silos": 1, "min_silos": 5},
+    "ffa-lora": {**ADAM, "adapters": "ffa"},
+    "exact product": {**ADAM, "adapters": "product"},
+    "exact product, ranks 2 to 8": {
+        **ADAM,
+        "adapters": "product",
+        "lora_ranks": {"comedies": 2, "histories": 2, "problems": 4, "roman": 4},
+    },
 }
 
 
@@ -104,12 +110,11 @@ def fresh_adapter(model: Path, seed: int) -> Arrays:
     }
 
 
-def federate(model: Path, settings: FederatedSettings, seed: int, *, with_dp: bool) -> dict[str, Any]:
-    """One federation from a fresh adapter, to its final figures."""
-    began = time.perf_counter()
-    train = private_update if with_dp else public_update
+def federate(model: Path, method: str, mode: str, seed: int) -> dict[str, float]:
+    """One federation from a fresh adapter to its final figures."""
+    began, travelled = time.perf_counter(), 0
+    settings = FederatedSettings(rounds=ROUNDS, local_steps=STEPS, lora_rank=RANK, lora_alpha=ALPHA, **METHODS[method])
     adapter, state = fresh_adapter(model, seed), dict[str, Any]()
-    travelled = 0
     for number in range(1, ROUNDS + 1):
         aggregation = Aggregation(settings, adapter, state, len(silos(model)))
         for name, (records, _) in silos(model).items():
@@ -119,9 +124,47 @@ def federate(model: Path, settings: FederatedSettings, seed: int, *, with_dp: bo
                 settings.learning_rate, settings.optimizer, 16, "bookkeeping", settings.proximal_mu, sent.correction
             )
             digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).hexdigest()
-            streams = Streams(os.urandom(SEED_BYTES) if with_dp else bytes(SEED_BYTES), digest)
-            update = train(plan(), streams, peft, task_of(model), sent.adapter, records, local)
-            travelled += sum(array.nbytes for array in (*sent.adapter.values(), *update.values()))
+            streams = Streams(os.urandom(SEED_BYTES), digest)
+            update = MODES[mode](plan(), streams, peft, task_of(model), sent.adapter, records, local)
+            sizes = (array.nbytes for arrays in (sent.adapter, sent.correction, update) for array in arrays.values())
+            travelled += sum(sizes)
             aggregation.add(name, update)
         adapter, state = aggregation.result()
     return {**bits(model, adapter), "megabytes": travelled / 1e6, "seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="a model's folder with its tokenizer")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {mode: {name: [] for name in METHODS} for mode in MODES}
+    document = {
+        **setting(LIBRARIES),
+        "plan": plan().request.model_dump(),
+        "records_per_silo": RECORDS,
+        "methods": METHODS,
+        "base": bits(arguments.model, fresh_adapter(arguments.model, 0)),
+    }
+    for mode in MODES:
+        for seed in arguments.seeds:  # all methods of a seed before the next: a table of fewer seeds is whole, too
+            for method in METHODS:
+                found = federate(arguments.model, method, mode, seed)
+                runs[mode][method].append(found)
+                print(f"{mode}, seed {seed}, {method}: {found}", file=sys.stderr, flush=True)
+            table = {name: spreads(done) for name, done in runs[mode].items()}
+            document[mode] = {"seeds": len(runs[mode]["fedavg"]), "bits_per_char": table}
+            arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    for mode in MODES:
+        for name, figures in document[mode]["bits_per_char"].items():
+            overall, worst = figures["overall"], figures["worst_silo"]
+            print(
+                f"{mode}, {name}: {overall['median']:.3f} ({overall['minimum']:.3f} to {overall['maximum']:.3f}), "
+                f"worst silo {worst['median']:.3f}, {figures['megabytes']['median']:.1f} MB"
+            )
+
+
+if __name__ == "__main__":
+    main()

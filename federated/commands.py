@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from federated.personal_commands import personalise
+
 if TYPE_CHECKING:
     from privacy.chain import Budget
     from privacy.journal import Journal
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 silo_app = typer.Typer(help="Runs a silo at an edge site.", no_args_is_help=True)
 budget_app = typer.Typer(help="A silo's privacy budget.", no_args_is_help=True)
 silo_app.add_typer(budget_app, name="budget")
+silo_app.command()(personalise)
 
 
 @silo_app.callback()

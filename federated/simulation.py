@@ -40,6 +40,9 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
             f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'} (there are "
             f"{', '.join(sorted(rows)) or 'none'}); check data.private.silo and data.private.public_record_counts"
         )
+    unknown = sorted(set(config.federated.lora_ranks) - set(rows))
+    if unknown:
+        raise InputError(f"federated.lora_ranks has {unknown}: there are {', '.join(sorted(rows))}; check the names")
     return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
 
 

@@ -35,6 +35,9 @@ class HostileSilo:
     def __init__(self, config, trusted, name):
         self._silo, self._name, self._first = Silo(config, trusted), name, None
 
+    def close(self):
+        self._silo.close()
+
     def handle(self, content):
         answer = self._silo.handle(content)
         reply = pb.Reply.FromString(pb.Envelope.FromString(answer).body)
@@ -94,7 +97,7 @@ def test_hostile_replies_change_nothing_and_the_round_goes_on(federation, tiny_m
     trusted = frozenset({signer.public_key})
 
     def open_silo(silos, trusted, name):
-        return HostileSilo(silos[name], trusted, name).handle
+        return HostileSilo(silos[name], trusted, name)
 
     opener = partial(open_silo, silos, trusted)
     with LocalGrid(shared_ray, opener, SILOS, workers=2, threads=1) as grid:

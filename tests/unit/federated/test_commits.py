@@ -47,3 +47,27 @@ def test_a_whole_round_of_the_run_without_dp_is_refused(tmp_path, key):
     shutil.copytree(saved(tmp_path / "federated-no-dp", "run", 1, key), tmp_path / "federated" / "round-00001")
     with pytest.raises(InputError, match="adapter"):
         commits.newest(tmp_path / "federated", "digest", pytest.fail, key)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_the_aggregations_state_is_committed_with_the_round(tmp_path, key, sealed):
+    commits.save(tmp_path, "digest", 1, b"adapter", {}, "run", key if sealed else None, b"moments")
+    found = commits.newest(tmp_path, "digest", pytest.fail, key if sealed else None)
+    assert (found.adapter, found.server_state) == (b"adapter", b"moments")
+    content = (tmp_path / "round-00001" / commits.SERVER_STATE).read_bytes()
+    assert (content == b"moments") != sealed
+    (tmp_path / "round-00001" / commits.SERVER_STATE).unlink()
+    said = []
+    assert commits.newest(tmp_path, "digest", said.append, key if sealed else None) is None
+    assert commits.SERVER_STATE in said[0]
+
+
+def test_an_adapter_can_not_stand_in_for_the_aggregations_state(tmp_path, key):
+    commits.save(tmp_path, "digest", 1, b"adapter", {}, "run", key, b"moments")
+    target = tmp_path / "round-00001"
+    manifest = json.loads((target / "COMMITTED").read_text())
+    shutil.copy(target / commits.ADAPTER, target / commits.SERVER_STATE)
+    manifest["files"][commits.SERVER_STATE] = manifest["files"][commits.ADAPTER]
+    (target / "COMMITTED").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="server-state"):
+        commits.newest(tmp_path, "digest", pytest.fail, key)
