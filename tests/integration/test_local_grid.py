@@ -1,7 +1,6 @@
 """The local grid by itself: who stays warm, what a process that dies takes with it, what a step's messages share."""
 
 import os
-import time
 from functools import partial
 
 from flwr.app import Message
@@ -39,7 +38,7 @@ def test_few_silos_stay_open_and_the_least_recently_asked_is_closed():
     assert did == ["open a", "open b", "close b", "open c", "close c", "open b"]
 
 
-def test_a_process_that_dies_loses_the_message_it_was_at_alone(shared_ray):
+def test_a_message_that_ends_processes_is_given_up_alone(shared_ray):
     class Opened:
         def __init__(self, name):
             self.name = name
