@@ -211,10 +211,11 @@ def stop(folder: Path) -> bool:
     if state is None or process is None:
         return False
     process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(2 * END_S * (1 + len(state["programs"])))
-    except psutil.TimeoutExpired:
-        raise SiloweaveError(f"{folder}: process {process.pid} did not end; look at it, then kill it") from None
+    deadline = time.monotonic() + 2 * END_S * (1 + len(state["programs"]))
+    while find_process(state["supervisor"]):  # not Process.wait: it would wait for whoever started it to reap it
+        if time.monotonic() > deadline:
+            raise SiloweaveError(f"{folder}: process {process.pid} did not end; look at it, then kill it")
+        time.sleep(POLL_S / 5)
     return True
 
 

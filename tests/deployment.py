@@ -114,6 +114,8 @@ class Deployment:
         root.chmod(0o711)
         self.root, self.folder, self.model = root, root / "federation", root / "model"
         shutil.copytree(model, self.model)
+        for path in (self.model, *self.model.iterdir()):  # public, and read by every silo's user
+            path.chmod(0o755 if path.is_dir() else 0o644)
         self.port = free_port()
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.sites: dict[str, Site] = {}

@@ -472,9 +472,9 @@ def test_a_run_that_fails_says_so(deployment):
     """`flwr run` says that all is well; ours has the run's own line and status."""
     run = deployment.run("three", "federated.rounds=1", "privacy.epsilon=500", *FAST[:1], *FAST[2:])
     assert run.wait(RUN_S) == 3, deployment.logs()
-    assert "max_epsilon_per_run" in deployment.log("run-three")
+    assert "min_noise_multiplier" in deployment.log("run-three")
     trouble = deployment.status()["run"]["trouble"]
-    assert {event["rule"] for event in trouble if event["event"] == "refused"} == {"max_epsilon_per_run"}
+    assert {event["rule"] for event in trouble if event["event"] == "refused"} == {"min_noise_multiplier"}
 
 
 def test_stop_ends_everything(deployment):

@@ -123,6 +123,23 @@ def test_a_killed_supervisors_processes_are_ended_by_the_next_start(tmp_path):
     assert not orphan.is_running()
 
 
+def test_stop_ends_a_supervisor_that_nobody_reaps(tmp_path):
+    code = (
+        "import sys, os; from pathlib import Path; from federated.processes import Program, Supervisor\n"
+        "from federated.silo_commands import ended_by_signal\n"
+        f"p = Program('child', (sys.executable, '-c', {SLEEPER!r}), dict(os.environ), lambda: True)\n"
+        "ready = lambda: print('ready', flush=True)\n"
+        "Supervisor(Path(sys.argv[1]), [p]).run(ended_by_signal(), ready, lambda: None)"
+    )
+    supervisor = psutil.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=-1)
+    assert supervisor.stdout.readline() == b"ready\n"
+    child = find_process(json.loads((tmp_path / STATE).read_text())["programs"]["child"]["process"])
+    assert stop(tmp_path) is True
+    assert supervisor.status() == psutil.STATUS_ZOMBIE
+    assert not child.is_running()
+    assert supervisor.wait() == 0
+
+
 def test_stop_reaches_the_supervisor_and_not_another_process_of_its_number(tmp_path):
     assert stop(tmp_path) is False
     own = {"pid": os.getpid(), "created": 1.0}  # our number, another start
