@@ -88,10 +88,9 @@ class LocalGrid(Grid):
     def __init__(self, ray: Any, open_silo: OpenSilo, silos: Iterable[str], workers: int, threads: int) -> None:
         self._ray = ray
         self._silo_of = dict(enumerate(sorted(silos), start=_FIRST_NODE))
-        actor: Any = ray.remote(SiloHost)
-        actor = actor.options(
-            num_cpus=threads, max_restarts=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-        )
+        # No environment of its own for the process: Ray starts processes ahead, and an environment would not fit them.
+        # It sets OMP_NUM_THREADS to num_cpus by itself, and torch's threads are set when the process starts.
+        actor: Any = ray.remote(SiloHost).options(num_cpus=threads, max_restarts=0)
         self._start_worker: Callable[[], Any] = partial(actor.remote, open_silo, threads)
         self._workers = [_Worker(self._start_worker()) for _ in range(min(workers, len(self._silo_of)))]
         self._home: dict[int, _Worker] = {}
