@@ -86,10 +86,19 @@ class FederatedSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "FederatedSettings":
-        for problem in (*self._unused(), self._robust_problem(), self._local_problem(), self._rank_problem()):
+        problems = (self._robust_problem(), self._local_problem(), self._rank_problem(), self._enough_problem())
+        for problem in (*self._unused(), *problems):
             if problem:
                 raise ValueError(problem)
         return self
+
+    def _enough_problem(self) -> str:
+        if not 0 < self.enough_silos < self.min_silos:
+            return ""
+        return (
+            f"federated.enough_silos is {self.enough_silos}: a round would end before federated.min_silos "
+            f"({self.min_silos}) have answered; give 0, or at least that"
+        )
 
     def _unused(self) -> Iterator[str]:
         """A setting that nothing would read is a misunderstanding: nobody should believe in its effect."""

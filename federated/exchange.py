@@ -61,7 +61,7 @@ class Exchange:
         grid: reaches the silos' nodes.
         run: under which id, and until when, silos take its requests.
         parties: the coordinator's key, and who is enrolled.
-        settings: deadline, and how many silos are enough.
+        settings: deadline, and how many silos a step needs.
         log: receives refusals, rejected replies and time-outs.
         receipt_of: gives the last signed receipt of a silo; nothing where there is none.
         nodes: node of each silo that is there.
@@ -134,6 +134,7 @@ class Exchange:
         group: str,
         accept: Callable[[str, pb.Reply], None],
         already: int = 0,
+        enough: int = 0,
     ) -> list[str]:
         """Sends the requests and accepts each sound reply as it comes; the others are recorded and passed over.
 
@@ -143,6 +144,7 @@ class Exchange:
             group: the step, for the events.
             accept: takes a silo's reply; a ValueError rejects it.
             already: silos that need not be asked and count as having answered.
+            enough: replies after which the others are not waited for; 0: all.
 
         Raises:
             PolicyRefusal: too few silos are left, and a policy refused.
@@ -152,7 +154,6 @@ class Exchange:
         digests: dict[str, str] = {}
         answered: list[str] = []
         refusals: list[PolicyRefusal] = []
-        enough = self.settings.enough_silos or len(bodies.silos)
 
         def sent() -> Iterator[tuple[int, bytes, bytes]]:
             for silo in bodies.silos:
@@ -171,7 +172,7 @@ class Exchange:
                 self.log.emit("federate", "refused", silo=silo, step=group, rule=refusal.rule, message=str(refusal))
             except ValueError as error:
                 self.log.emit("federate", "rejected", silo=silo, step=group, message=str(error))
-            if len(answered) >= enough:
+            if len(answered) == enough:
                 break
         self._require(len(answered) + already, len(bodies.silos) + already, group, refusals)
         return sorted(answered)

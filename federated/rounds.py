@@ -193,7 +193,9 @@ class Coordinator:
             train = self._train(round_number, sent, adapters[sent.rank], frozen)
             return self.exchange.body(f"round-{round_number}", silo, train=train), adapters[sent.rank]
 
-        answered = self.exchange.collect(Bodies(self._present(), body), TRAIN, str(round_number), fold)
+        answered = self.exchange.collect(
+            Bodies(self._present(), body), TRAIN, str(round_number), fold, enough=self.config.federated.enough_silos
+        )
         adapter, self.server_state = aggregation.result()
         return adapter, answered
 

@@ -1,6 +1,7 @@
 """A coordinator among silos that send what they should not: each is rejected and recorded, and the round goes on."""
 
 import json
+import time
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from federated.local_grid import LocalGrid
 from federated.server_app import run_federation
 from federated.silo import Silo
 from federated.trust import coordinator_signer
+from privacy.certificate_check import check_certificate
 
 GOOD = "good"
 SILOS = ["bytes", "forged", GOOD, "header", "huge", "infinite", "other round", "other silo", "shape", "stolen receipt"]
@@ -128,3 +130,55 @@ def test_hostile_replies_change_nothing_and_the_round_goes_on(federation, tiny_m
     # What was rejected stays charged and claimed: the silos did release it.
     certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
     assert set(certificate["silos"]) == set(SILOS)
+
+
+class SlowSilo:
+    """A silo that trains, and keeps its reply until a file is there."""
+
+    def __init__(self, silo, until):
+        self._silo, self._until = silo, until
+
+    def close(self):
+        self._silo.close()
+
+    def handle(self, content):
+        answer = self._silo.handle(content)
+        trained = pb.Reply.FromString(pb.Envelope.FromString(answer).body).WhichOneof("kind") == "trained"
+        while trained and not self._until.exists():
+            time.sleep(0.05)
+        return answer
+
+
+def test_a_round_ends_with_enough_replies_and_the_late_one_stays_charged(federation, tiny_model, shared_ray, tmp_path):
+    """The slow silo answers only once the first round is over without it; it is asked again, and closes in the end."""
+    config = federation.model_copy(
+        update={"federated": federation.federated.model_copy(update={"enough_silos": 1, "round_timeout_s": 120.0})}
+    )
+    names, signer = (GOOD, "slow"), coordinator_signer(Path(config.federated.state_dir))
+    source = tmp_path / "slow.jsonl"
+    source.write_text("".join(json.dumps({"text": f"note {n}", "silo": s}) + "\n" for s in names for n in range(60)))
+    silos = {}
+    for name in names:
+        silo = simulated_silo(config, name, tiny_model)
+        silos[name] = silo.model_copy(update={"data": silo.data.model_copy(update={"source": str(source)})})
+    over, trusted = tmp_path / "over", frozenset({signer.public_key})
+
+    def open_silo(silos, trusted, over, name):
+        silo = Silo(silos[name], trusted)
+        return SlowSilo(silo, over) if name == "slow" else silo
+
+    def listen(event):
+        if event["event"] == "round":
+            over.touch()
+
+    with LocalGrid(shared_ray, partial(open_silo, silos, trusted, over), names, workers=2, threads=1) as grid:
+        run_federation(grid, config, tiny_model, tmp_path / "run", Parties(signer, 2), listen)
+    events = list(read_events(tmp_path / "run" / "events.jsonl"))
+    answered = [event["answered"] for event in events if event["event"] == "round"]
+    assert answered[0] == [GOOD]
+    assert len(answered) == 2 and len(answered[1]) == 1
+    assert not [event for event in events if event["event"] in ("timeout", "rejected", "refused")]
+    certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    # The late reply was released, so it is charged and claimed, though no average has it.
+    assert certificate["silos"]["slow"]["statement"]["rounds_charged"] >= 1
