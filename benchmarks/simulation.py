@@ -31,6 +31,8 @@ FIGURES = (
     "processes",
 )
 BASE = "plain_2"
+# Ray's processes are nicer than others by default: on a machine that does other work, too, they would seem slower.
+_ALIKE = {"RAY_worker_niceness": "0", "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 def write_work(folder: Path, arguments: argparse.Namespace) -> Path:
@@ -60,7 +62,7 @@ def run(engine: str, work: Path) -> dict[str, Any]:
     record = work.with_name(f"{engine}.json")
     done = subprocess.run(
         [sys.executable, str(PEERS / "simulated.py"), engine, str(work), str(record)],
-        env={**environment(), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"},
+        env={**environment(), **_ALIKE},
         capture_output=True,
         text=True,
         timeout=3600,

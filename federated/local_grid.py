@@ -88,15 +88,15 @@ class LocalGrid(Grid):
     def __init__(self, ray: Any, open_silo: OpenSilo, silos: Iterable[str], workers: int, threads: int) -> None:
         self._ray = ray
         self._silo_of = dict(enumerate(sorted(silos), start=_FIRST_NODE))
-        actor: Any = ray.remote(SiloHost)
-        actor = actor.options(
-            num_cpus=threads, max_restarts=0, runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}}
-        )
+        # No environment of its own for the process: Ray starts processes ahead, and an environment would not fit them.
+        # It sets OMP_NUM_THREADS to num_cpus by itself, and torch's threads are set when the process starts.
+        actor: Any = ray.remote(SiloHost).options(num_cpus=threads, max_restarts=0)
         self._start_worker: Callable[[], Any] = partial(actor.remote, open_silo, threads)
         self._workers = [_Worker(self._start_worker()) for _ in range(min(workers, len(self._silo_of)))]
         self._home: dict[int, _Worker] = {}
         self._waiting: dict[str, Message] = {}
         self._replies: dict[str, Message] = {}
+        self._ended_one: set[str] = set()  # messages at which a process has died
         self._next_id = 0
         # Flower's Message reads the identity of the task that makes it; SuperLink sets it in its own processes.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN_ID, _SERVER_NODE, _TASK_ID
@@ -140,11 +140,16 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages that have come; where there is none yet, waits a moment for one."""
+        """The replies to these messages that have come; where there is none yet, waits a moment for one.
+
+        Args:
+            message_ids: all that are still waited for. Replies to others, of a step that had enough, are dropped.
+        """
         wanted = list(message_ids)
         if not any(message_id in self._replies for message_id in wanted):
             self._gather(timeout_s=_WAIT_S)
-        return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
+        replies, self._replies = self._replies, {}
+        return [replies[message_id] for message_id in wanted if message_id in replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Sends messages and waits for all replies, or until the time is up."""
@@ -194,15 +199,21 @@ class LocalGrid(Grid):
         del worker.running[reference]
 
     def _replace(self, worker: _Worker, reason: str) -> None:
-        """A new process for one that died: the message it was at is answered with an error, the next waits again."""
+        """A new process for one that died. Its messages wait again; one that ends two processes is given up.
+
+        Asking again is safe: a silo that has answered before has kept its reply.
+        """
         for reference in list(worker.running):
             try:
                 self._answer(worker, reference)  # what it had answered before
             except self._ray.exceptions.RayActorError:
                 break
-        lost, *unread = worker.running.values()
-        self._replies[lost.metadata.message_id] = Message(Error(code=1, reason=reason), reply_to=lost)
-        self._waiting = {message.metadata.message_id: message for message in unread} | self._waiting
+        unanswered = {message.metadata.message_id: message for message in worker.running.values()}
+        at = next(iter(unanswered))
+        if at in self._ended_one:
+            self._replies[at] = Message(Error(code=1, reason=reason), reply_to=unanswered.pop(at))
+        self._ended_one.add(at)
+        self._waiting = unanswered | self._waiting
         self._workers[self._workers.index(worker)] = _Worker(self._start_worker())
 
     def _result(self, reference: Any, message: Message) -> Message:

@@ -63,3 +63,14 @@ def test_parts_of_a_start_add_up():
     parts = parts_of_command(10.0, events)
     assert parts["between"] == pytest.approx(0.75)
     assert sum(parts.values()) == pytest.approx(10.0)
+
+
+def test_engines_that_compute_other_bytes_are_found_out():
+    from simulation import check_same, ratios
+
+    results = {"plain_2": {"training_digest": "a", "empty_digest": "b", "rate": 4.0}}
+    results["local_grid"] = {**results["plain_2"], "rate": 3.0}
+    check_same(results)
+    assert ratios([results], "rate")["local_grid"]["median"] == 0.75
+    with pytest.raises(SystemExit, match="not the same work: training_digest"):
+        check_same({**results, "flower": {"training_digest": "c", "empty_digest": "b"}})
