@@ -12,7 +12,8 @@ from cluster import commands as cluster_commands
 from cluster.job_commands import job_app, submit
 from cluster.tune_commands import tune
 from configs.errors import SiloweaveError
-from federated.commands import silo_app
+from federated.federation_commands import federation_app
+from federated.silo_commands import silo_app
 from privacy.commands import ledger_app
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(submit)
 app.add_typer(job_app, name="job")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(silo_app, name="silo")
+app.add_typer(federation_app, name="federation")
 
 
 @app.callback()

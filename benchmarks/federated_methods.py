@@ -1,7 +1,7 @@
 """Held-out bits per character of every way to aggregate, on a skewed split: same model, rounds, steps and records.
 
 The silos are the genres of the embedded plays; the model is the pretrained Llama of 260,000 parameters. The silos'
-steps and the aggregation are the product's own, without what carries them.
+steps and the aggregation are the product's own, without what carries them; all of it under record-level DP.
 
 python benchmarks/federated_methods.py --model FOLDER --seeds 0 1 2 --json federated_methods.json
 """
@@ -22,7 +22,7 @@ from figures import setting, spreads
 from configs.federated_settings import FederatedSettings
 from federated.adapters import Arrays
 from federated.aggregation import Aggregation
-from federated.local_training import LocalSettings, private_update, public_update
+from federated.local_training import LocalSettings, private_update
 from federated.silo import warm_model
 from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.streams import SEED_BYTES, Streams
@@ -36,7 +36,6 @@ LIBRARIES = ("siloweave", "torch", "peft", "opacus", "numpy")
 CONTEXT, RANK, ALPHA = 64, 8, 16.0
 ROUNDS, STEPS, SAMPLING_RATE, RECORDS, HELD_OUT = 6, 2, 0.02, 2000, 40
 EPSILON, DELTA = 8.0, 1e-5
-MODES = {"with_dp": private_update, "without_dp": public_update}
 ADAM, SGD = {"learning_rate": 0.02}, {"optimizer": "sgd", "learning_rate": 1.0}
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": ADAM,
@@ -110,7 +109,7 @@ def fresh_adapter(model: Path, seed: int) -> Arrays:
     }
 
 
-def federate(model: Path, method: str, mode: str, seed: int) -> dict[str, float]:
+def federate(model: Path, method: str, seed: int) -> dict[str, float]:
     """One federation from a fresh adapter to its final figures."""
     began, travelled = time.perf_counter(), 0
     settings = FederatedSettings(rounds=ROUNDS, local_steps=STEPS, lora_rank=RANK, lora_alpha=ALPHA, **METHODS[method])
@@ -125,7 +124,7 @@ def federate(model: Path, method: str, mode: str, seed: int) -> dict[str, float]
             )
             digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).hexdigest()
             streams = Streams(os.urandom(SEED_BYTES), digest)
-            update = MODES[mode](plan(), streams, peft, task_of(model), sent.adapter, records, local)
+            update = private_update(plan(), streams, peft, task_of(model), sent.adapter, records, local)
             sizes = (array.nbytes for arrays in (sent.adapter, sent.correction, update) for array in arrays.values())
             travelled += sum(sizes)
             aggregation.add(name, update)
@@ -140,7 +139,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs: dict[str, dict[str, list[dict[str, float]]]] = {mode: {name: [] for name in METHODS} for mode in MODES}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     document = {
         **setting(LIBRARIES),
         "plan": plan().request.model_dump(),
@@ -148,22 +147,20 @@ def main() -> None:
         "methods": METHODS,
         "base": bits(arguments.model, fresh_adapter(arguments.model, 0)),
     }
-    for mode in MODES:
-        for seed in arguments.seeds:  # all methods of a seed before the next: a table of fewer seeds is whole, too
-            for method in METHODS:
-                found = federate(arguments.model, method, mode, seed)
-                runs[mode][method].append(found)
-                print(f"{mode}, seed {seed}, {method}: {found}", file=sys.stderr, flush=True)
-            table = {name: spreads(done) for name, done in runs[mode].items()}
-            document[mode] = {"seeds": len(runs[mode]["fedavg"]), "bits_per_char": table}
-            arguments.json.write_text(json.dumps(document, indent=2) + "\n")
-    for mode in MODES:
-        for name, figures in document[mode]["bits_per_char"].items():
-            overall, worst = figures["overall"], figures["worst_silo"]
-            print(
-                f"{mode}, {name}: {overall['median']:.3f} ({overall['minimum']:.3f} to {overall['maximum']:.3f}), "
-                f"worst silo {worst['median']:.3f}, {figures['megabytes']['median']:.1f} MB"
-            )
+    for seed in arguments.seeds:  # all methods of a seed before the next: a table of fewer seeds is whole, too
+        for method in METHODS:
+            found = federate(arguments.model, method, seed)
+            runs[method].append(found)
+            print(f"seed {seed}, {method}: {found}", file=sys.stderr, flush=True)
+        table = {name: spreads(done) for name, done in runs.items()}
+        document["seeds"], document["bits_per_char"] = len(runs["fedavg"]), table
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    for name, figures in document["bits_per_char"].items():
+        overall, worst = figures["overall"], figures["worst_silo"]
+        print(
+            f"{name}: {overall['median']:.3f} ({overall['minimum']:.3f} to {overall['maximum']:.3f}), "
+            f"worst silo {worst['median']:.3f}, {figures['megabytes']['median']:.1f} MB"
+        )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,9 @@ class SiloSettings(Settings):
     """Folder of the exported base model that the silo may fine-tune."""
     encryption_key_file: str = ""
     """File of the base model's key where its weights are encrypted; ``env:`` takes SILOWEAVE_ENCRYPTION_KEY."""
+    relay_user: str = ""
+    """Operating-system user of the relay, which the service's socket is for. It must reach nothing else of the silo.
+    Empty: nobody but the service's own user reaches the socket, which is allowed for data declared public only."""
     public_record_count: Count
     """Training units, rounded, declared by the steward; never computed from the data."""
     micro_batch_size: Count = 16

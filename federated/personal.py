@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from configs.artifacts import require_manifest
-from configs.encryption import MasterKey, load_key, sealing
+from configs.encryption import MasterKey, load_key, opened, sealing
 from configs.errors import InputError
 from configs.silo import SiloConfig
 from federated.silo_data import load_units
@@ -92,16 +93,21 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
 
 
 def _with_shared(base: Any, shared: Path) -> Any:
-    """The base model with the shared adapter's product in its weights, where nothing trains it further."""
+    """The base model with the shared adapter's product in its weights, where nothing trains it further.
+
+    Raises:
+        InputError: it is encrypted, damaged, or of another model.
+    """
     from peft import PeftModel
 
     if not (shared / "adapter_config.json").is_file():
         raise InputError(f"{shared}: holds no adapter_config.json; give the adapter/ folder that the federation wrote")
-    try:
-        return PeftModel.from_pretrained(base, shared, local_files_only=True).merge_and_unload().eval()
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{shared}: is no adapter of this base model ({reason}); give the right folder") from None
+    with opened(shared, None, "") as folder:  # a coordinator's key is none of the silo's: it gets a copy in the clear
+        try:
+            return PeftModel.from_pretrained(base, folder, local_files_only=True).merge_and_unload().eval()
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{shared}: is no adapter of this base model ({reason}); give the right folder") from None
 
 
 def _train(model: Any, task: CausalTask, units: Sequence[Encoded], settings: PersonalSettings) -> None:

@@ -13,6 +13,7 @@ from configs.load import parse
 from configs.schema import RunConfig
 from federated.adapters import Arrays
 from federated.exchange import Parties
+from federated.outcome import recorded
 from federated.rounds import Coordinator
 from federated.trust import coordinator_signer, enrolled_silos
 
@@ -44,7 +45,8 @@ def main(grid: Grid, context: Context) -> None:
     base_model, directory = Path(str(given["base-model"])), Path(str(given["directory"]))
     home = Path(str(given["coordinator"]))
     parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home))
-    run_federation(grid, config, base_model, directory, parties, lambda _: None)
+    with recorded(directory, context.run_id):
+        run_federation(grid, config, base_model, directory, parties, lambda _: None)
 
 
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:

@@ -30,7 +30,7 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     """The simulated silos by name, from the data's silo column; paths are absolute, so that any process can open them.
 
     Raises:
-        InputError: a silo with a declared size has no record, or there is no silo at all.
+        InputError: a silo with a declared size or a rank of its own has no record, or there is no silo at all.
     """
     probe = simulated_silo(config, "probe", base_model)
     rows, _ = rows_of(probe.data)

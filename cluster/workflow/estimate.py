@@ -74,9 +74,15 @@ def estimate(config: RunConfig) -> dict[str, Any]:
 
 
 def adapter_parameters(config: RunConfig) -> int:
-    """Trainable parameters of the adapters: rank times (inputs + outputs) of every adapted layer."""
-    model = config.model
+    """Trainable parameters of the adapters: rank times (inputs + outputs) of every adapted layer, or outputs alone.
+
+    The latter with FFA-LoRA, whose A is frozen.
+    """
+    model, federated = config.model, config.federated
     hidden, middle, vocabulary = model.hidden_size, model.intermediate_size, config.tokenizer.vocab_size
-    sizes = {"gate_proj": hidden + middle, "up_proj": hidden + middle, "down_proj": middle + hidden}
-    a_block = sum(sizes.get(name, 2 * hidden) for name in LORA_TARGETS if name != "lm_head")
-    return config.federated.lora_rank * (model.layers * a_block + hidden + vocabulary)
+    widths = {"gate_proj": (hidden, middle), "up_proj": (hidden, middle), "down_proj": (middle, hidden)}
+    block = [widths.get(name, (hidden, hidden)) for name in LORA_TARGETS if name != "lm_head"]
+    layers = [*block * model.layers, (hidden, vocabulary)]
+    return federated.lora_rank * sum(
+        outputs if federated.adapters == "ffa" else inputs + outputs for inputs, outputs in layers
+    )

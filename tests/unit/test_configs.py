@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from configs.deployment import FederationConfig, RelayConfig
 from configs.errors import InputError
 from configs.load import bind_run_directory, config_digest, load, presets, to_toml
 from configs.schema import RunConfig
@@ -34,7 +35,7 @@ def test_shipped_presets_are_the_documented_ones():
     assert presets() == ["demo", "gpu", "tiny"]
 
 
-@pytest.mark.parametrize("schema", [RunConfig, SiloConfig])
+@pytest.mark.parametrize("schema", [RunConfig, SiloConfig, FederationConfig, RelayConfig])
 def test_every_setting_is_read_somewhere(schema):
     read = set()
     for package in PACKAGES:

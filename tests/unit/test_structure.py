@@ -91,6 +91,7 @@ def test_the_command_line_answers_without_heavy_imports(siloweave, tmp_path):
         "decrypt",
         "ledger",
         "silo",
+        "federation",
     ):
         assert command in done.stdout
 

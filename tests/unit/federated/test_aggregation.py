@@ -1,6 +1,7 @@
 """Every aggregation against a plain computation, and Flower's strategies where there is one."""
 
 import itertools
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -310,6 +311,24 @@ def test_a_robust_mean_holds_no_more_than_it_may():
     check_size(settings(), 4000)
     with pytest.raises(InputError, match=r"federated\.max_silos is 3: there are 4 silos"):
         check_size(chosen, 4)
+
+
+@pytest.mark.parametrize("adapters", ["average", "product"])
+def test_memory_does_not_grow_with_the_silos(adapters):
+    def peak(silos):
+        shape = {A: (RANK, 300), B: (300, RANK)}
+        adapter = {name: np.ones(size, dtype=np.float32) for name, size in shape.items()}
+        tracemalloc.start()
+        aggregation = Aggregation(settings(adapters=adapters), adapter, {}, silos)
+        for number in range(silos):
+            update = {name: np.full(size, number * 1e-3, dtype=np.float32) for name, size in shape.items()}
+            aggregation.add(f"silo-{number}", update)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(1)  # what is imported on the way is counted once
+    assert peak(200) < 1.05 * peak(10)
 
 
 def test_a_frozen_a_neither_travels_nor_changes():

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.workflow.estimate import adapter_parameters
+from configs.load import load
 from configs.pretrain_settings import ModelSettings
 from federated.factors import frozen
 from federated.local_training import LocalSettings, private_update, public_update
@@ -108,6 +110,14 @@ def test_what_is_added_after_the_noise_leaves_the_noise_as_it_was():
     for name in adapter:
         assert np.array_equal(plain[name], proximal[name])
         np.testing.assert_allclose(corrected[name], plain[name] - 0.1 * correction[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("adapters", ["average", "ffa"])
+def test_the_plan_tells_how_many_parameters_train(adapters):
+    config = load("tiny", [f"federated.adapters={adapters}"])
+    model = add_adapter(new_model(config.model, config.tokenizer.vocab_size, 0), config.federated.lora_rank, 8.0, 0)
+    counted = [value.numel() for name, value in trainable(model).items() if adapters == "average" or not frozen(name)]
+    assert adapter_parameters(config) == sum(counted)
 
 
 def test_a_frozen_a_stays_and_b_trains_under_every_clipping_method():

@@ -1,11 +1,13 @@
 """A personal adapter serves its silo, lies there privately, and changes nothing that ever leaves."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from silo_requests import TRUSTED, ask
 
+from configs.encryption import MasterKey, write_sealed
 from configs.errors import InputError
 from configs.load import to_toml
 from configs.silo import SiloConfig
@@ -17,6 +19,7 @@ from federated.silo import Silo, warm_model
 from privacy.plan import PlanRequest
 
 PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
+WEIGHTS = "adapter_model.safetensors"
 SETTINGS = PersonalSettings(steps=12, batch_size=8, learning_rate=1e-2, rank=4, alpha=8.0, micro_batch_size=4)
 
 
@@ -102,7 +105,7 @@ def test_it_serves_its_silo_and_lies_there_privately(open_silo, tiny_run, silowe
     assert found["personal_bits_per_char"] < found["shared_bits_per_char"] - 0.5  # 200 notes that differ by a number
     folder = tmp_path / "north" / FOLDER
     assert found["folder"] == str(folder)
-    assert (folder / "adapter_model.safetensors").is_file()
+    assert (folder / WEIGHTS).is_file()
     assert all(path.stat().st_mode & 0o077 == 0 for path in (folder, *folder.iterdir()))
     kinds = [json.loads(entry["body"])["kind"] for entry in Silo(silo.config, TRUSTED).ledger.entries()]
     assert kinds == ["open"]  # nothing is charged: nothing leaves
@@ -126,8 +129,26 @@ def test_the_saved_adapter_is_the_one_that_was_measured(open_silo, tiny_run):
     silo.close()
 
 
-def test_what_is_no_shared_adapter_is_named(open_silo, tmp_path):
+def another_rank(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+
+
+WRONG = {
+    "holds no adapter_config": lambda folder: (folder / "adapter_config.json").unlink(),
+    "is no adapter of this base model": another_rank,
+    "is no adapter of this base model .*header": lambda folder: (folder / WEIGHTS).write_bytes(b"damaged"),
+    "is encrypted": lambda folder: write_sealed(folder / WEIGHTS, b"weights", MasterKey(bytes(32), "test"), "x"),
+}
+
+
+@pytest.mark.parametrize("expected", WRONG)
+def test_what_is_no_shared_adapter_is_named(open_silo, tiny_run, tmp_path, expected):
     silo = open_silo("north")
     silo.close()
-    with pytest.raises(InputError, match=r"holds no adapter_config\.json"):
-        personalise(silo.config, tmp_path, SETTINGS)
+    folder = tmp_path / "adapter"
+    shutil.copytree(shared_adapter(tiny_run), folder)
+    WRONG[expected](folder)
+    with pytest.raises(InputError, match=expected) as caught:
+        personalise(silo.config, folder, SETTINGS)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,149 @@
+"""``siloweave federation``: what a coordinator's people run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from federated.federation import Federation
+
+federation_app = typer.Typer(help="Runs a federation over silos elsewhere.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(help="The federation's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print for machines.")]
+
+
+@federation_app.callback()
+def federation() -> None:
+    """Runs a federation over silos elsewhere."""
+
+
+@federation_app.command()
+def init(
+    folder: Folder,
+    name: Annotated[str, typer.Option(help="The federation's name, as silos see it.")],
+    host: Annotated[list[str], typer.Option(help="Name or address by which silos reach it; may be repeated.")],
+    port: Annotated[int, typer.Option(help="Port of the proxy, the only one that silos reach.")] = 9092,
+    listen: Annotated[str, typer.Option(help="Address that the proxy listens on.")] = "0.0.0.0",  # noqa: S104
+) -> None:
+    """Makes a coordinator's keys, its certificates and coordinator.json for the silos."""
+    from configs.deployment import FederationConfig
+    from configs.load import parse
+    from federated.federation import Federation
+    from federated.keys import fingerprint
+
+    given = {"name": name, "hosts": host, "port": port, "listen": listen}
+    made = Federation.create(folder, parse(FederationConfig, given, "federation init"))
+    typer.echo(f"{made.card_file}: send it to every silo, and read this out to its steward:")
+    typer.echo(f"fingerprint {fingerprint(made.card)}")
+
+
+@federation_app.command()
+def enrol(
+    folder: Folder,
+    enrolment: Annotated[Path, typer.Argument(help="The enrolment.json that the silo sent.")],
+    fingerprint: Annotated[
+        str | None, typer.Option(help="As its steward read it out; without it you are asked.")
+    ] = None,
+) -> None:
+    """Takes a silo in; nothing has to be restarted."""
+    from federated.federation import Federation
+    from federated.keys import confirm, read_document
+    from federated.trust import EnrolledSilo
+
+    card = read_document(EnrolledSilo, enrolment)
+    confirm(card, fingerprint, str(enrolment), typer.confirm)
+    Federation(folder).enrol(card)
+    typer.echo(f"silo {card.silo}: enrolled; runs ask it from their next round on")
+
+
+@federation_app.command()
+def revoke(folder: Folder, silo: Annotated[str, typer.Argument(help="The silo's name.")]) -> None:
+    """Takes a silo out; nothing has to be restarted."""
+    from federated.federation import Federation
+
+    Federation(folder).revoke(silo)
+    typer.echo(f"silo {silo}: revoked")
+
+
+@federation_app.command()
+def serve(folder: Folder) -> None:
+    """Starts SuperLink and proxy and restarts what dies, until it is told to end (SIGTERM, Ctrl-C)."""
+    from federated.federation import Federation
+    from federated.processes import Supervisor
+    from federated.proxy import proxy
+    from federated.silo_commands import ended_by_signal
+    from federated.superlink import superlink
+
+    served = Federation(folder)
+    served.renew_certificates()
+    link, port = superlink(served)
+    supervisor = Supervisor(served.state, [link, proxy(served, port)])
+    address = served.card.address
+    supervisor.run(ended_by_signal(), lambda: typer.echo(f"federation at {address}: serving"), _enrolments(served))
+
+
+def _enrolments(served: "Federation") -> "Callable[[], None]":
+    """Registers and unregisters nodes when the enrolled silos have changed; a SuperLink that is away is asked later."""
+    from configs.errors import SiloweaveError
+    from federated.superlink import reconcile
+
+    registered: dict[str, Any] | None = None
+    said = ""
+
+    def tick() -> None:
+        nonlocal registered, said
+        try:
+            wanted = served.silos()
+            if wanted != registered:
+                reconcile(served)
+                registered, said = wanted, ""
+        except SiloweaveError as error:
+            if str(error) != said:  # not twice a second
+                said = str(error)
+                typer.echo(f"enrolments: {said}", err=True)
+
+    return tick
+
+
+@federation_app.command()
+def run(
+    folder: Folder,
+    config: Annotated[str, typer.Option("--config", "-c", help="A TOML file, or a preset's name.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="group.field=value; may be repeated.")] = None,
+) -> None:
+    """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its status is the run's."""
+    from configs.load import load
+    from federated.federation import Federation
+    from federated.federation_run import run as run_rounds
+
+    directory = run_rounds(Federation(folder), load(config, overrides or []), _say)
+    typer.echo(f"finished: {directory / 'certificate.json'}")
+
+
+def _say(event: dict[str, Any]) -> None:
+    shown = {key: value for key, value in event.items() if key not in ("time", "stage", "event")}
+    typer.echo(f"{event['event']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+
+
+@federation_app.command()
+def status(folder: Folder, as_json: JsonOption = False) -> None:
+    """Processes, silos and their budgets, the run's round, refusals with their reasons."""
+    from federated.federation import Federation
+    from federated.federation_status import lines
+    from federated.federation_status import status as look
+
+    found = look(Federation(folder))
+    typer.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
+
+
+@federation_app.command()
+def stop(folder: Folder) -> None:
+    """Ends `federation serve` and all that it started. A run that is given again goes on from its newest round."""
+    from federated.federation import Federation
+    from federated.processes import stop as end
+
+    ended = end(Federation(folder).state)
+    typer.echo("stopped" if ended else "nothing was running")

@@ -1,0 +1,232 @@
+"""``siloweave silo``: what a data steward runs."""
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from federated.personal_commands import personalise
+
+if TYPE_CHECKING:
+    from privacy.chain import Budget
+    from privacy.journal import Journal
+
+SiloToml = Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")]
+silo_app = typer.Typer(help="Runs a silo at an edge site.", no_args_is_help=True)
+budget_app = typer.Typer(help="A silo's privacy budget.", no_args_is_help=True)
+silo_app.add_typer(budget_app, name="budget")
+silo_app.command()(personalise)
+
+
+@silo_app.callback()
+def silo() -> None:
+    """Runs a silo at an edge site."""
+
+
+def ended_by_signal() -> threading.Event:
+    """Is set by SIGTERM and Ctrl-C."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    return ended
+
+
+@silo_app.command()
+def init(
+    config: SiloToml,
+    relay: Annotated[Path, typer.Option(help="relay.json, which `siloweave silo relay --init` made.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address of the service, where the relay runs on another machine; may be repeated."),
+    ] = None,
+) -> None:
+    """Makes the silo's keys and certificates, where they are missing, and enrolment.json for the coordinator."""
+    from configs.silo import load_silo
+    from federated.keys import RelayCard, fingerprint, read_document
+    from federated.silo_identity import ENROLMENT, make_identity
+
+    settings = load_silo(config)
+    journal, _ = _journal(config)
+    card = make_identity(settings, journal, read_document(RelayCard, relay), tuple(host or ["localhost"]))
+    typer.echo(
+        f"silo {card.silo}: send {Path(settings.silo.state_dir) / ENROLMENT} to the coordinator, and read this out:"
+    )
+    typer.echo(f"fingerprint {fingerprint(card)}")
+
+
+@silo_app.command()
+def trust(
+    config: SiloToml,
+    coordinator: Annotated[Path, typer.Argument(help="The coordinator.json that the coordinator sent.")],
+    fingerprint: Annotated[
+        str | None, typer.Option(help="As its people read it out; without it you are asked.")
+    ] = None,
+) -> None:
+    """Answers this coordinator's requests from now on."""
+    from configs.silo import load_silo
+    from federated.keys import CoordinatorCard, confirm, read_document
+    from federated.silo_identity import trust as take_in
+
+    card = read_document(CoordinatorCard, coordinator)
+    found = confirm(card, fingerprint, str(coordinator), typer.confirm)
+    take_in(load_silo(config), card)
+    typer.echo(f'{card.name}: trusted from now on; its relay\'s settings say coordinator_fingerprint = "{found}"')
+
+
+@silo_app.command()
+def distrust(config: SiloToml, name: Annotated[str, typer.Argument(help="As `silo status` shows it.")]) -> None:
+    """Refuses this coordinator's requests from now on. What was charged stays charged."""
+    from configs.silo import load_silo
+    from federated.silo_identity import distrust as leave_out
+
+    leave_out(load_silo(config), name)
+    typer.echo(f"{name}: not trusted any more")
+
+
+@silo_app.command()
+def serve(
+    config: SiloToml,
+    socket: Annotated[
+        Path | None, typer.Option(help="Unix socket to listen on, for the relay's group and nobody else.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT to listen on by mutual TLS, for a relay on another machine.")
+    ] = None,
+) -> None:
+    """Starts the silo's gRPC service, and runs until it is told to end (SIGTERM, Ctrl-C)."""
+    from configs.errors import InputError
+    from configs.silo import load_silo
+    from federated.separation import check_separation, share_socket
+
+    if (socket is None) == (address is None):
+        raise InputError("silo serve: give --socket for a relay on this machine, or --address for one on another")
+    settings = load_silo(config)
+    relay_user = settings.silo.relay_user
+    if relay_user:
+        check_separation(settings, config)
+    elif socket and not settings.data.public:
+        raise InputError(
+            f"{config}: silo.relay_user is empty; name the operating-system user of the relay, which runs code that "
+            "comes from elsewhere"
+        )
+    from federated.silo import Silo
+    from federated.silo_identity import service_tls
+    from federated.silo_service import serve as start
+
+    ended = ended_by_signal()
+    if socket:
+        server, _ = start(Silo(settings), f"unix:{socket}")
+        if relay_user:
+            share_socket(socket, relay_user)
+    else:
+        server, _ = start(Silo(settings), str(address), service_tls(settings))
+    typer.echo(f"silo {settings.silo.id}: listening on {socket or address}")
+    ended.wait()
+    server.stop(grace=5).wait()
+
+
+@silo_app.command()
+def relay(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The relay.toml.")],
+    make_keys: Annotated[bool, typer.Option("--init", help="Make the relay's keys and relay.json, and end.")] = False,
+) -> None:
+    """Runs the silo's SuperNode and restarts it when it dies, until told to end. As another user than the service."""
+    from configs.deployment import load_relay
+    from federated.processes import Supervisor
+    from federated.relay import make_keys as make
+    from federated.relay import supernode
+
+    settings = load_relay(config)
+    folder = Path(settings.state_dir)
+    if make_keys:
+        make(settings)
+        typer.echo(f"{folder / 'relay.json'}: give it to `siloweave silo init --relay`")
+        return
+    program = supernode(settings)
+    address = settings.silo_address
+    Supervisor(folder, [program]).run(
+        ended_by_signal(), ready=lambda: typer.echo(f"relay to {address}: running"), tick=lambda: None
+    )
+
+
+@silo_app.command()
+def status(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The silo.toml, or the relay.toml.")],
+    socket: Annotated[Path | None, typer.Option(help="The service's socket, to ask whether it is serving.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print for machines.")] = False,
+) -> None:
+    """What the silo, or its relay, is doing: health, budget left, open runs, trusted coordinators, certificates."""
+    from configs.load import read_toml
+    from federated.silo_status import lines, relay_status, silo_status
+
+    is_silo = "silo" in read_toml(config)
+    found = silo_status(config, _journal(config), socket) if is_silo else relay_status(config)
+    typer.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
+
+
+@budget_app.callback()
+def budget() -> None:
+    """A silo's privacy budget."""
+
+
+@budget_app.command()
+def reconcile(
+    silo: Annotated[Path, typer.Argument(help="The silo.toml, or the state_dir of a simulated silo.")],
+    receipts: Annotated[
+        list[Path] | None,
+        typer.Argument(help="What coordinators hold: their certificate.json, or a round's silos.json."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Makes a ledger usable again that was put back: charges every spend that anchor and receipts prove and it lacks.
+
+    Runs that are open are closed, because their lost charges are not known. Give the receipts of every coordinator:
+    what nobody shows can't be charged. A run that is charged here and was reserved before the ledgers parted is charged
+    once more for each receipt of a lost one: it may have released the same rounds there.
+    """
+    from privacy.reconcile import read_receipts
+    from privacy.reconcile import reconcile as take_in
+
+    journal, allowed = _journal(silo)
+    found = [item for path in receipts or [] for item in read_receipts(path, journal.silo_id, journal.dataset_id)]
+    done = take_in(journal, allowed, found)
+    result = {
+        "doubt": done.doubt,
+        "epsilon_charged": sum(spend.epsilon for spend in done.spends),
+        "delta_charged": sum(spend.delta for spend in done.spends),
+        "reservations_charged_again": done.charged_again,
+        "closed_runs": list(done.closed_runs),
+        "epsilon_left": done.left.epsilon,
+        "delta_left": done.left.delta,
+    }
+    remaining = f"left: epsilon {done.left.epsilon:.4g}, delta {done.left.delta:.3g}"
+    line = f"{journal.path}: nothing to reconcile; {remaining}"
+    if done.doubt is not None:
+        line = (
+            f"{journal.path}: reconciled with {done.receipts} receipts; "
+            f"{len(done.spends) - done.charged_again} lost spends charged, "
+            f"{done.charged_again} reservations charged again because their rounds may be released twice, together "
+            f"epsilon {result['epsilon_charged']:.4g}; {len(done.closed_runs)} open runs closed; {remaining}"
+        )
+    typer.echo(json.dumps(result) if as_json else line)
+
+
+def _journal(silo: Path) -> "tuple[Journal, Budget]":
+    """The ledger of a silo.toml, or of a state directory, whose ledger says whose it is."""
+    from configs.silo import load_silo
+    from privacy.chain import Budget
+    from privacy.journal import Journal, default_anchor_dir
+    from privacy.reconcile import identity
+
+    if silo.is_dir():
+        silo_id, dataset_id, policy = identity(silo)
+        state_dir = silo.absolute()
+        return Journal(state_dir, default_anchor_dir(state_dir), silo_id, dataset_id), policy
+    settings = load_silo(silo)
+    state_dir = Path(settings.silo.state_dir)
+    anchor_dir = Path(settings.silo.anchor_dir) if settings.silo.anchor_dir else default_anchor_dir(state_dir)
+    policy = Budget(settings.policy.budget_epsilon, settings.policy.budget_delta)
+    return Journal(state_dir, anchor_dir, settings.silo.id, settings.silo.dataset_id), policy
