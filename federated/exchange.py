@@ -172,7 +172,7 @@ class Exchange:
                 self.log.emit("federate", "refused", silo=silo, step=group, rule=refusal.rule, message=str(refusal))
             except ValueError as error:
                 self.log.emit("federate", "rejected", silo=silo, step=group, message=str(error))
-            if len(answered) == enough:
+            if 0 < enough <= len(answered):
                 break
         self._require(len(answered) + already, len(bodies.silos) + already, group, refusals)
         return sorted(answered)
