@@ -28,7 +28,7 @@ def run(federation: Federation, config: RunConfig, on_event: Listener) -> Path:
     follows the run that it had started.
 
     Returns:
-        The run's directory, with rounds and certificate.
+        The run's directory, with rounds, certificate, and the final adapter as peft loads it.
 
     Raises:
         InputError: no silo is enrolled, or the base model is missing.
@@ -59,7 +59,7 @@ def run(federation: Federation, config: RunConfig, on_event: Listener) -> Path:
             write_atomic(federation.state / CURRENT, json.dumps(current).encode())
         outcome, seen = _follow(federation, directory, flower_run, seen, on_event)
         if outcome is not None:
-            return _finish(directory, outcome)
+            return _finish(config, model, directory, outcome)
         attempts = 0 if num_rounds(directory) > rounds else attempts + 1
         rounds, flower_run = num_rounds(directory), None
     raise SiloweaveError(
@@ -67,11 +67,14 @@ def run(federation: Federation, config: RunConfig, on_event: Listener) -> Path:
     )
 
 
-def _finish(directory: Path, outcome: Outcome) -> Path:
+def _finish(config: RunConfig, model: Path, directory: Path, outcome: Outcome) -> Path:
+    from federated.final_model import publish
+
     if outcome.exit_status:
         error = SiloweaveError(outcome.message)
         error.exit_status = outcome.exit_status
         raise error
+    publish(config, model, directory, "federated")
     return directory
 
 

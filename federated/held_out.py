@@ -1,4 +1,4 @@
-"""Evaluation of a simulation's public silos in the clear, and the final model. Every figure is ``simulation_only``."""
+"""Evaluation of a simulation's public silos in the clear. Every figure is ``simulation_only``."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from configs.encryption import load_key, sealing
+from configs.encryption import load_key
 from configs.errors import PolicyRefusal
 from configs.schema import RunConfig
 from configs.silo import SiloConfig
@@ -106,24 +106,3 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
             return score(model.eval(), task, records, config.federated.micro_batch_size)
     load_adapter_weights(model, {key: torch.from_numpy(value) for key, value in from_bytes(adapter).items()})
     return score(model.eval(), task, records, config.federated.micro_batch_size)
-
-
-def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
-    """The base model with the adapter of the federation's last committed round."""
-    federated, key_file = config.federated, config.run.encryption_key_file
-    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file)
-    adapter = from_bytes(commits.all_rounds(federation, load_key(key_file))[-1].adapter)
-    load_adapter_weights(model, {name: torch.from_numpy(array) for name, array in adapter.items()})
-    return model.eval()
-
-
-def save_peft(config: RunConfig, base_model: Path, federation: Path) -> None:
-    """Writes the last round's adapter to ``adapter/``, as peft's ``PeftModel.from_pretrained`` loads it.
-
-    Where the run is encrypted its weights are, too: ``siloweave decrypt`` writes a copy in the clear.
-    """
-    model = final_model(config, base_model, federation)
-    model.peft_config["default"].base_model_name_or_path = "../../model"
-    key = load_key(config.run.encryption_key_file)
-    with sealing(federation / "adapter", key, f"{federation.name}/adapter") as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)

@@ -11,7 +11,7 @@ from configs.errors import PolicyRefusal
 from configs.schema import RunConfig
 from configs.silo import SiloConfig
 from federated.audit_training import record_losses
-from federated.held_out import final_model
+from federated.final_model import final_model
 from federated.silo_data import load_units
 from federated.simulation import simulated_silos
 from privacy.attacks import membership_figures

@@ -164,15 +164,20 @@ def _is_group(gid: int) -> bool:
 
 
 def share_socket(socket: Path, relay_user: str) -> None:
-    """Opens a service's socket, and its folder, to the relay's group and nobody else.
+    """Opens a service's socket to the relay's group and nobody else, and its folder where the relay can't enter it.
 
     Raises:
-        InputError: this user may not give files to that group.
+        InputError: this user may not give files to that group, or the folder holds more than the socket.
     """
-    relay = Account.of(relay_user)
+    relay, folder = Account.of(relay_user), socket.parent
     try:
-        os.chown(socket.parent, -1, relay.gid)
-        socket.parent.chmod(0o750)
+        if not relay.may(folder, ENTER):
+            if any(entry != socket for entry in folder.iterdir()):
+                raise InputError(
+                    f"{folder}: {relay.name} can't enter it, and it holds other files; give the socket its own folder"
+                )
+            os.chown(folder, -1, relay.gid)
+            folder.chmod(0o750)
         os.chown(socket, -1, relay.gid)
         socket.chmod(0o660)
     except PermissionError:

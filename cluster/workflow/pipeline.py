@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from cluster.runtime.session import ray_session
-from configs.artifacts import Manifest, commit_manifest, require_manifest, write_atomic
+from configs.artifacts import require_manifest, write_atomic
 from configs.errors import InputError, SiloweaveError
 from configs.events import EventLog, Listener
-from configs.load import bind_run_directory, config_digest, run_directory
+from configs.load import bind_run_directory, run_directory
 from configs.mirror import open_mirror
 from configs.schema import RunConfig
 
@@ -132,6 +131,7 @@ def export(run: Run) -> None:
 
 def federate(run: Run) -> None:
     """Fine-tunes across the silos under DP; then the same without DP where the settings ask for it."""
+    from federated.final_model import publish
     from federated.simulation import simulate
 
     model = require_manifest(run.model, "model", "export").content_digest
@@ -144,7 +144,7 @@ def federate(run: Run) -> None:
         with run.stage(stage), run.ray() as ray:
             on_event = partial(_federation_event, run, stage)
             simulate(ray, run.config, run.model, directory, with_dp=with_dp, on_event=on_event)
-            _publish(run, directory, stage, model)
+            publish(run.config, run.model, directory, stage)
 
 
 def _federation_event(run: Run, stage: str, event: dict[str, Any]) -> None:
@@ -156,14 +156,6 @@ def _federation_event(run: Run, stage: str, event: dict[str, Any]) -> None:
 
 def _federations(config: RunConfig) -> list[tuple[str, bool]]:
     return [("federated", True), *([("federated-no-dp", False)] if config.evaluate.without_dp else [])]
-
-
-def _publish(run: Run, directory: Path, kind: str, model: str) -> None:
-    """Writes the last round's adapter as a peft directory, and the federation's manifest."""
-    from federated.held_out import save_peft
-
-    save_peft(run.config, run.model, directory)
-    commit_manifest(directory, Manifest(kind, config_digest(run.config), inputs={"model": model}))
 
 
 def evaluate(run: Run) -> None:
@@ -182,7 +174,7 @@ def evaluate(run: Run) -> None:
 
 def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
     """A sample from the final model, streamed."""
-    from federated.held_out import final_model
+    from federated.final_model import final_model
     from trainer.data.tokenizer import load_tokenizer
     from trainer.generation import generate as sample
 

@@ -19,6 +19,7 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
 from deployment import BIN, Deployment, free_port, users, why_not_two_users
 
+from configs.artifacts import require_manifest
 from federated.certificates import CURVE, Authority
 from federated.federation import Federation
 from federated.health import is_serving
@@ -327,6 +328,9 @@ def test_a_run_outlives_the_death_of_each_of_its_processes(deployment):
     certificate = json.loads((deployment.root / "runs" / "one" / "federated" / "certificate.json").read_text())
     check_certificate(certificate, "certificate")
     assert set(certificate["silos"]) == {"comedies", "histories"}
+    federation = deployment.root / "runs" / "one" / "federated"
+    assert (federation / "adapter" / "adapter_config.json").exists()  # what `silo personalise` and peft take
+    require_manifest(federation, "federated", "federate")
     found = deployment.status()
     assert found["processes"]["superlink"]["restarts"] >= 1
     assert (found["run"]["finished"], found["run"]["round"]) == (True, 4)

@@ -11,7 +11,7 @@ from configs.encryption import ENVIRONMENT, is_sealed, load_key
 from configs.errors import InputError
 from configs.events import read_events
 from federated import commits
-from federated.held_out import save_peft
+from federated.final_model import save_peft
 from federated.rounds import Coordinator
 from federated.simulation import simulate
 

@@ -10,7 +10,7 @@ import pytest
 from configs.errors import InputError
 from configs.load import load
 from configs.silo import simulated_silo
-from federated.separation import ENTER, READ, WRITE, Account, check_separation
+from federated.separation import ENTER, READ, WRITE, Account, check_separation, share_socket
 
 NOBODY = "nobody"
 
@@ -124,3 +124,24 @@ def test_permissions_are_those_that_the_system_gives(opened, mode, group):
         done = subprocess.run(command, capture_output=True, check=False)
         assert account.may(path, wanted) == (done.returncode == 0), (oct(mode), action)
     assert account.may(opened, ENTER)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another group")
+def test_a_socket_is_shared_and_its_folder_only_where_the_relay_could_not_enter(opened):
+    """A folder that others use as well, such as /run, stays as it is."""
+    relay = Account.of(NOBODY)
+    own, common, full = (opened / name for name in ("own", "common", "full"))
+    for folder, mode in ((own, 0o700), (common, 0o755), (full, 0o700)):
+        folder.mkdir()
+        folder.chmod(mode)
+        (folder / "silo.sock").touch(mode=0o600)
+    (full / "another").touch()
+    for folder in (own, common):
+        share_socket(folder / "silo.sock", NOBODY)
+        status = (folder / "silo.sock").stat()
+        assert (status.st_mode & 0o777, status.st_gid) == (0o660, relay.gid)
+    assert (own.stat().st_mode & 0o777, own.stat().st_gid) == (0o750, relay.gid)
+    assert (common.stat().st_mode & 0o777, common.stat().st_gid) == (0o755, 0)
+    with pytest.raises(InputError, match="it holds other files"):
+        share_socket(full / "silo.sock", NOBODY)
+    assert full.stat().st_mode & 0o777 == 0o700
