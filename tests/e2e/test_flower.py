@@ -1,4 +1,4 @@
-"""One round through Flower's real processes gives the bytes that the local grid gives."""
+"""One round through Flower's real processes, over TLS, gives the bytes that the local grid gives."""
 
 import json
 import os
@@ -37,8 +37,10 @@ from configs.load import load, to_toml
 from configs.silo import load_silo
 from federated import server_app
 from federated import silo_pb2 as pb
+from federated.certificates import CURVE, Authority
 from federated.envelope import seal_request
 from federated.exchange import Parties
+from federated.keys import load_or_create_key
 from federated.local_grid import LocalGrid
 from federated.silo import Silo
 from federated.silo_client import exchange
@@ -65,17 +67,23 @@ def socket_path() -> Iterator[Path]:
 
 
 def start_flower(processes: Processes, silo_address: str) -> None:
-    """SuperLink and SuperNode on loopback; `flwr run APP local` reaches them."""
+    """SuperLink and SuperNode on loopback, over TLS; `flwr run APP local` reaches them."""
     port, node_port = free_port(), free_port()
     home = Path(processes.environment["FLWR_HOME"])
     home.mkdir()
-    link = {"superlink": {"local": {"address": f"127.0.0.1:{port}", "insecure": True}}}
+    files = {name: str(home / name) for name in ("ca.key", "ca.pem", "server.key", "server.pem")}
+    key = load_or_create_key(home / "server.key", CURVE)
+    authority = Authority(home / "ca.key", home / "ca.pem", "test")
+    authority.issue(home / "server.pem", key.public_key(), "server", ["localhost", "127.0.0.1"], "server")
+    link = {"superlink": {"local": {"address": f"127.0.0.1:{port}", "root-certificates": files["ca.pem"]}}}
     (home / "config.toml").write_text(tomli_w.dumps(link), encoding="utf-8")
-    isolated = "--disable-runtime-dependency-installation"
-    processes.start("superlink", str(BIN / "flower-superlink"), "--insecure", "--port", port, isolated)
+    tls = ["--ssl-certfile", files["server.pem"], "--ssl-keyfile", files["server.key"]]
+    options = ["--ssl-ca-certfile", files["ca.pem"], "--disable-runtime-dependency-installation"]
+    where = ["--host", "127.0.0.1", "--port", port]
+    processes.start("superlink", str(BIN / "flower-superlink"), *where, *tls, *options)
     processes.wait_until("SuperLink's port", lambda: listens(port))
     node = ["--superlink", f"127.0.0.1:{port}", "--port", node_port, "--node-config", f'silo-address="{silo_address}"']
-    processes.start("supernode", str(BIN / "flower-supernode"), "--insecure", *node)
+    processes.start("supernode", str(BIN / "flower-supernode"), "--root-certificates", files["ca.pem"], *node)
 
 
 def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processes, socket_path, tmp_path):
