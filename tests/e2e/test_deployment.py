@@ -388,7 +388,7 @@ def hostile_app(folder: Path) -> Path:
     project = (folder / "pyproject.toml").read_text().split("[tool.flwr.app.components]")[0]
     (folder / "pyproject.toml").write_text(
         project + '[tool.flwr.app.components]\nserverapp = "hostile_server:app"\nclientapp = "hostile_client:app"\n'
-        '[tool.flwr.app.config]\nnode = 0\npaths = ""\nto = ""\n'
+        '[tool.flwr.app.config]\nnode = ""\npaths = ""\nto = ""\n'
     )
     return folder
 
@@ -427,7 +427,11 @@ def test_a_hostile_bundle_has_no_way_to_what_a_silo_keeps(deployment, two_users,
     assert all(path.exists() for path in secrets)
     answer = deployment.root / "hostile.json"
     node = nodes(Federation(deployment.folder))["roman"]["node"]
-    given = {"node": node, "paths": json.dumps([str(path) for path in secrets]), "to": str(answer)}
+    given = {
+        "node": str(node),  # may be above what Flower takes as a number
+        "paths": json.dumps([str(path) for path in secrets]),
+        "to": str(answer),
+    }
     settings = tmp_path / "run.toml"
     settings.write_text(tomli_w.dumps(given))
     app = hostile_app(tmp_path / "hostile-app")
