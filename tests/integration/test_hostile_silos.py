@@ -35,7 +35,8 @@ class HostileSilo:
     """A real silo whose owner changes what it answers to a request for training."""
 
     def __init__(self, config, trusted, name):
-        self._silo, self._name, self._first = Silo(config, trusted), name, None
+        self._silo, self._name = Silo(config, trusted), name
+        self._first = Path(config.silo.state_dir) / "first-answer"  # the next round may come to another process
 
     def close(self):
         self._silo.close()
@@ -67,8 +68,9 @@ class HostileSilo:
             envelope.signature = "00" * 64
             return envelope.SerializeToString()
         if self._name == "other round":
-            self._first = self._first or answer
-            return self._first
+            if not self._first.exists():
+                self._first.write_bytes(answer)
+            return self._first.read_bytes()
         return b"\xff" * 100 if self._name == "bytes" else reply
 
 
