@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_bytes, write_failure
-
-DAY_S = 24 * 3600.0
+from privacy.ledger import DAY_S
 
 
 class AuditLog:

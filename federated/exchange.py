@@ -82,13 +82,13 @@ class Exchange:
 
     def meet(self) -> list[tuple[str, pb.Described]]:
         """Looks who is there now. Returns the silos that were not known before, with what they tell of themselves."""
-        present = set(self.grid.get_node_ids())
+        present, roster = set(self.grid.get_node_ids()), self.parties.roster() if self.parties.roster else None
         unknown = sorted(present - set(self._silo_at))
         body = self.body("describe", describe=pb.Describe())
         met: list[tuple[str, pb.Described]] = []
         for node, envelope, reply in self._send(((node, body, body) for node in unknown), QUERY, "describe"):
             try:
-                self._admit(reply, envelope, present)
+                self._admit(reply, envelope, present, roster)
             except ValueError as error:
                 self.log.emit("federate", "rejected", node=node, step="describe", message=str(error))
                 continue
@@ -101,14 +101,16 @@ class Exchange:
         self.nodes = {silo: node for silo, node in here.items() if enrolled.get(silo) == self.keys[silo]}
         return met
 
-    def _admit(self, reply: pb.Reply, envelope: pb.Envelope, present: set[int]) -> None:
+    def _admit(
+        self, reply: pb.Reply, envelope: pb.Envelope, present: set[int], roster: Mapping[str, str] | None
+    ) -> None:
         """Raises a ValueError where a node is not behind an enrolled silo, or another node is already."""
         if reply.WhichOneof("kind") != "described":
             raise ValueError(reply.refusal.message or f"the reply is {reply.WhichOneof('kind')}")
         silo, key = reply.silo_id, reply.described.public_key
         if not reply_holds(envelope, key):
             raise ValueError("its reply is not signed with the key that it gives")
-        if self.parties.roster and self.parties.roster().get(silo) != key:
+        if roster is not None and roster.get(silo) != key:
             raise ValueError(f"silo {silo!r} is not enrolled with this key: `siloweave federation enrol` it")
         if self.keys.get(silo, key) != key:
             raise ValueError(f"silo {silo!r} has answered with another key before")

@@ -14,6 +14,7 @@ from configs.artifacts import write_atomic
 from configs.deployment import RelayConfig
 from configs.errors import InputError
 from federated.certificates import CURVE, certificate_request, check_certificate, read_certificate
+from federated.federation import LOOPBACK
 from federated.health import is_serving
 from federated.keys import (
     CoordinatorCard,
@@ -30,7 +31,6 @@ from federated.silo_client import AUTHORITY, CERTIFICATE, KEY
 from federated.superlink import BIN, flower_environment
 
 SUPERNODE_CURVE = ec.SECP384R1()
-LOOPBACK = "127.0.0.1"
 CONNECT_S = 5.0
 _INHERITED = ("LANG", "LC_ALL", "PYTHONPATH", "TMPDIR")
 

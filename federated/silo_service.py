@@ -15,10 +15,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from configs.errors import InputError
 from federated import silo_pb2 as pb
 from federated import silo_pb2_grpc
-from federated.protocol import CHUNK_BYTES, chunks
+from federated.protocol import CHUNK_BYTES, SERVICE, chunks
 from federated.silo import Silo
 
-SERVICE = "siloweave.v1.Silo"
 MAX_WAITING = 4  # requests that wait while one is answered; more are sent away
 _BUDGETS = ("budget_", "max_epsilon_", "max_request", "max_reservations")
 _LONGEST_SOCKET_PATH = 100  # the system's limit is 108 bytes with the final zero

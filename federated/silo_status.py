@@ -8,12 +8,12 @@ from configs.silo import load_silo
 from federated.certificates import days_left, read_certificate
 from federated.health import is_serving
 from federated.processes import last_line, read_state
+from federated.protocol import SERVICE
 from federated.silo_identity import TLS, trusted
 from privacy.chain import Budget, left
 from privacy.journal import Journal
 
 REFUSALS_SHOWN = 20
-SERVICE = "siloweave.v1.Silo"
 
 
 def silo_status(path: Path, ledger: tuple[Journal, Budget], socket: Path | None) -> dict[str, Any]:

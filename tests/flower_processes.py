@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import grpc
 import psutil
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from configs.load import to_toml
 from configs.schema import RunConfig
 from configs.silo import simulated_silo
 from federated import server_app
-from federated.silo_service import SERVICE
+from federated.health import is_serving as asks
+from federated.processes import end_tree
+from federated.protocol import SERVICE
 from federated.trust import EnrolledSilo, TrustedCoordinator, coordinator_signer, trust
 from privacy.signing import Signer
 
@@ -78,18 +78,7 @@ class Processes:
         return "\n".join(f"--- {name}\n{tail}" for name, tail in tails)
 
     def end(self) -> None:
-        # The tree is read before anything ends: SuperLink puts its helpers into sessions of their own.
-        tree = list(self._started)
-        for process in self._started:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                tree.extend(process.children(recursive=True))
-        for process in tree:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        for process in psutil.wait_procs(tree, timeout=END_S)[1]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(tree, timeout=END_S)
+        end_tree(self._started, END_S)
 
 
 def free_port() -> str:
@@ -105,13 +94,7 @@ def listens(port: str) -> bool:
 
 
 def is_serving(path: Path) -> bool:
-    with grpc.insecure_channel(f"unix:{path}") as channel:
-        request = health_pb2.HealthCheckRequest(service=SERVICE)
-        try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
-        except grpc.RpcError:
-            return False
-        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+    return asks(f"unix:{path}", SERVICE)
 
 
 def silo_toml(config: RunConfig, model: Path, state_dir: Path, coordinator: Path, name: str = NAME) -> Path:
