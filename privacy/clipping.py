@@ -12,6 +12,7 @@ import torch
 
 from configs.errors import InputError
 from configs.federated_settings import ClippingMethod
+from privacy.allocator import keep_freed_memory
 from privacy.bookkeeping import BookKeeper
 from privacy.gradients import ROUNDING
 from privacy.opacus_modes import ExpandedWeights, Ghost, Hooks
@@ -130,6 +131,7 @@ def clipping(
             coarsely that a norm can't be trusted.
     """
     check_arithmetic()
+    keep_freed_memory()
     source = _SOURCES[method](model)
     try:
         with warnings.catch_warnings():

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Where positions cancel, a Gram norm is a small difference of large products, and float32 keeps 2^-23 of their size.
 # This share of what would stand there without cancelling is added: a norm errs upwards, a clipped gradient downwards.
 ROUNDING = 2.0**-20
+# A Gram matrix is computed in so many bands, of no fewer rows than a matrix product needs to be fast.
+_BANDS, _NARROWEST_BAND = 4, 32
 
 
 @dataclass(frozen=True)
@@ -81,16 +83,40 @@ def inner_products(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.bmm(first.float(), second.float().transpose(1, 2))
 
 
+class Gram:
+    """Inner products of a tensor's positions with each other.
+
+    They are symmetric, so only those from the diagonal on are computed: bands of rows, (B, H, T - first row).
+    """
+
+    def __init__(self, side: torch.Tensor) -> None:
+        height = max(_NARROWEST_BAND, -(-side.shape[1] // _BANDS))
+        starts = range(0, side.shape[1], height)
+        self.bands = [inner_products(side[:, start : start + height], side[:, start:]) for start in starts]
+
+    def dot(self, other: Gram) -> torch.Tensor:
+        """Inner product of two whole matrices, record by record, shape (B,)."""
+        dots_B = torch.zeros((), device=self.bands[0].device)
+        for mine, theirs in zip(self.bands, other.bands, strict=True):
+            products, rows = mine * theirs, mine.shape[1]
+            dots_B = dots_B + products[:, :, :rows].sum(dim=(1, 2)) + 2.0 * products[:, :, rows:].sum(dim=(1, 2))
+        return dots_B
+
+    def diagonal(self) -> torch.Tensor:
+        """Squared lengths of the positions, (B, T)."""
+        return torch.cat([band.diagonal(dim1=1, dim2=2) for band in self.bands], dim=1).clamp(min=0.0)
+
+
 class SharedGram:
     """Keeps the last Gram matrix: layers with one input (query, key and value) come one after another."""
 
     def __init__(self) -> None:
-        self._side, self._gram = torch.empty(0), torch.empty(0)
+        self._side, self._gram = torch.empty(0), Gram(torch.empty(0, 0, 0))
 
-    def of(self, side: torch.Tensor) -> torch.Tensor:
-        """Inner products of a tensor's positions with each other, (B, T, T)."""
+    def of(self, side: torch.Tensor) -> Gram:
+        """The Gram matrix of a tensor's positions."""
         if side is not self._side:
-            self._side, self._gram = side, inner_products(side, side)
+            self._side, self._gram = side, Gram(side)
         return self._gram
 
 
@@ -107,12 +133,12 @@ class Factored:
             return _one_hot_squared_norms(self.uses[0])
         squares_B = uncancelled_B = torch.zeros((), device=self.uses[0].right.device)
         for position, use in enumerate(self.uses):
-            left, right = inner_products(use.left, use.left), self.shared.of(use.right)
-            squares_B = squares_B + _dots(left, right)
-            uncancelled_B = uncancelled_B + (_diagonal(left) * _diagonal(right)).sqrt().sum(dim=1)
+            left, right = Gram(use.left), self.shared.of(use.right)
+            squares_B = squares_B + left.dot(right)
+            uncancelled_B = uncancelled_B + (left.diagonal() * right.diagonal()).sqrt().sum(dim=1)
             for other in self.uses[position + 1 :]:  # tied weights
-                left, right = inner_products(use.left, other.left), inner_products(use.right, other.right)
-                squares_B = squares_B + 2.0 * _dots(left, right)
+                lefts, rights = inner_products(use.left, other.left), inner_products(use.right, other.right)
+                squares_B = squares_B + 2.0 * _dots(lefts, rights)
         return squares_B.clamp(min=0.0) + ROUNDING * uncancelled_B.square()
 
     def add_to(self, total: torch.Tensor, factors_B: torch.Tensor) -> None:
@@ -156,10 +182,6 @@ def _dots(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Inner product of each record's numbers, shape (B,)."""
     dots: torch.Tensor = torch.linalg.vecdot(first.flatten(1), second.flatten(1))
     return dots
-
-
-def _diagonal(gram: torch.Tensor) -> torch.Tensor:
-    return gram.diagonal(dim1=1, dim2=2).clamp(min=0.0)
 
 
 def _one_hot_squared_norms(use: Use) -> torch.Tensor:

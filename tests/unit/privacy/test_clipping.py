@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InputError
 from privacy.clipping import clipping
-from privacy.gradients import Instantiated, _dots
+from privacy.gradients import Gram, Instantiated, _dots, inner_products
 from privacy.probe import probe
 from trainer.models import trainable
 
@@ -152,6 +152,18 @@ def test_a_linear_layer_without_positions_or_with_two_dimensions_of_them():
     layer = nn.Linear(TOKENS, 3)
     check(layer, lambda records: layer(torch.stack(records).float() / VOCABULARY).square().sum(-1))
     check(layer, lambda records: layer(torch.stack(records).float()[:, None, None].expand(-1, 2, 5, -1)).sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("positions", [1, 31, 32, 33, 100, 150])
+def test_bands_of_a_gram_matrix_give_the_inner_product_of_whole_ones(positions):
+    torch.manual_seed(0)
+    sides = [torch.randn(3, positions, 5), torch.randn(3, positions, 7), torch.randint(4, (3, positions))]
+    for first in sides:
+        for second in sides:
+            whole = _dots(inner_products(first, first), inner_products(second, second))
+            torch.testing.assert_close(Gram(first).dot(Gram(second)), whole)
+    whole = inner_products(sides[0], sides[0])
+    torch.testing.assert_close(Gram(sides[0]).diagonal(), whole.diagonal(dim1=1, dim2=2))
 
 
 def test_a_norm_never_errs_downwards_where_positions_cancel():
