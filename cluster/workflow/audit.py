@@ -24,7 +24,7 @@ from configs.errors import InputError
 from configs.schema import RunConfig
 from federated.audit_training import AuditSettings, AuditTraining
 from federated.membership import infer_membership
-from federated.rounds import plan_request
+from federated.planning import plan_request
 from privacy.audit import REFERENCE_PLAN, audited_bound, overall
 from privacy.plan import PlanRequest
 from trainer.data.sources import ReadCounts, read_rows

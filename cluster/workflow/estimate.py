@@ -3,7 +3,7 @@
 from typing import Any
 
 from configs.schema import RunConfig
-from federated.rounds import plan_request
+from federated.planning import plan_request
 from trainer.memory import placed_bytes, state_bytes
 from trainer.models import LORA_TARGETS, parameter_sizes
 from trainer.zero import accumulation_steps, likely_device, unsupported
