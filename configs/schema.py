@@ -61,8 +61,8 @@ class PrivacySettings(Settings):
     delta: Annotated[float, Field(gt=0, le=1e-5)] = 1e-5
     """Delta of this run; at most min(1e-5, 0.1 / public_record_count)."""
     sampling_rate: Probability = 0.03
-    """Probability that a record is in the batch of a step (Poisson). With unit ``client`` it only says how large batches
-    are, and amplifies nothing."""
+    """Probability that a unit is in the batch of a step (Poisson); with unit ``client`` that a record is, which then
+    only sets the size of batches."""
     sampler: Literal["poisson", "truncated_poisson"] = "poisson"
     """``truncated_poisson`` keeps a random subset of ``max_batch_size`` units where more are drawn: memory has a fixed
     bound, for a little more noise."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.artifacts import digest_json
 from configs.errors import InputError, SiloweaveError
-from configs.schema import PrivacySettings
+from configs.schema import PrivacySettings, RunConfig
 from federated.adapters import Arrays, from_bytes, to_bytes
 from federated.clipped_sum import ClippedSum
 from federated.exchange import Parties
@@ -50,6 +50,11 @@ def open_ledger(
     if ledger.public_key != signer.public_key:
         raise InputError(f"{key}: is not the key of {home}; put the link to its {COORDINATOR_KEY} back")
     return ledger
+
+
+def simulated_ledger(config: RunConfig) -> Path:
+    """Folder of a simulated aggregator's ledger, one a dataset; the sign keeps it from being any dataset's own."""
+    return Path(config.federated.state_dir) / f"+{FOLDER}" / config.data.private.dataset_id
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from configs.schema import RunConfig
 from configs.silo import SiloConfig, simulated_silo
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
-from federated.aggregator import FOLDER, open_ledger
+from federated.aggregator import open_ledger, simulated_ledger
 from federated.envelope import seal_reply
 from federated.exchange import Parties
 from federated.local_grid import LocalGrid, OpenSilo
@@ -88,11 +88,6 @@ def simulate(
     parties = Parties(signer, len(silos), open_ledger=ledger)
     with LocalGrid(ray, opener, silos, config.federated.workers, config.cluster.threads_per_rank) as grid:
         run_federation(grid, config, base_model, directory, parties, on_event, certify=with_dp)
-
-
-def simulated_ledger(config: RunConfig) -> Path:
-    """Folder of a simulated aggregator's ledger, one a dataset; the sign keeps it from being any dataset's own."""
-    return Path(config.federated.state_dir) / f"+{FOLDER}" / config.data.private.dataset_id
 
 
 def _open_silo(silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str) -> Silo:

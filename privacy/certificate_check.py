@@ -40,9 +40,7 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     if not parts:
         raise InputError(f"{origin}: {signers}: none; a certificate is of the ledgers that have reserved")
     ledgers = {AGGREGATOR: parts} if plan.unit == "client" else parts
-    signed = {
-        name: _signed(ledger, name, run, plan, _where(origin, plan.unit, name)) for name, ledger in ledgers.items()
-    }
+    signed = {name: _signed(part, name, run, plan, _where(origin, plan.unit, name)) for name, part in ledgers.items()}
     versions = _mapping(document["versions"], f"{origin}: versions")
     if not all(isinstance(version, str) for version in versions.values()):
         raise InputError(f"{origin}: versions: not all are strings; the certificate was edited")
@@ -91,7 +89,7 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
     ledgers = ledgers_of(document)
     name = next((name for name, ledger in ledgers.items() if ledger["public_key"] == key), None)
     if name is None:
-        raise InputError(f"{origin}: none of its ledgers has the key {key[:16]}…; give the ledger of one of them")
+        raise InputError(f"{origin}: none has the ledger's key {key[:16]}…; give the ledger of one of them")
     silo, run, where = ledgers[name], document["run_id"], _where(origin, document["unit"], name)
     for part in ("receipt", "statement"):
         if part in silo and hashes[silo[part]["number"] - 1 : silo[part]["number"]] != [silo[part]["head"]]:

@@ -48,6 +48,8 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
     Raises:
         InputError: the run has not finished, or the number of canaries is out of range.
     """
+    if run.config.privacy.unit == "client":
+        raise InputError("privacy.unit is 'client': an audit is of the engine that trains with records as units")
     if not SMALLEST <= canaries <= LARGEST:
         raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
     model = require_manifest(run.model, "model", "export")

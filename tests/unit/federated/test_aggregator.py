@@ -2,10 +2,10 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +40,9 @@ REQUEST = PlanRequest(
     num_clients=CLIENTS,
 )
 PLAN = REQUEST.for_clients()
+RECORDS = PlanRequest(
+    sampling_rate=0.01, max_grad_norm=1.0, noise_multiplier=5.0, rounds=1, steps_per_round=1, delta=1e-6
+)
 TEMPLATE = {"layer.lora_B.default.weight": np.zeros((6, 3), np.float32)}
 PRIVACY = PrivacySettings(budget_epsilon=20.0, budget_delta=1e-4)
 INPUTS = {"adapter": "ab" * 32}
@@ -138,7 +141,7 @@ die()  # released, and not committed
 def test_killed_between_charge_and_commit_it_resumes_to_the_same_bytes(tmp_path, at):
     whole = run_round(Aggregator(opened(tmp_path / "whole"), "run-1", PLAN))
     folder = tmp_path / "killed"
-    script = KILLED.format(tests=os.path.dirname(__file__), folder=str(folder), at=at)
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), at=at)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     ledger = opened(folder)
@@ -157,10 +160,7 @@ def test_the_clients_budget_is_one_for_all_runs(tmp_path):
     with pytest.raises(PolicyRefusal, match="budget_epsilon"):
         Aggregator(ledger, "one-more", PLAN)
     with pytest.raises(PolicyRefusal, match="unit: this ledger is of another unit"):
-        record = PlanRequest(
-            sampling_rate=0.01, max_grad_norm=1, noise_multiplier=5, rounds=1, steps_per_round=1, delta=1e-6
-        )
-        ledger.reserve("records", record.bind(100))
+        ledger.reserve("records", RECORDS.bind(100))
     ledger.close_file()
     other = tmp_path / "other.key"
     other.write_bytes(bytes(32))
@@ -173,7 +173,7 @@ def test_the_clients_budget_is_one_for_all_runs(tmp_path):
 
 @pytest.mark.parametrize(("sigma", "rounds"), [(1.0, 1), (2.5, 2), (4.0, 30)])
 def test_epsilon_is_that_of_composed_gaussians_by_dp_accounting(sigma, rounds):
-    """A zero-out of one client moves the sum by C at most: rounds Gaussian mechanisms, one with sigma / sqrt(rounds)."""
+    """A zero-out of one client moves the sum by C at most: Gaussian rounds, together one of sigma / sqrt(rounds)."""
     from dp_accounting.pld import privacy_loss_distribution as pld
     from scipy.stats import norm
 
@@ -182,9 +182,8 @@ def test_epsilon_is_that_of_composed_gaussians_by_dp_accounting(sigma, rounds):
     oracle = pld.from_gaussian_mechanism(composed, value_discretization_interval=1e-4).get_epsilon_for_delta(1e-5)
     assert request.epsilon == pytest.approx(oracle, rel=1e-3)
     epsilon = request.epsilon  # and Balle and Wang 2018, in closed form
-    delta = norm.cdf(0.5 / composed - epsilon * composed) - math.exp(epsilon) * norm.cdf(
-        -0.5 / composed - epsilon * composed
-    )
+    half, shift = 0.5 / composed, epsilon * composed
+    delta = norm.cdf(half - shift) - math.exp(epsilon) * norm.cdf(-half - shift)
     assert delta == pytest.approx(1e-5, rel=0.05)
     assert delta <= 1e-5
 
@@ -210,7 +209,7 @@ def test_settings_become_a_plan_with_clients_as_units(tmp_path):
     assert (plan.num_clients, plan.steps_per_round, plan.rounds) == (5, 1, 2)
     assert 0.99 * 8 < plan.epsilon <= 8
     parties = Parties(coordinator_signer(tmp_path), 6)
-    with pytest.raises(InputError, match="privacy.num_clients is 5: there are 6 silos"):
+    with pytest.raises(InputError, match=r"privacy.num_clients is 5: there are 6 silos"):
         new_aggregator(parties, "run-1", plan)
     with pytest.raises(InputError, match="this coordinator has no ledger"):
         new_aggregator(Parties(parties.signer, 5), "run-1", plan)
@@ -220,12 +219,12 @@ def test_settings_become_a_plan_with_clients_as_units(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["federated.aggregation=median", "federated.min_silos=3"], r"federated.aggregation is 'median' with .*only their sum"),
+        (["federated.aggregation=median", "federated.min_silos=3"], r"aggregation is 'median' with .*only their sum"),
         (["federated.aggregation=scaffold", "federated.optimizer=sgd"], "federated.aggregation is 'scaffold' with"),
         (["federated.adapters=product"], "federated.adapters is 'product' with"),
         (["federated.enough_silos=2"], "one client's speed would decide whether another one counts; give 0"),
         (["federated.optimizer=adam_bc"], "federated.optimizer is 'adam_bc' with"),
-        (["privacy.sampler=truncated_poisson", "privacy.max_batch_size=100"], "privacy.sampler is 'truncated_poisson' with"),
+        (["privacy.sampler=truncated_poisson", "privacy.max_batch_size=100"], "sampler is 'truncated_poisson' with"),
         (["privacy.clipping_function=automatic"], "privacy.clipping_function is 'automatic' with"),
         (["privacy.evaluations=1"], "privacy.evaluations is 1 with"),
         (["evaluate.without_dp=true"], "evaluate.without_dp is True with"),
@@ -247,8 +246,5 @@ def test_plans_that_no_aggregator_carries_out_are_refused():
     metrics = [{"name": "held_out", "noise_multiplier": 5.0, "releases": 1}]
     with pytest.raises(PolicyRefusal, match="metric_releases"):
         PlanRequest(**{**REQUEST.model_dump(), "metric_releases": metrics}).for_clients()
-    record = PlanRequest(
-        sampling_rate=0.01, max_grad_norm=1, noise_multiplier=5, rounds=1, steps_per_round=1, delta=1e-6
-    )
     with pytest.raises(PolicyRefusal, match="unit"):
-        record.for_clients()
+        RECORDS.for_clients()

@@ -1,4 +1,4 @@
-"""A silo in a run with clients as units: only where its steward allows it, clipped, told in its ledger, and no other run."""
+"""A silo in a run with clients as units: only where its steward allows it, clipped, and told in its ledger."""
 
 import json
 import math
