@@ -88,7 +88,9 @@ def certificate(
 
 def ledgers_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the ledgers behind a certificate have signed, by name: the silos', or the aggregator's."""
-    return {AGGREGATOR: document[AGGREGATOR]} if document["unit"] == "client" else dict(document["silos"])
+    if document.get("unit") == "client":
+        return {AGGREGATOR: document[AGGREGATOR]}
+    return dict(document.get("silos", {}))
 
 
 def _signed_by(plan: PlanRequest, ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

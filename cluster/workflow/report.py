@@ -150,6 +150,7 @@ def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
         "relation": certificate["relation"],
         "delta": certificate["delta"],
         "headline": certificate["headline"],
+        "trusted": certificate.get("trusted"),
         "epsilon": max(silo["epsilon"] for silo in silos.values()),
         "epsilon_sum": sum(silo["epsilon"] for silo in silos.values()),
         "epsilon_rdp": certificate["epsilon_rdp"],
