@@ -7,25 +7,30 @@ import time
 import pytest
 
 from configs.artifacts import write_atomic
-from configs.errors import PolicyRefusal, SiloweaveError
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
 from federated import commits
 from federated.adapters import from_bytes
-from federated.aggregator import Aggregator, simulated_ledger
+from federated.aggregator import simulated_ledger
 from federated.exchange import Exchange
 from federated.rounds import Coordinator
 from federated.simulation import simulate
+from privacy.certificate import AGGREGATOR
+from privacy.certificate_check import check_certificate, check_in_ledger
 from privacy.chain import verify_entries
 from privacy.ledger import Ledger
 from privacy.ledger_file import read_only
+from privacy.replay import replay
 
 SEED = bytes(range(32))
+LAST_CHARGE = 5  # number of its entry: open, reserve, charge, release, charge
 CLIENT = (
     "privacy.unit=client",
     "privacy.num_clients=2",
     "privacy.max_grad_norm=0.2",
     "evaluate.without_dp=false",
     "federated.aggregation=fedavgm",
+    "federated.workers=1",
 )
 
 
@@ -63,6 +68,29 @@ def kinds(folder):
     return [body["kind"] for body in verify_entries(read_only(folder / "ledger.sqlite"), str(folder))]
 
 
+def check_ledgers(tmp_path, config, directory):
+    """The aggregator's, with the certificate, and what the silos' tell of updates without noise."""
+    ledger = simulated_ledger(config)
+    assert kinds(ledger) == ["open", "reserve", "charge", "release", "charge", "release", "close"]
+    entries = read_only(ledger / "ledger.sqlite")
+    document, bodies = json.loads((directory / "certificate.json").read_text()), verify_entries(entries, "ledger")
+    check_certificate(document, "certificate")
+    assert check_in_ledger(document, bodies, [entry["hash"] for entry in entries], "certificate") == AGGREGATOR
+    assert document["seeds"].startswith("INJECTED in aggregator")
+    for silo in ("roman", "romances"):
+        folder = tmp_path / "state" / "plays-tiny" / silo
+        assert kinds(folder) == ["open", "entrust", "unnoised", "unnoised", "close"]
+        entries = read_only(folder / "ledger.sqlite")
+        bodies = verify_entries(entries, silo)
+        replay(bodies, silo)
+        with pytest.raises(InputError, match="none has the ledger's key"):
+            check_in_ledger(document, bodies, [entry["hash"] for entry in entries], "certificate")
+
+
+def stops(*_):
+    raise KeyboardInterrupt
+
+
 def start_anew(tmp_path):
     """The same keys, and nothing spent: for a second run of the same requests."""
     state, keep = tmp_path / "state", tmp_path / "keep"
@@ -74,74 +102,56 @@ def start_anew(tmp_path):
     shutil.move(keep, state)
 
 
-def test_a_federation_is_certified_by_the_aggregators_ledger(federation, tmp_path, siloweave):
-    config = federation()
-    before, after = (from_bytes(adapters(tmp_path / "federated")[number][0]) for number in (0, 2))
+def test_a_federation_is_certified_and_one_that_is_stopped_twice_gives_the_same_bytes(
+    federation, tmp_path, monkeypatch
+):
+    """Stopped in round two, with its noise drawn and nothing stored, and again with the mean stored and no commit.
+
+    The second and third time no seed is injected: what is there has to come out of the ledger.
+    """
+    config = federation(name="whole", injected_seed=SEED)
+    whole = adapters(tmp_path / "whole")
+    before, after = from_bytes(whole[0][0]), from_bytes(whole[2][0])
     assert all((before[name] != after[name]).any() for name in before)
-    ledger = simulated_ledger(config)
-    assert kinds(ledger) == ["open", "reserve", "charge", "release", "charge", "release", "close"]
-    for silo in ("roman", "romances"):
-        assert kinds(tmp_path / "state" / "plays-tiny" / silo) == ["open", "entrust", "unnoised", "unnoised", "close"]
-    path = tmp_path / "federated" / "certificate.json"
-    verified = siloweave("ledger", "verify", str(ledger), "--certificate", str(path), "--json", cwd=tmp_path)
-    assert verified.returncode == 0, verified.stderr
-    found = json.loads(verified.stdout)
-    assert (found["unit"], found["silo"], found["anchor"]) == ("client", "aggregator", "agrees")
-    assert found["epsilon_left"] == pytest.approx(32 - found["headline"]["epsilon"])
-    silo = siloweave("ledger", "verify", str(tmp_path / "state" / "plays-tiny" / "roman"), cwd=tmp_path)
-    assert silo.returncode == 0, silo.stderr
-    shown = siloweave(
-        "ledger", "verify", str(tmp_path / "state" / "plays-tiny" / "roman"), "--certificate", str(path), cwd=tmp_path
-    )
-    assert shown.returncode == 2
-    assert "none has the ledger's key" in shown.stderr
+    check_ledgers(tmp_path, config, tmp_path / "whole")
 
-
-@pytest.mark.parametrize("at", ["charge", "release", "commit"])
-def test_a_run_that_is_stopped_between_charge_and_commit_gives_the_same_bytes(federation, tmp_path, monkeypatch, at):
-    """Stopped in round two; the second time no seed is injected: what is there has to come out of the ledger."""
-    federation(name="whole", injected_seed=SEED)
     start_anew(tmp_path)
-    owner, name = {"charge": (Coordinator, "_ask"), "release": (Ledger, "release"), "commit": (Aggregator, "round")}[at]
-    method, calls = getattr(owner, name), []
+    release, whole_round = Ledger.release, Coordinator._round
 
-    def stops(*arguments, **options):
-        calls.append(name)
-        if len(calls) == 2 and at != "commit":
-            raise KeyboardInterrupt
-        result = method(*arguments, **options)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return result
+    def stops_before_the_second(self, number, *rest):
+        return release(self, number, *rest) if number < LAST_CHARGE else stops()
 
-    monkeypatch.setattr(owner, name, stops)
-    with pytest.raises(KeyboardInterrupt):
+    def stops_after_the_second(self, number, adapter):
+        result = whole_round(self, number, adapter)
+        return result if number == 1 else stops()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Ledger, "release", stops_before_the_second)
         federation(name="stopped", injected_seed=SEED)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Coordinator, "_round", stops_after_the_second)
+        federation(name="stopped")
     assert sorted(adapters(tmp_path / "stopped")) == [0, 1]
-    config = federation(name="stopped")
-    assert adapters(tmp_path / "stopped") == adapters(tmp_path / "whole")
-    assert kinds(simulated_ledger(config)).count("charge") == 2
-    assert json.loads((tmp_path / "stopped" / "certificate.json").read_text())["seeds"].startswith(
-        "INJECTED in aggregator"
-    )
+    federation(name="stopped")
+    assert adapters(tmp_path / "stopped") == whole
+    check_ledgers(tmp_path, config, tmp_path / "stopped")
 
 
-def test_a_missing_client_is_zero_and_too_few_end_the_round_charged(federation, tmp_path, monkeypatch):
-    send, away = Exchange._send, {"roman"}
+def test_a_round_that_too_few_answer_stays_charged_and_is_asked_for_again(federation, tmp_path, monkeypatch):
+    send = Exchange._send
 
     def deaf(self, bodies, kind, group):
-        return (found for found in send(self, bodies, kind, group) if kind != "train" or found[2].silo_id not in away)
+        return (found for found in send(self, bodies, kind, group) if kind != "train" or found[2].silo_id != "roman")
 
-    monkeypatch.setattr(Exchange, "_send", deaf)
-    config = federation("federated.rounds=1", name="one-away")
-    (event,) = [event for event in read_events(tmp_path / "one-away" / "events.jsonl") if event["event"] == "round"]
-    assert event["answered"] == ["romances"]
-    start_anew(tmp_path)
-    with pytest.raises(SiloweaveError, match=r"1 of 2 silos answered, federated.min_silos is 2"):
-        federation("federated.rounds=1", "federated.min_silos=2", name="too-few")
-    assert kinds(simulated_ledger(config)) == ["open", "reserve", "charge"]
-    assert sorted(adapters(tmp_path / "too-few")) == [0]
+    few = ("federated.rounds=1", "federated.min_silos=2")
+    with monkeypatch.context() as patch, pytest.raises(SiloweaveError, match=r"1 of 2 silos answered, federated.min"):
+        patch.setattr(Exchange, "_send", deaf)
+        federation(*few)
+    assert sorted(adapters(tmp_path / "federated")) == [0]
+    config = federation(*few)
+    assert kinds(simulated_ledger(config)) == ["open", "reserve", "charge", "release", "close"]
+    (event,) = [event for event in read_events(tmp_path / "federated" / "events.jsonl") if event["event"] == "round"]
+    assert event["answered"] == ["roman", "romances"]
 
 
 def test_the_clients_budget_ends_a_federation_before_anybody_is_asked(federation, tmp_path):
