@@ -64,7 +64,6 @@ class Aggregation:
             self._fold = HeldUpdates(self._weights, settings)
         else:
             self._fold = FixedPointSum(self._weights)
-        self._answered: set[str] = set()
         self._variates: ControlVariates | None = None
         if settings.aggregation == "scaffold":
             path = settings.learning_rate * settings.local_steps
@@ -88,17 +87,17 @@ class Aggregation:
         """Folds one silo's update in: its adapter after its steps minus before.
 
         Raises:
-            ValueError: it doesn't fit what the silo was sent, isn't finite, or is its second one; nothing of it is
-                folded in.
+            ValueError: it doesn't fit what the silo was sent, or isn't finite; nothing of it is folded in. With clients
+                as units see ``ClippedSum.add``.
         """
-        if silo in self._answered:
-            raise ValueError("it has sent an update of this round before")
         if self._settings.adapters == "product":
             before = self.sent(silo).adapter
             check_update(update, before)
             update = change(before, update)
-        self._fold.add(update)
-        self._answered.add(silo)
+        if isinstance(self._fold, ClippedSum):
+            self._fold.add(silo, update)
+        else:
+            self._fold.add(update)
         if self._variates:
             self._variates.add(silo, update)
 

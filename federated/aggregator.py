@@ -45,7 +45,7 @@ def open_ledger(
     signer, key = coordinator_signer(home), folder / "silo.key"
     folder.mkdir(parents=True, exist_ok=True)
     if not key.is_symlink():
-        key.symlink_to(os.path.relpath(home / COORDINATOR_KEY, folder))
+        key.symlink_to(os.path.relpath((home / COORDINATOR_KEY).resolve(), folder.resolve()))
     ledger = Ledger.open(folder, AGGREGATOR, members, Budget(privacy.budget_epsilon, privacy.budget_delta), seeds)
     if ledger.public_key != signer.public_key:
         raise InputError(f"{key}: is not the key of {home}; put the link to its {COORDINATOR_KEY} back")

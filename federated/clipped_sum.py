@@ -33,7 +33,7 @@ def clipped(update: Mapping[str, npt.NDArray[np.float32]], max_norm: float) -> V
 
 
 class ClippedSum:
-    """Folds the clients' updates of one round; their order doesn't matter, and memory doesn't grow with them.
+    """Folds the clients' updates of one round; their order doesn't matter, and memory grows by their names alone.
 
     Args:
         template: the arrays that are trained.
@@ -44,22 +44,30 @@ class ClippedSum:
         self._plan = plan
         self._totals = {name: np.zeros(array.shape, dtype=np.int64) for name, array in template.items()}
         self._part = 2.0 ** (math.ceil(math.log2(plan.request.max_grad_norm)) - _BITS)
-        self.count = 0
+        self._clients: set[str] = set()
 
-    def add(self, update: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    @property
+    def count(self) -> int:
+        """Clients whose updates are in the sum."""
+        return len(self._clients)
+
+    def add(self, client: str, update: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Folds one client's update in.
 
         What its values are is no reason to refuse it: who is counted must not depend on anybody's data.
 
         Raises:
-            ValueError: its names or shapes are not the adapter's; or there are more clients than the plan has.
+            ValueError: its names or shapes are not the adapter's; or it is the client's second one; or there are more
+                clients than the plan has.
         """
         check_shapes(update, self._totals)
+        if client in self._clients:
+            raise ValueError("it has sent an update of this round before")
         if self.count >= min(self._plan.request.num_clients, LARGEST_NUMBER_OF_CLIENTS):
             raise ValueError(f"more than the plan's {self.count} clients in one round")
         for name, array in clipped(update, self._plan.request.max_grad_norm).items():
             self._totals[name] += np.trunc(array / self._part).astype(np.int64)  # towards zero: never longer than C
-        self.count += 1
+        self._clients.add(client)
 
     def noised_mean(self, streams: Streams) -> Arrays:
         """The sum with its noise, over the plan's number of clients, whoever answered. float32.

@@ -28,24 +28,17 @@ def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> Priva
         raise refuse("plan", "an inconsistent plan", str(error)) from None
     if request.unit not in policy.units:
         raise refuse("units", request.unit, ", ".join(policy.units))
-    if request.unit == "record":
-        plan = _checked_for_records(request, policy, public_record_count)
-    else:
-        plan = request.for_clients()
+    plan = request.bind(public_record_count) if request.unit == "record" else request.for_clients()
     if request.noise_multiplier < policy.min_noise_multiplier:
         raise refuse("min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}")
-    epsilon = request.epsilon
-    if epsilon > policy.max_epsilon_per_run:
-        raise refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
-    return plan
-
-
-def _checked_for_records(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
-    plan = request.bind(public_record_count)
-    _check_steps(request.sampling_rate, request.steps_per_round, policy)
+    if request.unit == "record":  # with clients as units each request says how it samples, and how long it trains
+        _check_steps(request.sampling_rate, request.steps_per_round, policy)
     weakest = min((metric.noise_multiplier for metric in request.metric_releases), default=math.inf)
     if weakest < policy.min_noise_multiplier:
         raise refuse("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
+    epsilon = request.epsilon
+    if epsilon > policy.max_epsilon_per_run:
+        raise refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
     names = sorted({metric.name for metric in request.metric_releases})
     allowed = [METRIC] if policy.releases_metrics else []
     if not set(names) <= set(allowed):

@@ -8,7 +8,6 @@ import pytest
 
 from configs.artifacts import write_atomic
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from configs.events import read_events
 from federated import commits
 from federated.adapters import from_bytes
 from federated.aggregator import simulated_ledger
@@ -18,12 +17,10 @@ from federated.simulation import simulate
 from privacy.certificate import AGGREGATOR
 from privacy.certificate_check import check_certificate, check_in_ledger
 from privacy.chain import verify_entries
-from privacy.ledger import Ledger
 from privacy.ledger_file import read_only
 from privacy.replay import replay
 
 SEED = bytes(range(32))
-LAST_CHARGE = 5  # number of its entry: open, reserve, charge, release, charge
 CLIENT = (
     "privacy.unit=client",
     "privacy.num_clients=2",
@@ -31,6 +28,7 @@ CLIENT = (
     "evaluate.without_dp=false",
     "federated.aggregation=fedavgm",
     "federated.workers=1",
+    "federated.min_silos=2",
 )
 
 
@@ -105,7 +103,7 @@ def start_anew(tmp_path):
 def test_a_federation_is_certified_and_one_that_is_stopped_twice_gives_the_same_bytes(
     federation, tmp_path, monkeypatch
 ):
-    """Stopped in round two, with its noise drawn and nothing stored, and again with the mean stored and no commit.
+    """Round two is abandoned since too few answer, and stays charged; then stopped with its mean stored and no commit.
 
     The second and third time no seed is injected: what is there has to come out of the ledger.
     """
@@ -116,42 +114,26 @@ def test_a_federation_is_certified_and_one_that_is_stopped_twice_gives_the_same_
     check_ledgers(tmp_path, config, tmp_path / "whole")
 
     start_anew(tmp_path)
-    release, whole_round = Ledger.release, Coordinator._round
+    whole_round, send = Coordinator._round, Exchange._send
 
-    def stops_before_the_second(self, number, *rest):
-        return release(self, number, *rest) if number < LAST_CHARGE else stops()
+    def roman_is_away_in_round_two(self, bodies, kind, group):
+        return (found for found in send(self, bodies, kind, group) if group != "2" or found[2].silo_id != "roman")
 
-    def stops_after_the_second(self, number, adapter):
+    def stops_after_round_two(self, number, adapter):
         result = whole_round(self, number, adapter)
         return result if number == 1 else stops()
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Ledger, "release", stops_before_the_second)
+    with monkeypatch.context() as patch, pytest.raises(SiloweaveError, match=r"1 of 2 silos answered, federated.min"):
+        patch.setattr(Exchange, "_send", roman_is_away_in_round_two)
         federation(name="stopped", injected_seed=SEED)
+    assert kinds(simulated_ledger(config)) == ["open", "reserve", "charge", "release", "charge"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Coordinator, "_round", stops_after_the_second)
+        patch.setattr(Coordinator, "_round", stops_after_round_two)
         federation(name="stopped")
     assert sorted(adapters(tmp_path / "stopped")) == [0, 1]
     federation(name="stopped")
     assert adapters(tmp_path / "stopped") == whole
     check_ledgers(tmp_path, config, tmp_path / "stopped")
-
-
-def test_a_round_that_too_few_answer_stays_charged_and_is_asked_for_again(federation, tmp_path, monkeypatch):
-    send = Exchange._send
-
-    def deaf(self, bodies, kind, group):
-        return (found for found in send(self, bodies, kind, group) if kind != "train" or found[2].silo_id != "roman")
-
-    few = ("federated.rounds=1", "federated.min_silos=2")
-    with monkeypatch.context() as patch, pytest.raises(SiloweaveError, match=r"1 of 2 silos answered, federated.min"):
-        patch.setattr(Exchange, "_send", deaf)
-        federation(*few)
-    assert sorted(adapters(tmp_path / "federated")) == [0]
-    config = federation(*few)
-    assert kinds(simulated_ledger(config)) == ["open", "reserve", "charge", "release", "close"]
-    (event,) = [event for event in read_events(tmp_path / "federated" / "events.jsonl") if event["event"] == "round"]
-    assert event["answered"] == ["roman", "romances"]
 
 
 def test_the_clients_budget_ends_a_federation_before_anybody_is_asked(federation, tmp_path):

@@ -41,8 +41,8 @@ def norm_of(arrays):
 
 def mean_of(updates, streams=STREAMS, plan=PLAN):
     total = ClippedSum(TEMPLATE, plan)
-    for one in updates:
-        total.add(one)
+    for number, one in enumerate(updates):
+        total.add(f"client {number}", one)
     return total.noised_mean(streams)
 
 
@@ -103,7 +103,7 @@ def test_what_is_not_finite_counts_as_a_client_that_sends_nothing(bad):
     broken = update(1, 0.5)
     broken["a"][3, 4] = bad
     total = ClippedSum(TEMPLATE, PLAN)
-    total.add(broken)
+    total.add("north", broken)
     assert total.count == 1
     assert all((array == mean_of([])[name]).all() for name, array in total.noised_mean(STREAMS).items())
 
@@ -114,18 +114,20 @@ def test_neither_clipping_nor_rounding_leaves_a_vector_longer_than_c():
         short = clipped(one, C)
         assert norm_of(short) <= C
         total = ClippedSum(TEMPLATE, PLAN)
-        total.add(one)
+        total.add("north", one)
         assert norm_of({name: parts * total._part for name, parts in total._totals.items()}) <= C
     exact = update(7, C / 2)
     np.testing.assert_array_equal(clipped(exact, C)["a"], exact["a"])  # what is short enough is left as it is
 
 
-def test_other_shapes_and_more_clients_than_the_plan_are_refused():
+def test_other_shapes_second_updates_and_more_clients_than_the_plan_are_refused():
     total = ClippedSum(TEMPLATE, PLAN)
     with pytest.raises(ValueError, match="not the adapter's"):
-        total.add({"a": TEMPLATE["a"]})
+        total.add("north", {"a": TEMPLATE["a"]})
     for seed in range(CLIENTS):
-        total.add(update(seed, 1.0))
+        total.add(f"client {seed}", update(seed, 1.0))
+    with pytest.raises(ValueError, match="sent an update of this round before"):
+        total.add("client 0", update(9, 1.0))  # twice would be 2 C
     with pytest.raises(ValueError, match="more than the plan's 5 clients"):
-        total.add(update(9, 1.0))
+        total.add("client 9", update(9, 1.0))
     assert total.count == CLIENTS
