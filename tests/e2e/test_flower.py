@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import tomli_w
 from flower_processes import (
@@ -34,6 +35,7 @@ from flower_processes import (
 from silo_requests import body_of, opened
 
 from configs.load import load, to_toml
+from configs.schema import RunConfig
 from configs.silo import load_silo
 from federated import server_app
 from federated import silo_pb2 as pb
@@ -89,6 +91,21 @@ def start_flower(processes: Processes, silo_address: str) -> None:
     processes.start("supernode", str(BIN / "flower-supernode"), "--root-certificates", files["ca.pem"], *node)
 
 
+def start_run(processes: Processes, config: RunConfig, model: Path, directory: Path, home: Path) -> psutil.Popen:
+    """Hands a run of one silo to Flower."""
+    given = {
+        "config": to_toml(config),
+        "base-model": str(model),
+        "directory": str(directory),
+        "coordinator": str(home),
+        "num-silos": 1,
+    }
+    settings = processes.directory / "run-config.toml"
+    settings.write_text(tomli_w.dumps(given), encoding="utf-8")
+    command = [str(BIN / "flwr"), "run", str(APP), "local", "--run-config", str(settings), "--stream"]
+    return processes.start("run", *command)
+
+
 def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processes, socket_path, tmp_path):
     model = tiny_run.directory / "model"
     # A smaller epsilon means more noise, which is calibrated faster.
@@ -99,16 +116,7 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
     processes.start("silo", sys.executable, "-c", SEEDED_SERVICE, str(silo), str(socket_path), SEED.hex())
     processes.wait_until("silo service", lambda: is_serving(socket_path))
     start_flower(processes, f"unix:{socket_path}")
-    given = {
-        "config": to_toml(config),
-        "base-model": str(model),
-        "directory": str(over_flower),
-        "coordinator": str(home),
-        "num-silos": 1,
-    }
-    settings = tmp_path / "run-config.toml"
-    settings.write_text(tomli_w.dumps(given), encoding="utf-8")
-    run = processes.start("run", str(BIN / "flwr"), "run", str(APP), "local", "--run-config", str(settings), "--stream")
+    run = start_run(processes, config, model, over_flower, home)
 
     over_grid = federation(tmp_path / "over-grid")
     # One after the other: at the second one's start the roster names another key of the same silo.
@@ -137,16 +145,7 @@ def test_flower_runs_a_federation_with_clients_as_units(tiny_run, processes, soc
     processes.start("silo", sys.executable, "-c", SEEDED_SERVICE, str(silo), str(socket_path), SEED.hex())
     processes.wait_until("silo service", lambda: is_serving(socket_path))
     start_flower(processes, f"unix:{socket_path}")
-    given = {
-        "config": to_toml(config),
-        "base-model": str(model),
-        "directory": str(directory),
-        "coordinator": str(home),
-        "num-silos": 1,
-    }
-    settings = tmp_path / "run-config.toml"
-    settings.write_text(tomli_w.dumps(given), encoding="utf-8")
-    run = processes.start("run", str(BIN / "flwr"), "run", str(APP), "local", "--run-config", str(settings), "--stream")
+    run = start_run(processes, config, model, directory, home)
     processes.wait_until("end of the run", lambda: run.poll() is not None, RUN_S)
     assert (directory / "certificate.json").exists(), processes.logs()
     assert adapter(directory, 1) != adapter(directory, 0)

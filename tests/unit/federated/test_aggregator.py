@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -246,3 +247,13 @@ def test_plans_that_no_aggregator_carries_out_are_refused():
         PlanRequest(**{**REQUEST.model_dump(), "metric_releases": metrics}).for_clients()
     with pytest.raises(PolicyRefusal, match="unit"):
         RECORDS.for_clients()
+
+
+def test_an_audit_and_a_search_are_about_records():
+    from cluster.workflow.audit import audit
+    from cluster.workflow.tuning_kinds import check_budget
+
+    run = SimpleNamespace(config=load("tiny", CLIENT))
+    for refused in (lambda: audit(run, 500), lambda: check_budget(run, [])):
+        with pytest.raises(InputError, match=r"privacy.unit is 'client'"):
+            refused()
