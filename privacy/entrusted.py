@@ -12,7 +12,7 @@ from privacy.journal import Journal, refusal
 from privacy.plan import PlanRequest
 
 ENTRUST, UNNOISED = "entrust", "unnoised"
-_WHO = "none of this silo's own: the aggregator is trusted to add it"
+_NOISE = "none: the aggregator adds it"  # short enough for `ledger show` to print it whole
 
 
 def entrust(journal: Journal, run_id: str, plan: PlanRequest, aggregator: str) -> None:
@@ -37,7 +37,7 @@ def entrust(journal: Journal, run_id: str, plan: PlanRequest, aggregator: str) -
                 plan=plan.model_dump(),
                 plan_digest=plan.digest,
                 aggregator=aggregator,
-                noise=_WHO,
+                noise=_NOISE,
             )
         elif (before["plan_digest"], before.get("aggregator")) != (plan.digest, aggregator):
             raise refusal("reservation", plan.digest, before["plan_digest"], f"run {run_id} has another plan")
@@ -72,4 +72,6 @@ def record_update(journal: Journal, run_id: str, request_id: str, request_digest
             raise refusal("schedule", f"round {round_number}", f"1 to {most}", f"run {run_id} has {most} rounds")
         if find(bodies, UNNOISED, run=run_id, round=round_number) is not None:
             raise refusal("schedule", f"round {round_number}", "a new one", f"its update of run {run_id} has left")
-        journal.append(UNNOISED, run=run_id, request=request_id, digest=request_digest, round=round_number, noise=_WHO)
+        journal.append(
+            UNNOISED, run=run_id, request=request_id, digest=request_digest, round=round_number, noise=_NOISE
+        )

@@ -125,7 +125,7 @@ def test_an_update_leaves_clipped_and_the_ledger_says_that_it_had_no_noise(silo_
     replay(verify_entries(silo.ledger.entries(), "test"), "test")
     shown = siloweave("ledger", "show", str(tmp_path / "north"), cwd=tmp_path).stdout.splitlines()
     assert "unnoised" in shown[2]
-    assert "noise=none of this" in shown[2]
+    assert "noise=none: the aggregator adds it" in shown[2]
     audited = (tmp_path / "north" / "audit.jsonl").read_text()
     assert audited.count('"kind": "contribute"') == 3
 
