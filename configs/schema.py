@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.data_settings import DataSettings, TokenizerSettings
-from configs.federated_settings import FederatedSettings
+from configs.federated_settings import ROBUST, FederatedSettings
 from configs.pretrain_settings import ClusterSettings, ModelSettings, PretrainSettings
 from configs.settings import Count, Positive, Probability, Settings
+
+LARGEST_NUMBER_OF_CLIENTS = 2**16  # so many updates are summed without rounding
 
 
 class RunSettings(Settings):
@@ -49,21 +51,25 @@ class RunSettings(Settings):
 class PrivacySettings(Settings):
     """What changes the guarantee; the steward's policy bounds each of them."""
 
-    unit: Literal["record"] = "record"
-    """What is protected: one unit of one silo (see ``data.private.unit``)."""
+    unit: Literal["record", "client"] = "record"
+    """What is protected. ``record``: one unit of one silo (see ``data.private.unit``), by noise that the silo adds.
+    ``client``: all of a silo, by noise that the aggregator adds, which sees the updates and has to be trusted."""
+    num_clients: Annotated[int, Field(ge=0)] = 0
+    """With unit ``client``: the constant that divides the sum of updates, and the most silos that take part; else 0."""
     epsilon: Positive = 8.0
     """Epsilon of this run for one silo; the noise multiplier is calibrated to it."""
     delta: Annotated[float, Field(gt=0, le=1e-5)] = 1e-5
     """Delta of this run; at most min(1e-5, 0.1 / public_record_count)."""
     sampling_rate: Probability = 0.03
-    """Probability that a unit is in the batch of a step (Poisson)."""
+    """Probability that a unit is in the batch of a step (Poisson); with unit ``client`` that a record is, which then
+    only sets the size of batches."""
     sampler: Literal["poisson", "truncated_poisson"] = "poisson"
     """``truncated_poisson`` keeps a random subset of ``max_batch_size`` units where more are drawn: memory has a fixed
     bound, for a little more noise."""
     max_batch_size: Annotated[int, Field(ge=0)] = 0
     """Cap on the batches of ``truncated_poisson``; 0 with ``poisson``, which has none."""
     max_grad_norm: Positive = 1.0
-    """Clipping norm C of one unit's gradient over all trainable parameters."""
+    """Clipping norm C of one unit's gradient over all trainable parameters; with unit ``client``, of a whole update."""
     clipping_function: Literal["fixed", "automatic", "quantile"] = "fixed"
     """``fixed`` shortens longer gradients to C, ``automatic`` brings all to just below C, ``quantile`` moves C to where
     ``target_quantile`` of a batch is not shortened, by a noised count that is paid from the same epsilon."""
@@ -75,9 +81,10 @@ class PrivacySettings(Settings):
     evaluation_noise_multiplier: Positive = 5.0
     """Noise of a private evaluation's sums, over the most that one unit can move them."""
     budget_epsilon: Positive = 32.0
-    """Epsilon that a silo's dataset may ever spend (the simulated steward's policy)."""
+    """Epsilon that a silo's dataset may ever spend (the simulated steward's policy); with unit ``client``, what the
+    aggregator's ledger may spend on the same clients."""
     budget_delta: Probability = 1e-4
-    """Delta that a silo's dataset may ever spend."""
+    """Delta that may ever be spent, likewise."""
 
 
 class EvaluateSettings(Settings):
@@ -191,9 +198,48 @@ class RunConfig(Settings):
                 "federated.optimizer is 'adam_bc': it needs noise of one size, and privacy.clipping_function "
                 "'quantile' changes it; give 'adam' or 'fixed'"
             )
+        if problem := self._client_problem():
+            raise ValueError(problem)
         if self.evaluate.without_dp and not private.public:
             raise ValueError(
                 "evaluate.without_dp is true: the run without DP exists only for data declared "
                 "data.private.public = true; set evaluate.without_dp = false"
             )
         return self
+
+    def _client_problem(self) -> str:
+        """What an aggregator that adds the noise can't do, or what would need noise of the silos' own."""
+        privacy, federated = self.privacy, self.federated
+        if privacy.unit == "record":
+            wrong = f"privacy.num_clients is {privacy.num_clients}: give 0 with privacy.unit 'record'"
+            return wrong if privacy.num_clients else ""
+        most = min(LARGEST_NUMBER_OF_CLIENTS, int(0.1 / privacy.delta))
+        if not federated.min_silos <= privacy.num_clients <= most:
+            return (
+                f"privacy.num_clients is {privacy.num_clients}: with privacy.unit 'client' give federated.min_silos "
+                f"({federated.min_silos}) to {most}"
+            )
+        refused = (  # setting, value, whether it is refused, why, what to give
+            ("federated.aggregation", federated.aggregation, federated.aggregation in (*ROBUST, "scaffold"),
+             "it uses single clients' updates, and only their sum has noise", "'fedavg' or a server optimizer"),
+            ("federated.adapters", federated.adapters, federated.adapters == "product",
+             "a product of factors has another norm than what was clipped", "'average' or 'ffa'"),
+            ("federated.enough_silos", federated.enough_silos, federated.enough_silos > 0,
+             "one client's speed would decide whether another one counts", "0"),
+            ("federated.optimizer", federated.optimizer, federated.optimizer == "adam_bc",
+             "a silo's own steps have no noise to correct for", "'adam' or 'sgd'"),
+            ("privacy.sampler", privacy.sampler, privacy.sampler != "poisson",
+             "its cap is about records", "'poisson'"),
+            ("privacy.clipping_function", privacy.clipping_function, privacy.clipping_function != "fixed",
+             "it is about records' gradients", "'fixed'"),
+            ("privacy.evaluations", privacy.evaluations, privacy.evaluations > 0,
+             "a private evaluation is about records", "0"),
+            ("evaluate.without_dp", self.evaluate.without_dp, self.evaluate.without_dp,
+             "the run without DP is the one of records", "false"),
+        )  # fmt: skip
+        problems = (
+            f"{name} is {value!r} with privacy.unit 'client': {why}; give {instead}"
+            for name, value, applies, why, instead in refused
+            if applies
+        )
+        return next(problems, "")

@@ -1,7 +1,7 @@
 """``silo.toml``: what a silo is, where its data lies, and what its steward's policy allows."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 from pydantic import Field, model_validator
@@ -60,6 +60,9 @@ class SiloDataSettings(SourceSettings):
 class SiloPolicy(Settings):
     """What may leave, at most. Every check is computed from these numbers alone, without reading data."""
 
+    units: Annotated[tuple[Literal["record", "client"], ...], Field(min_length=1)] = ("record",)
+    """What a run may protect. ``record``: this silo adds the noise, and need not trust whoever asks. Whoever adds
+    ``client`` trusts the coordinators: they get this silo's updates without noise, and add it to the sum."""
     budget_epsilon: Positive
     """Epsilon that the dataset may ever spend."""
     budget_delta: Probability
@@ -156,6 +159,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             budget_epsilon=privacy.budget_epsilon,
             budget_delta=privacy.budget_delta,
             max_epsilon_per_run=privacy.budget_epsilon,
+            units=(privacy.unit,),
             releases_metrics=True,
             # Without a unit column a row is a unit, and a row is in one silo.
             attests_disjoint_units=not private.unit,

@@ -40,14 +40,23 @@ def from_bytes(content: bytes) -> Arrays:
     return {name: array.copy() for name, array in arrays.items()}
 
 
+def check_shapes(update: Mapping[str, npt.NDArray[np.float32]], like: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Refuses an update of other arrays.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    if {name: array.shape for name, array in update.items()} != {name: array.shape for name, array in like.items()}:
+        raise ValueError("its names or shapes are not the adapter's")
+
+
 def check_update(update: Mapping[str, npt.NDArray[np.float32]], like: Mapping[str, npt.NDArray[Any]]) -> None:
     """Refuses an update that can't be added to the arrays that it changes.
 
     Raises:
         ValueError: names or shapes differ, or a value is not finite or beyond 2^15.
     """
-    if {name: array.shape for name, array in update.items()} != {name: array.shape for name, array in like.items()}:
-        raise ValueError("its names or shapes are not the adapter's")
+    check_shapes(update, like)
     if not all(np.abs(array).max(initial=0) < _LARGEST_VALUE for array in update.values()):  # false for a NaN, too
         raise ValueError(f"a value is not finite or not below {_LARGEST_VALUE:g}")
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from configs.errors import InputError
 from configs.federated_settings import ROBUST, FederatedSettings
 from federated.adapters import Arrays, FixedPointSum, check_update
+from federated.clipped_sum import ClippedSum
 from federated.control_variates import ControlVariates
 from federated.factors import change, cut, factored, frozen, products
 from federated.robust_means import HeldUpdates
 from federated.server_optimizers import server_step
+from privacy.plan import PrivacyPlan
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,30 @@ class Aggregation:
         adapter: the whole shared adapter before the round, A and B.
         state: what ``result`` returned with it; empty before the first round.
         num_silos: silos of the federation, whoever answers.
+        clients: the aggregator's plan, where clients are the units: then their clipped sum is all that is folded, and
+            its noised mean takes the place of the mean.
     """
 
-    def __init__(self, settings: FederatedSettings, adapter: Arrays, state: Arrays, num_silos: int) -> None:
+    def __init__(
+        self,
+        settings: FederatedSettings,
+        adapter: Arrays,
+        state: Arrays,
+        num_silos: int,
+        clients: PrivacyPlan | None = None,
+    ) -> None:
         self._settings, self._adapter, self._state = settings, adapter, state
         if settings.adapters == "product":
             self._weights = products(adapter)
         else:
             self._weights = {name: array for name, array in adapter.items() if self._trains(name)}
-        self._fold = (
-            HeldUpdates(self._weights, settings) if settings.aggregation in ROBUST else FixedPointSum(self._weights)
-        )
+        self._fold: ClippedSum | FixedPointSum | HeldUpdates
+        if clients is not None:
+            self._fold = ClippedSum(self._weights, clients)
+        elif settings.aggregation in ROBUST:
+            self._fold = HeldUpdates(self._weights, settings)
+        else:
+            self._fold = FixedPointSum(self._weights)
         self._variates: ControlVariates | None = None
         if settings.aggregation == "scaffold":
             path = settings.learning_rate * settings.local_steps
@@ -72,19 +87,35 @@ class Aggregation:
         """Folds one silo's update in: its adapter after its steps minus before.
 
         Raises:
-            ValueError: it doesn't fit what the silo was sent, or isn't finite; nothing of it is folded in.
+            ValueError: it doesn't fit what the silo was sent, or isn't finite; nothing of it is folded in. With clients
+                as units see ``ClippedSum.add``.
         """
         if self._settings.adapters == "product":
             before = self.sent(silo).adapter
             check_update(update, before)
             update = change(before, update)
-        self._fold.add(update)
+        if isinstance(self._fold, ClippedSum):
+            self._fold.add(silo, update)
+        else:
+            self._fold.add(update)
         if self._variates:
             self._variates.add(silo, update)
 
+    @property
+    def clipped_sum(self) -> ClippedSum:
+        """What was folded, with clients as units; nothing but its noised mean may be used."""
+        if not isinstance(self._fold, ClippedSum):
+            raise TypeError("only with clients as units there is a clipped sum")
+        return self._fold
+
     def result(self) -> tuple[Arrays, Arrays]:
         """The whole shared adapter after the round, and the state that the next round continues from."""
-        mean = self._fold.mean()
+        if isinstance(self._fold, ClippedSum):
+            raise TypeError("with clients as units nothing without noise becomes of their updates")
+        return self.after(self._fold.mean())
+
+    def after(self, mean: Arrays) -> tuple[Arrays, Arrays]:
+        """The same for a mean update that was computed from ``clipped_sum``, or stored before."""
         after, state = server_step(self._settings, self._weights, mean, self._state)
         if self._variates:
             state = self._variates.after(mean, self._fold.count)

@@ -17,6 +17,7 @@ from federated.client_app import pack, unpack
 from federated.envelope import reply_holds, seal_request
 from federated.protocol import PROTOCOL_VERSION
 from federated.runs import Run
+from privacy.ledger import Ledger
 from privacy.signing import Signer
 
 POLL_S = 0.05
@@ -33,11 +34,13 @@ class Parties:
         num_silos: silos to wait for at the start.
         roster: gives the enrolled silos' public keys by name, read anew each round; None takes whoever answers, which
             is for simulations.
+        open_ledger: opens the coordinator's ledger, which a run with clients as units needs.
     """
 
     signer: Signer
     num_silos: int
     roster: Roster | None = None
+    open_ledger: Callable[[], Ledger] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """One silo's local steps of one round, from the shared adapter to an update.
 
-With DP for a silo, and without for the comparison on public data.
+With DP for a silo; without for the comparison on public data, and where an aggregator adds the noise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -84,13 +84,28 @@ def public_update(
     settings: LocalSettings,
 ) -> Arrays:
     """The same steps on the same batches without clipping and without noise: for data declared public only."""
+    batches = (
+        [records[index] for index in sample(plan, streams, step, len(records))]
+        for step in range(plan.request.steps_per_round)
+    )
+    return plain_update(batches, plan.expected_batch_size, model, task, adapter, settings)
+
+
+def plain_update(
+    batches: Iterable[Sequence[Encoded]],
+    expected_batch_size: float,
+    model: Any,
+    task: CausalTask,
+    adapter: Arrays,
+    settings: LocalSettings,
+) -> Arrays:
+    """Ordinary steps, one a batch: what comes out is not private."""
     before = _load(model, adapter)
     optimizer = _optimizer(settings, model, before, noise_std=0.0)
     model.train()
-    for step in range(plan.request.steps_per_round):
-        batch = [records[index] for index in sample(plan, streams, step, len(records))]
+    for batch in batches:
         for micro in by_length(batch, settings.micro_batch_size):
-            loss = task.record_losses(model, task.collate(micro)).sum() / plan.expected_batch_size
+            loss = task.record_losses(model, task.collate(micro)).sum() / expected_batch_size
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -16,7 +16,7 @@ LARGEST_PROXIMAL_MU = 100.0
 
 
 def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
-    """The plan that a run wants to reserve, bound to the silo's own size.
+    """The plan that a run wants to reserve, bound to the silo's own size; with clients as units, to their number.
 
     Raises:
         PolicyRefusal: a rule of the policy, with the value asked for and the value allowed.
@@ -26,13 +26,13 @@ def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> Priva
         request = parse(PlanRequest, tree, "plan")
     except InputError as error:
         raise refuse("plan", "an inconsistent plan", str(error)) from None
-    plan = request.bind(public_record_count)
+    if request.unit not in policy.units:
+        raise refuse("units", request.unit, ", ".join(policy.units))
+    plan = request.bind(public_record_count) if request.unit == "record" else request.for_clients()
     if request.noise_multiplier < policy.min_noise_multiplier:
         raise refuse("min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}")
-    if request.sampling_rate > policy.max_sampling_rate:
-        raise refuse("max_sampling_rate", f"{request.sampling_rate:g}", f"{policy.max_sampling_rate:g}")
-    if request.steps_per_round > policy.max_steps_per_round:
-        raise refuse("max_steps_per_round", f"{request.steps_per_round}", f"{policy.max_steps_per_round}")
+    if request.unit == "record":  # with clients as units each request says how it samples, and how long it trains
+        _check_steps(request.sampling_rate, request.steps_per_round, policy)
     weakest = min((metric.noise_multiplier for metric in request.metric_releases), default=math.inf)
     if weakest < policy.min_noise_multiplier:
         raise refuse("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
@@ -44,6 +44,24 @@ def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> Priva
     if not set(names) <= set(allowed):
         raise refuse("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
     return plan
+
+
+def _check_steps(sampling_rate: float, steps: int, policy: SiloPolicy) -> None:
+    if sampling_rate > policy.max_sampling_rate:
+        raise refuse("max_sampling_rate", f"{sampling_rate:g}", f"{policy.max_sampling_rate:g}")
+    if steps > policy.max_steps_per_round:
+        raise refuse("max_steps_per_round", f"{steps}", f"{policy.max_steps_per_round}")
+
+
+def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:
+    """The work of a round whose update leaves without noise.
+
+    Raises:
+        PolicyRefusal: it is none, or more than the policy allows.
+    """
+    if not (asked.sampling_rate > 0 and asked.local_steps):  # false for a NaN, too
+        raise refuse("contribute", f"{asked.local_steps} steps at {asked.sampling_rate:g}", "above 0, both of them")
+    _check_steps(asked.sampling_rate, asked.local_steps, policy)
 
 
 def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_digest: str) -> None:

@@ -45,7 +45,7 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
     if request.version != PROTOCOL_VERSION:
         raise refuse("version", str(request.version), str(PROTOCOL_VERSION))
     if kind is None:
-        raise refuse("request", "no kind", "describe, reserve, train, evaluate or close")
+        raise refuse("request", "no kind", "describe, reserve, train, contribute, evaluate or close")
     if kind != "describe" and request.silo_id != silo_id:
         raise refuse("silo_id", request.silo_id, silo_id)
     if kind != "describe" and not (request.run_id and len(request.run_id) <= 100 and len(request.request_id) <= 200):

@@ -10,58 +10,26 @@ from typing import Any
 
 from flwr.serverapp import Grid
 
-from configs.artifacts import Manifest, canonical_json, require_manifest, write_atomic
+from configs.artifacts import Manifest, canonical_json, digest_bytes, require_manifest, write_atomic
 from configs.encryption import load_key
 from configs.errors import SiloweaveError
 from configs.events import EventLog
-from configs.load import config_digest, parse
+from configs.load import config_digest
 from configs.schema import RunConfig
 from federated import commits
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, from_bytes, to_bytes
 from federated.aggregation import Aggregation, Sent, check_size
+from federated.aggregator import Aggregator, new_aggregator
 from federated.exchange import QUERY, TRAIN, Bodies, Exchange, Parties
 from federated.factors import frozen_digest
+from federated.planning import plan_request
 from federated.private_evaluation import METRIC, bounds_of, checked_sums, figures
 from federated.runs import open_run
-from privacy.certificate import certificate
+from privacy.certificate import AGGREGATOR, certificate
 from privacy.plan import PlanRequest
 from privacy.statements import Receipt, RunStatement, Signed
-from privacy.truncation import units_for
 from trainer.tasks import CausalTask
-
-
-def plan_request(config: RunConfig) -> PlanRequest:
-    """The plan that the settings ask for: noise calibrated to epsilon over the whole schedule.
-
-    Raises:
-        InputError: no noise multiplier reaches the epsilon, or the settings make no consistent plan.
-    """
-    privacy, federated, private = config.privacy, config.federated, config.data.private
-    largest = max(private.public_record_count, *private.public_record_counts.values(), 0)
-    cap: dict[str, int] = {}
-    if privacy.sampler == "truncated_poisson":
-        max_units = units_for(largest, federated.rounds, privacy.delta)
-        cap = {"max_batch_size": privacy.max_batch_size, "max_units": max_units}
-    metrics = []
-    if privacy.evaluations:
-        noise = privacy.evaluation_noise_multiplier
-        metrics = [{"name": METRIC, "noise_multiplier": noise, "releases": privacy.evaluations}]
-    tree = {
-        "unit": privacy.unit,
-        "sampler": privacy.sampler,
-        "sampling_rate": privacy.sampling_rate,
-        "max_grad_norm": privacy.max_grad_norm,
-        "clipping_function": privacy.clipping_function,
-        "target_quantile": privacy.target_quantile,
-        "noise_multiplier": 1.0,  # until it is calibrated
-        "rounds": federated.rounds,
-        "steps_per_round": federated.local_steps,
-        "delta": privacy.delta,
-        "metric_releases": metrics,
-        **cap,
-    }
-    return parse(PlanRequest, tree, "privacy").calibrated(privacy.epsilon)
 
 
 @dataclass
@@ -76,6 +44,7 @@ class Coordinator:
         parties: the coordinator's key, and the silos.
         log: receives one event a round, refusal or rejected reply.
         certify: write a certificate; False for the comparison without DP.
+        aggregator: with clients as units, adds the noise.
     """
 
     grid: Grid
@@ -89,6 +58,7 @@ class Coordinator:
     plan: PlanRequest = field(init=False)
     base: Manifest = field(init=False)
     silos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    aggregator: Aggregator | None = field(init=False)
     reserved: set[str] = field(default_factory=set)
     server_state: Arrays = field(default_factory=dict)
 
@@ -99,6 +69,7 @@ class Coordinator:
         self.exchange = Exchange(self.grid, run, self.parties, settings, self.log, held)
         self.plan = plan_request(self.config)
         self.base = require_manifest(self.base_model, "model", "export")
+        self.aggregator = new_aggregator(self.parties, run.id, self.plan)
 
     def run(self, initial_adapter: Callable[[], Arrays]) -> None:
         """All rounds, from the one after the newest commit.
@@ -144,6 +115,8 @@ class Coordinator:
         reserved = {
             name: silo for name, silo in self.silos.items() if silo.get("receipt", {}).get("epsilon_reserved", 0) > 0
         }
+        if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
+            reserved = {AGGREGATOR: self.aggregator.close()}
         document = certificate(self.exchange.run.id, self.plan, reserved)
         write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
 
@@ -177,7 +150,25 @@ class Coordinator:
         self.reserved.add(silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
-        aggregation = Aggregation(self.config.federated, adapter, self.server_state, len(self.silos))
+        federated, clients = self.config.federated, self.aggregator.plan if self.aggregator else None
+        aggregation = Aggregation(federated, adapter, self.server_state, len(self.silos), clients)
+        if self.aggregator is None:
+            answered = self._ask(round_number, aggregation, adapter)
+            adapter, self.server_state = aggregation.result()
+            return adapter, answered
+        inputs = {
+            "plan": self.plan.digest,
+            "base_model": self.base.content_digest,
+            "settings": config_digest(self.config),
+            "adapter": digest_bytes(to_bytes(adapter)),
+        }
+        ask = partial(self._ask, round_number, aggregation, adapter)
+        released = self.aggregator.round(round_number, inputs, aggregation.clipped_sum, ask)
+        adapter, self.server_state = aggregation.after(released.mean)
+        return adapter, released.answered
+
+    def _ask(self, round_number: int, aggregation: Aggregation, adapter: Arrays) -> list[str]:
+        """Sends the adapter to the silos that are there, and folds their updates. Returns those who answered."""
         frozen = frozen_digest(adapter) if self.config.federated.adapters == "ffa" else ""
 
         def fold(silo: str, reply: pb.Reply) -> None:
@@ -190,14 +181,20 @@ class Coordinator:
             sent = aggregation.sent(silo)
             if sent.rank not in adapters:
                 adapters[sent.rank] = to_bytes(sent.adapter)
-            train = self._train(round_number, sent, adapters[sent.rank], frozen)
-            return self.exchange.body(f"round-{round_number}", silo, train=train), adapters[sent.rank]
+            kind = self._training(self._train(round_number, sent, adapters[sent.rank], frozen))
+            return self.exchange.body(f"round-{round_number}", silo, **kind), adapters[sent.rank]
 
-        answered = self.exchange.collect(
-            Bodies(self._present(), body), TRAIN, str(round_number), fold, enough=self.config.federated.enough_silos
+        # With clients as units no more than the plan's number; by name, since who is asked must not depend on data.
+        silos = self._present()[: self.config.privacy.num_clients or None]
+        return self.exchange.collect(
+            Bodies(silos, body), TRAIN, str(round_number), fold, enough=self.config.federated.enough_silos
         )
-        adapter, self.server_state = aggregation.result()
-        return adapter, answered
+
+    def _training(self, train: pb.Train) -> dict[str, Any]:
+        if self.aggregator is None:
+            return {"train": train}
+        rate, steps = self.config.privacy.sampling_rate, self.config.federated.local_steps
+        return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
 
     def _train(self, round_number: int, sent: Sent, adapter: bytes, frozen: str) -> pb.Train:
         federated = self.config.federated

@@ -12,6 +12,7 @@ from configs.events import EventLog, Listener
 from configs.load import parse
 from configs.schema import RunConfig
 from federated.adapters import Arrays
+from federated.aggregator import FOLDER, MEMBERS, open_ledger
 from federated.exchange import Parties
 from federated.outcome import recorded
 from federated.rounds import Coordinator
@@ -44,7 +45,8 @@ def main(grid: Grid, context: Context) -> None:
     config = parse(RunConfig, tomllib.loads(str(given["config"])), "run configuration")
     base_model, directory = Path(str(given["base-model"])), Path(str(given["directory"]))
     home = Path(str(given["coordinator"]))
-    parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home))
+    ledger = partial(open_ledger, home, home / FOLDER, MEMBERS, config.privacy)
+    parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home), ledger)
     with recorded(directory, context.run_id):
         run_federation(grid, config, base_model, directory, parties, lambda _: None)
 

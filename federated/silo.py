@@ -5,10 +5,8 @@ request: who asks, policy without reading data, charge, train, store the reply, 
 """
 
 import contextlib
-import hmac
 import logging
 import threading
-from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, to_bytes
 from federated.audit_log import AuditLog
+from federated.contribution import contribution
 from federated.envelope import seal_reply
 from federated.factors import frozen, frozen_digest
 from federated.local_training import LocalSettings, private_update
@@ -41,10 +40,11 @@ from federated.silo_data import Units, load_units
 from federated.trust import trusted_coordinators
 from privacy.certificate import library_versions
 from privacy.chain import Budget
+from privacy.entrusted import UNNOISED, entrust
 from privacy.ledger import Charge, Ledger
 from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.signing import load_or_create_secret, load_secret
-from privacy.streams import SEED_BYTES, Streams
+from privacy.streams import Streams, injected_seeds
 from trainer.data.tokenizer import load_tokenizer
 from trainer.models import add_adapter, load_model, shapes, trainable
 from trainer.tasks import CausalTask, Encoded
@@ -84,7 +84,7 @@ class Silo:
             config.silo.id,
             config.silo.dataset_id,
             budget,
-            _seed_source(injected_seed, config.silo.id),
+            injected_seeds(injected_seed, config.silo.id),
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
         self.units: Units = load_units(config, self._split_key(self._state_dir / "split.key"))
@@ -97,7 +97,7 @@ class Silo:
 
     def _split_key(self, path: Path) -> bytes:
         """Drawn before anything is charged, and never again: a new one would train on what was held out."""
-        charged = any(body["kind"] == "charge" for body in self.ledger.journal.bodies())
+        charged = any(body["kind"] in ("charge", UNNOISED) for body in self.ledger.journal.bodies())
         return load_secret(path) if charged else load_or_create_secret(path)
 
     def close(self) -> None:
@@ -161,7 +161,11 @@ class Silo:
             return self._train(request, digest)
         if kind == "evaluate":
             return self._evaluate(request, digest)
-        if kind == "reserve":
+        if kind == "contribute":
+            update = to_bytes(contribution(self, request, digest))
+            receipt = self.ledger.receipt(request.run_id).to_bytes()
+            reply = self._reply(digest, trained=pb.Trained(receipt=receipt, update=update))
+        elif kind == "reserve":
             reply = self._reply(digest, reserved=pb.Reserved(receipt=self._reserve(request)))
         elif kind == "close":
             reply = self._reply(digest, closed=self._close(request.run_id))
@@ -184,6 +188,9 @@ class Silo:
     def _reserve(self, request: pb.Request) -> bytes:
         policy = self.config.policy
         plan = check_plan(request.reserve.plan, policy, self.config.silo.public_record_count)
+        if plan.request.unit == "client":  # its guarantee, and what it spends, are the aggregator's
+            entrust(self.ledger.journal, request.run_id, plan.request, request.coordinator)
+            return self.ledger.receipt(request.run_id).to_bytes()
         return self.ledger.reserve(request.run_id, plan, policy.max_epsilon_per_day).to_bytes()
 
     def _close(self, run_id: str) -> pb.Closed:
@@ -198,7 +205,7 @@ class Silo:
         plan = self._reserved_plan(request.run_id, train.plan_digest)
         check_model(train, self.config.policy, self.base_model.content_digest)
         check_optimizer(train)
-        model, adapter = self._fitted(train)
+        model, adapter = self.fitted(train)
         settings = self.local_settings(train)
         # 2. Charge. A request that was answered before gets the stored reply.
         charge = self.ledger.charge(request.run_id, request.request_id, digest, train.round)
@@ -220,7 +227,7 @@ class Silo:
         if release is None or asked.metric != METRIC:
             raise refuse("metric", asked.metric or "none", METRIC)
         check_model(asked, self.config.policy, self.base_model.content_digest)
-        model, adapter = self._fitted(asked) if asked.adapter else (self.model(asked), None)
+        model, adapter = self.fitted(asked) if asked.adapter else (self.model(asked), None)
         charge = self.ledger.charge(request.run_id, request.request_id, digest, asked.number, asked.metric)
         if charge.reply is not None:
             return charge.reply
@@ -232,7 +239,7 @@ class Silo:
         reply = _serialized(self._reply(digest, evaluated=pb.Evaluated(receipt=receipt, sums=sums)))
         return self.ledger.release(charge.number, request.run_id, reply)
 
-    def _fitted(self, asked: pb.Train | pb.Evaluate) -> tuple[Any, Arrays]:
+    def fitted(self, asked: pb.Train | pb.Evaluate) -> tuple[Any, Arrays]:
         """The warm model and the request's adapter, which fits it."""
         model, adapter = self.model(asked), arrays(asked.adapter)
         if shapes(trainable(model)) != shapes(adapter):
@@ -318,13 +325,6 @@ def _streams(charge: Charge, digest: str) -> Streams:
 
 def _serialized(reply: pb.Reply) -> bytes:
     return reply.SerializeToString(deterministic=True)
-
-
-def _seed_source(injected: bytes | None, silo_id: str) -> Callable[[str], bytes] | None:
-    """None draws from the operating system; an injected seed derives one for each request's digest."""
-    if injected is None:
-        return None
-    return lambda digest: hmac.digest(injected, f"{silo_id}/{digest}".encode(), "sha256")[:SEED_BYTES]
 
 
 def _private_log(state_dir: Path) -> logging.Logger:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x65\x64\x65rated/silo.proto\x12\x0csiloweave.v1\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"<\n\x08\x45nvelope\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x0f\n\x07receipt\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\t\"\xcb\x02\n\x07Request\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07silo_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x0b\x63oordinator\x18\x05 \x01(\t\x12\x0f\n\x07\x65xpires\x18\x06 \x01(\x04\x12*\n\x08\x64\x65scribe\x18\n \x01(\x0b\x32\x16.siloweave.v1.DescribeH\x00\x12(\n\x07reserve\x18\x0b \x01(\x0b\x32\x15.siloweave.v1.ReserveH\x00\x12$\n\x05train\x18\x0c \x01(\x0b\x32\x13.siloweave.v1.TrainH\x00\x12$\n\x05\x63lose\x18\r \x01(\x0b\x32\x13.siloweave.v1.CloseH\x00\x12*\n\x08\x65valuate\x18\x0e \x01(\x0b\x32\x16.siloweave.v1.EvaluateH\x00\x42\x06\n\x04kind\"\n\n\x08\x44\x65scribe\"\x17\n\x07Reserve\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\xe9\x01\n\x05Train\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x05 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0c\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x11\n\toptimizer\x18\x08 \x01(\t\x12\x13\n\x0bproximal_mu\x18\x14 \x01(\x01\x12\x12\n\ncorrection\x18\x15 \x01(\x0c\"V\n\x0b\x41\x64\x61pterSpec\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x15\n\rfrozen_digest\x18\x14 \x01(\t\x12\x13\n\x0b\x66rozen_seed\x18\x15 \x01(\x04\"\xaa\x01\n\x08\x45valuate\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0e\n\x06metric\x18\x02 \x01(\t\x12\x13\n\x0bplan_digest\x18\x03 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x06 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0c\"\x07\n\x05\x43lose\"\xf7\x02\n\x05Reply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07silo_id\x18\x02 \x01(\t\x12\x16\n\x0erequest_digest\x18\x03 \x01(\t\x12,\n\tdescribed\x18\n \x01(\x0b\x32\x17.siloweave.v1.DescribedH\x00\x12*\n\x08reserved\x18\x0b \x01(\x0b\x32\x16.siloweave.v1.ReservedH\x00\x12(\n\x07trained\x18\x0c \x01(\x0b\x32\x15.siloweave.v1.TrainedH\x00\x12&\n\x06\x63losed\x18\r \x01(\x0b\x32\x14.siloweave.v1.ClosedH\x00\x12(\n\x07refusal\x18\x0e \x01(\x0b\x32\x15.siloweave.v1.RefusalH\x00\x12(\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x15.siloweave.v1.FailureH\x00\x12,\n\tevaluated\x18\x10 \x01(\x0b\x32\x17.siloweave.v1.EvaluatedH\x00\x42\x06\n\x04kind\"P\n\tDescribed\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x1b\n\x13public_record_count\x18\x03 \x01(\x04\"\x1b\n\x08Reserved\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"*\n\x07Trained\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x0e\n\x06update\x18\x02 \x01(\x0c\"*\n\tEvaluated\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x0c\n\x04sums\x18\x02 \x03(\x01\",\n\x06\x43losed\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tstatement\x18\x02 \x01(\x0c\"H\n\x07Refusal\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05\x61sked\x18\x02 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t2@\n\x04Silo\x12\x38\n\x08\x45xchange\x12\x13.siloweave.v1.Chunk\x1a\x13.siloweave.v1.Chunk(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x65\x64\x65rated/silo.proto\x12\x0csiloweave.v1\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"<\n\x08\x45nvelope\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x0f\n\x07receipt\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\t\"\xfb\x02\n\x07Request\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0f\n\x07silo_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x13\n\x0b\x63oordinator\x18\x05 \x01(\t\x12\x0f\n\x07\x65xpires\x18\x06 \x01(\x04\x12*\n\x08\x64\x65scribe\x18\n \x01(\x0b\x32\x16.siloweave.v1.DescribeH\x00\x12(\n\x07reserve\x18\x0b \x01(\x0b\x32\x15.siloweave.v1.ReserveH\x00\x12$\n\x05train\x18\x0c \x01(\x0b\x32\x13.siloweave.v1.TrainH\x00\x12$\n\x05\x63lose\x18\r \x01(\x0b\x32\x13.siloweave.v1.CloseH\x00\x12*\n\x08\x65valuate\x18\x0e \x01(\x0b\x32\x16.siloweave.v1.EvaluateH\x00\x12.\n\ncontribute\x18\x0f \x01(\x0b\x32\x18.siloweave.v1.ContributeH\x00\x42\x06\n\x04kind\"\n\n\x08\x44\x65scribe\"\x17\n\x07Reserve\x12\x0c\n\x04plan\x18\x01 \x01(\t\"\xe9\x01\n\x05Train\x12\r\n\x05round\x18\x01 \x01(\r\x12\x13\n\x0bplan_digest\x18\x02 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x03 \x01(\t\x12\x0c\n\x04task\x18\x04 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x05 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0c\x12\x15\n\rlearning_rate\x18\x07 \x01(\x01\x12\x11\n\toptimizer\x18\x08 \x01(\t\x12\x13\n\x0bproximal_mu\x18\x14 \x01(\x01\x12\x12\n\ncorrection\x18\x15 \x01(\x0c\"\\\n\nContribute\x12\"\n\x05train\x18\x01 \x01(\x0b\x32\x13.siloweave.v1.Train\x12\x13\n\x0blocal_steps\x18\x02 \x01(\r\x12\x15\n\rsampling_rate\x18\x03 \x01(\x01\"V\n\x0b\x41\x64\x61pterSpec\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\r\n\x05\x61lpha\x18\x02 \x01(\x01\x12\x15\n\rfrozen_digest\x18\x14 \x01(\t\x12\x13\n\x0b\x66rozen_seed\x18\x15 \x01(\x04\"\xaa\x01\n\x08\x45valuate\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0e\n\x06metric\x18\x02 \x01(\t\x12\x13\n\x0bplan_digest\x18\x03 \x01(\t\x12\x19\n\x11\x62\x61se_model_digest\x18\x04 \x01(\t\x12\x0c\n\x04task\x18\x05 \x01(\t\x12/\n\x0c\x61\x64\x61pter_spec\x18\x06 \x01(\x0b\x32\x19.siloweave.v1.AdapterSpec\x12\x0f\n\x07\x61\x64\x61pter\x18\x07 \x01(\x0c\"\x07\n\x05\x43lose\"\xf7\x02\n\x05Reply\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07silo_id\x18\x02 \x01(\t\x12\x16\n\x0erequest_digest\x18\x03 \x01(\t\x12,\n\tdescribed\x18\n \x01(\x0b\x32\x17.siloweave.v1.DescribedH\x00\x12*\n\x08reserved\x18\x0b \x01(\x0b\x32\x16.siloweave.v1.ReservedH\x00\x12(\n\x07trained\x18\x0c \x01(\x0b\x32\x15.siloweave.v1.TrainedH\x00\x12&\n\x06\x63losed\x18\r \x01(\x0b\x32\x14.siloweave.v1.ClosedH\x00\x12(\n\x07refusal\x18\x0e \x01(\x0b\x32\x15.siloweave.v1.RefusalH\x00\x12(\n\x07\x66\x61ilure\x18\x0f \x01(\x0b\x32\x15.siloweave.v1.FailureH\x00\x12,\n\tevaluated\x18\x10 \x01(\x0b\x32\x17.siloweave.v1.EvaluatedH\x00\x42\x06\n\x04kind\"P\n\tDescribed\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x12\n\npublic_key\x18\x02 \x01(\t\x12\x1b\n\x13public_record_count\x18\x03 \x01(\x04\"\x1b\n\x08Reserved\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\"*\n\x07Trained\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x0e\n\x06update\x18\x02 \x01(\x0c\"*\n\tEvaluated\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x0c\n\x04sums\x18\x02 \x03(\x01\",\n\x06\x43losed\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tstatement\x18\x02 \x01(\x0c\"H\n\x07Refusal\x12\x0c\n\x04rule\x18\x01 \x01(\t\x12\r\n\x05\x61sked\x18\x02 \x01(\t\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\"\x17\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t2@\n\x04Silo\x12\x38\n\x08\x45xchange\x12\x13.siloweave.v1.Chunk\x1a\x13.siloweave.v1.Chunk(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,35 +36,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENVELOPE']._serialized_start=61
   _globals['_ENVELOPE']._serialized_end=121
   _globals['_REQUEST']._serialized_start=124
-  _globals['_REQUEST']._serialized_end=455
-  _globals['_DESCRIBE']._serialized_start=457
-  _globals['_DESCRIBE']._serialized_end=467
-  _globals['_RESERVE']._serialized_start=469
-  _globals['_RESERVE']._serialized_end=492
-  _globals['_TRAIN']._serialized_start=495
-  _globals['_TRAIN']._serialized_end=728
-  _globals['_ADAPTERSPEC']._serialized_start=730
-  _globals['_ADAPTERSPEC']._serialized_end=816
-  _globals['_EVALUATE']._serialized_start=819
-  _globals['_EVALUATE']._serialized_end=989
-  _globals['_CLOSE']._serialized_start=991
-  _globals['_CLOSE']._serialized_end=998
-  _globals['_REPLY']._serialized_start=1001
-  _globals['_REPLY']._serialized_end=1376
-  _globals['_DESCRIBED']._serialized_start=1378
-  _globals['_DESCRIBED']._serialized_end=1458
-  _globals['_RESERVED']._serialized_start=1460
-  _globals['_RESERVED']._serialized_end=1487
-  _globals['_TRAINED']._serialized_start=1489
-  _globals['_TRAINED']._serialized_end=1531
-  _globals['_EVALUATED']._serialized_start=1533
-  _globals['_EVALUATED']._serialized_end=1575
-  _globals['_CLOSED']._serialized_start=1577
-  _globals['_CLOSED']._serialized_end=1621
-  _globals['_REFUSAL']._serialized_start=1623
-  _globals['_REFUSAL']._serialized_end=1695
-  _globals['_FAILURE']._serialized_start=1697
-  _globals['_FAILURE']._serialized_end=1720
-  _globals['_SILO']._serialized_start=1722
-  _globals['_SILO']._serialized_end=1786
+  _globals['_REQUEST']._serialized_end=503
+  _globals['_DESCRIBE']._serialized_start=505
+  _globals['_DESCRIBE']._serialized_end=515
+  _globals['_RESERVE']._serialized_start=517
+  _globals['_RESERVE']._serialized_end=540
+  _globals['_TRAIN']._serialized_start=543
+  _globals['_TRAIN']._serialized_end=776
+  _globals['_CONTRIBUTE']._serialized_start=778
+  _globals['_CONTRIBUTE']._serialized_end=870
+  _globals['_ADAPTERSPEC']._serialized_start=872
+  _globals['_ADAPTERSPEC']._serialized_end=958
+  _globals['_EVALUATE']._serialized_start=961
+  _globals['_EVALUATE']._serialized_end=1131
+  _globals['_CLOSE']._serialized_start=1133
+  _globals['_CLOSE']._serialized_end=1140
+  _globals['_REPLY']._serialized_start=1143
+  _globals['_REPLY']._serialized_end=1518
+  _globals['_DESCRIBED']._serialized_start=1520
+  _globals['_DESCRIBED']._serialized_end=1600
+  _globals['_RESERVED']._serialized_start=1602
+  _globals['_RESERVED']._serialized_end=1629
+  _globals['_TRAINED']._serialized_start=1631
+  _globals['_TRAINED']._serialized_end=1673
+  _globals['_EVALUATED']._serialized_start=1675
+  _globals['_EVALUATED']._serialized_end=1717
+  _globals['_CLOSED']._serialized_start=1719
+  _globals['_CLOSED']._serialized_end=1763
+  _globals['_REFUSAL']._serialized_start=1765
+  _globals['_REFUSAL']._serialized_end=1837
+  _globals['_FAILURE']._serialized_start=1839
+  _globals['_FAILURE']._serialized_end=1862
+  _globals['_SILO']._serialized_start=1864
+  _globals['_SILO']._serialized_end=1928
 # @@protoc_insertion_point(module_scope)

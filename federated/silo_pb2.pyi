@@ -23,7 +23,7 @@ class Envelope(_message.Message):
     def __init__(self, body: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "describe", "reserve", "train", "close", "evaluate")
+    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "describe", "reserve", "train", "close", "evaluate", "contribute")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class Request(_message.Message):
     TRAIN_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTE_FIELD_NUMBER: _ClassVar[int]
     version: int
     run_id: str
     silo_id: str
@@ -46,7 +47,8 @@ class Request(_message.Message):
     train: Train
     close: Close
     evaluate: Evaluate
-    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ...) -> None: ...
+    contribute: Contribute
+    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., contribute: _Optional[_Union[Contribute, _Mapping]] = ...) -> None: ...
 
 class Describe(_message.Message):
     __slots__ = ()
@@ -81,6 +83,16 @@ class Train(_message.Message):
     proximal_mu: float
     correction: bytes
     def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., proximal_mu: _Optional[float] = ..., correction: _Optional[bytes] = ...) -> None: ...
+
+class Contribute(_message.Message):
+    __slots__ = ("train", "local_steps", "sampling_rate")
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_STEPS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_RATE_FIELD_NUMBER: _ClassVar[int]
+    train: Train
+    local_steps: int
+    sampling_rate: float
+    def __init__(self, train: _Optional[_Union[Train, _Mapping]] = ..., local_steps: _Optional[int] = ..., sampling_rate: _Optional[float] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
     __slots__ = ("rank", "alpha", "frozen_digest", "frozen_seed")

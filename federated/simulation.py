@@ -11,19 +11,21 @@ from configs.schema import RunConfig
 from configs.silo import SiloConfig, simulated_silo
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
+from federated.aggregator import open_ledger, simulated_ledger
 from federated.envelope import seal_reply
 from federated.exchange import Parties
 from federated.local_grid import LocalGrid, OpenSilo
 from federated.local_training import public_update
+from federated.planning import plan_request
 from federated.protocol import PROTOCOL_VERSION
 from federated.requests import check_sender, decode, open_envelope
-from federated.rounds import plan_request
 from federated.server_app import run_federation
 from federated.silo import Silo
 from federated.silo_data import rows_of
 from federated.trust import coordinator_signer
+from privacy.certificate import AGGREGATOR
 from privacy.plan import PlanRequest
-from privacy.streams import Streams
+from privacy.streams import Streams, injected_seeds
 
 
 def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig]:
@@ -68,14 +70,24 @@ def simulate(
         injected_seed: for tests: makes the silos' noise repeatable.
     """
     silos = simulated_silos(config, base_model)
-    signer = coordinator_signer(Path(config.federated.state_dir))
+    home = Path(config.federated.state_dir)
+    signer = coordinator_signer(home)
     trusted = frozenset({signer.public_key})
     if with_dp:
         opener: OpenSilo = partial(_open_silo, silos, trusted, injected_seed)
     else:
         opener = partial(_open_comparison, silos, trusted, plan_request(config))
+    ledger = partial(
+        open_ledger,
+        home,
+        simulated_ledger(config),
+        config.data.private.dataset_id,
+        config.privacy,
+        injected_seeds(injected_seed, AGGREGATOR),
+    )
+    parties = Parties(signer, len(silos), open_ledger=ledger)
     with LocalGrid(ray, opener, silos, config.federated.workers, config.cluster.threads_per_rank) as grid:
-        run_federation(grid, config, base_model, directory, Parties(signer, len(silos)), on_event, certify=with_dp)
+        run_federation(grid, config, base_model, directory, parties, on_event, certify=with_dp)
 
 
 def _open_silo(silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str) -> Silo:

@@ -8,11 +8,13 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from privacy.claim import headline
+from configs.errors import InputError
+from privacy.claim import Claim, headline
 from privacy.plan import PlanRequest
 
 CERTIFICATE_VERSION = 3
 NOT_AUDITED = "not audited"
+AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
 _NOT_COVERED = (  # a change of these words is a new version: checking a certificate makes them again
     "timing: how long a reply takes depends on the size of its batch",
@@ -24,12 +26,21 @@ _NOT_COVERED = (  # a change of these words is a new version: checking a certifi
     "a silo that the coordinator leaves out: only that silo's own ledger shows its charges",
     "float32 rounding inside the clipped sum: one record may change how the others' contributions are rounded",
 )
+_TRUSTED = (
+    "the aggregator, which sees every client's update without noise and adds the noise to their sum: this holds "
+    "against those who see the model, and not against the aggregator or whoever reads its memory or messages"
+)
+_ONE_MECHANISM = "one noised sum a round over all clients; all data of a client is one unit"
+_CLIENTS_NOT_COVERED = (
+    "a client that takes part under several names: each name is a unit of its own",
+    "who takes part, and in which round: membership and participation are public",
+)
 
 
 def certificate(
     run_id: str,
     plan: PlanRequest,
-    silos: Mapping[str, Mapping[str, Any]],
+    ledgers: Mapping[str, Mapping[str, Any]],
     *,
     versions: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -37,18 +48,19 @@ def certificate(
 
     Args:
         run_id: the run.
-        plan: the plan that every silo reserved.
-        silos: public facts of each silo that has reserved, by name: its last ``receipt`` and, where it has closed the
-            run, its ``statement``.
+        plan: the plan that every silo reserved; with clients as units, the aggregator.
+        ledgers: public facts of each silo that has reserved, by name: its last ``receipt`` and, where it has closed the
+            run, its ``statement``; with clients as units, of the aggregator alone.
         versions: of the libraries; None takes those that are installed.
 
     Returns:
         A JSON document. ``epsilon`` is for a unit that is in one silo; ``headline`` is the claim.
+
+    Raises:
+        InputError: with clients as units, another ledger than the aggregator's.
     """
     guarantee = plan.guarantee()
-    statements = {name: silo["statement"] for name, silo in silos.items() if "statement" in silo}
-    attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
-    claim = headline(dict.fromkeys(silos, guarantee.epsilon), dict.fromkeys(silos, plan.delta), attested)
+    statements = {name: ledger["statement"] for name, ledger in ledgers.items() if "statement" in ledger}
     return {
         "version": CERTIFICATE_VERSION,
         "run_id": run_id,
@@ -56,22 +68,45 @@ def certificate(
         "relation": plan.relation,
         "plan": plan.model_dump(mode="json"),
         "plan_digest": plan.digest,
-        "headline": asdict(claim),
+        "headline": asdict(_claim(plan, guarantee.epsilon, statements, list(ledgers))),
         "delta": plan.delta,
         "epsilon": guarantee.epsilon,
-        "epsilon_sum": guarantee.epsilon * len(silos),
-        "delta_sum": plan.delta * len(silos),
+        "epsilon_sum": guarantee.epsilon * len(ledgers),
+        "delta_sum": plan.delta * len(ledgers),
         "epsilon_optimistic": guarantee.epsilon_optimistic,
         "epsilon_rdp": guarantee.epsilon_rdp,
         "epsilon_prv": guarantee.epsilon_prv,
         "accountant": "dp-accounting PLD, pessimistic",
         "audited": NOT_AUDITED,  # until an audit is signed, nobody could check what stood here
-        "seeds": _seeds(silos, statements),
+        "seeds": _seeds(ledgers, statements),
         "left_each_silo": _left_each_silo(plan),
-        "silos": {name: dict(silo) for name, silo in silos.items()},
-        "not_covered": list(_NOT_COVERED),
+        **_signed_by(plan, ledgers),
+        "not_covered": [*(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()), *_NOT_COVERED],
         "versions": dict(versions or library_versions()),
     }
+
+
+def ledgers_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the ledgers behind a certificate have signed, by name: the silos', or the aggregator's."""
+    if document.get("unit") == "client":
+        return {AGGREGATOR: document[AGGREGATOR]}
+    return dict(document.get("silos", {}))
+
+
+def _signed_by(plan: PlanRequest, ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Under names of their own, so that neither kind of certificate can be read as the other."""
+    if plan.unit == "record":
+        return {"silos": {name: dict(silo) for name, silo in ledgers.items()}}
+    if list(ledgers) != [AGGREGATOR]:
+        raise InputError(f"ledgers are of {sorted(ledgers)}: with clients as units give the aggregator's alone")
+    return {AGGREGATOR: dict(ledgers[AGGREGATOR]), "num_clients": plan.num_clients, "trusted": _TRUSTED}
+
+
+def _claim(plan: PlanRequest, epsilon: float, statements: Mapping[str, Mapping[str, Any]], names: list[str]) -> Claim:
+    if plan.unit == "client":
+        return Claim(epsilon, plan.delta, _ONE_MECHANISM)
+    attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
+    return headline(dict.fromkeys(names, epsilon), dict.fromkeys(names, plan.delta), attested)
 
 
 def library_versions() -> dict[str, str]:
@@ -80,6 +115,10 @@ def library_versions() -> dict[str, str]:
 
 
 def _left_each_silo(plan: PlanRequest) -> str:
+    if plan.unit == "client":
+        return (
+            "to the aggregator: one clipped adapter update a round, WITHOUT noise of the silo's own; no loss or count"
+        )
     left = "one noised adapter update a charged round; no loss, norm or count"
     for metric in plan.metric_releases:
         left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"

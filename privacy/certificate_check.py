@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import parse
-from privacy.certificate import CERTIFICATE_VERSION, certificate
+from privacy.certificate import AGGREGATOR, CERTIFICATE_VERSION, certificate, ledgers_of
 from privacy.chain import find
 from privacy.plan import PlanRequest
 from privacy.statements import Receipt, RunStatement
@@ -27,26 +27,33 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     """
     if document.get("version") != CERTIFICATE_VERSION:
         raise InputError(f"{origin}: version is {document.get('version')!r}, expected {CERTIFICATE_VERSION}")
-    for name in ("run_id", "plan", "silos", "versions"):
+    for name in ("run_id", "plan", "versions"):
         if name not in document:
             raise InputError(f"{origin}: {name}: missing; the certificate was edited")
     plan = parse(PlanRequest, document["plan"], f"{origin}: plan")
+    signers = AGGREGATOR if plan.unit == "client" else "silos"
+    if signers not in document:
+        raise InputError(f"{origin}: {signers}: missing, with unit {plan.unit!r}; the certificate was edited")
     if document.get("plan_digest") != plan.digest:
         raise InputError(f"{origin}: plan_digest is {document.get('plan_digest')!r}, plan's is {plan.digest!r}: edited")
-    run, silos = document["run_id"], _mapping(document["silos"], f"{origin}: silos")
-    if not silos:
-        raise InputError(f"{origin}: silos: none; a certificate is of the silos that have reserved")
-    epsilon = plan.epsilon
-    signed = {name: _signed(silo, name, run, plan, epsilon, f"{origin}: silos.{name}") for name, silo in silos.items()}
+    run, parts = document["run_id"], _mapping(document[signers], f"{origin}: {signers}")
+    if not parts:
+        raise InputError(f"{origin}: {signers}: none; a certificate is of the ledgers that have reserved")
+    ledgers = {AGGREGATOR: parts} if plan.unit == "client" else parts
+    signed = {name: _signed(part, name, run, plan, _where(origin, plan.unit, name)) for name, part in ledgers.items()}
     versions = _mapping(document["versions"], f"{origin}: versions")
     if not all(isinstance(version, str) for version in versions.values()):
         raise InputError(f"{origin}: versions: not all are strings; the certificate was edited")
     _compare(document, certificate(run, plan, signed, versions=versions), "", origin)
 
 
-def _signed(value: Any, name: str, run: str, plan: PlanRequest, epsilon: float, where: str) -> dict[str, Any]:
-    """A silo's part as its signatures give it; whatever else was written there is then found by comparing."""
-    silo = dict(_mapping(value, where))
+def _where(origin: str, unit: str, name: str) -> str:
+    return f"{origin}: {name}" if unit == "client" else f"{origin}: silos.{name}"
+
+
+def _signed(value: Any, name: str, run: str, plan: PlanRequest, where: str) -> dict[str, Any]:
+    """A ledger's part as its signatures give it; whatever else was written there is then found by comparing."""
+    silo, epsilon = dict(_mapping(value, where)), plan.epsilon
     for field in sorted(silo.keys() - _SILO_FIELDS):
         raise InputError(f"{where}.{field}: no such field, and nothing signs it; the certificate was edited")
     receipt = _check_receipt(silo, name, run, plan, epsilon, where)
@@ -54,6 +61,11 @@ def _signed(value: Any, name: str, run: str, plan: PlanRequest, epsilon: float, 
     if "statement" in silo:
         statement = _check_statement(silo, name, run, plan, epsilon, where)
         found["statement"] = statement.model_dump(mode="json")
+    elif plan.unit == "client":
+        raise InputError(f"{where}.statement: missing; an aggregator closes a run before it certifies")
+    if plan.unit == "client" and receipt.public_record_count != plan.num_clients:
+        count = receipt.public_record_count
+        raise InputError(f"{where}.public_record_count is {count}, the plan has {plan.num_clients} clients")
     return found
 
 
@@ -74,10 +86,11 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
             charges are not what the silo stated.
     """
     key = bodies[0]["public_key"]
-    name = next((name for name, silo in document["silos"].items() if silo["public_key"] == key), None)
+    ledgers = ledgers_of(document)
+    name = next((name for name, ledger in ledgers.items() if ledger["public_key"] == key), None)
     if name is None:
-        raise InputError(f"{origin}: silos: none has the ledger's key {key[:16]}…; give the ledger of one of them")
-    silo, run, where = document["silos"][name], document["run_id"], f"{origin}: silos.{name}"
+        raise InputError(f"{origin}: none has the ledger's key {key[:16]}…; give the ledger of one of them")
+    silo, run, where = ledgers[name], document["run_id"], _where(origin, document["unit"], name)
     for part in ("receipt", "statement"):
         if part in silo and hashes[silo[part]["number"] - 1 : silo[part]["number"]] != [silo[part]["head"]]:
             raise InputError(f"{where}.{part}.head: not in the ledger's chain; give this silo's whole, newest ledger")

@@ -98,9 +98,9 @@ def epoch(entries: list[Entry]) -> int:
 
 
 def open_runs(bodies: list[dict[str, Any]]) -> list[str]:
-    """Runs that have reserved and are not closed, oldest first."""
+    """Runs that have reserved, or were entrusted with updates, and are not closed, oldest first."""
     closed = {body["run"] for body in bodies if body["kind"] == "close"}
-    return [body["run"] for body in bodies if body["kind"] == "reserve" and body["run"] not in closed]
+    return [body["run"] for body in bodies if body["kind"] in ("reserve", "entrust") and body["run"] not in closed]
 
 
 def verify_entries(entries: list[Entry], origin: str, public_key: str | None = None) -> list[dict[str, Any]]:

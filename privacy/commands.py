@@ -52,12 +52,14 @@ def verify(
     """
     if ledger is None and certificate is None:
         raise InputError("ledger verify: nothing to verify; give a ledger, --certificate FILE, or both")
+    from privacy.certificate import ledgers_of
+
     document = _certificate(certificate) if certificate else None
     results: dict[str, Any] = {"sound": True}
     if ledger is not None:
         results |= _replayed(ledger, key_file)
     if document is not None:
-        results |= {"headline": document["headline"], "silos": list(document["silos"])}
+        results |= {"unit": document["unit"], "headline": document["headline"], "silos": list(ledgers_of(document))}
         if ledger is not None:
             results["silo"] = _in_ledger(document, ledger, key_file, str(certificate))
     typer.echo(json.dumps(results) if as_json else "\n".join(_lines(results, ledger, certificate)))
@@ -174,9 +176,12 @@ def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | Non
     if certificate is not None:
         claim = results["headline"]
         spent = f"epsilon {claim['epsilon']:.4g}, delta {claim['delta']:.3g} ({claim['rule']})"
-        lines.append(f"{certificate}: {len(results['silos'])} silos hold; {spent}")
+        holds = (
+            f"{len(results['silos'])} silos hold" if results["unit"] == "record" else "the aggregator's ledger holds"
+        )
+        lines.append(f"{certificate}: {holds}; {spent}")
     if "silo" in results:
-        lines.append(f"{ledger}: the run of silo {results['silo']} is in its chain as it was stated")
+        lines.append(f"{ledger}: the run of {results['silo']} is in its chain as it was stated")
     return lines
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.artifacts import digest_bytes
 from configs.errors import InputError, PolicyRefusal
-from privacy.chain import Budget, find, left, releases, spends, spent_since, verify_entries
+from privacy.chain import Budget, find, left, open_runs, releases, spends, spent_since, verify_entries
 from privacy.journal import RECONCILE, Journal, default_anchor_dir, refusal
 from privacy.plan import PrivacyPlan
 from privacy.statements import Receipt, RunStatement
@@ -122,13 +122,15 @@ class Ledger:
             epsilon_per_day: most epsilon of all reservations of 24 hours, by the ledger's own signed times; None: any.
 
         Raises:
-            PolicyRefusal: the run reserved another plan before, or more is asked for than is left, or for today.
+            PolicyRefusal: the run reserved another plan before, the ledger is of another unit, or more is asked for
+                than is left, or for today.
         """
         request = plan.request
         with self.journal.transaction():
             bodies = self.journal.bodies()
             before = find(bodies, "reserve", run=run_id)
             if before is None:
+                _check_unit(bodies, run_id, request.unit)
                 _check_left(left(bodies), request.epsilon, request.delta)
                 _check_spends(self.journal.entries())
                 self._check_day(bodies, request.epsilon, epsilon_per_day)
@@ -260,7 +262,7 @@ class Ledger:
         """Ends a run: nothing more can be charged to it, its seeds and stored replies are deleted. Refunds nothing."""
         with self.journal.transaction():
             bodies = self.journal.bodies()
-            if find(bodies, "reserve", run=run_id) is not None and find(bodies, "close", run=run_id) is None:
+            if run_id in open_runs(bodies):
                 self.journal.append("close", run=run_id)
                 self.journal.forget(run_id)
         self.journal.scrub()
@@ -307,6 +309,15 @@ def _refuse_old(journal: Journal) -> None:
 
 def _operating_system_seed(_: str) -> bytes:
     return os.urandom(SEED_BYTES)
+
+
+def _check_unit(bodies: list[dict[str, Any]], run_id: str, unit: str) -> None:
+    """A ledger's sum is the spend of one unit: what records and clients spend has no sum."""
+    units = {body["plan"].get("unit", "record") for body in bodies if body["kind"] == "reserve"}
+    if units - {unit}:
+        raise refusal("unit", unit, ", ".join(units), "this ledger is of another unit")
+    if find(bodies, "entrust", run=run_id) is not None:
+        raise refusal("reservation", run_id, "another run", f"run {run_id} was entrusted with updates without noise")
 
 
 def _check_left(remaining: Budget, epsilon: float, delta: float) -> None:

@@ -264,13 +264,28 @@ class PlanRequest(BaseModel):
             raise _refusal("clipping_function", "quantile", "fixed or automatic", why)
         return plan
 
+    def for_clients(self) -> PrivacyPlan:
+        """The aggregator's own plan, with clients as units: the size is their public number.
+
+        Raises:
+            PolicyRefusal: the plan is about records, or asks for what no aggregator does.
+        """
+        if self.unit != "client":
+            raise _refusal("unit", self.unit, "client", "an aggregator adds noise to clients' updates")
+        if self.clipping_function != "fixed":
+            raise _refusal("clipping_function", self.clipping_function, "fixed", "a client's update is shortened to C")
+        if self.metric_releases:
+            names = ", ".join(metric.name for metric in self.metric_releases)
+            raise _refusal("metric_releases", names, "none", "metrics are sums over records")
+        return PrivacyPlan(request=self, public_record_count=self.num_clients)
+
 
 def _refusal(rule: str, asked: str, allowed: str, why: str) -> PolicyRefusal:
     return PolicyRefusal(f"{rule} is {asked}: {why}", rule=rule, asked=asked, allowed=allowed)
 
 
 class PrivacyPlan(BaseModel):
-    """A request bound to one silo's declared size. The size is never computed from the data."""
+    """A request bound to a silo's declared size, or to the number of clients; never to a size computed from data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

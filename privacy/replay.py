@@ -8,7 +8,7 @@ from typing import Any
 from configs.errors import InputError, PolicyRefusal
 from configs.load import parse
 from privacy.chain import left, releases
-from privacy.plan import PlanRequest
+from privacy.plan import PlanRequest, PrivacyPlan
 
 _TOLERANCE = 1e-6
 Body = dict[str, Any]
@@ -50,6 +50,8 @@ class _State:
     plans: dict[str, PlanRequest] = field(default_factory=dict)
     charged: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # of open runs: metric or "", number
     unanswered: dict[int, str] = field(default_factory=dict)  # charge -> run
+    entrusted: dict[str, PlanRequest] = field(default_factory=dict)
+    unnoised: dict[str, set[int]] = field(default_factory=dict)  # of open runs: rounds
     opened: bool = False
 
 
@@ -65,10 +67,13 @@ def _policy(_state: _State, body: Body) -> str:
 
 def _reserve(state: _State, body: Body) -> str:
     run, plan = body["run"], parse(PlanRequest, body["plan"], "plan")
-    if run in state.plans:
+    if run in state.plans or run in state.entrusted:
         return f"run {run} is reserved a second time"
+    if any(plan.unit != other.unit for other in state.plans.values()):
+        return f"a reservation of unit {plan.unit!r} in a ledger of another unit"
     try:
-        plan.bind(body["public_record_count"])
+        if _bound(plan, body["public_record_count"]).public_record_count != body["public_record_count"]:
+            return f"its public_record_count is {body['public_record_count']}, its plan has {plan.num_clients} clients"
     except PolicyRefusal as refusal:
         return f"its plan does not fit its public_record_count ({refusal})"
     epsilon = plan.epsilon
@@ -77,6 +82,10 @@ def _reserve(state: _State, body: Body) -> str:
         return f"claims epsilon {body['epsilon']}, its plan spends {epsilon}"
     state.plans[run], state.charged[run] = plan, set()
     return ""
+
+
+def _bound(plan: PlanRequest, public_record_count: int) -> PrivacyPlan:
+    return plan.bind(public_record_count) if plan.unit == "record" else plan.for_clients()
 
 
 def _overspent(bodies: list[Body]) -> str:
@@ -108,7 +117,27 @@ def _release(state: _State, body: Body) -> str:
 def _close(state: _State, body: Body) -> str:
     run = body["run"]
     state.unanswered = {charge: owner for charge, owner in state.unanswered.items() if owner != run}
-    return f"closes run {run}, which is not open" if state.charged.pop(run, None) is None else ""
+    known = state.charged.pop(run, None) is not None or state.unnoised.pop(run, None) is not None
+    return "" if known else f"closes run {run}, which is not open"
+
+
+def _entrust(state: _State, body: Body) -> str:
+    """An update without noise spends nothing that could be added up; what is checked is that it was told truly."""
+    run, plan = body["run"], parse(PlanRequest, body["plan"], "plan")
+    if run in state.plans or run in state.entrusted:
+        return f"run {run} is entrusted a second time"
+    if plan.unit != "client" or body["plan_digest"] != plan.digest:
+        return "is entrusted with another plan than it says, or with one about records"
+    state.entrusted[run], state.unnoised[run] = plan, set()
+    return ""
+
+
+def _unnoised(state: _State, body: Body) -> str:
+    run, number = body["run"], body["round"]
+    if run not in state.unnoised or number in state.unnoised[run] or not 1 <= number <= state.entrusted[run].rounds:
+        return "an update without noise of a run that was not entrusted with it"
+    state.unnoised[run].add(number)
+    return ""
 
 
 def _reconcile(_state: _State, body: Body) -> str:
@@ -126,5 +155,7 @@ _RULES: dict[str, Callable[[_State, Body], str]] = {
     "charge": _charge,
     "release": _release,
     "close": _close,
+    "entrust": _entrust,
+    "unnoised": _unnoised,
     "reconcile": _reconcile,
 }

@@ -4,6 +4,9 @@ AES-128 in counter mode (randomgen), keyed by HKDF-SHA256 of the charge's 32-byt
 salt. So a repeated request repeats its noise exactly, and another request never shares any of it.
 """
 
+import hmac
+from collections.abc import Callable
+
 import numpy as np
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -26,3 +29,10 @@ class Streams:
         info = f"siloweave/1/{purpose}/{step}/{name}".encode()
         key = HKDF(algorithm=SHA256(), length=_KEY_BYTES, salt=self._salt, info=info).derive(self._seed)
         return np.random.Generator(AESCounter(key=int.from_bytes(key, "little")))
+
+
+def injected_seeds(secret: bytes | None, owner: str) -> Callable[[str], bytes] | None:
+    """For tests: a seed for each request's digest from a secret that is known; None draws from the operating system."""
+    if secret is None:
+        return None
+    return lambda digest: hmac.digest(secret, f"{owner}/{digest}".encode(), "sha256")[:SEED_BYTES]

@@ -24,7 +24,7 @@ from configs.errors import InputError
 from configs.schema import RunConfig
 from federated.audit_training import AuditSettings, AuditTraining
 from federated.membership import infer_membership
-from federated.rounds import plan_request
+from federated.planning import plan_request
 from privacy.audit import REFERENCE_PLAN, audited_bound, overall
 from privacy.plan import PlanRequest
 from trainer.data.sources import ReadCounts, read_rows
@@ -48,6 +48,8 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
     Raises:
         InputError: the run has not finished, or the number of canaries is out of range.
     """
+    if run.config.privacy.unit == "client":
+        raise InputError("privacy.unit is 'client': an audit is of the engine that trains with records as units")
     if not SMALLEST <= canaries <= LARGEST:
         raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
     model = require_manifest(run.model, "model", "export")

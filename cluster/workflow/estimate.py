@@ -3,7 +3,8 @@
 from typing import Any
 
 from configs.schema import RunConfig
-from federated.rounds import plan_request
+from federated.planning import plan_request
+from privacy.plan import PlanRequest
 from trainer.memory import placed_bytes, state_bytes
 from trainer.models import LORA_TARGETS, parameter_sizes
 from trainer.zero import accumulation_steps, likely_device, unsupported
@@ -54,6 +55,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
                 "sampling_rate": plan.sampling_rate,
                 "max_batch_size": plan.max_batch_size,
                 "max_units": plan.max_units,
+                "num_clients": plan.num_clients,
                 "rounds": plan.rounds,
                 "steps_per_round": plan.steps_per_round,
                 "metric_releases": [metric.model_dump() for metric in plan.metric_releases],
@@ -64,13 +66,18 @@ def estimate(config: RunConfig) -> dict[str, Any]:
             "silos": {
                 name: {
                     "public_record_count": count,
-                    "expected_batch": plan.bind(count).expected_batch_size,
+                    "expected_batch": config.privacy.sampling_rate * _bound(plan, count),
                     "runs_in_budget": int(config.privacy.budget_epsilon // plan.epsilon),
                 }
                 for name, count in counts.items()
             },
         },
     }
+
+
+def _bound(plan: PlanRequest, public_record_count: int) -> int:
+    """A silo's size; with records as units its rules for the plan have to hold."""
+    return plan.bind(public_record_count).public_record_count if plan.unit == "record" else public_record_count
 
 
 def adapter_parameters(config: RunConfig) -> int:

@@ -62,7 +62,10 @@ def _rounds_plot(report: dict[str, Any]) -> str:
 
 
 def _epsilon_plot(report: dict[str, Any]) -> str:
-    """What a silo has spent by round: all silos run the same plan, those that missed rounds spent less."""
+    """What a silo has spent by round: all silos run the same plan, those that missed rounds spent less.
+
+    With clients as units it is what their aggregator's ledger has spent.
+    """
     privacy, rounds = report["privacy"], report["federated"]["rounds"]
     figure, axes = _figure()
     plan = PlanRequest(**privacy["plan"])
@@ -74,6 +77,6 @@ def _epsilon_plot(report: dict[str, Any]) -> str:
         label = ", ".join(names) if len(names) < 4 else f"{len(names)} silos"
         axes.plot(range(charges + 1), [0.0, *spent[:charges]], marker="o", color=_ACCENT, label=label)
     axes.axhline(privacy["epsilon"], color=_MUTED, linestyle="--", label="reserved")
-    axes.set(title="Epsilon spent by a silo in this run", xlabel="round", ylabel=f"epsilon at {privacy['delta']:g}")
+    axes.set(title="Epsilon spent in this run", xlabel="round", ylabel=f"epsilon at {privacy['delta']:g}")
     axes.legend(frameon=False)
     return _svg(figure)

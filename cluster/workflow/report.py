@@ -12,6 +12,8 @@ from configs.events import read_events
 from configs.load import to_toml
 from configs.schema import RunConfig
 from configs.silo import simulated_silo
+from federated.aggregator import simulated_ledger
+from privacy.certificate import ledgers_of
 from privacy.chain import verify_entries
 from privacy.ledger_file import LEDGER_FILE, read_only
 
@@ -89,7 +91,7 @@ def _federated(
     dp, no_dp = evaluation.get("federated") or [], evaluation.get("federated-no-dp") or []
     base = evaluation.get("base")
     return {
-        "silos": len(certificate["silos"]),
+        "silos": certificate.get("num_clients", len(ledgers_of(certificate))),
         "rounds": config.federated.rounds,
         "bytes_per_round": statistics.median(event["bytes"] for event in rounds) if rounds else None,
         "full_model_bytes": (run_directory / "model" / "model.safetensors").stat().st_size,
@@ -129,9 +131,8 @@ def _overall(entry: dict[str, Any] | None) -> float | None:
 
 def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]) -> dict[str, Any]:
     silos = {}
-    for name, public in certificate["silos"].items():
-        silo = simulated_silo(config, name, run_directory / "model").silo
-        ledger = Path(silo.state_dir) / LEDGER_FILE
+    for name, public in ledgers_of(certificate).items():
+        ledger = _ledger_folder(config, name, run_directory) / LEDGER_FILE
         bodies = verify_entries(read_only(ledger), str(ledger), public["public_key"])
         charges = [body for body in bodies if body["kind"] == "charge" and body["run"] == certificate["run_id"]]
         silos[name] = {
@@ -149,6 +150,7 @@ def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
         "relation": certificate["relation"],
         "delta": certificate["delta"],
         "headline": certificate["headline"],
+        "trusted": certificate.get("trusted"),
         "epsilon": max(silo["epsilon"] for silo in silos.values()),
         "epsilon_sum": sum(silo["epsilon"] for silo in silos.values()),
         "epsilon_rdp": certificate["epsilon_rdp"],
@@ -164,6 +166,12 @@ def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
         "left_each_silo": certificate["left_each_silo"],
         "not_covered": certificate["not_covered"],
     }
+
+
+def _ledger_folder(config: RunConfig, name: str, run_directory: Path) -> Path:
+    if config.privacy.unit == "client":
+        return simulated_ledger(config)
+    return Path(simulated_silo(config, name, run_directory / "model").silo.state_dir)
 
 
 def _seconds(events: list[dict[str, Any]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from configs.events import read_events
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
 from configs.storage import COMMITTED
+from privacy.certificate import ledgers_of
 from trainer import checkpoints
 
 _TROUBLES = ("restart", "rollback", "damaged", "refused", "rejected", "timeout", "failed")
@@ -140,7 +141,7 @@ def _silos(federation: Path, committed: int | None, rounds: list[dict[str, Any]]
     """
     path = federation / "certificate.json"
     if path.exists():
-        told = _json(path).get("silos", {})
+        told = ledgers_of(_json(path))
     else:
         told = _json(federation / f"round-{committed:05d}" / "silos.json") if committed is not None else {}
     return {

@@ -118,6 +118,8 @@ def check_budget(run: pipeline.Run, waiting: Sequence[Trial]) -> None:
         InputError: there is no base model, or no public figure to choose by.
         PolicyRefusal: the trials that have not reserved yet need more than is left.
     """
+    if run.config.privacy.unit == "client":
+        raise InputError("privacy.unit is 'client': a search adds up what silos spend, with unit 'record'; give that")
     if not run.config.data.private.public:
         raise InputError(
             "data.private.public is false: there is no figure of private records to choose a trial by; search on "

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import tomli_w
 from flower_processes import (
@@ -34,9 +35,11 @@ from flower_processes import (
 from silo_requests import body_of, opened
 
 from configs.load import load, to_toml
+from configs.schema import RunConfig
 from configs.silo import load_silo
 from federated import server_app
 from federated import silo_pb2 as pb
+from federated.aggregator import FOLDER
 from federated.certificates import CURVE, Authority
 from federated.envelope import seal_request
 from federated.exchange import Parties
@@ -46,6 +49,8 @@ from federated.silo import Silo
 from federated.silo_client import exchange
 from federated.trust import coordinator_signer, enrolled_silos
 from privacy.certificate_check import check_certificate
+from privacy.chain import verify_entries
+from privacy.ledger_file import read_only
 
 
 @pytest.fixture
@@ -86,6 +91,21 @@ def start_flower(processes: Processes, silo_address: str) -> None:
     processes.start("supernode", str(BIN / "flower-supernode"), "--root-certificates", files["ca.pem"], *node)
 
 
+def start_run(processes: Processes, config: RunConfig, model: Path, directory: Path, home: Path) -> psutil.Popen:
+    """Hands a run of one silo to Flower."""
+    given = {
+        "config": to_toml(config),
+        "base-model": str(model),
+        "directory": str(directory),
+        "coordinator": str(home),
+        "num-silos": 1,
+    }
+    settings = processes.directory / "run-config.toml"
+    settings.write_text(tomli_w.dumps(given), encoding="utf-8")
+    command = [str(BIN / "flwr"), "run", str(APP), "local", "--run-config", str(settings), "--stream"]
+    return processes.start("run", *command)
+
+
 def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processes, socket_path, tmp_path):
     model = tiny_run.directory / "model"
     # A smaller epsilon means more noise, which is calibrated faster.
@@ -96,16 +116,7 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
     processes.start("silo", sys.executable, "-c", SEEDED_SERVICE, str(silo), str(socket_path), SEED.hex())
     processes.wait_until("silo service", lambda: is_serving(socket_path))
     start_flower(processes, f"unix:{socket_path}")
-    given = {
-        "config": to_toml(config),
-        "base-model": str(model),
-        "directory": str(over_flower),
-        "coordinator": str(home),
-        "num-silos": 1,
-    }
-    settings = tmp_path / "run-config.toml"
-    settings.write_text(tomli_w.dumps(given), encoding="utf-8")
-    run = processes.start("run", str(BIN / "flwr"), "run", str(APP), "local", "--run-config", str(settings), "--stream")
+    run = start_run(processes, config, model, over_flower, home)
 
     over_grid = federation(tmp_path / "over-grid")
     # One after the other: at the second one's start the roster names another key of the same silo.
@@ -124,6 +135,26 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
     assert adapter(over_flower, 1) == adapter(over_grid, 1)
     for directory in (over_flower, over_grid):
         check_certificate(json.loads((directory / "certificate.json").read_text()), str(directory))
+
+
+def test_flower_runs_a_federation_with_clients_as_units(tiny_run, processes, socket_path, tmp_path):
+    changes = ["privacy.unit=client", "privacy.num_clients=1", "evaluate.without_dp=false", "federated.rounds=1"]
+    config = load("tiny", [*changes, f"federated.round_timeout_s={RUN_S}", "privacy.epsilon=1"])
+    directory, home, model = federation(tmp_path / "federated"), tmp_path / "coordinator", tiny_run.directory / "model"
+    silo = silo_toml(config, model, tmp_path / "silo", home)
+    processes.start("silo", sys.executable, "-c", SEEDED_SERVICE, str(silo), str(socket_path), SEED.hex())
+    processes.wait_until("silo service", lambda: is_serving(socket_path))
+    start_flower(processes, f"unix:{socket_path}")
+    run = start_run(processes, config, model, directory, home)
+    processes.wait_until("end of the run", lambda: run.poll() is not None, RUN_S)
+    assert (directory / "certificate.json").exists(), processes.logs()
+    assert adapter(directory, 1) != adapter(directory, 0)
+    document = json.loads((directory / "certificate.json").read_text())
+    check_certificate(document, "certificate")
+    assert document["seeds"].startswith("operating system")
+    ledger = home / FOLDER / "ledger.sqlite"
+    kinds = [body["kind"] for body in verify_entries(read_only(ledger), "ledger", document["aggregator"]["public_key"])]
+    assert kinds == ["open", "reserve", "charge", "release", "close"]
 
 
 def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path):

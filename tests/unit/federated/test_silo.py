@@ -177,7 +177,7 @@ def test_plans_outside_the_policy_are_refused_and_nothing_is_reserved(silo, chan
 def test_a_consistent_plan_for_clients_is_refused_by_a_silo(silo):
     client = {"unit": "client", "relation": "zero_out", "sampler": "all", "sampling_rate": 1.0, "steps_per_round": 1}
     refusal = reserve(silo, PlanRequest(**{**PLAN.model_dump(), **client, "num_clients": 10})).refusal
-    assert (refusal.rule, refusal.asked, refusal.allowed) == ("unit", "client", "record")
+    assert (refusal.rule, refusal.asked, refusal.allowed) == ("units", "client", "record")
     assert kinds(silo) == ["open"]
 
 

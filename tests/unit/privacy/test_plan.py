@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from configs.artifacts import canonical_json, digest_json
 from configs.errors import InputError, PolicyRefusal
 from configs.load import load, parse
-from federated.rounds import plan_request
+from federated.planning import plan_request
 from privacy.accountant import schedule_epsilon
 from privacy.plan import MetricRelease, PlanRequest
 from privacy.replay import replay
