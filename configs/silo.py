@@ -10,7 +10,7 @@ from configs.data_settings import DeidentifySettings, SourceSettings
 from configs.federated_settings import ClippingMethod
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
-from configs.settings import Count, Positive, Probability, Settings
+from configs.settings import Count, Labels, Positive, Probability, Settings, label_problem
 
 
 class SiloSettings(Settings):
@@ -78,6 +78,8 @@ class SiloPolicy(Settings):
     """Largest adapter rank."""
     releases_metrics: bool = False
     """Whether noised sums over the held-out units may leave, charged as any other release."""
+    label_sets: tuple[Labels, ...] = ()
+    """Sets of labels, ``[["yes", "no"]]`` for instance, whose noised counts may be among these sums."""
     max_request_bytes: Count = 256 * 2**20
     """Bytes of one request, its adapter included."""
     max_requests_per_day: Count = 10_000
@@ -85,6 +87,14 @@ class SiloPolicy(Settings):
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> "SiloPolicy":
+        for labels in self.label_sets:
+            problem = label_problem(labels) or ("" if labels else "[]: give labels, or leave the set out")
+            if problem:
+                raise ValueError(f"policy.label_sets has {problem}")
+        return self
 
 
 class SiloConfig(Settings):
@@ -157,6 +167,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             budget_delta=privacy.budget_delta,
             max_epsilon_per_run=privacy.budget_epsilon,
             releases_metrics=True,
+            label_sets=(privacy.evaluation_labels,) if privacy.evaluation_labels else (),
             # Without a unit column a row is a unit, and a row is in one silo.
             attests_disjoint_units=not private.unit,
         ),

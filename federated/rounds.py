@@ -45,8 +45,8 @@ def plan_request(config: RunConfig) -> PlanRequest:
         cap = {"max_batch_size": privacy.max_batch_size, "max_units": max_units}
     metrics = []
     if privacy.evaluations:
-        noise = privacy.evaluation_noise_multiplier
-        metrics = [{"name": METRIC, "noise_multiplier": noise, "releases": privacy.evaluations}]
+        noise, labels = privacy.evaluation_noise_multiplier, privacy.evaluation_labels
+        metrics = [{"name": METRIC, "noise_multiplier": noise, "releases": privacy.evaluations, "labels": labels}]
     tree = {
         "unit": privacy.unit,
         "sampler": privacy.sampler,
@@ -230,15 +230,16 @@ class Coordinator:
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
+        bounds = bounds_of(self.base, self.config.privacy.evaluation_labels)
 
         def take(silo: str, reply: pb.Reply) -> None:
             self._receipt(silo, reply.evaluated.receipt)
-            sums[silo] = checked_sums(reply.evaluated.sums)
+            sums[silo] = checked_sums(reply.evaluated.sums, bounds)
 
         bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
         answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", take)
         noise = self.config.privacy.evaluation_noise_multiplier
-        found = figures([sums[silo] for silo in answered], bounds_of(self.base), noise)
+        found = figures([sums[silo] for silo in answered], bounds, noise)
         self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
 
     def _adapter_spec(self) -> pb.AdapterSpec:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,13 +18,20 @@ from federated import commits
 from federated.adapters import from_bytes
 from federated.exchange import Exchange
 from federated.held_out import score_held_out
+from federated.label_counts import examples_of, label_counts
 from federated.local_grid import LocalGrid
+from federated.private_evaluation import evaluated
 from federated.rounds import Coordinator
+from federated.silo import warm_model
+from federated.silo_data import load_units
 from federated.simulation import simulate
 from privacy.certificate_check import check_certificate
 from privacy.chain import verify_entries
 from privacy.ledger_file import read_only
+from privacy.signing import load_secret
+from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation import Score
+from trainer.tasks import CausalTask
 
 SEED = bytes(range(32))
 
@@ -80,24 +88,56 @@ def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
 
 def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, tiny_model, tmp_path):
     """Little noise, so that the figures of base model and last round can be told from the exact ones."""
-    config = federation("federated.rounds=1", "privacy.evaluations=2", "privacy.evaluation_noise_multiplier=2")
+    labels = ("yes", "no")
+    source = labelled_plays(tmp_path / "labelled.jsonl", labels)
+    config = federation(
+        f'data.private.source="{source}"',
+        "data.private.held_out_fraction=0.5",
+        "federated.rounds=1",
+        "privacy.evaluations=2",
+        "privacy.evaluation_noise_multiplier=2",
+        f"privacy.evaluation_labels={json.dumps(labels)}",
+    )
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
     found = [event for event in events if event["event"] == "private_evaluation"]
     assert [event["round"] for event in found] == [0, 1]
     for event, adapter in zip(found, (None, adapters(tmp_path / "federated")[1]), strict=True):
-        exact = [
-            score_held_out(config, simulated_silo(config, name, tiny_model), adapter, 10_000)
-            for name in ("roman", "romances")
-        ]
-        bits = sum(exact, Score(0.0, 0, 0)).bits_per_char
+        silos = [simulated_silo(config, name, tiny_model) for name in ("roman", "romances")]
+        bits = sum((score_held_out(config, silo, adapter, 10_000) for silo in silos), Score(0.0, 0, 0)).bits_per_char
         assert abs(event["bits_per_char"] - bits) < 5 * event["bits_per_char_error"] + 0.02 * bits
         assert event["bits_per_char_error"] < 0.2 * bits
+        counts = sum(counts_in_the_clear(config, silo, adapter, labels) for silo in silos)
+        for (label, shown), (right, extra, missed) in zip(event["f1_by_label"].items(), counts.T, strict=True):
+            assert label == labels[0] or right < extra + missed  # the two labels are not told apart by chance
+            assert abs(shown["f1"] - 2 * right / (2 * right + extra + missed)) < 5 * shown["f1_error"] < 0.9
+        values = [shown["f1"] for shown in event["f1_by_label"].values()]
+        assert event["macro_f1"] == pytest.approx(sum(values) / 2)
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     check_certificate(certificate, "test")
-    assert "2 times the noised sums of the metric held_out" in certificate["left_each_silo"]
+    text = "2 times the noised sums of the metric held_out with counts of the labels yes, no"
+    assert text in certificate["left_each_silo"]
     assert certificate["headline"]["epsilon"] <= 8
     charges = ["charge", "release"] * 3
     assert ledger_kinds(tmp_path) == ["open", "reserve", *charges, "close"]
+
+
+def labelled_plays(path, labels):
+    """Some speeches of each silo, with a label after each."""
+    with path.open("w") as file:
+        for silo in ("roman", "romances"):
+            rows = [row for row in plays_rows() if row["silo"] == silo and len(row["text"]) > 100][:300]
+            for number, row in enumerate(rows):
+                file.write(json.dumps({**row, "text": f"{row['text'][:150]} {labels[number % 3 == 0]}"}) + "\n")
+    return path
+
+
+def counts_in_the_clear(config, silo, adapter, labels):
+    units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
+    base = Path(silo.silo.base_model)
+    task = CausalTask(load_tokenizer(base), config.model.context_length)
+    model = warm_model(base, config.federated.lora_rank, config.federated.lora_alpha)
+    with evaluated(model, from_bytes(adapter) if adapter else None):
+        return label_counts(model, task, examples_of(task, units.held_out, labels), len(labels), 16)
 
 
 def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_path, monkeypatch):
