@@ -132,6 +132,7 @@ class Coordinator:
                 answered=answered,
                 bytes=self.exchange.bytes_moved,
                 seconds=time.perf_counter() - began,
+                epsilon_left=self._epsilon_left(),
             )
             state = to_bytes(self.server_state) if self.server_state else b""
             commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, run_id, key, state)
@@ -251,6 +252,11 @@ class Coordinator:
 
     def _present(self) -> list[str]:
         return sorted(set(self.exchange.nodes) & self.reserved)
+
+    def _epsilon_left(self) -> float | None:
+        """The least that a silo has left of its dataset's budget, by the receipts; None where there is none."""
+        receipts = [silo["receipt"] for silo in self.silos.values() if "receipt" in silo]
+        return min((receipt["epsilon_left"] for receipt in receipts), default=None)
 
     def _close(self) -> None:
         self.exchange.collect(self._bodies("close", close=pb.Close()), QUERY, "close", self._closed)

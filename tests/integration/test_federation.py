@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from flwr.app import Error, Message
 
 from configs.artifacts import read_manifest
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
@@ -16,7 +17,7 @@ from configs.events import read_events
 from configs.silo import simulated_silo
 from federated import commits
 from federated.adapters import from_bytes
-from federated.exchange import Exchange
+from federated.exchange import TRAIN, Exchange
 from federated.held_out import score_held_out
 from federated.label_counts import examples_of, label_counts
 from federated.local_grid import LocalGrid
@@ -71,6 +72,11 @@ def ledger_kinds(tmp_path, silo="roman"):
     return [body["kind"] for body in verify_entries(read_only(path), str(path))]
 
 
+def charged_rounds(tmp_path, silo):
+    path = tmp_path / "state" / "plays-tiny" / silo / "ledger.sqlite"
+    return [body["round"] for body in verify_entries(read_only(path), str(path)) if body["kind"] == "charge"]
+
+
 def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
     federation()
     assert sorted(adapters(tmp_path / "federated")) == [0, 1, 2]
@@ -84,6 +90,8 @@ def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
     assert all(silo["statement"]["rounds_charged"] == 2 for silo in certificate["silos"].values())
     rounds = [event for event in read_events(tmp_path / "federated" / "events.jsonl") if event["event"] == "round"]
     assert all(event["answered"] == ["roman", "romances"] for event in rounds)
+    left = min(silo["receipt"]["epsilon_left"] for silo in certificate["silos"].values())
+    assert [event["epsilon_left"] for event in rounds] == [left, left]
 
 
 def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, tiny_model, tmp_path):
@@ -95,7 +103,7 @@ def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, t
         "data.private.held_out_fraction=0.5",
         "federated.rounds=1",
         "privacy.evaluations=2",
-        "privacy.evaluation_noise_multiplier=2",
+        "privacy.evaluation_noise_multiplier=1.3",
         f"privacy.evaluation_labels={json.dumps(labels)}",
     )
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
@@ -108,8 +116,7 @@ def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, t
         assert event["bits_per_char_error"] < 0.2 * bits
         counts = sum(counts_in_the_clear(config, silo, adapter, labels) for silo in silos)
         for (label, shown), (right, extra, missed) in zip(event["f1_by_label"].items(), counts.T, strict=True):
-            assert label == labels[0] or right < extra + missed  # the two labels are not told apart by chance
-            assert abs(shown["f1"] - 2 * right / (2 * right + extra + missed)) < 5 * shown["f1_error"] < 0.9
+            assert abs(shown["f1"] - 2 * right / (2 * right + extra + missed)) < 5 * shown["f1_error"] < 0.9, label
         values = [shown["f1"] for shown in event["f1_by_label"].values()]
         assert event["macro_f1"] == pytest.approx(sum(values) / 2)
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
@@ -127,7 +134,7 @@ def labelled_plays(path, labels):
         for silo in ("roman", "romances"):
             rows = [row for row in plays_rows() if row["silo"] == silo and len(row["text"]) > 100][:300]
             for number, row in enumerate(rows):
-                file.write(json.dumps({**row, "text": f"{row['text'][:150]} {labels[number % 3 == 0]}"}) + "\n")
+                file.write(json.dumps({**row, "text": f"{row['text'][:60]} {labels[number % 3 == 0]}"}) + "\n")
     return path
 
 
@@ -325,6 +332,46 @@ def test_the_run_without_dp_has_no_certificate_and_charges_nothing(federation, t
     assert sorted(adapters(tmp_path / "plain")) == [0, 1]
     assert not (tmp_path / "plain" / "certificate.json").exists()
     assert ledger_kinds(tmp_path) == ["open"]
+
+
+def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, monkeypatch):
+    """Its machine is lost with round two in its hands, process and all, and is there again for round five."""
+    push, node_ids, at = LocalGrid.push_messages, LocalGrid.get_node_ids, {"round": 0}
+
+    def node_of(grid, silo):
+        return next(node for node, name in grid._silo_of.items() if name == silo)
+
+    def present(self):
+        return [node for node in node_ids(self) if at["round"] not in (2, 3) or node != node_of(self, "roman")]
+
+    def lose(self, messages):
+        sent = list(messages)
+        if sent[0].metadata.message_type == TRAIN:
+            at["round"] = int(sent[0].metadata.group_id)
+        lost = [one for one in sent if at["round"] == 2 and one.metadata.dst_node_id == node_of(self, "roman")]
+        for message in lost:
+            self._ray.kill(self._home[message.metadata.dst_node_id].actor, no_restart=True)
+            message.metadata.__dict__["_message_id"] = "lost"  # Flower answers so for a node that is gone
+            self._replies["lost"] = Message(Error(code=1, reason="the node is gone"), reply_to=message)
+        return [*push(self, [one for one in sent if one not in lost]), *(["lost"] if lost else [])]
+
+    monkeypatch.setattr(LocalGrid, "push_messages", lose)
+    monkeypatch.setattr(LocalGrid, "get_node_ids", present)
+    federation("federated.rounds=5", "federated.local_steps=2")
+    events = list(read_events(tmp_path / "federated" / "events.jsonl"))
+    assert [event["answered"] for event in events if event["event"] == "round"] == [
+        ["roman", "romances"],
+        *[["romances"]] * 3,
+        ["roman", "romances"],
+    ]
+    assert ["the node is gone" in event["message"] for event in events if event["event"] == "rejected"] == [True]
+    assert [charged_rounds(tmp_path, silo) for silo in ("roman", "romances")] == [[1, 5], [1, 2, 3, 4, 5]]
+    certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    statements = {name: silo["statement"]["rounds_charged"] for name, silo in certificate["silos"].items()}
+    assert statements == {"roman": 2, "romances": 5}
+    adapter = adapters(tmp_path / "federated")
+    assert len(adapter) == 6 and len(set(adapter.values())) == 6
 
 
 def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(federation, tmp_path, monkeypatch):
