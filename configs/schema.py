@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from configs.data_settings import DataSettings, TokenizerSettings
 from configs.federated_settings import FederatedSettings
 from configs.pretrain_settings import ClusterSettings, ModelSettings, PretrainSettings
-from configs.settings import Count, Labels, Positive, Probability, Settings, label_problem
+from configs.settings import Count, Labels, Positive, Probability, Settings
 
 
 class RunSettings(Settings):
@@ -83,14 +83,11 @@ class PrivacySettings(Settings):
     """Delta that a silo's dataset may ever spend."""
 
     @model_validator(mode="after")
-    def _labels_mean_something(self) -> "PrivacySettings":
-        problem = label_problem(self.evaluation_labels)
-        if problem:
-            raise ValueError(f"privacy.evaluation_labels is {problem}")
+    def _labels_are_read(self) -> "PrivacySettings":
         if self.evaluation_labels and not self.evaluations:
             raise ValueError(
-                "privacy.evaluation_labels is given and privacy.evaluations is 0: nothing would be evaluated; give "
-                "privacy.evaluations, or leave the labels out"
+                f"privacy.evaluation_labels is {list(self.evaluation_labels)} and privacy.evaluations is 0: nothing "
+                "would be evaluated; give privacy.evaluations, or leave the labels out"
             )
         return self
 

@@ -2,20 +2,22 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Label = Annotated[str, Field(pattern=r"^\w(.*\S)?$", max_length=100)]
-Labels = Annotated[tuple[Label, ...], Field(max_length=100)]
 
 
-def label_problem(labels: tuple[str, ...]) -> str:
-    """Why these can't be the labels of a classification; empty where they can, or there are none."""
+def _two_or_more(labels: tuple[str, ...]) -> tuple[str, ...]:
     if len(labels) == 1 or len(set(labels)) < len(labels):
-        return f"{list(labels)}: give two labels or more, each once"
-    return ""
+        raise ValueError(f"the labels {list(labels)}: give two or more, each once")
+    return labels
+
+
+Label = Annotated[str, Field(pattern=r"^\w(.*\S)?$", max_length=100)]
+Labels = Annotated[tuple[Label, ...], Field(max_length=100), AfterValidator(_two_or_more)]
+"""The classes of a classification; none where there is none."""
 
 
 class Settings(BaseModel):

@@ -10,7 +10,7 @@ from configs.data_settings import DeidentifySettings, SourceSettings
 from configs.federated_settings import ClippingMethod
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
-from configs.settings import Count, Labels, Positive, Probability, Settings, label_problem
+from configs.settings import Count, Labels, Positive, Probability, Settings
 
 
 class SiloSettings(Settings):
@@ -87,14 +87,6 @@ class SiloPolicy(Settings):
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> "SiloPolicy":
-        for labels in self.label_sets:
-            problem = label_problem(labels) or ("" if labels else "[]: give labels, or leave the set out")
-            if problem:
-                raise ValueError(f"policy.label_sets has {problem}")
-        return self
 
 
 class SiloConfig(Settings):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from configs.artifacts import digest_json
 from configs.errors import PolicyRefusal
-from configs.settings import Labels, label_problem
+from configs.settings import Labels
 from privacy.schedule import Schedule
 from privacy.truncation import Truncation, size_margin, size_noise
 
@@ -51,13 +51,6 @@ class MetricRelease(BaseModel):
     noise_multiplier: Finite
     releases: Rounds
     labels: Labels = ()
-
-    @model_validator(mode="after")
-    def _labels_differ(self) -> MetricRelease:
-        problem = label_problem(self.labels)
-        if problem:
-            raise ValueError(f"metric {self.name} has the labels {problem}")
-        return self
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

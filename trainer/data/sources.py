@@ -101,7 +101,7 @@ def _read_files(path: Path, counts: ReadCounts) -> Iterator[Row]:
         except FileNotFoundError:
             raise InputError(f"{file}: no such file") from None
         except PermissionError:
-            raise
+            raise  # as those above, where the path itself was looked at
         except OSError as error:
             raise InputError(f"{file}: can't be read ({error})") from None
 

@@ -3,13 +3,16 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from silo_requests import TRUSTED, ask
 
-from configs.silo import SiloConfig, SiloPolicy
+from configs.errors import InputError
+from configs.load import load
+from configs.silo import SiloConfig, SiloPolicy, simulated_silo
 from federated import silo_pb2 as pb
 from federated.label_counts import Example, examples_of, f1_figures, label_counts
 from federated.private_evaluation import METRIC, Bounds, checked_sums, figures, private_sums
@@ -192,6 +195,15 @@ def test_labels_that_are_none(labels):
         plan(*labels)
     with pytest.raises(ValueError, match="label"):
         SiloPolicy(budget_epsilon=1.0, budget_delta=1e-5, label_sets=[labels])
+
+
+def test_labels_that_nothing_would_evaluate_are_refused():
+    with pytest.raises(
+        InputError, match=r"privacy\.evaluation_labels is \['yes', 'no'\] and privacy\.evaluations is 0"
+    ):
+        load("tiny", ['privacy.evaluation_labels=["yes", "no"]'])
+    config = load("tiny", ['privacy.evaluation_labels=["yes", "no"]', "privacy.evaluations=1"])
+    assert simulated_silo(config, "north", Path("/model")).policy.label_sets == (("yes", "no"),)
 
 
 def test_f1_is_the_textbooks():
