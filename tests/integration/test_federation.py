@@ -132,7 +132,7 @@ def labelled_plays(path, labels):
     """Some speeches of each silo, with a label after each."""
     with path.open("w") as file:
         for silo in ("roman", "romances"):
-            rows = [row for row in plays_rows() if row["silo"] == silo and len(row["text"]) > 100][:300]
+            rows = [row for row in plays_rows() if row["silo"] == silo and len(row["text"]) > 100][:450]
             for number, row in enumerate(rows):
                 file.write(json.dumps({**row, "text": f"{row['text'][:60]} {labels[number % 3 == 0]}"}) + "\n")
     return path
