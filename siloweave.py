@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cluster import commands as cluster_commands
+from cluster import federation_command
 from cluster.job_commands import job_app, submit
 from cluster.tune_commands import tune
 from configs.errors import SiloweaveError
@@ -29,6 +30,7 @@ app.command()(submit)
 app.add_typer(job_app, name="job")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(silo_app, name="silo")
+federation_app.command()(federation_command.run)
 app.add_typer(federation_app, name="federation")
 
 

@@ -6,6 +6,7 @@ A directory is complete when its manifest is there, because the manifest is writ
 import hashlib
 import json
 import os
+import pwd
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -193,6 +194,15 @@ def damaged_file(directory: Path, manifest: Manifest) -> str | None:
     return None
 
 
+def unreadable(path: Path) -> str:
+    """The one line for a file, or a folder above it, that this process may not read."""
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user need not have a name
+        user = str(os.geteuid())
+    return f"{path}: user {user} may not read it; give that user the right to read it and to enter the folders above it"
+
+
 def require_manifest(directory: Path, kind: str, made_by: str) -> Manifest:
     """The manifest of a directory that must be complete and undamaged.
 
@@ -202,12 +212,15 @@ def require_manifest(directory: Path, kind: str, made_by: str) -> Manifest:
         made_by: the command that makes it, named in the error.
 
     Raises:
-        InputError: it is not there, or a file does not hold what the manifest says.
+        InputError: it is not there, a file of it may not be read, or does not hold what the manifest says.
     """
-    manifest = read_manifest(directory, kind)
+    try:
+        manifest = read_manifest(directory, kind)
+        damaged = damaged_file(directory, manifest) if manifest is not None else None
+    except PermissionError as error:
+        raise InputError(unreadable(Path(error.filename or directory))) from None
     if manifest is None:
         raise InputError(f"{directory}: no finished {kind} here; run `siloweave {made_by}` first")
-    damaged = damaged_file(directory, manifest)
     if damaged is not None:
         raise InputError(
             f"{directory / damaged}: its digest is not the manifest's; delete {directory} and run "

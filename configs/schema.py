@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from configs.data_settings import DataSettings, TokenizerSettings
 from configs.federated_settings import ROBUST, FederatedSettings
 from configs.pretrain_settings import ClusterSettings, ModelSettings, PretrainSettings
-from configs.settings import Count, Positive, Probability, Settings
+from configs.settings import Count, Labels, Positive, Probability, Settings
 
 LARGEST_NUMBER_OF_CLIENTS = 2**16  # so many updates are summed without rounding
 
@@ -80,11 +80,23 @@ class PrivacySettings(Settings):
     model, and the others are spread evenly over the rounds. Their noise is paid from the same epsilon. 0: none."""
     evaluation_noise_multiplier: Positive = 5.0
     """Noise of a private evaluation's sums, over the most that one unit can move them."""
+    evaluation_labels: Labels = ()
+    """Classes of the private evaluation, for F1: a held-out unit whose text ends in one of them is an example of it.
+    The silos' ``policy.label_sets`` has to list them. Empty: no F1."""
     budget_epsilon: Positive = 32.0
     """Epsilon that a silo's dataset may ever spend (the simulated steward's policy); with unit ``client``, what the
     aggregator's ledger may spend on the same clients."""
     budget_delta: Probability = 1e-4
     """Delta that may ever be spent, likewise."""
+
+    @model_validator(mode="after")
+    def _labels_are_read(self) -> "PrivacySettings":
+        if self.evaluation_labels and not self.evaluations:
+            raise ValueError(
+                f"privacy.evaluation_labels is {list(self.evaluation_labels)} and privacy.evaluations is 0: nothing "
+                "would be evaluated; give privacy.evaluations, or leave the labels out"
+            )
+        return self
 
 
 class EvaluateSettings(Settings):

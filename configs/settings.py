@@ -2,11 +2,22 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _two_or_more(labels: tuple[str, ...]) -> tuple[str, ...]:
+    if len(labels) == 1 or len(set(labels)) < len(labels):
+        raise ValueError(f"the labels {list(labels)}: give two or more, each once")
+    return labels
+
+
+Label = Annotated[str, Field(pattern=r"^\w(.*\S)?$", max_length=100)]
+Labels = Annotated[tuple[Label, ...], Field(max_length=100), AfterValidator(_two_or_more)]
+"""The classes of a classification; none where there is none."""
 
 
 class Settings(BaseModel):

@@ -10,7 +10,7 @@ from configs.data_settings import DeidentifySettings, SourceSettings
 from configs.federated_settings import ClippingMethod
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
-from configs.settings import Count, Positive, Probability, Settings
+from configs.settings import Count, Labels, Positive, Probability, Settings
 
 
 class SiloSettings(Settings):
@@ -81,6 +81,8 @@ class SiloPolicy(Settings):
     """Largest adapter rank."""
     releases_metrics: bool = False
     """Whether noised sums over the held-out units may leave, charged as any other release."""
+    label_sets: tuple[Labels, ...] = ()
+    """Sets of labels, ``[["yes", "no"]]`` for instance, whose noised counts may be among these sums."""
     max_request_bytes: Count = 256 * 2**20
     """Bytes of one request, its adapter included."""
     max_requests_per_day: Count = 10_000
@@ -161,6 +163,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             max_epsilon_per_run=privacy.budget_epsilon,
             units=(privacy.unit,),
             releases_metrics=True,
+            label_sets=(privacy.evaluation_labels,) if privacy.evaluation_labels else (),
             # Without a unit column a row is a unit, and a row is in one silo.
             attests_disjoint_units=not private.unit,
         ),

@@ -1,4 +1,4 @@
-"""``siloweave federation``: what a coordinator's people run."""
+"""``siloweave federation``: what a coordinator's people run; the rounds themselves are ``cluster``'s to show."""
 
 import json
 from collections.abc import Callable
@@ -106,26 +106,6 @@ def _enrolments(served: "Federation") -> "Callable[[], None]":
                 typer.echo(f"enrolments: {said}", err=True)
 
     return tick
-
-
-@federation_app.command()
-def run(
-    folder: Folder,
-    config: Annotated[str, typer.Option("--config", "-c", help="A TOML file, or a preset's name.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="group.field=value; may be repeated.")] = None,
-) -> None:
-    """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its status is the run's."""
-    from configs.load import load
-    from federated.federation import Federation
-    from federated.federation_run import run as run_rounds
-
-    directory = run_rounds(Federation(folder), load(config, overrides or []), _say)
-    typer.echo(f"finished: {directory / 'certificate.json'}")
-
-
-def _say(event: dict[str, Any]) -> None:
-    shown = {key: value for key, value in event.items() if key not in ("time", "stage", "event")}
-    typer.echo(f"{event['event']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
 @federation_app.command()

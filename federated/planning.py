@@ -26,8 +26,8 @@ def plan_request(config: RunConfig) -> PlanRequest:
         cap = {"max_batch_size": privacy.max_batch_size, "max_units": max_units}
     metrics = []
     if privacy.evaluations:
-        noise = privacy.evaluation_noise_multiplier
-        metrics = [{"name": METRIC, "noise_multiplier": noise, "releases": privacy.evaluations}]
+        noise, labels = privacy.evaluation_noise_multiplier, privacy.evaluation_labels
+        metrics = [{"name": METRIC, "noise_multiplier": noise, "releases": privacy.evaluations, "labels": labels}]
     tree = {
         "unit": privacy.unit,
         "sampler": privacy.sampler,

@@ -43,6 +43,7 @@ def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> Priva
     allowed = [METRIC] if policy.releases_metrics else []
     if not set(names) <= set(allowed):
         raise refuse("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
+    _check_labels(request, policy)
     return plan
 
 
@@ -62,6 +63,15 @@ def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:
     if not (asked.sampling_rate > 0 and asked.local_steps):  # false for a NaN, too
         raise refuse("contribute", f"{asked.local_steps} steps at {asked.sampling_rate:g}", "above 0, both of them")
     _check_steps(asked.sampling_rate, asked.local_steps, policy)
+
+
+def _check_labels(request: PlanRequest, policy: SiloPolicy) -> None:
+    """The sets that the steward lists, as sets: their order decides nothing but ties."""
+    allowed = [set(labels) for labels in policy.label_sets]
+    for metric in request.metric_releases:
+        if metric.labels and set(metric.labels) not in allowed:
+            listed = "; ".join(", ".join(labels) for labels in policy.label_sets)
+            raise refuse("label_sets", ", ".join(metric.labels), listed or "none")
 
 
 def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_digest: str) -> None:

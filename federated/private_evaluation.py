@@ -1,8 +1,9 @@
 """Private evaluation: a silo scores its held-out units and releases noised sums of bounded values, one vector a unit.
 
 Each unit gives four values from 0 to 1: clipped nats, clipped characters, tokens that the model holds likeliest, and
-tokens, each over a public bound. So adding or removing a unit moves the vector of sums by at most 2 (2-norm), and the
-Gaussian noise is the plan's multiple of that. Bits per character and accuracy are ratios of the sums: post-processing.
+tokens, each over a public bound. So adding or removing a unit moves the vector of sums by at most 2 (2-norm). Where the
+plan names labels, their counts (``label_counts.py``) are part of the vector, and a unit moves it by at most the square
+root of 6. The Gaussian noise is the plan's multiple of that. Bits per character, accuracy and F1 are post-processing.
 """
 
 import math
@@ -17,6 +18,7 @@ import torch
 
 from configs.artifacts import Manifest
 from federated.adapters import Arrays
+from federated.label_counts import KINDS, SQUARED_SENSITIVITY, Example, f1_figures, label_counts
 from privacy.noise import noised_sums
 from privacy.streams import Streams
 from trainer.models import load_adapter_weights
@@ -24,7 +26,6 @@ from trainer.tasks import CausalTask, Encoded, by_length
 
 METRIC = "held_out"
 _VALUES = ("nats", "characters", "correct tokens", "tokens")
-SENSITIVITY = 2.0  # the 2-norm of four values from 0 to 1 is at most this
 _NATS_A_TOKEN = 8.0  # a unit's mean above this counts as this: a uniform guess among 3,000 tokens
 _CHARACTERS_A_TOKEN = 8.0
 _STEP = 2.0**-20  # values are whole multiples of it, so that float64 sums of up to 2^33 units are exact
@@ -32,23 +33,35 @@ _STEP = 2.0**-20  # values are whole multiples of it, so that float64 sums of up
 
 @dataclass(frozen=True)
 class Bounds:
-    """Public bounds of one unit, from the base model's context alone: no unit has more tokens.
+    """Public bounds of one unit, from the base model's context and the plan alone: no unit has more tokens.
 
     Attributes:
         context_length: in tokens.
+        labels: of the plan's release; none: there are no counts of labels.
     """
 
     context_length: int
+    labels: tuple[str, ...] = ()
 
     @property
     def scale(self) -> npt.NDArray[np.float64]:
-        """What a value of 1 stands for, in the order of the sums."""
+        """What a value of 1 stands for, in the order of the first four sums."""
         return self.context_length * np.array([_NATS_A_TOKEN, _CHARACTERS_A_TOKEN, 1.0, 1.0])
 
+    @property
+    def num_sums(self) -> int:
+        """Length of the vector."""
+        return len(_VALUES) + len(KINDS) * len(self.labels)
 
-def bounds_of(base_model: Manifest) -> Bounds:
+    @property
+    def sensitivity(self) -> float:
+        """The most that one unit can move the whole vector (2-norm)."""
+        return math.sqrt(len(_VALUES) + (SQUARED_SENSITIVITY if self.labels else 0.0))
+
+
+def bounds_of(base_model: Manifest, labels: tuple[str, ...]) -> Bounds:
     """Bounds for a base model, from its manifest: the same at the silos and at the coordinator."""
-    return Bounds(base_model.metadata["context_length"])
+    return Bounds(base_model.metadata["context_length"], labels)
 
 
 @contextmanager
@@ -67,26 +80,30 @@ def private_sums(
     model: Any,
     task: CausalTask,
     units: Sequence[Encoded],
+    examples: Sequence[Example],
     bounds: Bounds,
     noise_multiplier: float,
     streams: Streams,
     micro_batch_size: int,
 ) -> list[float]:
-    """The four noised sums over a silo's held-out units.
+    """The noised sums over a silo's held-out units: four, and three for each label.
 
     Args:
         model: in evaluation mode.
         task: what a unit is to the model.
         units: all held-out units; none is sampled.
+        examples: those of them that end in a label.
         bounds: public.
-        noise_multiplier: of the plan's release; the noise on each sum has ``noise_multiplier * SENSITIVITY``.
+        noise_multiplier: of the plan's release; the noise on each sum has ``noise_multiplier * bounds.sensitivity``.
         streams: the charge's random streams.
         micro_batch_size: units at once; speed only.
     """
-    sums = np.zeros(len(_VALUES))
-    for values in _unit_values(model, task, units, bounds, micro_batch_size):
-        sums += values.sum(axis=0)
-    return [float(value) for value in noised_sums(sums, noise_multiplier * SENSITIVITY, streams, METRIC)]
+    values = np.zeros(len(_VALUES))
+    for part in _unit_values(model, task, units, bounds, micro_batch_size):
+        values += part.sum(axis=0)
+    counts = label_counts(model, task, examples, len(bounds.labels), micro_batch_size)
+    sums = np.concatenate([values, counts.ravel()])
+    return [float(value) for value in noised_sums(sums, noise_multiplier * bounds.sensitivity, streams, METRIC)]
 
 
 def _unit_values(
@@ -101,19 +118,20 @@ def _unit_values(
             yield np.rint(np.clip(found / bounds.scale, 0.0, 1.0) / _STEP) * _STEP
 
 
-def checked_sums(sums: Sequence[float]) -> list[float]:
+def checked_sums(sums: Sequence[float], bounds: Bounds) -> list[float]:
     """A silo's sums as they came.
 
     Raises:
-        ValueError: not four finite numbers.
+        ValueError: not as many finite numbers as the bounds say.
     """
-    if len(sums) != len(_VALUES) or not all(math.isfinite(value) for value in sums):
-        raise ValueError(f"its sums are {len(sums)} numbers, or not finite: they should be {', '.join(_VALUES)}")
+    if len(sums) != bounds.num_sums or not all(math.isfinite(value) for value in sums):
+        wanted = ", ".join(_VALUES) + (f", and {', '.join(KINDS)} of each label" if bounds.labels else "")
+        raise ValueError(f"its sums are {len(sums)} numbers, or not finite: they should be {bounds.num_sums}: {wanted}")
     return list(sums)
 
 
-def figures(sums: Sequence[Sequence[float]], bounds: Bounds, noise_multiplier: float) -> dict[str, float | None]:
-    """Bits per character and next-token accuracy over all silos, with the standard error that the noise gives them.
+def figures(sums: Sequence[Sequence[float]], bounds: Bounds, noise_multiplier: float) -> dict[str, Any]:
+    """Bits per character, next-token accuracy and F1 over all silos, with the standard errors due to the noise.
 
     Args:
         sums: a silo's noised sums each.
@@ -121,18 +139,24 @@ def figures(sums: Sequence[Sequence[float]], bounds: Bounds, noise_multiplier: f
         noise_multiplier: of the plan's release.
 
     Returns:
-        None for what the noise has left without a positive denominator.
+        None for what the noise has left without a positive denominator; F1 only where there are labels.
     """
-    nats, characters, correct, tokens = np.sum(sums, axis=0) * bounds.scale
-    errors = math.sqrt(len(sums)) * noise_multiplier * SENSITIVITY * bounds.scale
+    total = np.sum(sums, axis=0)
+    error = math.sqrt(len(sums)) * noise_multiplier * bounds.sensitivity
+    nats, characters, correct, tokens = total[: len(_VALUES)] * bounds.scale
+    errors = error * bounds.scale
     bits, bits_error = _ratio(nats / math.log(2), characters, errors[0] / math.log(2), errors[1])
     accuracy, accuracy_error = _ratio(correct, tokens, errors[2], errors[3])
-    return {
+    found = {
         "bits_per_char": bits,
         "bits_per_char_error": bits_error,
         "accuracy": accuracy,
         "accuracy_error": accuracy_error,
     }
+    if not bounds.labels:
+        return found
+    counts = total[len(_VALUES) :].reshape(len(KINDS), len(bounds.labels))
+    return {**found, **f1_figures(counts, error, bounds.labels)}
 
 
 def _ratio(above: float, below: float, above_error: float, below_error: float) -> tuple[float | None, float | None]:

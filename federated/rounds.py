@@ -103,6 +103,7 @@ class Coordinator:
                 answered=answered,
                 bytes=self.exchange.bytes_moved,
                 seconds=time.perf_counter() - began,
+                epsilon_left=self._epsilon_left(),
             )
             state = to_bytes(self.server_state) if self.server_state else b""
             commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, run_id, key, state)
@@ -227,15 +228,16 @@ class Coordinator:
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
+        bounds = bounds_of(self.base, self.config.privacy.evaluation_labels)
 
         def take(silo: str, reply: pb.Reply) -> None:
             self._receipt(silo, reply.evaluated.receipt)
-            sums[silo] = checked_sums(reply.evaluated.sums)
+            sums[silo] = checked_sums(reply.evaluated.sums, bounds)
 
         bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
         answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", take)
         noise = self.config.privacy.evaluation_noise_multiplier
-        found = figures([sums[silo] for silo in answered], bounds_of(self.base), noise)
+        found = figures([sums[silo] for silo in answered], bounds, noise)
         self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
 
     def _adapter_spec(self) -> pb.AdapterSpec:
@@ -247,6 +249,11 @@ class Coordinator:
 
     def _present(self) -> list[str]:
         return sorted(set(self.exchange.nodes) & self.reserved)
+
+    def _epsilon_left(self) -> float | None:
+        """The least that a silo has left of its dataset's budget, by the receipts; None where there is none."""
+        receipts = [silo["receipt"] for silo in self.silos.values() if "receipt" in silo]
+        return min((receipt["epsilon_left"] for receipt in receipts), default=None)
 
     def _close(self) -> None:
         self.exchange.collect(self._bodies("close", close=pb.Close()), QUERY, "close", self._closed)

@@ -22,6 +22,7 @@ from federated.audit_log import AuditLog
 from federated.contribution import contribution
 from federated.envelope import seal_reply
 from federated.factors import frozen, frozen_digest
+from federated.label_counts import examples_of
 from federated.local_training import LocalSettings, private_update
 from federated.policy import check_model, check_optimizer, check_plan
 from federated.private_evaluation import METRIC, bounds_of, evaluated, private_sums
@@ -233,8 +234,9 @@ class Silo:
             return charge.reply
         streams, size = _streams(charge, digest), self.config.silo.micro_batch_size
         with evaluated(model, adapter):
-            bounds, multiplier = bounds_of(self.base_model), release.noise_multiplier
-            sums = private_sums(model, self.task, self.held_out, bounds, multiplier, streams, size)
+            bounds, multiplier = bounds_of(self.base_model, release.labels), release.noise_multiplier
+            examples = examples_of(self.task, self.units.held_out, release.labels) if release.labels else []
+            sums = private_sums(model, self.task, self.held_out, examples, bounds, multiplier, streams, size)
         receipt = self.ledger.receipt(request.run_id).to_bytes()
         reply = _serialized(self._reply(digest, evaluated=pb.Evaluated(receipt=receipt, sums=sums)))
         return self.ledger.release(charge.number, request.run_id, reply)

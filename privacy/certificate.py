@@ -122,6 +122,7 @@ def _left_each_silo(plan: PlanRequest) -> str:
     left = "one noised adapter update a charged round; no loss, norm or count"
     for metric in plan.metric_releases:
         left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"
+        left += f" with counts of the labels {', '.join(metric.labels)}" if metric.labels else ""
     return left
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from configs.artifacts import digest_json
 from configs.errors import PolicyRefusal
+from configs.settings import Labels
 from privacy.schedule import Schedule
 from privacy.truncation import Truncation, size_margin, size_noise
 
@@ -41,6 +42,7 @@ class MetricRelease(BaseModel):
         name: what is measured.
         noise_multiplier: standard deviation of the noise over the most that one unit can move the vector (2-norm).
         releases: how often in the whole run.
+        labels: public classes whose counts are part of the vector: they decide its length, and how far a unit moves it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +50,13 @@ class MetricRelease(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     noise_multiplier: Finite
     releases: Rounds
+    labels: Labels = ()
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A release without labels is written as before there were any, so that its plan's digest stays."""
+        tree: dict[str, Any] = handler(self)
+        return {name: value for name, value in tree.items() if name != "labels" or value}
 
 
 class PlanRequest(BaseModel):

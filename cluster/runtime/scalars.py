@@ -14,10 +14,12 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
     if event["event"] == "validation":
         return {"validation_loss": event["loss"], "validation_bits_per_char": event["bits_per_char"]}
     if event["event"] == "private_evaluation":
-        names = ("bits_per_char", "accuracy")
-        return {f"private_{name}": event[name] for name in names if event[name] is not None}
+        names = ("bits_per_char", "accuracy", "macro_f1")
+        return {f"private_{name}": event[name] for name in names if event.get(name) is not None}
     if event["event"] == "round":
-        return {"silos": len(event["answered"]), "bytes": event["bytes"], "seconds": event["seconds"]}
+        left = event.get("epsilon_left")
+        found = {"silos": len(event["answered"]), "bytes": event["bytes"], "seconds": event["seconds"]}
+        return found if left is None else {**found, "epsilon_left": left}
     if event["event"] == "restart":
         return {"failures": event["attempt"]}
     return {}

@@ -140,6 +140,8 @@ def result_table(report: dict[str, Any]) -> Table:
         label = f"round {found['round']}" if found["round"] else "base model"
         value, error = found["bits_per_char"], found["bits_per_char_error"]
         shown = f"{value:.3f} ± {error:.3f}" if value else "lost in the noise"
+        if found.get("macro_f1") is not None:
+            shown += f"; macro F1 {found['macro_f1']:.3f} ± {found['macro_f1_error']:.3f}"
         table.add_row(f"{label}, by private evaluation", shown, "included above")
     table.caption = (
         f"{pretrain['tokens']:,} tokens at {pretrain['tokens_per_s']:,.0f} tokens/s on {pretrain['world_size']} ranks; "

@@ -110,7 +110,8 @@ def _private_evaluations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the silos released of their held-out units, noise included; a restart asks again and gets the same."""
     found = {event["round"]: event for event in events if event["event"] == "private_evaluation"}
     names = ("round", "bits_per_char", "bits_per_char_error", "accuracy", "accuracy_error", "silos")
-    return [{name: found[number][name] for name in names} for number in sorted(found)]
+    f1 = ("macro_f1", "macro_f1_error", "f1_by_label")  # where the plan has labels
+    return [{name: found[number][name] for name in (*names, *f1) if name in found[number]} for number in sorted(found)]
 
 
 def _by_silo(base: dict[str, Any], dp: list[dict[str, Any]], no_dp: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The README's commands as a user gives them, with `tiny` for `demo`."""
 
+import io
 import json
 import re
 import shlex
@@ -56,6 +57,26 @@ def test_the_page_is_self_contained(tiny_run):
     assert "simulation_only" in page
 
 
+def test_page_and_table_show_f1_with_its_error(tiny_run):
+    from rich.console import Console
+
+    from cluster.workflow.console import result_table
+    from cluster.workflow.page import render
+
+    known = {"bits_per_char": 2.5, "bits_per_char_error": 0.25, "accuracy": None, "accuracy_error": None}
+    f1 = {"macro_f1": 0.625, "macro_f1_error": 0.0625, "f1_by_label": {"yes <b>": {"f1": 0.75, "f1_error": 0.125}}}
+    federated = {**tiny_run.report["federated"], "private_evaluation": [{"round": 2, "silos": ["a"], **known, **f1}]}
+    report = {**tiny_run.report, "federated": federated}
+    page = render(report)
+    for text in ("2.500 &plusmn; 0.250", "lost in the noise", "0.625 &plusmn; 0.062", "F1 of yes &lt;b&gt;", "0.750"):
+        assert text in page
+    text = io.StringIO()
+    Console(file=text, width=200).print(result_table(report))
+    assert "2.500 ± 0.250; macro F1 0.625 ± 0.062" in text.getvalue()
+    federated["private_evaluation"] = [{"round": 2, "silos": ["a"], **known}]
+    assert "F1" not in render(report)
+
+
 def test_progress_is_shown_as_plain_lines_without_a_terminal(tiny_run, siloweave, tmp_path):
     shutil.copytree(tiny_run.root, tmp_path / "copy")
     done = siloweave("evaluate", "-c", "tiny", cwd=tmp_path / "copy")
@@ -67,7 +88,7 @@ def test_progress_is_shown_as_plain_lines_without_a_terminal(tiny_run, siloweave
 def test_no_exact_figure_of_a_silo_is_in_the_run_directory(tiny_run):
     """Events, receipts and certificate hold no loss, norm or count of private data."""
     federation = tiny_run.directory / "federated"
-    allowed = {"time", "stage", "event", "round", "rounds", "answered", "bytes", "seconds"}
+    allowed = {"time", "stage", "event", "round", "rounds", "answered", "bytes", "seconds", "epsilon_left"}
     for line in (federation / "events.jsonl").read_text().splitlines():
         assert set(json.loads(line)) <= allowed
     for path in federation.glob("round-*/silos.json"):

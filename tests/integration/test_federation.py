@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from flwr.app import Error, Message
 
 from configs.artifacts import read_manifest
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
@@ -15,15 +17,22 @@ from configs.events import read_events
 from configs.silo import simulated_silo
 from federated import commits
 from federated.adapters import from_bytes
-from federated.exchange import Exchange
+from federated.exchange import TRAIN, Exchange
 from federated.held_out import score_held_out
+from federated.label_counts import examples_of, label_counts
 from federated.local_grid import LocalGrid
+from federated.private_evaluation import evaluated
 from federated.rounds import Coordinator
+from federated.silo import warm_model
+from federated.silo_data import load_units
 from federated.simulation import simulate
 from privacy.certificate_check import check_certificate
 from privacy.chain import verify_entries
 from privacy.ledger_file import read_only
+from privacy.signing import load_secret
+from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation import Score
+from trainer.tasks import CausalTask
 
 SEED = bytes(range(32))
 
@@ -63,6 +72,11 @@ def ledger_kinds(tmp_path, silo="roman"):
     return [body["kind"] for body in verify_entries(read_only(path), str(path))]
 
 
+def charged_rounds(tmp_path, silo):
+    path = tmp_path / "state" / "plays-tiny" / silo / "ledger.sqlite"
+    return [body["round"] for body in verify_entries(read_only(path), str(path)) if body["kind"] == "charge"]
+
+
 def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
     federation()
     assert sorted(adapters(tmp_path / "federated")) == [0, 1, 2]
@@ -76,28 +90,61 @@ def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
     assert all(silo["statement"]["rounds_charged"] == 2 for silo in certificate["silos"].values())
     rounds = [event for event in read_events(tmp_path / "federated" / "events.jsonl") if event["event"] == "round"]
     assert all(event["answered"] == ["roman", "romances"] for event in rounds)
+    left = min(silo["receipt"]["epsilon_left"] for silo in certificate["silos"].values())
+    assert [event["epsilon_left"] for event in rounds] == [left, left]
 
 
 def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, tiny_model, tmp_path):
     """Little noise, so that the figures of base model and last round can be told from the exact ones."""
-    config = federation("federated.rounds=1", "privacy.evaluations=2", "privacy.evaluation_noise_multiplier=2")
+    labels = ("yes", "no")
+    source = labelled_plays(tmp_path / "labelled.jsonl", labels)
+    config = federation(
+        f'data.private.source="{source}"',
+        "data.private.held_out_fraction=0.5",
+        "federated.rounds=1",
+        "privacy.evaluations=2",
+        "privacy.evaluation_noise_multiplier=1.3",
+        f"privacy.evaluation_labels={json.dumps(labels)}",
+    )
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
     found = [event for event in events if event["event"] == "private_evaluation"]
     assert [event["round"] for event in found] == [0, 1]
     for event, adapter in zip(found, (None, adapters(tmp_path / "federated")[1]), strict=True):
-        exact = [
-            score_held_out(config, simulated_silo(config, name, tiny_model), adapter, 10_000)
-            for name in ("roman", "romances")
-        ]
-        bits = sum(exact, Score(0.0, 0, 0)).bits_per_char
+        silos = [simulated_silo(config, name, tiny_model) for name in ("roman", "romances")]
+        bits = sum((score_held_out(config, silo, adapter, 10_000) for silo in silos), Score(0.0, 0, 0)).bits_per_char
         assert abs(event["bits_per_char"] - bits) < 5 * event["bits_per_char_error"] + 0.02 * bits
         assert event["bits_per_char_error"] < 0.2 * bits
+        counts = sum(counts_in_the_clear(config, silo, adapter, labels) for silo in silos)
+        for (label, shown), (right, extra, missed) in zip(event["f1_by_label"].items(), counts.T, strict=True):
+            assert abs(shown["f1"] - 2 * right / (2 * right + extra + missed)) < 5 * shown["f1_error"] < 0.9, label
+        values = [shown["f1"] for shown in event["f1_by_label"].values()]
+        assert event["macro_f1"] == pytest.approx(sum(values) / 2)
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     check_certificate(certificate, "test")
-    assert "2 times the noised sums of the metric held_out" in certificate["left_each_silo"]
+    text = "2 times the noised sums of the metric held_out with counts of the labels yes, no"
+    assert text in certificate["left_each_silo"]
     assert certificate["headline"]["epsilon"] <= 8
     charges = ["charge", "release"] * 3
     assert ledger_kinds(tmp_path) == ["open", "reserve", *charges, "close"]
+
+
+def labelled_plays(path, labels):
+    """Some speeches of each silo, with a label after each."""
+    with path.open("w") as file:
+        for silo in ("roman", "romances"):
+            rows = [row for row in plays_rows() if row["silo"] == silo and len(row["text"]) > 100][:450]
+            for number, row in enumerate(rows):
+                file.write(json.dumps({**row, "text": f"{row['text'][:60]} {labels[number % 3 == 0]}"}) + "\n")
+    return path
+
+
+def counts_in_the_clear(config, silo, adapter, labels):
+    units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
+    base = Path(silo.silo.base_model)
+    task = CausalTask(load_tokenizer(base), config.model.context_length)
+    model = warm_model(base, config.federated.lora_rank, config.federated.lora_alpha)
+    with evaluated(model, from_bytes(adapter) if adapter else None):
+        return label_counts(model, task, examples_of(task, units.held_out, labels), len(labels), 16)
 
 
 def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_path, monkeypatch):
@@ -285,6 +332,46 @@ def test_the_run_without_dp_has_no_certificate_and_charges_nothing(federation, t
     assert sorted(adapters(tmp_path / "plain")) == [0, 1]
     assert not (tmp_path / "plain" / "certificate.json").exists()
     assert ledger_kinds(tmp_path) == ["open"]
+
+
+def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, monkeypatch):
+    """Its machine is lost with round two in its hands, process and all, and is there again for round five."""
+    push, node_ids, at = LocalGrid.push_messages, LocalGrid.get_node_ids, {"round": 0}
+
+    def node_of(grid, silo):
+        return next(node for node, name in grid._silo_of.items() if name == silo)
+
+    def present(self):
+        return [node for node in node_ids(self) if at["round"] not in (2, 3) or node != node_of(self, "roman")]
+
+    def lose(self, messages):
+        sent = list(messages)
+        if sent[0].metadata.message_type == TRAIN:
+            at["round"] = int(sent[0].metadata.group_id)
+        lost = [one for one in sent if at["round"] == 2 and one.metadata.dst_node_id == node_of(self, "roman")]
+        for message in lost:
+            self._ray.kill(self._home[message.metadata.dst_node_id].actor, no_restart=True)
+            message.metadata.__dict__["_message_id"] = "lost"  # Flower answers so for a node that is gone
+            self._replies["lost"] = Message(Error(code=1, reason="the node is gone"), reply_to=message)
+        return [*push(self, [one for one in sent if one not in lost]), *(["lost"] if lost else [])]
+
+    monkeypatch.setattr(LocalGrid, "push_messages", lose)
+    monkeypatch.setattr(LocalGrid, "get_node_ids", present)
+    federation("federated.rounds=5", "federated.local_steps=2")
+    events = list(read_events(tmp_path / "federated" / "events.jsonl"))
+    assert [event["answered"] for event in events if event["event"] == "round"] == [
+        ["roman", "romances"],
+        *[["romances"]] * 3,
+        ["roman", "romances"],
+    ]
+    assert ["the node is gone" in event["message"] for event in events if event["event"] == "rejected"] == [True]
+    assert [charged_rounds(tmp_path, silo) for silo in ("roman", "romances")] == [[1, 5], [1, 2, 3, 4, 5]]
+    certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    statements = {name: silo["statement"]["rounds_charged"] for name, silo in certificate["silos"].items()}
+    assert statements == {"roman": 2, "romances": 5}
+    adapter = adapters(tmp_path / "federated")
+    assert len(adapter) == 6 and len(set(adapter.values())) == 6
 
 
 def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(federation, tmp_path, monkeypatch):

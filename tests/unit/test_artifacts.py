@@ -1,6 +1,12 @@
+import contextlib
 import json
+import os
+import pwd
+import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +19,10 @@ from configs.artifacts import (
     require_manifest,
     write_atomic,
 )
+from configs.data_settings import SourceSettings
 from configs.errors import InputError
 from configs.events import EventLog, read_events
+from trainer.data.sources import ReadCounts, read_rows
 
 
 def test_equal_values_have_equal_bytes():
@@ -80,3 +88,50 @@ def test_one_progress_bar_a_stage():
         )
     assert len(progress._progress.tasks) == 1
     assert progress._progress.tasks[0].completed == 20
+
+
+@pytest.fixture
+def closed_folder():
+    """A folder with a model and records, and whom it is closed to: another user for root, and everybody else."""
+    folder = Path(tempfile.mkdtemp(prefix="closed-"))  # pytest's own folders are closed to other users
+    try:
+        folder.chmod(0o755)
+        (folder / "model").mkdir(mode=0o755)
+        (folder / "model" / "weights").write_bytes(b"weights")
+        commit_manifest(folder / "model", Manifest("model", "digest"))
+        (folder / "records.jsonl").write_text('{"text": "a record"}\n')
+        yield folder
+    finally:
+        for path in (folder, folder / "model"):
+            path.chmod(0o700)
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def another_user():
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        yield pwd.getpwuid(os.geteuid()).pw_name
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("closed", ["model/manifest.json", "model/weights", "model", "records.jsonl", "."])
+def test_what_this_user_may_not_read_is_one_line_with_the_file_and_the_fix(closed_folder, closed):
+    (closed_folder / closed).chmod(0)
+    reads = {
+        "model": lambda: require_manifest(closed_folder / "model", "model", "export"),
+        "records": lambda: list(
+            read_rows(SourceSettings(source=str(closed_folder / "records.jsonl")), (), ReadCounts())
+        ),
+    }
+    with another_user() as user:
+        for name, read in reads.items():
+            if closed.startswith((name, ".")):
+                with pytest.raises(InputError, match=rf"user {user} may not read it; give that user") as caught:
+                    read()
+                assert str(caught.value).startswith(str((closed_folder / closed).resolve()))
+            else:
+                read()

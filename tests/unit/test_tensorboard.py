@@ -17,7 +17,10 @@ def test_the_scalars_are_the_events_figures(tmp_path):
             values = {"steps": 2, "loss": 3.0 / step, "learning_rate": 0.5, "tokens": 64, "seconds": 0.25}
             log.emit("pretrain", "step", step=step, **values)
         log.emit("pretrain", "validation", step=2, loss=1.25, bits_per_char=2.5)
-        log.emit("federated", "round", round=1, rounds=1, answered=["a", "b"], bytes=1024, seconds=2.0)
+        values = {"rounds": 1, "answered": ["a", "b"], "bytes": 1024, "seconds": 2.0, "epsilon_left": 24.0}
+        log.emit("federated", "round", round=1, **values)
+        values = {"bits_per_char": 2.25, "accuracy": None, "macro_f1": 0.5, "f1_by_label": {"a": {"f1": 0.5}}}
+        log.emit("federated", "private_evaluation", round=1, silos=["a", "b"], **values)
         log.emit("pretrain", "commit", step=2)
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = {tag: [(point.step, point.value) for point in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
@@ -30,6 +33,9 @@ def test_the_scalars_are_the_events_figures(tmp_path):
         "federated/silos": [(1, 2.0)],
         "federated/bytes": [(1, 1024.0)],
         "federated/seconds": [(1, 2.0)],
+        "federated/epsilon_left": [(1, 24.0)],
+        "federated/private_bits_per_char": [(1, 2.25)],
+        "federated/private_macro_f1": [(1, 0.5)],
     }
 
 

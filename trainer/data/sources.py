@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.artifacts import unreadable
 from configs.data_settings import SourceSettings
 from configs.errors import InputError
 from trainer.data.embedded import EMBEDDED
@@ -77,6 +78,13 @@ def _read_hugging_face(name: str, split: str) -> Iterator[Row]:
 
 
 def _read_path(path: Path, counts: ReadCounts) -> Iterator[Row]:
+    try:
+        yield from _read_files(path, counts)
+    except PermissionError as error:
+        raise InputError(unreadable(Path(error.filename or path))) from None
+
+
+def _read_files(path: Path, counts: ReadCounts) -> Iterator[Row]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _READERS)
         if not files:
@@ -92,6 +100,8 @@ def _read_path(path: Path, counts: ReadCounts) -> Iterator[Row]:
             yield from _READERS[file.suffix](file, counts)
         except FileNotFoundError:
             raise InputError(f"{file}: no such file") from None
+        except PermissionError:
+            raise  # as those above, where the path itself was looked at
         except OSError as error:
             raise InputError(f"{file}: can't be read ({error})") from None
 

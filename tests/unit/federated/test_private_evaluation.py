@@ -11,7 +11,7 @@ from silo_requests import TRUSTED, ask
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import to_bytes
-from federated.private_evaluation import METRIC, SENSITIVITY, Bounds, checked_sums, figures, private_sums
+from federated.private_evaluation import METRIC, Bounds, checked_sums, figures, private_sums
 from federated.server_app import initial_adapter
 from federated.silo import Silo, warm_model
 from privacy.noise import grid, noised_sums
@@ -34,6 +34,7 @@ PLAN = PlanRequest(
 )
 DIGEST = "ab" * 32
 CONTEXT = 64
+SENSITIVITY = 2.0  # of four values from 0 to 1
 
 
 def streams(number):
@@ -69,7 +70,7 @@ def test_the_sums_are_those_of_a_loop_over_units(scored):
     model, task, units = scored
     bounds, plain = Bounds(CONTEXT), unit_by_unit(*scored)
     expected = np.clip(plain / bounds.scale, 0, 1).sum(axis=0)
-    found = [private_sums(model, task, units, bounds, 1e-9, streams(1), size) for size in (1, 3)]
+    found = [private_sums(model, task, units, [], bounds, 1e-9, streams(1), size) for size in (1, 3)]
     np.testing.assert_allclose(found, [expected, expected], atol=1e-5)
     whole = score(model, task, units, 2)
     shown = figures([found[0]], bounds, 1e-9)
@@ -91,7 +92,7 @@ def test_adding_a_unit_moves_the_vector_by_no_more_than_the_sensitivity(scored):
     for loss in (1e9, math.inf, math.nan, -5.0):
         task = Broken(load_tokenizer_of(scored), CONTEXT)
         task.loss = loss
-        arguments = (Bounds(CONTEXT), 1e-9, streams(1), 1)
+        arguments = ([], Bounds(CONTEXT), 1e-9, streams(1), 1)
         moved = np.subtract(*(private_sums(model, task, part, *arguments) for part in (units, units[:-1])))
         assert np.isfinite(moved).all()
         assert ((moved > -1e-6) & (moved < 1 + 1e-6)).all()
@@ -135,7 +136,7 @@ def test_noise_alone_gives_no_figure():
 @pytest.mark.parametrize("sums", [[], [1.0] * 3, [1.0, 2.0, 3.0, math.nan], [math.inf] * 4])
 def test_sums_that_are_none_are_rejected(sums):
     with pytest.raises(ValueError, match="its sums are"):
-        checked_sums(sums)
+        checked_sums(sums, Bounds(128))
 
 
 # In a silo
