@@ -22,7 +22,7 @@ from federated.label_counts import KINDS, SQUARED_SENSITIVITY, Example, f1_figur
 from privacy.noise import noised_sums
 from privacy.streams import Streams
 from trainer.models import load_adapter_weights
-from trainer.tasks import CausalTask, Encoded, by_length
+from trainer.tasks import CausalTask, Encoded
 
 METRIC = "held_out"
 _VALUES = ("nats", "characters", "correct tokens", "tokens")
@@ -96,26 +96,25 @@ def private_sums(
         bounds: public.
         noise_multiplier: of the plan's release; the noise on each sum has ``noise_multiplier * bounds.sensitivity``.
         streams: the charge's random streams.
-        micro_batch_size: units at once; speed only.
+        micro_batch_size: of one unit's labels; speed only.
     """
     values = np.zeros(len(_VALUES))
-    for part in _unit_values(model, task, units, bounds, micro_batch_size):
-        values += part.sum(axis=0)
+    for unit in units:
+        values += _unit_values(model, task, unit, bounds)
     counts = label_counts(model, task, examples, len(bounds.labels), micro_batch_size)
     sums = np.concatenate([values, counts.ravel()])
     return [float(value) for value in noised_sums(sums, noise_multiplier * bounds.sensitivity, streams, METRIC)]
 
 
-def _unit_values(
-    model: Any, task: CausalTask, units: Sequence[Encoded], bounds: Bounds, micro_batch_size: int
-) -> Iterator[npt.NDArray[np.float64]]:
-    """Values of some units, from 0 to 1, shape (B, 4). A unit whose loss is not finite counts as the worst."""
+def _unit_values(model: Any, task: CausalTask, unit: Encoded, bounds: Bounds) -> npt.NDArray[np.float64]:
+    """A unit's four values, from 0 to 1. One whose loss is not finite counts as the worst.
+
+    By itself: beside others its values would be rounded otherwise, and one unit could move another one's.
+    """
     with torch.no_grad():
-        for micro in by_length(units, micro_batch_size):
-            nats, correct, tokens = task.record_scores(model, task.collate(micro)).numpy().T
-            characters = np.array([float(unit.characters) for unit in micro])
-            found = np.stack([np.nan_to_num(nats, nan=np.inf), characters, correct, tokens], axis=1)
-            yield np.rint(np.clip(found / bounds.scale, 0.0, 1.0) / _STEP) * _STEP
+        nats, correct, tokens = task.record_scores(model, task.collate([unit])).numpy()[0]
+    found = np.array([np.nan_to_num(nats, nan=np.inf), unit.characters, correct, tokens])
+    return np.rint(np.clip(found / bounds.scale, 0.0, 1.0) / _STEP) * _STEP
 
 
 def checked_sums(sums: Sequence[float], bounds: Bounds) -> list[float]:

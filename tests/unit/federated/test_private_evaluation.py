@@ -70,13 +70,23 @@ def test_the_sums_are_those_of_a_loop_over_units(scored):
     model, task, units = scored
     bounds, plain = Bounds(CONTEXT), unit_by_unit(*scored)
     expected = np.clip(plain / bounds.scale, 0, 1).sum(axis=0)
-    found = [private_sums(model, task, units, [], bounds, 1e-9, streams(1), size) for size in (1, 3)]
-    np.testing.assert_allclose(found, [expected, expected], atol=1e-5)
+    found = private_sums(model, task, units, [], bounds, 1e-9, streams(1), 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
     whole = score(model, task, units, 2)
-    shown = figures([found[0]], bounds, 1e-9)
+    shown = figures([found], bounds, 1e-9)
     assert shown["bits_per_char"] == pytest.approx(whole.bits_per_char, rel=1e-4)  # nothing was clipped
     assert shown["accuracy"] == pytest.approx(plain[:, 2].sum() / plain[:, 3].sum(), rel=1e-4)
     assert shown["accuracy"] > 0.01
+
+
+def test_a_units_values_do_not_depend_on_the_others(scored):
+    """Nor on how they are rounded beside others: the sensitivity is exact."""
+    model, task, units = scored
+    noiseless = [
+        private_sums(model, task, part, [], Bounds(CONTEXT), 1e-30, streams(1), 4)
+        for part in (units, *map(list, zip(units)))
+    ]
+    assert noiseless[0] == pytest.approx(np.sum(noiseless[1:], axis=0), rel=0, abs=1e-12)
 
 
 def test_adding_a_unit_moves_the_vector_by_no_more_than_the_sensitivity(scored):
