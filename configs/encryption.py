@@ -2,11 +2,13 @@
 
 A sealed file is a header (magic, version, id of the key, salt, what the file is), then chunks of 1 MiB, each with its
 tag. The chunks follow the STREAM construction (Hoang, Reyhanitabar, Rogaway, Vizar 2015): a chunk's nonce holds its
-number and whether it is the last, so that a chunk cut off, moved or doubled is found. Every file has a key of its own,
+number and whether it is the last, so that a chunk cut off, moved or doubled is found. What the file is, its context,
+names the run or the settings that it belongs to and its place among their files. Every file has a key of its own,
 derived by HKDF-SHA256 from the user's key and 32 random bytes: no two files share a (key, nonce), however many are
 written. The header is every chunk's associated data.
 
-What it doesn't do: an older sealed file put back in the place of a newer one of the same name is not noticed.
+What it doesn't do: an older sealed file of the same settings put back in the place of a newer one of the same name is
+not noticed.
 """
 
 import base64
@@ -35,7 +37,7 @@ MAGIC = b"SWSEALED"
 CHUNK_BYTES = 2**20
 SEALED_SUFFIXES = (".safetensors", ".pt")
 
-_VERSION = 1
+_VERSION, _READABLE = 2, (1, 2)  # in version 1 a model's and a checkpoint's context was the place alone
 _KEY_BYTES, _KEY_ID_BYTES, _SALT_BYTES, _PREFIX_BYTES, _TAG_BYTES = 32, 16, 32, 7, 16
 _FIXED_HEADER = struct.Struct(f">{len(MAGIC)}sB{_KEY_ID_BYTES}s{_SALT_BYTES}sH")
 _HOW_TO_MAKE = "make one with `(umask 077; openssl rand -hex 32 > FILE)`"
@@ -134,7 +136,7 @@ def seal(content: bytes | memoryview, key: MasterKey, context: str) -> bytes:
     return b"".join([header, *chunks])
 
 
-def unseal(sealed: bytes, key: MasterKey, context: str | None, origin: str) -> bytes:
+def unseal(sealed: bytes, key: MasterKey, context: str | None, origin: str, older: str | None = None) -> bytes:
     """Decrypts what ``seal`` made.
 
     Args:
@@ -142,11 +144,13 @@ def unseal(sealed: bytes, key: MasterKey, context: str | None, origin: str) -> b
         key: the user's key.
         context: what the file must be; None takes whatever it is.
         origin: the file's name, for messages.
+        older: what a file of version 1 was sealed as, where that is something else.
 
     Raises:
         InputError: it was sealed with another key or as something else, or it was changed or cut.
     """
-    header, key_id, salt, found = _read_header(sealed, origin)
+    header, version, key_id, salt, found = _read_header(sealed, origin)
+    context = older if version == 1 and older is not None else context
     if key_id != key.key_id:
         raise InputError(f"{origin}: was encrypted with another key than {key.origin}; give the key it was made with")
     if context is not None and found != context:
@@ -163,20 +167,21 @@ def unseal(sealed: bytes, key: MasterKey, context: str | None, origin: str) -> b
         raise _changed(origin) from None
 
 
-def _read_header(sealed: bytes, origin: str) -> tuple[bytes, bytes, bytes, str]:
-    """(header, id of the key, salt, context)."""
+def _read_header(sealed: bytes, origin: str) -> tuple[bytes, int, bytes, bytes, str]:
+    """(header, version, id of the key, salt, context)."""
     if len(sealed) < _FIXED_HEADER.size:
         raise _changed(origin)
     magic, version, key_id, salt, length = _FIXED_HEADER.unpack_from(sealed)
     if magic != MAGIC:
         raise InputError(f"{origin}: is not encrypted by Siloweave")
-    if version != _VERSION:
+    if version not in _READABLE:
         raise InputError(
-            f"{origin}: encrypted in version {version}, this Siloweave reads {_VERSION}; upgrade, or put the file back"
+            f"{origin}: encrypted in version {version}, this Siloweave reads up to {_VERSION}; upgrade, or put the "
+            "file back"
         )
     end = _FIXED_HEADER.size + length
     try:
-        return sealed[:end], key_id, salt, sealed[_FIXED_HEADER.size : end].decode()
+        return sealed[:end], version, key_id, salt, sealed[_FIXED_HEADER.size : end].decode()
     except UnicodeDecodeError:
         raise _changed(origin) from None
 
@@ -209,7 +214,7 @@ def write_sealed(path: Path, content: bytes | memoryview, key: MasterKey | None,
     write_atomic(path, bytes(content) if key is None else seal(content, key, context))
 
 
-def read_sealed(path: Path, key: MasterKey | None, context: str | None) -> bytes:
+def read_sealed(path: Path, key: MasterKey | None, context: str | None, older: str | None = None) -> bytes:
     """Reads what ``write_sealed`` wrote with the same key.
 
     Raises:
@@ -218,7 +223,7 @@ def read_sealed(path: Path, key: MasterKey | None, context: str | None) -> bytes
     """
     _check_form(path, key)
     content = path.read_bytes()
-    return content if key is None else unseal(content, key, context, str(path))
+    return content if key is None else unseal(content, key, context, str(path), older)
 
 
 def _check_form(path: Path, key: MasterKey | None) -> None:
@@ -250,7 +255,7 @@ def sealing(target: Path, key: MasterKey | None, context: str) -> Iterator[Path]
 
 
 @contextmanager
-def opened(source: Path, key: MasterKey | None, context: str) -> Iterator[Path]:
+def opened(source: Path, key: MasterKey | None, context: str, older: str | None = None) -> Iterator[Path]:
     """A folder for libraries that read files themselves, with the weights of ``source`` in the clear.
 
     Without a key it is ``source`` itself. With one it is a private copy below TMPDIR that is gone afterwards.
@@ -268,7 +273,8 @@ def opened(source: Path, key: MasterKey | None, context: str) -> Iterator[Path]:
         folder = Path(name)
         for path, relative in _files(source):
             mine = key if _holds_weights(path) else None
-            _write_private(folder / relative, read_sealed(path, mine, f"{context}/{relative}"))
+            before = None if older is None else f"{older}/{relative}"
+            _write_private(folder / relative, read_sealed(path, mine, f"{context}/{relative}", before))
         yield folder
 
 

@@ -3,10 +3,16 @@
 A span that looks like an identifier becomes ``<KIND>``. Patterns find identifiers that have a form; names need a list
 or a spaCy model that the user has. Each text is treated alone: what another record holds changes nothing. Nothing is
 ever downloaded, and what Presidio would pass over (a pattern that takes too long) ends the run.
+
+Presidio's work grows with the square of a text's length on text that is made for it, and often on text that isn't. So
+a long text is read through windows of a fixed size, each a little back into the last one.
 """
 
 import logging
+import re
+import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +23,9 @@ from configs.data_settings import DeidentifySettings
 from configs.errors import InputError, SiloweaveError
 
 MIN_SCORE = 0.4
+WINDOW, LOOK_BACK = 2048, 256  # characters that one call of Presidio sees anew, and once more
+LONGEST = 256  # what is longer is found too, but may go on to the next space
+_RULES = 2  # what this file finds: another number where it finds something else
 _LANGUAGE = "en"
 _MONTH = (
     "(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t(?:ember)?)?|Oct(?:ober)?|"
@@ -33,6 +42,14 @@ _URLS = (
     r"\bwww\d{0,3}\.[\w.-]+\.[a-z]{2,}(?:/[^\s()<>\"']*)?(?<![.,;:!?])",
     r"\b(?:[a-z0-9-]+\.)+[a-z]{2,}/[^\s()<>\"']*(?<![.,;:!?])",
 )
+# In a name: apostrophes and hyphens of typesetters, and what is not seen.
+_TYPEWRITER = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201b\u02bc\u02b9\u2032\u00b4`", "'")
+    | dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-")
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", "")
+)
+_CLUSTER = re.compile(r".[\u0300-\u036f]*", re.DOTALL)
+_SPACE_OR_END = re.compile(r"\s|$")
 
 
 class Deidentifier:
@@ -67,23 +84,61 @@ class Deidentifier:
             raise SiloweaveError(f"de-identification failed on a record ({type(error).__name__})") from None
 
     def _replace(self, text: str) -> str:
+        pieces, start = [], 0
+        while start < len(text):
+            piece, start = self._replace_window(text, start)
+            pieces.append(piece)
+        return "".join(pieces)
+
+    def _replace_window(self, text: str, start: int) -> tuple[str, int]:
+        """The text from ``start`` on, treated, and where the next window starts."""
+        from presidio_anonymizer.entities import ConflictResolutionStrategy, RecognizerResult
+
+        before, end = max(0, start - LOOK_BACK), min(start + WINDOW, len(text))
+        found = [
+            RecognizerResult(result.entity_type, result.start + before, result.end + before, result.score)
+            for result in self._find(text[before:end])
+        ]
+        stop = _stop(text, end, [(result.start, result.end) for result in found])
+        inside = [
+            RecognizerResult(result.entity_type, max(result.start, start) - start, last - start, result.score)
+            for result in found
+            if (last := stop if result.end == end else min(result.end, stop)) > max(result.start, start)
+        ]
+        # Of two that overlap the better keeps its span and the other gives way: no part of either stays.
+        treated = self._anonymizer.anonymize(
+            text[start:stop], inside, conflict_resolution=ConflictResolutionStrategy.REMOVE_INTERSECTIONS
+        )
+        self.counts.update(item.entity_type for item in treated.items)
+        return str(treated.text), stop
+
+    def _find(self, text: str) -> list[Any]:
         from presidio_analyzer.nlp_engine import NlpArtifacts
-        from presidio_anonymizer.entities import ConflictResolutionStrategy
 
         engine = self._analyzer.nlp_engine
         artifacts = engine.process_text(text, _LANGUAGE)
         # A blank pipeline has no lemmas; Presidio looks for context ("phone", "passport") among them.
         artifacts.lemmas = [token.lower_ for token in artifacts.tokens]
         artifacts.keywords = NlpArtifacts.set_keywords(engine, artifacts.lemmas, _LANGUAGE)
-        found = self._analyzer.analyze(text, _LANGUAGE, score_threshold=MIN_SCORE, nlp_artifacts=artifacts)
-        if not found:
-            return text
-        # Of two that overlap the better keeps its span and the other gives way: no part of either stays.
-        result = self._anonymizer.anonymize(
-            text, found, conflict_resolution=ConflictResolutionStrategy.REMOVE_INTERSECTIONS
-        )
-        self.counts.update(item.entity_type for item in result.items)
-        return str(result.text)
+        found: list[Any] = self._analyzer.analyze(text, _LANGUAGE, score_threshold=MIN_SCORE, nlp_artifacts=artifacts)
+        return found
+
+
+def _stop(text: str, end: int, found: Sequence[tuple[int, int]]) -> int:
+    """Where the treatment of a window that ends at ``end`` stops, so that no identifier is cut in two.
+
+    That is a space in no finding, and so far before the end that an identifier that holds it would have been found.
+    Where a finding leaves no such place, its end is the place; where it reaches the window's end, the next space is.
+    """
+    if end == len(text):
+        return end
+    places = range(end - 2 * LONGEST, end - LONGEST)
+    taken = {place for first, last in found for place in range(max(first + 1, places.start), min(last, places.stop))}
+    free = [place for place in places if place not in taken]
+    if free:
+        return next((place for place in free if text[place].isspace()), free[0])
+    last = max(last for first, last in found if first < places.stop)
+    return last if last < end else _SPACE_OR_END.search(text, end).start()  # type: ignore[union-attr]  # $ is found
 
 
 def open_deidentifier(settings: DeidentifySettings) -> Deidentifier | None:
@@ -117,7 +172,7 @@ def _engines(settings: DeidentifySettings) -> tuple[Any, Any, str]:
     return (
         analyzer,
         AnonymizerEngine(),
-        digest_json([shaping, digest_bytes("\n".join(names).encode()), model, versions]),
+        digest_json([_RULES, shaping, digest_bytes("\n".join(names).encode()), model, versions]),
     )
 
 
@@ -216,14 +271,39 @@ def _national(countries: tuple[str, ...]) -> list[Any]:
 
 
 def _person(names: list[str], has_model: bool) -> list[Any]:
-    import regex
-    from presidio_analyzer import PatternRecognizer
     from presidio_analyzer.predefined_recognizers import SpacyRecognizer
 
+    return [
+        *([_by_list(names)] if names else []),
+        *([SpacyRecognizer(supported_entities=["PERSON"])] if has_model else []),
+    ]
+
+
+def _by_list(names: list[str]) -> Any:
+    import regex
+    from presidio_analyzer import Pattern, PatternRecognizer, RecognizerResult
+
+    class Names(PatternRecognizer):  # type: ignore[misc]  # Presidio is not typed where it is not installed
+        def analyze(self, text: str, *args: Any, **kwargs: Any) -> list[RecognizerResult]:
+            folded, places = _fold(text)
+            found: list[RecognizerResult] = super().analyze(folded, *args, **kwargs)
+            for result in found:
+                result.start, result.end = places[result.start][0], places[result.end - 1][1]
+            return found
+
     # With case: otherwise every "will", "may" and "mark" is somebody's name.
-    written = list(dict.fromkeys(form for name in names for form in (name, name.upper())))
-    flags = regex.DOTALL | regex.MULTILINE
-    by_list = (
-        [PatternRecognizer("PERSON", name="names", deny_list=written, global_regex_flags=flags)] if written else []
-    )
-    return [*by_list, *([SpacyRecognizer(supported_entities=["PERSON"])] if has_model else [])]
+    written = dict.fromkeys(_fold(form)[0] for name in names for form in (name, name.upper()))
+    parts = (r"\s++".join(map(regex.escape, form.split())) for form in written)
+    listed = Pattern("listed", rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", 1.0)
+    return Names("PERSON", name="names", patterns=[listed], global_regex_flags=regex.DOTALL | regex.MULTILINE)
+
+
+def _fold(text: str) -> tuple[str, Sequence[tuple[int, int]]]:
+    """A text as a typewriter would have it, decomposed (NFKD), and (start, end) in ``text`` of each character of it."""
+    pieces: list[str] = []
+    places: list[tuple[int, int]] = []
+    for cluster in _CLUSTER.finditer(text):
+        piece = unicodedata.normalize("NFKD", cluster[0].translate(_TYPEWRITER))
+        pieces.append(piece)
+        places += [cluster.span()] * len(piece)
+    return "".join(pieces), places

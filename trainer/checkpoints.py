@@ -69,18 +69,25 @@ def steps(root: Storage) -> list[int]:
     return [int(name.removeprefix(f"{UNIT}-")) for name in committed(root, UNIT)]
 
 
-def keep_sealed(engine: Any, key: MasterKey) -> None:
-    """From here on the engine's checkpoint files are encrypted; DeepSpeed's own never touch the disk in the clear."""
+def keep_sealed(engine: Any, key: MasterKey, config_digest: str) -> None:
+    """From here on the engine's checkpoint files are encrypted; DeepSpeed's own never touch the disk in the clear.
+
+    Args:
+        engine: DeepSpeed's.
+        key: the user's key.
+        config_digest: of the settings and the corpus: a checkpoint of others is refused, whatever its manifest says.
+    """
     import torch
 
     def save(state_dict: Any, path: str) -> None:
         buffer = io.BytesIO()
         torch.save(state_dict, buffer)
         # Scratch: it need not survive a crash, so it is neither synced nor moved into place.
-        Path(path).write_bytes(seal(buffer.getbuffer(), key, _context(Path(path))))
+        Path(path).write_bytes(seal(buffer.getbuffer(), key, f"{config_digest}/{_place(Path(path))}"))
 
     def load(path: str, map_location: Any = None) -> Any:
-        content = read_sealed(Path(path), key, _context(Path(path)))
+        place = _place(Path(path))
+        content = read_sealed(Path(path), key, f"{config_digest}/{place}", older=place)
         # A pickle, but one that only somebody with the key can have written.
         return torch.load(io.BytesIO(content), map_location=map_location, weights_only=False)
 
@@ -96,6 +103,6 @@ def read_shard(engine: Any, key: MasterKey | None, path: Path) -> Any:
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
 
 
-def _context(path: Path) -> str:
+def _place(path: Path) -> str:
     """One step's shard can't stand in for another's."""
     return f"{path.parent.name}/{path.name}"

@@ -2,18 +2,16 @@
 
 from typing import Any
 
-from configs.encryption import load_key
 from configs.schema import RunConfig
-from trainer import checkpoints
 from trainer.optimizers import learning_rate, new_optimizer
 from trainer.zero import Rank, deepspeed_config, require_supported
 
 
 def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
-    """The engine around a model at its random start and its optimizer; with a key, its checkpoints are sealed.
+    """The engine around a model at its random start and its optimizer.
 
     Raises:
-        InputError: the settings ask for what this rank's machine can't do, or the key can't be read.
+        InputError: the settings ask for what this rank's machine can't do.
     """
     require_supported(config, rank, vocab_size)
     import deepspeed
@@ -36,9 +34,6 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     )
     if settings.torch_compile:
         engine.compile()
-    key = load_key(config.run.encryption_key_file)
-    if key is not None:
-        checkpoints.keep_sealed(engine, key)
     return engine
 
 

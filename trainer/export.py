@@ -54,9 +54,10 @@ def export(config: RunConfig, run_directory: Path) -> Manifest:
     shutil.copytree(run_directory / "tokenizer", target, ignore=shutil.ignore_patterns("manifest.json"))
     model = new_model(config.model, corpus.metadata["vocab_size"], config.run.seed)
     key = load_key(config.run.encryption_key_file)
-    with opened(checkpoint.directory, key, checkpoint.directory.name) as folder:
+    name = checkpoint.directory.name
+    with opened(checkpoint.directory, key, f"{digest}/{name}", older=name) as folder:
         model.load_state_dict(_consolidated(folder, config.pretrain.zero_stage))
-    with sealing(target, key, MODEL) as folder:
+    with sealing(target, key, f"{digest}/{MODEL}") as folder:
         model.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     (target / "README.md").write_text(_card(config, corpus, parameters), encoding="utf-8")

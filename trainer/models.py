@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from configs.artifacts import read_manifest
 from configs.encryption import MasterKey, opened
 from configs.pretrain_settings import ModelSettings
 
@@ -78,11 +79,13 @@ def load_model(directory: Path, key: MasterKey | None = None) -> Any:
     """The model of an exported directory, float32, in evaluation mode. Reads safetensors only, never pickles.
 
     Raises:
-        InputError: its weights were not written with this key.
+        InputError: its weights were not written with this key, or were made with other settings than its manifest says.
     """
     from transformers import AutoModelForCausalLM
 
-    with opened(directory, key, MODEL) as folder:
+    manifest = read_manifest(directory, MODEL)
+    owner = manifest.config_digest if manifest else ""
+    with opened(directory, key, f"{owner}/{MODEL}", older=MODEL) as folder:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,

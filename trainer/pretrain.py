@@ -164,6 +164,9 @@ def _begin(
     digest = pretrain_digest(config, manifest.content_digest)
     begin.phase("build")
     engine = build_engine(config, rank, manifest.metadata["vocab_size"])
+    key = load_key(config.run.encryption_key_file)
+    if key is not None:
+        checkpoints.keep_sealed(engine, key, digest)
     begin.phase("resume")
     progress = Progress(config.pretrain, _resume(engine, config, storage, digest, rank, report), skipped)
     scratch = scratch_folder(config, run_directory)

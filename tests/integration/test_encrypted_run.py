@@ -7,13 +7,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from configs.encryption import ENVIRONMENT, is_sealed, load_key
+from configs.artifacts import require_manifest
+from configs.encryption import ENVIRONMENT, is_sealed, load_key, unseal, write_sealed
 from configs.errors import InputError
 from configs.events import read_events
 from federated import commits
 from federated.final_model import save_peft
 from federated.rounds import Coordinator
 from federated.simulation import simulate
+from trainer.export import export
+from trainer.models import load_model
+from trainer.pretrain import pretrain_digest
 
 SECRET = bytes(range(200, 232)).hex()
 WEIGHTS = {".safetensors", ".pt"}
@@ -131,6 +135,41 @@ def test_the_wrong_key_and_no_key_are_one_clear_line(sealed, siloweave, tmp_path
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def put_in_place_of_another(folder, name, config_digest):
+    """What somebody without the key can do: the manifest is theirs to write."""
+    manifest = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**manifest, "config_digest": config_digest}))
+
+
+def test_what_another_run_encrypted_is_refused_in_its_place(sealed, tiny_run, tmp_path):
+    root, key_file = sealed
+    shutil.copytree(root / "runs" / "tiny", tmp_path / "tiny")
+    run = tmp_path / "tiny"
+    config = tiny_run.config("pretrain.steps=20", "run.seed=77", f"run.encryption_key_file={key_file}")
+    digest = pretrain_digest(config, require_manifest(run / "corpus", "corpus", "prepare").content_digest)
+    key = load_key(str(key_file))
+    assert load_model(run / "model", key) is not None
+    put_in_place_of_another(run / "model", "manifest.json", digest)
+    with pytest.raises(InputError, match=rf"is the encrypted '[0-9a-f]{{64}}/model/.*', not '{digest}/model/"):
+        load_model(run / "model", key)
+    shutil.rmtree(run / "model")
+    put_in_place_of_another(run / "pretrain" / "checkpoints" / "step-00000020", "COMMITTED", digest)
+    with pytest.raises(InputError, match=rf"is the encrypted '[0-9a-f]{{64}}/step-00000020/.*', not '{digest}/step-"):
+        export(config, run)
+
+
+def test_a_model_of_the_first_version_is_still_read(sealed, monkeypatch, tmp_path):
+    root, key_file = sealed
+    key, old = load_key(str(key_file)), tmp_path / "model"
+    shutil.copytree(root / "runs" / "tiny" / "model", old)
+    shutil.copytree(old, tmp_path / "new")
+    weights = unseal((old / "model.safetensors").read_bytes(), key, None, "model")
+    monkeypatch.setattr("configs.encryption._VERSION", 1)
+    write_sealed(old / "model.safetensors", weights, key, "model/model.safetensors")
+    monkeypatch.undo()
+    assert load_model(old, key).state_dict().keys() == load_model(tmp_path / "new", key).state_dict().keys()
 
 
 def test_the_decrypted_model_is_a_hugging_face_directory(sealed, siloweave, tmp_path):

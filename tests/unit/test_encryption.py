@@ -56,7 +56,7 @@ def test_the_format_is_the_documented_one():
     """Decrypted by hand, chunk by chunk, from the module's description."""
     sealed = seal(LONG[: CHUNK_BYTES + 5], KEY, CONTEXT)
     header, body = sealed[:HEADER_BYTES], sealed[HEADER_BYTES:]
-    assert header.startswith(MAGIC + b"\x01")
+    assert header.startswith(MAGIC + b"\x02")
     assert header.endswith(len(CONTEXT).to_bytes(2, "big") + CONTEXT.encode())
     derived = HKDF(SHA256(), 39, salt=header[25:57], info=b"siloweave sealed file: content").derive(SECRET)
     cipher, prefix = AESGCM(derived[:32]), derived[32:]
@@ -214,6 +214,27 @@ def test_folders_are_sealed_on_the_way_in_and_opened_on_the_way_out(tmp_path):
         pass
     (target / "stranger.safetensors").write_bytes(b"weights")
     with pytest.raises(InputError, match=r"stranger\.safetensors: is not encrypted"), opened(target, KEY, "model"):
+        pass
+
+
+def test_older_files_are_read_by_what_they_were_sealed_as(tmp_path, monkeypatch):
+    monkeypatch.setattr("configs.encryption._VERSION", 1)
+    with sealing(tmp_path / "older", KEY, "model") as folder:
+        (folder / "w.safetensors").write_bytes(b"old")
+    whole = seal(b"round", KEY, CONTEXT)
+    monkeypatch.undo()
+    assert (tmp_path / "older" / "w.safetensors").read_bytes()[len(MAGIC)] == 1
+    assert unseal(whole, KEY, CONTEXT, "f") == b"round"
+    with opened(tmp_path / "older", KEY, "run/model", older="model") as folder:
+        assert (folder / "w.safetensors").read_bytes() == b"old"
+    with pytest.raises(InputError, match="is the encrypted"), opened(tmp_path / "older", KEY, "run/model"):
+        pass
+    with sealing(tmp_path / "new", KEY, "model") as folder:  # of this version, and it names no run
+        (folder / "w.safetensors").write_bytes(b"new")
+    with (
+        pytest.raises(InputError, match=r"is the encrypted 'model/w.safetensors', not 'run/model/w.safetensors'"),
+        opened(tmp_path / "new", KEY, "run/model", older="model"),
+    ):
         pass
 
 

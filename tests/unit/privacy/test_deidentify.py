@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from configs.load import load
 from configs.silo import simulated_silo
 from federated.silo import Silo
 from federated.silo_data import load_units, rows_of
-from privacy.deidentify import Deidentifier, open_deidentifier
+from privacy.deidentify import LONGEST, LOOK_BACK, WINDOW, Deidentifier, open_deidentifier
 from trainer.data.prepare import prepare
 
 pytest.importorskip("presidio_analyzer")
@@ -91,6 +92,31 @@ def test_names_come_from_the_list_as_written_and_in_capitals(tmp_path):
     assert deidentify("Will will see Mary Ann Smith's son") == "<PERSON> will see <PERSON>'s son"
     assert deidentify("SMITH, blacksmith: Åse Ñandú") == "<PERSON>, blacksmith: <PERSON>"
     assert deidentify.counts == {"PERSON": 4}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "Anna M\u00fcller",
+        "Anna Mu\u0308ller",
+        "ANNA MU\u0308LLER",
+        "Anna\nM\u00fcller",
+        "Anna\u00a0 \tM\u00fcller",
+        "\uff21nna M\u00fcl\u00adler",
+        "O'Brien",
+        "O\u2019Brien",
+        "O\u02bcBRIEN",
+        "Griffin-Vo Thi\u0323\u0302",
+        "Gri\ufb03n\u2011Vo Thi\u0302\u0323",
+    ],
+)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_listed_name_is_found_in_every_form_of_its_characters(tmp_path, written, form):
+    names = "Anna M\u00fcller\nO\u2019Brien\nGriffin-Vo Thi\u0302\u0323\nRene\n"
+    (tmp_path / "names.txt").write_text(unicodedata.normalize(form, names), encoding="utf-8")
+    deidentify = Deidentifier(ON.model_copy(update={"names_file": str(tmp_path / "names.txt")}))
+    around = "It\u2019s \ufb01ne, Rene\u0301: "
+    assert deidentify(f"{around}{written}, {written}.") == f"{around}<PERSON>, <PERSON>."
 
 
 def test_names_come_from_a_spacy_model_that_is_there(tmp_path):
@@ -171,6 +197,64 @@ def test_nothing_is_fetched_and_a_slow_pattern_is_an_error_that_quotes_nothing()
     assert done.stdout == "<EMAIL_ADDRESS>, <URL>, <PHONE_NUMBER>\n"
     assert "SiloweaveError: de-identification failed on a record (TimeoutError)" in done.stderr
     assert "SECSEC" not in done.stderr
+
+
+ADVERSARIAL = {
+    "words before an @": "a." * 10_000 + "@",
+    "many @": "a@" * 10_000,
+    "many hyphens": "a-" * 10_000,
+    "digits": "1-" * 10_000,
+    "one word": "a" * 20_000,
+    "one address": "http://h/" + "a" * 20_000,
+    "space": "Anna" + " " * 20_000,
+    "marks": "Anna" + "\u0308" * 20_000,
+}
+
+
+@pytest.mark.parametrize("text", ADVERSARIAL.values(), ids=ADVERSARIAL)
+def test_no_call_sees_more_than_a_window_and_all_together_grow_with_the_length(plain, monkeypatch, text):
+    """What a call costs may grow with the square of what it sees: so that is bounded, whatever the text."""
+    seen = []
+    find = plain._find
+    monkeypatch.setattr(plain, "_find", lambda piece: (seen.append(len(piece)), find(piece))[1])
+    treated = plain(f"{text} j.doe@example.org")
+    assert treated.endswith("<EMAIL_ADDRESS>")
+    assert max(seen) <= WINDOW + LOOK_BACK
+    assert sum(seen) <= 2 * len(text)
+
+
+@pytest.mark.parametrize(
+    ("identifier", "kind"),
+    [
+        ("j.doe@ward.hospital.internal", "EMAIL_ADDRESS"),
+        ("DE89 3704 0044 0532 0130 00", "IBAN_CODE"),
+        ("3 March 2021", "DATE_TIME"),
+        ("Anna Maria Smith", "PERSON"),
+        ("http://intranet/" + "ward/" * 40, "URL"),
+    ],
+)
+@pytest.mark.parametrize("filler", ["so it was, ", "x"])
+def test_a_window_cuts_no_identifier_wherever_it_lies(tmp_path, identifier, kind, filler):
+    (tmp_path / "names.txt").write_text("Anna Maria Smith\n")
+    deidentify = Deidentifier(ON.model_copy(update={"names_file": str(tmp_path / "names.txt")}))
+    # A step that is no divisor of the places where a window can end, and shorter than what is looked for.
+    for place in range(WINDOW - 2 * LONGEST - 2 * len(identifier), WINDOW + 8, max(7, len(identifier) - 5)):
+        before = (filler * WINDOW)[:place]
+        assert deidentify(f"{before} {identifier} {filler * 9}") == f"{before} <{kind}> {filler * 9}", place
+
+
+def test_what_is_longer_than_a_window_is_taken_to_the_next_space(plain):
+    long = "https://h/" + "ward/" * WINDOW
+    assert plain(f"see {long} now, j.doe@example.org") == "see <URL> now, <EMAIL_ADDRESS>"
+    assert plain.counts["URL"] >= 1
+
+
+def test_a_long_text_is_treated_as_its_notes_are(benchmark, tmp_path):
+    """Recall does not fall where a window ends: notes joined lose no more than notes alone."""
+    deidentify, examples = benchmark.open_with_names(tmp_path), benchmark.notes(150, seed=17)
+    alone = [deidentify(note.text) for note in examples]
+    assert len("\n".join(alone)) > 4 * WINDOW
+    assert deidentify("\n".join(note.text for note in examples)).split("\n") == alone
 
 
 def test_the_library_may_not_log_what_quotes_text(plain):
