@@ -4,7 +4,6 @@ Three ways to look at it, each from released values alone: the noised gradients 
 the adapter, and the final model's losses.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from privacy.audit import Finding, fair_coins, judge, num_guesses
 from privacy.canaries import NO_CANARY, Probe, Released, gradient_scores
 from privacy.engine import PrivateTraining
 from privacy.plan import PlanRequest
-from privacy.streams import SEED_BYTES, Streams
+from privacy.streams import Streams
 from trainer.models import trainable
 from trainer.tasks import CausalTask, Encoded
 
@@ -98,13 +97,18 @@ class AuditTraining:
         tokens = np.random.default_rng().integers(1, self.model.config.vocab_size, size=shape)
         return [Encoded((0, *row, 0), characters=len(row), truncated=False) for row in tokens.tolist()]
 
-    def train(self, on_step: Callable[[], None]) -> None:
-        """Runs the plan's whole schedule, each round with a seed and an optimizer of its own, as in a silo."""
+    def train(self, on_step: Callable[[], None], seed: Callable[[int], bytes]) -> None:
+        """Runs the plan's whole schedule, each round with a seed and an optimizer of its own, as in a silo.
+
+        Args:
+            on_step: called before each step.
+            seed: gives the seed of a round, from 1 on.
+        """
         included = [record for record, heads in zip(self._examples, self._example_coins, strict=True) if heads]
         units = [(record, NO_CANARY) for record in [*self.background, *included]]
         units += [(self._stand_in, int(canary)) for canary in np.flatnonzero(self._gradient_coins)]
         synthetic = [(self.task.encode(text), NO_CANARY) for text in ("1 2", "1 2 3 4")] + [(self._stand_in, 0)]
-        for _ in range(self.request.rounds):
+        for number in range(1, self.request.rounds + 1):
             parameters = trainable(self._whole)
             optimizer = torch.optim.Adam(list(parameters.values()), lr=self.settings.learning_rate)
             # Without example canaries only the probe is looked at: a large adapter's steps need not be kept.
@@ -113,7 +117,7 @@ class AuditTraining:
             optimizer.register_step_pre_hook(lambda *_: on_step())
             PrivateTraining(
                 self.plan,
-                Streams(os.urandom(SEED_BYTES), self.design_digest),
+                Streams(seed(number), self.design_digest),
                 self._whole,
                 optimizer,
                 units,

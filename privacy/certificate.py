@@ -11,6 +11,7 @@ from typing import Any
 from configs.errors import InputError
 from privacy.claim import Claim, headline
 from privacy.plan import PlanRequest
+from privacy.statements import AuditStatement
 
 CERTIFICATE_VERSION = 3
 NOT_AUDITED = "not audited"
@@ -50,7 +51,8 @@ def certificate(
         run_id: the run.
         plan: the plan that every silo reserved; with clients as units, the aggregator.
         ledgers: public facts of each silo that has reserved, by name: its last ``receipt`` and, where it has closed the
-            run, its ``statement``; with clients as units, of the aggregator alone.
+            run, its ``statement``; the one silo of an audit's run also has the ``audit``. With clients as units, of the
+            aggregator alone.
         versions: of the libraries; None takes those that are installed.
 
     Returns:
@@ -77,7 +79,7 @@ def certificate(
         "epsilon_rdp": guarantee.epsilon_rdp,
         "epsilon_prv": guarantee.epsilon_prv,
         "accountant": "dp-accounting PLD, pessimistic",
-        "audited": NOT_AUDITED,  # until an audit is signed, nobody could check what stood here
+        "audited": _audited(plan, guarantee.epsilon, ledgers),
         "seeds": _seeds(ledgers, statements),
         "left_each_silo": _left_each_silo(plan),
         **_signed_by(plan, ledgers),
@@ -107,6 +109,34 @@ def _claim(plan: PlanRequest, epsilon: float, statements: Mapping[str, Mapping[s
         return Claim(epsilon, plan.delta, _ONE_MECHANISM)
     attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
     return headline(dict.fromkeys(names, epsilon), dict.fromkeys(names, plan.delta), attested)
+
+
+def _audited(plan: PlanRequest, epsilon: float, ledgers: Mapping[str, Mapping[str, Any]]) -> str | dict[str, Any]:
+    """What an audit's signed counts show: lower bounds that hold for all its scores together."""
+    found = next((ledger["audit"] for ledger in ledgers.values() if "audit" in ledger), None)
+    if found is None:
+        return NOT_AUDITED
+    from privacy.audit import FAIL_CONFIDENCE, WARN_CONFIDENCE, Finding
+
+    statement = AuditStatement.model_validate(found)
+    findings = [Finding(**score.model_dump(), epsilon=epsilon, delta=plan.delta) for score in statement.scores]
+    scores = [
+        {
+            **score.model_dump(),
+            "box": "black" if score.mode.endswith("black_box") else "white",
+            "epsilon_lower_bound_95": finding.bound(WARN_CONFIDENCE),
+            "epsilon_lower_bound_99_9": finding.bound(FAIL_CONFIDENCE),
+        }
+        for score, finding in zip(statement.scores, findings, strict=True)
+    ]
+    return {
+        "epsilon_lower_bound_95": max(score["epsilon_lower_bound_95"] for score in scores),
+        "epsilon_lower_bound_99_9": max(score["epsilon_lower_bound_99_9"] for score in scores),
+        "scores": scores,
+        "design_digest": statement.design_digest,
+        "earlier_audits": statement.earlier_audits,
+        "of": "this run, of canaries in public text through the engine that silos use; no silo's own training",
+    }
 
 
 def library_versions() -> dict[str, str]:

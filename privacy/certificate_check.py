@@ -6,13 +6,13 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.load import parse
-from privacy.certificate import AGGREGATOR, CERTIFICATE_VERSION, certificate, ledgers_of
+from privacy.certificate import AGGREGATOR, CERTIFICATE_VERSION, NOT_AUDITED, certificate, ledgers_of
 from privacy.chain import find
 from privacy.plan import PlanRequest
-from privacy.statements import Receipt, RunStatement
+from privacy.statements import AuditStatement, Receipt, RunStatement
 
 _TOLERANCE = 1e-6  # accountants differ by less between machines
-_SILO_FIELDS = {"dataset_id", "public_key", "public_record_count", "receipt", "statement"}
+_SILO_FIELDS = {"dataset_id", "public_key", "public_record_count", "receipt", "statement", "audit"}
 
 
 def check_certificate(document: Mapping[str, Any], origin: str) -> None:
@@ -23,7 +23,8 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
         origin: file name, for the message.
 
     Raises:
-        InputError: a field is missing or is not what the plan and the silos' signatures give; the message names it.
+        InputError: a field is missing or is not what the plan and the silos' signatures give; the message names it. Or
+            an audit's lower bound at 99.9% confidence is above epsilon.
     """
     if document.get("version") != CERTIFICATE_VERSION:
         raise InputError(f"{origin}: version is {document.get('version')!r}, expected {CERTIFICATE_VERSION}")
@@ -40,11 +41,16 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     if not parts:
         raise InputError(f"{origin}: {signers}: none; a certificate is of the ledgers that have reserved")
     ledgers = {AGGREGATOR: parts} if plan.unit == "client" else parts
+    if len(ledgers) > 1 and any(isinstance(part, Mapping) and "audit" in part for part in ledgers.values()):
+        raise InputError(f"{origin}: silos: {len(ledgers)}, and one has an audit, which is of one silo; edited")
     signed = {name: _signed(part, name, run, plan, _where(origin, plan.unit, name)) for name, part in ledgers.items()}
     versions = _mapping(document["versions"], f"{origin}: versions")
     if not all(isinstance(version, str) for version in versions.values()):
         raise InputError(f"{origin}: versions: not all are strings; the certificate was edited")
-    _compare(document, certificate(run, plan, signed, versions=versions), "", origin)
+    again = certificate(run, plan, signed, versions=versions)
+    _compare(document, again, "", origin)
+    if again["audited"] != NOT_AUDITED and (bound := again["audited"]["epsilon_lower_bound_99_9"]) > plan.epsilon:
+        raise InputError(f"{origin}: audited: epsilon is at least {bound:.4g} (99.9% confidence): its claim is false")
 
 
 def _where(origin: str, unit: str, name: str) -> str:
@@ -66,6 +72,10 @@ def _signed(value: Any, name: str, run: str, plan: PlanRequest, where: str) -> d
     if plan.unit == "client" and receipt.public_record_count != plan.num_clients:
         count = receipt.public_record_count
         raise InputError(f"{where}.public_record_count is {count}, the plan has {plan.num_clients} clients")
+    if "audit" in silo:
+        if plan.unit == "client":
+            raise InputError(f"{where}.audit: an audit is of the engine that trains with records as units; edited")
+        found["audit"] = _check_audit(silo, name, run, plan, f"{where}.audit").model_dump(mode="json")
     return found
 
 
@@ -129,6 +139,21 @@ def _check_statement(
     return statement
 
 
+def _check_audit(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, where: str) -> AuditStatement:
+    audit = parse(AuditStatement, silo["audit"], where)
+    expected = _in_both(silo, name, run, plan)
+    del expected["public_record_count"]
+    _expect(audit, expected, where)
+    if "statement" not in silo:
+        raise InputError(f"{where}: of a run that is not closed; the certificate was edited")
+    if sum(score.share for score in audit.scores) > 1 + _TOLERANCE:
+        raise InputError(f"{where}.scores: their shares of the allowed error add up to more than 1; do not trust it")
+    for score in audit.scores:
+        if not score.correct <= score.guesses <= score.canaries:
+            raise InputError(f"{where}.scores: {score.mode}: counts that don't fit together; do not trust it")
+    return audit
+
+
 def _in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest) -> dict[str, Any]:
     """What a receipt and a statement of the same run both say."""
     return {
@@ -141,7 +166,7 @@ def _in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest) ->
     }
 
 
-def _expect(signed: Receipt | RunStatement, expected: Mapping[str, Any], where: str) -> None:
+def _expect(signed: Receipt | RunStatement | AuditStatement, expected: Mapping[str, Any], where: str) -> None:
     """The fields that are known from elsewhere first, since they can be named; then the signature over all of them."""
     for field, value in expected.items():
         found = getattr(signed, field)

@@ -16,6 +16,7 @@ from configs.load import parse
 from privacy.signing import Signer, signature_holds
 
 LARGEST_STATEMENT_BYTES = 2**20
+AUDIT_DATASET: Literal["canaries in public text"] = "canaries in public text"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Spent = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[int, Field(ge=1)]
@@ -130,6 +131,38 @@ class RunStatement(Signed):
     attests_disjoint_units: bool
     seed_source: Literal["operating system", "injected", "not recorded"]
     versions: dict[str, str]
+
+
+class AuditedScore(BaseModel):
+    """How often one way of looking guessed right; see ``privacy.audit.Finding``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["gradient_white_box", "example_white_box", "example_black_box"]
+    canaries: Annotated[int, Field(ge=1, le=1_000_000)]
+    guesses: Annotated[int, Field(ge=0)]
+    correct: Annotated[int, Field(ge=0)]
+    share: Annotated[float, Field(gt=0, le=1)]
+
+
+class AuditStatement(Signed):
+    """What the simulated silo of an audit states of it: the counts, from which everybody computes the bound.
+
+    Attributes:
+        run: the audit's own run.
+        plan_digest: of the plan that was audited.
+        design_digest: of all that was fixed before its first step.
+        earlier_audits: audits of the same run that are kept beside it: the best of many would show nothing.
+        scores: every way of looking that was tried.
+    """
+
+    kind: Literal["audit"] = "audit"
+    dataset: Literal["canaries in public text"] = AUDIT_DATASET
+    run: str
+    plan_digest: str
+    design_digest: str
+    earlier_audits: Annotated[int, Field(ge=0)]
+    scores: Annotated[tuple[AuditedScore, ...], Field(min_length=1, max_length=100)]
 
 
 def json_object(content: bytes | str, origin: str) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """``siloweave audit``: what the engine shows of itself at the run's plan and at one where a run has power, and attacks.
 
 Everything about an audit is fixed and written down before it starts. Its training reads public text and made-up
-canaries only, so that it costs no budget; records of silos are read only where they are declared public.
+canaries only, so that it costs no budget, and is charged to a ledger of its own; records of silos are read only where
+they are declared public.
 """
 
 import copy
 import io
 import json
+import secrets
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,6 +29,7 @@ from federated.audit_training import AuditSettings, AuditTraining
 from federated.membership import infer_membership
 from federated.planning import plan_request
 from privacy.audit import REFERENCE_PLAN, audited_bound, overall
+from privacy.audit_silo import AuditSilo
 from privacy.plan import PlanRequest
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import load_tokenizer
@@ -61,7 +65,7 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
     write_atomic(directory / "design.json", json.dumps(design, indent=2).encode() + b"\n")
     with run.stage("audit"):
         claims = {
-            name: _audit_plan(run, name, PlanRequest(**claim["plan"]), design, copy.deepcopy(base))
+            name: _audit_plan(run, name, PlanRequest(**claim["plan"]), design, copy.deepcopy(base), earlier)
             for name, claim in design["claims"].items()
         }
         membership = _membership(run, federations)
@@ -115,7 +119,9 @@ def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, An
     return {"version": AUDIT_VERSION, "base_model": model_digest, "claims": claims}
 
 
-def _audit_plan(run: Run, name: str, request: PlanRequest, design: dict[str, Any], base: Any) -> dict[str, Any]:
+def _audit_plan(
+    run: Run, name: str, request: PlanRequest, design: dict[str, Any], base: Any, earlier: int
+) -> dict[str, Any]:
     torch.set_num_threads(run.config.cluster.threads_per_rank)
     federated = run.config.federated
     task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
@@ -128,8 +134,13 @@ def _audit_plan(run: Run, name: str, request: PlanRequest, design: dict[str, Any
         [task.encode(row[run.config.data.public.text]) for row in islice(rows, _BACKGROUND)],
         digest_json(design),
     )
-    training.train(_counter(run, f"audit {name}", request.steps))
-    findings = training.findings()
+    folder = run.directory / "audit" / name
+    run_id = f"audit-{name}-{secrets.token_hex(8)}"
+    with closing(AuditSilo.open(folder / "silo", training.plan, run_id, digest_json(design))) as silo:
+        training.train(_counter(run, f"audit {name}", request.steps), silo.seed)
+        findings = training.findings()
+        certificate = silo.certificate(findings, earlier)
+    write_atomic(folder / "certificate.json", json.dumps(certificate, indent=2).encode() + b"\n")
     shown = {
         "epsilon": request.epsilon,
         "delta": request.delta,

@@ -43,6 +43,11 @@ def test_an_audit_of_private_silos_and_of_a_broken_engine(tiny_run, siloweave, t
     assert document["membership"]["not_available"] == "the silos' data are not declared public"
     assert (folder / "roc.svg").read_text().rstrip().endswith("</svg>")
     assert digests(root / "state") == before, "an audit reads no private data, and so charges none"
+    certificate = folder / "run" / "certificate.json"
+    checked = siloweave("ledger", "verify", str(folder / "run" / "silo"), "--certificate", str(certificate), cwd=root)
+    assert checked.returncode == 0, checked.stderr
+    bound = json.loads(certificate.read_text())["audited"]["epsilon_lower_bound_95"]
+    assert bound == document["audited_bound"]["epsilon_lower_bound"]
 
     broken = subprocess.run(
         [sys.executable, "-c", QUARTER_OF_THE_NOISE], cwd=root, capture_output=True, text=True, timeout=300, check=False
@@ -52,6 +57,13 @@ def test_an_audit_of_private_silos_and_of_a_broken_engine(tiny_run, siloweave, t
     assert len(errors) == 1
     assert "99.9%" in errors[0]
     assert "reference plan: epsilon 0.386 (delta 1e-05): fail" in broken.stdout
+    false = siloweave(
+        *("ledger", "verify", str(folder / "reference" / "silo")),
+        *("--certificate", str(folder / "reference" / "certificate.json")),
+        cwd=root,
+    )
+    assert false.returncode == 2
+    assert "(99.9% confidence): its claim is false" in false.stderr
     failed = json.loads((folder / "audit.json").read_text())
     assert (failed["verdict"], failed["earlier_audits"]) == ("fail", 1)
     assert json.loads((next(folder.parent.glob("audit-until-*")) / "audit.json").read_text()) == document

@@ -1,6 +1,7 @@
 """An audit's training on a real base model: what canaries touch, what is scored, and that a broken engine shows."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from federated.membership import infer_membership
 from privacy.audit import REFERENCE_PLAN, overall
 from privacy.canaries import NO_CANARY
 from privacy.plan import PrivacyPlan
+from privacy.streams import SEED_BYTES
 from trainer.data.tokenizer import load_tokenizer
 from trainer.models import add_adapter, load_model, trainable
 from trainer.tasks import CausalTask
@@ -35,7 +37,7 @@ def training(model, settings=SETTINGS, **changes):
 
 def run(audit):
     steps = []
-    audit.train(lambda: steps.append(1))
+    audit.train(lambda: steps.append(1), lambda _: os.urandom(SEED_BYTES))
     assert len(steps) == audit.request.steps
     return audit.findings()
 
