@@ -15,13 +15,8 @@ from configs.deployment import FEDERATION_FILE, FederationConfig, load_federatio
 from configs.errors import InputError
 from configs.load import to_toml
 from federated.certificates import CURVE, Authority, check_certificate, read_certificate
-from federated.keys import (
-    CoordinatorCard,
-    load_or_create_key,
-    private_folder,
-    read_document,
-    write_document,
-)
+from federated.documents import read_folder, write_document
+from federated.keys import CoordinatorCard, load_or_create_key, private_folder
 from federated.trust import COORDINATOR_KEY, ENROLLED, EnrolledSilo, coordinator_signer
 from privacy.signing import load_secret
 
@@ -92,8 +87,7 @@ class Federation:
 
     def silos(self) -> dict[str, EnrolledSilo]:
         """The enrolled silos by name."""
-        cards = [read_document(EnrolledSilo, path) for path in sorted((self.folder / ENROLLED).glob("*.json"))]
-        return {card.silo: card for card in cards}
+        return {card.silo: card for card in read_folder(EnrolledSilo, self.folder / ENROLLED).values()}
 
     def enrol(self, card: EnrolledSilo) -> None:
         """Takes a silo in. The federation may be running: it is registered within seconds.

@@ -49,8 +49,9 @@ def enrol(
     ] = None,
 ) -> None:
     """Takes a silo in; nothing has to be restarted."""
+    from federated.documents import read_document
     from federated.federation import Federation
-    from federated.keys import confirm, read_document
+    from federated.keys import confirm
     from federated.trust import EnrolledSilo
 
     card = read_document(EnrolledSilo, enrolment)

@@ -5,11 +5,10 @@ other side's people read out, on another way than the file came.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,14 +16,10 @@ from pydantic import BaseModel, Field
 
 from configs.artifacts import canonical_json, digest_bytes, sync_directory, write_atomic
 from configs.errors import InputError
-from configs.load import parse
 from configs.settings import Settings
 from federated.trust import PublicKey
-from privacy.statements import json_object
 
-Document = TypeVar("Document", bound=BaseModel)
 FINGERPRINT_DIGITS = 40  # 160 bits: finding another document with the same ones is out of reach
-LARGEST_DOCUMENT_BYTES = 100_000
 
 
 class CoordinatorCard(Settings):
@@ -78,26 +73,6 @@ def confirm(document: BaseModel, given: str | None, origin: str, ask: Callable[[
     elif given.replace("-", "").replace(" ", "").lower() != found.replace("-", ""):
         raise InputError(f"{origin}: its fingerprint is {found}, not {given}; ask its owner for the file again")
     return found
-
-
-def read_document(schema: type[Document], path: Path) -> Document:
-    """A public document.
-
-    Raises:
-        InputError: it is missing, too large, not JSON, or another kind of document.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}); give the file that the other side sent") from None
-    if len(content) > LARGEST_DOCUMENT_BYTES:
-        raise InputError(f"{path}: {len(content)} bytes, a public document has at most {LARGEST_DOCUMENT_BYTES}")
-    return parse(schema, json_object(content, str(path)), str(path))
-
-
-def write_document(path: Path, document: BaseModel) -> None:
-    """Writes a public document."""
-    write_atomic(path, json.dumps(document.model_dump(mode="json"), indent=2, sort_keys=True).encode() + b"\n")
 
 
 def private_folder(path: Path) -> Path:

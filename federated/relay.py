@@ -14,6 +14,7 @@ from configs.artifacts import write_atomic
 from configs.deployment import RelayConfig
 from configs.errors import InputError
 from federated.certificates import CURVE, certificate_request, check_certificate, read_certificate
+from federated.documents import read_document, write_document
 from federated.federation import LOOPBACK
 from federated.health import is_serving
 from federated.keys import (
@@ -22,9 +23,7 @@ from federated.keys import (
     confirm,
     load_or_create_key,
     private_folder,
-    read_document,
     ssh_public_key,
-    write_document,
 )
 from federated.processes import Program, free_port
 from federated.silo_client import AUTHORITY, CERTIFICATE, KEY

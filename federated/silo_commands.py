@@ -45,7 +45,8 @@ def init(
 ) -> None:
     """Makes the silo's keys and certificates, where they are missing, and enrolment.json for the coordinator."""
     from configs.silo import load_silo
-    from federated.keys import RelayCard, fingerprint, read_document
+    from federated.documents import read_document
+    from federated.keys import RelayCard, fingerprint
     from federated.silo_identity import ENROLMENT, make_identity
 
     settings = load_silo(config)
@@ -67,7 +68,8 @@ def trust(
 ) -> None:
     """Answers this coordinator's requests from now on."""
     from configs.silo import load_silo
-    from federated.keys import CoordinatorCard, confirm, read_document
+    from federated.documents import read_document
+    from federated.keys import CoordinatorCard, confirm
     from federated.silo_identity import trust as take_in
 
     card = read_document(CoordinatorCard, coordinator)

@@ -6,7 +6,8 @@ from configs.artifacts import sync_directory
 from configs.errors import InputError
 from configs.silo import SiloConfig
 from federated.certificates import CURVE, Authority, requested_key
-from federated.keys import CoordinatorCard, RelayCard, load_or_create_key, private_folder, read_document, write_document
+from federated.documents import read_folder, write_document
+from federated.keys import CoordinatorCard, RelayCard, load_or_create_key, private_folder
 from federated.silo_client import AUTHORITY, CERTIFICATE
 from federated.silo_service import ServiceTls
 from federated.trust import TRUSTED, EnrolledSilo, TrustedCoordinator
@@ -79,5 +80,4 @@ def trusted(config: SiloConfig) -> dict[str, str]:
 
 
 def _trusted(config: SiloConfig) -> dict[Path, TrustedCoordinator]:
-    found = sorted((Path(config.silo.state_dir) / TRUSTED).glob("*.json"))
-    return {path: read_document(TrustedCoordinator, path) for path in found}
+    return read_folder(TrustedCoordinator, Path(config.silo.state_dir) / TRUSTED)

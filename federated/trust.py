@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from configs.artifacts import canonical_json, digest_bytes, write_atomic
-from configs.load import parse
+from federated.documents import read_folder
 from privacy.signing import Signer
-from privacy.statements import json_object
 
 TRUSTED, ENROLLED = "trusted", "silos"
 COORDINATOR_KEY = "coordinator.key"
@@ -72,8 +71,7 @@ def trusted_coordinators(state_dir: Path) -> frozenset[str]:
     Raises:
         InputError: a file there is not one of ours.
     """
-    files = sorted((state_dir / TRUSTED).glob("*.json"))
-    found = [parse(TrustedCoordinator, json_object(path.read_bytes(), str(path)), str(path)) for path in files]
+    found = read_folder(TrustedCoordinator, state_dir / TRUSTED).values()
     return frozenset(coordinator.public_key for coordinator in found)
 
 
@@ -83,8 +81,7 @@ def enrolled_silos(coordinator: Path) -> dict[str, str]:
     Raises:
         InputError: a file there is not one of ours.
     """
-    files = sorted((coordinator / ENROLLED).glob("*.json"))
-    found = [parse(EnrolledSilo, json_object(path.read_bytes(), str(path)), str(path)) for path in files]
+    found = read_folder(EnrolledSilo, coordinator / ENROLLED).values()
     return {silo.silo: silo.public_key for silo in found}
 
 

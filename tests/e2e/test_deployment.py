@@ -245,7 +245,8 @@ class TlsServer:
 def test_a_relay_refuses_a_coordinator_whose_certificate_is_not_good(coordinator, case, said, tmp_path, monkeypatch):
     """By our own clear line, and by Flower's TLS below it, which is what protects."""
     import federated.certificates as module
-    from federated.keys import CoordinatorCard, fingerprint, read_document, write_document
+    from federated.documents import read_document, write_document
+    from federated.keys import CoordinatorCard, fingerprint
 
     known = Authority(tmp_path / "ca.key", tmp_path / "ca.pem", "known")
     signing = Authority(tmp_path / "other.key", tmp_path / "other.pem", "other") if case == "foreign" else known

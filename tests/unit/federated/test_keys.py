@@ -15,6 +15,7 @@ from configs.errors import InputError
 from configs.load import load
 from configs.silo import simulated_silo
 from federated.certificates import CURVE, Authority, certificate_request, requested_key
+from federated.documents import read_document, write_document
 from federated.federation import Federation
 from federated.keys import (
     CoordinatorCard,
@@ -22,9 +23,7 @@ from federated.keys import (
     confirm,
     fingerprint,
     load_or_create_key,
-    read_document,
     ssh_public_key,
-    write_document,
 )
 from federated.silo_identity import distrust, make_identity, trust, trusted
 from federated.trust import EnrolledSilo, coordinator_signer, enrolled_silos, trusted_coordinators
@@ -148,6 +147,9 @@ def test_a_silo_trusts_and_distrusts_what_its_service_reads(federation, silo, tm
     assert trusted_coordinators(tmp_path / "silo") == frozenset()
     with pytest.raises(InputError, match="no trusted coordinator has this name"):
         distrust(silo, "net")
+    (tmp_path / "silo" / "trusted" / "long.json").write_bytes(b" " * 200_000)
+    with pytest.raises(InputError, match=r"long.json: 200000 bytes, a public document has at most"):
+        trusted_coordinators(tmp_path / "silo")
 
 
 def test_enrolments_are_the_roster_that_rounds_read(federation, silo, tmp_path):
