@@ -24,6 +24,7 @@ TOLERANCE = 1e-5
 STEPS_A_LEG = 4
 _BEYOND = 2  # steps that a leg makes after its commit, at least, and loses
 _HORIZON = 10_000  # of the learning rate's schedule; no run gets there
+_LAST_WRITES_S = 30.0
 _CHECKPOINTS = Path("pretrain") / "checkpoints"
 
 
@@ -121,7 +122,7 @@ def verify_resume(
             (folder / name / "corpus").symlink_to(directory / "corpus")
         legs = _train(config, folder, tell, sizes)
     finally:
-        shutil.rmtree(folder)
+        _remove(folder)
     largest = max(leg.deviation for leg in legs)
     return {
         "largest_deviation": largest,
@@ -131,6 +132,18 @@ def verify_resume(
         "steps": STEPS_A_LEG * len(sizes),
         "legs": [asdict(leg) for leg in legs],
     }
+
+
+def _remove(folder: Path) -> None:
+    """The folder with all that is in it, though a killed rank may be writing there for a moment yet."""
+    deadline = time.monotonic() + _LAST_WRITES_S
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _train(config: RunConfig, folder: Path, tell: Callable[[dict[str, Any]], None], sizes: Sequence[int]) -> list[Leg]:

@@ -1,13 +1,16 @@
 """Numbers of ranks: which ones may train, and a commit's elements under another number."""
 
+import threading
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluster.runtime.placement import await_room, bundle_of, pick_device, room
-from cluster.workflow.verify_resume import sizes_of
+from cluster.workflow.verify_resume import _remove, sizes_of
 from configs.errors import InputError, SiloweaveError
 from configs.load import bind_run_directory, load
 from trainer.elastic import Piece, Shard, collect, equal_parts
@@ -166,3 +169,21 @@ def test_a_gang_takes_gpus_where_its_fewest_ranks_could_have_them():
     assert pick_device(load("tiny", ELASTIC), 2) == "cuda"
     assert pick_device(load("tiny", [*ELASTIC, "cluster.min_world_size=0"]), 2) == "cpu"
     assert pick_device(load("tiny", [*ELASTIC, "cluster.device=cpu"]), 2) == "cpu"
+
+
+def test_a_folder_is_removed_while_a_killed_rank_still_writes_there(tmp_path):
+    (tmp_path / "run" / "scratch").mkdir(parents=True)
+    ends = time.monotonic() + 0.5
+
+    def write():
+        with suppress(FileNotFoundError):
+            for number in count():
+                (tmp_path / "run" / "scratch" / f"{number}").touch()
+                if time.monotonic() > ends:
+                    return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    _remove(tmp_path / "run")
+    writer.join()
+    assert not (tmp_path / "run").exists()
