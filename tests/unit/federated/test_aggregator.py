@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from client_plans import client_plan
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.federated_settings import FederatedSettings
@@ -28,18 +29,7 @@ from privacy.replay import replay
 from privacy.streams import injected_seeds
 
 C, CLIENTS = 1.0, 4
-REQUEST = PlanRequest(
-    unit="client",
-    relation="zero_out",
-    sampler="all",
-    sampling_rate=1,
-    max_grad_norm=C,
-    noise_multiplier=2.5,
-    rounds=2,
-    steps_per_round=1,
-    delta=1e-5,
-    num_clients=CLIENTS,
-)
+REQUEST = client_plan(max_grad_norm=C, noise_multiplier=2.5, rounds=2, num_clients=CLIENTS)
 PLAN = REQUEST.for_clients()
 RECORDS = PlanRequest(
     sampling_rate=0.01, max_grad_norm=1.0, noise_multiplier=5.0, rounds=1, steps_per_round=1, delta=1e-6
@@ -121,7 +111,7 @@ def test_a_round_that_too_few_answer_is_abandoned_and_stays_charged(tmp_path):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
 from privacy.ledger import Ledger
 import test_aggregator as t
@@ -142,7 +132,7 @@ die()  # released, and not committed
 def test_killed_between_charge_and_commit_it_resumes_to_the_same_bytes(tmp_path, at):
     whole = run_round(Aggregator(opened(tmp_path / "whole"), "run-1", PLAN))
     folder = tmp_path / "killed"
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(folder), at=at)
+    script = KILLED.format(tests=[str(Path(__file__).parents[level]) for level in (0, 2)], folder=str(folder), at=at)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     ledger = opened(folder)

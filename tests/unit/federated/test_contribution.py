@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from client_plans import client_plan
 from silo_requests import COORDINATOR, TRUSTED, ask, body_of, opened, signer_of
 
 from configs.artifacts import digest_bytes
@@ -20,18 +21,7 @@ from privacy.plan import PlanRequest
 from privacy.replay import replay
 
 C = 0.05
-CLIENTS = PlanRequest(
-    unit="client",
-    relation="zero_out",
-    sampler="all",
-    sampling_rate=1,
-    max_grad_norm=C,
-    noise_multiplier=2.0,
-    rounds=2,
-    steps_per_round=1,
-    delta=1e-5,
-    num_clients=5,
-)
+CLIENTS = client_plan(max_grad_norm=C, noise_multiplier=2.0, rounds=2, num_clients=5)
 RECORDS = PlanRequest(
     sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5
 )

@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from client_plans import client_plan
 
 from configs.errors import InputError
 from privacy.certificate import AGGREGATOR, certificate
@@ -12,18 +13,7 @@ from privacy.chain import Budget, verify_entries
 from privacy.ledger import Ledger
 from privacy.plan import PlanRequest
 
-CLIENTS = PlanRequest(
-    unit="client",
-    relation="zero_out",
-    sampler="all",
-    sampling_rate=1,
-    max_grad_norm=1.0,
-    noise_multiplier=2.0,
-    rounds=3,
-    steps_per_round=1,
-    delta=1e-5,
-    num_clients=50,
-)
+CLIENTS = client_plan(noise_multiplier=2.0, rounds=3, num_clients=50)
 RECORDS = PlanRequest(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
 )
