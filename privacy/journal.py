@@ -18,7 +18,7 @@ from configs.artifacts import canonical_json
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from privacy.anchor import Anchor, against
 from privacy.chain import GENESIS, Budget, Entry, entry_hash, epoch, find, left, policy_budget, read_entries, spends
-from privacy.ledger_file import ANCHORED, LEDGER_FILE, connect, explain, set_version, version_of
+from privacy.ledger_file import ANCHORED, LEDGER_FILE, connect, empty_write_ahead_log, explain, set_version, version_of
 from privacy.signing import Signer
 from privacy.statements import Receipt
 
@@ -210,12 +210,12 @@ class Journal:
         return found or [], "missing" if found is None else "sound"
 
     def scrub(self) -> None:
-        """Moves the write-ahead log into the file and empties it: a deleted seed must not linger there."""
+        """Empties the write-ahead log: a deleted seed must not linger there."""
         try:
-            busy, *_ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            emptied = empty_write_ahead_log(self.db)
         except sqlite3.DatabaseError as error:
             raise explain(self.path, error) from error
-        if busy:
+        if not emptied:
             raise SiloweaveError(
                 f"{self.path}: another program reads it, and so an erased seed can't be overwritten; end that program, "
                 "then ask again"

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,6 +19,7 @@ LEDGER_FILE = "ledger.sqlite"
 UNANCHORED, ANCHORED = 1, 2  # the same tables; version 2 has an anchor, and may hold entries that tell of it
 SCHEMA_VERSION = ANCHORED
 LOCK_TIMEOUT_S = 60
+_LOCKED = "{path}: locked by another program for {seconds} s; end it, then ask again"
 EXPORT_SUFFIX = ".jsonl"
 _EXPORT = "ledger export"
 _SCHEMA = """
@@ -40,7 +43,9 @@ def connect(path: Path) -> sqlite3.Connection:
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     try:
         connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
+        if not _in_time(partial(_write_ahead, connection)):
+            raise SiloweaveError(_LOCKED.format(path=path, seconds=LOCK_TIMEOUT_S))
+        for setting in ("synchronous = FULL", "secure_delete = ON"):
             connection.execute(f"PRAGMA {setting}")
         connection.execute("BEGIN IMMEDIATE")
         if _check_version(path, connection) == 0:
@@ -187,6 +192,34 @@ def _looking(path: Path) -> Iterator[sqlite3.Connection]:
         raise explain(path, error) from error
 
 
+def _write_ahead(connection: sqlite3.Connection) -> bool:
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):
+            raise
+        return False
+    return True
+
+
+def empty_write_ahead_log(connection: sqlite3.Connection) -> bool:
+    """Moves the write-ahead log into the file and empties it. Returns whether others let it."""
+
+    def emptied() -> bool:
+        busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
+
+    return _in_time(emptied)
+
+
+def _in_time(attempt: Callable[[], bool]) -> bool:
+    """Repeats a step at which SQLite gives up at once, rather than wait, where another process is at the same one."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    while not (done := attempt()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return done
+
+
 def version_of(connection: sqlite3.Connection) -> int:
     """The file's version; 0 for a file that is still empty."""
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
@@ -208,7 +241,7 @@ def explain(path: Path, error: sqlite3.DatabaseError) -> SiloweaveError:
     """The one line for what SQLite says."""
     text = str(error)
     if "locked" in text or "busy" in text:
-        return SiloweaveError(f"{path}: locked by another program for {LOCK_TIMEOUT_S} s; end it, then ask again")
+        return SiloweaveError(_LOCKED.format(path=path, seconds=LOCK_TIMEOUT_S))
     if isinstance(error, sqlite3.OperationalError):
         return write_failure(path, OSError(text))
     return InputError(f"{path}: not a sound ledger ({text}); put its backup back")

@@ -179,7 +179,8 @@ def test_a_round_ends_with_enough_replies_and_the_late_one_stays_charged(federat
     answered = [event["answered"] for event in events if event["event"] == "round"]
     assert answered[0] == [GOOD]
     assert len(answered) == 2 and len(answered[1]) == 1
-    assert not [event for event in events if event["event"] in ("timeout", "rejected", "refused")]
+    lost = [event for event in events if event["event"] in ("timeout", "rejected", "refused")]
+    assert not lost, lost
     certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
     check_certificate(certificate, "test")
     # The late reply was released, so it is charged and claimed, though no average has it.

@@ -1,6 +1,7 @@
 """The ledger: never a lost spend without a refusal, never a double one."""
 
 import json
+import multiprocessing
 import signal
 import sqlite3
 import subprocess
@@ -340,6 +341,26 @@ def test_two_processes_at_once_spend_once(tmp_path):
     kinds = [body["kind"] for body in found]
     assert (kinds.count("reserve"), kinds.count("charge"), kinds.count("release")) == (2, 2, 2)
     assert left(found).epsilon == pytest.approx(20 - 2 * REQUEST.epsilon)
+
+
+def opens_and_scrubs(folder, together):
+    together.wait()
+    ledger = reopen(folder)
+    together.wait()
+    for _ in range(100):  # SQLite's own waiting leaves out both the change to a write-ahead log and its emptying
+        ledger.journal.scrub()
+        ledger.accept(None)
+
+
+def test_processes_that_open_and_scrub_at_once_wait_for_each_other(tmp_path):
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(4, timeout=60)
+    children = [context.Process(target=opens_and_scrubs, args=(tmp_path, together)) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=120)
+    assert [child.exitcode for child in children] == [0] * 4
 
 
 def test_a_full_disk_refuses_and_leaves_the_ledger_sound(tmp_path):
