@@ -12,7 +12,7 @@ from typing import Any
 from configs.schema import RunConfig
 from trainer.zero import Rank
 
-LISTEN_S = 0.2  # an answer costs both sides a millisecond or two, which training loses
+LISTEN_S = 0.5  # an answer costs both sides a millisecond or two, which training loses
 QUIET_S = 1.0
 
 

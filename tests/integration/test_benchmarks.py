@@ -44,6 +44,13 @@ def test_peers_that_train_other_work_are_found_out():
         same_losses({**losses, "hf_trainer": [7.0, 6.6]})
 
 
+def test_only_steps_inside_turns_count():
+    from pretrain import rate
+
+    times = [0.5, 1.0, 1.5, 2.0, 7.0, 7.25, 7.5, 9.0]
+    assert rate(times, [(0.9, 2.1), (6.9, 7.6), (8.5, 9.5)]) == pytest.approx(4 / 1.5)
+
+
 def test_parts_of_a_start_add_up():
     from startup import parts_of_command, parts_of_peer
 
