@@ -84,15 +84,18 @@ from configs.load import load
 directory, key = Path(sys.argv[1]), sys.argv[2]
 found = []
 with ray_session(load("tiny").cluster, 4):
-    for stage, sizes, encryption in ((0, (1, 2), ""), (1, (2, 4), ""), (3, (2, 4), key)):
-        settings = [f"pretrain.zero_stage={stage}", "pretrain.micro_batch_size=1"]
-        config = load("tiny", [*settings, f'run.encryption_key_file="{encryption}"'])
-        found.append(verify_resume(config, directory, lambda event: None, sizes))
+    for stage, sizes, more in (
+        (0, (1, 2), ['pretrain.optimizer="sgd"', "pretrain.learning_rate=1"]),
+        (1, (2, 4), ['pretrain.optimizer="momentum"', "pretrain.learning_rate=0.3"]),
+        (3, (2, 4), ['pretrain.offload_optimizer="cpu"', f'run.encryption_key_file="{key}"']),
+    ):
+        settings = [f"pretrain.zero_stage={stage}", "pretrain.micro_batch_size=1", *more]
+        found.append(verify_resume(load("tiny", settings), directory, lambda event: None, sizes))
 print(json.dumps(found))
 """
 
 
-def test_stages_0_1_and_3_resize_too_and_encrypted_commits_do(prepared, tmp_path):
+def test_other_stages_and_optimizers_offloaded_and_encrypted_commits_resize_too(prepared, tmp_path):
     key = tmp_path / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(32))
