@@ -118,7 +118,7 @@ def federate(
 def evaluate(
     config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
 ) -> None:
-    """Bits per character on the held-out records of a simulation's public silos."""
+    """Bits per character on a simulation's public silos, and on `evaluate.public`, a public text of one's own."""
     _stage("evaluate", config, override, address, as_json)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.data_settings import DataSettings, TokenizerSettings
+from configs.data_settings import DataSettings, SourceSettings, TokenizerSettings
 from configs.federated_settings import ROBUST, FederatedSettings
 from configs.pretrain_settings import ClusterSettings, ModelSettings, PretrainSettings
 from configs.settings import Count, Labels, Positive, Probability, Settings
@@ -99,11 +99,20 @@ class PrivacySettings(Settings):
         return self
 
 
+class OwnText(SourceSettings):
+    """A text that is no silo's."""
+
+    source: str = ""
+    """As every source; empty: none."""
+
+
 class EvaluateSettings(Settings):
     """Evaluation on held-out records and a sample of text."""
 
+    public: OwnText = OwnText()
+    """A public text of one's own, which every round is scored on, wherever the silos are."""
     max_records_per_silo: Count = 200
-    """Held-out records read for each silo."""
+    """Held-out records read for each silo, and of the public text."""
     without_dp: bool = False
     """Also run the same federation without DP, to show what privacy costs; needs ``data.private.public``."""
     prompt: str = "What is"

@@ -1,6 +1,8 @@
-"""Evaluation of a simulation's public silos in the clear. Every figure is ``simulation_only``."""
+"""Evaluation in the clear: on a simulation's public silos (``simulation_only``), and on a public text of one's own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,19 @@ from configs.schema import RunConfig
 from configs.silo import SiloConfig
 from federated import commits
 from federated.adapters import from_bytes
+from federated.outcome import over_flower
 from federated.silo import warm_model
 from federated.silo_data import load_units
 from federated.simulation import simulated_silos
 from privacy.signing import load_secret
+from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation import Score, score
 from trainer.models import load_adapter_weights
 from trainer.tasks import CausalTask
 
-BASE = "base"
+BASE, PUBLIC, _SILOS = "base", "public", "silos"
+Scorer = Callable[[bytes | None, int], dict[str, Score]]  # of an adapter, None for the base model; on so many records
 
 
 def evaluate_rounds(
@@ -31,35 +36,65 @@ def evaluate_rounds(
     federations: Mapping[str, Path],
     on_score: Callable[..., None],
 ) -> dict[str, Any]:
-    """Scores the base model, and every committed round of every federation, on every silo's held-out records.
+    """Scores the base model, and every committed round of every federation: on what may be read in the clear.
 
-    The rounds before the last are read on a quarter of the records: they are for a plot.
+    These are every public silo's held-out records in a simulation, and the coordinator's own public text. The rounds
+    before the last are read on a quarter of the records: they are for a plot.
 
     Returns:
-        {"simulation_only": True, "base": by silo, federation: [by silo, a round]}; without figures, and with the
-        reason, where the silos' data are not public.
+        {"simulation_only": True, "base": by silo, federation: [by silo, a round]}; without these, and with the reason,
+        where the silos can't be read. Under "public" the same of the public text, where there is one.
     """
-    if not config.data.private.public:
-        return {"simulation_only": True, "not_available": "the silos' data are not declared public"}
-    silos, limit = simulated_silos(config, base_model), config.evaluate.max_records_per_silo
-    jobs: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]
+    limit = config.evaluate.max_records_per_silo
+    models: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]
     for name, directory in federations.items():
         rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))[1:]
         for found in rounds:
             records = limit if found is rounds[-1] else max(1, limit // 4)
-            jobs.append((name, found.round_number, found.adapter, records))
-    scorer = ray.remote(num_cpus=config.cluster.threads_per_rank)(score_silos)
+            models.append((name, found.round_number, found.adapter, records))
+    reason, scorers = _scorers(config, base_model, federations)
+    remote = ray.remote(num_cpus=config.cluster.threads_per_rank)(_scored)
+    threads = config.cluster.threads_per_rank
     running = {
-        scorer.remote(config, silos, adapter, records): (name, number) for name, number, adapter, records in jobs
+        remote.remote(scorer, threads, adapter, records): (which, name, number)
+        for which, scorer in scorers.items()
+        for name, number, adapter, records in models
     }
-    scores: dict[tuple[str, int], dict[str, Score]] = {}
+    scores: dict[tuple[str, str, int], dict[str, Score]] = {}
     waiting = list(running)
     while waiting:
         (reference,), waiting = ray.wait(waiting)
         scores[running[reference]] = ray.get(reference)
-        on_score(done=len(scores), of=len(jobs))
-    found_scores = {name: [_summary(scores[key]) for key in sorted(scores) if key[0] == name] for name in federations}
-    return {"simulation_only": True, BASE: _summary(scores[BASE, 0]), **found_scores}
+        on_score(done=len(scores), of=len(running))
+
+    def figures(which: str) -> dict[str, Any]:
+        keys = sorted(key for key in scores if key[0] == which)
+        rounds = {name: [_summary(scores[key]) for key in keys if key[1] == name] for name in federations}
+        return {BASE: _summary(scores[which, BASE, 0]), **rounds}
+
+    silos = {"not_available": reason} if reason else figures(_SILOS)
+    return {"simulation_only": True, **silos, **({PUBLIC: figures(PUBLIC)} if PUBLIC in scorers else {})}
+
+
+def _scorers(
+    config: RunConfig, base_model: Path, federations: Mapping[str, Path]
+) -> tuple[str | None, dict[str, Scorer]]:
+    """What may be read in the clear; and why the silos may not be."""
+    reason, scorers = None, dict[str, Scorer]()
+    if any(over_flower(directory) for directory in federations.values()):
+        reason = "the silos keep their records"
+    elif not config.data.private.public:
+        reason = "the silos' data are not declared public"
+    else:
+        scorers[_SILOS] = partial(score_silos, config, simulated_silos(config, base_model))
+    if config.evaluate.public.source:
+        scorers[PUBLIC] = partial(score_public, config, base_model)
+    return reason, scorers
+
+
+def _scored(scorer: Scorer, threads: int, adapter: bytes | None, records: int) -> dict[str, Score]:
+    torch.set_num_threads(threads)
+    return scorer(adapter, records)
 
 
 def _summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
@@ -71,9 +106,19 @@ def _summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
 def score_silos(
     config: RunConfig, silos: Mapping[str, SiloConfig], adapter: bytes | None, limit: int
 ) -> dict[str, Score]:
-    """``score_held_out`` for several silos, in a worker process."""
-    torch.set_num_threads(config.cluster.threads_per_rank)
+    """``score_held_out`` for several silos."""
     return {name: score_held_out(config, silo, adapter, limit) for name, silo in silos.items()}
+
+
+def score_public(config: RunConfig, base_model: Path, adapter: bytes | None, limit: int) -> dict[str, Score]:
+    """Bits per character on the first records of the coordinator's public text.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    source = config.evaluate.public
+    texts = [row[source.text] for row in islice(read_rows(source, (), ReadCounts()), limit)]
+    return {PUBLIC: _score(config, base_model, config.run.encryption_key_file, texts, adapter)}
 
 
 def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, limit: int) -> Score:
@@ -96,11 +141,14 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
             allowed="data declared public",
         )
     units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
-    base_model = Path(silo.silo.base_model)
+    texts = units.held_out[:limit]
+    return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, texts, adapter)
+
+
+def _score(config: RunConfig, base_model: Path, key_file: str, texts: Sequence[str], adapter: bytes | None) -> Score:
     task = CausalTask(load_tokenizer(base_model), config.model.context_length)
-    key_file = silo.silo.encryption_key_file
     model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha, key_file)
-    records = [task.encode(text) for text in units.held_out[:limit]]
+    records = [task.encode(text) for text in texts]
     if adapter is None:
         with model.disable_adapter():
             return score(model.eval(), task, records, config.federated.micro_batch_size)

@@ -64,6 +64,11 @@ def read_outcome(directory: Path, flower_run: int) -> Outcome | None:
     return outcome if outcome.flower_run == flower_run else None
 
 
+def over_flower(directory: Path) -> bool:
+    """Whether a run's rounds went over Flower to silos elsewhere: a ServerApp leaves its outcome, a simulation none."""
+    return (directory / OUTCOME).exists()
+
+
 def worked_on_by(directory: Path) -> int | None:
     """Flower's number of the run whose ServerApp works there now."""
     if not (directory / LOCK).exists():

@@ -138,9 +138,12 @@ class Deployment:
         """Starts `federation run`; its rounds are in ``rounds(name)``."""
         if model:
             shutil.copytree(self.model, self.root / "runs" / name / "model")
+        return self.start(f"run-{name}", ["federation", "run", str(self.folder), *self.settings(name, *overrides)])
+
+    def settings(self, name: str, *overrides: str) -> list[str]:
+        """A run's settings as a command takes them."""
         settings = ["run.name=" + name, f"run.storage={self.root / 'runs'}", *overrides]
-        given = [part for setting in settings for part in ("--set", setting)]
-        return self.start(f"run-{name}", ["federation", "run", str(self.folder), "-c", "tiny", *given])
+        return ["-c", "tiny", *(part for setting in settings for part in ("--set", setting))]
 
     def status(self) -> dict:
         return json.loads(self.siloweave("federation", "status", str(self.folder), "--json").stdout)

@@ -13,8 +13,16 @@ def render(report: dict[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     environment = Environment(loader=PackageLoader("cluster.workflow", "."), autoescape=select_autoescape(default=True))
-    plots = {"loss": _loss_plot(report), "rounds": _rounds_plot(report), "epsilon": _epsilon_plot(report)}
+    plots = {
+        "loss": _loss_plot(report) if report["pretrain"] else "",
+        "rounds": _rounds_plot(report) if _has_scores(report["federated"]) else "",
+        "epsilon": _epsilon_plot(report),
+    }
     return environment.get_template("report.html.j2").render(report=report, plots=plots)
+
+
+def _has_scores(federated: dict[str, Any]) -> bool:
+    return bool(federated["public_text"] or any(federated["by_round"].values()))
 
 
 def _figure() -> tuple[Any, Any]:
@@ -55,9 +63,10 @@ def _rounds_plot(report: dict[str, Any]) -> str:
         if values:
             series = [federated["bits_per_char_base"], *values]
             axes.plot(range(len(series)), series, marker="o", color=color, label=label)
-    axes.set(title="Held-out text of the silos", xlabel="round", ylabel="bits per character")
-    if axes.lines:
-        axes.legend(frameon=False)
+    if public := federated["public_text"]:
+        axes.plot(range(len(public)), public, marker="o", color=_MUTED, label="public text, with DP")
+    axes.set(title="Text that no silo trained on", xlabel="round", ylabel="bits per character")
+    axes.legend(frameon=False)
     return _svg(figure)
 
 
@@ -72,7 +81,8 @@ def _epsilon_plot(report: dict[str, Any]) -> str:
     spent = [plan.model_copy(update={"rounds": done}).epsilon for done in range(1, rounds + 1)]
     groups: dict[int, list[str]] = {}
     for name, silo in privacy["silos"].items():
-        groups.setdefault(silo["charges"], []).append(name)
+        if silo["rounds_charged"] is not None:  # one that did not answer the close has stated nothing
+            groups.setdefault(silo["rounds_charged"], []).append(name)
     for charges, names in groups.items():
         label = ", ".join(names) if len(names) < 4 else f"{len(names)} silos"
         axes.plot(range(charges + 1), [0.0, *spent[:charges]], marker="o", color=_ACCENT, label=label)

@@ -159,11 +159,14 @@ def _federations(config: RunConfig) -> list[tuple[str, bool]]:
 
 
 def evaluate(run: Run) -> None:
-    """Bits per character on the silos' held-out records, before, by round, and after; only for public silos."""
+    """Bits per character before, by round, and after: of a simulation's public silos, and of one's own public text."""
     from federated.held_out import evaluate_rounds
+    from federated.outcome import over_flower
 
+    federation = run.directory / "federated"
     with run.stage("evaluate"), run.ray() as ray:
-        federations = {stage: run.directory / stage for stage, _ in _federations(run.config)}
+        stages = [stage for stage, with_dp in _federations(run.config) if with_dp or not over_flower(federation)]
+        federations = {stage: run.directory / stage for stage in stages}
         for stage, directory in federations.items():
             require_manifest(directory, stage, "federate")
         scores = evaluate_rounds(

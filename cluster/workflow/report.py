@@ -13,43 +13,61 @@ from configs.load import to_toml
 from configs.schema import RunConfig
 from configs.silo import simulated_silo
 from federated.aggregator import simulated_ledger
+from federated.outcome import over_flower
 from privacy.certificate import ledgers_of
 from privacy.chain import verify_entries
 from privacy.ledger_file import LEDGER_FILE, read_only
 
 REPORT_VERSION = 1
+_SIMULATION_ONLY = (
+    "federated.bits_per_char_*",
+    "federated.by_silo",
+    "federated.by_round",
+    "privacy.silos.*.charges",
+    "privacy.silos.*.rounds_charged",
+)
 _LIBRARIES = ("siloweave", "torch", "ray", "deepspeed", "flwr", "opacus", "dp-accounting", "transformers", "peft")
 
 
 def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
-    """The report of a finished run.
+    """The report of a finished run, on the machine that it ran on.
+
+    A run over silos elsewhere has what the coordinator knows: their ledgers stay with them, and the base model may have
+    come from another machine.
 
     Raises:
         InputError: a stage has not finished; the message names the command.
     """
     federation = run_directory / "federated"
     require_manifest(federation, "federated", "federate")
-    evaluation = _read(run_directory / "evaluation.json", "evaluate")
+    elsewhere, evaluated = over_flower(federation), run_directory / "evaluation.json"
+    evaluation = {} if elsewhere and not evaluated.exists() else _read(evaluated, "evaluate")
     certificate = _read(federation / "certificate.json", "federate")
-    events = list(read_events(run_directory / "events.jsonl"))
+    events, rounds = (list(read_events(folder / "events.jsonl")) for folder in (run_directory, federation))
+    ledgers = {} if elsewhere else _ledgers(config, run_directory, certificate)
     sample = run_directory / "sample.txt"
     return {
         "version": REPORT_VERSION,
         "name": config.run.name,
         "pretrain": _pretrain(config, events),
-        "federated": _federated(config, run_directory, certificate, evaluation, events),
-        "privacy": _privacy(config, run_directory, certificate),
+        "federated": _federated(config, run_directory, certificate, evaluation, rounds),
+        "privacy": _privacy(config, certificate, ledgers),
         "sample": sample.read_text(encoding="utf-8") if sample.exists() else "",
-        "simulation_only": [
-            "federated.bits_per_char_*",
-            "federated.by_silo",
-            "federated.by_round",
-            "privacy.silos.*.charges",
-        ],
+        "simulation_only": [] if elsewhere else list(_SIMULATION_ONLY),
         "settings": to_toml(config),
         "versions": {name: version(name) for name in _LIBRARIES},
         "seconds": _seconds(events),
     }
+
+
+def _ledgers(config: RunConfig, run_directory: Path, certificate: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What each ledger of a simulation says of the run, verified."""
+    found = {}
+    for name, public in ledgers_of(certificate).items():
+        ledger = _ledger_folder(config, name, run_directory) / LEDGER_FILE
+        bodies = verify_entries(read_only(ledger), str(ledger), public["public_key"])
+        found[name] = [body for body in bodies if body.get("run") == certificate["run_id"]]
+    return found
 
 
 def _read(path: Path, command: str) -> dict[str, Any]:
@@ -59,11 +77,14 @@ def _read(path: Path, command: str) -> dict[str, Any]:
     return value
 
 
-def _pretrain(config: RunConfig, events: list[dict[str, Any]]) -> dict[str, Any]:
+def _pretrain(config: RunConfig, events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Nothing where the base model came from elsewhere."""
     # A restart does some steps again; the last time counts.
     steps = {event["step"]: event for event in events if (event["stage"], event["event"]) == ("pretrain", "step")}
     validations = [event for event in events if (event["stage"], event["event"]) == ("pretrain", "validation")]
     ordered = [steps[step] for step in sorted(steps)]
+    if not ordered:
+        return None
     steady = [event["tokens"] / event["seconds"] for event in ordered[len(ordered) // 10 :]]
     return {
         "world_size": config.cluster.world_size,
@@ -87,7 +108,8 @@ def _federated(
     evaluation: dict[str, Any],
     events: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    rounds = [event for event in events if (event["stage"], event["event"]) == ("federated", "round")]
+    rounds = [event for event in events if event["event"] == "round"]
+    public = evaluation.get("public") or {}
     dp, no_dp = evaluation.get("federated") or [], evaluation.get("federated-no-dp") or []
     base = evaluation.get("base")
     return {
@@ -101,6 +123,7 @@ def _federated(
         "improvement_dp": 1 - dp[-1]["bits_per_char"] / base["bits_per_char"] if base and dp else None,
         "by_silo": _by_silo(base, dp, no_dp) if base and dp else {},
         "by_round": {"dp": [_overall(entry) for entry in dp], "no_dp": [_overall(entry) for entry in no_dp]},
+        "public_text": [_overall(entry) for entry in (public["base"], *public["federated"])] if public else [],
         "private_evaluation": _private_evaluations(events),
         "not_available": evaluation.get("not_available"),
     }
@@ -130,18 +153,20 @@ def _overall(entry: dict[str, Any] | None) -> float | None:
     return entry["bits_per_char"] if entry else None
 
 
-def _privacy(config: RunConfig, run_directory: Path, certificate: dict[str, Any]) -> dict[str, Any]:
+def _privacy(
+    config: RunConfig, certificate: dict[str, Any], ledgers: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
     silos = {}
     for name, public in ledgers_of(certificate).items():
-        ledger = _ledger_folder(config, name, run_directory) / LEDGER_FILE
-        bodies = verify_entries(read_only(ledger), str(ledger), public["public_key"])
-        charges = [body for body in bodies if body["kind"] == "charge" and body["run"] == certificate["run_id"]]
+        stated = public.get("statement", {}).get("rounds_charged")
+        charges = [body["round"] for body in ledgers.get(name, ()) if body["kind"] == "charge"]
         silos[name] = {
             "epsilon": public["receipt"]["epsilon_reserved"],
-            "budget_epsilon": config.privacy.budget_epsilon,
+            "budget_epsilon": config.privacy.budget_epsilon if ledgers else None,  # the steward's own
             "epsilon_left": public["receipt"]["epsilon_left"],
             "public_record_count": public["public_record_count"],
-            "charges": len(charges),
+            "charges": len(charges) if ledgers else stated,
+            "rounds_charged": sum(number > 0 for number in charges) if ledgers else stated,
             "ledger_head": public["receipt"]["head"],
             "public_key": public["public_key"],
             "stated": "statement" in public,

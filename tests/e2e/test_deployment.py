@@ -33,6 +33,7 @@ from privacy.certificate_check import check_certificate
 RUN_S = 400.0
 TENSORBOARD = find_spec("tensorboard") is not None
 FAST = ("federated.local_steps=2", "privacy.epsilon=1", "federated.round_timeout_s=60", "federated.min_silos=1")
+ONE = ("federated.rounds=3", f"monitoring.tensorboard={str(TENSORBOARD).lower()}", *FAST)  # the run that outlives
 STEWARD, RELAY = f"sw-silo-{os.getpid()}", f"sw-relay-{os.getpid()}"
 
 
@@ -310,7 +311,7 @@ def server_app(deployment: Deployment) -> psutil.Process | None:
 
 def test_a_run_outlives_the_death_of_each_of_its_processes(deployment):
     """One run of three rounds, and a SIGKILL of a silo service, the server app, the SuperLink and a SuperNode."""
-    run = deployment.run("one", "federated.rounds=3", f"monitoring.tensorboard={str(TENSORBOARD).lower()}", *FAST)
+    run = deployment.run("one", *ONE)
 
     def rounds() -> int:
         return len(deployment.events("one", "round"))
@@ -353,6 +354,30 @@ def test_tensorboard_has_the_rounds_of_the_run_that_was_killed(deployment):
     for name in ("bytes", "seconds", "epsilon_left"):
         assert shown[f"federated/{name}"] == {n: pytest.approx(event[name]) for n, event in events.items()}
     assert shown["federated/silos"] == {n: len(event["answered"]) for n, event in events.items()}
+
+
+def test_evaluate_and_report_tell_what_the_coordinator_knows_of_the_run(deployment):
+    (deployment.root / "public.txt").write_text("A text that everyone may read. " * 20)
+    given = deployment.settings("one", *ONE, f"evaluate.public.source={deployment.root / 'public.txt'}")
+    deployment.siloweave("evaluate", *given)
+    deployment.siloweave("report", *given)
+    directory = deployment.root / "runs" / "one"
+    report = json.loads((directory / "report.json").read_text())
+    certificate = json.loads((directory / "federated" / "certificate.json").read_text())
+    assert report["privacy"]["epsilon"] == max(
+        silo["receipt"]["epsilon_reserved"] for silo in certificate["silos"].values()
+    )
+    for name, silo in report["privacy"]["silos"].items():
+        stated = certificate["silos"][name].get("statement", {})  # a silo that missed the close has stated nothing
+        assert silo["charges"] == stated.get("rounds_charged")
+    assert report["federated"]["not_available"] == "the silos keep their records"
+    assert len(report["federated"]["public_text"]) == 4
+    assert len(set(report["federated"]["public_text"])) == 4
+    assert (report["pretrain"], report["simulation_only"]) == (None, [])
+    page = (directory / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "simulation_only" not in page
+    assert "The coordinator's public text" in page
 
 
 HOSTILE_SERVER = """
