@@ -11,6 +11,7 @@ from federated.silo_client import exchange
 
 RECORD, SHARED = "siloweave", "shared"
 HEAD, CONTENT, TAIL = "head", "content", "tail"
+_MARK = 64  # bytes: a search for all of an adapter at once is prepared for longer than all else that a message takes
 
 Handler = Callable[[bytes], bytes]
 Connect = Callable[[Context], Handler]
@@ -24,9 +25,13 @@ def pack(envelope: bytes, shared: bytes = b"") -> RecordDict:
         shared: a part of it that other messages of the same step have, too, such as the adapter. It is a record of its
             own, so that the sender holds it, and Flower stores it, once a step and not once a silo.
     """
-    head, found, tail = envelope.partition(shared) if shared else (envelope, b"", b"")
-    content = shared if found else b""
-    return RecordDict({RECORD: ConfigRecord({HEAD: head, TAIL: tail}), SHARED: ConfigRecord({CONTENT: content})})
+    at = envelope.find(shared[:_MARK])
+    while at >= 0 and not envelope.startswith(shared, at):
+        at = envelope.find(shared[:_MARK], at + 1)
+    if at < 0:
+        at, shared = 0, b""
+    head, tail = envelope[:at], envelope[at + len(shared) :]
+    return RecordDict({RECORD: ConfigRecord({HEAD: head, TAIL: tail}), SHARED: ConfigRecord({CONTENT: shared})})
 
 
 def unpack(content: RecordDict) -> bytes:
@@ -35,13 +40,23 @@ def unpack(content: RecordDict) -> bytes:
     Raises:
         ValueError: the content was not made by ``pack``.
     """
+    return b"".join(_parts(content))
+
+
+def size_bytes(content: RecordDict) -> int:
+    """How long the envelope is that ``unpack`` would give."""
+    return sum(len(part) for part in _parts(content))
+
+
+def _parts(content: RecordDict) -> list[bytes]:
     parts = []
     for name, key in ((RECORD, HEAD), (SHARED, CONTENT), (RECORD, TAIL)):
         record = content.get(name)
-        parts.append(record.get(key) if isinstance(record, ConfigRecord) else None)
-    if not all(isinstance(part, bytes) for part in parts):
-        raise ValueError("the message holds no siloweave envelope")
-    return b"".join(part for part in parts if isinstance(part, bytes))
+        part = record.get(key) if isinstance(record, ConfigRecord) else None
+        if not isinstance(part, bytes):
+            raise ValueError("the message holds no siloweave envelope")
+        parts.append(part)
+    return parts
 
 
 def make_app(connect: Connect) -> ClientApp:

@@ -194,7 +194,8 @@ def grid_exchange(grid: Any, nodes: Sequence[int]) -> Exchange:
 
     def exchange(content: bytes, tasks: Sequence[Task]) -> Iterator[bytes]:
         messages = [
-            Message(pack(_body(task, content)), nodes[task.client], "train", group_id=str(task.round)) for task in tasks
+            Message(pack(_body(task, content), content), nodes[task.client], "train", group_id=str(task.round))
+            for task in tasks
         ]
         waiting = set(grid.push_messages(messages))
         while waiting:

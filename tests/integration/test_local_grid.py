@@ -1,17 +1,20 @@
 """The local grid by itself: who stays warm, what a process that dies takes with it, what a step's messages share."""
 
 import os
+import time
 from functools import partial
 
+import pytest
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
 from configs.artifacts import Manifest, commit_manifest
+from configs.errors import InputError
 from configs.events import EventLog, read_events
 from configs.load import load
 from federated.client_app import SHARED, pack, unpack
 from federated.exchange import TRAIN, Parties
-from federated.local_grid import LocalGrid, SiloHost
+from federated.local_grid import _CALL_BYTES, _CALL_S, LocalGrid, SiloHost
 from federated.rounds import Coordinator
 from privacy.signing import Signer
 
@@ -33,35 +36,92 @@ def test_few_silos_stay_open_and_the_least_recently_asked_is_closed():
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     host = SiloHost(Opened, threads=1, warm=2)
     for silo in ("a", "b", "a", "c", "a", "b"):
-        reply = host.handle(Message(pack(b"to "), 7, TRAIN), silo)
+        (reply,), _ = host.handle([Message(pack(b"to "), 7, TRAIN)], [silo])
         assert unpack(reply.content) == f"to {silo}".encode()
     assert did == ["open a", "open b", "close b", "open c", "close c", "open b"]
 
 
-def test_a_message_that_ends_processes_is_given_up_alone(shared_ray):
-    class Opened:
-        def __init__(self, name):
-            self.name = name
+class Answers:
+    """A silo that answers with its name, unless the name says otherwise."""
 
-        def handle(self, content):
-            if self.name == "silo03":
-                os._exit(1)
-            return self.name.encode()
+    def __init__(self, name):
+        self.name = name
 
-        def close(self):
-            pass
+    def handle(self, content):
+        if "dies" in self.name:
+            os._exit(1)
+        if "raises" in self.name:
+            raise ValueError(f"no answer from {self.name}")
+        if "wrong" in self.name:
+            raise InputError("data.private.source: no such file")
+        if "slow" in self.name:
+            time.sleep(1.5 * _CALL_S)
+        return bytes(_CALL_BYTES) if "large" in self.name else self.name.encode()
 
-    names = [f"silo{number:02d}" for number in range(12)]
-    with LocalGrid(shared_ray, Opened, names, workers=2, threads=1) as grid:
-        silo_of = dict(zip(grid.get_node_ids(), names, strict=True))
-        for _ in range(2):  # the process that took its place is as good
-            replies = list(grid.send_and_receive([Message(pack(b"?"), node, TRAIN) for node in silo_of], timeout=120))
-            answers = {reply.metadata.src_node_id: reply for reply in replies}
-            assert {silo_of[node] for node, reply in answers.items() if reply.has_error()} == {"silo03"}
-            assert {node: unpack(reply.content).decode() for node, reply in answers.items() if reply.has_content()} == {
-                node: name for node, name in silo_of.items() if name != "silo03"
-            }
-            assert len(replies) == len(names)
+    def close(self):
+        pass
+
+
+def ask_all(grid, names):
+    """What each silo of the grid replies: its bytes, or its error's reason. One reply each."""
+    silo_of = dict(zip(grid.get_node_ids(), names, strict=True))
+    replies = list(grid.send_and_receive([Message(pack(b"?"), node, TRAIN) for node in silo_of], timeout=120))
+    answers = {
+        silo_of[reply.metadata.src_node_id]: reply.error.reason if reply.has_error() else unpack(reply.content)
+        for reply in replies
+    }
+    assert len(replies) == len(answers) == len(names)
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["slow", "large"])
+def test_a_call_that_holds_too_much_ends_early(kind):
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    silos = [kind, "b", "c"]
+    replies, taken = SiloHost(Answers, threads=1).handle([Message(pack(b"?"), 7, TRAIN) for _ in silos], silos)
+    assert len(replies) == 1
+    assert taken >= 1
+
+
+def test_messages_that_are_short_work_share_calls_and_long_ones_do_not(shared_ray, monkeypatch):
+    call, sizes = LocalGrid._call, []
+
+    def record(self, worker, messages):
+        sizes.append(len(messages))
+        call(self, worker, messages)
+
+    monkeypatch.setattr(LocalGrid, "_call", record)
+    for kind, shared in (("quick", True), ("slow", False)):
+        names = [f"{kind}{number:02d}" for number in range(24)]
+        with LocalGrid(shared_ray, Answers, names, workers=2, threads=1) as grid:
+            for _ in range(2):
+                ask_all(grid, names)
+                sizes.clear()
+            assert ask_all(grid, names) == {name: name.encode() for name in names}
+        assert sum(sizes) == 24
+        assert max(sizes) <= 12  # a part for each worker
+        assert (len(sizes) < 24) is shared, sizes
+
+
+def test_what_ends_processes_or_raises_is_given_up_alone(shared_ray):
+    """Several share each call, with what ends the process, raises, or takes so long that the others wait again."""
+    names = [f"silo{number:02d}" for number in range(24)]
+    names[3], names[8], names[14], names[15] = "silo03-dies", "silo08-raises", "silo14-slow", "silo15-dies"
+    with LocalGrid(shared_ray, Answers, names, workers=2, threads=1) as grid:
+        grid._fit[TRAIN] = 6.0
+        answers = ask_all(grid, names)
+    given_up = {name for name, answer in answers.items() if isinstance(answer, str)}
+    assert given_up == {"silo03-dies", "silo08-raises", "silo15-dies"}
+    assert answers["silo08-raises"] == "no answer from silo08-raises"
+    assert all(answers[name] == name.encode() for name in names if name not in given_up)
+
+
+def test_a_wrong_setting_of_the_simulation_is_raised(shared_ray):
+    names = ["silo00", "silo01-wrong", "silo02"]
+    with LocalGrid(shared_ray, Answers, names, workers=1, threads=1) as grid:
+        grid._fit[TRAIN] = 3.0
+        with pytest.raises(InputError, match=r"data\.private\.source: no such file"):
+            ask_all(grid, names)
 
 
 def test_a_steps_messages_hold_the_adapter_once(shared_ray, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federated.client_app import SHARED, pack, unpack
+from federated.client_app import SHARED, pack, size_bytes, unpack
 
 
 @given(st.binary(), st.binary(), st.binary())
@@ -20,6 +20,13 @@ def test_what_is_shared_is_one_record_with_one_name_for_flower():
     assert one[SHARED].object_id == other[SHARED].object_id
     assert one["siloweave"].object_id != other["siloweave"].object_id
     assert sum(len(part) for part in one["siloweave"].values()) == len(b"oneend")
+
+
+def test_what_is_shared_is_found_behind_what_begins_like_it():
+    shared = bytes(100) + b"adapter"
+    content = pack(b"head" + bytes(100) + b"correction" + shared + b"tail", shared)
+    assert content[SHARED]["content"] == shared
+    assert size_bytes(content) == len(unpack(content)) == 4 + 100 + 10 + 107 + 4
 
 
 @pytest.mark.parametrize(
