@@ -3,6 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
+from federated import adapters
 from federated.adapters import FixedPointSum, from_bytes, to_bytes
 
 
@@ -36,6 +37,19 @@ def test_the_sum_does_not_depend_on_the_order_of_replies():
     plain = {name: np.mean([one[name] for one in updates], axis=0) for name in updates[0]}
     for name, array in from_bytes(means.pop()).items():
         np.testing.assert_allclose(array, plain[name], rtol=1e-5, atol=1e-9)
+
+
+def test_it_does_not_matter_how_many_values_are_added_at_once(monkeypatch):
+    def mean(block):
+        monkeypatch.setattr(adapters, "_BLOCK", block)
+        total = FixedPointSum({**update(0), "c": np.zeros((2, 0, 3), np.float32)})
+        for seed in range(3):
+            total.add({"c": np.zeros((2, 0, 3), np.float32), **update(seed)})
+        return total.mean()
+
+    whole = mean(2**18)
+    assert {name: array.shape for name, array in whole.items()} == {"a": (3, 4), "b": (5,), "c": (2, 0, 3)}
+    assert to_bytes(mean(1)) == to_bytes(mean(12)) == to_bytes(whole)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 40_000.0])
