@@ -17,7 +17,7 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 _FRACTION_BITS = 32
 _LARGEST_VALUE = 2.0**15
 _LARGEST_COUNT = 2**15
-_BLOCK = 2**18  # values that are added at once: few enough for a processor's cache
+_BLOCK = 2**13  # values that are added at once: what is made on the way stays in the processor's cache
 
 
 def to_bytes(arrays: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
