@@ -66,7 +66,8 @@ def test_page_and_table_show_f1_with_its_error(tiny_run):
     known = {"bits_per_char": 2.5, "bits_per_char_error": 0.25, "accuracy": None, "accuracy_error": None}
     f1 = {"macro_f1": 0.625, "macro_f1_error": 0.0625, "f1_by_label": {"yes <b>": {"f1": 0.75, "f1_error": 0.125}}}
     federated = {**tiny_run.report["federated"], "private_evaluation": [{"round": 2, "silos": ["a"], **known, **f1}]}
-    report = {**tiny_run.report, "federated": federated}
+    silos = {name: {**silo, "charges": 3} for name, silo in tiny_run.report["privacy"]["silos"].items()}  # two rounds
+    report = {**tiny_run.report, "federated": federated, "privacy": {**tiny_run.report["privacy"], "silos": silos}}
     page = render(report)
     for text in ("2.500 &plusmn; 0.250", "lost in the noise", "0.625 &plusmn; 0.062", "F1 of yes &lt;b&gt;", "0.750"):
         assert text in page
