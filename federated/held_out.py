@@ -53,8 +53,8 @@ def evaluate_rounds(
             records = limit if found is rounds[-1] else max(1, limit // 4)
             models.append((name, found.round_number, found.adapter, records))
     reason, scorers = _scorers(config, base_model, federations)
-    remote = ray.remote(num_cpus=config.cluster.threads_per_rank)(_scored)
     threads = config.cluster.threads_per_rank
+    remote = ray.remote(num_cpus=threads)(_scored)
     running = {
         remote.remote(scorer, threads, adapter, records): (which, name, number)
         for which, scorer in scorers.items()

@@ -19,7 +19,6 @@ LEDGER_FILE = "ledger.sqlite"
 UNANCHORED, ANCHORED = 1, 2  # the same tables; version 2 has an anchor, and may hold entries that tell of it
 SCHEMA_VERSION = ANCHORED
 LOCK_TIMEOUT_S = 60
-_LOCKED = "{path}: locked by another program for {seconds} s; end it, then ask again"
 EXPORT_SUFFIX = ".jsonl"
 _EXPORT = "ledger export"
 _SCHEMA = """
@@ -44,7 +43,7 @@ def connect(path: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         if not _in_time(partial(_write_ahead, connection)):
-            raise SiloweaveError(_LOCKED.format(path=path, seconds=LOCK_TIMEOUT_S))
+            raise sqlite3.OperationalError("database is locked")
         for setting in ("synchronous = FULL", "secure_delete = ON"):
             connection.execute(f"PRAGMA {setting}")
         connection.execute("BEGIN IMMEDIATE")
@@ -241,7 +240,7 @@ def explain(path: Path, error: sqlite3.DatabaseError) -> SiloweaveError:
     """The one line for what SQLite says."""
     text = str(error)
     if "locked" in text or "busy" in text:
-        return SiloweaveError(_LOCKED.format(path=path, seconds=LOCK_TIMEOUT_S))
+        return SiloweaveError(f"{path}: locked by another program for {LOCK_TIMEOUT_S} s; end it, then ask again")
     if isinstance(error, sqlite3.OperationalError):
         return write_failure(path, OSError(text))
     return InputError(f"{path}: not a sound ledger ({text}); put its backup back")
