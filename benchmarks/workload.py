@@ -114,7 +114,7 @@ class Workload:
         shutil.rmtree(self.folder / "ray-train", ignore_errors=True)
 
     def run(self, peer: str, timeout_s: float = 1800) -> tuple[float, list[dict[str, Any]]]:
-        """Runs a peer to its end.
+        """Runs a peer to its end; how one ends that has done all its steps doesn't matter.
 
         Returns:
             When it was started, and its lines.
@@ -131,10 +131,13 @@ class Workload:
             timeout=timeout_s,
             check=False,
         )
-        if done.returncode:
-            raise RuntimeError(f"{peer} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
         path = self.run_directory / "events.jsonl" if peer == "command" else record
-        return began, [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        if done.returncode and (peer == "command" or self.steps not in steps_of(lines)):
+            raise RuntimeError(f"{peer} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        if done.returncode:  # gloo aborts a peer's rank at times whose neighbour has left a moment before
+            print(f"{peer} did all its steps, and then ended with {done.returncode}", file=sys.stderr)
+        return began, lines
 
 
 def environment() -> dict[str, str]:

@@ -17,10 +17,14 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     import deepspeed
     from deepspeed.checkpoint import constants
 
+    from trainer.linear import mkl_holds_back, use_onednn
     from trainer.models import new_model
 
     settings = config.pretrain
     model = new_model(config.model, vocab_size, config.run.seed, settings.dropout).train()
+    # Lower precisions go to oneDNN anyway, and the compiler brings products of its own.
+    if rank.device == "cpu" and settings.precision == "fp32" and not settings.torch_compile and mkl_holds_back():
+        use_onednn(model)
     # With this, DeepSpeed's own converter reads our commits.
     version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, version)

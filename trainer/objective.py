@@ -23,14 +23,16 @@ def next_token_nats(model: Any, tokens_BT: Any, positions_BT: Any = None) -> Any
     """
     from torch.nn import functional
 
-    targets_BT = tokens_BT[:, 1:]
+    # Every position keeps its row of logits: to leave the last ones out would copy all of them, there and back.
+    targets_BT = tokens_BT.roll(-1, dims=1)
+    targets_BT[:, -1] = _NO_TARGET
     if positions_BT is None:
         logits_BTV = model(input_ids=tokens_BT).logits.float()
     else:
         logits_BTV = model(input_ids=tokens_BT, position_ids=positions_BT).logits.float()
-        targets_BT = targets_BT.masked_fill(positions_BT[:, 1:] == 0, _NO_TARGET)
+        targets_BT[positions_BT.roll(-1, dims=1) == 0] = _NO_TARGET
     return functional.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten(), reduction="sum", ignore_index=_NO_TARGET
+        logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="sum", ignore_index=_NO_TARGET
     )
 
 
