@@ -16,6 +16,10 @@ from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+from trainer.startup import import_libraries
+
+import_libraries()  # once for all ranks: they are forked
+
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -26,6 +30,7 @@ from configs.artifacts import Manifest, commit_manifest
 from configs.storage import COMMITTED, Folder
 from trainer.checkpoints import KIND, step_name
 from trainer.engine import build_engine
+from trainer.models import new_model
 from trainer.pretrain import _resume
 from trainer.zero import Rank, join_process_group, prepare_process
 
@@ -38,25 +43,24 @@ def options(stage):
     return ["pretrain.precision=bf16", f"pretrain.zero_stage={stage}"]
 
 
-def held(engine, stage):
+def held(engine, stage, moments=MOMENTS):
     """Every parameter's master weights and moments, as DeepSpeed itself gathers them, and the weights it computes with.
 
     Stage 0 has nothing to gather.
     """
-    optimizer, found = engine.optimizer, {}
+    optimizer, masters, found = engine.optimizer, {}, {}
     if stage == 0:
-        pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        masters = {id(p): master for group, copies in pairs for p, master in zip(group, copies, strict=True)}
-    elif stage < 3:
+        masters = dict(zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True))
+    elif stage < 3 and moments:
         # DeepSpeed links them in the first step, when the second group of parameters has no moments yet.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in engine.module.named_parameters():
         if stage == 0:
-            master = masters[id(parameter)]
-            whole = {"fp32": master, **{key: optimizer.state[master][key] for key in MOMENTS}}
+            master = masters[parameter]
+            whole = {"fp32": master, **{key: optimizer.state[master][key] for key in moments}}
         else:
-            whole = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            whole = {key: safe_get_full_optimizer_state(parameter, key) for key in moments}
             whole["fp32"] = safe_get_full_fp32_param(parameter)
         with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
             whole["bf16"] = parameter.data
@@ -66,9 +70,10 @@ def held(engine, stage):
 
 def work(gang, stage, rank, folder):
     """One gang's part of one stage."""
-    config = settings(options(stage), rank.world_size)
+    config, found = settings(options(stage), rank.world_size), {}
     engine = build_engine(config, rank, VOCABULARY)
     if gang == "first":
+        found["begun"] = held(engine, stage, moments=())
         train(engine, config, rank, 0, SAVED)
         engine.save_checkpoint(folder, tag=step_name(SAVED), save_latest=False)
         if rank.rank == 0:
@@ -77,7 +82,8 @@ def work(gang, stage, rank, folder):
         distributed.barrier()
     else:
         _resume(engine, config, Folder(folder), "bf16", rank, lambda event: None)
-    found = {"held": held(engine, stage), "steps": {float(state["step"]) for state in engine.optimizer.state.values()}}
+    found["held"] = held(engine, stage)
+    found["steps"] = {float(state["step"]) for state in engine.optimizer.state.values()}
     found["losses"] = train(engine, config, rank, SAVED, STEPS)
     torch.save(found, folder / f"{gang}-{rank.rank}.pt")
     engine.destroy()
@@ -95,7 +101,8 @@ def run_rank(gang, number, port, folder):
 
 
 def main():
-    fork = multiprocessing.get_context("fork")  # libraries are imported once for all ranks
+    fork = multiprocessing.get_context("fork")
+    new_model(settings([], 1).model, VOCABULARY, 0)  # it imports more
     for gang, size in GANGS.items():
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
