@@ -8,30 +8,16 @@ python bf16_gangs.py FOLDER
 
 import logging
 import multiprocessing
-import os
 import socket
 import sys
 import warnings
 from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"
-
-from trainer.startup import import_libraries
-
-import_libraries()  # once for all ranks: they are forked
-
-import deepspeed
-import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from engine_pair import SAVED, STEPS, VOCABULARY, settings, train
-from torch import distributed
 
 from configs.artifacts import Manifest, commit_manifest
 from configs.storage import COMMITTED, Folder
-from trainer.checkpoints import KIND, step_name
-from trainer.engine import build_engine
-from trainer.models import new_model
-from trainer.pretrain import _resume
+from trainer.startup import import_libraries
 from trainer.zero import Rank, join_process_group, prepare_process
 
 GANGS = {"first": 2, "same": 2, "more": 4, "fewer": 1}
@@ -48,9 +34,13 @@ def held(engine, stage, moments=MOMENTS):
 
     Stage 0 has nothing to gather.
     """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.zero import GatheredParameters
+
     optimizer, masters, found = engine.optimizer, {}, {}
     if stage == 0:
-        masters = dict(zip(sum(optimizer.fp16_groups, []), sum(optimizer.fp32_groups, []), strict=True))
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        masters = {low: high for group, own in groups for low, high in zip(group, own, strict=True)}
     elif stage < 3 and moments:
         # DeepSpeed links them in the first step, when the second group of parameters has no moments yet.
         optimizer._hp_optimizer_states_linked = False
@@ -62,7 +52,7 @@ def held(engine, stage, moments=MOMENTS):
         else:
             whole = {key: safe_get_full_optimizer_state(parameter, key) for key in moments}
             whole["fp32"] = safe_get_full_fp32_param(parameter)
-        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+        with GatheredParameters([parameter], enabled=stage == 3):
             whole["bf16"] = parameter.data
             found[name] = {key: value.detach().clone() for key, value in whole.items()}
     return found
@@ -70,6 +60,13 @@ def held(engine, stage, moments=MOMENTS):
 
 def work(gang, stage, rank, folder):
     """One gang's part of one stage."""
+    import torch
+    from torch import distributed
+
+    from trainer.checkpoints import KIND, step_name
+    from trainer.engine import build_engine
+    from trainer.pretrain import _resume
+
     config, found = settings(options(stage), rank.world_size), {}
     engine = build_engine(config, rank, VOCABULARY)
     if gang == "first":
@@ -101,13 +98,20 @@ def run_rank(gang, number, port, folder):
 
 
 def main():
+    # 1. Once for all ranks, which are forked: what they import, at once or when it is first used.
+    prepare_process(Rank(0, 1, 0, 1, "127.0.0.1", 0, "cpu", 1))
+    import_libraries()
+    from trainer.models import new_model
+
+    new_model(settings([], 1).model, VOCABULARY, 0)
+    # 2. The gangs.
     fork = multiprocessing.get_context("fork")
-    new_model(settings([], 1).model, VOCABULARY, 0)  # it imports more
     for gang, size in GANGS.items():
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        ranks = [fork.Process(target=run_rank, args=(gang, n, port, Path(sys.argv[1])), daemon=True) for n in range(size)]
+        places = [(gang, number, port, Path(sys.argv[1])) for number in range(size)]
+        ranks = [fork.Process(target=run_rank, args=place, daemon=True) for place in places]
         for rank in ranks:
             rank.start()
         for rank in ranks:

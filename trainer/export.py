@@ -96,7 +96,8 @@ def _consolidated(folder: Path, settings: PretrainSettings, model: Any) -> dict[
 def _master_weights(states: dict[str, Any], settings: PretrainSettings, model: Any) -> dict[str, Any]:
     """DeepSpeed saves ZeRO-0's without names, in the order of the optimizer's groups."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in new_optimizer(settings, model).param_groups for parameter in group["params"]]
+    groups = new_optimizer(settings, model).param_groups
+    ordered = [names[parameter] for group in groups for parameter in group["params"]]
     return dict(zip(ordered, chain.from_iterable(states["optimizer"]["fp32_groups"]), strict=True))
 
 
