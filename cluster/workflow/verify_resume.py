@@ -21,7 +21,7 @@ from configs.schema import RunConfig
 from trainer.checkpoints import step_name
 
 # Other ranks sum gradients in another order, each sum rounded to 24 bits, or to 8. Measured under bf16: 1e-4; 8e-3 or
-# more where a resize loses the moments. Whether master weights keep their last bits no loss shows; a test compares them.
+# more where a resize loses the moments. Whether master weights keep their last bits no loss shows: a test compares.
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3}
 STEPS_A_LEG = 4
 _BEYOND = 2  # steps that a leg makes after its commit, at least, and loses
