@@ -42,8 +42,8 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
 def _take_back_first_step(optimizer: Any) -> None:
     """DeepSpeed's wrapper of these settings makes a step while it is built, so that moments are allocated.
 
-    Its gradient is zero (``FP16_UnfusedOptimizer.initialize_optimizer_states``), but it decays the matrices' master weights,
-    with adam by a whole learning rate each, and the bias correction counts it.
+    Its gradient is zero (``FP16_UnfusedOptimizer.initialize_optimizer_states``), but it decays the matrices' master
+    weights, with adam by a whole learning rate each, and the bias correction counts it.
     """
     optimizer.state.clear()
     optimizer.refresh_fp32_params()
