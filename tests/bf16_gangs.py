@@ -34,8 +34,8 @@ def held(engine, stage, moments=MOMENTS):
 
     Stage 0 has nothing to gather.
     """
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-    from deepspeed.zero import GatheredParameters
 
     optimizer, masters, found = engine.optimizer, {}, {}
     if stage == 0:
