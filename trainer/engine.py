@@ -36,9 +36,21 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
         optimizer=new_optimizer(settings, model),
         config=deepspeed_config(settings, rank.world_size, sizes, rank.device),
     )
+    if settings.zero_stage == 0 and settings.precision != "fp32":
+        _take_back_first_step(engine.optimizer)
     if settings.torch_compile:
         engine.compile()
     return engine
+
+
+def _take_back_first_step(optimizer: Any) -> None:
+    """DeepSpeed's wrapper of these settings makes a step while it is built, so that moments are allocated.
+
+    Its gradient is zero (``FP16_UnfusedOptimizer.initialize_optimizer_states``), but it decays the matrices' master
+    weights, with adam by a whole learning rate each, and the bias correction counts it.
+    """
+    optimizer.state.clear()
+    optimizer.refresh_fp32_params()
 
 
 def set_step(engine: Any, config: RunConfig, step: int, rank: Rank) -> None:

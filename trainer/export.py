@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from configs.artifacts import Manifest, commit_manifest, require_manifest
 from configs.corpora import corpora
 from configs.encryption import load_key, opened, sealing
 from configs.errors import InputError, SiloweaveError
+from configs.pretrain_settings import PretrainSettings
 from configs.schema import RunConfig
 from trainer import checkpoints
 from trainer.data.batches import corpus_counts
 from trainer.data.prepare import finished
 from trainer.models import MODEL, new_model
+from trainer.optimizers import new_optimizer
 from trainer.pretrain import pretrain_digest
 
 _CARD = """---
@@ -56,7 +59,7 @@ def export(config: RunConfig, run_directory: Path) -> Manifest:
     key = load_key(config.run.encryption_key_file)
     name = checkpoint.directory.name
     with opened(checkpoint.directory, key, f"{digest}/{name}", older=name) as folder:
-        model.load_state_dict(_consolidated(folder, config.pretrain.zero_stage))
+        model.load_state_dict(_consolidated(folder, config.pretrain, model))
     with sealing(target, key, f"{digest}/{MODEL}") as folder:
         model.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -72,13 +75,15 @@ def _refuse_damaged(message: str) -> None:
     )
 
 
-def _consolidated(folder: Path, stage: int) -> dict[str, Any]:
+def _consolidated(folder: Path, settings: PretrainSettings, model: Any) -> dict[str, Any]:
     """Full float32 weights from the ranks' shards."""
     import torch
 
-    if stage == 0:
+    if settings.zero_stage == 0:
         states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return dict(states["module"])
+        module = dict(states["module"])
+        # In 16 bits the module's weights are rounded, and the optimizer has its own.
+        return module if settings.precision == "fp32" else module | _master_weights(states, settings, model)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with (
@@ -86,6 +91,14 @@ def _consolidated(folder: Path, stage: int) -> dict[str, Any]:
         contextlib.redirect_stderr(io.StringIO()),
     ):  # it prints, and shows bars
         return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name))
+
+
+def _master_weights(states: dict[str, Any], settings: PretrainSettings, model: Any) -> dict[str, Any]:
+    """DeepSpeed saves ZeRO-0's without names, in the order of the optimizer's groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = new_optimizer(settings, model).param_groups
+    ordered = [names[parameter] for group in groups for parameter in group["params"]]
+    return dict(zip(ordered, chain.from_iterable(states["optimizer"]["fp32_groups"]), strict=True))
 
 
 def _card(config: RunConfig, corpus: Manifest, parameters: int) -> str:

@@ -1,4 +1,4 @@
-"""``siloweave pretrain --verify-resume``: the same losses at every number of ranks, across kills.
+"""``siloweave pretrain --verify-resume``: the same losses at every number of ranks, across kills, but for rounding.
 
 A single rank trains a few steps without interruption. A second run does the same steps in legs of different numbers of
 ranks: each is killed a few steps after a commit, and the next one goes on from there. Both run beside the run itself,
@@ -20,7 +20,9 @@ from configs.errors import InputError
 from configs.schema import RunConfig
 from trainer.checkpoints import step_name
 
-TOLERANCE = 1e-5
+# Other ranks sum gradients in another order, each sum rounded to 24 bits, or to 8. Measured under bf16: 1e-4; 8e-3 or
+# more where a resize loses the moments. Whether master weights keep their last bits no loss shows: a test compares.
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3}
 STEPS_A_LEG = 4
 _BEYOND = 2  # steps that a leg makes after its commit, at least, and loses
 _HORIZON = 10_000  # of the learning rate's schedule; no run gets there
@@ -105,10 +107,11 @@ def verify_resume(
         InputError: no corpus, or arithmetic for which the losses need not be the same.
     """
     require_manifest(directory / "corpus", "corpus", "prepare")
-    if config.pretrain.precision != "fp32":
+    tolerance = TOLERANCES.get(config.pretrain.precision)
+    if tolerance is None:
         raise InputError(
-            f"pretrain.precision is {config.pretrain.precision!r}: losses are the same to {TOLERANCE:g} in float32; "
-            "give --set pretrain.precision=fp32"
+            f"pretrain.precision is {config.pretrain.precision!r}: how near losses stay there was not measured; give "
+            "--set pretrain.precision=bf16 or fp32"
         )
     if config.pretrain.dropout:
         raise InputError(
@@ -126,8 +129,8 @@ def verify_resume(
     largest = max(leg.deviation for leg in legs)
     return {
         "largest_deviation": largest,
-        "tolerance": TOLERANCE,
-        "holds": largest <= TOLERANCE,
+        "tolerance": tolerance,
+        "holds": largest <= tolerance,
         "zero_stage": config.pretrain.zero_stage,
         "steps": STEPS_A_LEG * len(sizes),
         "legs": [asdict(leg) for leg in legs],

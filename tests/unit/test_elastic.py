@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cluster.runtime.placement import await_room, bundle_of, pick_device, room
-from cluster.workflow.verify_resume import _remove, sizes_of
+from cluster.workflow.verify_resume import _remove, sizes_of, verify_resume
+from configs.artifacts import Manifest, commit_manifest
 from configs.errors import InputError, SiloweaveError
 from configs.load import bind_run_directory, load
 from trainer.elastic import Piece, Shard, collect, equal_parts
@@ -60,6 +61,13 @@ def test_a_run_continues_with_other_ranks_and_other_commits(tmp_path):
 @pytest.mark.parametrize(("most", "expected"), [(1, [1, 1]), (2, [1, 2, 1]), (4, [1, 2, 4, 2]), (8, [1, 4, 8, 4])])
 def test_resuming_is_verified_up_to_the_run_s_size_and_down_again(most, expected):
     assert sizes_of(load("tiny", [f"cluster.world_size={most}", "pretrain.micro_batch_size=1"])) == expected
+
+
+def test_resuming_is_not_verified_where_no_tolerance_is_known(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    commit_manifest(tmp_path / "corpus", Manifest("corpus", "digest"))
+    with pytest.raises(InputError, match=r"pretrain.precision is 'fp16': .* --set pretrain.precision=bf16 or fp32"):
+        verify_resume(load("tiny", ["pretrain.precision=fp16"]), tmp_path, lambda event: None, [1, 2])
 
 
 def committed(rank, world_size, state):
