@@ -87,9 +87,7 @@ class Folder:
                     digest.update(chunk)
                     writing.write(chunk)
                     size += len(chunk)
-                    if (
-                        size % _SYNC_BYTES == 0
-                    ):  # else all of a slow disk's time is in the last call, where nothing moves
+                    if size % _SYNC_BYTES == 0:  # else the last call waits for a slow disk, and nothing moves
                         writing.flush()
                         os.fsync(writing.fileno())
                     moved()

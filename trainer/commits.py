@@ -5,7 +5,7 @@
 3. Rank 0's thread: once every rank's list of this gang is there, ``COMMITTED`` with all of them; then pruning.
 
 No rank waits for another by a collective in the background, so a rank that dies in between leaves nothing but a folder
-without ``COMMITTED``. At most one copy is under way: the next commit waits for it, first every rank for its own part, as
+without ``COMMITTED``. At most one copy is under way: the next commit waits for it, every rank for its own part for as
 long as that moves, and then rank 0 for ``COMMITTED``.
 """
 

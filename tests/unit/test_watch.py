@@ -62,7 +62,7 @@ def test_a_copy_that_stands_still_is_named_though_others_stand_still_for_longer(
 
 def test_a_copy_that_moves_makes_no_rank_look_ahead_of_its_peers():
     heard = Heard(COMMIT, COMMIT)
-    with pytest.raises(RankFailed, match="rank 0 hangs: .* in phase commit"):
+    with pytest.raises(RankFailed, match=r"rank 0 hangs: .* in phase commit"):
         heard.hears_for(60, copying(1000), GATHER)
 
 
@@ -71,16 +71,16 @@ def test_a_rank_that_hangs_beside_a_slow_copy_is_named_once_that_is_done():
     for second in range(30):
         heard.hears_for(1, copying(second), GATHER)  # rank 1 hangs there already
     heard.hears_for(11, SAVE, GATHER)
-    with pytest.raises(RankFailed, match="rank 1 hangs: .* in phase gather"):
+    with pytest.raises(RankFailed, match=r"rank 1 hangs: .* in phase gather"):
         heard.hears_for(1, SAVE, GATHER)
 
 
 def test_the_rank_behind_is_the_one_that_hangs_but_for_one_that_does_not_answer():
     heard = Heard(Beat(7, 1, "backward"), Beat(6, 1, "forward"))
-    with pytest.raises(RankFailed, match="rank 1 hangs: .* in phase forward of step 1$"):
+    with pytest.raises(RankFailed, match=r"rank 1 hangs: .* in phase forward of step 1$"):
         heard.hears_for(11, Beat(7, 1, "backward"), Beat(6, 1, "forward"))
     heard = Heard(Beat(7, 1, "backward"), Beat(6, 1, "forward"))
-    with pytest.raises(RankFailed, match="rank 0 hangs: .* in phase backward of step 1, its process does not answer$"):
+    with pytest.raises(RankFailed, match=r"rank 0 hangs: .* in phase backward of step 1, its process does not answer$"):
         heard.hears_for(11, None, Beat(6, 1, "forward"))
 
 
