@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from configs.artifacts import Manifest, damaged_file, parse_manifest, sync_directory, write_atomic, write_failure
 
 COMMITTED = "COMMITTED"
-_CHUNK_BYTES, _SYNC_BYTES = 2**20, 2**26
+_CHUNK_BYTES, _SYNC_BYTES = 2**20, 2**28
 
 
 class Storage(Protocol):

@@ -28,15 +28,14 @@ from trainer.zero import Rank
 
 _WRITE_ERROR = re.compile("PytorchStreamWriter|inline_container|No space left|File too large")
 _POLL_S, _SLOWEST_POLL_S = 0.01, 0.5
-_LOOK_S = 0.2
+_LOOK_S = 0.2  # a rank that waits says no more often that its part moves
 
 
 class Committer:
     """The commits of one rank, from its start to its end.
 
     Args:
-        config: how many commits are kept, and how long rank 0 looks for the others' parts once
-            all are said to be there.
+        config: how many commits are kept, and how long rank 0 looks for parts that all say are there.
         storage: where the checkpoints are.
         scratch: the run's folder on this machine; what an earlier start left there is removed.
         rank: this process's place in the gang.
