@@ -160,7 +160,8 @@ class ClusterSettings(Settings):
     about 520 MB of memory a rank, and some seconds of CPU after the first step and after every restart."""
     hang_timeout_s: Positive = 300
     """Seconds without a new phase (data, forward, backward, step, commit, ...) after which a rank counts as failed;
-    more than the slowest phase takes."""
+    more than the slowest phase takes. A rank that waits for its commit's copy counts as failed only once no part of it
+    has arrived for so long: parts are 1 MiB in a folder, 50 MiB in S3, whole files where a store tells no more."""
     scratch_dir: str = ""
     """Folder of each node where its ranks write a checkpoint before it is copied to ``run.storage`` in the background,
     and where one from an object store is fetched to: room for two checkpoints; empty: below TMPDIR."""

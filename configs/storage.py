@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from configs.artifacts import Manifest, damaged_file, parse_manifest, sync_directory, write_atomic, write_failure
 
 COMMITTED = "COMMITTED"
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES, _SYNC_BYTES = 2**20, 2**28
 
 
 class Storage(Protocol):
@@ -33,8 +33,8 @@ class Storage(Protocol):
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file: readers see all of it or nothing."""
 
-    def put(self, source: Path, name: str) -> dict[str, Any]:
-        """Copies a local file. Returns its entry in a manifest."""
+    def put(self, source: Path, name: str, moved: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Copies a local file, and calls ``moved`` as parts of it arrive. Returns its entry in a manifest."""
 
     def remove(self, folder: str) -> None:
         """Removes a child folder, ``COMMITTED`` first: a kill in between leaves garbage, not a damaged commit."""
@@ -77,7 +77,7 @@ class Folder:
         self._make_parent(name)
         write_atomic(self.root / name, content)
 
-    def put(self, source: Path, name: str) -> dict[str, Any]:
+    def put(self, source: Path, name: str, moved: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """See ``Storage``. The file's name lasts with the next ``write`` beside it."""
         self._make_parent(name)
         target, digest, size = self.root / name, hashlib.sha256(), 0
@@ -87,6 +87,10 @@ class Folder:
                     digest.update(chunk)
                     writing.write(chunk)
                     size += len(chunk)
+                    if size % _SYNC_BYTES == 0:  # else the last call waits for a slow disk, and nothing moves
+                        writing.flush()
+                        os.fsync(writing.fileno())
+                    moved()
                 writing.flush()
                 os.fsync(writing.fileno())
         except OSError as error:

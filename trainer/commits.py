@@ -5,10 +5,12 @@
 3. Rank 0's thread: once every rank's list of this gang is there, ``COMMITTED`` with all of them; then pruning.
 
 No rank waits for another by a collective in the background, so a rank that dies in between leaves nothing but a folder
-without ``COMMITTED``. At most one copy is under way: the next commit waits for it.
+without ``COMMITTED``. At most one copy is under way: the next commit waits for it, every rank for its own part for as
+long as that moves, and then rank 0 for ``COMMITTED``.
 """
 
 import json
+import math
 import re
 import shutil
 import threading
@@ -26,13 +28,14 @@ from trainer.zero import Rank
 
 _WRITE_ERROR = re.compile("PytorchStreamWriter|inline_container|No space left|File too large")
 _POLL_S, _SLOWEST_POLL_S = 0.01, 0.5
+_LOOK_S = 0.2  # a rank that waits says no more often that its part moves
 
 
 class Committer:
     """The commits of one rank, from its start to its end.
 
     Args:
-        config: how many commits are kept, and how long rank 0 waits for the others' copies after its own.
+        config: how many commits are kept, and how long rank 0 looks for parts that all say are there.
         storage: where the checkpoints are.
         scratch: the run's folder on this machine; what an earlier start left there is removed.
         rank: this process's place in the gang.
@@ -58,25 +61,27 @@ class Committer:
         self._keep, self._patience_s = config.pretrain.keep_commits, config.cluster.hang_timeout_s
         self._flight: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._moved, self._copied, self._deadline = threading.Event(), threading.Event(), math.inf
         if rank.local_rank == 0:  # nobody writes there before all have come this far
             for left in scratch.glob("rank-*"):
                 shutil.rmtree(left, ignore_errors=True)
         # What lies beyond the start is damaged, or was never committed, perhaps by another number of ranks.
         self._stale = {name for name in storage.children() if name > step_name(start)} if rank.rank == 0 else set()
 
-    def commit(self, engine: Any, step: int, metadata: dict[str, Any]) -> None:
+    def commit(self, engine: Any, step: int, metadata: dict[str, Any], asked: float | None = None) -> None:
         """Writes the rank's shards to scratch and begins to copy them. Every rank calls it at the same steps.
 
         Args:
             engine: DeepSpeed's.
             step: steps done.
             metadata: what the manifest keeps besides.
+            asked: when waiting for the commit before began, by ``time.perf_counter``; none: now.
 
         Raises:
             SiloweaveError: this commit can't be written to scratch, or the one before could not be copied; earlier
                 commits are unchanged.
         """
-        began = time.perf_counter()
+        began = time.perf_counter() if asked is None else asked
         self.finish()
         waited = time.perf_counter() - began
         name = step_name(step)
@@ -97,6 +102,8 @@ class Committer:
         blocked = time.perf_counter() - began
         kept = {**metadata, "step": step, "world_size": self._rank.world_size}
         arguments = (kept, began, {"waited_s": waited, "blocked_s": blocked})
+        self._copied.clear()
+        self._deadline = math.inf
         self._flight = threading.Thread(target=self._copy, args=arguments, name="commit", daemon=True)
         self._flight.start()
 
@@ -105,9 +112,18 @@ class Committer:
         if self._error is not None:
             raise self._error
 
+    def await_part(self, alive: Callable[[], None]) -> None:
+        """Waits until this rank's part of the commit under way is in storage; calls ``alive`` while bytes arrive."""
+        while self._flight is not None and not self._copied.wait(_LOOK_S):
+            if self._moved.is_set():
+                self._moved.clear()
+                alive()
+        self.check()
+
     def finish(self) -> None:
-        """Waits for the copy that is under way; on rank 0 for all ranks' copies, and for ``COMMITTED``."""
+        """Waits for the commit under way, on rank 0 for ``COMMITTED``; every rank's ``await_part`` has returned."""
         if self._flight is not None:
+            self._deadline = time.monotonic() + self._patience_s
             self._flight.join()
             self._flight = None
         self.check()
@@ -123,23 +139,24 @@ class Committer:
         try:
             paths = sorted(path for path in source.rglob("*") if path.is_file())
             files = {
-                file: self._storage.put(path, f"{name}/{file}")
+                file: self._storage.put(path, f"{name}/{file}", self._moved.set)
                 for path in paths
                 for file in [path.relative_to(source).as_posix()]
             }
             listed = json.dumps({"attempt": self._attempt, "files": files}).encode()
             self._storage.write(f"{name}/{_list_name(self._rank.rank)}", listed)
             shutil.rmtree(source, ignore_errors=True)
+            self._copied.set()
             if self._rank.rank == 0:
                 self._commit(metadata, self._gather(name), began, spent)
         except BaseException as error:
             self._error = error
+            self._copied.set()
 
     def _gather(self, name: str) -> dict[str, dict[str, Any]]:
         """Every rank's files, once all of them are in storage."""
         files: dict[str, dict[str, Any]] = {}
         missing, pause = set(range(self._rank.world_size)), _POLL_S
-        deadline = time.monotonic() + self._patience_s
         while True:
             there = self._storage.names(name)
             for rank in [rank for rank in missing if _list_name(rank) in there]:
@@ -149,7 +166,7 @@ class Committer:
                     missing.remove(rank)
             if not missing:
                 return dict(sorted(files.items()))
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._deadline:
                 raise SiloweaveError(
                     f"{self._storage}/{name}: rank {min(missing)} has not copied its part within "
                     f"{self._patience_s:g} s (cluster.hang_timeout_s) of rank 0; see whether its node reaches the "

@@ -28,7 +28,8 @@ from trainer.zero import Rank, accumulation_steps, join_process_group
 
 Report = Callable[[dict[str, Any]], None]
 Enter = Callable[[int, str], None]
-
+Alive = Callable[[], None]
+_ORPHANED_S = 24 * 3600  # longer than ranks whose parts are copied wait for the slowest one's
 
 # Nor on the number of ranks: it may change at any restart.
 _NO_WEIGHT_DEPENDS_ON = {
@@ -75,6 +76,7 @@ def pretrain(
     rank: Rank,
     report: Report,
     enter: Enter,
+    alive: Alive,
     skipped: SkippedData = (),
 ) -> None:
     """Trains to the last step, from the newest committed checkpoint where there is one.
@@ -85,6 +87,7 @@ def pretrain(
         rank: this process's place in the gang; its environment is already prepared.
         report: receives one dict an event (rank 0 only).
         enter: called with step and name at the start of every phase, on every rank alike.
+        alive: called within a phase while the rank waits for something that moves.
         skipped: ranges of batches to pass over, besides those that the checkpoint knows.
 
     Raises:
@@ -132,10 +135,13 @@ def pretrain(
         if done % settings.commit_every == 0 or done == settings.steps:
             enter(done, "commit")
             progress.require(weight_trouble(engine), done, since_commit)
-            commits.commit(engine, done, progress.as_metadata())
+            asked = time.perf_counter()
+            _finish(commits, partial(enter, done), alive)
+            enter(done, "save")
+            commits.commit(engine, done, progress.as_metadata(), asked)
             progress.committed = done
         commits.check()
-    _leave(commits, partial(enter, settings.steps))
+    _leave(commits, partial(enter, settings.steps), alive)
 
 
 class _Begun(NamedTuple):
@@ -154,8 +160,8 @@ def _begin(
     begin = Start(enter)
     begin.imports()
     begin.phase("join")
-    # The driver notices a hang first; this is for a rank that has no driver any more.
-    join_process_group(rank, 2 * config.cluster.hang_timeout_s)
+    # The driver notices a hang; this is for a rank that has no driver any more.
+    join_process_group(rank, max(_ORPHANED_S, 2 * config.cluster.hang_timeout_s))
     storage = checkpoints.storage(config, run_directory)
     attempt = prove_shared(storage, rank)
     begin.phase("corpus")
@@ -201,12 +207,24 @@ def _step_event(config: RunConfig, done: int, loss: float, seconds: float, rates
     }
 
 
-def _leave(commits: Committer, enter: Callable[[str], None]) -> None:
+def _finish(commits: Committer, enter: Callable[[str], None], alive: Alive) -> None:
+    """The commit under way: first each rank's part, for which the others wait a phase ahead, then all of it."""
+    from torch import distributed
+
+    commits.await_part(alive)
+    enter("gather")
+    distributed.barrier()
+    commits.finish()
+
+
+def _leave(commits: Committer, enter: Callable[[str], None], alive: Alive) -> None:
     """Nobody leaves before the last commit stands: rank 0 is the last to know."""
     from torch import distributed
 
     enter("last commit")
+    _finish(commits, enter, alive)
     commits.close()
+    enter("leave")
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ class Beat:
         count: phases entered so far; every rank enters the same ones in the same order, so the lowest is behind.
         step: the step it works on.
         phase: what it does in that step.
+        alive: how often it said within the phase that what it waits for moves; says nothing on who is behind.
     """
 
     count: int = 0
     step: int = 0
     phase: str = "start"
+    alive: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class RankActor:
             prepare_process(rank)
         from trainer.pretrain import pretrain
 
-        pretrain(config, run_directory, rank, self._report, self._enter, skipped)
+        pretrain(config, run_directory, rank, self._report, self._enter, self._alive, skipped)
 
     def listen(self, quiet_s: float = QUIET_S) -> tuple[list[dict[str, Any]], Beat]:
         """Events since the last call (rank 0 has them), and where this rank is.
@@ -111,3 +113,6 @@ class RankActor:
 
     def _enter(self, step: int, phase: str) -> None:
         self._beat = Beat(self._beat.count + 1, step, phase)
+
+    def _alive(self) -> None:
+        self._beat = replace(self._beat, alive=self._beat.alive + 1)

@@ -23,7 +23,13 @@ class RankFailed(Exception):
 
 @dataclass
 class _Heard:
-    """What was last heard of a rank, by the driver's clock."""
+    """What was last heard of a rank, by the driver's clock.
+
+    Attributes:
+        beat: where it is.
+        moved: when it, or a rank that it may be waiting for, was last seen to move.
+        answered: when its process last answered.
+    """
 
     beat: Beat = field(default_factory=Beat)
     moved: float = field(default_factory=time.monotonic)
@@ -36,7 +42,7 @@ class Watch:
     Args:
         places: the gang's processes.
         runs: reference of each rank's ``train``, by rank.
-        hang_timeout_s: seconds without a new phase that count as a hang.
+        hang_timeout_s: seconds without a new phase, and without a copy that moves, that count as a hang.
         report: receives rank 0's events.
     """
 
@@ -66,7 +72,7 @@ class Watch:
                     self._answer(reference)
                 else:
                     self._places.standby_changed(reference)
-            self._check_hang()
+            self._check_hang(time.monotonic())
         # An answer that is on its way has taken its events along; the last commit's may be among them.
         pending = [reference for reference, rank in self._listens.items() if rank == 0]
         for events, _ in ray.get([*pending, self._places.ranks[0].listen.remote(0)]):
@@ -108,12 +114,18 @@ class Watch:
             events, beat = ray.get(reference)
         except ray.exceptions.RayError:
             return  # the rank's own run tells why
-        heard, now = self._heard[rank], time.monotonic()
-        heard.answered = now
-        if beat.count > heard.beat.count:
-            heard.beat, heard.moved = beat, now
+        self._hear(rank, beat, time.monotonic())
         self._listens[self._places.ranks[rank].listen.remote(self._quiet_s)] = rank
         self._pass_on(events)
+
+    def _hear(self, rank: int, beat: Beat, now: float) -> None:
+        heard = self._heard[rank]
+        heard.answered = now
+        if beat != heard.beat:
+            for other in self._heard:  # those beside it or ahead may wait for it, itself included
+                if other.beat.count >= heard.beat.count:
+                    other.moved = now
+            heard.beat = beat
 
     def _pass_on(self, events: list[dict[str, Any]]) -> None:
         for event in events:
@@ -121,8 +133,8 @@ class Watch:
             if event["event"] == "step":
                 self._places.add_standbys()  # not earlier: they would take time from the (re)start
 
-    def _check_hang(self) -> None:
-        now, running = time.monotonic(), set(self._runs.values())
+    def _check_hang(self, now: float) -> None:
+        running = set(self._runs.values())
         still = [rank for rank in running if now - self._heard[rank].moved > self._hang_timeout_s]
         if not still:
             return

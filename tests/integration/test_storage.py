@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from configs.bucket import Bucket
 from configs.events import read_events
 from configs.load import load, run_directory
 from configs.mirror import open_mirror
@@ -146,6 +147,15 @@ def test_a_run_goes_on_from_the_store_on_machines_with_empty_caches(s3, tmp_path
     stored = json.loads(open_mirror(fourth.config).bucket.read("report.json"))
     assert stored["pretrain"] == report["pretrain"]
     assert (fourth.directory / "federated" / "round-00002" / "COMMITTED").exists()
+
+
+def test_s3_tells_of_the_parts_of_a_large_shard(s3, tmp_path):
+    """Else one of tens of GB would look like a copy that stands still."""
+    shard, told = tmp_path / "shard", []
+    shard.touch()
+    os.truncate(shard, 120 * 2**20)
+    Bucket("s3://bucket/large", tmp_path).put(shard, "step-00000001/shard", lambda: told.append(time.monotonic()))
+    assert len(told) >= 4  # three parts, and the whole
 
 
 @pytest.mark.parametrize(

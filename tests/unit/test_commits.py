@@ -1,5 +1,6 @@
 """The commit protocol, with an engine that only writes files: killed at every point, full, slow, and with two ranks."""
 
+import hashlib
 import json
 import os
 import resource
@@ -44,6 +45,11 @@ def bucket(tmp_path):
     storage = Bucket(f"file://{tmp_path}/store/checkpoints", tmp_path / "fetched")
     storage._fs.auto_mkdir = True
     return storage
+
+
+def stored(tmp_path):
+    """A store that says which parts of a file have arrived."""
+    return Bucket(f"memory:///{tmp_path.name}", tmp_path / "fetched")
 
 
 def committer(storage, tmp_path, rank=0, world_size=1, attempt="a", start=0, events=None, patience_s=300):
@@ -162,6 +168,70 @@ def test_training_goes_on_during_a_copy_and_the_next_commit_waits_for_it(tmp_pat
     assert events[0]["blocked_s"] < 0.4 < events[0]["seconds"]
     assert events[0]["size_bytes"] == SHARD_BYTES
     assert not any((tmp_path / "scratch" / "rank-0").iterdir())
+
+
+def test_waiting_for_a_part_is_alive_while_the_storage_takes_it_and_no_longer(tmp_path):
+    storage, alive, go_on = folder(tmp_path), [], threading.Event()
+    put = storage.put
+
+    def slow(source, name, moved):
+        for _ in range(5):
+            time.sleep(0.25)
+            moved()
+        go_on.wait(60)
+        return put(source, name, moved)
+
+    storage.put = slow
+    commits = committer(storage, tmp_path)
+    commits.await_part(lambda: pytest.fail("nothing is under way"))
+    commits.commit(Engine(), 1, {})
+    waiting = threading.Thread(target=lambda: commits.await_part(lambda: alive.append(time.monotonic())))
+    waiting.start()
+    time.sleep(2)
+    assert 3 <= len(alive) <= 6
+    assert time.monotonic() - alive[-1] > 0.4  # it has stood still since
+    assert waiting.is_alive()
+    go_on.set()
+    waiting.join(60)
+    commits.finish()
+    assert checkpoints.steps(storage) == [1]
+
+
+def test_a_part_that_can_not_be_copied_is_said_to_who_waits_for_it(tmp_path):
+    storage = folder(tmp_path)
+    commits = committer(storage, tmp_path, rank=1, world_size=2)
+    (tmp_path / "checkpoints").write_text("no folder")
+    commits.commit(Engine(1, 2), 1, {})
+    with pytest.raises(SiloweaveError, match="could not be written"):
+        commits.await_part(pytest.fail)
+
+
+@pytest.mark.parametrize("place", [folder, stored])
+def test_parts_of_a_file_are_told_as_they_arrive(place, tmp_path):
+    """Not a file alone: a shard of tens of GB takes longer than cluster.hang_timeout_s."""
+    source, told = tmp_path / "shard", []
+    content = os.urandom(2**20) * 9
+    source.write_bytes(content)
+    storage = place(tmp_path)
+    entry = storage.put(source, "step-00000001/shard", lambda: told.append(time.monotonic()))
+    assert entry == {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert storage.read("step-00000001/shard") == content
+    assert len(told) >= 3
+
+
+def test_rank_0_waits_for_a_slow_part_for_as_long_as_that_takes(tmp_path):
+    """Its patience begins when all parts are said to be there."""
+    storage = folder(tmp_path)
+    first = committer(storage, tmp_path, 0, 2, patience_s=0.3)
+    first.commit(Engine(0, 2), 1, {})
+    first.await_part(lambda: None)
+    time.sleep(1)
+    first.check()
+    second = committer(storage, tmp_path, 1, 2)
+    second.commit(Engine(1, 2), 1, {})
+    second.await_part(lambda: None)
+    first.finish()
+    assert checkpoints.steps(storage) == [1]
 
 
 def test_a_commit_stands_when_every_rank_has_copied_and_has_all_their_files(tmp_path):
