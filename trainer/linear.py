@@ -1,7 +1,7 @@
 """Linear layers for processors on which torch's float32 matrix products use half of the machine.
 
 torch multiplies them with MKL, which takes AVX-512 on Intel's processors only. oneDNN, which torch ships for other
-precisions, takes it on AMD's as well, and is more than twice as fast there (``benchmarks/pretrain.py``).
+precisions, takes it on AMD's as well: a whole step is half as fast again there (``benchmarks/pretrain.py``).
 """
 
 from pathlib import Path
