@@ -20,7 +20,7 @@ from configs.storage import COMMITTED, Folder
 from trainer.startup import import_libraries
 from trainer.zero import Rank, join_process_group, prepare_process
 
-GANGS = {"first": 2, "same": 2, "more": 4, "fewer": 1}
+GANGS = {"first": 2, "same": 2, "more": 4, "fewer": 1}  # and their ranks
 STAGES = (0, 1, 2, 3)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from bf16_gangs import GANGS, STAGES, options
 from engine_pair import SAVED, VOCABULARY, settings
 
 from trainer.checkpoints import step_name
 from trainer.export import _consolidated
 from trainer.models import new_model
 
-GANGS = {"first": 2, "same": 2, "more": 4, "fewer": 1}  # and their ranks
-STAGES = (0, 1, 2, 3)
 OTHERS = [(stage, gang) for stage in STAGES for gang in ("same", "more", "fewer")]
 SCRIPT = Path(__file__).parents[1] / "bf16_gangs.py"
 
@@ -81,7 +80,7 @@ def test_nothing_is_trained_before_the_first_step(found, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_export_has_the_master_weights(found, folder, stage):
-    chosen = settings(["pretrain.precision=bf16", f"pretrain.zero_stage={stage}"], 2)
+    chosen = settings(options(stage), 2)
     commit = folder / f"stage-{stage}" / step_name(SAVED)
     exported = _consolidated(commit, chosen.pretrain, new_model(chosen.model, VOCABULARY, 1))
     held = found(stage, "first")[0]["held"]
