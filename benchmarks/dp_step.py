@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,25 +33,29 @@ Step = Callable[[], None]
 
 @dataclass
 class Workload:
-    """A model and a batch. ``losses(call)`` gives each record's loss; ``call`` is the model or a wrapper of it."""
+    """A model and a batch. ``losses(call, records)`` gives records' losses; ``call`` is the model or a wrapper of it.
+
+    ``ids`` are those that train; others, for the proof that records may be computed together, follow them.
+    """
 
     model: Any
-    inputs: dict[str, torch.Tensor]
-    losses: Callable[[Any], torch.Tensor]
+    records: int
+    losses: Callable[..., torch.Tensor]
 
 
 def causal(model: Any, vocab_size: int, records: int, tokens: int) -> Workload:
-    ids = torch.randint(vocab_size, (records, tokens))
+    all_ids = torch.randint(vocab_size, (2 * records, tokens))
 
-    def losses(call: Any) -> torch.Tensor:
+    def losses(call: Any, chosen: Sequence[int]) -> torch.Tensor:
+        ids = all_ids[list(chosen)]
         logits_BTV = call(ids).logits
         return (
             functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            .view(records, -1)
+            .view(len(ids), -1)
             .mean(1)
         )
 
-    return Workload(model, {"input_ids": ids}, losses)
+    return Workload(model, records, losses)
 
 
 def llama(**sizes: int) -> Any:
@@ -84,14 +88,16 @@ def bert() -> Workload:
         max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=4,
     )  # fmt: skip
     model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-    ids, labels = torch.randint(4096, (32, 64)), torch.randint(4, (32,))
-    # Opacus can't take the broadcast position ids that transformers makes by itself.
-    others = {"position_ids": torch.arange(64).expand(32, -1).contiguous(), "token_type_ids": torch.zeros_like(ids)}
+    all_ids, labels = torch.randint(4096, (64, 64)), torch.randint(4, (64,))
 
-    def losses(call: Any) -> torch.Tensor:
-        return functional.cross_entropy(call(ids, **others).logits, labels, reduction="none")
+    def losses(call: Any, chosen: Sequence[int]) -> torch.Tensor:
+        ids = all_ids[list(chosen)]
+        # Opacus can't take the broadcast position ids that transformers makes by itself.
+        positions = torch.arange(64).expand(len(ids), -1).contiguous()
+        logits = call(ids, position_ids=positions, token_type_ids=torch.zeros_like(ids)).logits
+        return functional.cross_entropy(logits, labels[list(chosen)], reduction="none")
 
-    return Workload(model, {}, losses)
+    return Workload(model, 32, losses)
 
 
 WORKLOADS = {"lora_llama": lora_llama, "full_llama": full_llama, "full_bert": bert}
@@ -114,7 +120,7 @@ def step_of(mode: str, workload: Workload) -> Step:
         optimizer = torch.optim.SGD(trainable(workload.model), lr=LEARNING_RATE)
 
         def plain() -> None:
-            workload.losses(workload.model).mean().backward()
+            workload.losses(workload.model, range(workload.records)).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -123,22 +129,31 @@ def step_of(mode: str, workload: Workload) -> Step:
 
 
 def bookkeeping_step(workload: Workload) -> Step:
+    """As the engine makes it: with the proof, before the first step, of which records may be computed together."""
     from privacy.clipping import clipping
+    from privacy.independence import Together
 
-    model, records = workload.model, range(len(workload.losses(workload.model)))
+    model, records = workload.model, workload.records
     optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
     parameters = dict(model.named_parameters())
     context = clipping(model, MAX_GRAD_NORM)
     clipper = context.__enter__()
 
+    def losses(chosen: Sequence[int]) -> torch.Tensor:
+        return workload.losses(model, chosen)
+
+    together = Together(clipper, losses, lambda _: None, lambda _, size: range(records, records + size), 16)
+
     def step() -> None:
-        clipper.accumulate(lambda _: workload.losses(model), records)
+        for units in together.cut(range(records)):
+            clipper.accumulate(losses, units)
         for name, clipped_sum in clipper.take().items():
-            parameters[name].grad = clipped_sum.div_(len(records))
+            parameters[name].grad = clipped_sum.div_(records).float()
         optimizer.step()
         optimizer.zero_grad()
 
     step.keep = context  # type: ignore[attr-defined]
+    step.proved = together  # type: ignore[attr-defined]
     return step
 
 
@@ -148,7 +163,7 @@ def opacus_step(mode: str, workload: Workload) -> Step:
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 
     model = workload.model
-    records = len(workload.losses(model))
+    records = workload.records
     plain = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
     options = {"noise_multiplier": 0.0, "max_grad_norm": MAX_GRAD_NORM, "expected_batch_size": records}
     if mode == "ghost":
@@ -156,7 +171,7 @@ def opacus_step(mode: str, workload: Workload) -> Step:
         fast = DPOptimizerFastGradientClipping(plain, **options)
 
         def two_passes() -> None:  # what opacus.utils.fast_gradient_clipping_utils.DPTensorFastGradientClipping does
-            losses = workload.losses(ghost)
+            losses = workload.losses(ghost, range(records))
             losses.mean().backward(retain_graph=True)
             fast.zero_grad()
             coefficients = ghost.get_clipping_coef()
@@ -174,7 +189,7 @@ def opacus_step(mode: str, workload: Workload) -> Step:
     optimizer = DPOptimizer(plain, **options)
 
     def step() -> None:
-        workload.losses(wrapped).mean().backward()
+        workload.losses(wrapped, range(records)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -65,10 +65,9 @@ def whole_step(net: Any, seed: int) -> float:
     optimizer = torch.optim.Adam([value for value in net.parameters() if value.requires_grad], lr=1e-3)
     began = 0.0
 
-    def start(batch: Any) -> list[Any]:
+    def start(_: Any) -> None:
         nonlocal began
-        began = time.perf_counter()
-        return [batch]
+        began = began or time.perf_counter()
 
     PrivateTraining(
         PLAN,
@@ -76,8 +75,9 @@ def whole_step(net: Any, seed: int) -> float:
         net,
         optimizer,
         tokens,
-        micro_batches=start,
         unit_losses=lambda units: losses(net, units),
+        shape_of=start,
+        made_up=lambda _, number: torch.randint(VOCABULARY, (number, CONTEXT)).unbind(),
         synthetic=tokens[:2],
     ).run()
     return time.perf_counter() - began
@@ -85,7 +85,8 @@ def whole_step(net: Any, seed: int) -> float:
 
 def noise_alone(net: Any, seed: int, add: Callable[..., torch.Tensor]) -> float:
     streams = Streams(seed.to_bytes(32, "little"), DIGEST)
-    sums = {name: torch.zeros_like(value) for name, value in net.named_parameters() if value.requires_grad}
+    parameters = {name: value for name, value in net.named_parameters() if value.requires_grad}
+    sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in parameters.items()}
     began = time.perf_counter()
     for name, value in sums.items():
         add(value, PLAN.noise_std, streams, 0, name)

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from configs.settings import Count, Positive, Settings
 
 Optimizer = Literal["adam", "adam_bc", "sgd"]
-ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew", "opacus_ghost"]
+ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew"]
 Aggregation = Literal[
     "fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "median", "trimmed_mean", "krum"
 ]

@@ -35,9 +35,9 @@ class SiloSettings(Settings):
     public_record_count: Count
     """Training units, rounded, declared by the steward; never computed from the data."""
     micro_batch_size: Count = 16
-    """Units processed at once; speed only."""
+    """Most units processed at once; speed only: no bit of what leaves depends on it."""
     clipping: ClippingMethod = "bookkeeping"
-    """How per-record gradients are clipped; speed only."""
+    """How per-record gradients are formed; all ways give the same up to rounding."""
 
 
 class SiloDataSettings(SourceSettings):
@@ -77,8 +77,20 @@ class SiloPolicy(Settings):
     """Largest sampling rate."""
     max_steps_per_round: Count = 1000
     """Most steps of one round."""
+    min_grad_norm: Positive = 1e-4
+    """Smallest norm to which a unit is clipped."""
+    max_grad_norm: Positive = 1e4
+    """Largest norm to which a unit is clipped."""
+    max_learning_rate: Positive = 1.0
+    """Largest learning rate of a silo's steps."""
+    max_proximal_mu: Positive = 100.0
+    """Largest pull of FedProx."""
     max_lora_rank: Count = 64
     """Largest adapter rank."""
+    max_lora_alpha: Positive = 1000.0
+    """Largest scale of an adapter."""
+    max_adapter_value: Positive = 1000.0
+    """Largest absolute value in an adapter, or in what SCAFFOLD adds to each step."""
     releases_metrics: bool = False
     """Whether noised sums over the held-out units may leave, charged as any other release."""
     label_sets: tuple[Labels, ...] = ()

@@ -4,7 +4,7 @@ Three ways to look at it, each from released values alone: the noised gradients 
 the adapter, and the final model's losses.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,17 +121,14 @@ class AuditTraining:
                 self._whole,
                 optimizer,
                 units,
-                micro_batches=self._micro_batches,
                 unit_losses=self._losses,
+                shape_of=lambda unit: self.task.padded_length(unit[0]),
+                made_up=lambda length, number: [(record, NO_CANARY) for record in self.task.made_up(length, number)],
+                micro_batch_size=self.settings.micro_batch_size,
                 synthetic=synthetic,
             ).run()
             self.gradients += released.gradients
             self.weights += released.weights
-
-    def _micro_batches(self, batch: Sequence[tuple[Encoded, int]]) -> Iterator[Sequence[tuple[Encoded, int]]]:
-        ordered = sorted(batch, key=lambda unit: len(unit[0].ids))
-        size = self.settings.micro_batch_size
-        yield from (ordered[start : start + size] for start in range(0, len(ordered), size))
 
     def _losses(self, units: Sequence[tuple[Encoded, int]]) -> torch.Tensor:
         canaries_B = torch.tensor([canary for _, canary in units])

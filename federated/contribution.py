@@ -36,7 +36,7 @@ def contribution(silo: "Silo", request: pb.Request, digest: str) -> Arrays:
     plan = _entrusted_plan(silo, request)
     check_contribution(asked, policy)
     check_model(asked.train, policy, silo.base_model.content_digest)
-    check_optimizer(asked.train)
+    check_optimizer(asked.train, policy)
     model, adapter = silo.fitted(asked.train)
     settings = silo.local_settings(asked.train)
     # Signed before anything is computed, as a charge is: an entry too many tells of less privacy than there is.

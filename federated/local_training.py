@@ -66,8 +66,10 @@ def private_update(
         model,
         optimizer,
         records,
-        micro_batches=lambda batch: by_length(batch, settings.micro_batch_size),
         unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
+        shape_of=task.padded_length,
+        made_up=task.made_up,
+        micro_batch_size=settings.micro_batch_size,
         synthetic=_synthetic(task),
         method=settings.clipping,
     ).run()

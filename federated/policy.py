@@ -12,8 +12,6 @@ from federated.requests import json_object, refuse
 from privacy.plan import PlanRequest, PrivacyPlan
 from trainer.tasks import CausalTask
 
-LARGEST_PROXIMAL_MU = 100.0
-
 
 def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
     """The plan that a run wants to reserve, bound to the silo's own size; with clients as units, to their number.
@@ -29,6 +27,9 @@ def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> Priva
     if request.unit not in policy.units:
         raise refuse("units", request.unit, ", ".join(policy.units))
     plan = request.bind(public_record_count) if request.unit == "record" else request.for_clients()
+    if not policy.min_grad_norm <= request.max_grad_norm <= policy.max_grad_norm:
+        bounds = f"{policy.min_grad_norm:g} to {policy.max_grad_norm:g}"
+        raise refuse("max_grad_norm", f"{request.max_grad_norm:g}", bounds)
     if request.noise_multiplier < policy.min_noise_multiplier:
         raise refuse("min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}")
     if request.unit == "record":  # with clients as units each request says how it samples, and how long it trains
@@ -86,19 +87,19 @@ def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_di
         raise refuse("task", asked.task, CausalTask.name)
     if not 1 <= asked.adapter_spec.rank <= policy.max_lora_rank:
         raise refuse("max_lora_rank", str(asked.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
-    if not 0 < asked.adapter_spec.alpha <= 1000:
-        raise refuse("lora_alpha", f"{asked.adapter_spec.alpha:g}", "above 0, at most 1000")
+    if not 0 < asked.adapter_spec.alpha <= policy.max_lora_alpha:
+        raise refuse("max_lora_alpha", f"{asked.adapter_spec.alpha:g}", f"above 0, at most {policy.max_lora_alpha:g}")
 
 
-def check_optimizer(train: pb.Train) -> None:
+def check_optimizer(train: pb.Train, policy: SiloPolicy) -> None:
     """How a silo is asked to train.
 
     Raises:
         PolicyRefusal: it can't.
     """
-    if not 0 < train.learning_rate <= 1:
-        raise refuse("learning_rate", f"{train.learning_rate:g}", "above 0, at most 1")
-    if not 0 <= train.proximal_mu <= LARGEST_PROXIMAL_MU:
-        raise refuse("proximal_mu", f"{train.proximal_mu:g}", f"0 to {LARGEST_PROXIMAL_MU:g}")
+    if not 0 < train.learning_rate <= policy.max_learning_rate:
+        raise refuse("max_learning_rate", f"{train.learning_rate:g}", f"above 0, at most {policy.max_learning_rate:g}")
+    if not 0 <= train.proximal_mu <= policy.max_proximal_mu:
+        raise refuse("max_proximal_mu", f"{train.proximal_mu:g}", f"0 to {policy.max_proximal_mu:g}")
     if train.optimizer not in OPTIMIZERS:
         raise refuse("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))

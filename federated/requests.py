@@ -4,9 +4,11 @@ import json
 import time
 from typing import Any
 
+import numpy as np
+
 from configs.errors import InputError, PolicyRefusal
 from federated import silo_pb2 as pb
-from federated.adapters import Arrays, check_update, from_bytes
+from federated.adapters import Arrays, check_shapes, from_bytes
 from federated.envelope import request_holds
 from federated.protocol import PROTOCOL_VERSION
 from privacy.statements import Receipt
@@ -91,31 +93,36 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def arrays(content: bytes, rule: str = "adapter") -> Arrays:
-    """A request's adapter, or another field's arrays.
+def arrays(content: bytes, largest: float, rule: str = "adapter") -> Arrays:
+    """A request's adapter, or another field's arrays, with values up to ``largest``.
 
     Raises:
-        PolicyRefusal: it is no float32 safetensors.
+        PolicyRefusal: it is no float32 safetensors, or a value is larger, or not finite.
     """
     try:
-        return from_bytes(content)
+        found = from_bytes(content)
     except ValueError as error:
         raise refuse(rule, str(error), "float32 safetensors") from None
+    for name, array in found.items():
+        reached = np.abs(array).max(initial=0.0)
+        if not reached <= largest:  # true for a NaN, too
+            raise refuse("max_adapter_value", f"{reached:g} in {rule} {name}", f"{largest:g}")
+    return found
 
 
-def correction_of(train: pb.Train) -> Arrays:
+def correction_of(train: pb.Train, largest: float) -> Arrays:
     """What SCAFFOLD adds to each gradient; empty where the request brings nothing.
 
     Raises:
-        PolicyRefusal: it doesn't fit the request's adapter, or isn't finite.
+        PolicyRefusal: it doesn't fit the request's adapter, or a value is above ``largest`` or not finite.
     """
     if not train.correction:
         return {}
-    correction = arrays(train.correction, "correction")
+    correction = arrays(train.correction, largest, "correction")
     try:
-        check_update(correction, arrays(train.adapter))
+        check_shapes(correction, arrays(train.adapter, largest))
     except ValueError as error:
-        raise refuse("correction", str(error), "finite arrays in the adapter's shapes") from None
+        raise refuse("correction", str(error), "arrays in the adapter's shapes") from None
     return correction
 
 

@@ -47,6 +47,7 @@ from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.signing import load_or_create_secret, load_secret
 from privacy.streams import Streams, injected_seeds
 from trainer.data.tokenizer import load_tokenizer
+from trainer.linear import fastest_products, use_onednn
 from trainer.models import add_adapter, load_model, shapes, trainable
 from trainer.tasks import CausalTask, Encoded
 
@@ -205,7 +206,7 @@ class Silo:
         # 1. Policy: from the request and the settings alone, without reading data.
         plan = self._reserved_plan(request.run_id, train.plan_digest)
         check_model(train, self.config.policy, self.base_model.content_digest)
-        check_optimizer(train)
+        check_optimizer(train, self.config.policy)
         model, adapter = self.fitted(train)
         settings = self.local_settings(train)
         # 2. Charge. A request that was answered before gets the stored reply.
@@ -243,7 +244,7 @@ class Silo:
 
     def fitted(self, asked: pb.Train | pb.Evaluate) -> tuple[Any, Arrays]:
         """The warm model and the request's adapter, which fits it."""
-        model, adapter = self.model(asked), arrays(asked.adapter)
+        model, adapter = self.model(asked), arrays(asked.adapter, self.config.policy.max_adapter_value)
         if shapes(trainable(model)) != shapes(adapter):
             raise refuse("adapter", "other names or shapes", "those of the adapter that adapter_spec describes")
         return model, adapter
@@ -259,7 +260,8 @@ class Silo:
         """The warm base model with the adapter that a request describes."""
         silo, spec = self.config.silo, asked.adapter_spec
         seed = spec.frozen_seed if spec.frozen_digest else None
-        model = warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file, seed)
+        ours = silo.clipping == "bookkeeping"
+        model = warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file, seed, onednn=ours)
         if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
             drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
             if drawn != spec.frozen_digest:
@@ -302,19 +304,35 @@ class Silo:
             silo.micro_batch_size,
             silo.clipping,
             train.proximal_mu,
-            correction_of(train),
+            correction_of(train, self.config.policy.max_adapter_value),
         )
 
 
 @lru_cache(maxsize=1)
-def warm_model(directory: Path, rank: int, alpha: float, key_file: str = "", frozen_seed: int | None = None) -> Any:
+def warm_model(
+    directory: Path,
+    rank: int,
+    alpha: float,
+    key_file: str = "",
+    frozen_seed: int | None = None,
+    *,
+    onednn: bool = True,
+) -> Any:
     """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time).
 
-    With a seed, A is drawn from it and doesn't train.
+    Args:
+        directory: of the base model.
+        rank: of the adapter.
+        alpha: its scale.
+        key_file: of the base model's key.
+        frozen_seed: what A is drawn from; it doesn't train then.
+        onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
     """
     model = add_adapter(load_model(directory, load_key(key_file)), rank, alpha, frozen_seed or 0)
     for name, value in trainable(model).items():
         value.requires_grad = frozen_seed is None or not frozen(name)
+    if onednn and fastest_products().onednn:
+        use_onednn(model)
     return model
 
 

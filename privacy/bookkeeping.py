@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.errors import InputError
-from privacy.gradients import ByParameter, SharedGram, Use, combine
-from privacy.layers import expanded_ids, relative_bias_pieces, rule_for
+from privacy.gradients import ByParameter, combine
+from privacy.layers import expanded_ids, is_product, relative_bias_pieces, rule_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from privacy.gradients import PerRecord
     from privacy.layers import Rule
 
 
@@ -39,6 +40,7 @@ class BookKeeper:
         names = {id(value): name for name, value in self._parameters.items()}
         self._biased = list(_relative_biases(model, names))
         inside = {id(module.relative_attention_bias) for module, _ in self._biased}
+        self._products = [module for module in model.modules() if is_product(module)]
         self._layers: list[tuple[Any, Rule, dict[str, str]]] = []
         unknown: dict[str, str] = {}
         for path, module in model.named_modules():
@@ -78,8 +80,7 @@ class BookKeeper:
                 )
             # Only as far as the layers' outputs: no parameter accumulates anything.
             torch.autograd.grad(total, book.outputs, allow_unused=True)
-        shared, pieces = SharedGram(), book.close()
-        return ByParameter({name: combine(found, shared) for name, found in pieces.items()})
+        return ByParameter({name: combine(found, self._parameters[name]) for name, found in book.close().items()})
 
     def close(self) -> None:
         """Nothing stays on the model between passes."""
@@ -91,6 +92,9 @@ class BookKeeper:
             for parameter in self._parameters.values():
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
+            for module in self._products:
+                module.forward = partial(_one_by_one, book.num_records, module.forward)
+                stack.callback(delattr, module, "forward")
             for module, rule, names in self._layers:
                 before = partial(expanded_ids, book.num_records)
                 if isinstance(module, torch.nn.Embedding):
@@ -101,6 +105,16 @@ class BookKeeper:
                 module.compute_bias = partial(book.relative_bias, module, name, module.compute_bias)
                 stack.callback(delattr, module, "compute_bias")
             yield
+
+
+def _one_by_one(num_records: int, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """A layer's output. One that sees a single vector a record is asked once a record.
+
+    Kernels for products of few rows are chosen by their number, and so a row's last bits would depend on it.
+    """
+    if x.dim() != 2 or len(x) != num_records or num_records == 1:
+        return forward(x)
+    return torch.cat([forward(row) for row in x.split(1)])
 
 
 def _relative_biases(model: Any, names: dict[int, str]) -> Iterator[tuple[Any, str]]:
@@ -116,11 +130,11 @@ class _Book:
 
     def __init__(self, num_records: int) -> None:
         self.num_records = num_records
-        self.pieces: dict[str, list[Use | torch.Tensor]] = defaultdict(list)
+        self.pieces: dict[str, list[PerRecord]] = defaultdict(list)
         self.outputs: list[torch.Tensor] = []
         self.called = False
 
-    def close(self) -> dict[str, list[Use | torch.Tensor]]:
+    def close(self) -> dict[str, list[PerRecord]]:
         """Hands over what was noted. The outputs' hooks hold this book: without its outputs, all is freed at once."""
         self.outputs.clear()
         return self.pieces

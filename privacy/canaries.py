@@ -104,8 +104,9 @@ def probe_alone(plan: PrivacyPlan, streams: Streams, coins: npt.NDArray[np.bool_
         probe,
         optimizer,
         np.flatnonzero(coins).tolist(),
-        micro_batches=lambda batch: [batch] if batch else [],
         unit_losses=lambda batch: probe(torch.tensor(batch)),
+        shape_of=lambda _: None,
+        made_up=lambda _, number: range(number),
         synthetic=[0, 1, 2],
     ).run()
     return gradient_scores(plan, released.gradients, "layer.weight")

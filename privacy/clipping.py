@@ -1,8 +1,11 @@
 """Per-record clipping over all trainable parameters together: book-keeping, or one of Opacus' modes.
 
-All methods give the same sum; they differ in speed, in memory, and in the layers that they know.
+What one record adds to the sum is bounded in exact arithmetic: its gradient times its factor is rounded to whole steps
+of a public grid, whose squares are added exactly and compared with C; only then are they added, and a sum of whole
+numbers depends on no order. That a record's gradient depends on no other record is for ``privacy.independence``.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,29 +17,23 @@ from configs.errors import InputError
 from configs.federated_settings import ClippingMethod
 from privacy.allocator import keep_freed_memory
 from privacy.bookkeeping import BookKeeper
-from privacy.gradients import ROUNDING
-from privacy.opacus_modes import ExpandedWeights, Ghost, Hooks
+from privacy.gradients import ByParameter
+from privacy.opacus_modes import ExpandedWeights, Hooks
 
 Unit = TypeVar("Unit")
 Losses = Callable[[Sequence[Unit]], torch.Tensor]
 
+SMALLEST_NORM, LARGEST_NORM = 1e-9, 1e9
 _STABILITY = 0.01  # gamma of Bu et al. 2022
-
-
-class BatchGradients(Protocol):
-    """The per-record gradients of one micro-batch."""
-
-    def squared_norms(self) -> torch.Tensor:
-        """Each record's squared norm over all parameters, float32."""
-
-    def add_to(self, sums: dict[str, torch.Tensor], factors_B: torch.Tensor) -> None:
-        """Adds the records' gradients, each times its factor."""
+_ROUNDING = 2.0**-20  # more than float32 rounds up, of a norm and of a product
+MOST_AT_ONCE = 16  # far fewer than 32 bits hold the sum of
+_GRID_BITS = 23  # C is at most 2^24 steps of the grid: what float32 tells apart
 
 
 class GradientSource(Protocol):
     """Gives per-record gradients of a model."""
 
-    def per_record(self, losses: Callable[[], torch.Tensor], num_records: int, /) -> BatchGradients:
+    def per_record(self, losses: Callable[[], torch.Tensor], num_records: int, /) -> ByParameter:
         """One forward and backward of B losses."""
 
     def close(self) -> None:
@@ -44,27 +41,33 @@ class GradientSource(Protocol):
 
 
 class Clipper:
-    """Adds up clipped per-record gradients; micro-batches don't change the sum.
+    """Adds up clipped per-record gradients.
 
     Use through ``clipping(model, max_grad_norm)``, which leaves the model as it was.
     """
 
-    def __init__(
-        self,
-        source: GradientSource,
-        model: Any,
-        max_grad_norm: float,
-        *,
-        automatic: bool,
-    ) -> None:
+    def __init__(self, source: GradientSource, model: Any, max_grad_norm: float, *, automatic: bool) -> None:
         self.source, self.model, self._automatic = source, model, automatic
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        # Rounding to whole steps moves a gradient by this many of them at most.
+        self._farthest = math.sqrt(sum(value.numel() for value in self.parameters.values())) / 2
         self.max_grad_norm = max_grad_norm
         self._sums: dict[str, torch.Tensor] = {}
 
-    def zeros(self) -> dict[str, torch.Tensor]:
-        """An empty sum."""
-        return {name: torch.zeros_like(value, dtype=torch.float32) for name, value in self.parameters.items()}
+    @property
+    def max_grad_norm(self) -> float:
+        """C, of one record's gradient over all trainable parameters together."""
+        return self._max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, norm: float) -> None:
+        if not SMALLEST_NORM <= norm <= LARGEST_NORM:  # false for a NaN, too
+            raise InputError(
+                f"max_grad_norm is {norm:g}: float32 gradients are clipped to norms from {SMALLEST_NORM:g} to "
+                f"{LARGEST_NORM:g}; give one between them"
+            )
+        self._max_grad_norm = norm
+        self._spacing = 2.0 ** (math.floor(math.log2(norm)) - _GRID_BITS)
 
     def accumulate(self, unit_losses: Losses[Unit], units: Sequence[Unit]) -> torch.Tensor:
         """One forward and backward: clips each unit's gradient to the norm C and adds it.
@@ -73,32 +76,52 @@ class Clipper:
 
         Args:
             unit_losses: losses of a batch of units, shape (B,).
-            units: at least one.
+            units: at most 16. They are computed together, so each must be independent of the others
+                (``privacy.independence``).
 
         Returns:
-            The norms of the finite gradients, float32. Private: for what is noised next, not to be shown.
+            Norms of the finite gradients before clipping, float64.
         """
         check_arithmetic()
+        if len(units) > MOST_AT_ONCE:
+            raise ValueError(f"{len(units)} units at once: their sum may not fit 32 bits; give at most {MOST_AT_ONCE}")
         gradients = self.source.per_record(lambda: unit_losses(units), len(units))
         norms_B = gradients.squared_norms().sqrt()
         finite_B = norms_B.isfinite()
-        if finite_B.all():
-            self._sums = self._sums or self.zeros()
-            gradients.add_to(self._sums, self._factors(norms_B))
-            return norms_B
-        # Anew without them: what is not finite can't be multiplied away.
-        kept = [unit for unit, finite in zip(units, finite_B.tolist(), strict=True) if finite]
-        return self.accumulate(unit_losses, kept) if kept else norms_B[:0]
+        if not finite_B.all():
+            gradients = gradients.without(~finite_B)
+        factors_B = torch.where(finite_B, self._factors(norms_B), 0.0)
+        whole = gradients.whole(factors_B)
+        # The last line of defence: whatever a norm or a factor was, what is added is no longer than C.
+        allowed_B = self._squares(whole) <= (self.max_grad_norm / self._spacing) ** 2
+        if not allowed_B.all():
+            whole = gradients.without(~allowed_B).whole(torch.where(allowed_B, factors_B, 0.0))
+        for name, share in whole.items():
+            share.add_to(self._sum(name))
+        return norms_B[finite_B]
 
     def _factors(self, norms_B: torch.Tensor) -> torch.Tensor:
-        norm = self.max_grad_norm * (1 - ROUNDING)  # what float32 makes of factor times gradient stays below, too
-        if self._automatic:  # normalised, never above C (Bu et al. 2022)
-            return norm / (norms_B + _STABILITY)
-        return (norm / (norms_B + 1e-6)).clamp(max=1.0)
+        """What brings gradients to length C at most, in units of the grid; float32.
+
+        Automatic: all to just below C (Bu et al. 2022).
+        """
+        norm = self.max_grad_norm * (1 - _ROUNDING) - self._spacing * self._farthest
+        lengths_B = norms_B + _STABILITY if self._automatic else norms_B.clamp(min=norm)
+        return (norm / lengths_B / self._spacing).float()
+
+    @staticmethod
+    def _squares(whole: dict[str, Any]) -> torch.Tensor:
+        return torch.stack([share.squares for share in whole.values()]).sum(dim=0)
+
+    def _sum(self, name: str) -> torch.Tensor:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros_like(self.parameters[name], dtype=torch.float64)
+        return self._sums[name]
 
     def take(self) -> dict[str, torch.Tensor]:
-        """The sums since the last call, by parameter name; zero where no record was added."""
-        sums, self._sums = self._sums or self.zeros(), {}
+        """The sums since the last call, by parameter name, float64 and exact; zero where no record was added."""
+        sums = {name: self._sum(name).mul_(self._spacing) for name in self.parameters}
+        self._sums = {}
         return sums
 
 
@@ -106,7 +129,6 @@ _SOURCES: dict[ClippingMethod, Callable[[Any], GradientSource]] = {
     "bookkeeping": BookKeeper,
     "opacus_hooks": Hooks,
     "opacus_ew": ExpandedWeights,
-    "opacus_ghost": Ghost,
 }
 
 
@@ -123,7 +145,7 @@ def clipping(
     Args:
         model: its trainable parameters are what is clipped.
         max_grad_norm: C, of one record's gradient over all trainable parameters together.
-        method: speed only.
+        method: how per-record gradients are formed.
         automatic: scale every gradient to just below C, not only what is longer.
 
     Raises:

@@ -5,7 +5,7 @@ Everything that the steps of a charge may reveal has been charged before the fir
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -15,6 +15,7 @@ import torch
 from configs.errors import InputError
 from configs.federated_settings import ClippingMethod
 from privacy.clipping import Clipper, clipping
+from privacy.independence import Together
 from privacy.noise import noised
 from privacy.plan import PrivacyPlan
 from privacy.probe import probe
@@ -36,10 +37,12 @@ class PrivateTraining(Generic[Unit]):
         model: its trainable parameters belong to layers that the clipping method knows.
         optimizer: any torch optimizer over the trainable parameters.
         units: the private units.
-        micro_batches: cuts a batch for memory and speed; the result doesn't depend on it.
-        unit_losses: loss of each unit, shape (B,), each a function of that unit alone.
-        synthetic: made-up units for the start-up proof that per-record gradients are right.
-        method: how per-record gradients are clipped; speed only.
+        unit_losses: loss of each unit, shape (B,), each a function of that unit alone; the units are of one shape.
+        shape_of: everything about a unit that decides the shape of its computation: its padded length, for instance.
+        made_up: so many made-up units of a shape, all different, to prove that they may be computed together.
+        synthetic: made-up units of several shapes for the start-up proof that per-record gradients are right.
+        micro_batch_size: most units at once, for memory and speed; changes no bit of the result.
+        method: how per-record gradients are formed.
         steps_done: steps of this charge so far.
     """
 
@@ -48,9 +51,11 @@ class PrivateTraining(Generic[Unit]):
     model: Any
     optimizer: torch.optim.Optimizer
     units: Sequence[Unit]
-    micro_batches: Callable[[Sequence[Unit]], Iterable[Sequence[Unit]]]
     unit_losses: Callable[[Sequence[Unit]], torch.Tensor]
+    shape_of: Callable[[Unit], Hashable]
+    made_up: Callable[[Any, int], Sequence[Unit]]
     synthetic: Sequence[Unit]
+    micro_batch_size: int = 16
     method: ClippingMethod = "bookkeeping"
     steps_done: int = field(default=0, init=False)
 
@@ -71,17 +76,18 @@ class PrivateTraining(Generic[Unit]):
         automatic = self.plan.request.clipping_function == "automatic"
         with clipping(self.model, self.max_grad_norm, self.method, automatic=automatic) as clipper:
             probe(clipper, self.unit_losses, self.synthetic)
+            together = Together(clipper, self.unit_losses, self.shape_of, self.made_up, self.micro_batch_size)
             left = range(self.steps_done, self.plan.request.steps_per_round)
             for step in left[:at_most]:
                 with _seeded(self.streams, step):
-                    self._step(clipper, step)
+                    self._step(clipper, together, step)
 
-    def _step(self, clipper: Clipper, step: int) -> None:
+    def _step(self, clipper: Clipper, together: Together[Unit], step: int) -> None:
         plan = self.plan
         # 1. Every unit is in the batch with probability q; the batch may be empty.
         batch = [self.units[index] for index in sample(plan, self.streams, step, len(self.units))]
-        # 2. Forward, backward and clipping, micro-batch by micro-batch.
-        norms = [clipper.accumulate(self.unit_losses, micro) for micro in self.micro_batches(batch)]
+        # 2. Forward, backward and clipping, of units together where none changes another one's bits.
+        norms = [clipper.accumulate(self.unit_losses, units) for units in together.cut(batch)]
         # 3. Noise once on the sum, then the public normaliser.
         noise_std = plan.noise_std * self.max_grad_norm / plan.request.max_grad_norm
         for name, clipped_sum in clipper.take().items():

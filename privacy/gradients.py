@@ -1,212 +1,192 @@
-"""Per-record gradients of one parameter, kept as small as their shape allows.
+"""Per-record gradients of one parameter, as float32 numbers, and what of them is added to a sum of many records.
 
-A layer's weight gradient for record b is a product ``left[b]^T right[b]`` summed over positions: for a linear layer of
-output gradients and inputs, for an embedding of one-hot rows and output gradients. Either this product is formed at
-once (``Instantiated``) or its two factors are kept (``Factored``), whichever has fewer numbers; the same comparison
-decides which of the two ways to a norm has fewer multiplications. Bu et al. 2023, "Differentially private optimization
-on large model at small cost" (book-keeping, mixed ghost norm); Li et al. 2022 (ghost clipping).
+A layer's weight gradient for record b is a product ``left[b]^T right[b]`` over its positions: for a linear layer of
+output gradients and inputs, for an embedding of one-hot rows and output gradients. The product is formed for each
+record by itself (book-keeping, Bu et al. 2023), so that what is measured and what is added are the same numbers.
 
 Shape suffixes: B records, T positions, M rows and N columns of the weight.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-# Where positions cancel, a Gram norm is a small difference of large products, and float32 keeps 2^-23 of their size.
-# This share of what would stand there without cancelling is added: a norm errs upwards, a clipped gradient downwards.
-ROUNDING = 2.0**-20
-# A Gram matrix is computed in so many bands, of no fewer rows than a matrix product needs to be fast.
-_BANDS, _NARROWEST_BAND = 4, 32
-
 
 @dataclass(frozen=True)
-class Use:
-    """One use of a weight in a forward pass, after its backward.
+class Whole:
+    """Whole numbers that stand for clipped gradients in units of the sum's grid.
 
     Attributes:
-        left: (B, T, M) float, or (B, T) integers that name the one-hot row of each position.
-        right: (B, T, N) float.
-        rows: M.
+        squares: squared length of each record's, (B,) float64, exact below 2^51.
+        total: sum over the records, int32, of the parameter's shape, or its ``rows`` alone; each below 2^31.
+        rows: numbers of the rows that ``total`` holds, each any number of times; None: all of them, in order.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
-    rows: int
+    squares: torch.Tensor
+    total: torch.Tensor
+    rows: torch.Tensor | None = None
 
-    @property
-    def one_hot(self) -> bool:
-        """Whether ``left`` names rows."""
-        return not self.left.is_floating_point()
-
-    @property
-    def small(self) -> bool:
-        """Whether the product has no more numbers than its factors: then it also has the cheaper norm."""
-        positions, columns = self.right.shape[1:]
-        return not self.one_hot and self.rows * columns <= positions * (self.rows + columns)
-
-    def product(self) -> torch.Tensor:
-        """The per-record gradients."""
-        if not self.one_hot:
-            return torch.bmm(self.left.float().transpose(1, 2), self.right.float())
-        records, _, columns = self.right.shape
-        product = self.right.new_zeros((records, self.rows, columns), dtype=torch.float32)
-        index = self.left[..., None].expand_as(self.right)
-        return product.scatter_add_(1, index, self.right.float())
-
-    def add_to(self, total_MN: torch.Tensor, factors_B: torch.Tensor) -> None:
-        """Adds the records' gradients, each times its factor."""
-        left, right, factors = self.left, self.right.float(), factors_B[:, None, None]
-        if self.one_hot:
-            total_MN.index_add_(0, left.flatten(), (right * factors).flatten(0, 1))
-            return
-        left = left.float()
-        # The narrower side is copied.
-        left, right = (left * factors, right) if left.shape[2] < right.shape[2] else (left, right * factors)
-        total_MN.addmm_(left.flatten(0, 1).T, right.flatten(0, 1))
-
-
-def inner_products(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Of all pairs of positions, (B, T, S); one-hot sides are integers of shape (B, T)."""
-    if not first.is_floating_point() and not second.is_floating_point():
-        return (first[:, :, None] == second[:, None, :]).float()
-    if not first.is_floating_point():
-        return inner_products(second, first).transpose(1, 2)
-    if not second.is_floating_point():
-        return first.float().gather(2, second[:, None, :].expand(-1, first.shape[1], -1))
-    return torch.bmm(first.float(), second.float().transpose(1, 2))
-
-
-class Gram:
-    """Inner products of a tensor's positions with each other.
-
-    They are symmetric, so only those from the diagonal on are computed: bands of rows, (B, H, T - first row).
-    """
-
-    def __init__(self, side: torch.Tensor) -> None:
-        height = max(_NARROWEST_BAND, -(-side.shape[1] // _BANDS))
-        starts = range(0, side.shape[1], height)
-        self.bands = [inner_products(side[:, start : start + height], side[:, start:]) for start in starts]
-
-    def dot(self, other: Gram) -> torch.Tensor:
-        """Inner product of two whole matrices, record by record, shape (B,)."""
-        dots_B = torch.zeros((), device=self.bands[0].device)
-        for mine, theirs in zip(self.bands, other.bands, strict=True):
-            products, rows = mine * theirs, mine.shape[1]
-            dots_B = dots_B + products[:, :, :rows].sum(dim=(1, 2)) + 2.0 * products[:, :, rows:].sum(dim=(1, 2))
-        return dots_B
-
-    def diagonal(self) -> torch.Tensor:
-        """Squared lengths of the positions, (B, T)."""
-        return torch.cat([band.diagonal(dim1=1, dim2=2) for band in self.bands], dim=1).clamp(min=0.0)
-
-
-class SharedGram:
-    """Keeps the last Gram matrix: layers with one input (query, key and value) come one after another."""
-
-    def __init__(self) -> None:
-        self._side, self._gram = torch.empty(0), Gram(torch.empty(0, 0, 0))
-
-    def of(self, side: torch.Tensor) -> Gram:
-        """The Gram matrix of a tensor's positions."""
-        if side is not self._side:
-            self._side, self._gram = side, Gram(side)
-        return self._gram
+    def add_to(self, sum_MN: torch.Tensor) -> None:
+        """Adds them to a float64 sum of the parameter's shape."""
+        if self.rows is None:
+            sum_MN += self.total
+        else:
+            sum_MN.index_add_(0, self.rows, self.total.double())
 
 
 @dataclass
-class Factored:
-    """A parameter's per-record gradients as the factors of its uses; several where weights are tied."""
-
-    uses: list[Use]
-    shared: SharedGram = field(repr=False)
-
-    def squared_norms(self) -> torch.Tensor:
-        """Squared norms, at least the exact ones up to rounding of the factors."""
-        if len(self.uses) == 1 and self.uses[0].one_hot:
-            return _one_hot_squared_norms(self.uses[0])
-        squares_B = uncancelled_B = torch.zeros((), device=self.uses[0].right.device)
-        for position, use in enumerate(self.uses):
-            left, right = Gram(use.left), self.shared.of(use.right)
-            squares_B = squares_B + left.dot(right)
-            uncancelled_B = uncancelled_B + (left.diagonal() * right.diagonal()).sqrt().sum(dim=1)
-            for other in self.uses[position + 1 :]:  # tied weights
-                lefts, rights = inner_products(use.left, other.left), inner_products(use.right, other.right)
-                squares_B = squares_B + 2.0 * _dots(lefts, rights)
-        return squares_B.clamp(min=0.0) + ROUNDING * uncancelled_B.square()
-
-    def add_to(self, total: torch.Tensor, factors_B: torch.Tensor) -> None:
-        """Adds the records' gradients, each times its factor, to a tensor of the parameter's shape."""
-        for use in self.uses:
-            use.add_to(total, factors_B)
-
-
-@dataclass
-class Instantiated:
-    """A parameter's per-record gradients themselves, (B, ...) float32."""
+class Dense:
+    """A parameter's per-record gradients, (B, ...) float32."""
 
     gradient: torch.Tensor
 
     def squared_norms(self) -> torch.Tensor:
-        """Squared norms."""
-        return _dots(self.gradient, self.gradient)
+        """(B,), near the exact ones: what they are for is checked exactly. Not finite for lengths from 2^63 on."""
+        return _near_squares(self.gradient)
 
-    def add_to(self, total: torch.Tensor, factors_B: torch.Tensor) -> None:
-        """Adds the records' gradients, each times its factor, to a tensor of the parameter's shape."""
-        total.view(-1).addmv_(self.gradient.flatten(1).T, factors_B)
+    def without(self, bad_B: torch.Tensor) -> Dense:
+        """Zeros for some records."""
+        return Dense(self.gradient.masked_fill(_like(bad_B, self.gradient), 0.0))
+
+    def whole(self, factors_B: torch.Tensor) -> Whole:
+        """The gradients, each times its float32 factor, rounded to whole numbers.
+
+        What is beyond 32 bits becomes a number that no check lets through.
+        """
+        numbers = (self.gradient * _like(factors_B, self.gradient)).round_().to(torch.int32)
+        return Whole(_exact_squares(numbers), numbers.sum(dim=0, dtype=torch.int32))
+
+    def of(self, record: int, like: torch.Tensor) -> torch.Tensor:
+        """One record's gradient, in the parameter's shape."""
+        return self.gradient[record].view(like.shape)
 
 
-PerRecord = Factored | Instantiated
+@dataclass
+class Rows:
+    """Per-record gradients that are zero but for a few rows: an embedding's.
+
+    Attributes:
+        record_of: record of each row, (R,), ascending.
+        row_of: number of each row, (R,); each once per record.
+        values: (R, N) float32.
+        records: B.
+    """
+
+    record_of: torch.Tensor
+    row_of: torch.Tensor
+    values: torch.Tensor
+    records: int
+
+    def squared_norms(self) -> torch.Tensor:
+        """See ``Dense.squared_norms``."""
+        return self._over_rows(_near_squares(self.values))
+
+    def without(self, bad_B: torch.Tensor) -> Rows:
+        """Zeros for some records."""
+        values = self.values.masked_fill(bad_B[self.record_of][:, None], 0.0)
+        return Rows(self.record_of, self.row_of, values, self.records)
+
+    def whole(self, factors_B: torch.Tensor) -> Whole:
+        """See ``Dense.whole``."""
+        numbers = (self.values * factors_B[self.record_of][:, None]).round_().to(torch.int32)
+        return Whole(self._over_rows(_exact_squares(numbers)), numbers, self.row_of)
+
+    def of(self, record: int, like: torch.Tensor) -> torch.Tensor:
+        """One record's gradient, in the parameter's shape."""
+        own = self.record_of == record
+        return torch.zeros_like(like, dtype=torch.float32).index_add_(0, self.row_of[own], self.values[own])
+
+    def dense(self, rows: int) -> torch.Tensor:
+        """(B, rows, N)."""
+        gradient = self.values.new_zeros((self.records, rows, self.values.shape[1]))
+        gradient[self.record_of, self.row_of] = self.values
+        return gradient
+
+    def _over_rows(self, values_R: torch.Tensor) -> torch.Tensor:
+        return values_R.new_zeros(self.records).index_add_(0, self.record_of, values_R)
 
 
-def combine(pieces: Sequence[Use | torch.Tensor], shared: SharedGram) -> PerRecord:
-    """One parameter's per-record gradients from all its uses.
+PerRecord = Dense | Rows
+Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_LARGE = 64
+
+
+def product(left_BTM: torch.Tensor, right_BTN: torch.Tensor, multiply: Multiply | None) -> Dense:
+    """Of a layer's factors, record by record.
 
     Args:
-        pieces: uses, or per-record gradients that were formed at once.
-        shared: of this backward pass.
+        left_BTM: one.
+        right_BTN: the other.
+        multiply: the layer's own product of (M, T) and (N, T), where it has one that is faster for large ones.
     """
-    if all(isinstance(piece, Use) for piece in pieces):
-        return Factored([piece for piece in pieces if isinstance(piece, Use)], shared)
-    formed = [piece.product() if isinstance(piece, Use) else piece for piece in pieces]
-    return Instantiated(sum(formed[1:], start=formed[0]))
+    left_BMT, right_BTN = left_BTM.float().transpose(1, 2), right_BTN.float()
+    if multiply is None or min(left_BTM.shape[2], right_BTN.shape[2]) < _LARGE:
+        return Dense(torch.bmm(left_BMT, right_BTN))
+    pairs = zip(left_BMT, right_BTN.transpose(1, 2), strict=True)
+    return Dense(torch.stack([multiply(left_MT, right_NT) for left_MT, right_NT in pairs]))
 
 
-def _dots(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Inner product of each record's numbers, shape (B,)."""
-    dots: torch.Tensor = torch.linalg.vecdot(first.flatten(1), second.flatten(1))
-    return dots
+def rows(ids_BT: torch.Tensor, right_BTN: torch.Tensor) -> Rows:
+    """Of one-hot rows: positions of one record that name the same row are added, in their order."""
+    records, width = len(ids_BT), int(ids_BT.max()) + 1 if ids_BT.numel() else 1
+    named = ids_BT + width * torch.arange(records, device=ids_BT.device)[:, None]
+    distinct, place = torch.unique(named, return_inverse=True)
+    sums = right_BTN.new_zeros((len(distinct), right_BTN.shape[2]), dtype=torch.float32)
+    sums.index_add_(0, place.flatten(), right_BTN.float().flatten(0, 1))
+    return Rows(distinct // width, distinct % width, sums, records)
 
 
-def _one_hot_squared_norms(use: Use) -> torch.Tensor:
-    """Positions of one record that name the same row are added first; work grows with T, not with its square."""
-    records = len(use.left)
-    rows = use.left + use.rows * torch.arange(records, device=use.left.device)[:, None]
-    distinct, place = torch.unique(rows, return_inverse=True)
-    sums = use.right.new_zeros((len(distinct), use.right.shape[2]), dtype=torch.float32)
-    sums.index_add_(0, place.flatten(), use.right.float().flatten(0, 1))
-    squares = _dots(sums, sums)
-    return squares.new_zeros(records).index_add_(0, distinct // use.rows, squares)
+def combine(pieces: Sequence[PerRecord], parameter: torch.Tensor) -> PerRecord:
+    """One parameter's per-record gradients from all its uses: several where weights are tied."""
+    if len(pieces) == 1:
+        return pieces[0]
+    dense = [piece.dense(len(parameter)) if isinstance(piece, Rows) else piece.gradient for piece in pieces]
+    return Dense(sum(dense[1:], start=dense[0]))
 
 
 class ByParameter:
-    """The per-record gradients of one micro-batch, parameter by parameter."""
+    """The per-record gradients of some records, parameter by parameter."""
 
     def __init__(self, gradients: Mapping[str, PerRecord]) -> None:
-        self._gradients = gradients
+        self._gradients = dict(gradients)
 
     def squared_norms(self) -> torch.Tensor:
-        """Each record's squared norm over all parameters, float32."""
-        squares = [gradient.squared_norms() for gradient in self._gradients.values()]
-        return torch.stack(squares).sum(dim=0)
+        """Each record's squared norm over all parameters, (B,) float64: see ``Dense.squared_norms``."""
+        return torch.stack([gradient.squared_norms() for gradient in self._gradients.values()]).sum(dim=0)
 
-    def add_to(self, sums: dict[str, torch.Tensor], factors_B: torch.Tensor) -> None:
-        """Adds the records' gradients, each times its factor."""
-        for name, gradient in self._gradients.items():
-            gradient.add_to(sums[name], factors_B)
+    def without(self, bad_B: torch.Tensor) -> ByParameter:
+        """Zeros for some records."""
+        return ByParameter({name: gradient.without(bad_B) for name, gradient in self._gradients.items()})
+
+    def whole(self, factors_B: torch.Tensor) -> dict[str, Whole]:
+        """Each parameter's share of what is added."""
+        return {name: gradient.whole(factors_B) for name, gradient in self._gradients.items()}
+
+    def of(self, record: int, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One record's gradient; zero for parameters that the losses don't depend on."""
+        return {
+            name: self._gradients[name].of(record, like)
+            if name in self._gradients
+            else torch.zeros_like(like, dtype=torch.float32)
+            for name, like in parameters.items()
+        }
+
+
+def _near_squares(values: torch.Tensor) -> torch.Tensor:
+    """Squared length of each first index' values; rows are added up in float32, which needs no copy."""
+    rows = values.flatten(1, -2) if values.dim() > 2 else values[:, None]
+    squares: torch.Tensor = torch.linalg.vector_norm(rows, dim=2).double().square().sum(dim=1)
+    return squares
+
+
+def _exact_squares(numbers: torch.Tensor) -> torch.Tensor:
+    """Squared length of each first index' whole numbers, float64: the root's rounding is undone."""
+    squares: torch.Tensor = torch.linalg.vector_norm(numbers.flatten(1).double(), dim=1).square().round()
+    return squares
+
+
+def _like(values_B: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return values_B.view(-1, *[1] * (gradient.dim() - 1))

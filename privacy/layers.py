@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 from configs.errors import InputError
-from privacy.gradients import Use
+from privacy.gradients import Dense, PerRecord, Rows, product, rows
 
-Piece = Use | torch.Tensor
+_CONV1D, _ONEDNN = "Conv1D", "OneDnnLinear"  # of transformers, of trainer.linear
 # (layer, input, output gradient, own parameters that train) -> (own parameter, what this call adds to its gradients)
-Rule = Callable[[Any, torch.Tensor, torch.Tensor, Collection[str]], Iterator[tuple[str, Piece]]]
+Rule = Callable[[Any, torch.Tensor, torch.Tensor, Collection[str]], Iterator[tuple[str, PerRecord]]]
 
 
 def rule_for(path: str, module: Any) -> Rule | None:
@@ -30,15 +30,21 @@ def rule_for(path: str, module: Any) -> Rule | None:
     if isinstance(module, nn.Embedding) and kind.forward is nn.Embedding.forward:
         _check_embedding(path, module)
         return _embedding
-    if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
-        return _linear
+    if is_product(module):
+        return _conv1d if kind.__name__ == _CONV1D else _linear
     if kind is nn.LayerNorm:
         return _layer_norm
-    if kind.__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' (GPT-2): a linear layer, transposed
-        return _conv1d
     if kind.__name__.endswith("RMSNorm") or kind.__name__ == "T5LayerNorm":
         return _rms_norm
     return None
+
+
+def is_product(module: Any) -> bool:
+    """Whether a layer is a product with its weight: a linear layer, or its transpose, transformers' Conv1D (GPT-2)."""
+    kind = type(module)
+    if kind.__name__ == _CONV1D:
+        return hasattr(module, "nf")
+    return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ == _ONEDNN)
 
 
 def _check_embedding(path: str, module: nn.Embedding) -> None:
@@ -49,35 +55,33 @@ def _check_embedding(path: str, module: nn.Embedding) -> None:
         )
 
 
-def _linear(_module: Any, entry: torch.Tensor, gradient: torch.Tensor, wanted: Collection[str]) -> Iterator[Any]:
-    yield from _affine(_positions(gradient), _positions(entry), _positions(gradient), wanted)
+def _linear(module: Any, entry: torch.Tensor, gradient: torch.Tensor, wanted: Collection[str]) -> Iterator[Any]:
+    gradient_BTM = _positions(gradient)
+    if "weight" in wanted:
+        yield "weight", product(gradient_BTM, _positions(entry), getattr(module, "multiply", None))
+    if "bias" in wanted:
+        yield "bias", Dense(gradient_BTM.sum(dim=1, dtype=torch.float32))
 
 
 def _conv1d(_module: Any, entry: torch.Tensor, gradient: torch.Tensor, wanted: Collection[str]) -> Iterator[Any]:
-    yield from _affine(_positions(entry), _positions(gradient), _positions(gradient), wanted)
-
-
-def _affine(
-    left: torch.Tensor, right: torch.Tensor, gradient_BTM: torch.Tensor, wanted: Collection[str]
-) -> Iterator[tuple[str, Piece]]:
+    gradient_BTM = _positions(gradient)
     if "weight" in wanted:
-        use = Use(left, right, left.shape[2])
-        yield "weight", use.product() if use.small else use
+        yield "weight", product(_positions(entry), gradient_BTM, None)
     if "bias" in wanted:
-        yield "bias", gradient_BTM.sum(dim=1, dtype=torch.float32)
+        yield "bias", Dense(gradient_BTM.sum(dim=1, dtype=torch.float32))
 
 
 def _embedding(module: Any, ids: torch.Tensor, gradient: torch.Tensor, _wanted: Collection[str]) -> Iterator[Any]:
     yield "weight", _rows(module, ids.flatten(1), gradient.reshape(len(ids), -1, gradient.shape[-1]))
 
 
-def _rows(module: Any, ids_BT: torch.Tensor, gradient_BTN: torch.Tensor) -> Use:
+def _rows(module: Any, ids_BT: torch.Tensor, gradient_BTN: torch.Tensor) -> Rows:
     if module.padding_idx is not None:  # torch gives the padding row no gradient
         gradient_BTN = gradient_BTN.masked_fill((ids_BT == module.padding_idx)[..., None], 0.0)
-    return Use(ids_BT, gradient_BTN, module.num_embeddings)
+    return rows(ids_BT, gradient_BTN)
 
 
-def relative_bias_pieces(module: Any, ids_QK: torch.Tensor, gradient_BHQK: torch.Tensor) -> Use:
+def relative_bias_pieces(module: Any, ids_QK: torch.Tensor, gradient_BHQK: torch.Tensor) -> Rows:
     """T5's relative position bias: an embedding of bucket numbers that are the same for every record."""
     gradient_BTH = gradient_BHQK.flatten(2).transpose(1, 2)
     return _rows(module, ids_QK.flatten().expand(len(gradient_BHQK), -1), gradient_BTH)
@@ -99,15 +103,15 @@ def _rms_norm(module: Any, entry: torch.Tensor, gradient: torch.Tensor, _wanted:
     yield "weight", _over_positions(gradient.float() * normalized, module.weight.dim())
 
 
-def _over_positions(values: torch.Tensor, kept: int) -> torch.Tensor:
+def _over_positions(values: torch.Tensor, kept: int) -> Dense:
     between = tuple(range(1, values.dim() - kept))
-    return values.sum(dim=between) if between else values
+    return Dense(values.sum(dim=between) if between else values)
 
 
 def _positions(values: torch.Tensor) -> torch.Tensor:
     """(B, ..., N) as (B, T, N)."""
     if values.dim() == 3:
-        return values  # the same object, by which shared Gram matrices are known
+        return values
     return values[:, None] if values.dim() == 2 else values.flatten(1, -2)
 
 

@@ -40,14 +40,14 @@ def noised(clipped_sum: torch.Tensor, noise_std: float, streams: Streams, step: 
     """The sum of clipped gradients of one parameter with its noise, on the grid, as float32.
 
     Args:
-        clipped_sum: sum over the batch of this parameter's clipped gradients, any shape.
+        clipped_sum: sum over the batch of this parameter's clipped gradients, any shape; float64, so that it is exact.
         noise_std: standard deviation of the noise on the sum, from the plan.
         streams: the charge's random streams.
         step: step within the charge.
         name: the parameter's name.
     """
-    sums = clipped_sum.detach().float().cpu().contiguous().numpy().reshape(-1)
-    released = np.empty_like(sums)
+    sums = clipped_sum.detach().double().cpu().contiguous().numpy().reshape(-1)
+    released = np.empty(len(sums), dtype=np.float32)
 
     def fill(start: int) -> None:
         generator = streams.generator("noise", step, f"{name}/{start}")

@@ -1,6 +1,7 @@
 """Opacus' own ways to per-record gradients, behind the same interface as book-keeping.
 
-Slower or hungrier on our models, and the oracle that book-keeping is tested against.
+Slower or hungrier on our models, and the oracle that book-keeping is tested against. Ghost clipping is not among them:
+it never forms a record's gradient, and so nobody could look at what is added.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.errors import InputError
-from privacy.gradients import ByParameter, Instantiated
+from privacy.gradients import ByParameter, Dense
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,54 +68,6 @@ class ExpandedWeights:
         _clean(self._model, "grad_sample")
 
 
-class Ghost:
-    """Norms without gradients, then a second backward of the weighted losses (Li et al. 2022)."""
-
-    def __init__(self, model: Any) -> None:
-        from opacus.grad_sample import GradSampleModuleFastGradientClipping
-
-        self._model = model
-        self._hooked = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", strict=False)
-        self._hooked.disable_hooks()
-
-    def per_record(self, losses: Callable[[], torch.Tensor], _num_records: int) -> _Weighted:
-        """One forward and backward; the second backward comes with the factors."""
-        for parameter in self._model.parameters():
-            parameter._norm_sample = None
-        self._hooked.enable_hooks()
-        losses_B = losses()
-        losses_B.sum().backward(retain_graph=True)
-        self._hooked.disable_hooks()
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad and parameter._norm_sample is None:
-                raise InputError(f"parameter {name}: unused by these records, which this clipping mode can't take")
-        norms_B = self._hooked.get_norm_sample()
-        for parameter in self._model.parameters():
-            parameter.grad = None
-        return _Weighted(self._model, losses_B, norms_B)
-
-    def close(self) -> None:
-        """Takes the hooks off."""
-        self._hooked.remove_hooks()
-        _clean(self._model, "grad_sample", "_norm_sample", "_forward_counter")
-
-
-class _Weighted:
-    def __init__(self, model: Any, losses_B: torch.Tensor, norms_B: torch.Tensor) -> None:
-        self._losses_B, self._norms_B = losses_B, norms_B
-        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-
-    def squared_norms(self) -> torch.Tensor:
-        return self._norms_B.float().square()
-
-    def add_to(self, sums: dict[str, torch.Tensor], factors_B: torch.Tensor) -> None:
-        weighted = (self._losses_B * factors_B).sum()
-        gradients = torch.autograd.grad(weighted, list(self._parameters.values()), retain_graph=True, allow_unused=True)
-        for name, gradient in zip(self._parameters, gradients, strict=True):
-            if gradient is not None:
-                sums[name] += gradient
-
-
 def _taken(model: Any) -> ByParameter:
     """The gradients that a backward has left on the parameters."""
     found = {}
@@ -124,7 +77,7 @@ def _taken(model: Any) -> ByParameter:
         gradient = getattr(parameter, "grad_sample", None)
         if not isinstance(gradient, torch.Tensor):
             raise InputError(f"parameter {name}: its per-record gradient is not known to this clipping mode; freeze it")
-        found[name] = Instantiated(gradient.float())
+        found[name] = Dense(gradient.float())
         parameter.grad_sample = parameter.grad = None
     return ByParameter(found)
 

@@ -4,7 +4,7 @@ It catches weights tied behind a layer's back, broadcast inputs, operations that
 whatever else makes a record's gradient depend on another record, or on chance.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ def probe(clipper: Clipper, unit_losses: Losses[Unit], synthetic: Sequence[Unit]
             alone = [_alone(clipper, unit_losses, unit) for unit in synthetic]
             together = clipper.source.per_record(lambda: unit_losses(synthetic), len(synthetic))
             squares_B = together.squared_norms()
-            found = [_only(clipper, together.add_to, squares_B, record) for record in range(len(synthetic))]
+            found = [together.of(record, clipper.parameters) for record in range(len(synthetic))]
         except (
             RuntimeError,
             NotImplementedError,
@@ -57,16 +57,6 @@ def _alone(clipper: Clipper, unit_losses: Losses[Unit], unit: Unit) -> Gradients
     parameters = list(clipper.parameters.values())
     gradients = torch.autograd.grad(unit_losses([unit]).sum(), parameters, allow_unused=True, materialize_grads=True)
     return {name: gradient.float() for name, gradient in zip(clipper.parameters, gradients, strict=True)}
-
-
-def _only(
-    clipper: Clipper, add_to: Callable[[Gradients, torch.Tensor], None], like_B: torch.Tensor, record: int
-) -> Gradients:
-    """What the clipper takes for one record's gradient."""
-    sums, only = clipper.zeros(), torch.zeros_like(like_B)
-    only[record] = 1.0
-    add_to(sums, only)
-    return sums
 
 
 def _compare(clipper: Clipper, alone: list[Gradients], found: list[Gradients], squares_B: torch.Tensor) -> None:

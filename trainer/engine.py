@@ -1,10 +1,15 @@
 """The DeepSpeed engine of one rank: how it is built, what each step sets, and whether a step was good."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from configs.schema import RunConfig
 from trainer.optimizers import learning_rate, new_optimizer
 from trainer.zero import Rank, deepspeed_config, require_supported
+
+if TYPE_CHECKING:
+    from trainer.linear import Products
 
 
 def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
@@ -17,13 +22,12 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     import deepspeed
     from deepspeed.checkpoint import constants
 
-    from trainer.linear import mkl_holds_back, use_onednn
+    from trainer.linear import use_onednn
     from trainer.models import new_model
 
     settings = config.pretrain
     model = new_model(config.model, vocab_size, config.run.seed, settings.dropout).train()
-    # Lower precisions go to oneDNN anyway, and the compiler brings products of its own.
-    if rank.device == "cpu" and settings.precision == "fp32" and not settings.torch_compile and mkl_holds_back():
+    if products(config, rank).onednn:
         use_onednn(model)
     # With this, DeepSpeed's own converter reads our commits.
     version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
@@ -41,6 +45,24 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     if settings.torch_compile:
         engine.compile()
     return engine
+
+
+def products(config: RunConfig, rank: Rank) -> Products:
+    """What computes the linear layers, on all ranks alike: they are asked together.
+
+    Lower precisions go to oneDNN anyway, and the compiler brings products of its own.
+    """
+    from torch import distributed
+
+    from trainer.linear import TORCH, fastest_products
+
+    settings = config.pretrain
+    if rank.device != "cpu" or settings.precision != "fp32" or settings.torch_compile:
+        return TORCH
+    found = [fastest_products()] * rank.world_size
+    if rank.world_size > 1:
+        distributed.all_gather_object(found, fastest_products())
+    return min(found, key=lambda one: one.gain)
 
 
 def _take_back_first_step(optimizer: Any) -> None:

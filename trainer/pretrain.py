@@ -16,7 +16,7 @@ from trainer import checkpoints, elastic
 from trainer.commits import Committer
 from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.order import SkippedData
-from trainer.engine import build_engine, gradient_trouble, set_step, weight_trouble
+from trainer.engine import build_engine, gradient_trouble, products, set_step, weight_trouble
 from trainer.objective import next_token_nats, to_tensors, validate
 from trainer.optimizers import learning_rate, new_optimizer
 from trainer.rollback import Progress
@@ -179,7 +179,7 @@ def _begin(
     commits = Committer(config, storage, scratch, rank, attempt, progress.committed, digest, report)
     batches = Batches(config, corpus, progress.skipped)
     _prove_shares(batches, progress.committed, rank)
-    report({"event": "started", "seconds": begin.seconds()})
+    report({"event": "started", "seconds": begin.seconds(), "products": vars(products(config, rank))})
     return _Begun(engine, corpus, manifest.metadata, progress, commits, batches)
 
 

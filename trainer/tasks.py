@@ -4,10 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 IGNORED = -100
+# Records are padded to multiples of so many tokens. It depends on a record's own length alone, gives many records one
+# shape, and fills whole vectors of the processor, in which no two records meet.
+_BUCKET = 16
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,24 @@ class CausalTask:
         kept = whole[: self._context_length]
         return Encoded(tuple(kept), len(self._tokenizer.decode(kept[1:])), truncated=True)
 
+    def padded_length(self, record: Encoded) -> int:
+        """What a record is padded to, in tokens: what decides the shape of its computation."""
+        return min(self._context_length, -(-len(record.ids) // _BUCKET) * _BUCKET)
+
+    def made_up(self, padded_length: int, number: int) -> list[Encoded]:
+        """Records of random tokens that are padded to a length, all different."""
+        rng = np.random.default_rng(padded_length)
+        shortest = max(2, padded_length - _BUCKET + 1)
+        lengths = rng.integers(shortest, padded_length, size=number, endpoint=True)
+        rows = [rng.integers(len(self._tokenizer), size=length) for length in lengths]
+        return [Encoded(tuple(row.tolist()), characters=len(row), truncated=False) for row in rows]
+
     def collate(self, records: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``targets``, both (B, T), padded on the right.
 
         No attention mask is needed: under a causal mask nothing attends to what comes after it.
         """
-        longest = max(len(record.ids) for record in records)
+        longest = max(self.padded_length(record) for record in records)
         input_ids = torch.zeros((len(records), longest), dtype=torch.long)
         targets = torch.full((len(records), longest), IGNORED, dtype=torch.long)
         for row, record in enumerate(records):

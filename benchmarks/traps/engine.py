@@ -50,13 +50,8 @@ def train(
     """
     model = copy.deepcopy(model)
     before = {name: value.detach().clone() for name, value in trainable(model).items()}
-    batches: list[list[int]] = []
-
-    def cut(batch: Sequence[int]) -> list[Sequence[int]]:
-        batches.append(list(batch))
-        return [batch[start : start + micro] for start in range(0, len(batch), micro)]
-
-    made_up = records(3, seed=99) if synthetic is None else synthetic
+    units = Taken(len(x_B))
+    made_up = records(16, seed=99) if synthetic is None else synthetic
     # Under numbers of their own, so that the engine's proof is not taken for private records.
     rows = {**dict(enumerate(x_B)), **{-1 - number: row for number, row in enumerate(made_up)}}
     train_privately(
@@ -64,14 +59,32 @@ def train(
         Streams(seed, DIGEST),
         model,
         torch.optim.SGD(trainable(model).values(), lr=1.0),
-        range(len(x_B)),
-        micro_batches=cut,
+        units,
         unit_losses=lambda batch: record_losses(model, torch.stack([rows[number] for number in batch])),
+        shape_of=lambda _: None,
+        made_up=lambda _, number: range(-number, 0),
         synthetic=[-1, -2, -3],
+        micro_batch_size=micro,
     )
     scale = a_plan.expected_batch_size
     lost = {name: (before[name] - value.detach()) * scale for name, value in trainable(model).items()}
-    return lost, batches
+    return lost, units.batches
+
+
+class Taken(Sequence[int]):
+    """Units by their numbers, and which of them each step took: a step asks for their number first."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self.batches: list[list[int]] = []
+
+    def __len__(self) -> int:
+        self.batches.append([])
+        return self._number
+
+    def __getitem__(self, index: Any) -> Any:
+        self.batches[-1].append(int(index))
+        return int(index)
 
 
 def clipped_sum(model: nn.Module, x_B: torch.Tensor, max_grad_norm: float, micro: int = 32) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def non_finite() -> Cell:
     a_plan = engine.plan(len(x_B), max_grad_norm=median_norm(model, x_B))
     expected = per_record_loop(model, x_B[1:], a_plan.request.max_grad_norm)
     x_B[0, 3] = 9
-    found, _ = engine.train(model, list(x_B), a_plan, synthetic=records(3, seed=99) % 9)
+    found, _ = engine.train(model, list(x_B), a_plan, synthetic=records(16, seed=99) % 9)
     error = relative_error(found, expected)
     return judged(error < RIGHT, f"the sum is that without the record, to {error:.0e}")
 

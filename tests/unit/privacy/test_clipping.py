@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InputError
 from privacy.clipping import clipping
-from privacy.gradients import Gram, Instantiated, _dots, inner_products
+from privacy.gradients import ByParameter
 from privacy.probe import probe
 from trainer.models import trainable
 
@@ -116,8 +116,8 @@ class Own(nn.Module):
 
 
 LAYERS = {
-    "linear, instantiated": lambda: nn.Linear(6, 3),
-    "linear, Gram": lambda: nn.Linear(6, 4096),
+    "linear": lambda: nn.Linear(6, 3),
+    "linear, wide": lambda: nn.Linear(6, 4096),
     "linear without bias": lambda: nn.Linear(6, 5, bias=False),
     "layer norm": lambda: nn.LayerNorm(6),
     "layer norm without bias": lambda: nn.LayerNorm(6, bias=False),
@@ -125,7 +125,7 @@ LAYERS = {
     "rms norm": lambda: nn.RMSNorm(6),
     "rms norm of transformers": lambda: LlamaRMSNorm(6),
     "conv1d": lambda: Conv1D(4, 6),
-    "conv1d, Gram": lambda: Conv1D(4096, 6),
+    "conv1d, wide": lambda: Conv1D(4096, 6),
 }
 
 
@@ -154,19 +154,7 @@ def test_a_linear_layer_without_positions_or_with_two_dimensions_of_them():
     check(layer, lambda records: layer(torch.stack(records).float()[:, None, None].expand(-1, 2, 5, -1)).sum((1, 2, 3)))
 
 
-@pytest.mark.parametrize("positions", [1, 31, 32, 33, 100, 150])
-def test_bands_of_a_gram_matrix_give_the_inner_product_of_whole_ones(positions):
-    torch.manual_seed(0)
-    sides = [torch.randn(3, positions, 5), torch.randn(3, positions, 7), torch.randint(4, (3, positions))]
-    for first in sides:
-        for second in sides:
-            whole = _dots(inner_products(first, first), inner_products(second, second))
-            torch.testing.assert_close(Gram(first).dot(Gram(second)), whole)
-    whole = inner_products(sides[0], sides[0])
-    torch.testing.assert_close(Gram(sides[0]).diagonal(), whole.diagonal(dim1=1, dim2=2))
-
-
-def test_a_norm_never_errs_downwards_where_positions_cancel():
+def test_a_norm_holds_where_positions_cancel():
     """Two positions with opposite gradients: what is left is small beside what float32 has added and taken away."""
     layer = nn.Linear(512, 512, bias=False)
     values = torch.randn(512, generator=torch.Generator().manual_seed(0))
@@ -298,19 +286,19 @@ def test_lora_gives_the_sum_of_single_records(name):
     check(model, losses(model))
 
 
-def test_bfloat16_with_norms_in_float32():
+def test_bfloat16_with_norms_in_float64():
     """Against the gradients of the same bfloat16 pass; what is compared is bfloat16's own rounding."""
     model = llama(dtype=torch.bfloat16)
     check(model, next_token(model), tolerance=3e-2)
     with clipping(model, 0.01) as clipper:
         norms = clipper.accumulate(next_token(model), RECORDS)
         sums = clipper.take()
-    assert norms.dtype == torch.float32
-    assert all(value.dtype == torch.float32 for value in sums.values())
+    assert norms.dtype == torch.float64
+    assert all(value.dtype == torch.float64 for value in sums.values())
     assert length(sums) <= 0.01 * len(RECORDS)
 
 
-@pytest.mark.parametrize("method", ["opacus_hooks", "opacus_ew", "opacus_ghost"])
+@pytest.mark.parametrize("method", ["opacus_hooks", "opacus_ew"])
 def test_opacus_modes_give_the_same_sum(method):
     model = lora(llama(), ["q_proj", "down_proj", "lm_head"])
     check(model, next_token(model), method=method)
@@ -353,7 +341,7 @@ def test_micro_batches_do_not_change_the_sum(size):
     assert_equal(parts, {name: value.double() for name, value in whole.items()}, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("method", ["bookkeeping", "opacus_ghost"])
+@pytest.mark.parametrize("method", ["bookkeeping", "opacus_hooks"])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 3e30])
 def test_a_record_without_a_finite_gradient_adds_nothing(bad, method):
     model = lora(llama(), ["q_proj", "lm_head"])
@@ -499,7 +487,7 @@ class Statistics(nn.Module):
         return self.second(self.norm(self.first(x)).tanh()).square().sum(dim=1)
 
 
-@pytest.mark.parametrize("method", ["bookkeeping", "opacus_hooks", "opacus_ghost"])
+@pytest.mark.parametrize("method", ["bookkeeping", "opacus_hooks"])
 def test_batch_statistics_of_a_frozen_layer_are_refused(method):
     model = Statistics().train()
     with clipping(model, 1.0, method) as clipper, pytest.raises(InputError):
@@ -540,7 +528,8 @@ def test_mixing_that_shows_only_away_from_zero_weights_is_refused():
 
 
 def test_wrong_norms_are_refused_even_where_gradients_are_right(monkeypatch):
-    monkeypatch.setattr(Instantiated, "squared_norms", lambda self: _dots(self.gradient, self.gradient) / 4)
+    right = ByParameter.squared_norms
+    monkeypatch.setattr(ByParameter, "squared_norms", lambda self: right(self) / 4)
     model = nn.Linear(4, 4)
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="the norms over all parameters"):
         probe(clipper, lambda batch: model(torch.stack(batch)).square().sum(dim=1), ROWS)
@@ -566,19 +555,3 @@ def test_a_model_whose_inputs_want_gradients_is_refused_in_words():
     model.enable_input_require_grads()
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="enable_input_require_grads"):
         probe(clipper, next_token(model), RECORDS[:3])
-
-
-def test_ghost_clipping_takes_no_norm_over_from_another_batch():
-    class Sometimes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.always, self.rarely = nn.Linear(4, 1), nn.Linear(4, 1)
-
-        def forward(self, x, rarely):
-            return self.always(x).square().sum(dim=1) + (self.rarely(x).square().sum(dim=1) if rarely else 0.0)
-
-    model = Sometimes().train()
-    with clipping(model, 1.0, "opacus_ghost") as clipper:
-        clipper.accumulate(lambda batch: model(torch.stack(batch), rarely=True), ROWS)
-        with pytest.raises(InputError, match=r"parameter rarely.weight: unused"):
-            clipper.accumulate(lambda batch: model(torch.stack(batch), rarely=False), ROWS)

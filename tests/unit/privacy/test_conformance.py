@@ -74,8 +74,8 @@ def clipping_off(plan, *arguments, **options):
     REAL(changed(plan, max_grad_norm=norm * 1e6, noise_multiplier=sigma / 1e6), *arguments, **options)
 
 
-def clipping_after_the_mean(plan, streams, model, optimizer, units, *, micro_batches, unit_losses, synthetic):
-    losses = torch.cat([unit_losses(micro) for micro in micro_batches(units)])
+def clipping_after_the_mean(plan, streams, model, optimizer, units, *, unit_losses, **_):
+    losses = unit_losses(list(units))
     parameters = [value for value in model.parameters() if value.requires_grad]
     gradients = torch.autograd.grad(losses.mean(), parameters)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()

@@ -15,15 +15,18 @@ from privacy.plan import PlanRequest
 from privacy.sampler import poisson_sample
 from privacy.streams import Streams
 from trainer.models import adapter_weights, add_adapter, new_model, trainable
-from trainer.tasks import CausalTask, Encoded, by_length
+from trainer.tasks import CausalTask, Encoded
 
 DIGEST = "ab" * 32
 
 
 class Words:
-    """Stands in for a tokenizer: the task needs its end-of-text id here, and nothing else."""
+    """Stands in for a tokenizer: the task needs its end-of-text id and the number of its tokens here."""
 
     eos_token_id = 0
+
+    def __len__(self):
+        return 50
 
 
 TASK = CausalTask(Words(), 16)
@@ -76,8 +79,9 @@ def training(model, records, plan=PLAN, seed=b"s" * 32, optimizer=torch.optim.Ad
         model,
         optimizer(list(trainable(model).values()), lr=1e-2, **options),
         records,
-        micro_batches=lambda batch: by_length(batch, 8),
         unit_losses=lambda batch: losses(model, batch),
+        shape_of=TASK.padded_length,
+        made_up=TASK.made_up,
         synthetic=RECORDS[:3],
     )
 
