@@ -25,6 +25,7 @@ TITLES = {
     },
     "largest": "what one unit adds to a sum is at most C",
     "micro_batches": "micro-batches 1x32 = 4x8 = 32x1",
+    "hostile_adapters": "one record under an attacker's adapters: it moves the sum by at most C",
     "non_finite": "one unit with inf or NaN",
     "noise": "noise: standard deviation within 1%, uncorrelated across steps and parameters",
     "world_sizes": "the same total noise at world sizes 1, 2, 4",

@@ -162,9 +162,9 @@ def audit(
     if document["verdict"] == "warn":
         typer.echo("warning: a lower bound on epsilon exceeds the claim at 95% confidence; audit again", err=True)
     if document["verdict"] == "fail":
+        place, failure = directory / "audit" / "audit.json", audits.failure(document)
         raise SiloweaveError(
-            f"{directory / 'audit' / 'audit.json'}: a lower bound on epsilon exceeds the claim at 99.9% confidence: "
-            "the claim does not hold; release nothing, and look for what changed in the engine"
+            f"{place}: {failure}: the claim does not hold; release nothing, and look for what changed in the engine"
         )
 
 

@@ -35,7 +35,12 @@ class CausalTask:
     name = "causal"
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
-        self._tokenizer, self._context_length = tokenizer, context_length
+        self._tokenizer, self.context_length = tokenizer, context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+        return len(self._tokenizer)
 
     def encode(self, text: str) -> Encoded:
         """Tokens of a record, truncated to the context."""
@@ -43,21 +48,21 @@ class CausalTask:
         # The backend is called directly: the wrapper warns of long texts, and truncation is ours.
         ids = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         whole = [end, *ids, end]
-        if len(whole) <= self._context_length:
+        if len(whole) <= self.context_length:
             return Encoded(tuple(whole), len(text), truncated=False)
-        kept = whole[: self._context_length]
+        kept = whole[: self.context_length]
         return Encoded(tuple(kept), len(self._tokenizer.decode(kept[1:])), truncated=True)
 
     def padded_length(self, record: Encoded) -> int:
         """What a record is padded to, in tokens: what decides the shape of its computation."""
-        return min(self._context_length, -(-len(record.ids) // _BUCKET) * _BUCKET)
+        return min(self.context_length, -(-len(record.ids) // _BUCKET) * _BUCKET)
 
     def made_up(self, padded_length: int, number: int) -> list[Encoded]:
         """Records of random tokens that are padded to a length, all different."""
         rng = np.random.default_rng(padded_length)
         shortest = max(2, padded_length - _BUCKET + 1)
         lengths = rng.integers(shortest, padded_length, size=number, endpoint=True)
-        rows = [rng.integers(len(self._tokenizer), size=length) for length in lengths]
+        rows = [rng.integers(self.vocab_size, size=length) for length in lengths]
         return [Encoded(tuple(row.tolist()), characters=len(row), truncated=False) for row in rows]
 
     def collate(self, records: Sequence[Encoded]) -> dict[str, torch.Tensor]:

@@ -312,6 +312,7 @@ CELLS: dict[str, Check] = {
     **{f"sum_{name}": NO_RECORDS for name in LAYERS},
     "largest": largest,
     "micro_batches": NO_RECORDS,
+    "hostile_adapters": NO_RECORDS,
     "non_finite": non_finite,
     "noise": noise,
     "world_sizes": NO_RANKS,

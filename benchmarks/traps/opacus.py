@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from traps import ranks
+from traps import hostile, ranks
 from traps.cell import Cell, Check, absent, first_line, judged, of_modes
 from traps.engine import Averaged, wide
 from traps.layers import (
@@ -50,6 +50,19 @@ def micro_batches() -> Cell:
     for mode in OPACUS_MODES:
         worst = max(relative_error(opacus_sum(model, x_B, mode, norm, size), expected) for size in (32, 8, 1))
         cells[mode] = judged(worst < RIGHT, f"{worst:.0e}")
+    return of_modes(cells)
+
+
+def hostile_adapters() -> Cell:
+    cells = {}
+    for mode in OPACUS_MODES:
+        try:
+            found = hostile.opacus(mode)
+        except (RuntimeError, NotImplementedError) as error:
+            cells[mode] = Cell("stops", first_line(error))
+            continue
+        shown = ", ".join(f"{one.adapter} {one.moved:.4g} C, of others {one.beside_its_own:.2g} C" for one in found)
+        cells[mode] = judged(all(one.moved <= 1.001 for one in found), shown)
     return of_modes(cells)
 
 
@@ -306,6 +319,7 @@ CELLS: dict[str, Check] = {
     **{f"sum_{name}": lambda layer=layer: of_modes(opacus_layer(layer)) for name, layer in LAYERS.items()},
     "largest": largest,
     "micro_batches": micro_batches,
+    "hostile_adapters": hostile_adapters,
     "non_finite": non_finite,
     "noise": noise,
     "world_sizes": world_sizes,

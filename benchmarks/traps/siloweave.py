@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from configs.errors import InputError, PolicyRefusal
 from privacy.streams import Streams
-from traps import engine
+from traps import engine, hostile
 from traps.cell import Cell, Check, absent, first_line, judged
 from traps.layers import (
     LAYERS,
@@ -57,6 +57,12 @@ def micro_batches() -> Cell:
     expected = per_record_loop(model, x_B, norm)
     worst = max(relative_error(engine.clipped_sum(model, x_B, norm, size), expected) for size in (32, 8, 1))
     return judged(worst < RIGHT, f"{worst:.0e}")
+
+
+def hostile_adapters() -> Cell:
+    found = hostile.siloweave()
+    worst = ", ".join(f"{one.adapter} {one.moved:.4f} C, of others {one.beside_its_own:g} C" for one in found)
+    return judged(all(one.holds for one in found), worst)
 
 
 def _linear() -> Tokens:
@@ -322,6 +328,7 @@ CELLS: dict[str, Check] = {
     **{f"sum_{name}": lambda name=name: clipped_sum(name) for name in LAYERS},
     "largest": largest,
     "micro_batches": micro_batches,
+    "hostile_adapters": hostile_adapters,
     "non_finite": non_finite,
     "noise": noise,
     "world_sizes": world_sizes,

@@ -26,6 +26,7 @@ from configs.encryption import load_key
 from configs.errors import InputError
 from configs.schema import RunConfig
 from federated.audit_training import AuditSettings, AuditTraining
+from federated.hostile_adapters import movements
 from federated.membership import infer_membership
 from federated.planning import plan_request
 from privacy.audit import REFERENCE_PLAN, audited_bound, overall
@@ -36,7 +37,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.models import add_adapter, load_model
 from trainer.tasks import CausalTask
 
-AUDIT_VERSION = 1
+AUDIT_VERSION = 2  # 2: hostile adapters
 SMALLEST, LARGEST = 200, 10_000
 _EXAMPLE_CANARIES, _EXAMPLE_TOKENS, _BACKGROUND = 512, 16, 500
 _LIBRARIES = ("siloweave", "torch", "opacus", "dp-accounting", "scipy")
@@ -68,6 +69,7 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
             name: _audit_plan(run, name, PlanRequest(**claim["plan"]), design, copy.deepcopy(base), earlier)
             for name, claim in design["claims"].items()
         }
+        hostile = _hostile_adapters(run, base)
         membership = _membership(run, federations)
     findings = {name: claim.pop("_findings") for name, claim in claims.items()}
     document = {
@@ -77,9 +79,10 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
         "simulation_only": True,
         "design_digest": digest_json(design),
         "earlier_audits": earlier,
-        "verdict": overall([finding for found in findings.values() for finding in found]),
+        "verdict": overall([finding for found in findings.values() for finding in found]) if _hold(hostile) else "fail",
         "audited_bound": audited_bound(findings["run"]),
         "claims": claims,
+        "hostile_adapters": hostile,
         "membership": membership,
         "versions": {name: version(name) for name in _LIBRARIES},
     }
@@ -151,6 +154,18 @@ def _audit_plan(
     return {**shown, "_findings": findings, **({"exposure": training.exposure()} if len(findings) > 1 else {})}
 
 
+def _hostile_adapters(run: Run, base: Any) -> list[dict[str, Any]]:
+    """How far one made-up record moves the sum under adapters that a hostile coordinator would send."""
+    federated = run.config.federated
+    task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
+    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed).train()
+    return [{**asdict(movement), "holds": movement.holds} for movement in movements(model, task)]
+
+
+def _hold(hostile: list[dict[str, Any]]) -> bool:
+    return all(movement["holds"] for movement in hostile)
+
+
 def _counter(run: Run, stage: str, steps: int) -> Callable[[], None]:
     done = iter(range(1, steps + 1))
     return lambda: run.log.emit(stage, "scored", done=next(done), of=steps)
@@ -185,6 +200,14 @@ def roc_plot(membership: dict[str, Any]) -> str:
     return buffer.getvalue()
 
 
+def failure(document: dict[str, Any]) -> str:
+    """What has failed, in words."""
+    moved = [found["adapter"] for found in document["hostile_adapters"] if not found["holds"]]
+    if moved:
+        return f"under the hostile adapter {moved[0]!r} one record moves the sum by more than its own clipped gradient"
+    return "a lower bound on epsilon exceeds the claim at 99.9% confidence"
+
+
 def summary(document: dict[str, Any]) -> list[str]:
     """An audit in lines for people."""
     lines = []
@@ -195,6 +218,11 @@ def summary(document: dict[str, Any]) -> list[str]:
             f"{found['epsilon_lower_bound']:.3g} ({found['confidence']:.0%} confidence)"
             for found in claim["findings"]
         ]
+    lines += [
+        f"hostile adapter, {found['adapter']}: one record moves the sum by {found['moved']:.5f} C, "
+        f"and what others add by {found['beside_its_own']:g} C"
+        for found in document["hostile_adapters"]
+    ]
     membership = document["membership"]
     if "not_available" in membership:
         lines.append(f"membership inference: not available ({membership['not_available']})")

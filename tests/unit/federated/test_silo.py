@@ -212,10 +212,13 @@ def test_a_budget_too_small_for_the_run_is_refused(tmp_path, tiny_model):
         ({"task": "classify"}, "task"),
         ({"adapter_spec": pb.AdapterSpec(rank=1000, alpha=1.0)}, "max_lora_rank"),
         ({"adapter_spec": pb.AdapterSpec(rank=2, alpha=1.0)}, "adapter"),
-        ({"learning_rate": 7.0}, "learning_rate"),
+        ({"learning_rate": 7.0}, "max_learning_rate"),
+        ({"adapter_spec": pb.AdapterSpec(rank=4, alpha=1e38)}, "max_lora_alpha"),
+        ({"adapter_spec": pb.AdapterSpec(rank=4, alpha=float("nan"))}, "max_lora_alpha"),
+        ({"proximal_mu": float("inf")}, "max_proximal_mu"),
         ({"optimizer": "lion"}, "optimizer"),
         ({"optimizer": ""}, "optimizer"),
-        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "max_learning_rate"),
         ({"plan_digest": "00" * 32}, "reservation"),
         ({"adapter": b"lies"}, "adapter"),
         ({"round": 9}, "schedule"),
@@ -226,6 +229,26 @@ def test_training_outside_the_policy_is_refused_and_never_charged(silo, adapter,
     reply, _ = ask(silo, "round-1", **train_kind(silo, adapter, **changes))
     assert reply.refusal.rule == rule
     assert kinds(silo) == ["open", "reserve"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e38, -1001.0])
+@pytest.mark.parametrize("field", ["adapter", "correction"])
+def test_values_beyond_the_policys_bound_are_refused_and_never_charged(silo, adapter, field, value):
+    """NaN, inf and 1e38 were charged, and then failed; 1e19 let a record move the sum by 4 C."""
+    reserve(silo)
+    arrays = from_bytes(adapter)
+    last = sorted(arrays)[-1]
+    arrays[last].flat[-1] = value
+    reply, _ = ask(silo, "round-1", **train_kind(silo, adapter, **{field: to_bytes(arrays)}))
+    assert reply.refusal.rule == "max_adapter_value"
+    assert last in reply.refusal.message
+    assert kinds(silo) == ["open", "reserve"]
+
+
+@pytest.mark.parametrize("norm", [7e-44, 1e-5, 1e5, 6e36])
+def test_clipping_norms_beyond_the_policys_bounds_are_refused(silo, norm):
+    assert reserve(silo, PLAN.model_copy(update={"max_grad_norm": norm})).refusal.rule == "max_grad_norm"
+    assert kinds(silo) == ["open"]
 
 
 def test_training_without_a_reservation_is_refused(silo, adapter):

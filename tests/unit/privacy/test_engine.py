@@ -111,6 +111,18 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
     assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_the_micro_batch_size_changes_no_bit():
+    found = [run_in(lora_model(), micro_batch_size) for micro_batch_size in (16, 3, 1)]
+    assert all(torch.equal(other[name], found[0][name]) for other in found for name in found[0])
+
+
+def run_in(model, micro_batch_size):
+    steps = training(model, RECORDS)
+    steps.micro_batch_size = micro_batch_size
+    steps.run()
+    return adapter_weights(model)
+
+
 def test_no_data_at_all_still_takes_every_noised_step():
     before = adapter_weights(lora_model())
     after = run(lora_model(), [])
