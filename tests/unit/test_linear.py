@@ -13,7 +13,7 @@ def results(layer, inputs):
     inputs = inputs.clone().requires_grad_()
     layer.zero_grad()
     output = layer(inputs)
-    (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)).sum().backward()
+    (output * torch.linspace(-0.5, 1.5, output.numel(), dtype=output.dtype).view(output.shape)).sum().backward()
     return output.detach(), inputs.grad, *[parameter.grad for parameter in layer.parameters()]
 
 
