@@ -10,9 +10,9 @@ from typing import Any
 
 from configs.errors import InputError, SiloweaveError
 from privacy.schedule import Schedule
+from privacy.size import check_size
 
 _SMALLEST_SIGMA, _LARGEST_SIGMA = 0.2, 1e4
-_HOPELESS = 5e3  # nats
 _ROUGH = 8  # times the usual width of bins
 _STRIDE, _PROBE, _TOLERANCE = 0.4, 0.02, 5e-4  # in log sigma
 
@@ -54,8 +54,12 @@ def schedule_epsilon(
         pessimistic: an upper bound; otherwise dp-accounting's lower estimate.
         width: width of the privacy loss' bins; every width gives an upper bound. None takes one that costs less than a
             part in a thousand of epsilon.
+
+    Raises:
+        PolicyRefusal: nothing should account for a schedule of this size; see ``privacy.size``.
     """
-    if schedule.loss_bound > _HOPELESS:  # not worth the memory, and infinity is an upper bound, too
+    check_size(schedule, width)
+    if schedule.hopeless:
         return math.inf if pessimistic else 0.0
     pld = schedule.pld(pessimistic=pessimistic, width=width or schedule.width())
     return float(pld.get_epsilon_for_delta(schedule.accounted_delta(delta)))

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from configs.errors import InputError
+from configs.errors import InputError, PolicyRefusal
 from configs.load import parse
 from privacy.certificate import AGGREGATOR, CERTIFICATE_VERSION, NOT_AUDITED, certificate, ledgers_of
 from privacy.chain import find
 from privacy.plan import PlanRequest
+from privacy.size import check_size
 from privacy.statements import AuditStatement, Receipt, RunStatement
 
 _TOLERANCE = 1e-6  # accountants differ by less between machines
@@ -31,7 +32,7 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     for name in ("run_id", "plan", "versions"):
         if name not in document:
             raise InputError(f"{origin}: {name}: missing; the certificate was edited")
-    plan = parse(PlanRequest, document["plan"], f"{origin}: plan")
+    plan = _accountable(parse(PlanRequest, document["plan"], f"{origin}: plan"), origin)
     signers = AGGREGATOR if plan.unit == "client" else "silos"
     if signers not in document:
         raise InputError(f"{origin}: {signers}: missing, with unit {plan.unit!r}; the certificate was edited")
@@ -51,6 +52,15 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     _compare(document, again, "", origin)
     if again["audited"] != NOT_AUDITED and (bound := again["audited"]["epsilon_lower_bound_99_9"]) > plan.epsilon:
         raise InputError(f"{origin}: audited: epsilon is at least {bound:.4g} (99.9% confidence): its claim is false")
+
+
+def _accountable(plan: PlanRequest, origin: str) -> PlanRequest:
+    """A stranger's plan, before it is accounted for."""
+    try:
+        check_size(plan.schedule)
+    except PolicyRefusal as refusal:
+        raise InputError(f"{origin}: plan: {refusal}") from None
+    return plan
 
 
 def _where(origin: str, unit: str, name: str) -> str:

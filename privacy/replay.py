@@ -35,7 +35,7 @@ def replay(bodies: list[Body], origin: str) -> None:
             problem = rule(state, body)
             if body["kind"] == "reserve" and not problem:
                 problem = _overspent(bodies[:position])
-        except InputError as error:
+        except (InputError, PolicyRefusal) as error:
             problem = str(error)
         except (LookupError, TypeError, ValueError, ArithmeticError):
             problem = "a field is missing or of another type"
