@@ -7,8 +7,8 @@ from typing import Any
 from configs.errors import InputError, PolicyRefusal
 from configs.load import parse
 from privacy.certificate import AGGREGATOR, CERTIFICATE_VERSION, NOT_AUDITED, certificate, ledgers_of
-from privacy.chain import find
 from privacy.plan import PlanRequest
+from privacy.runs import Runs
 from privacy.size import check_size
 from privacy.statements import AuditStatement, Receipt, RunStatement
 
@@ -114,19 +114,29 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
     for part in ("receipt", "statement"):
         if part in silo and hashes[silo[part]["number"] - 1 : silo[part]["number"]] != [silo[part]["head"]]:
             raise InputError(f"{where}.{part}.head: not in the ledger's chain; give this silo's whole, newest ledger")
-    reservation = find(bodies, "reserve", run=run)
-    found = {
-        "plan_digest": reservation["plan_digest"] if reservation else None,
-        "public_record_count": reservation["public_record_count"] if reservation else None,
-        "rounds_charged": sum(body["kind"] == "charge" and body["run"] == run and body["round"] > 0 for body in bodies),
-        "number": (find(bodies, "close", run=run) or {"number": None})["number"],
-    }
-    if reservation is None:
+    found = _in_chain(bodies, run, silo.get("statement", silo["receipt"]))
+    if found is None:
         raise InputError(f"{where}: the ledger holds no reservation of run {run}")
     for field, value in found.items():
         if "statement" in silo and silo["statement"][field] != value:
             raise InputError(f"{where}.statement.{field} is {silo['statement'][field]!r}, the ledger has {value!r}")
     return str(name)
+
+
+def _in_chain(bodies: list[dict[str, Any]], name: str, signed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a ledger says of the run that was signed for: of those with its name, the one that ended where it says."""
+    runs = [run for run in Runs(bodies) if run.name == name and run.opening["kind"] == "reserve"]
+    facts = [
+        {
+            "plan_digest": run.opening["plan_digest"],
+            "public_record_count": run.opening["public_record_count"],
+            "rounds_charged": run.rounds_charged,
+            "number": run.closing["number"] if run.closing else None,
+        }
+        for run in runs
+    ]
+    alike = [sum(fact[name] == signed[name] for name in ("number", "plan_digest")) for fact in facts]
+    return facts[alike.index(max(alike))] if facts else None
 
 
 def _check_receipt(

@@ -33,10 +33,11 @@ def check_size(schedule: Schedule, width: float | None = None) -> None:
         if not _SIGMAS[0] <= sigma <= _SIGMAS[1]:
             raise _refusal(f"noise multiplier {sigma:g}", f"{_SIGMAS[0]:g} to {_SIGMAS[1]:g}", "give one in between")
     needed = 0.0 if schedule.hopeless else bins(schedule, width or schedule.width())
-    if needed > LARGEST_BINS:
+    allowed = LARGEST_BINS * (2 if schedule.fixed_bins else 1)  # old plans are still read, and have narrow bins
+    if needed > allowed:
         raise _refusal(
             f"{needed:.3g} bins",
-            f"{LARGEST_BINS:.3g}",
+            f"{allowed:.3g}",
             f"{schedule.steps} steps at sampling rate {schedule.sampling_rate:g} and noise multiplier "
             f"{schedule.noise_multiplier:g} take too much memory to account for; lower the rounds, steps or metric "
             "releases",
@@ -47,7 +48,7 @@ def bins(schedule: Schedule, width: float) -> float:
     """An upper bound on the bins of the composed distribution and of all that it is composed of, added up."""
     if schedule.sampling_rate == 1:
         return _gaussian(_precision(((schedule.noise_multiplier, schedule.steps), *schedule.releases))) / width
-    rounding = _ROUNDING * (1 + schedule.sampling_rate / width)  # a bin is a difference of deltas over the width
+    rounding = _ROUNDING * (1 + 1 / width)  # a bin is a difference of deltas, over the width
     variance = _variance(schedule) / width**2 + 1 / 4  # what the bins add to it
     step = _Loss(_span(schedule) / width + 3, variance, rounding)
     one_by_one = schedule.truncation is not None  # those bins are computed in Python, not by numpy
