@@ -74,8 +74,8 @@ def end(settings: "SiloConfig", journal: "Journal", name: str, coordinator: str 
         if len(fitting) != 1:
             owners = "; ".join(" ".join(_called(run, names)) for run in found) or "nobody"
             raise InputError(
-                f"silo runs stop: {len(fitting)} open runs are called {name!r} (open under this name: of {owners}); give "
-                "a run that `silo runs` shows as open, and --coordinator where several have this name"
+                f"silo runs stop: {len(fitting)} open runs are called {name!r} (open under this name: of {owners}); "
+                "give a run that `silo runs` shows as open, and --coordinator where several have this name"
             )
         journal.end(fitting[0], by=STEWARD)
     journal.scrub()

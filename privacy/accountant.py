@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.errors import InputError, SiloweaveError
 from privacy.schedule import Schedule
-from privacy.size import check_size
+from privacy.size import LARGEST_BINS, check_size
 
 _SMALLEST_SIGMA, _LARGEST_SIGMA = 0.2, 1e4
 _ROUGH = 8  # times the usual width of bins
@@ -59,10 +59,14 @@ def schedule_epsilon(
         PolicyRefusal: nothing should account for a schedule of this size; see ``privacy.size``.
     """
     check_size(schedule, width)
+    unknown = math.inf if pessimistic else 0.0
     if schedule.hopeless:
-        return math.inf if pessimistic else 0.0
+        return unknown
     pld = schedule.pld(pessimistic=pessimistic, width=width or schedule.width())
-    return float(pld.get_epsilon_for_delta(schedule.accounted_delta(delta)))
+    try:
+        return float(pld.get_epsilon_for_delta(schedule.accounted_delta(delta)))
+    except OverflowError:  # it has come to losses below -709 without an answer
+        return unknown
 
 
 @lru_cache(maxsize=64)
@@ -107,9 +111,18 @@ def _rdp_epsilon(schedule: Schedule, delta: float) -> float | None:
 def _prv_epsilon(schedule: Schedule, delta: float) -> float | None:
     from opacus.accountants import PRVAccountant
 
+    class Bounded(PRVAccountant):  # type: ignore[misc]
+        """Its bins are its own, and no bound on ours bounds them."""
+
+        def _get_domain(self, *args: Any, **options: Any) -> Any:
+            domain = super()._get_domain(*args, **options)
+            if domain.size > LARGEST_BINS:
+                raise MemoryError(f"{domain.size} bins")
+            return domain
+
     if schedule.truncation is not None:
         return None
-    accountant = PRVAccountant()
+    accountant = Bounded()
     steps = (schedule.noise_multiplier, schedule.sampling_rate, schedule.steps)
     accountant.history = [steps, *((sigma, 1.0, count) for sigma, count in schedule.releases)]
     with warnings.catch_warnings():
