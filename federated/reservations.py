@@ -3,10 +3,13 @@
 A run is the coordinator's that reserved it. Under another coordinator its name is another run, or none.
 """
 
+from logging import Logger
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from configs.errors import InputError
 from configs.load import parse
-from configs.silo import SiloPolicy
+from configs.silo import SiloPolicy, load_silo
 from federated import silo_pb2 as pb
 from federated.policy import check_epsilon, check_plan, plan_of
 from federated.requests import refuse
@@ -18,6 +21,19 @@ from privacy.plan import PlanRequest, PrivacyPlan
 
 if TYPE_CHECKING:
     from federated.silo import Silo
+
+
+def policy_now(file: Path, log: Logger) -> SiloPolicy:
+    """The policy as the steward's file has it now: it bounds the very next request.
+
+    Raises:
+        PolicyRefusal: the file doesn't hold; why is told to the silo's own log alone.
+    """
+    try:
+        return load_silo(file).policy
+    except InputError as error:
+        log.error("everything is refused until this is mended: %s", error)
+        raise refuse("policy", "a request", "none until the silo's steward has mended its settings") from None
 
 
 def limits_of(policy: SiloPolicy) -> Limits:

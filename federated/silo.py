@@ -14,7 +14,7 @@ from typing import Any
 from configs.artifacts import digest_bytes, require_manifest
 from configs.encryption import load_key
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from configs.silo import SiloConfig, load_silo
+from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, to_bytes
 from federated.audit_log import AuditLog
@@ -36,7 +36,7 @@ from federated.requests import (
     refusal_message,
     refuse,
 )
-from federated.reservations import account, close, reserve, reserved_plan
+from federated.reservations import account, close, policy_now, reserve, reserved_plan
 from federated.silo_data import Units, load_units
 from federated.trust import trusted_coordinators
 from privacy.chain import Budget
@@ -123,7 +123,8 @@ class Silo:
         try:
             self._audit.came_in(content)
             try:
-                self._read_policy()
+                if self._file is not None:
+                    self.config = self.config.model_copy(update={"policy": policy_now(self._file, self._log)})
                 envelope = open_envelope(content, self.config.policy.max_request_bytes)
                 digest = digest_bytes(envelope.body)
                 body, outcome = self._answer(envelope, digest), "answered"
@@ -152,17 +153,6 @@ class Silo:
             account(self, request)
         with self.one_at_a_time:
             return self._dispatch(request, digest)
-
-    def _read_policy(self) -> None:
-        """What the steward writes bounds the next request, of runs reserved before, too."""
-        if self._file is None:
-            return
-        try:
-            policy = load_silo(self._file).policy
-        except InputError as error:
-            self._log.error("everything is refused until this is mended: %s", error)
-            raise refuse("policy", "a request", "none until the silo's steward has mended its settings") from None
-        self.config = self.config.model_copy(update={"policy": policy})
 
     def _count(self, request: pb.Request, digest: str) -> None:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}

@@ -72,8 +72,7 @@ def record_update(
         if run is None:
             raise refusal("reservation", run_id, "an entrusted run", f"run {run_id} was not entrusted with updates")
         if run.closing is not None:
-            how = "was stopped by the silo's steward" if run.stopped else "is closed"
-            raise refusal("closed", run_id, "an open run", f"run {run_id} {how}")
+            raise refusal("closed", run_id, "an open run", run.end)
         before = run.charge(request=request_id)
         if before is not None:
             if (before["digest"], before["round"]) != (request_digest, round_number):

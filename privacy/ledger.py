@@ -292,8 +292,7 @@ def _check_new(
 
 def _check_release(run: Run, what: dict[str, Any]) -> None:
     if run.closing is not None:
-        how = "was stopped by the silo's steward" if run.stopped else "is closed"
-        raise refusal("closed", run.name, "an open run", f"run {run.name} {how}")
+        raise refusal("closed", run.name, "an open run", run.end)
     metric, number = what.get("metric", ""), what.get("metric_number", what["round"])
     shown, most = f"{metric or 'round'} {number}", releases(run.opening["plan"], metric)
     if not 1 <= number <= most:

@@ -42,6 +42,12 @@ class Run:
         return self.closing is not None and self.closing.get("by") == STEWARD
 
     @property
+    def end(self) -> str:
+        """How it ended, in words for whoever goes on asking."""
+        how = "was stopped by the silo's steward" if self.stopped else "is closed"
+        return f"run {self.name} {how}"
+
+    @property
     def rounds_charged(self) -> int:
         """Rounds that may have been released."""
         return sum(body["round"] > 0 for body in self.charges)
