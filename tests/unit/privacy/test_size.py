@@ -151,6 +151,10 @@ def test_long_but_honest_schedules_pass(q):
         check_size(Schedule(steps, q, sigma, releases=((20.0, 100), (630.0, 1000))))
 
 
+def test_long_plans_of_version_1_are_still_read():
+    check_size(Schedule(100_000, 0.001, 0.6, fixed_bins=True))
+
+
 def test_calibration_tells_an_honest_user_the_same():
     with pytest.raises(PolicyRefusal, match=r"accounting: .* lower the rounds, steps or metric releases"):
         calibrate(1.0, 1e-6, Schedule(10**6, 1e-5, 1.0))
