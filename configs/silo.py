@@ -12,6 +12,8 @@ from configs.load import parse, read_toml
 from configs.schema import RunConfig
 from configs.settings import Count, Labels, Positive, Probability, Settings
 
+MOST_SIMULATED_RUNS = 10_000  # whoever simulates asks nobody but himself
+
 
 class SiloSettings(Settings):
     """Identity and places of a silo."""
@@ -99,6 +101,10 @@ class SiloPolicy(Settings):
     """Bytes of one request, its adapter included."""
     max_requests_per_day: Count = 10_000
     """Requests of trusted coordinators within 24 hours."""
+    max_runs_per_day: Count = 50
+    """Runs that one coordinator may open within 24 hours, by the ledger's own signed times."""
+    max_open_runs: Count = 20
+    """Runs of one coordinator that may be open at once. `siloweave silo runs stop` ends one that was left open."""
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""
@@ -175,6 +181,8 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             max_epsilon_per_run=privacy.budget_epsilon,
             units=(privacy.unit,),
             releases_metrics=True,
+            max_runs_per_day=MOST_SIMULATED_RUNS,
+            max_open_runs=MOST_SIMULATED_RUNS,
             label_sets=(privacy.evaluation_labels,) if privacy.evaluation_labels else (),
             # Without a unit column a row is a unit, and a row is in one silo.
             attests_disjoint_units=not private.unit,

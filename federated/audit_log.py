@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_bytes, write_failure
-from privacy.ledger import DAY_S
+from privacy.limits import DAY_S
 
 
 class AuditLog:

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from configs.load import parse
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays
 from federated.clipped_sum import clipped
 from federated.local_training import plain_update
 from federated.policy import check_contribution, check_model, check_optimizer
-from federated.requests import refuse
-from privacy.entrusted import entrusted, record_update
-from privacy.plan import PlanRequest
+from federated.reservations import entrusted_plan
+from privacy.entrusted import record_update
 from privacy.streams import SEED_BYTES, Streams
 
 if TYPE_CHECKING:
@@ -33,14 +31,15 @@ def contribution(silo: "Silo", request: pb.Request, digest: str) -> Arrays:
         PolicyRefusal: a rule of the policy, or the run was not entrusted with updates.
     """
     asked, policy = request.contribute, silo.config.policy
-    plan = _entrusted_plan(silo, request)
+    plan = entrusted_plan(silo, request, asked.train.plan_digest)
     check_contribution(asked, policy)
     check_model(asked.train, policy, silo.base_model.content_digest)
     check_optimizer(asked.train, policy)
     model, adapter = silo.fitted(asked.train)
     settings = silo.local_settings(asked.train)
     # Signed before anything is computed, as a charge is: an entry too many tells of less privacy than there is.
-    record_update(silo.ledger.journal, request.run_id, request.request_id, digest, asked.train.round)
+    run, coordinator = request.run_id, request.coordinator
+    record_update(silo.ledger.journal, run, coordinator, request.request_id, digest, asked.train.round)
     streams, records = Streams(bytes(SEED_BYTES), digest), silo.records
 
     def batch(step: int) -> list[int]:
@@ -52,15 +51,3 @@ def contribution(silo: "Silo", request: pb.Request, digest: str) -> Arrays:
     update = plain_update(batches, expected, model, silo.task, adapter, settings)
     short = clipped(update, plan.max_grad_norm)
     return {name: array.astype(np.float32) for name, array in short.items()}
-
-
-def _entrusted_plan(silo: "Silo", request: pb.Request) -> PlanRequest:
-    run, digest = entrusted(silo.ledger.journal, request.run_id), request.contribute.train.plan_digest
-    if run is None or run["plan_digest"] != digest:
-        raise refuse("reservation", digest or "no plan", "the plan that the run was entrusted with")
-    if run["aggregator"] != request.coordinator:
-        raise refuse("coordinator", request.coordinator, run["aggregator"])
-    units = silo.config.policy.units
-    if "client" not in units:  # the steward may have changed the policy since
-        raise refuse("units", "client", ", ".join(units))
-    return parse(PlanRequest, run["plan"], "ledger")

@@ -10,20 +10,32 @@ from federated.local_training import OPTIMIZERS
 from federated.private_evaluation import METRIC
 from federated.requests import json_object, refuse
 from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.size import check_size
 from trainer.tasks import CausalTask
 
 
-def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
-    """The plan that a run wants to reserve, bound to the silo's own size; with clients as units, to their number.
+def plan_of(text: str) -> PlanRequest:
+    """The plan that a run wants to reserve.
+
+    Raises:
+        PolicyRefusal: it is none.
+    """
+    tree = json_object(text)
+    try:
+        return parse(PlanRequest, tree, "plan")
+    except InputError as error:
+        raise refuse("plan", "an inconsistent plan", str(error)) from None
+
+
+def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
+    """Every rule for a plan but those for its epsilon, which takes seconds to compute, and a bound on these seconds.
+
+    Returns:
+        The plan, bound to the silo's own size; with clients as units, to their number.
 
     Raises:
         PolicyRefusal: a rule of the policy, with the value asked for and the value allowed.
     """
-    tree = json_object(text)
-    try:
-        request = parse(PlanRequest, tree, "plan")
-    except InputError as error:
-        raise refuse("plan", "an inconsistent plan", str(error)) from None
     if request.unit not in policy.units:
         raise refuse("units", request.unit, ", ".join(policy.units))
     plan = request.bind(public_record_count) if request.unit == "record" else request.for_clients()
@@ -37,15 +49,23 @@ def check_plan(text: str, policy: SiloPolicy, public_record_count: int) -> Priva
     weakest = min((metric.noise_multiplier for metric in request.metric_releases), default=math.inf)
     if weakest < policy.min_noise_multiplier:
         raise refuse("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
-    epsilon = request.epsilon
-    if epsilon > policy.max_epsilon_per_run:
-        raise refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
     names = sorted({metric.name for metric in request.metric_releases})
     allowed = [METRIC] if policy.releases_metrics else []
     if not set(names) <= set(allowed):
         raise refuse("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
     _check_labels(request, policy)
+    check_size(request.schedule)
     return plan
+
+
+def check_epsilon(epsilon: float, policy: SiloPolicy) -> None:
+    """What a whole run spends.
+
+    Raises:
+        PolicyRefusal: more than one run may.
+    """
+    if epsilon > policy.max_epsilon_per_run:
+        raise refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
 
 
 def _check_steps(sampling_rate: float, steps: int, policy: SiloPolicy) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from configs.artifacts import digest_bytes, require_manifest
 from configs.encryption import load_key
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from configs.load import parse
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, to_bytes
@@ -24,7 +23,7 @@ from federated.envelope import seal_reply
 from federated.factors import frozen, frozen_digest
 from federated.label_counts import examples_of
 from federated.local_training import LocalSettings, private_update
-from federated.policy import check_model, check_optimizer, check_plan
+from federated.policy import check_model, check_optimizer
 from federated.private_evaluation import METRIC, bounds_of, evaluated, private_sums
 from federated.protocol import PROTOCOL_VERSION
 from federated.requests import (
@@ -37,13 +36,12 @@ from federated.requests import (
     refusal_message,
     refuse,
 )
+from federated.reservations import account, close, policy_now, reserve, reserved_plan
 from federated.silo_data import Units, load_units
 from federated.trust import trusted_coordinators
-from privacy.certificate import library_versions
 from privacy.chain import Budget
-from privacy.entrusted import UNNOISED, entrust
+from privacy.entrusted import UNNOISED
 from privacy.ledger import Charge, Ledger
-from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.signing import load_or_create_secret, load_secret
 from privacy.streams import Streams, injected_seeds
 from trainer.data.tokenizer import load_tokenizer
@@ -63,15 +61,20 @@ class Silo:
             state directory, again for every request.
         injected_seed: for tests of a simulated silo in this process only: makes its charges' seeds repeatable. A
             service never passes it.
+        file: the silo.toml, whose policy is read again for every request; None keeps that of ``config``.
 
     Raises:
         InputError: the base model, the ledger, the data or a trusted coordinator's file can't be used.
     """
 
     def __init__(
-        self, config: SiloConfig, trusted: frozenset[str] | None = None, injected_seed: bytes | None = None
+        self,
+        config: SiloConfig,
+        trusted: frozenset[str] | None = None,
+        injected_seed: bytes | None = None,
+        file: Path | None = None,
     ) -> None:
-        self.config, self._trusted = config, trusted
+        self.config, self._trusted, self._file = config, trusted, file
         self._state_dir = Path(config.silo.state_dir)
         self.base_model = require_manifest(Path(config.silo.base_model), "model", "export")
         if self.base_model.metadata.get("trained_on") != "public":
@@ -91,7 +94,7 @@ class Silo:
         )
         self.units: Units = load_units(config, self._split_key(self._state_dir / "split.key"))
         self._log, self._audit = _private_log(self._state_dir), AuditLog(self._state_dir)
-        self._one_at_a_time = threading.Lock()
+        self.one_at_a_time, self.accounting = threading.Lock(), threading.Lock()
 
     def trusted(self) -> frozenset[str]:
         """Public keys of the coordinators that may ask now."""
@@ -121,6 +124,8 @@ class Silo:
         try:
             self._audit.came_in(content)
             try:
+                if self._file is not None:
+                    self.config = self.config.model_copy(update={"policy": policy_now(self._file, self._log)})
                 envelope = open_envelope(content, self.config.policy.max_request_bytes)
                 digest = digest_bytes(envelope.body)
                 body, outcome = self._answer(envelope, digest), "answered"
@@ -141,9 +146,13 @@ class Silo:
         request = decode(envelope.body, self.config.silo.id)
         check_sender(envelope, request, self.trusted())
         self._count(request, digest)
-        with self._one_at_a_time:
-            if request.WhichOneof("kind") != "describe":  # which tells public settings and asks no ledger
+        kind = request.WhichOneof("kind")
+        if kind != "describe":  # which tells public settings and asks no ledger
+            with self.one_at_a_time:
                 self.ledger.accept(receipt_of(envelope.receipt))
+        if kind == "reserve":
+            account(self, request)
+        with self.one_at_a_time:
             return self._dispatch(request, digest)
 
     def _count(self, request: pb.Request, digest: str) -> None:
@@ -165,12 +174,11 @@ class Silo:
             return self._evaluate(request, digest)
         if kind == "contribute":
             update = to_bytes(contribution(self, request, digest))
-            receipt = self.ledger.receipt(request.run_id).to_bytes()
-            reply = self._reply(digest, trained=pb.Trained(receipt=receipt, update=update))
+            reply = self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), update=update))
         elif kind == "reserve":
-            reply = self._reply(digest, reserved=pb.Reserved(receipt=self._reserve(request)))
+            reply = self._reply(digest, reserved=reserve(self, request))
         elif kind == "close":
-            reply = self._reply(digest, closed=self._close(request.run_id))
+            reply = self._reply(digest, closed=close(self, request))
         else:
             reply = self._reply(digest, described=self.describe())
         return _serialized(reply)
@@ -187,50 +195,39 @@ class Silo:
             public_record_count=silo.public_record_count,
         )
 
-    def _reserve(self, request: pb.Request) -> bytes:
-        policy = self.config.policy
-        plan = check_plan(request.reserve.plan, policy, self.config.silo.public_record_count)
-        if plan.request.unit == "client":  # its guarantee, and what it spends, are the aggregator's
-            entrust(self.ledger.journal, request.run_id, plan.request, request.coordinator)
-            return self.ledger.receipt(request.run_id).to_bytes()
-        return self.ledger.reserve(request.run_id, plan, policy.max_epsilon_per_day).to_bytes()
-
-    def _close(self, run_id: str) -> pb.Closed:
-        receipt = self.ledger.close(run_id)
-        attests = self.config.policy.attests_disjoint_units
-        statement = self.ledger.statement(run_id, library_versions(), attests_disjoint_units=attests)
-        return pb.Closed(receipt=receipt.to_bytes(), statement=statement.to_bytes() if statement else b"")
+    def _receipt(self, request: pb.Request) -> bytes:
+        return self.ledger.receipt(request.run_id, request.coordinator).to_bytes()
 
     def _train(self, request: pb.Request, digest: str) -> bytes:
         train = request.train
         # 1. Policy: from the request and the settings alone, without reading data.
-        plan = self._reserved_plan(request.run_id, train.plan_digest)
+        plan = reserved_plan(self, request, train.plan_digest)
         check_model(train, self.config.policy, self.base_model.content_digest)
         check_optimizer(train, self.config.policy)
         model, adapter = self.fitted(train)
         settings = self.local_settings(train)
         # 2. Charge. A request that was answered before gets the stored reply.
-        charge = self.ledger.charge(request.run_id, request.request_id, digest, train.round)
+        charge = self._charge(request, digest, train.round)
         if charge.reply is not None:
             return charge.reply
         # 3. Train under the charge's own randomness.
         streams = _streams(charge, digest)
         update = private_update(plan, streams, model, self.task, adapter, self.records, settings)
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
-        receipt = self.ledger.receipt(request.run_id).to_bytes()
-        reply = _serialized(self._reply(digest, trained=pb.Trained(receipt=receipt, update=to_bytes(update))))
+        trained = pb.Trained(receipt=self._receipt(request), update=to_bytes(update))
+        reply = _serialized(self._reply(digest, trained=trained))
         return self.ledger.release(charge.number, request.run_id, reply)
 
     def _evaluate(self, request: pb.Request, digest: str) -> bytes:
         """As a round of training, in the same order; what is read are the held-out units."""
         asked = request.evaluate
-        plan = self._reserved_plan(request.run_id, asked.plan_digest)
+        plan = reserved_plan(self, request, asked.plan_digest)
         release = next((metric for metric in plan.request.metric_releases if metric.name == asked.metric), None)
         if release is None or asked.metric != METRIC:
             raise refuse("metric", asked.metric or "none", METRIC)
         check_model(asked, self.config.policy, self.base_model.content_digest)
         model, adapter = self.fitted(asked) if asked.adapter else (self.model(asked), None)
-        charge = self.ledger.charge(request.run_id, request.request_id, digest, asked.number, asked.metric)
+        charge = self._charge(request, digest, asked.number, asked.metric)
         if charge.reply is not None:
             return charge.reply
         streams, size = _streams(charge, digest), self.config.silo.micro_batch_size
@@ -238,8 +235,7 @@ class Silo:
             bounds, multiplier = bounds_of(self.base_model, release.labels), release.noise_multiplier
             examples = examples_of(self.task, self.units.held_out, release.labels) if release.labels else []
             sums = private_sums(model, self.task, self.held_out, examples, bounds, multiplier, streams, size)
-        receipt = self.ledger.receipt(request.run_id).to_bytes()
-        reply = _serialized(self._reply(digest, evaluated=pb.Evaluated(receipt=receipt, sums=sums)))
+        reply = _serialized(self._reply(digest, evaluated=pb.Evaluated(receipt=self._receipt(request), sums=sums)))
         return self.ledger.release(charge.number, request.run_id, reply)
 
     def fitted(self, asked: pb.Train | pb.Evaluate) -> tuple[Any, Arrays]:
@@ -249,12 +245,9 @@ class Silo:
             raise refuse("adapter", "other names or shapes", "those of the adapter that adapter_spec describes")
         return model, adapter
 
-    def _reserved_plan(self, run_id: str, plan_digest: str) -> PrivacyPlan:
-        reservation = self.ledger.reservation(run_id)
-        if reservation is None or reservation["plan_digest"] != plan_digest:
-            raise refuse("reservation", plan_digest or "no plan", "the plan that the run reserved")
-        request = parse(PlanRequest, reservation["plan"], "ledger")
-        return PrivacyPlan(request=request, public_record_count=reservation["public_record_count"])
+    def _charge(self, request: pb.Request, digest: str, number: int, metric: str = "") -> Charge:
+        run, coordinator = request.run_id, request.coordinator
+        return self.ledger.charge(run, request.request_id, digest, number, metric, coordinator)
 
     def model(self, asked: pb.Train | pb.Evaluate) -> Any:
         """The warm base model with the adapter that a request describes."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from federated.personal_commands import personalise
+from federated.silo_runs import journal_of, runs_app
 
 if TYPE_CHECKING:
     from privacy.chain import Budget
@@ -18,6 +19,7 @@ SiloToml = Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")
 silo_app = typer.Typer(help="Runs a silo at an edge site.", no_args_is_help=True)
 budget_app = typer.Typer(help="A silo's privacy budget.", no_args_is_help=True)
 silo_app.add_typer(budget_app, name="budget")
+silo_app.add_typer(runs_app, name="runs")
 silo_app.command()(personalise)
 
 
@@ -118,13 +120,13 @@ def serve(
     from federated.silo_identity import service_tls
     from federated.silo_service import serve as start
 
-    ended = ended_by_signal()
+    ended, silo = ended_by_signal(), Silo(settings, file=config.absolute())
     if socket:
-        server, _ = start(Silo(settings), f"unix:{socket}")
+        server, _ = start(silo, f"unix:{socket}")
         if relay_user:
             share_socket(socket, relay_user)
     else:
-        server, _ = start(Silo(settings), str(address), service_tls(settings))
+        server, _ = start(silo, str(address), service_tls(settings))
     typer.echo(f"silo {settings.silo.id}: listening on {socket or address}")
     ended.wait()
     server.stop(grace=5).wait()
@@ -228,7 +230,4 @@ def _journal(silo: Path) -> "tuple[Journal, Budget]":
         state_dir = silo.absolute()
         return Journal(state_dir, default_anchor_dir(state_dir), silo_id, dataset_id), policy
     settings = load_silo(silo)
-    state_dir = Path(settings.silo.state_dir)
-    anchor_dir = Path(settings.silo.anchor_dir) if settings.silo.anchor_dir else default_anchor_dir(state_dir)
-    policy = Budget(settings.policy.budget_epsilon, settings.policy.budget_delta)
-    return Journal(state_dir, anchor_dir, settings.silo.id, settings.silo.dataset_id), policy
+    return journal_of(settings), Budget(settings.policy.budget_epsilon, settings.policy.budget_delta)

@@ -19,7 +19,7 @@ from federated.protocol import CHUNK_BYTES, SERVICE, chunks
 from federated.silo import Silo
 
 MAX_WAITING = 4  # requests that wait while one is answered; more are sent away
-_BUDGETS = ("budget_", "max_epsilon_", "max_request", "max_reservations")
+_BUDGETS = ("budget_", "max_epsilon_", "max_open_runs", "max_request", "max_reservations", "max_runs_per_day")
 _LONGEST_SOCKET_PATH = 100  # the system's limit is 108 bytes with the final zero
 
 

@@ -12,6 +12,7 @@ from federated.protocol import SERVICE
 from federated.silo_identity import TLS, trusted
 from privacy.chain import Budget, left
 from privacy.journal import Journal
+from privacy.runs import Runs
 
 REFUSALS_SHOWN = 20
 
@@ -22,8 +23,7 @@ def silo_status(path: Path, ledger: tuple[Journal, Budget], socket: Path | None)
     state_dir = Path(settings.silo.state_dir)
     bodies = journal.bodies()
     remaining = left(bodies) if bodies else policy
-    closed = {body["run"] for body in bodies if body["kind"] == "close"}
-    runs = [body["run"] for body in bodies if body["kind"] == "reserve"]
+    runs = Runs(bodies)
     certificates = {file.stem: days_left(read_certificate(file)) for file in sorted((state_dir / TLS).glob("*.crt"))}
     return {
         "silo": settings.silo.id,
@@ -31,8 +31,8 @@ def silo_status(path: Path, ledger: tuple[Journal, Budget], socket: Path | None)
         "epsilon_left": remaining.epsilon,
         "delta_left": remaining.delta,
         "doubt": journal.doubt(),
-        "open_runs": [run for run in runs if run not in closed],
-        "closed_runs": len(closed),
+        "open_runs": [run.name for run in runs.open()],
+        "closed_runs": sum(run.closing is not None for run in runs),
         "trusted": trusted(settings),
         "certificate_days_left": certificates,
         "refusals": _refusals(state_dir / "silo.log"),

@@ -10,9 +10,9 @@ from typing import Any
 
 from configs.errors import InputError, SiloweaveError
 from privacy.schedule import Schedule
+from privacy.size import LARGEST_BINS, check_size
 
 _SMALLEST_SIGMA, _LARGEST_SIGMA = 0.2, 1e4
-_HOPELESS = 5e3  # nats
 _ROUGH = 8  # times the usual width of bins
 _STRIDE, _PROBE, _TOLERANCE = 0.4, 0.02, 5e-4  # in log sigma
 
@@ -54,11 +54,19 @@ def schedule_epsilon(
         pessimistic: an upper bound; otherwise dp-accounting's lower estimate.
         width: width of the privacy loss' bins; every width gives an upper bound. None takes one that costs less than a
             part in a thousand of epsilon.
+
+    Raises:
+        PolicyRefusal: nothing should account for a schedule of this size; see ``privacy.size``.
     """
-    if schedule.loss_bound > _HOPELESS:  # not worth the memory, and infinity is an upper bound, too
-        return math.inf if pessimistic else 0.0
+    check_size(schedule, width)
+    unknown = math.inf if pessimistic else 0.0
+    if schedule.hopeless:
+        return unknown
     pld = schedule.pld(pessimistic=pessimistic, width=width or schedule.width())
-    return float(pld.get_epsilon_for_delta(schedule.accounted_delta(delta)))
+    try:
+        return float(pld.get_epsilon_for_delta(schedule.accounted_delta(delta)))
+    except OverflowError:  # it has come to losses below -709 without an answer
+        return unknown
 
 
 @lru_cache(maxsize=64)
@@ -103,9 +111,18 @@ def _rdp_epsilon(schedule: Schedule, delta: float) -> float | None:
 def _prv_epsilon(schedule: Schedule, delta: float) -> float | None:
     from opacus.accountants import PRVAccountant
 
+    class Bounded(PRVAccountant):  # type: ignore[misc]
+        """Its bins are its own, and no bound on ours bounds them."""
+
+        def _get_domain(self, *args: Any, **options: Any) -> Any:
+            domain = super()._get_domain(*args, **options)
+            if domain.size > LARGEST_BINS:
+                raise MemoryError(f"{domain.size} bins")
+            return domain
+
     if schedule.truncation is not None:
         return None
-    accountant = PRVAccountant()
+    accountant = Bounded()
     steps = (schedule.noise_multiplier, schedule.sampling_rate, schedule.steps)
     accountant.history = [steps, *((sigma, 1.0, count) for sigma, count in schedule.releases)]
     with warnings.catch_warnings():

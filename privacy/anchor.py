@@ -12,6 +12,7 @@ from configs.artifacts import canonical_json, digest_bytes, write_atomic
 from configs.errors import InputError, SiloweaveError
 from configs.load import parse
 from privacy.chain import Entry, epoch, spends
+from privacy.runs import Runs
 from privacy.statements import Receipt, Spend
 
 ANCHOR_FILE = "ledger.anchor"
@@ -105,17 +106,17 @@ def missing(receipt: Receipt, entries: list[Entry]) -> list[Spend]:
 
 def _in_both(receipt: Receipt, entries: list[Entry]) -> list[Spend]:
     shared, bodies = {spend.entry for spend in receipt.spends}, [json.loads(entry["body"]) for entry in entries]
-    reserved = {
-        body["run"]: (entry["hash"], body)
-        for entry, body in zip(entries, bodies, strict=True)
-        if body["kind"] == "reserve" and entry["hash"] in shared
-    }
-    parted = max((body["number"] for _, body in reserved.values()), default=0)  # or later: nobody can tell
-    charged = {body["run"] for body in bodies[parted:] if body["kind"] == "charge"}
+    hashes = {body["number"]: entry["hash"] for entry, body in zip(entries, bodies, strict=True)}
+    runs = [run for run in Runs(bodies) if hashes[run.opening["number"]] in shared]
+    parted = max((run.opening["number"] for run in runs), default=0)  # or later: nobody can tell
     return [
-        Spend(entry=digest_bytes(f"{name}\n{receipt.head}".encode()), epsilon=body["epsilon"], delta=body["delta"])
-        for run, (name, body) in reserved.items()
-        if run in charged
+        Spend(
+            entry=digest_bytes(f"{hashes[run.opening['number']]}\n{receipt.head}".encode()),
+            epsilon=run.opening["epsilon"],
+            delta=run.opening["delta"],
+        )
+        for run in runs
+        if any(charge["number"] > parted for charge in run.charges)
     ]
 
 

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from configs.errors import InputError
+from configs.errors import InputError, PolicyRefusal
 from configs.load import parse
 from privacy.certificate import AGGREGATOR, CERTIFICATE_VERSION, NOT_AUDITED, certificate, ledgers_of
-from privacy.chain import find
 from privacy.plan import PlanRequest
+from privacy.runs import Runs
+from privacy.size import check_size
 from privacy.statements import AuditStatement, Receipt, RunStatement
 
 _TOLERANCE = 1e-6  # accountants differ by less between machines
@@ -31,7 +32,7 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     for name in ("run_id", "plan", "versions"):
         if name not in document:
             raise InputError(f"{origin}: {name}: missing; the certificate was edited")
-    plan = parse(PlanRequest, document["plan"], f"{origin}: plan")
+    plan = _accountable(parse(PlanRequest, document["plan"], f"{origin}: plan"), origin)
     signers = AGGREGATOR if plan.unit == "client" else "silos"
     if signers not in document:
         raise InputError(f"{origin}: {signers}: missing, with unit {plan.unit!r}; the certificate was edited")
@@ -51,6 +52,15 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     _compare(document, again, "", origin)
     if again["audited"] != NOT_AUDITED and (bound := again["audited"]["epsilon_lower_bound_99_9"]) > plan.epsilon:
         raise InputError(f"{origin}: audited: epsilon is at least {bound:.4g} (99.9% confidence): its claim is false")
+
+
+def _accountable(plan: PlanRequest, origin: str) -> PlanRequest:
+    """A stranger's plan, before it is accounted for."""
+    try:
+        check_size(plan.schedule)
+    except PolicyRefusal as refusal:
+        raise InputError(f"{origin}: plan: {refusal}") from None
+    return plan
 
 
 def _where(origin: str, unit: str, name: str) -> str:
@@ -104,19 +114,29 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
     for part in ("receipt", "statement"):
         if part in silo and hashes[silo[part]["number"] - 1 : silo[part]["number"]] != [silo[part]["head"]]:
             raise InputError(f"{where}.{part}.head: not in the ledger's chain; give this silo's whole, newest ledger")
-    reservation = find(bodies, "reserve", run=run)
-    found = {
-        "plan_digest": reservation["plan_digest"] if reservation else None,
-        "public_record_count": reservation["public_record_count"] if reservation else None,
-        "rounds_charged": sum(body["kind"] == "charge" and body["run"] == run and body["round"] > 0 for body in bodies),
-        "number": (find(bodies, "close", run=run) or {"number": None})["number"],
-    }
-    if reservation is None:
+    found = _in_chain(bodies, run, silo.get("statement", silo["receipt"]))
+    if found is None:
         raise InputError(f"{where}: the ledger holds no reservation of run {run}")
     for field, value in found.items():
         if "statement" in silo and silo["statement"][field] != value:
             raise InputError(f"{where}.statement.{field} is {silo['statement'][field]!r}, the ledger has {value!r}")
     return str(name)
+
+
+def _in_chain(bodies: list[dict[str, Any]], name: str, signed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a ledger says of the run that was signed for: of those with its name, the one that ended where it says."""
+    runs = [run for run in Runs(bodies) if run.name == name and run.opening["kind"] == "reserve"]
+    facts = [
+        {
+            "plan_digest": run.opening["plan_digest"],
+            "public_record_count": run.opening["public_record_count"],
+            "rounds_charged": run.rounds_charged,
+            "number": run.closing["number"] if run.closing else None,
+        }
+        for run in runs
+    ]
+    alike = [sum(fact[name] == signed[name] for name in ("number", "plan_digest")) for fact in facts]
+    return facts[alike.index(max(alike))] if facts else None
 
 
 def _check_receipt(

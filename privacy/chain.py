@@ -97,12 +97,6 @@ def epoch(entries: list[Entry]) -> int:
     return max((body["epoch"] for body in bodies if body["kind"] == "reconcile"), default=0)
 
 
-def open_runs(bodies: list[dict[str, Any]]) -> list[str]:
-    """Runs that have reserved, or were entrusted with updates, and are not closed, oldest first."""
-    closed = {body["run"] for body in bodies if body["kind"] == "close"}
-    return [body["run"] for body in bodies if body["kind"] in ("reserve", "entrust") and body["run"] not in closed]
-
-
 def verify_entries(entries: list[Entry], origin: str, public_key: str | None = None) -> list[dict[str, Any]]:
     """Replays numbers, chain and signatures.
 

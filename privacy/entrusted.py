@@ -7,30 +7,33 @@ plan that it took part in, and ``unnoised``, one for each update, before the fir
 
 from typing import Any
 
-from privacy.chain import find
 from privacy.journal import Journal, refusal
+from privacy.limits import Limits, check_runs
 from privacy.plan import PlanRequest
+from privacy.runs import Run, Runs, named
 
 ENTRUST, UNNOISED = "entrust", "unnoised"
 _NOISE = "none: the aggregator adds it"  # short enough for `ledger show` to print it whole
 
 
-def entrust(journal: Journal, run_id: str, plan: PlanRequest, aggregator: str) -> None:
+def entrust(journal: Journal, run_id: str, plan: PlanRequest, aggregator: str, limits: Limits) -> None:
     """Records that a run may ask for updates without noise. The same run and plan again change nothing.
 
     Args:
         journal: the silo's.
         run_id: the run.
         plan: with clients as units.
-        aggregator: the public key of whoever gets the updates.
+        aggregator: the public key of whoever gets the updates, and whose run it is.
+        limits: of the policy.
 
     Raises:
-        PolicyRefusal: the run reserved another plan, or has another aggregator.
+        PolicyRefusal: the run reserved another plan, or the aggregator has as many runs as it may.
     """
     with journal.transaction():
         bodies = journal.bodies()
-        before = find(bodies, ENTRUST, run=run_id) or find(bodies, "reserve", run=run_id)
+        before = Runs(bodies).of(run_id, aggregator)
         if before is None:
+            check_runs(bodies, aggregator, limits)
             journal.append(
                 ENTRUST,
                 run=run_id,
@@ -39,16 +42,25 @@ def entrust(journal: Journal, run_id: str, plan: PlanRequest, aggregator: str) -
                 aggregator=aggregator,
                 noise=_NOISE,
             )
-        elif (before["plan_digest"], before.get("aggregator")) != (plan.digest, aggregator):
-            raise refusal("reservation", plan.digest, before["plan_digest"], f"run {run_id} has another plan")
+        elif (before.opening["kind"], before.opening["plan_digest"]) != (ENTRUST, plan.digest):
+            reserved = before.opening["plan_digest"]
+            raise refusal("reservation", plan.digest, reserved, f"run {run_id} has another plan")
 
 
-def entrusted(journal: Journal, run_id: str) -> dict[str, Any] | None:
-    """The entry with which a run was entrusted."""
-    return find(journal.bodies(), ENTRUST, run=run_id)
+def entrusted(journal: Journal, run_id: str, aggregator: str) -> dict[str, Any] | None:
+    """The entry with which an aggregator's run was entrusted."""
+    run = _run(journal, run_id, aggregator)
+    return None if run is None else run.opening
 
 
-def record_update(journal: Journal, run_id: str, request_id: str, request_digest: str, round_number: int) -> None:
+def _run(journal: Journal, run_id: str, aggregator: str) -> Run | None:
+    run = Runs(journal.bodies()).of(run_id, aggregator)
+    return run if run is not None and run.opening["kind"] == ENTRUST else None
+
+
+def record_update(
+    journal: Journal, run_id: str, aggregator: str, request_id: str, request_digest: str, round_number: int
+) -> None:
     """Records an update that is about to leave without noise; the same request again is the same update.
 
     Raises:
@@ -56,22 +68,27 @@ def record_update(journal: Journal, run_id: str, request_id: str, request_digest
             such round in the plan.
     """
     with journal.transaction():
-        bodies = journal.bodies()
-        run = find(bodies, ENTRUST, run=run_id)
+        run = _run(journal, run_id, aggregator)
         if run is None:
             raise refusal("reservation", run_id, "an entrusted run", f"run {run_id} was not entrusted with updates")
-        if find(bodies, "close", run=run_id) is not None:
-            raise refusal("closed", run_id, "an open run", f"run {run_id} is closed")
-        before = find(bodies, UNNOISED, run=run_id, request=request_id)
+        if run.closing is not None:
+            raise refusal("closed", run_id, "an open run", run.end)
+        before = run.charge(request=request_id)
         if before is not None:
             if (before["digest"], before["round"]) != (request_digest, round_number):
                 raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
             return
-        most = run["plan"]["rounds"]
+        most = run.opening["plan"]["rounds"]
         if not 1 <= round_number <= most:
             raise refusal("schedule", f"round {round_number}", f"1 to {most}", f"run {run_id} has {most} rounds")
-        if find(bodies, UNNOISED, run=run_id, round=round_number) is not None:
+        if run.charge(round=round_number) is not None:
             raise refusal("schedule", f"round {round_number}", "a new one", f"its update of run {run_id} has left")
         journal.append(
-            UNNOISED, run=run_id, request=request_id, digest=request_digest, round=round_number, noise=_NOISE
+            UNNOISED,
+            run=run_id,
+            **named(aggregator),
+            request=request_id,
+            digest=request_digest,
+            round=round_number,
+            noise=_NOISE,
         )

@@ -18,7 +18,17 @@ from configs.artifacts import canonical_json
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from privacy.anchor import Anchor, against
 from privacy.chain import GENESIS, Budget, Entry, entry_hash, epoch, find, left, policy_budget, read_entries, spends
-from privacy.ledger_file import ANCHORED, LEDGER_FILE, connect, empty_write_ahead_log, explain, set_version, version_of
+from privacy.ledger_file import (
+    ANCHORED,
+    LEDGER_FILE,
+    SCHEMA_VERSION,
+    connect,
+    empty_write_ahead_log,
+    explain,
+    set_version,
+    version_of,
+)
+from privacy.runs import Run, Runs, named
 from privacy.signing import Signer
 from privacy.statements import Receipt
 
@@ -127,11 +137,12 @@ class Journal:
 
     # Against rollback
 
-    def receipt(self, run_id: str = "") -> Receipt:
-        """The present head, signed, with what a run has reserved and what is left."""
+    def receipt(self, run_id: str = "", coordinator: str = "") -> Receipt:
+        """The present head, signed, with what a coordinator's run has reserved and what is left."""
         entries = self.entries()  # read once: another process may append between two looks
         bodies = [json.loads(entry["body"]) for entry in entries]
-        remaining, reservation = left(bodies), find(bodies, "reserve", run=run_id) or {}
+        remaining, run = left(bodies), Runs(bodies).of(run_id, coordinator)
+        reservation = run.opening if run is not None and run.opening["kind"] == "reserve" else {}
         return Receipt(
             silo=self.silo_id,
             dataset=self.dataset_id,
@@ -198,8 +209,8 @@ class Journal:
         present = [self.receipt()]
         if self.anchored()[0] != present:
             self.anchor.write(present)
-        if version_of(self.db) < ANCHORED:
-            set_version(self.db, ANCHORED)
+        if version_of(self.db) < SCHEMA_VERSION:
+            set_version(self.db, SCHEMA_VERSION)
 
     def anchored(self) -> tuple[list[Receipt], str]:
         """The anchor's receipts, and whether it is "sound", "missing" or "damaged": then it proves nothing."""
@@ -221,11 +232,18 @@ class Journal:
                 "then ask again"
             )
 
-    def forget(self, run_id: str) -> None:
-        """Deletes the seeds and stored replies of a run."""
-        charges = [entry["number"] for entry in self.bodies() if entry["kind"] == "charge" and entry["run"] == run_id]
+    def end(self, run: Run, coordinator: str = "", **values: Any) -> None:
+        """Closes a run, within a transaction: nothing is charged to it any more, its seeds and replies are deleted.
+
+        Args:
+            run: an open one.
+            coordinator: who closes it, where it may be nobody's yet.
+            values: what else its entry says.
+        """
+        self.append("close", run=run.name, **named(run.coordinator or coordinator), **values)
+        charges = [(body["number"],) for body in run.charges]
         for table in ("seeds", "replies"):
-            self.db.executemany(f"DELETE FROM {table} WHERE charge = ?", [(n,) for n in charges])  # noqa: S608
+            self.db.executemany(f"DELETE FROM {table} WHERE charge = ?", charges)  # noqa: S608
 
 
 def default_anchor_dir(state_dir: Path) -> Path:

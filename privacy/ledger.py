@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_bytes
-from configs.errors import InputError, PolicyRefusal
-from privacy.chain import Budget, find, left, open_runs, releases, spends, spent_since, verify_entries
+from configs.errors import InputError
+from privacy.chain import Budget, left, releases, verify_entries
 from privacy.journal import RECONCILE, Journal, default_anchor_dir, refusal
-from privacy.plan import PrivacyPlan
+from privacy.limits import Limits, check_runs, check_spend, check_unit
+from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.runs import Run, Runs, named
 from privacy.statements import Receipt, RunStatement
 from privacy.streams import SEED_BYTES
 
 SeedSource = Callable[[str], bytes]
-DAY_S = 24 * 3600
-LARGEST_NUMBER_OF_SPENDS = 5000  # about 130 bytes each in a receipt, which may be a megabyte
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -105,73 +106,70 @@ class Ledger:
         """What no run has reserved yet."""
         return left(self.journal.bodies())
 
-    def receipt(self, run_id: str) -> Receipt:
+    def receipt(self, run_id: str, coordinator: str = "") -> Receipt:
         """The present head, with what a run has reserved and what is left."""
-        return self.journal.receipt(run_id)
+        return self.journal.receipt(run_id, coordinator)
 
-    def reservation(self, run_id: str) -> dict[str, Any] | None:
+    def reservation(self, run_id: str, coordinator: str = "") -> dict[str, Any] | None:
         """The entry with which a run reserved its schedule."""
-        return find(self.journal.bodies(), "reserve", run=run_id)
+        run = _reserved(self.journal.bodies(), run_id, coordinator)
+        return None if run is None else run.opening
 
-    def reserve(self, run_id: str, plan: PrivacyPlan, epsilon_per_day: float | None = None) -> Receipt:
+    def bind(self, budget: Budget) -> None:
+        """Takes in the policy's budget as it is now; a changed one is an entry."""
+        with self.journal.transaction():
+            self.journal.bind(budget)
+
+    def check_room(self, run_id: str, request: PlanRequest, limits: Limits, coordinator: str = "") -> None:
+        """Refuses a new run that would be refused whatever its epsilon is, before that is computed.
+
+        Raises:
+            PolicyRefusal: as ``reserve``.
+        """
+        bodies = self.journal.bodies()
+        if Runs(bodies).of(run_id, coordinator) is None:
+            _check_new(bodies, request, 0.0, limits, coordinator)
+
+    def reserve(self, run_id: str, plan: PrivacyPlan, limits: Limits = NO_LIMITS, coordinator: str = "") -> Receipt:
         """Commits a run's whole schedule. The same run and plan again change nothing.
 
         Args:
             run_id: the run.
             plan: what it may ask for.
-            epsilon_per_day: most epsilon of all reservations of 24 hours, by the ledger's own signed times; None: any.
+            limits: what the policy allows beside the budget.
+            coordinator: the public key of whoever the run belongs to; empty in a ledger that only its owner asks.
 
         Raises:
             PolicyRefusal: the run reserved another plan before, the ledger is of another unit, or more is asked for
                 than is left, or for today.
         """
         request = plan.request
+        epsilon = request.epsilon  # which may take seconds: before the file is locked
         with self.journal.transaction():
             bodies = self.journal.bodies()
-            before = find(bodies, "reserve", run=run_id)
+            before = Runs(bodies).of(run_id, coordinator)
             if before is None:
-                _check_unit(bodies, run_id, request.unit)
-                _check_left(left(bodies), request.epsilon, request.delta)
-                _check_spends(self.journal.entries())
-                self._check_day(bodies, request.epsilon, epsilon_per_day)
+                _check_new(bodies, request, epsilon, limits, coordinator)
                 self.journal.append(
                     "reserve",
                     run=run_id,
+                    **named(coordinator),
                     plan=request.model_dump(),
                     plan_digest=request.digest,
                     public_record_count=plan.public_record_count,
-                    epsilon=request.epsilon,
+                    epsilon=epsilon,
                     delta=request.delta,
                 )
-            elif before["plan_digest"] != request.digest:
-                raise refusal(
-                    "reservation", request.digest, before["plan_digest"], f"run {run_id} reserved another plan"
-                )
-        return self.receipt(run_id)
+            elif before.opening["kind"] != "reserve":
+                raise refusal("reservation", run_id, "another run", f"run {run_id} was entrusted with updates")
+            elif before.opening["plan_digest"] != request.digest:
+                reserved = before.opening["plan_digest"]
+                raise refusal("reservation", request.digest, reserved, f"run {run_id} reserved another plan")
+        return self.receipt(run_id, coordinator)
 
-    def _check_day(self, bodies: list[dict[str, Any]], epsilon: float, limit: float | None) -> None:
-        if limit is None:
-            return
-        latest = max(body["time"] for body in bodies)
-        now = self.journal.now(latest)
-        remaining = limit - spent_since(bodies, now - DAY_S)
-        if epsilon > remaining * (1 + 1e-12):
-            ahead = (latest - self.journal.now(0.0)) / DAY_S
-            remedy = "wait, or lower privacy.epsilon"
-            if ahead > 1:  # waiting would take as long as the clock was wrong by
-                remedy = (
-                    f"the ledger's last signed time is {ahead:.0f} days ahead of this machine's clock: ask the steward "
-                    "to mend the clock, or to raise policy.max_epsilon_per_day"
-                )
-            raise refusal(
-                "max_epsilon_per_day",
-                f"{epsilon:.6g}",
-                f"{max(remaining, 0):.6g}",
-                f"the run needs epsilon {epsilon:.4g} and {max(remaining, 0):.4g} of {limit:g} is left for 24 hours; "
-                f"{remedy}",
-            )
-
-    def charge(self, run_id: str, request_id: str, request_digest: str, number: int, metric: str = "") -> Charge:
+    def charge(
+        self, run_id: str, request_id: str, request_digest: str, number: int, metric: str = "", coordinator: str = ""
+    ) -> Charge:
         """Charges one release of a reserved run and draws its seed; the same request again gets the same seed or reply.
 
         Args:
@@ -180,60 +178,45 @@ class Ledger:
             request_digest: digest of the whole request; the seed is bound to it.
             number: 1 to the plan's rounds, or to its releases of the metric; each can be charged once.
             metric: a metric's name; empty for a round of training.
+            coordinator: who asks; see ``reserve``.
 
         Raises:
-            PolicyRefusal: no reservation, closed, used id or round with another content, or no such round in the plan.
+            PolicyRefusal: no reservation of this coordinator's, closed, used id or round with another content, or no
+                such round in the plan.
         """
         with self.journal.transaction():
-            bodies = self.journal.bodies()
-            before = find(bodies, "charge", run=run_id, request=request_id)
+            run = _reserved(self.journal.bodies(), run_id, coordinator)
+            if run is None:
+                raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
+            before = run.charge(request=request_id)
             if before is None:
                 what = {"round": 0, "metric": metric, "metric_number": number} if metric else {"round": number}
-                self._check_release(bodies, run_id, what)
-                charge = self._new_charge(run_id, request_id, request_digest, what)
+                _check_release(run, what)
+                owner = named(coordinator)
+                charge = self._new_charge(request_digest, run=run_id, **owner, request=request_id, **what)
             elif before["digest"] != request_digest:
                 raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
             else:
-                charge = self._stored(before["number"], run_id, bodies)
+                charge = self._stored(before["number"], run)
         if charge.reply is not None:
             self.journal.scrub()  # it may have failed when the reply was stored, and the seed may still be there
         return charge
 
-    def _new_charge(self, run_id: str, request_id: str, request_digest: str, what: dict[str, Any]) -> Charge:
-        number = self.journal.append(
-            "charge",
-            run=run_id,
-            request=request_id,
-            digest=request_digest,
-            **what,
-            seed_source=self._seed_origin,
-        )
+    def _new_charge(self, request_digest: str, **values: Any) -> Charge:
+        number = self.journal.append("charge", **values, digest=request_digest, seed_source=self._seed_origin)
         seed = self._seed_source(request_digest)
         self.journal.db.execute("INSERT INTO seeds VALUES (?, ?)", (number, seed))
         return Charge(number, seed, None)
 
-    def _check_release(self, bodies: list[dict[str, Any]], run_id: str, what: dict[str, Any]) -> None:
-        reservation = find(bodies, "reserve", run=run_id)
-        if reservation is None:
-            raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
-        if find(bodies, "close", run=run_id) is not None:
-            raise refusal("closed", run_id, "an open run", f"run {run_id} is closed")
-        metric, number = what.get("metric", ""), what.get("metric_number", what["round"])
-        shown, most = f"{metric or 'round'} {number}", releases(reservation["plan"], metric)
-        if not 1 <= number <= most:
-            raise refusal("schedule", shown, f"1 to {most}", f"run {run_id} reserved {most} of them")
-        if find(bodies, "charge", run=run_id, **what) is not None:
-            raise refusal("schedule", shown, "a new one", f"{shown} of {run_id} is charged")
-
-    def _stored(self, number: int, run_id: str, bodies: list[dict[str, Any]]) -> Charge:
+    def _stored(self, number: int, run: Run) -> Charge:
         reply = self.journal.db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
         if reply is not None:
             return Charge(number, None, reply[0])
         seed = self.journal.db.execute("SELECT seed FROM seeds WHERE charge = ?", (number,)).fetchone()
-        if find(bodies, "close", run=run_id) is not None:
-            raise refusal("closed", run_id, "an open run", f"run {run_id} is closed and its replies are deleted")
+        if run.closing is not None:
+            raise refusal("closed", run.name, "an open run", f"run {run.name} is closed and its replies are deleted")
         if seed is None:  # a backup, which holds no seeds, was put back
-            raise refusal("seed", run_id, "a kept seed", f"charge {number} has lost its seed; it stays spent")
+            raise refusal("seed", run.name, "a kept seed", f"charge {number} has lost its seed; it stays spent")
         return Charge(number, seed[0], None)
 
     def release(self, number: int, run_id: str, reply: bytes) -> bytes:
@@ -258,23 +241,23 @@ class Ledger:
         self.journal.db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
         self.journal.db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
 
-    def close(self, run_id: str) -> Receipt:
+    def close(self, run_id: str, coordinator: str = "") -> Receipt:
         """Ends a run: nothing more can be charged to it, its seeds and stored replies are deleted. Refunds nothing."""
         with self.journal.transaction():
-            bodies = self.journal.bodies()
-            if run_id in open_runs(bodies):
-                self.journal.append("close", run=run_id)
-                self.journal.forget(run_id)
+            run = Runs(self.journal.bodies()).of(run_id, coordinator)
+            if run is not None and run.closing is None:
+                self.journal.end(run, coordinator)
         self.journal.scrub()
-        return self.receipt(run_id)
+        return self.receipt(run_id, coordinator)
 
-    def statement(self, run_id: str, versions: dict[str, str], *, attests_disjoint_units: bool) -> RunStatement | None:
+    def statement(
+        self, run_id: str, versions: dict[str, str], *, attests_disjoint_units: bool, coordinator: str = ""
+    ) -> RunStatement | None:
         """What this silo states of a closed run, signed; None for a run that has reserved nothing or is open."""
-        bodies = self.journal.bodies()
-        reservation, closing = find(bodies, "reserve", run=run_id), find(bodies, "close", run=run_id)
-        if reservation is None or closing is None:
+        run = _reserved(self.journal.bodies(), run_id, coordinator)
+        if run is None or run.closing is None:
             return None
-        charges = [body for body in bodies if body["kind"] == "charge" and body["run"] == run_id]
+        reservation, number = run.opening, run.closing["number"]
         return RunStatement(
             silo=self.journal.silo_id,
             dataset=self.journal.dataset_id,
@@ -284,13 +267,38 @@ class Ledger:
             public_record_count=reservation["public_record_count"],
             epsilon=reservation["epsilon"],
             delta=reservation["delta"],
-            rounds_charged=sum(body["round"] > 0 for body in charges),
-            number=closing["number"],
-            head=self.entries()[closing["number"] - 1]["hash"],
+            rounds_charged=run.rounds_charged,
+            number=number,
+            head=self.entries()[number - 1]["hash"],
             attests_disjoint_units=attests_disjoint_units,
-            seed_source=seed_source(charges),
+            seed_source=seed_source(run.charges),
             versions=versions,
         ).signed(self.journal.signer)
+
+
+def _reserved(bodies: list[dict[str, Any]], run_id: str, coordinator: str) -> Run | None:
+    """A run that reserved a plan; None for one that was entrusted with updates, too."""
+    run = Runs(bodies).of(run_id, coordinator)
+    return run if run is not None and run.opening["kind"] == "reserve" else None
+
+
+def _check_new(
+    bodies: list[dict[str, Any]], request: PlanRequest, epsilon: float, limits: Limits, coordinator: str
+) -> None:
+    check_unit(bodies, request.unit)
+    check_runs(bodies, coordinator, limits)
+    check_spend(bodies, coordinator, epsilon, request.delta, limits)
+
+
+def _check_release(run: Run, what: dict[str, Any]) -> None:
+    if run.closing is not None:
+        raise refusal("closed", run.name, "an open run", run.end)
+    metric, number = what.get("metric", ""), what.get("metric_number", what["round"])
+    shown, most = f"{metric or 'round'} {number}", releases(run.opening["plan"], metric)
+    if not 1 <= number <= most:
+        raise refusal("schedule", shown, f"1 to {most}", f"run {run.name} reserved {most} of them")
+    if run.charge(**what) is not None:
+        raise refusal("schedule", shown, "a new one", f"{shown} of {run.name} is charged")
 
 
 def seed_source(charges: list[dict[str, Any]]) -> Any:
@@ -309,36 +317,3 @@ def _refuse_old(journal: Journal) -> None:
 
 def _operating_system_seed(_: str) -> bytes:
     return os.urandom(SEED_BYTES)
-
-
-def _check_unit(bodies: list[dict[str, Any]], run_id: str, unit: str) -> None:
-    """A ledger's sum is the spend of one unit: what records and clients spend has no sum."""
-    units = {body["plan"].get("unit", "record") for body in bodies if body["kind"] == "reserve"}
-    if units - {unit}:
-        raise refusal("unit", unit, ", ".join(units), "this ledger is of another unit")
-    if find(bodies, "entrust", run=run_id) is not None:
-        raise refusal("reservation", run_id, "another run", f"run {run_id} was entrusted with updates without noise")
-
-
-def _check_left(remaining: Budget, epsilon: float, delta: float) -> None:
-    for name, asked, there in (("epsilon", epsilon, remaining.epsilon), ("delta", delta, remaining.delta)):
-        if asked > there * (1 + 1e-12):
-            raise PolicyRefusal(
-                f"budget_{name}: the run needs {name} {asked:.4g} and this dataset has {max(there, 0):.4g} left; "
-                f"lower privacy.{name}, or ask the steward to raise the budget",
-                rule=f"budget_{name}",
-                asked=f"{asked:.6g}",
-                allowed=f"{max(there, 0):.6g}",
-            )
-
-
-def _check_spends(entries: list[dict[str, Any]]) -> None:
-    """A receipt names every spend, and one that is too long to be read again would stop the silo for good."""
-    number = len(spends(entries))
-    if number >= LARGEST_NUMBER_OF_SPENDS:
-        raise refusal(
-            "max_reservations",
-            f"{number + 1}",
-            f"{LARGEST_NUMBER_OF_SPENDS}",
-            f"this ledger has {number} reservations and takes no more; ask for fewer, longer runs of another dataset",
-        )

@@ -16,8 +16,10 @@ from configs.errors import InputError, SiloweaveError
 from privacy.chain import Entry, read_entries
 
 LEDGER_FILE = "ledger.sqlite"
-UNANCHORED, ANCHORED = 1, 2  # the same tables; version 2 has an anchor, and may hold entries that tell of it
-SCHEMA_VERSION = ANCHORED
+# The same tables. Version 2 has an anchor, and may hold entries that tell of it; in version 3 a run's name is its
+# coordinator's own, and so two runs may have one name.
+UNANCHORED, ANCHORED, OWNED = 1, 2, 3
+SCHEMA_VERSION = OWNED
 LOCK_TIMEOUT_S = 60
 EXPORT_SUFFIX = ".jsonl"
 _EXPORT = "ledger export"

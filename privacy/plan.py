@@ -20,7 +20,7 @@ from privacy.truncation import Truncation, size_margin, size_noise
 if TYPE_CHECKING:
     from privacy.accountant import Guarantee
 
-LARGEST_DELTA = 1e-5
+SMALLEST_DELTA, LARGEST_DELTA = 1e-100, 1e-5
 _SINCE_VERSION_2 = {
     "clipping_function",
     "target_quantile",
@@ -99,7 +99,7 @@ class PlanRequest(BaseModel):
     noise_multiplier: Finite
     rounds: Rounds
     steps_per_round: Rounds
-    delta: Annotated[float, Field(gt=0, le=LARGEST_DELTA)]
+    delta: Annotated[float, Field(ge=SMALLEST_DELTA, le=LARGEST_DELTA)]
     num_clients: Size = 0
     max_batch_size: Size = 0
     max_units: Size = 0

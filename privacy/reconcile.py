@@ -14,9 +14,10 @@ from typing import Any
 from configs.errors import InputError
 from configs.load import parse
 from privacy.anchor import Anchor, against, missing
-from privacy.chain import Budget, epoch, left, open_runs, policy_budget, verify_entries
+from privacy.chain import Budget, epoch, left, policy_budget, verify_entries
 from privacy.journal import Journal, default_anchor_dir
 from privacy.ledger_file import ANCHORED, LEDGER_FILE, read_only, read_version
+from privacy.runs import Runs
 from privacy.statements import Receipt, Spend
 
 
@@ -78,10 +79,9 @@ def _take_in(journal: Journal, doubt: str | None, receipts: list[Receipt]) -> Re
         return Reconciled(None, 0, (), 0, (), left(bodies))
     lost = {spend.entry: spend for receipt in receipts for spend in missing(receipt, entries)}
     proven = {spend.entry for receipt in receipts for spend in receipt.spends}
-    runs = open_runs(bodies)
+    runs = Runs(bodies).open()
     for run in runs:
-        journal.append("close", run=run)
-        journal.forget(run)
+        journal.end(run)
     journal.append(
         "reconcile",
         epoch=1 + max([epoch(entries), *(receipt.epoch for receipt in receipts)]),
@@ -91,8 +91,9 @@ def _take_in(journal: Journal, doubt: str | None, receipts: list[Receipt]) -> Re
         epsilon=sum(spend.epsilon for spend in lost.values()),
         delta=sum(spend.delta for spend in lost.values()),
     )
+    closed = tuple(run.name for run in runs)
     return Reconciled(
-        doubt, len(receipts), tuple(lost.values()), len(lost.keys() - proven), tuple(runs), left(journal.bodies())
+        doubt, len(receipts), tuple(lost.values()), len(lost.keys() - proven), closed, left(journal.bodies())
     )
 
 

@@ -9,6 +9,7 @@ from configs.errors import InputError, PolicyRefusal
 from configs.load import parse
 from privacy.chain import left, releases
 from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.runs import Runs, coordinator_of
 
 _TOLERANCE = 1e-6
 Body = dict[str, Any]
@@ -35,7 +36,7 @@ def replay(bodies: list[Body], origin: str) -> None:
             problem = rule(state, body)
             if body["kind"] == "reserve" and not problem:
                 problem = _overspent(bodies[:position])
-        except InputError as error:
+        except (InputError, PolicyRefusal) as error:
             problem = str(error)
         except (LookupError, TypeError, ValueError, ArithmeticError):
             problem = "a field is missing or of another type"
@@ -47,12 +48,27 @@ def replay(bodies: list[Body], origin: str) -> None:
 class _State:
     """What has happened up to an entry."""
 
-    plans: dict[str, PlanRequest] = field(default_factory=dict)
-    charged: dict[str, set[tuple[str, int]]] = field(default_factory=dict)  # of open runs: metric or "", number
-    unanswered: dict[int, str] = field(default_factory=dict)  # charge -> run
-    entrusted: dict[str, PlanRequest] = field(default_factory=dict)
-    unnoised: dict[str, set[int]] = field(default_factory=dict)  # of open runs: rounds
+    plans: dict[int, PlanRequest] = field(default_factory=dict)  # by the number of the entry that opened the run
+    charged: dict[int, set[tuple[str, int]]] = field(default_factory=dict)  # of open runs: metric or "", number
+    unanswered: dict[int, tuple[int, str]] = field(default_factory=dict)  # charge -> run, and its name
+    entrusted: dict[int, PlanRequest] = field(default_factory=dict)
+    unnoised: dict[int, set[int]] = field(default_factory=dict)  # of open runs: rounds
+    runs: Runs = field(default_factory=Runs)
     opened: bool = False
+
+    def repeats(self, body: Body) -> bool:
+        """Whether the run is there that an entry opens."""
+        return self.runs.of(body["run"], coordinator_of(body)) is not None
+
+    def open(self, body: Body) -> int:
+        """Takes in a run; returns its number."""
+        self.runs.add(body)
+        return int(body["number"])
+
+    def number(self, body: Body) -> int:
+        """The number of the run that an entry draws on; 0 where there is none."""
+        run = self.runs.add(body)
+        return 0 if run is None else int(run.opening["number"])
 
 
 def _opening(state: _State, _body: Body) -> str:
@@ -67,7 +83,7 @@ def _policy(_state: _State, body: Body) -> str:
 
 def _reserve(state: _State, body: Body) -> str:
     run, plan = body["run"], parse(PlanRequest, body["plan"], "plan")
-    if run in state.plans or run in state.entrusted:
+    if state.repeats(body):
         return f"run {run} is reserved a second time"
     if any(plan.unit != other.unit for other in state.plans.values()):
         return f"a reservation of unit {plan.unit!r} in a ledger of another unit"
@@ -80,7 +96,8 @@ def _reserve(state: _State, body: Body) -> str:
     claimed = (body["plan_digest"], body["delta"])
     if claimed != (plan.digest, plan.delta) or abs(epsilon - body["epsilon"]) > _TOLERANCE * epsilon:
         return f"claims epsilon {body['epsilon']}, its plan spends {epsilon}"
-    state.plans[run], state.charged[run] = plan, set()
+    number = state.open(body)
+    state.plans[number], state.charged[number] = plan, set()
     return ""
 
 
@@ -97,43 +114,44 @@ def _overspent(bodies: list[Body]) -> str:
 
 
 def _charge(state: _State, body: Body) -> str:
-    run, metric = body["run"], body.get("metric", "")
+    metric, run = body.get("metric", ""), state.number(body)
     number = body["metric_number"] if metric else body["round"]
     if run not in state.charged or (metric, number) in state.charged[run]:
         return "a charge that no reservation covers"
     if not 1 <= number <= releases(state.plans[run].model_dump(), metric):
         return "a charge that no reservation covers"
     state.charged[run].add((metric, number))
-    state.unanswered[body["number"]] = run
+    state.unanswered[body["number"]] = run, body["run"]
     return ""
 
 
 def _release(state: _State, body: Body) -> str:
-    if state.unanswered.pop(body["charge"], None) != body["run"]:
+    if state.unanswered.pop(body["charge"], (0, ""))[1] != body["run"]:
         return f"a release of charge {body['charge']}, which is not there, answered, or closed"
     return ""
 
 
 def _close(state: _State, body: Body) -> str:
-    run = body["run"]
-    state.unanswered = {charge: owner for charge, owner in state.unanswered.items() if owner != run}
+    run = state.number(body)
+    state.unanswered = {charge: owner for charge, owner in state.unanswered.items() if owner[0] != run}
     known = state.charged.pop(run, None) is not None or state.unnoised.pop(run, None) is not None
-    return "" if known else f"closes run {run}, which is not open"
+    return "" if known else f"closes run {body['run']}, which is not open"
 
 
 def _entrust(state: _State, body: Body) -> str:
     """An update without noise spends nothing that could be added up; what is checked is that it was told truly."""
     run, plan = body["run"], parse(PlanRequest, body["plan"], "plan")
-    if run in state.plans or run in state.entrusted:
+    if state.repeats(body):
         return f"run {run} is entrusted a second time"
     if plan.unit != "client" or body["plan_digest"] != plan.digest:
         return "is entrusted with another plan than it says, or with one about records"
-    state.entrusted[run], state.unnoised[run] = plan, set()
+    number = state.open(body)
+    state.entrusted[number], state.unnoised[number] = plan, set()
     return ""
 
 
 def _unnoised(state: _State, body: Body) -> str:
-    run, number = body["run"], body["round"]
+    run, number = state.number(body), body["round"]
     if run not in state.unnoised or number in state.unnoised[run] or not 1 <= number <= state.entrusted[run].rounds:
         return "an update without noise of a run that was not entrusted with it"
     state.unnoised[run].add(number)

@@ -9,7 +9,8 @@ from privacy.truncation import FAILURE_SHARE, Truncation
 _BINS_PER_DEVIATION = 12
 _WIDEST, _NARROWEST = 1e-3, 1e-7
 _MOST_BINS = 2**22
-_AT_ONCE = 10_000
+AT_ONCE = 10_000
+_HOPELESS = 5e3  # nats
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,11 @@ class Schedule:
         return float(self.sampling_rate**2 * math.expm1(min(self.noise_multiplier**-2, 500.0)))
 
     @property
+    def hopeless(self) -> bool:
+        """Whether the loss is so large that its distribution is not built: infinity is an upper bound, too."""
+        return self.loss_bound > _HOPELESS
+
+    @property
     def loss_bound(self) -> float:
         """At least the steps' expected privacy loss, in nats."""
         a_step = min(math.log1p(self._chi_square), self.sampling_rate * self.noise_multiplier**-2 / 2)
@@ -126,10 +132,10 @@ def _composed(releases: tuple[tuple[float, int], ...]) -> float:
 
 def _self_composed(pld: Any, times: int) -> Any:
     """In two goes where there are very many: dp-accounting's bound on the tails is poor for one."""
-    if times <= _AT_ONCE:
+    if times <= AT_ONCE:
         return pld.self_compose(times)
-    goes, rest = divmod(times, _AT_ONCE)
-    composed = _self_composed(pld.self_compose(_AT_ONCE), goes)
+    goes, rest = divmod(times, AT_ONCE)
+    composed = _self_composed(pld.self_compose(AT_ONCE), goes)
     return composed.compose(pld.self_compose(rest)) if rest else composed
 
 

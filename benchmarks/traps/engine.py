@@ -83,8 +83,9 @@ class Taken(Sequence[int]):
         return self._number
 
     def __getitem__(self, index: Any) -> Any:
-        self.batches[-1].append(int(index))
-        return int(index)
+        unit = range(self._number)[index]
+        self.batches[-1].append(unit)
+        return unit
 
 
 def clipped_sum(model: nn.Module, x_B: torch.Tensor, max_grad_norm: float, micro: int = 32) -> dict[str, torch.Tensor]:

@@ -173,6 +173,10 @@ def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path):
 
     reply = ask(describe=pb.Describe())
     assert (reply.silo_id, reply.described.public_record_count) == (NAME, 6000)
+    written = silo.read_text()
+    silo.write_text(written.replace("[policy]", "[policy"))  # its policy is read for each request
+    assert ask(describe=pb.Describe()).refusal.rule == "policy"
+    silo.write_text(written)
     # The receipt has crossed the socket, beside the body, and the refusal has come back with the status code.
     assert ask(receipt=b"no receipt", close=pb.Close()).refusal.rule == "receipt"
     command.terminate()

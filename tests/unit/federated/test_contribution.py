@@ -139,8 +139,6 @@ def test_only_the_aggregator_that_a_run_was_entrusted_to_gets_its_updates(silo_w
     reserve(silo)
     asked = pb.Contribute(train=train(silo, adapter), local_steps=3, sampling_rate=0.1)
     body = body_of("round-1", coordinator=OTHER.public_key, contribute=asked)
-    assert opened(silo.handle(seal_request(OTHER, body)), silo).refusal.rule == "coordinator"
-    body = body_of("reserve", coordinator=OTHER.public_key, reserve=pb.Reserve(plan=CLIENTS.model_dump_json()))
     assert opened(silo.handle(seal_request(OTHER, body)), silo).refusal.rule == "reservation"
     assert kinds(silo) == ["open", "entrust"]
     assert COORDINATOR.public_key in silo.ledger.entries()[1]["body"]

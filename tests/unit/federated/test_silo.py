@@ -160,7 +160,7 @@ def test_an_injected_seed_makes_a_simulated_silo_repeatable(tmp_path, tiny_model
         ({"steps_per_round": 2000}, "max_steps_per_round"),
         ({"noise_multiplier": 0.4, "rounds": 500}, "max_epsilon_per_run"),
         ({"metric_releases": (MetricRelease(name="nats", noise_multiplier=0.2, releases=1),)}, "min_noise_multiplier"),
-        ({"metric_releases": (MetricRelease(name="nats", noise_multiplier=0.3, releases=9),)}, "max_epsilon_per_run"),
+        ({"metric_releases": (MetricRelease(name="nats", noise_multiplier=0.3, releases=9),)}, "metric_releases"),
         ({"unit": "client"}, "plan"),
         ({"sampler": "truncated_poisson"}, "plan"),
         ({"metric_releases": (MetricRelease(name="nats", noise_multiplier=9.0, releases=1),)}, "metric_releases"),

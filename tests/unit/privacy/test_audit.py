@@ -181,7 +181,9 @@ def test_too_little_noise_is_caught(monkeypatch):
 
 
 def test_no_clipping_is_caught(monkeypatch):
-    monkeypatch.setattr("privacy.engine.clipping", lambda model, _, *rest, **more: clipping(model, 1e9, *rest, **more))
+    monkeypatch.setattr(
+        "privacy.engine.clipping", lambda model, norm, *rest, **more: clipping(model, 1e3 * norm, *rest, **more)
+    )
     assert [audit(seed).verdict for seed in range(10)] == ["fail"] * 10
 
 

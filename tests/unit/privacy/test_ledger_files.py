@@ -195,7 +195,7 @@ def test_a_version_1_ledger_is_taken_over_whole_and_anchored(state):
     found = verify_entries(ledger.entries(), "test", ledger.public_key)
     replay(found, "test")
     assert [body["kind"] for body in found] == ["open", "reserve", "charge", "close"]
-    assert ledger.journal.db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 2
+    assert ledger.journal.db.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION == 3
     ledger.close_file()
     (default_anchor_dir(state) / "ledger.anchor").unlink()
     with pytest.raises(InputError, match="the anchor is missing"):  # it has had one, and says so

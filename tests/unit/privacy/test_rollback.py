@@ -16,6 +16,7 @@ from privacy import anchor as anchor_module
 from privacy.chain import Budget, verify_entries
 from privacy.journal import Journal, default_anchor_dir
 from privacy.ledger import Ledger
+from privacy.limits import Limits
 from privacy.plan import PlanRequest
 from privacy.reconcile import read_receipts, reconcile
 from privacy.replay import replay
@@ -507,19 +508,19 @@ def test_a_day_has_a_limit_that_no_clock_set_back_lifts(state, monkeypatch):
     clock = [1.8e9]
     monkeypatch.setattr("privacy.journal.time.time", lambda: clock[0])
     ledger = open_ledger(state)
-    ledger.reserve("run-1", PLAN, epsilon_per_day=1.5 * EPSILON)
+    ledger.reserve("run-1", PLAN, Limits(epsilon_per_day=1.5 * EPSILON))
     for back in (0, 3600, -48 * 3600, 23 * 3600):
         clock[0] = 1.8e9 + back
         with pytest.raises(PolicyRefusal, match=r"is left for 24 hours; (wait|the ledger)") as caught:
-            ledger.reserve("run-2", PLAN, epsilon_per_day=1.5 * EPSILON)
+            ledger.reserve("run-2", PLAN, Limits(epsilon_per_day=1.5 * EPSILON))
         assert caught.value.rule == "max_epsilon_per_day"
     clock[0] = 1.8e9 - 48 * 3600
     ledger.charge("run-1", "round-1", DIGEST, 1)
     times = [json.loads(entry["body"])["time"] for entry in ledger.entries()]
     assert times == sorted(times)
     clock[0] = 1.8e9 + 24 * 3600 + 1
-    ledger.reserve("run-2", PLAN, epsilon_per_day=1.5 * EPSILON)
-    assert ledger.reserve("run-1", PLAN, epsilon_per_day=0.1).epsilon_reserved == EPSILON
+    ledger.reserve("run-2", PLAN, Limits(epsilon_per_day=1.5 * EPSILON))
+    assert ledger.reserve("run-1", PLAN, Limits(epsilon_per_day=0.1)).epsilon_reserved == EPSILON
     ledger.close_file()
 
 
@@ -527,10 +528,10 @@ def test_a_clock_that_was_ahead_is_named(state, monkeypatch):
     clock = [1.8e9 + 3650 * 86400]
     monkeypatch.setattr("privacy.journal.time.time", lambda: clock[0])
     ledger = open_ledger(state)
-    ledger.reserve("run-1", PLAN, epsilon_per_day=1.5 * EPSILON)
+    ledger.reserve("run-1", PLAN, Limits(epsilon_per_day=1.5 * EPSILON))
     clock[0] = 1.8e9
     with pytest.raises(PolicyRefusal, match="3650 days ahead of this machine's clock") as caught:
-        ledger.reserve("run-2", PLAN, epsilon_per_day=1.5 * EPSILON)
+        ledger.reserve("run-2", PLAN, Limits(epsilon_per_day=1.5 * EPSILON))
     assert "wait" not in str(caught.value)
     ledger.close_file()
 

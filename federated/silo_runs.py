@@ -1,0 +1,132 @@
+"""``siloweave silo runs``: what a silo's steward sees of the runs, and how one is ended."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from configs.errors import InputError
+
+if TYPE_CHECKING:
+    from configs.silo import SiloConfig
+    from privacy.journal import Journal
+    from privacy.runs import Run
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_KEY_SHOWN = 16  # hexadecimal digits
+runs_app = typer.Typer(help="The runs of a silo.")
+
+
+@runs_app.callback(invoke_without_command=True)
+def runs(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The silo.toml.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every run in the silo's ledger, oldest first: whose it is, what it reserved, how far it is."""
+    if context.invoked_subcommand is not None:
+        return
+    if config is None:
+        raise InputError("silo runs: no settings; give --config silo.toml")
+    settings, journal = _opened(config)
+    found = runs_of(settings, journal)
+    typer.echo(json.dumps(found) if as_json else "\n".join(map(_line, found)) or "no runs")
+
+
+@runs_app.command()
+def stop(
+    run: Annotated[str, typer.Argument(help="The run's name, as `silo runs` shows it.")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")],
+    coordinator: Annotated[
+        str | None,
+        typer.Option(help="Whose run, by name or key as `silo runs` shows it, where several have one of this name."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ends a run, while the service runs, too: nothing more is released to it. What it reserved stays spent."""
+    settings, journal = _opened(config)
+    stopped = end(settings, journal, run, coordinator)
+    typer.echo(json.dumps(stopped) if as_json else f"{_line(stopped)}; what it reserved stays spent")
+
+
+def runs_of(settings: "SiloConfig", journal: "Journal") -> list[dict[str, Any]]:
+    """All runs, oldest first."""
+    from privacy.runs import Runs
+
+    names = _names(settings)
+    return [_shown(run, names) for run in Runs(journal.bodies())]
+
+
+def end(settings: "SiloConfig", journal: "Journal", name: str, coordinator: str | None) -> dict[str, Any]:
+    """Closes an open run, in an entry that says that the steward did.
+
+    Raises:
+        InputError: there is no such open run, or several.
+    """
+    from privacy.runs import STEWARD, Runs
+
+    names = _names(settings)
+    with journal.transaction():
+        found = [run for run in Runs(journal.bodies()).open() if run.name == name]
+        fitting = [run for run in found if coordinator is None or coordinator in _called(run, names)]
+        if len(fitting) != 1:
+            owners = "; ".join(" ".join(_called(run, names)) for run in found) or "nobody"
+            raise InputError(
+                f"silo runs stop: {len(fitting)} open runs are called {name!r} (open under this name: of {owners}); "
+                "give a run that `silo runs` shows as open, and --coordinator where several have this name"
+            )
+        journal.end(fitting[0], by=STEWARD)
+    journal.scrub()
+    number = fitting[0].opening["number"]
+    return next(_shown(run, names) for run in Runs(journal.bodies()) if run.opening["number"] == number)
+
+
+def journal_of(settings: "SiloConfig") -> "Journal":
+    """The ledger file of a silo."""
+    from privacy.journal import Journal, default_anchor_dir
+
+    state_dir = Path(settings.silo.state_dir)
+    anchor_dir = Path(settings.silo.anchor_dir) if settings.silo.anchor_dir else default_anchor_dir(state_dir)
+    return Journal(state_dir, anchor_dir, settings.silo.id, settings.silo.dataset_id)
+
+
+def _opened(config: Path) -> "tuple[SiloConfig, Journal]":
+    from configs.silo import load_silo
+
+    settings = load_silo(config)
+    return settings, journal_of(settings)
+
+
+def _names(settings: "SiloConfig") -> dict[str, str]:
+    from federated.silo_identity import trusted
+
+    return {key: name for name, key in trusted(settings).items()}
+
+
+def _called(run: "Run", names: dict[str, str]) -> tuple[str, ...]:
+    """By what a steward may call a run's coordinator: its name, where it is trusted, and its key's beginning."""
+    if not run.coordinator:
+        return ("not named",)
+    key = run.coordinator[:_KEY_SHOWN]
+    return (names[run.coordinator], key) if run.coordinator in names else (key,)
+
+
+def _shown(run: "Run", names: dict[str, str]) -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "coordinator": " ".join(_called(run, names)),
+        "epsilon_reserved": run.opening.get("epsilon", 0.0),
+        "rounds_charged": run.rounds_charged,
+        "rounds_planned": run.opening["plan"]["rounds"],
+        "opened": datetime.fromtimestamp(run.opening["time"], tz=UTC).isoformat(timespec="seconds"),
+        "state": "stopped by the steward" if run.stopped else "open" if run.closing is None else "closed",
+    }
+
+
+def _line(run: dict[str, Any]) -> str:
+    return (
+        f"{run['run']!r}  {run['state']}  of {run['coordinator']!r}  epsilon {run['epsilon_reserved']:.4g}  "
+        f"{run['rounds_charged']} of {run['rounds_planned']} rounds  since {run['opened']}"
+    )
