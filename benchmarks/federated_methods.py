@@ -23,7 +23,7 @@ from configs.federated_settings import FederatedSettings
 from federated.adapters import Arrays
 from federated.aggregation import Aggregation
 from federated.local_training import LocalSettings, private_update
-from federated.silo import warm_model
+from federated.warm_model import warm_model
 from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.streams import SEED_BYTES, Streams
 from trainer.data.embedded import plays

@@ -11,7 +11,7 @@ from configs.load import config_digest
 from configs.schema import RunConfig
 from federated import commits
 from federated.adapters import from_bytes
-from federated.silo import warm_model
+from federated.warm_model import warm_model
 from trainer.models import load_adapter_weights
 
 

@@ -15,9 +15,9 @@ from configs.silo import SiloConfig
 from federated import commits
 from federated.adapters import from_bytes
 from federated.outcome import over_flower
-from federated.silo import warm_model
 from federated.silo_data import load_units
 from federated.simulation import simulated_silos
+from federated.warm_model import warm_model
 from privacy.signing import load_secret
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import load_tokenizer

@@ -7,12 +7,11 @@ request: who asks, policy without reading data, charge, train, store the reply, 
 import contextlib
 import logging
 import threading
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from configs.artifacts import digest_bytes, require_manifest
-from configs.encryption import load_key
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
@@ -20,7 +19,7 @@ from federated.adapters import Arrays, to_bytes
 from federated.audit_log import AuditLog
 from federated.contribution import contribution
 from federated.envelope import seal_reply
-from federated.factors import frozen, frozen_digest
+from federated.factors import frozen_digest
 from federated.label_counts import examples_of
 from federated.local_training import LocalSettings, private_update
 from federated.policy import check_model, check_optimizer
@@ -39,14 +38,14 @@ from federated.requests import (
 from federated.reservations import account, close, policy_now, reserve, reserved_plan
 from federated.silo_data import Units, load_units
 from federated.trust import trusted_coordinators
+from federated.warm_model import warm_model
 from privacy.chain import Budget
 from privacy.entrusted import UNNOISED
 from privacy.ledger import Charge, Ledger
 from privacy.signing import load_or_create_secret, load_secret
 from privacy.streams import Streams, injected_seeds
 from trainer.data.tokenizer import load_tokenizer
-from trainer.linear import fastest_products, use_onednn
-from trainer.models import add_adapter, load_model, shapes, trainable
+from trainer.models import shapes, trainable
 from trainer.tasks import CausalTask, Encoded
 
 FAILED = "FAILED"
@@ -299,34 +298,6 @@ class Silo:
             train.proximal_mu,
             correction_of(train, self.config.policy.max_adapter_value),
         )
-
-
-@lru_cache(maxsize=1)
-def warm_model(
-    directory: Path,
-    rank: int,
-    alpha: float,
-    key_file: str = "",
-    frozen_seed: int | None = None,
-    *,
-    onednn: bool = True,
-) -> Any:
-    """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time).
-
-    Args:
-        directory: of the base model.
-        rank: of the adapter.
-        alpha: its scale.
-        key_file: of the base model's key.
-        frozen_seed: what A is drawn from; it doesn't train then.
-        onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
-    """
-    model = add_adapter(load_model(directory, load_key(key_file)), rank, alpha, frozen_seed or 0)
-    for name, value in trainable(model).items():
-        value.requires_grad = frozen_seed is None or not frozen(name)
-    if onednn and fastest_products().onednn:
-        use_onednn(model)
-    return model
 
 
 def _streams(charge: Charge, digest: str) -> Streams:

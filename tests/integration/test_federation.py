@@ -23,9 +23,9 @@ from federated.label_counts import examples_of, label_counts
 from federated.local_grid import LocalGrid
 from federated.private_evaluation import evaluated
 from federated.rounds import Coordinator
-from federated.silo import warm_model
 from federated.silo_data import load_units
 from federated.simulation import simulate
+from federated.warm_model import warm_model
 from privacy.certificate_check import check_certificate
 from privacy.chain import verify_entries
 from privacy.ledger_file import read_only

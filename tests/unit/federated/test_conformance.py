@@ -11,8 +11,9 @@ from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
 from federated.server_app import initial_adapter
-from federated.silo import Silo, warm_model
+from federated.silo import Silo
 from federated.silo_data import rows_of
+from federated.warm_model import warm_model
 from privacy.plan import PlanRequest
 
 PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)

@@ -16,7 +16,8 @@ from configs.silo import SiloConfig, SiloPolicy, simulated_silo
 from federated import silo_pb2 as pb
 from federated.label_counts import Example, examples_of, f1_figures, label_counts
 from federated.private_evaluation import METRIC, Bounds, checked_sums, figures, private_sums
-from federated.silo import Silo, warm_model
+from federated.silo import Silo
+from federated.warm_model import warm_model
 from privacy.plan import PlanRequest
 from privacy.streams import Streams
 from trainer.data.tokenizer import load_tokenizer

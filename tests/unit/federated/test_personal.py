@@ -15,7 +15,8 @@ from federated import silo_pb2 as pb
 from federated.adapters import to_bytes
 from federated.personal import FOLDER, PersonalSettings, personalise
 from federated.server_app import initial_adapter
-from federated.silo import Silo, warm_model
+from federated.silo import Silo
+from federated.warm_model import warm_model
 from privacy.plan import PlanRequest
 
 PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)

@@ -13,7 +13,8 @@ from federated import silo_pb2 as pb
 from federated.adapters import to_bytes
 from federated.private_evaluation import METRIC, Bounds, checked_sums, figures, private_sums
 from federated.server_app import initial_adapter
-from federated.silo import Silo, warm_model
+from federated.silo import Silo
+from federated.warm_model import warm_model
 from privacy.noise import grid, noised_sums
 from privacy.plan import MetricRelease, PlanRequest
 from privacy.replay import replay
