@@ -120,14 +120,14 @@ def serve(
 
     ended = ended_by_signal()
     if socket:
-        server, _ = start(Silo(settings), f"unix:{socket}")
+        server = start(Silo(settings), f"unix:{socket}")
         if relay_user:
             share_socket(socket, relay_user)
     else:
-        server, _ = start(Silo(settings), str(address), service_tls(settings))
+        server = start(Silo(settings), str(address), service_tls(settings))
     typer.echo(f"silo {settings.silo.id}: listening on {socket or address}")
     ended.wait()
-    server.stop(grace=5).wait()
+    server.stop(grace_s=5)
 
 
 @silo_app.command()
