@@ -31,7 +31,7 @@ class CorpusSettings(SourceSettings):
 class PrivateSettings(SourceSettings):
     """The data of the silos, for a simulation on one machine."""
 
-    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
     """The steward's name for this dataset. Its ledgers outlive runs: a new name is a new privacy budget, so
     change it only when the people in the data have changed."""
     silo: str = "silo"

@@ -18,7 +18,7 @@ class SiloSettings(Settings):
 
     id: Annotated[str, Field(min_length=1, max_length=100)]
     """The silo's name in the federation."""
-    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
     """The steward's name for the dataset; the ledger is bound to it."""
     state_dir: str
     """Folder of keys and ledger. It outlives runs."""
