@@ -1,11 +1,11 @@
 """The one place where lines are printed for people.
 
 Names of runs and silos, messages of refusals, words of a model: strangers choose them, and a terminal obeys what it is
-shown. So every line passes ``printable``. Nothing else prints: a test over the source holds it.
+shown. So every line passes ``printable``. Nothing else prints, which a test over the source holds, but for the tables
+and bars of ``cluster/workflow/console.py``.
 """
 
 import json
-from collections.abc import Callable
 
 import typer
 
@@ -15,15 +15,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def to_json(value: object) -> str:
+    """A value for machines in ASCII, on one line. JSON leaves one control character as it is: DEL."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
 def say(*lines: str, err: bool = False) -> None:
-    """Prints lines; a line end inside one is escaped, so that none can pass for two."""
+    """Prints lines. A line end inside one is escaped, so that none can pass for two."""
     for line in lines:
         typer.echo(printable(line), err=err)
 
 
-def say_json(value: object) -> None:
-    """Prints a value for machines, in ASCII. JSON leaves one control character as it is: DEL."""
-    typer.echo(json.dumps(value).replace("\x7f", "\\u007f"))
+def answer(as_json: bool, document: object, *lines: str) -> None:
+    """Prints a command's result, for machines or for people."""
+    say(*([to_json(document)] if as_json else lines))
 
 
 def stream(text: str, *, err: bool = False) -> None:
@@ -34,11 +39,3 @@ def stream(text: str, *, err: bool = False) -> None:
 def confirmed(question: str) -> bool:
     """Asks a person."""
     return typer.confirm(printable(question))
-
-
-def answer(lines: Callable[[], list[str]], document: object, *, as_json: bool) -> None:
-    """A command's result, for machines or for people."""
-    if as_json:
-        say_json(document)
-    else:
-        say(*lines())
