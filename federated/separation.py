@@ -90,11 +90,12 @@ def _check_code(reach: Reach) -> None:
     """
     what = "the installed code"
     reach.check(what, Path(sys.executable), secret=False)
-    specs = [found for name in _PACKAGES if (found := find_spec(name)) is not None]
-    for spec in specs:
+    for spec in filter(None, map(find_spec, _PACKAGES)):
         for place in spec.submodule_search_locations or [str(spec.origin)]:
             reach.check(what, Path(place), secret=False)
     roots = [Path(prefix).resolve() for prefix in {sys.prefix, sys.base_prefix}]
+    for root in roots:  # pyvenv.cfg says where everything else is
+        reach.check_entries(what, root)
     for entry in sys.path:
         folder = Path(entry)
         if any(folder.resolve().is_relative_to(root) for root in roots):
