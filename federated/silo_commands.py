@@ -118,14 +118,14 @@ def serve(
 
     ended = ended_by_signal()
     if socket:
-        server = start(Silo(settings), f"unix:{socket}")
+        server, _ = start(Silo(settings), f"unix:{socket}")
         if relay_user:
             share_socket(socket, relay_user)
     else:
-        server = start(Silo(settings), str(address), service_tls(settings))
+        server, _ = start(Silo(settings), str(address), service_tls(settings))
     say(f"silo {settings.silo.id}: listening on {socket or address}")
     ended.wait()
-    server.stop(grace_s=5)
+    server.stop(grace=5).wait()
 
 
 @silo_app.command()

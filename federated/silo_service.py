@@ -1,21 +1,20 @@
 """A silo as a warm gRPC service, on a Unix socket or by mutual TLS, with the standard health service.
 
-One thread moves bytes for all callers and is never held up by any, so a slow one costs a little memory and no thread.
+Every call holds a thread of gRPC's while bytes come or go, so how long that may take is bounded for each of them.
 """
 
-import asyncio
 import contextlib
 import os
 import socket as socket_module
 import threading
-from collections.abc import AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from configs.errors import InputError
 from federated import silo_pb2 as pb
@@ -26,6 +25,7 @@ from federated.silo import Silo
 MAX_WAITING = 4  # whole requests that wait while one is answered; more are sent away
 MAX_TRANSFERS = 8  # requests and replies on their way at a time; a new one ends the one that has taken longest
 TRANSFER_S = 120.0  # a request must have come, and a reply must have been fetched, in this time
+_THREADS = 1 + MAX_WAITING + 3 * MAX_TRANSFERS  # transfers, questions about health, and what is just ending
 _BUDGETS = ("budget_", "max_epsilon_", "max_request", "max_reservations")
 _LONGEST_SOCKET_PATH = 100  # the system's limit is 108 bytes with the final zero
 
@@ -42,39 +42,47 @@ class ServiceTls:
 class _Transfers:
     """Messages that are on their way: few at a time, in bounded time and memory, whoever is at the other end."""
 
-    def __init__(self, largest_bytes: int) -> None:
-        self._most_bytes = 2 * largest_bytes
-        self._held: dict[asyncio.Timeout, int] = {}  # bytes by transfer, oldest first
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._lock = threading.Lock()
+        self._held: dict[Any, int] = {}  # bytes by call, oldest first
 
-    @contextlib.asynccontextmanager
-    async def one(self, context: Any) -> AsyncIterator[asyncio.Timeout]:
-        """A transfer's time; the call ends where it is over."""
-        while len(self._held) >= MAX_TRANSFERS:
-            self._end_oldest()
+    @contextlib.contextmanager
+    def one(self, context: Any) -> Iterator[None]:
+        """A call's turn. It is cancelled where that takes too long, or a newer one needs the room."""
+        clock = threading.Timer(TRANSFER_S, self._end, (context,))
+        clock.daemon = True
+        with self._lock:
+            if len(self._held) >= MAX_TRANSFERS:
+                self._end_oldest()
+            self._held[context] = 0
+        clock.start()
         try:
-            async with asyncio.timeout(TRANSFER_S) as transfer:
-                self._held[transfer] = 0
-                try:
-                    yield transfer
-                finally:
-                    self._held.pop(transfer, None)
-        except TimeoutError:
-            allowed = f"{TRANSFER_S:g} s, and less where {MAX_TRANSFERS} others came later"
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"transfer: allowed {allowed}; send it again")
+            yield
+        finally:
+            clock.cancel()
+            with self._lock:
+                in_time = self._held.pop(context, None) is not None
+        if not in_time:  # a cancelled call may look as if all of it had come
+            context.abort(grpc.StatusCode.CANCELLED, "the transfer took too long")
 
-    def holds(self, transfer: asyncio.Timeout, size_bytes: int) -> None:
-        """Has a transfer hold so many bytes; older ones end where all together would hold too many."""
-        if transfer not in self._held:
-            return  # it was told to end
-        self._held[transfer] = size_bytes
-        while sum(self._held.values()) > self._most_bytes and len(self._held) > 1:
-            self._end_oldest(keep=transfer)
+    def holds(self, context: Any, size_bytes: int) -> None:
+        """Has a call hold so many bytes; older ones end where all together would hold too many."""
+        with self._lock:
+            if context in self._held:  # else it was told to end
+                self._held[context] = size_bytes
+            while sum(self._held.values()) > self._most_bytes and len(self._held) > 1:
+                self._end_oldest(context)
 
-    def _end_oldest(self, keep: asyncio.Timeout | None = None) -> None:
-        oldest = next(transfer for transfer in self._held if transfer is not keep)
+    def _end_oldest(self, keep: Any = None) -> None:
+        oldest = next(context for context in self._held if context is not keep)
         del self._held[oldest]
-        if not oldest.expired():
-            oldest.reschedule(0)
+        oldest.cancel()
+
+    def _end(self, context: Any) -> None:
+        with self._lock:
+            if self._held.pop(context, None) is not None:
+                context.cancel()
 
 
 class SiloServicer(silo_pb2_grpc.SiloServicer):
@@ -86,9 +94,8 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
 
     def __init__(self, silo: Silo) -> None:
         self._silo = silo
-        self._transfers = _Transfers(silo.config.policy.max_request_bytes)
+        self._transfers = _Transfers(2 * silo.config.policy.max_request_bytes)
         self._places = threading.BoundedSemaphore(1 + MAX_WAITING)
-        self._threads = ThreadPoolExecutor(1 + MAX_WAITING, thread_name_prefix="silo")
         self._answers = True
 
     def takes_requests(self) -> bool:
@@ -98,59 +105,64 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         self._places.release()
         return self._answers
 
-    async def Exchange(self, _: Any, context: Any) -> None:  # noqa: N802
+    def Exchange(self, request_iterator: Iterator[pb.Chunk], context: Any) -> Iterator[pb.Chunk]:  # noqa: N802
         """One request and its reply. A refusal is a reply, too, and the call then ends with its status code."""
-        async with self._transfers.one(context) as transfer:
-            request = await self._received(transfer, context)
+        with self._transfers.one(context):
+            request = self._received(request_iterator, context)
         if not self._places.acquire(blocking=False):
-            full = f"queue: {MAX_WAITING} requests wait; ask again later"
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, full)
-        answering = self._threads.submit(self._silo.handle, request)
-        answering.add_done_callback(self._answered)  # and not when the caller goes: the silo goes on
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"queue: {MAX_WAITING} requests wait; ask again later")
         try:
-            reply = await asyncio.wrap_future(answering)
-        except Exception:  # the audit log can't be written; and gRPC would send another exception's words
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "no reply can leave now; ask again later")
-        async with self._transfers.one(context):
+            reply = self._answered(request, context)
+        finally:
+            self._places.release()
+        with self._transfers.one(context):
             for part in chunks(reply):
-                await context.write(pb.Chunk(data=part))
+                yield pb.Chunk(data=part)
         code = _status(reply)
         if code is not None:
             context.set_code(code)
 
-    def _answered(self, answering: "Future[bytes]") -> None:
-        self._answers = answering.cancelled() or answering.exception() is None
-        self._places.release()
-
-    async def _received(self, transfer: asyncio.Timeout, context: Any) -> bytes:
+    def _received(self, parts: Iterator[pb.Chunk], context: Any) -> bytes:
         """The whole envelope; nobody makes the service hold more than the policy allows."""
         largest, received = self._silo.config.policy.max_request_bytes, bytearray()
-        while (part := await context.read()) is not grpc.aio.EOF:
+        for part in parts:
             received += part.data
             if len(received) > largest:
-                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"max_request_bytes: allowed {largest}")
-            self._transfers.holds(transfer, len(received))
-        if context.cancelled():  # it has gone before anything was charged
-            raise asyncio.CancelledError
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"max_request_bytes: allowed {largest}")
+            self._transfers.holds(context, len(received))
+        if not context.is_active():  # it has gone before anything was charged
+            context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")
         return bytes(received)
 
+    def _answered(self, request: bytes, context: Any) -> bytes:
+        reply = b""
+        try:
+            reply = self._silo.handle(request)
+        except Exception:  # the audit log can't be written; and gRPC would send another exception's words
+            self._answers = False
+            context.abort(grpc.StatusCode.UNAVAILABLE, "no reply can leave now; ask again later")
+        self._answers = True
+        return reply
 
-class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its module has no types
-    """The standard health service, for one question at a time: a watcher would hold a call for ever."""
 
-    def __init__(self, servicer: SiloServicer) -> None:
-        self._servicer = servicer
+def _health(servicer: SiloServicer) -> grpc.GenericRpcHandler:
+    """The standard health service's Check. Watch, which would hold a call for ever, is unimplemented.
 
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """Whether the service takes requests now."""
-        if request.service not in ("", SERVICE):
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
-        statuses = health_pb2.HealthCheckResponse
-        return statuses(status=statuses.SERVING if self._servicer.takes_requests() else statuses.NOT_SERVING)
+    It is read as a stream of one question: for a question that never comes, gRPC itself would wait for ever.
+    """
+    transfers, statuses = _Transfers(2**20), health_pb2.HealthCheckResponse
 
-    async def Watch(self, _: Any, context: Any) -> None:  # noqa: N802
-        """Is not there."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask by Check")
+    def check(questions: Iterator[Any], context: Any) -> Iterator[Any]:
+        with transfers.one(context):
+            question = next(iter(questions), None)
+        if question is None or question.service not in ("", SERVICE):
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+        yield statuses(status=statuses.SERVING if servicer.takes_requests() else statuses.NOT_SERVING)
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        check, health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
+    )
+    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
 
 
 def _status(reply: bytes) -> grpc.StatusCode | None:
@@ -162,42 +174,7 @@ def _status(reply: bytes) -> grpc.StatusCode | None:
     return grpc.StatusCode.RESOURCE_EXHAUSTED if used_up else grpc.StatusCode.PERMISSION_DENIED
 
 
-class Service:
-    """A running service.
-
-    Attributes:
-        port: where it listens; 1 for a Unix socket.
-    """
-
-    def __init__(self, silo: Silo, address: str, tls: ServiceTls | None) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="silo service", daemon=True)
-        self._thread.start()
-        try:
-            self._server, self.port = self._run(_started(silo, address, tls))
-        except BaseException:
-            self._end_loop()
-            raise
-
-    def wait(self) -> None:
-        """Until it is stopped."""
-        self._thread.join()
-
-    def stop(self, grace_s: float | None = None) -> None:
-        """Takes no further call, ends those that there are after so many seconds, and returns when it is over."""
-        self._run(self._server.stop(grace_s))
-        self._end_loop()
-
-    def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-
-def serve(silo: Silo, address: str, tls: ServiceTls | None = None, mode: int = 0o600) -> Service:
+def serve(silo: Silo, address: str, tls: ServiceTls | None = None, mode: int = 0o600) -> tuple[grpc.Server, int]:
     """Starts the service.
 
     Args:
@@ -206,31 +183,34 @@ def serve(silo: Silo, address: str, tls: ServiceTls | None = None, mode: int = 0
         tls: who may connect over the network.
         mode: permissions of the Unix socket, in force from its first moment on.
 
+    Returns:
+        The running server, and its port (1 for a Unix socket).
+
     Raises:
         InputError: the socket's path is too long or taken, the address can't be listened on, or has no TLS.
     """
+    server = grpc.server(
+        ThreadPoolExecutor(max_workers=_THREADS),
+        options=[("grpc.max_receive_message_length", 2 * CHUNK_BYTES)],
+        maximum_concurrent_rpcs=10 * _THREADS,  # those that wait for a thread; none does for long
+    )
+    servicer = SiloServicer(silo)
+    silo_pb2_grpc.add_SiloServicer_to_server(servicer, server)
+    server.add_generic_rpc_handlers((_health(servicer),))
     if address.startswith("unix:"):
         _clear(Path(address.removeprefix("unix:")))
     elif tls is None:
         raise InputError(f"{address}: anybody could read what passes there; give a unix: address, or certificates")
     before = os.umask(0o777 & ~mode)
     try:
-        return Service(silo, address, tls)
+        port = _bound(server, address, tls)
+        server.start()
     finally:
         os.umask(before)
-
-
-async def _started(silo: Silo, address: str, tls: ServiceTls | None) -> tuple[grpc.aio.Server, int]:
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 2 * CHUNK_BYTES)])
-    servicer = SiloServicer(silo)
-    silo_pb2_grpc.add_SiloServicer_to_server(servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(_Health(servicer), server)
-    port = _bound(server, address, tls)
-    await server.start()
     return server, port
 
 
-def _bound(server: grpc.aio.Server, address: str, tls: ServiceTls | None) -> int:
+def _bound(server: grpc.Server, address: str, tls: ServiceTls | None) -> int:
     try:
         if tls is None:
             return int(server.add_insecure_port(address))

@@ -38,7 +38,7 @@ from federated.silo import Silo
 from federated.silo_service import serve
 torch.set_num_threads(1)
 silo = Silo(load_silo(Path(sys.argv[1])), injected_seed=bytes.fromhex(sys.argv[3]))
-serve(silo, f"unix:{sys.argv[2]}").wait()
+serve(silo, f"unix:{sys.argv[2]}")[0].wait_for_termination()
 """
 
 

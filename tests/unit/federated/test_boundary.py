@@ -314,9 +314,9 @@ def service(open_silo, tmp_path_factory):
     """A silo behind its Unix socket, and the channel's address."""
     silo = open_silo(max_request_bytes=4 * CHUNK_BYTES)
     address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
-    server = serve(silo, address)
+    server, _ = serve(silo, address)
     yield silo, address
-    server.stop()
+    server.stop(grace=None).wait()
 
 
 def test_large_messages_cross_in_chunks(service):

@@ -74,15 +74,15 @@ def pki(tmp_path, monkeypatch):
 
 def ask(silo, pki, service, relay_folder):
     """A relay's question over TLS; the service shows the pair that is given."""
-    server = serve(silo, "127.0.0.1:0", ServiceTls(*service, pki.ours.path.read_bytes()))
+    server, port = serve(silo, "127.0.0.1:0", ServiceTls(*service, pki.ours.path.read_bytes()))
     try:
         content = seal_request(COORDINATOR, BODY)
-        answer = exchange(f"localhost:{server.port}", content, tls_folder=relay_folder, timeout_s=5)
+        answer = exchange(f"localhost:{port}", content, tls_folder=relay_folder, timeout_s=5)
         return opened(answer, silo).WhichOneof("kind")
     except grpc.RpcError as error:
         return error.code()
     finally:
-        server.stop()
+        server.stop(None).wait()
 
 
 NEVER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -128,15 +128,15 @@ def test_a_relay_tells_nothing_to_a_service_whose_certificate_is_not_good(silo, 
 
 def test_a_caller_without_a_certificate_or_without_tls_gets_nothing(silo, pki):
     tls = ServiceTls(*pki.issue("service", "server"), pki.ours.path.read_bytes())
-    server = serve(silo, "127.0.0.1:0", tls)
+    server, port = serve(silo, "127.0.0.1:0", tls)
     try:
         credentials = grpc.ssl_channel_credentials(pki.ours.path.read_bytes())
-        with grpc.secure_channel(f"localhost:{server.port}", credentials) as channel, pytest.raises(grpc.RpcError):
+        with grpc.secure_channel(f"localhost:{port}", credentials) as channel, pytest.raises(grpc.RpcError):
             channel.unary_unary("/siloweave.v1.Silo/Exchange")(b"", timeout=5)
         with pytest.raises(grpc.RpcError):
-            exchange(f"localhost:{server.port}", seal_request(COORDINATOR, BODY), timeout_s=3)
+            exchange(f"localhost:{port}", seal_request(COORDINATOR, BODY), timeout_s=3)
     finally:
-        server.stop()
+        server.stop(None).wait()
 
 
 @pytest.mark.parametrize(
