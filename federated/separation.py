@@ -58,8 +58,8 @@ def check_separation(config: SiloConfig, settings: Path) -> None:
         )
     reach = Reach(relay)
     for kept in kept_by(config, settings):
-        if kept.made and not kept.path.exists():
-            kept.path.mkdir(parents=True, mode=0o700)
+        if kept.made:
+            _make_closed(kept.path)
         reach.check(kept.what, kept.path, secret=kept.secret)
     _check_code(reach)
 
@@ -75,6 +75,16 @@ def kept_by(config: SiloConfig, settings: Path) -> Iterator[Kept]:
             yield Kept(place.what, Path(value.removeprefix("hf:")), secret, place.made)
     if not config.silo.anchor_dir:
         yield Kept("the ledger's anchor", default_anchor_dir(Path(config.silo.state_dir)), secret=True, made=True)
+
+
+def _make_closed(folder: Path) -> None:
+    try:
+        if not folder.exists():
+            folder.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: can't be made ({error.strerror}); make it with mode 700, as the service's user"
+        ) from None
 
 
 def _copies() -> list[Path]:

@@ -247,6 +247,12 @@ def test_a_state_folder_that_is_missing_is_made_closed(silo, opened):
         assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(silo, opened):
+    (opened / "file").write_text("")
+    other = changed(silo, "silo", anchor_dir=str(opened / "file" / "anchor"))
+    assert f"{opened / 'file' / 'anchor'}: can't be made (Not a directory); make it" in refused(other, opened)
+
+
 @as_root
 @pytest.mark.parametrize("model", ["base_model", "spacy_model"])
 def test_a_model_may_be_read_and_not_changed(silo, opened, model):
