@@ -31,8 +31,8 @@ class LineFile:
     def __init__(self, path: Path, head: Callable[[], str] = _no_head) -> None:
         self.path, self._head = path, head
 
-    def append(self, line: str) -> None:
-        """Writes one line and syncs it.
+    def append(self, line: str, *, sync: bool = True) -> None:
+        """Writes one line, and syncs it where it has to outlive the machine's next second.
 
         Raises:
             SiloweaveError: the disk is full or not writable; nothing of the line is there then.
@@ -44,7 +44,8 @@ class LineFile:
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, MODE)
             try:
                 _append_whole(descriptor, content)
-                os.fsync(descriptor)
+                if sync:
+                    os.fsync(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -101,4 +102,5 @@ class PrivateLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one message."""
         with contextlib.suppress(SiloweaveError):
-            self._lines.append("\n    ".join(map(printable, self.format(record)[:LARGEST_MESSAGE].split("\n"))))
+            lines = self.format(record)[:LARGEST_MESSAGE].split("\n")
+            self._lines.append("\n    ".join(map(printable, lines)), sync=False)

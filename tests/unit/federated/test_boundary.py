@@ -261,10 +261,10 @@ def test_no_reply_leaves_whose_line_was_not_written_and_the_next_try_gets_it(ope
         monkeypatch.setattr(module, "private_update", lambda *_: 1 / 0)
     envelope, append = seal_request(COORDINATOR, body_of("round-1", **train(silo, adapter))), LineFile.append
 
-    def full_for_replies(file, line):
+    def full_for_replies(file, line, **options):
         if '"direction": "out"' in line:
             raise SiloweaveError("no space left")
-        append(file, line)
+        append(file, line, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(LineFile, "append", full_for_replies)
