@@ -7,7 +7,6 @@ machine's administrator.
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from configs.artifacts import unreadable
@@ -46,12 +45,12 @@ class Reach:
         place = self._followed(what, folder)
         if place is None or not place.is_dir() or not self._enters(what, place):
             return []
-        for entry in _listed(place):
+        for entry in _listed(place, secret=False):
             if entry.is_symlink():
                 self._followed(what, Path(entry.path))
             else:
                 self._check_entry(what, entry.path, entry.stat(follow_symlinks=False))
-        return [Path(entry.path) for entry in _listed(place) if Path(entry.path, "__init__.py").exists()]
+        return [Path(entry.path) for entry in _listed(place, secret=False) if Path(entry.path, "__init__.py").exists()]
 
     def _followed(self, what: str, path: Path) -> Path | None:
         """Where a path ends after all its links, each looked at; None where it ends nowhere."""
@@ -104,7 +103,7 @@ class Reach:
         self._check_entry(what, place, status, secret=secret)
         if not stat.S_ISDIR(status.st_mode) or not self._relay.is_given(place, status, ENTER):
             return
-        for entry in _listed(place):
+        for entry in _listed(place, secret=secret):
             with contextlib.suppress(FileNotFoundError):  # another process's temporary file
                 if entry.is_symlink():
                     self.check(what, Path(entry.path), secret=secret)
@@ -130,9 +129,12 @@ class Reach:
         )
 
 
-def _listed(folder: Path) -> Iterator["os.DirEntry[str]"]:
+def _listed(folder: Path, *, secret: bool) -> list["os.DirEntry[str]"]:
+    """What is in a folder. Where this process may not look, Python doesn't find code to import either."""
     try:
         with os.scandir(folder) as entries:
-            yield from list(entries)
+            return list(entries)
     except PermissionError:
-        raise InputError(unreadable(folder)) from None
+        if secret:
+            raise InputError(unreadable(folder)) from None
+        return []

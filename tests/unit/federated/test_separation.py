@@ -327,6 +327,21 @@ def test_a_folder_that_links_to_itself_is_looked_at_once(silo, opened):
 # The code
 
 
+@as_root
+def test_python_imports_nothing_from_a_folder_that_it_may_not_list(opened):
+    """Which is why the walk may pass such a folder over: a service's current folder may be one."""
+    folder = opened / "entered"
+    folder.mkdir()
+    (folder / "hidden.py").write_text("")
+    (folder / "hidden.py").chmod(0o644)
+    command = f"cd / && PYTHONPATH={folder} /usr/bin/env python3 -S -c 'import hidden'"
+    if not nobody_can("/usr/bin/env python3 -S -c 'import json'"):
+        pytest.skip("the other user can't run Python here")
+    for mode, found in ((0o755, True), (0o711, False)):
+        folder.chmod(mode)
+        assert nobody_can(command) == found
+
+
 CODE = """
 import os, pathlib, sys
 from federated import separation
