@@ -1,6 +1,5 @@
 """The front door: parses and calls one function a command. ``python -m siloweave`` works as well."""
 
-import json
 import os
 import sys
 import traceback
@@ -13,6 +12,7 @@ from cluster import federation_command
 from cluster.job_commands import job_app, submit
 from cluster.tune_commands import tune
 from configs.errors import SiloweaveError
+from configs.printing import say, to_json
 from federated.federation_commands import federation_app
 from federated.silo_commands import silo_app
 from privacy.commands import ledger_app
@@ -48,7 +48,7 @@ def main() -> None:
         app()
     except Exception as error:
         if os.environ.get("SILOWEAVE_DEBUG"):
-            traceback.print_exc()
+            say(*traceback.format_exc().splitlines(), err=True)
         status = error.exit_status if isinstance(error, SiloweaveError) else 1
         message = (
             str(error)
@@ -57,8 +57,8 @@ def main() -> None:
         )
         line = " ".join(message.split())
         if "--json" in sys.argv:
-            print(json.dumps({"error": line, "exit_status": status}))
-        print(f"error: {line}", file=sys.stderr)
+            say(to_json({"error": line, "exit_status": status}))
+        say(f"error: {line}", err=True)
         sys.exit(status)
 
 

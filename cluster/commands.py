@@ -1,10 +1,10 @@
 """The pipeline's commands. Heavy libraries are imported inside the command that needs them."""
 
-import json
 import logging
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 from configs.errors import InputError
 from configs.load import load, presets, run_directory
 from configs.mirror import open_mirror
+from configs.printing import answer, say, stream, to_json
 from configs.schema import RunConfig
 
 ConfigOption = Annotated[
@@ -53,23 +54,21 @@ def demo(
     config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
 ) -> None:
     """The whole pipeline on embedded data: prepare, pretrain, export, federate, evaluate, generate, report."""
-    from rich.console import Console
-
     from cluster.workflow import pipeline
-    from cluster.workflow.console import result_table
+    from cluster.workflow.console import Terminal, result_table
 
     settings = load(config, overrides(override, address))
-    pipeline.set_aside_finished(settings, lambda line: typer.echo(line, err=True))
+    pipeline.set_aside_finished(settings, partial(say, err=True))
 
     def work(run: Any) -> dict[str, Any]:
-        return pipeline.demo(run, lambda text: typer.echo(text, nl=False, err=True))
+        return pipeline.demo(run, partial(stream, err=True))
 
     document, directory = with_run(settings, work, as_json)
     if as_json:
-        typer.echo(json.dumps(document))
+        say(to_json(document))
         return
-    Console().print(result_table(document))
-    typer.echo(f"report: {directory / 'report.html'}")
+    Terminal().print(result_table(document))
+    say(f"report: {directory / 'report.html'}")
 
 
 def prepare(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
@@ -98,7 +97,7 @@ def _verify_resume(config: str, override: list[str] | None, address: str, as_jso
     from cluster.workflow import verify_resume as verification
 
     document, _ = with_run(load(config, overrides(override, address)), pipeline.verify_resume, as_json)
-    typer.echo(json.dumps(document) if as_json else "\n".join(verification.lines(document)))
+    answer(as_json, document, *verification.lines(document))
     if not document["holds"]:
         raise typer.Exit(1)
 
@@ -138,13 +137,13 @@ def generate(
 
     def on_text(text: str) -> None:
         if not as_json:
-            typer.echo(text, nl=False)
+            stream(text)
 
     text, _ = with_run(
         load(config, override or []), lambda run: pipeline.generate(run, on_text, prompt), as_json, quiet=True
     )
     if as_json:
-        typer.echo(json.dumps({"text": text}))
+        say(to_json({"text": text}))
 
 
 def audit(
@@ -158,9 +157,9 @@ def audit(
     from configs.errors import SiloweaveError
 
     document, directory = with_run(load(config, override or []), lambda run: audits.audit(run, canaries), as_json)
-    typer.echo(json.dumps(document) if as_json else "\n".join(audits.summary(document)))
+    answer(as_json, document, *audits.summary(document))
     if document["verdict"] == "warn":
-        typer.echo("warning: a lower bound on epsilon exceeds the claim at 95% confidence; audit again", err=True)
+        say("warning: a lower bound on epsilon exceeds the claim at 95% confidence; audit again", err=True)
     if document["verdict"] == "fail":
         place, failure = directory / "audit" / "audit.json", audits.failure(document)
         raise SiloweaveError(
@@ -174,7 +173,7 @@ def plan(config: ConfigOption = "demo", override: SetOption = None, as_json: Jso
     from cluster.workflow.estimate import estimate
 
     found = estimate(load(config, override or []))
-    typer.echo(json.dumps(found) if as_json else "\n".join(_lines(found)))
+    answer(as_json, found, *_lines(found))
 
 
 def doctor(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
@@ -184,12 +183,12 @@ def doctor(config: ConfigOption = "demo", override: SetOption = None, as_json: J
     from cluster.workflow.doctor import examine
 
     findings = examine(load(config, override or []))
-    if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings]))
-    else:
-        for finding in findings:
-            mark = "ok  " if finding.ok else "FIX "
-            typer.echo(f"{mark}{finding.check}: {finding.found}" + ("" if finding.ok else f"; {finding.fix}"))
+    marks = {True: "ok  ", False: "FIX "}
+    lines = [
+        f"{marks[finding.ok]}{finding.check}: {finding.found}" + ("" if finding.ok else f"; {finding.fix}")
+        for finding in findings
+    ]
+    answer(as_json, [asdict(finding) for finding in findings], *lines)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
@@ -206,12 +205,12 @@ def status(
 
     directory = run or _directory_to_look_at(load(config, override or []))
 
-    def show() -> str:
+    def show() -> list[str]:
         found = progress.status(directory)
-        return json.dumps(found) if as_json else "\n".join(progress.lines(found))
+        return [to_json(found)] if as_json else progress.lines(found)
 
     if not follow:
-        typer.echo(show())
+        say(*show())
         return
     from cluster.workflow.console import refresh
 
@@ -240,7 +239,7 @@ def decrypt(
         raise InputError("--key-file is empty: give the key's file, or `env:`")
     files = decrypt_tree(source, target, key)
     done = {"files": files, "target": str(target)}
-    typer.echo(json.dumps(done) if as_json else f"decrypt: {files} files in the clear in {target}; keep it private")
+    answer(as_json, done, f"decrypt: {files} files in the clear in {target}; keep it private")
 
 
 def _stage(name: str, config: str, override: list[str] | None, address: str, as_json: bool) -> None:
@@ -249,7 +248,7 @@ def _stage(name: str, config: str, override: list[str] | None, address: str, as_
     settings = load(config, overrides(override, address))
     _, directory = with_run(settings, getattr(pipeline, name), as_json)
     done = {"stage": name, "directory": str(directory)}
-    typer.echo(json.dumps(done) if as_json else f"{name}: done in {directory}")
+    answer(as_json, done, f"{name}: done in {directory}")
 
 
 def overrides(override: list[str] | None, address: str) -> list[str]:

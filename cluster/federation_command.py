@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.load import load
+from configs.printing import say
 
 STAGE = "federated"  # as in a simulation, so that both have the same curves
 
@@ -29,9 +30,9 @@ def run(
                 listener({**event, "stage": STAGE})
 
         directory = run_rounds(Federation(folder), settings, on_event)
-    typer.echo(f"finished: {directory / 'certificate.json'}")
+    say(f"finished: {directory / 'certificate.json'}")
 
 
 def _say(event: dict[str, Any]) -> None:
     shown = {key: value for key, value in event.items() if key not in ("time", "stage", "event")}
-    typer.echo(f"{event['event']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+    say(f"{event['event']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))

@@ -1,7 +1,7 @@
 """``siloweave submit`` and ``siloweave job``: the pipeline's commands as jobs of a Ray cluster."""
 
-import json
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +11,7 @@ from cluster.runtime import jobs
 from cluster.tune_commands import tune
 from configs.errors import InputError
 from configs.load import load
+from configs.printing import say, stream, to_json
 from configs.schema import RunConfig
 
 STAGES = (
@@ -47,11 +48,11 @@ def submit(
     jobs.check_movable(words[0], config)
     cluster = jobs.Jobs(address)
     job = cluster.submit(config, words, python)
-    typer.echo(f"job {job} at {cluster.address}: `siloweave job stop {job}` ends it, nothing here does", err=True)
+    say(f"job {job} at {cluster.address}: `siloweave job stop {job}` ends it, nothing here does", err=True)
     if no_wait:
-        typer.echo(json.dumps(cluster.details(job)) if as_json else job)
+        say(to_json(cluster.details(job)) if as_json else job)
         return
-    _end(cluster.follow(job, lambda text: typer.echo(text, nl=False, err=as_json)), as_json)
+    _end(cluster.follow(job, partial(stream, err=as_json)), as_json)
 
 
 @job_app.command()
@@ -77,10 +78,10 @@ def logs(
     cluster = jobs.Jobs(address)
     if follow:
         cluster.details(job)  # an unknown id is one clear line; the stream would only close
-        _end(cluster.follow(job, lambda text: typer.echo(text, nl=False, err=as_json)), as_json)
+        _end(cluster.follow(job, partial(stream, err=as_json)), as_json)
     else:
         text = cluster.logs(job)
-        typer.echo(json.dumps({"job": job, "logs": text}) if as_json else text, nl=as_json)
+        stream(f"{to_json({'job': job, 'logs': text})}\n" if as_json else text)
 
 
 def _resolve(command: list[str]) -> tuple[RunConfig, list[str]]:
@@ -113,18 +114,18 @@ def _resolve(command: list[str]) -> tuple[RunConfig, list[str]]:
 def _end(details: dict[str, Any], as_json: bool) -> None:
     """Says how a job ended, and ends the same way."""
     if as_json:
-        typer.echo(json.dumps(details))
+        say(to_json(details))
     elif details["exit_status"]:
         reason = f": {details['message'].splitlines()[0]}" if details["message"] else "; its log is above"
         line = f"job {details['job']} {details['status']}, exit status {details['exit_status']}{reason}"
-        typer.echo(f"error: {line}", err=True)
+        say(f"error: {line}", err=True)
     raise typer.Exit(details["exit_status"])
 
 
 def _show(details: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(details))
+        say(to_json(details))
         return
     times = {name: datetime.fromtimestamp(details[name]).astimezone() for name in ("started", "ended") if details[name]}
     shown = {**details, **{name: when.isoformat(timespec="seconds") for name, when in times.items()}}
-    typer.echo("\n".join(f"{name}: {value}" for name, value in shown.items() if value not in (None, "")))
+    say(*(f"{name}: {value}" for name, value in shown.items() if value not in (None, "")))

@@ -1,6 +1,5 @@
 """``siloweave tune``."""
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -8,6 +7,7 @@ import typer
 from cluster import commands
 from configs.errors import InputError
 from configs.load import load
+from configs.printing import say, to_json
 
 
 def tune(
@@ -42,14 +42,14 @@ def tune(
 
     document, _ = commands.with_run(settings, work, as_json)
     if as_json:
-        typer.echo(json.dumps(document))
+        say(to_json(document))
         return
-    from rich.console import Console
+    from cluster.workflow.console import Terminal
 
-    Console().print(tuning.table(document))
+    Terminal().print(tuning.table(document))
     for silo, price in (document["reserved"] or {}).items():
-        typer.echo(f"silo {silo}: the search reserved epsilon {price['epsilon']:.4g}, delta {price['delta']:.3g}")
-    typer.echo(f"best: {document['best_config']}; all trials: {search.directory / 'tune.json'}, trials.svg")
+        say(f"silo {silo}: the search reserved epsilon {price['epsilon']:.4g}, delta {price['delta']:.3g}")
+    say(f"best: {document['best_config']}; all trials: {search.directory / 'tune.json'}, trials.svg")
 
 
 def _check_installed() -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.settings import Count, Positive, Probability, Settings
+from configs.settings import Count, Place, Positive, Probability, Settings
 
 PUBLIC = "public"
 CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -13,7 +13,7 @@ CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 class SourceSettings(Settings):
     """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
 
-    source: str
+    source: Annotated[str, Place("the data")]
     """``embedded:NAME``, a path (JSONL, CSV, Parquet, text file, or a folder of them), or ``hf:DATASET``."""
     text: str = "text"
     """Column that holds the text. Text files have this one column: a file is a record."""
@@ -31,7 +31,7 @@ class CorpusSettings(SourceSettings):
 class PrivateSettings(SourceSettings):
     """The data of the silos, for a simulation on one machine."""
 
-    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
     """The steward's name for this dataset. Its ledgers outlive runs: a new name is a new privacy budget, so
     change it only when the people in the data have changed."""
     silo: str = "silo"
@@ -62,9 +62,9 @@ class DeidentifySettings(Settings):
 
     enabled: bool = False
     """Treat the public corpus and the silos' records."""
-    names_file: str = ""
+    names_file: Annotated[str, Place("the names")] = ""
     """File of names, one a line, found as written and in capitals, in every Unicode form; empty: none."""
-    spacy_model: str = ""
+    spacy_model: Annotated[str, Place("the model that finds names", secret=False)] = ""
     """Installed spaCy model, or its folder, that finds names; empty: none. Never downloaded."""
     countries: tuple[str, ...] = ("us", "uk")
     """Countries whose national ids are looked for, by Presidio's codes."""

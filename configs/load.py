@@ -18,6 +18,7 @@ from configs.storage import COMMITTED
 
 PRESETS = Path(__file__).parent
 Model = TypeVar("Model", bound=BaseModel)
+_PROBLEMS_SHOWN, _LARGEST_PROBLEM = 10, 600
 
 
 def presets() -> list[str]:
@@ -81,8 +82,18 @@ def parse(schema: type[Model], tree: dict[str, Any], origin: str) -> Model:
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise InputError(f"{origin}: " + "; ".join(lines)) from None
+        lines = [_shortened(_explain(problem)) for problem in error.errors()[:_PROBLEMS_SHOWN]]
+        more = [f"and {error.error_count() - len(lines)} more"] if error.error_count() > len(lines) else []
+        raise InputError(f"{origin}: " + "; ".join([*lines, *more])) from None
+
+
+def _shortened(text: str) -> str:
+    """What a stranger's document holds is repeated in part only."""
+    return (
+        text
+        if len(text) <= _LARGEST_PROBLEM
+        else f"{text[: _LARGEST_PROBLEM // 2]} ... {text[-_LARGEST_PROBLEM // 2 :]}"
+    )
 
 
 def _explain(problem: Any) -> str:

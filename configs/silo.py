@@ -10,7 +10,7 @@ from configs.data_settings import DeidentifySettings, SourceSettings
 from configs.federated_settings import ClippingMethod
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
-from configs.settings import Count, Labels, Positive, Probability, Settings
+from configs.settings import Count, Labels, Place, Positive, Probability, Settings
 
 MOST_SIMULATED_RUNS = 10_000  # whoever simulates asks nobody but himself
 
@@ -20,16 +20,16 @@ class SiloSettings(Settings):
 
     id: Annotated[str, Field(min_length=1, max_length=100)]
     """The silo's name in the federation."""
-    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
     """The steward's name for the dataset; the ledger is bound to it."""
-    state_dir: str
+    state_dir: Annotated[str, Place("keys and ledger", made=True)]
     """Folder of keys and ledger. It outlives runs."""
-    anchor_dir: str = ""
+    anchor_dir: Annotated[str, Place("the ledger's anchor", made=True)] = ""
     """Folder of the ledger's anchor, by which an old ledger that is put back is noticed: one for each dataset, best on
     another disk than ``state_dir``, and never restored with it. Empty: ``<state_dir>.anchor``."""
-    base_model: str
+    base_model: Annotated[str, Place("the base model", secret=False)]
     """Folder of the exported base model that the silo may fine-tune."""
-    encryption_key_file: str = ""
+    encryption_key_file: Annotated[str, Place("the encryption key")] = ""
     """File of the base model's key where its weights are encrypted; ``env:`` takes SILOWEAVE_ENCRYPTION_KEY."""
     relay_user: str = ""
     """Operating-system user of the relay, which the service's socket is for. It must reach nothing else of the silo.

@@ -13,6 +13,7 @@ from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
 from configs.federated_settings import FederatedSettings
 from federated import silo_pb2 as pb
+from federated.bounds import excess
 from federated.client_app import pack, unpack
 from federated.envelope import reply_holds, seal_request
 from federated.protocol import PROTOCOL_VERSION
@@ -241,6 +242,8 @@ class Exchange:
             self.bytes_moved += len(content)
             envelope.ParseFromString(content)
             reply.ParseFromString(envelope.body)
+            if found := excess(envelope) or excess(reply):
+                raise ValueError("the reply's {} has {}, allowed {}".format(*found))
         except Exception as error:  # protobuf's DecodeError lives in an untyped module
             node = message.metadata.src_node_id
             self.log.emit("federate", "rejected", node=node, step=group, message=str(error)[:500])

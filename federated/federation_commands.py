@@ -1,11 +1,12 @@
 """``siloweave federation``: what a coordinator's people run; the rounds themselves are ``cluster``'s to show."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from configs.printing import answer, confirmed, say
 
 if TYPE_CHECKING:
     from federated.federation import Federation
@@ -36,8 +37,8 @@ def init(
 
     given = {"name": name, "hosts": host, "port": port, "listen": listen}
     made = Federation.create(folder, parse(FederationConfig, given, "federation init"))
-    typer.echo(f"{made.card_file}: send it to every silo, and read this out to its steward:")
-    typer.echo(f"fingerprint {fingerprint(made.card)}")
+    say(f"{made.card_file}: send it to every silo, and read this out to its steward:")
+    say(f"fingerprint {fingerprint(made.card)}")
 
 
 @federation_app.command()
@@ -55,9 +56,9 @@ def enrol(
     from federated.trust import EnrolledSilo
 
     card = read_document(EnrolledSilo, enrolment)
-    confirm(card, fingerprint, str(enrolment), typer.confirm)
+    confirm(card, fingerprint, str(enrolment), confirmed)
     Federation(folder).enrol(card)
-    typer.echo(f"silo {card.silo}: enrolled; runs ask it from their next round on")
+    say(f"silo {card.silo}: enrolled; runs ask it from their next round on")
 
 
 @federation_app.command()
@@ -66,7 +67,7 @@ def revoke(folder: Folder, silo: Annotated[str, typer.Argument(help="The silo's 
     from federated.federation import Federation
 
     Federation(folder).revoke(silo)
-    typer.echo(f"silo {silo}: revoked")
+    say(f"silo {silo}: revoked")
 
 
 @federation_app.command()
@@ -83,7 +84,7 @@ def serve(folder: Folder) -> None:
     link, port = superlink(served)
     supervisor = Supervisor(served.state, [link, proxy(served, port)])
     address = served.card.address
-    supervisor.run(ended_by_signal(), lambda: typer.echo(f"federation at {address}: serving"), _enrolments(served))
+    supervisor.run(ended_by_signal(), lambda: say(f"federation at {address}: serving"), _enrolments(served))
 
 
 def _enrolments(served: "Federation") -> "Callable[[], None]":
@@ -104,7 +105,7 @@ def _enrolments(served: "Federation") -> "Callable[[], None]":
         except SiloweaveError as error:
             if str(error) != said:  # not twice a second
                 said = str(error)
-                typer.echo(f"enrolments: {said}", err=True)
+                say(f"enrolments: {said}", err=True)
 
     return tick
 
@@ -117,7 +118,7 @@ def status(folder: Folder, as_json: JsonOption = False) -> None:
     from federated.federation_status import status as look
 
     found = look(Federation(folder))
-    typer.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
+    answer(as_json, found, *lines(found))
 
 
 @federation_app.command()
@@ -127,4 +128,4 @@ def stop(folder: Folder) -> None:
     from federated.processes import stop as end
 
     ended = end(Federation(folder).state)
-    typer.echo("stopped" if ended else "nothing was running")
+    say("stopped" if ended else "nothing was running")

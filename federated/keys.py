@@ -31,9 +31,9 @@ class CoordinatorCard(Settings):
     """The federation's name."""
     public_key: PublicKey
     """Ed25519 key that signs requests, in hexadecimal."""
-    address: str
+    address: Annotated[str, Field(max_length=300)]
     """``HOST:PORT`` of the coordinator's proxy."""
-    root_certificate: str
+    root_certificate: Annotated[str, Field(max_length=20_000)]
     """Certificate of the coordinator's own authority, PEM: the only one that a relay trusts."""
 
 
@@ -42,9 +42,9 @@ class RelayCard(Settings):
 
     kind: Literal["relay"] = "relay"
     version: Literal[1] = 1
-    supernode_key: Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+$")]
+    supernode_key: Annotated[str, Field(pattern=r"^ecdsa-sha2-nistp384 [A-Za-z0-9+/=]+$", max_length=1000)]
     """ECDSA P-384 key in OpenSSH's format, by which the coordinator knows the SuperNode."""
-    certificate_request: str
+    certificate_request: Annotated[str, Field(max_length=20_000)]
     """Request (PEM) for the certificate by which the silo service knows the relay, where they talk over TLS."""
 
 

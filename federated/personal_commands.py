@@ -1,11 +1,12 @@
 """``siloweave silo personalise``."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from configs.printing import answer
 
 
 def personalise(
@@ -28,10 +29,9 @@ def personalise(
     silo = load_silo(config)
     settings = PersonalSettings(steps, batch_size, learning_rate, rank, 2.0 * rank, silo.silo.micro_batch_size)
     result = train(silo, adapter, settings)
-    if as_json:
-        typer.echo(json.dumps({**asdict(result), "folder": str(result.folder)}))
-        return
-    typer.echo(
+    answer(
+        as_json,
+        {**asdict(result), "folder": str(result.folder)},
         f"silo {silo.silo.id}: {result.folder}: held-out bits per character {result.shared_bits_per_char:.3f} with the "
-        f"shared adapter, {result.personal_bits_per_char:.3f} with the personal one; adapter and figures are private"
+        f"shared adapter, {result.personal_bits_per_char:.3f} with the personal one; adapter and figures are private",
     )

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 PROTOCOL_VERSION = 3
 SERVICE = "siloweave.v1.Silo"  # the name under which the health service tells of it
-MAX_MESSAGE_BYTES = 256 * 2**20
 CHUNK_BYTES = 2**20
 
 

@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 
 from configs.errors import InputError, PolicyRefusal
+from configs.printing import printable
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, check_shapes, from_bytes
+from federated.bounds import excess
 from federated.envelope import request_holds
 from federated.protocol import PROTOCOL_VERSION
 from privacy.statements import Receipt
 
 LARGEST_ECHO = 100  # characters of a request that a refusal repeats
+LARGEST_TEXT = 2000  # characters of what else it says
 
 
 def refuse(rule: str, asked: str, allowed: str) -> PolicyRefusal:
@@ -50,8 +53,8 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
         raise refuse("request", "no kind", "describe, reserve, train, contribute, evaluate or close")
     if kind != "describe" and request.silo_id != silo_id:
         raise refuse("silo_id", request.silo_id, silo_id)
-    if kind != "describe" and not (request.run_id and len(request.run_id) <= 100 and len(request.request_id) <= 200):
-        raise refuse("run_id", request.run_id or "empty", "1 to 100 characters, request_id up to 200")
+    if kind != "describe" and not request.run_id:
+        raise refuse("run_id", "empty", "the run's name")
     if request.expires < time.time():
         raise refuse("expires", f"{request.expires}", "a time to come")
     return request
@@ -74,16 +77,16 @@ def _parse(message: Any, content: bytes) -> None:
         message.ParseFromString(content)
     except Exception as error:  # protobuf's DecodeError lives in an untyped module
         raise refuse("request", type(error).__name__, f"a serialized {type(message).__name__}") from None
+    if found := excess(message):
+        raise refuse(*found)
 
 
 def json_object(text: str) -> dict[str, Any]:
     """A plan's JSON.
 
     Raises:
-        PolicyRefusal: it is no JSON object, or longer than 10,000 characters.
+        PolicyRefusal: it is no JSON object.
     """
-    if len(text) > 10_000:
-        raise refuse("plan", f"{len(text)} characters", "at most 10000 characters")
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -140,9 +143,5 @@ def receipt_of(content: bytes) -> Receipt | None:
 
 def refusal_message(refusal: PolicyRefusal) -> pb.Refusal:
     """A refusal as it leaves and is logged: one line, whatever was asked."""
-    asked, allowed, message = map(_one_line, (refusal.asked[:LARGEST_ECHO], refusal.allowed, str(refusal)))
-    return pb.Refusal(rule=refusal.rule, asked=asked, allowed=allowed, message=message)
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:2000])
+    asked, allowed, message = map(printable, (refusal.asked[:LARGEST_ECHO], refusal.allowed, str(refusal)))
+    return pb.Refusal(rule=refusal.rule, asked=asked, allowed=allowed[:LARGEST_TEXT], message=message[:LARGEST_TEXT])

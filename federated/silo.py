@@ -4,7 +4,6 @@ The same object answers in process (local grid), behind gRPC (silo service), and
 request: who asks, policy without reading data, charge, train, store the reply, only then send it.
 """
 
-import contextlib
 import logging
 import threading
 from functools import cached_property
@@ -16,11 +15,12 @@ from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import Arrays, to_bytes
-from federated.audit_log import AuditLog
+from federated.audit_log import AuditLog, UnloggedError
 from federated.contribution import contribution
 from federated.envelope import seal_reply
 from federated.factors import frozen_digest
 from federated.label_counts import examples_of
+from federated.line_file import PrivateLog
 from federated.local_training import LocalSettings, private_update
 from federated.policy import check_model, check_optimizer
 from federated.private_evaluation import METRIC, bounds_of, evaluated, private_sums
@@ -112,12 +112,15 @@ class Silo:
             handler.close()
 
     def handle(self, content: bytes) -> bytes:
-        """Answers one request. Never raises: a refusal or a failure is a reply.
+        """Answers one request. A refusal or a failure is a reply, too.
 
         Args:
             content: an envelope: the body, whose digest binds a charge's seed; the last receipt of this silo that the
                 coordinator holds, which is no part of the digest (a restart sends the same body, and may hold another
                 receipt); and the coordinator's signature over both.
+
+        Raises:
+            UnloggedError: the audit log can't be written, and so nothing may leave. A stored reply waits.
         """
         digest = ""
         try:
@@ -133,13 +136,14 @@ class Silo:
                 self._log.warning("refused %s: %s", digest, shown.message)
                 body, outcome = _serialized(self._reply(digest, refusal=shown)), f"refused: {shown.rule}"
             return self._sealed(body, digest, outcome)
+        except UnloggedError:
+            self._log.exception("no reply to %s", digest)
+            raise
         except Exception:
             # Whatever failed may depend on the data: one constant code leaves, the details stay here.
             self._log.exception("failed %s", digest)
             failure = _serialized(self._reply(digest, failure=pb.Failure(code=FAILED)))
-            with contextlib.suppress(SiloweaveError):  # the audit log may be what can't be written
-                return self._sealed(failure, digest, "failed")
-            return seal_reply(self.ledger.journal.signer, failure)
+            return self._sealed(failure, digest, "failed")
 
     def _answer(self, envelope: pb.Envelope, digest: str) -> bytes:
         request = decode(envelope.body, self.config.silo.id)
@@ -315,11 +319,7 @@ def _private_log(state_dir: Path) -> logging.Logger:
     """The silo's own log, in its state directory; nothing of it is sent."""
     logger = logging.getLogger(f"siloweave.silo.{state_dir}")
     if not logger.handlers:
-        path = state_dir / "silo.log"
-        path.touch(mode=0o600)
-        handler = logging.FileHandler(path)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(PrivateLog(state_dir / "silo.log"))
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger

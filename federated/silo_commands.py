@@ -1,6 +1,5 @@
 """``siloweave silo``: what a data steward runs."""
 
-import json
 import signal
 import threading
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from configs.printing import answer, confirmed, say
 from federated.personal_commands import personalise
 from federated.silo_runs import journal_of, runs_app
 
@@ -54,10 +54,8 @@ def init(
     settings = load_silo(config)
     journal, _ = _journal(config)
     card = make_identity(settings, journal, read_document(RelayCard, relay), tuple(host or ["localhost"]))
-    typer.echo(
-        f"silo {card.silo}: send {Path(settings.silo.state_dir) / ENROLMENT} to the coordinator, and read this out:"
-    )
-    typer.echo(f"fingerprint {fingerprint(card)}")
+    say(f"silo {card.silo}: send {Path(settings.silo.state_dir) / ENROLMENT} to the coordinator, and read this out:")
+    say(f"fingerprint {fingerprint(card)}")
 
 
 @silo_app.command()
@@ -75,9 +73,9 @@ def trust(
     from federated.silo_identity import trust as take_in
 
     card = read_document(CoordinatorCard, coordinator)
-    found = confirm(card, fingerprint, str(coordinator), typer.confirm)
+    found = confirm(card, fingerprint, str(coordinator), confirmed)
     take_in(load_silo(config), card)
-    typer.echo(f'{card.name}: trusted from now on; its relay\'s settings say coordinator_fingerprint = "{found}"')
+    say(f'{card.name}: trusted from now on; its relay\'s settings say coordinator_fingerprint = "{found}"')
 
 
 @silo_app.command()
@@ -87,7 +85,7 @@ def distrust(config: SiloToml, name: Annotated[str, typer.Argument(help="As `sil
     from federated.silo_identity import distrust as leave_out
 
     leave_out(load_silo(config), name)
-    typer.echo(f"{name}: not trusted any more")
+    say(f"{name}: not trusted any more")
 
 
 @silo_app.command()
@@ -127,7 +125,7 @@ def serve(
             share_socket(socket, relay_user)
     else:
         server, _ = start(silo, str(address), service_tls(settings))
-    typer.echo(f"silo {settings.silo.id}: listening on {socket or address}")
+    say(f"silo {settings.silo.id}: listening on {socket or address}")
     ended.wait()
     server.stop(grace=5).wait()
 
@@ -147,12 +145,12 @@ def relay(
     folder = Path(settings.state_dir)
     if make_keys:
         make(settings)
-        typer.echo(f"{folder / 'relay.json'}: give it to `siloweave silo init --relay`")
+        say(f"{folder / 'relay.json'}: give it to `siloweave silo init --relay`")
         return
     program = supernode(settings)
     address = settings.silo_address
     Supervisor(folder, [program]).run(
-        ended_by_signal(), ready=lambda: typer.echo(f"relay to {address}: running"), tick=lambda: None
+        ended_by_signal(), ready=lambda: say(f"relay to {address}: running"), tick=lambda: None
     )
 
 
@@ -168,7 +166,7 @@ def status(
 
     is_silo = "silo" in read_toml(config)
     found = silo_status(config, _journal(config), socket) if is_silo else relay_status(config)
-    typer.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
+    answer(as_json, found, *lines(found))
 
 
 @budget_app.callback()
@@ -215,7 +213,7 @@ def reconcile(
             f"{done.charged_again} reservations charged again because their rounds may be released twice, together "
             f"epsilon {result['epsilon_charged']:.4g}; {len(done.closed_runs)} open runs closed; {remaining}"
         )
-    typer.echo(json.dumps(result) if as_json else line)
+    answer(as_json, result, line)
 
 
 def _journal(silo: Path) -> "tuple[Journal, Budget]":

@@ -1,5 +1,9 @@
-"""A silo as a warm gRPC service, on a Unix socket or by mutual TLS, with the standard health service."""
+"""A silo as a warm gRPC service, on a Unix socket or by mutual TLS, with the standard health service.
 
+Every call holds a thread of gRPC's while bytes come or go, so how long that may take is bounded for each of them.
+"""
+
+import contextlib
 import os
 import socket as socket_module
 import threading
@@ -10,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from configs.errors import InputError
 from federated import silo_pb2 as pb
@@ -18,7 +22,10 @@ from federated import silo_pb2_grpc
 from federated.protocol import CHUNK_BYTES, SERVICE, chunks
 from federated.silo import Silo
 
-MAX_WAITING = 4  # requests that wait while one is answered; more are sent away
+MAX_WAITING = 4  # whole requests that wait while one is answered; more are sent away
+MAX_TRANSFERS = 8  # requests and replies on their way at a time; a new one ends the one that has taken longest
+TRANSFER_S = 120.0  # a request must have come, and a reply must have been fetched, in this time
+_THREADS = 1 + MAX_WAITING + 3 * MAX_TRANSFERS  # transfers, questions about health, and what is just ending
 _BUDGETS = ("budget_", "max_epsilon_", "max_open_runs", "max_request", "max_reservations", "max_runs_per_day")
 _LONGEST_SOCKET_PATH = 100  # the system's limit is 108 bytes with the final zero
 
@@ -32,26 +39,85 @@ class ServiceTls:
     authority: bytes
 
 
+class _Transfers:
+    """Messages that are on their way: few at a time, in bounded time and memory, whoever is at the other end."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._lock = threading.Lock()
+        self._held: dict[Any, int] = {}  # bytes by call, oldest first
+
+    @contextlib.contextmanager
+    def one(self, context: Any) -> Iterator[None]:
+        """A call's turn. It is cancelled where that takes too long, or a newer one needs the room."""
+        clock = threading.Timer(TRANSFER_S, self._end, (context,))
+        clock.daemon = True
+        with self._lock:
+            if len(self._held) >= MAX_TRANSFERS:
+                self._end_oldest()
+            self._held[context] = 0
+        clock.start()
+        try:
+            yield
+        finally:
+            clock.cancel()
+            with self._lock:
+                in_time = self._held.pop(context, None) is not None
+        if not in_time:  # a cancelled call may look as if all of it had come
+            context.abort(grpc.StatusCode.CANCELLED, "the transfer took too long")
+
+    def holds(self, context: Any, size_bytes: int) -> None:
+        """Has a call hold so many bytes; older ones end where all together would hold too many."""
+        with self._lock:
+            if context in self._held:  # else it was told to end
+                self._held[context] = size_bytes
+            while sum(self._held.values()) > self._most_bytes and len(self._held) > 1:
+                self._end_oldest(context)
+
+    def _end_oldest(self, keep: Any = None) -> None:
+        oldest = next(context for context in self._held if context is not keep)
+        del self._held[oldest]
+        oldest.cancel()
+
+    def _end(self, context: Any) -> None:
+        with self._lock:
+            if self._held.pop(context, None) is not None:
+                context.cancel()
+
+
 class SiloServicer(silo_pb2_grpc.SiloServicer):
     """Hands envelopes to the silo and its answers back, one at a time.
 
-    A caller that gives up changes nothing: what is charged stays charged, and the stored reply waits for it.
+    A caller that gives up changes nothing: what is charged stays charged, and the stored reply waits for it. A place
+    among the requests that wait is for those that have come whole.
     """
 
     def __init__(self, silo: Silo) -> None:
         self._silo = silo
+        self._transfers = _Transfers(2 * silo.config.policy.max_request_bytes)
         self._places = threading.BoundedSemaphore(1 + MAX_WAITING)
+        self._answers = True
+
+    def takes_requests(self) -> bool:
+        """Whether a request that came now would be answered: a place is free, and the last request was."""
+        if not self._places.acquire(blocking=False):
+            return False
+        self._places.release()
+        return self._answers
 
     def Exchange(self, request_iterator: Iterator[pb.Chunk], context: Any) -> Iterator[pb.Chunk]:  # noqa: N802
         """One request and its reply. A refusal is a reply, too, and the call then ends with its status code."""
+        with self._transfers.one(context):
+            request = self._received(request_iterator, context)
         if not self._places.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"queue: {MAX_WAITING} requests wait; ask again later")
         try:
-            reply = self._silo.handle(self._received(request_iterator, context))
+            reply = self._answered(request, context)
         finally:
             self._places.release()
-        for part in chunks(reply):
-            yield pb.Chunk(data=part)
+        with self._transfers.one(context):
+            for part in chunks(reply):
+                yield pb.Chunk(data=part)
         code = _status(reply)
         if code is not None:
             context.set_code(code)
@@ -63,9 +129,40 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
             received += part.data
             if len(received) > largest:
                 context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"max_request_bytes: allowed {largest}")
+            self._transfers.holds(context, len(received))
         if not context.is_active():  # it has gone before anything was charged
             context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")
         return bytes(received)
+
+    def _answered(self, request: bytes, context: Any) -> bytes:
+        reply = b""
+        try:
+            reply = self._silo.handle(request)
+        except Exception:  # the audit log can't be written; and gRPC would send another exception's words
+            self._answers = False
+            context.abort(grpc.StatusCode.UNAVAILABLE, "no reply can leave now; ask again later")
+        self._answers = True
+        return reply
+
+
+def _health(servicer: SiloServicer) -> grpc.GenericRpcHandler:
+    """The standard health service's Check. Watch, which would hold a call for ever, is unimplemented.
+
+    It is read as a stream of one question: for a question that never comes, gRPC itself would wait for ever.
+    """
+    transfers, statuses = _Transfers(2**20), health_pb2.HealthCheckResponse
+
+    def check(questions: Iterator[Any], context: Any) -> Iterator[Any]:
+        with transfers.one(context):
+            question = next(iter(questions), None)
+        if question is None or question.service not in ("", SERVICE):
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such service")
+        yield statuses(status=statuses.SERVING if servicer.takes_requests() else statuses.NOT_SERVING)
+
+    handler = grpc.stream_stream_rpc_method_handler(
+        check, health_pb2.HealthCheckRequest.FromString, health_pb2.HealthCheckResponse.SerializeToString
+    )
+    return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
 
 
 def _status(reply: bytes) -> grpc.StatusCode | None:
@@ -93,13 +190,13 @@ def serve(silo: Silo, address: str, tls: ServiceTls | None = None, mode: int = 0
         InputError: the socket's path is too long or taken, the address can't be listened on, or has no TLS.
     """
     server = grpc.server(
-        ThreadPoolExecutor(max_workers=MAX_WAITING + 4),  # some are left for the health service
+        ThreadPoolExecutor(max_workers=_THREADS),
         options=[("grpc.max_receive_message_length", 2 * CHUNK_BYTES)],
+        maximum_concurrent_rpcs=10 * _THREADS,  # those that wait for a thread; none does for long
     )
-    silo_pb2_grpc.add_SiloServicer_to_server(SiloServicer(silo), server)
-    status = health.HealthServicer()
-    status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-    health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    servicer = SiloServicer(silo)
+    silo_pb2_grpc.add_SiloServicer_to_server(servicer, server)
+    server.add_generic_rpc_handlers((_health(servicer),))
     if address.startswith("unix:"):
         _clear(Path(address.removeprefix("unix:")))
     elif tls is None:

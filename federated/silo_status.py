@@ -1,5 +1,6 @@
 """What a silo's steward sees, of the service by its silo.toml and of the relay by its relay.toml."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from configs.deployment import load_relay
 from configs.silo import load_silo
 from federated.certificates import days_left, read_certificate
 from federated.health import is_serving
+from federated.line_file import LineFile
 from federated.processes import last_line, read_state
 from federated.protocol import SERVICE
 from federated.silo_identity import TLS, trusted
@@ -15,6 +17,7 @@ from privacy.journal import Journal
 from privacy.runs import Runs
 
 REFUSALS_SHOWN = 20
+_REFUSAL = re.compile(r"\S+ \S+ WARNING refused ")
 
 
 def silo_status(path: Path, ledger: tuple[Journal, Budget], socket: Path | None) -> dict[str, Any]:
@@ -54,10 +57,14 @@ def relay_status(path: Path) -> dict[str, Any]:
 
 
 def _refusals(log: Path) -> list[str]:
-    if not log.exists():
-        return []
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for line in lines if " refused " in line][-REFUSALS_SHOWN:]
+    """The newest, of older files too; a further line of another message is indented, and is none."""
+    found: list[str] = []
+    for path in LineFile(log).newest_first():
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        found = [line for line in lines if _REFUSAL.match(line)] + found
+        if len(found) >= REFUSALS_SHOWN:
+            break
+    return found[-REFUSALS_SHOWN:]
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ from privacy.signing import Signer
 
 TRUSTED, ENROLLED = "trusted", "silos"
 COORDINATOR_KEY = "coordinator.key"
-PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", max_length=64)]
+Name = Annotated[str, Field(max_length=100)]
 
 
 class TrustedCoordinator(BaseModel):
@@ -29,7 +30,7 @@ class TrustedCoordinator(BaseModel):
 
     kind: Literal["coordinator"] = "coordinator"
     version: Literal[1] = 1
-    name: str
+    name: Name
     public_key: PublicKey
 
 
@@ -46,9 +47,9 @@ class EnrolledSilo(BaseModel):
 
     kind: Literal["silo"] = "silo"
     version: Literal[1] = 1
-    silo: str
+    silo: Name
     public_key: PublicKey
-    node_key: str
+    node_key: Annotated[str, Field(max_length=1000)]
 
 
 def fingerprint(public_key: str) -> str:

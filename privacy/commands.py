@@ -1,6 +1,5 @@
 """``siloweave ledger``: look at a ledger, check it and what was certified from it, copy it; without the silo."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.errors import InputError
+from configs.printing import answer
 
 ledger_app = typer.Typer(help="Shows, verifies and copies a silo's ledger.", no_args_is_help=True)
 ANCHOR_AGREES = "agrees"
@@ -28,13 +28,14 @@ def show(ledger: LedgerArgument, key_file: KeyOption = "", as_json: JsonOption =
 
     bodies = _verified(ledger, key_file)[0]
     remaining = left(bodies)
-    if as_json:
-        typer.echo(json.dumps({"entries": bodies, "epsilon_left": remaining.epsilon, "delta_left": remaining.delta}))
-        return
-    for body in bodies:
-        when = datetime.fromtimestamp(body["time"], tz=UTC).strftime("%Y-%m-%d %H:%M:%S")
-        typer.echo(f"{body['number']:>5}  {when}  {body['kind']:<10}{_summary(body)}")
-    typer.echo(f"left: epsilon {remaining.epsilon:.4g}, delta {remaining.delta:.3g}")
+    document = {"entries": bodies, "epsilon_left": remaining.epsilon, "delta_left": remaining.delta}
+    left_over = f"left: epsilon {remaining.epsilon:.4g}, delta {remaining.delta:.3g}"
+    answer(as_json, document, *map(_entry_line, bodies), left_over)
+
+
+def _entry_line(body: dict[str, Any]) -> str:
+    when = datetime.fromtimestamp(body["time"], tz=UTC).strftime("%Y-%m-%d %H:%M:%S")
+    return f"{body['number']:>5}  {when}  {body['kind']:<10}{_summary(body)}"
 
 
 @ledger_app.command()
@@ -62,7 +63,7 @@ def verify(
         results |= {"unit": document["unit"], "headline": document["headline"], "silos": list(ledgers_of(document))}
         if ledger is not None:
             results["silo"] = _in_ledger(document, ledger, key_file, str(certificate))
-    typer.echo(json.dumps(results) if as_json else "\n".join(_lines(results, ledger, certificate)))
+    answer(as_json, results, *_lines(results, ledger, certificate))
 
 
 @ledger_app.command()
@@ -85,7 +86,7 @@ def backup(ledger: LedgerArgument, to: ToOption, as_json: JsonOption = False) ->
 
 
 def _written(entries: int, to: Path, as_json: bool) -> None:
-    typer.echo(json.dumps({"file": str(to), "entries": entries}) if as_json else f"{to}: {entries} entries")
+    answer(as_json, {"file": str(to), "entries": entries}, f"{to}: {entries} entries")
 
 
 def _file(ledger: Path) -> Path:

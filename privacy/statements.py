@@ -17,6 +17,8 @@ from privacy.signing import Signer, signature_holds
 
 LARGEST_STATEMENT_BYTES = 2**20
 AUDIT_DATASET: Literal["canaries in public text"] = "canaries in public text"
+Name = Annotated[str, Field(max_length=255)]
+Hexadecimal = Annotated[str, Field(max_length=128)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Spent = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Number = Annotated[int, Field(ge=1)]
@@ -27,7 +29,7 @@ class Spend(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    entry: str
+    entry: Hexadecimal
     epsilon: Spent
     delta: Spent
 
@@ -38,10 +40,10 @@ class Signed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
-    silo: str
-    dataset: str
-    public_key: str
-    signature: str = ""
+    silo: Name
+    dataset: Name
+    public_key: Hexadecimal
+    signature: Hexadecimal = ""
 
     def signed(self, signer: Signer) -> Self:
         """The same with its signature."""
@@ -89,17 +91,17 @@ class Receipt(Signed):
     """
 
     kind: Literal["receipt"] = "receipt"
-    run: str
+    run: Name
     number: Number
-    head: str
+    head: Hexadecimal
     epoch: Annotated[int, Field(ge=0)]
-    plan_digest: str
+    plan_digest: Hexadecimal
     public_record_count: Annotated[int, Field(ge=0)]
     epsilon_reserved: Spent
     delta_reserved: Spent
     epsilon_left: Finite
     delta_left: Finite
-    spends: tuple[Spend, ...]
+    spends: Annotated[tuple[Spend, ...], Field(max_length=10_000)]
 
 
 class RunStatement(Signed):
@@ -120,17 +122,17 @@ class RunStatement(Signed):
     """
 
     kind: Literal["statement"] = "statement"
-    run: str
-    plan_digest: str
+    run: Name
+    plan_digest: Hexadecimal
     public_record_count: Number
     epsilon: Spent
     delta: Spent
     rounds_charged: Annotated[int, Field(ge=0)]
     number: Number
-    head: str
+    head: Hexadecimal
     attests_disjoint_units: bool
     seed_source: Literal["operating system", "injected", "not recorded"]
-    versions: dict[str, str]
+    versions: Annotated[dict[Name, Name], Field(max_length=100)]
 
 
 class AuditedScore(BaseModel):
@@ -158,9 +160,9 @@ class AuditStatement(Signed):
 
     kind: Literal["audit"] = "audit"
     dataset: Literal["canaries in public text"] = AUDIT_DATASET
-    run: str
-    plan_digest: str
-    design_digest: str
+    run: Name
+    plan_digest: Hexadecimal
+    design_digest: Hexadecimal
     earlier_audits: Annotated[int, Field(ge=0)]
     scores: Annotated[tuple[AuditedScore, ...], Field(min_length=1, max_length=100)]
 
@@ -186,6 +188,6 @@ def _each_once(origin: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise InputError(f"{origin}: {name!r} is there twice; give the file as it was written")
+            raise InputError(f"{origin}: {name[:100]!r} is there twice; give the file as it was written")
         found[name] = value
     return found

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.workflow.durations import Remaining, duration
+from configs.printing import printable, say
 
 _TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of", "trial": "of"}
 _POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done", "trial": "done"}
@@ -27,18 +28,29 @@ _SHOWN = {"convert", "damaged", "restart", "rollback", "refused", "rejected", "r
 _PLAIN_EVERY_S = 10.0
 
 
+class Terminal(Console):
+    """Rich's console for strangers' words: they are no markup, and what is not shown as itself is escaped."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string, be it in a table, comes through here."""
+        return super().render_str(printable(text), **options)
+
+
 class Progressing:
     """Listens to events and shows them. Use as a context; standard output stays free for results."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, quiet=quiet)
+        self._console = Terminal(stderr=True, quiet=quiet)
         self._bars = self._console.is_terminal and not quiet
         self._progress = Progress(
             TextColumn("[bold]{task.description:16}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -68,7 +80,7 @@ class Progressing:
         elif kind == "end":
             self._finish(stage, event["seconds"])
         elif kind in _SHOWN:
-            self._console.print(f"{stage}: {kind}: {_detail(event)}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"{stage}: {kind}: {_detail(event)}", soft_wrap=True)
 
     def _advance(self, stage: str, position: int, total: int, note: str) -> None:
         left = self._remaining.setdefault(stage, Remaining())(position, total)
@@ -77,17 +89,17 @@ class Progressing:
         if self._bars:
             if stage not in self._tasks:
                 self._tasks[stage] = self._progress.add_task(stage, total=total, note="")
-            self._progress.update(self._tasks[stage], completed=position, total=total, note=note)
+            self._progress.update(self._tasks[stage], completed=position, total=total, note=printable(note))
         elif position == total or time.monotonic() - self._last_line > _PLAIN_EVERY_S:
             self._last_line = time.monotonic()
-            self._console.print(f"{stage}: {position}/{total} {note}", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"{stage}: {position}/{total} {note}", soft_wrap=True)
 
     def _finish(self, stage: str, seconds: float) -> None:
         if self._bars and stage in self._tasks:
             total = self._progress.tasks[self._tasks[stage]].total or 1
             self._progress.update(self._tasks[stage], total=total, completed=total)
         if not self._bars:
-            self._console.print(f"{stage}: done in {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)
+            self._console.print(f"{stage}: done in {seconds:.1f} s", soft_wrap=True)
 
 
 def _note(event: dict[str, Any]) -> str:
@@ -107,16 +119,16 @@ def _detail(event: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("time", "stage", "event"))
 
 
-def refresh(show: Callable[[], str], seconds: float) -> None:
-    """Shows a text anew until Ctrl-C: in place on a terminal, below the last one elsewhere."""
-    console = Console()
+def refresh(show: Callable[[], list[str]], seconds: float) -> None:
+    """Shows lines anew until Ctrl-C: in place on a terminal, below the last ones elsewhere."""
+    console = Terminal()
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            text = show()
+            lines = show()
             if console.is_terminal:
-                live.update(Text(text), refresh=True)
+                live.update(Text("\n".join(map(printable, lines))), refresh=True)
             else:
-                print(text, flush=True)  # noqa: T201
+                say(*lines)
             time.sleep(seconds)
 
 

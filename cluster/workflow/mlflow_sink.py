@@ -6,7 +6,6 @@ A thread of its own talks to the tracking server: training never waits for it, a
 import json
 import os
 import queue
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -18,6 +17,7 @@ from cluster.runtime.scalars import position, scalars
 from configs.artifacts import write_atomic
 from configs.errors import InputError
 from configs.load import flatten
+from configs.printing import say
 from configs.schema import RunConfig
 
 _ENVIRONMENT = {
@@ -136,7 +136,7 @@ class MLflow:
             call()
         except Exception as error:  # whatever the network or a database raises: training goes on
             if not self._lost:
-                print(f"mlflow: {self._uri}: {_first_line(error)}; training goes on", file=sys.stderr)  # noqa: T201
+                say(f"mlflow: {self._uri}: {_first_line(error)}; training goes on", err=True)
             self._lost = True
             return False
         self._lost = False

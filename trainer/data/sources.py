@@ -77,6 +77,18 @@ def _read_hugging_face(name: str, split: str) -> Iterator[Row]:
     yield from dataset
 
 
+def hugging_face_folders() -> list[Path]:
+    """Where the libraries behind ``hf:`` keep copies of what they load, and code and tokens to load it with."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    names = ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "DOWNLOADED_DATASETS_PATH")
+    places = [getattr(config, name) for name in (*names, "EXTRACTED_DATASETS_PATH")]
+    return [
+        Path(place) for place in (*places, constants.HF_HUB_CACHE, constants.HF_XET_CACHE, constants.HF_ASSETS_CACHE)
+    ]
+
+
 def _read_path(path: Path, counts: ReadCounts) -> Iterator[Row]:
     try:
         yield from _read_files(path, counts)

@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from silo_requests import COORDINATOR, EXPIRES, TRUSTED, ask, body_of, opened, signer_of
 
-from configs.errors import InputError
+from configs.errors import InputError, SiloweaveError
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated import silo_pb2_grpc
 from federated.adapters import to_bytes
+from federated.audit_log import UnloggedError
 from federated.envelope import seal_request
+from federated.line_file import LineFile
 from federated.protocol import CHUNK_BYTES
 from federated.requests import check_sender, decode, open_envelope
 from federated.server_app import initial_adapter
@@ -243,9 +245,37 @@ def test_the_audit_log_tells_sizes_and_digests_of_everything(open_silo, adapter)
 def test_nothing_is_answered_where_the_audit_log_cannot_be_written(open_silo, tmp_path):
     silo = open_silo()
     (tmp_path / "state" / "audit.jsonl").mkdir()
-    reply, _ = ask(silo, "reserve", reserve=pb.Reserve(plan=PLAN.model_dump_json()))
-    assert reply.WhichOneof("kind") == "failure"
+    with pytest.raises(UnloggedError):
+        ask(silo, "reserve", reserve=pb.Reserve(plan=PLAN.model_dump_json()))
     assert kinds(silo) == ["open"]
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["an update", "a failure"])
+def test_no_reply_leaves_whose_line_was_not_written_and_the_next_try_gets_it(open_silo, adapter, monkeypatch, broken):
+    """Before: the update left with a cut line or, where writing failed at once, a failure's reply without any."""
+    from federated import silo as module
+
+    silo = open_silo()
+    reserve(silo)
+    if broken:
+        monkeypatch.setattr(module, "private_update", lambda *_: 1 / 0)
+    envelope, append = seal_request(COORDINATOR, body_of("round-1", **train(silo, adapter))), LineFile.append
+
+    def full_for_replies(file, line, **options):
+        if '"direction": "out"' in line:
+            raise SiloweaveError("no space left")
+        append(file, line, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LineFile, "append", full_for_replies)
+        with pytest.raises(UnloggedError):
+            silo.handle(envelope)
+    assert audit(silo)[-1]["direction"] == "accepted"
+    assert kinds(silo) == ["open", "reserve", "charge", "release"][: 3 if broken else 4]
+    reply = silo.handle(envelope)
+    assert opened(reply, silo).WhichOneof("kind") == ("failure" if broken else "trained")
+    assert kinds(silo).count("charge") == 1
+    assert audit(silo)[-1]["bytes"] == len(reply)
 
 
 MESSAGES = st.one_of(

@@ -2,17 +2,32 @@
 
 import os
 import pwd
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from configs.errors import InputError
 from configs.load import load
-from configs.silo import simulated_silo
-from federated.separation import ENTER, READ, WRITE, Account, check_separation, share_socket
+from configs.settings import Place, named_places
+from configs.silo import SiloConfig, simulated_silo
+from federated import separation
+from federated.account import ENTER, READ, WRITE, Account
+from federated.separation import check_separation, share_socket
 
 NOBODY = "nobody"
+REPOSITORY = Path(__file__).parents[3]
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+
+
+def nobody_can(action):
+    """Whether the operating system lets the other user do it."""
+    group = str(pwd.getpwnam(NOBODY).pw_gid)
+    command = ["setpriv", f"--reuid={NOBODY}", f"--regid={group}", "--init-groups", "sh", "-c", action]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture
@@ -49,12 +64,22 @@ def opened(tmp_path):
         folder.chmod(mode)
 
 
+@pytest.fixture(autouse=True)
+def files_alone(monkeypatch):
+    """The installed code is looked at by the test that is about it, in a process of its own: it is many files."""
+    monkeypatch.setattr(separation, "_check_code", lambda reach: None)
+
+
 def refused(silo, tmp_path):
     try:
         check_separation(silo, tmp_path / "silo.toml")
     except InputError as error:
         return str(error)
     return ""
+
+
+def changed(silo, group, **values):
+    return silo.model_copy(update={group: getattr(silo, group).model_copy(update=values)})
 
 
 def test_a_closed_silo_is_accepted(silo, opened):
@@ -108,7 +133,273 @@ def test_a_user_who_is_not_there_is_named(silo, tmp_path):
     assert "no such user" in refused(other, tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+# What the settings name
+
+
+def texts(schema: type[BaseModel], prefix=""):
+    """Every setting that may hold a text, by its full name, with what its schema says of it."""
+    for name, field in schema.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from texts(field.annotation, f"{prefix}{name}.")
+        elif "str" in str(field.annotation) or "Path" in str(field.annotation):
+            yield f"{prefix}{name}", [item for item in field.metadata if isinstance(item, Place)]
+
+
+NAME_NO_FILE = {
+    "silo.id",
+    "silo.dataset_id",
+    "silo.relay_user",
+    "data.text",
+    "data.split",
+    "data.silo",
+    "data.unit",
+    "data.deidentify.countries",
+    "data.deidentify.medical_record_pattern",
+    "policy.label_sets",
+}
+
+
+def test_every_text_of_the_settings_says_whether_it_names_a_file():
+    """Fails for a new setting until its schema says that it names a place, or this list that it names none."""
+    found = dict(texts(SiloConfig))
+    assert {name for name, places in found.items() if not places} == NAME_NO_FILE
+    assert {name for name, places in found.items() if places} == {
+        "silo.state_dir",
+        "silo.anchor_dir",
+        "silo.base_model",
+        "silo.encryption_key_file",
+        "data.source",
+        "data.deidentify.names_file",
+        "data.deidentify.spacy_model",
+    }
+
+
+def test_each_place_is_listed_with_its_value(silo):
+    assert len(list(named_places(silo))) == 7
+    assert ("the data", silo.data.source) in [(place.what, value) for place, value in named_places(silo)]
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ("encryption_key_file", "the encryption key"),
+        ("names_file", "the names"),
+        ("anchor_dir", "the ledger's anchor"),
+        ("source", "the data"),
+        ("hugging_face_source", "the data"),
+    ],
+)
+def test_every_file_that_a_setting_names_is_looked_at(silo, opened, setting, what, monkeypatch):
+    """Before: de-identification's list of patients' names, and private data as `hf:FOLDER`, were read by the relay."""
+    monkeypatch.setattr(separation, "_copies", list)
+    path = opened / "named"
+    path.write_text("patient 7")
+    path.chmod(0o604)
+    if setting.endswith("source"):
+        silo = changed(silo, "data", source=f"hf:{path}" if "hugging" in setting else str(path))
+    elif setting == "names_file":
+        deidentify = silo.data.deidentify.model_copy(update={setting: str(path)})
+        silo = changed(silo, "data", deidentify=deidentify)
+    else:
+        silo = changed(silo, "silo", **{setting: str(path)})
+    assert nobody_can(f"cat '{path}'")
+    assert f"can read {path} ({what})" in refused(silo, opened)
+    path.chmod(0o600)
+    assert refused(silo, opened) == ""
+
+
+@as_root
+def test_copies_that_the_hugging_face_libraries_keep_are_closed(silo, opened, monkeypatch):
+    """Before: private data as `hf:FOLDER` was copied to ~/.cache/huggingface, where everybody read it."""
+    folder = opened / "records"
+    folder.mkdir(mode=0o700)
+    cache, fresh = opened / "cache", opened / "fresh" / "hub"
+    cache.mkdir(mode=0o755)
+    (cache / "data.arrow").write_text("patient 7")
+    monkeypatch.setattr(separation, "_copies", lambda: [cache, fresh])
+    private = changed(silo, "data", source=f"hf:{folder}")
+    assert nobody_can(f"cat '{cache}/data.arrow'")
+    assert f"can read {cache} (a copy of the data)" in refused(private, opened)
+    cache.chmod(0o700)
+    assert refused(private, opened) == ""
+    assert fresh.stat().st_mode & 0o777 == 0o700  # made closed, before a library makes it open
+    cache.chmod(0o755)
+    assert refused(changed(private, "data", public=True), opened) == ""
+
+
+def test_the_folders_of_the_hugging_face_libraries_are_those_that_they_use(tmp_path):
+    code = "from trainer.data.sources import hugging_face_folders as f; print(*f(), sep=chr(10))"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "data")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert {str(tmp_path / "home"), str(tmp_path / "data"), str(tmp_path / "home" / "hub")} <= set(done.stdout.split())
+
+
+def test_a_state_folder_that_is_missing_is_made_closed(silo, opened):
+    """Before: it was accepted, and then made as the umask has it: the ledger in it was everybody's to read."""
+    before = os.umask(0o022)
+    try:
+        other = changed(silo, "silo", state_dir=str(opened / "new" / "state"))
+        assert refused(other, opened) == ""
+    finally:
+        os.umask(before)
+    for folder in (opened / "new" / "state", opened / "new" / "state.anchor"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(silo, opened):
+    (opened / "file").write_text("")
+    other = changed(silo, "silo", anchor_dir=str(opened / "file" / "anchor"))
+    assert f"{opened / 'file' / 'anchor'}: can't be made (Not a directory); make it" in refused(other, opened)
+
+
+@as_root
+@pytest.mark.parametrize("model", ["base_model", "spacy_model"])
+def test_a_model_may_be_read_and_not_changed(silo, opened, model):
+    folder = opened / "public"
+    folder.mkdir()
+    (folder / "weights").write_text("public")
+    folder.chmod(0o755)
+    (folder / "weights").chmod(0o644)
+    if model == "base_model":
+        silo = changed(silo, "silo", base_model=str(folder))
+    else:
+        silo = changed(silo, "data", deidentify=silo.data.deidentify.model_copy(update={model: str(folder)}))
+    assert refused(silo, opened) == ""
+    (folder / "weights").chmod(0o646)
+    assert nobody_can(f": >> '{folder}/weights'")
+    assert f"can change {folder / 'weights'}" in refused(silo, opened)
+
+
+# The way
+
+
+@as_root
+def test_every_link_on_the_way_is_looked_at(silo, opened):
+    """Before: of a chain of links only the two ends were; who could change the middle chose the data."""
+    middle = opened / "middle"
+    middle.mkdir(mode=0o755)
+    middle.chmod(0o755)
+    (opened / "first").symlink_to(middle / "second")
+    (middle / "second").symlink_to("../records.jsonl")
+    silo = changed(silo, "data", source=str(opened / "first"))
+    assert refused(silo, opened) == ""
+    middle.chmod(0o777)
+    assert nobody_can(f"ln -sfn /etc/passwd '{middle}/second'")
+    assert f"can replace what is in {middle} (the data)" in refused(silo, opened)
+
+
+@as_root
+@pytest.mark.parametrize("kind", ["a folder", "a link"])
+def test_a_step_that_is_the_relays_own_is_found_also_in_a_sticky_folder(silo, opened, kind):
+    sticky = opened / "sticky"
+    sticky.mkdir()
+    sticky.chmod(0o1777)
+    uid = pwd.getpwnam(NOBODY).pw_uid
+    if kind == "a link":
+        (sticky / "step").symlink_to(opened)
+    else:
+        (sticky / "step").mkdir(mode=0o755)
+        shutil.copy(opened / "records.jsonl", sticky / "step")
+    os.chown(sticky / "step", uid, -1, follow_symlinks=False)
+    silo = changed(silo, "data", source=str(sticky / "step" / "records.jsonl"))
+    assert nobody_can(f"mv '{sticky}/step' '{sticky}/other' && mv '{sticky}/other' '{sticky}/step'")
+    assert f"{sticky / 'step'} (the data)" in refused(silo, opened)
+
+
+@as_root
+def test_a_place_that_is_missing_where_the_relay_could_make_it_is_found(silo, opened):
+    sticky = opened / "sticky"
+    sticky.mkdir()
+    sticky.chmod(0o1777)
+    silo = changed(silo, "data", source=str(sticky / "later.jsonl"))
+    assert f"can make later.jsonl in {sticky}" in refused(silo, opened)
+    (opened / "loop").symlink_to("loop")
+    assert "more than 40 links" in refused(changed(silo, "data", source=str(opened / "loop")), opened)
+
+
+def test_a_folder_that_links_to_itself_is_looked_at_once(silo, opened):
+    (opened / "state").chmod(0o701)
+    (opened / "state" / "again").symlink_to(".")
+    assert refused(silo, opened) == ""
+
+
+# The code
+
+
+@as_root
+def test_python_imports_nothing_from_a_folder_that_it_may_not_list(opened):
+    """Which is why the walk may pass such a folder over: a service's current folder may be one."""
+    folder = opened / "entered"
+    folder.mkdir()
+    (folder / "hidden.py").write_text("")
+    (folder / "hidden.py").chmod(0o644)
+    command = f"cd / && PYTHONPATH={folder} /usr/bin/env python3 -S -c 'import hidden'"
+    if not nobody_can("/usr/bin/env python3 -S -c 'import json'"):
+        pytest.skip("the other user can't run Python here")
+    for mode, found in ((0o755, True), (0o711, False)):
+        folder.chmod(mode)
+        assert nobody_can(command) == found
+
+
+CODE = """
+import os, pathlib, sys
+from federated import separation
+from federated.account import Account
+from federated.reach import Reach
+from configs.errors import InputError
+
+def say():
+    try:
+        separation._check_code(Reach(Account.of("nobody")))
+        print("accepted")
+    except InputError as error:
+        print(error)
+
+say()
+for path, mode in zip(sys.argv[1::2], sys.argv[2::2]):
+    path, before = pathlib.Path(path), os.stat(path).st_mode
+    path.chmod(int(mode, 8))
+    say()
+    path.chmod(before)
+"""
+
+
+@as_root
+def test_code_that_the_relay_could_change_is_found_wherever_it_is(opened):
+    """Before: a privacy/noise.py that everybody may write was accepted, and so were all folders but the topmost.
+
+    A copy of our packages on PYTHONPATH, beside a folder of others'; the environment's own files are walked once.
+    """
+    home, other = opened / "home", opened / "other"
+    ours = ("configs", "trainer", "privacy", "federated", "cluster")
+    for package in ours:
+        shutil.copytree(REPOSITORY / package, home / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (other / "package").mkdir(parents=True)
+    (other / "package" / "__init__.py").write_text("")
+    (other / "package" / "inner.py").write_text("")
+    for path in (home, other, *home.rglob("*"), *other.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    attacks = {
+        home / "privacy" / "noise.py": "646",
+        home / "privacy": "757",
+        home: "757",
+        other: "757",
+        other / "package": "757",
+        other / "package" / "inner.py": "646",
+    }
+    arguments = [str(item) for attack in attacks.items() for item in attack]
+    environment = {**os.environ, "PYTHONPATH": f"{home}:{other}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-P", "-c", CODE, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=opened)
+    first, *said = done.stdout.splitlines()
+    assert first == "accepted"
+    assert [str(path) in line and "the installed code" in line for path, line in zip(attacks, said, strict=True)] == [
+        True
+    ] * len(attacks), said
+
+
+@as_root
 @pytest.mark.parametrize("mode", [0o600, 0o604, 0o602, 0o640, 0o660, 0o606, 0o000])
 @pytest.mark.parametrize("group", [0, None], ids=["root's group", "the user's group"])
 def test_permissions_are_those_that_the_system_gives(opened, mode, group):
@@ -120,9 +411,7 @@ def test_permissions_are_those_that_the_system_gives(opened, mode, group):
     path.chmod(mode)
     account = Account.of(NOBODY)
     for wanted, action in ((READ, f"cat '{path}'"), (WRITE, f": >> '{path}'")):
-        command = ["setpriv", f"--reuid={NOBODY}", f"--regid={entry.pw_gid}", "--init-groups", "sh", "-c", action]
-        done = subprocess.run(command, capture_output=True, check=False)
-        assert account.may(path, wanted) == (done.returncode == 0), (oct(mode), action)
+        assert account.may(path, wanted) == nobody_can(action), (oct(mode), action)
     assert account.may(opened, ENTER)
 
 

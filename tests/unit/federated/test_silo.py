@@ -392,7 +392,7 @@ def test_what_a_refusal_repeats_is_short_and_on_one_line(silo):
     for asked in ("é", "a" * 1_000_000, "b\n2026-11-22 INFO nothing happened\x1b[2J"):
         for changes in ({"plan_digest": asked}, {"base_model_digest": asked}, {"task": asked}):
             refusal = ask(silo, "x", **train_kind(silo, b"", **changes))[0].refusal
-            assert refusal.rule in ("reservation", "base_model", "task")
+            assert refusal.rule in ("reservation", "base_model", "task", *changes)  # too long a text, by its field
             assert len(refusal.SerializeToString()) < 1000
             assert refusal.message.isprintable()
     ask(silo, "x", run_id="run\nforged", **train_kind(silo, b""))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from privacy import anchor as anchor_module
+from privacy.anchor import Anchor
 from privacy.chain import Budget, verify_entries
 from privacy.journal import Journal, default_anchor_dir
 from privacy.ledger import Ledger
@@ -481,22 +482,30 @@ def test_processes_at_once_leave_the_anchor_at_the_newest_head(state):
 
 
 def test_a_full_disk_under_the_anchor_lets_nothing_out_and_loses_nothing(state):
-    long = "north" * 40_000  # makes the anchor larger than what a charge adds to the ledger
-    ledger = open_ledger(state, long)
+    ledger = open_ledger(state)
     ledger.reserve("run-1", PLAN)
     ledger.close_file()
     before = anchor_file(state).read_bytes()
+    write = Anchor.write
+
+    def on_a_full_disk(anchor, receipts):
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
+        try:
+            write(anchor, receipts)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     def work():
-        ledger = open_ledger(state, long)
+        ledger = open_ledger(state)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+        Anchor.write = on_a_full_disk
         ledger.charge("run-1", "round-1", DIGEST, 1)
 
     assert os.WEXITSTATUS(in_child(work)) == 41
     assert anchor_file(state).read_bytes() == before
     assert [path.name for path in anchor_file(state).parent.iterdir()] == ["ledger.anchor"]
-    ledger = open_ledger(state, long)
+    ledger = open_ledger(state)
     assert ledger.charge("run-1", "round-1", DIGEST, 1).number == 3
     ledger.close_file()
 

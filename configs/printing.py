@@ -1,0 +1,41 @@
+"""The one place where lines are printed for people.
+
+Names of runs and silos, messages of refusals, words of a model: strangers choose them, and a terminal obeys what it is
+shown. So every line passes ``printable``. Nothing else prints, which a test over the source holds, but for the tables
+and bars of ``cluster/workflow/console.py``.
+"""
+
+import json
+
+import typer
+
+
+def printable(text: str) -> str:
+    """The text with all that is not shown as itself escaped: control characters, line ends, marks of direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def to_json(value: object) -> str:
+    """A value for machines in ASCII, on one line. JSON leaves one control character as it is: DEL."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Prints lines. A line end inside one is escaped, so that none can pass for two."""
+    for line in lines:
+        typer.echo(printable(line), err=err)
+
+
+def answer(as_json: bool, document: object, *lines: str) -> None:
+    """Prints a command's result, for machines or for people."""
+    say(*([to_json(document)] if as_json else lines))
+
+
+def stream(text: str, *, err: bool = False) -> None:
+    """Prints a piece of a longer text, whose line ends and tabs are its own."""
+    typer.echo("".join(c if c in "\n\t" else printable(c) for c in text), nl=False, err=err)
+
+
+def confirmed(question: str) -> bool:
+    """Asks a person."""
+    return typer.confirm(printable(question))
