@@ -101,5 +101,5 @@ def lines(found: dict[str, Any]) -> list[str]:
 def _trouble(event: dict[str, Any]) -> str:
     who = event.get("silo") or f"node {event.get('node', '?')}"
     if event["event"] == "timeout":
-        return f"timeout at {event.get('step')}: {event.get('missing')} silos did not answer"
+        return f"timeout at {event.get('step')}: {event.get('message') or event.get('missing')}"
     return f"{event['event']} at {event.get('step')}: {who}: {event.get('message')}"

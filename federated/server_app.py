@@ -31,11 +31,15 @@ def run_federation(
     *,
     certify: bool = True,
 ) -> None:
-    """Runs a federation over a grid to its end, from its newest commit."""
+    """Runs a federation over a grid to its end, from its newest commit, and publishes what it has made."""
+    from federated.final_model import save_peft, write_card
+
     directory.mkdir(parents=True, exist_ok=True)
     log = EventLog(directory / "events.jsonl", (on_event,))
     coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
     coordinator.run(lambda: initial_adapter(config, base_model))
+    adapter = save_peft(config, base_model, directory)
+    write_card(directory, coordinator.certify_model(adapter) if certify else None)
 
 
 @app.main()

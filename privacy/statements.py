@@ -19,7 +19,8 @@ LARGEST_STATEMENT_BYTES = 2**20
 AUDIT_DATASET: Literal["canaries in public text"] = "canaries in public text"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Spent = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Number = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=1, le=2**53)]
+Counted = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Spend(BaseModel):
@@ -92,9 +93,9 @@ class Receipt(Signed):
     run: str
     number: Number
     head: str
-    epoch: Annotated[int, Field(ge=0)]
+    epoch: Counted
     plan_digest: str
-    public_record_count: Annotated[int, Field(ge=0)]
+    public_record_count: Counted
     epsilon_reserved: Spent
     delta_reserved: Spent
     epsilon_left: Finite
@@ -125,7 +126,7 @@ class RunStatement(Signed):
     public_record_count: Number
     epsilon: Spent
     delta: Spent
-    rounds_charged: Annotated[int, Field(ge=0)]
+    rounds_charged: Counted
     number: Number
     head: str
     attests_disjoint_units: bool

@@ -19,7 +19,8 @@ def key(tmp_path):
 
 
 def saved(folder, run, number, key):
-    commits.save(folder, "digest", number, f"{folder.name} {run} {number}".encode(), {}, run, key)
+    commit = commits.Round(number, f"{folder.name} {run} {number}".encode(), {})
+    commits.save(folder, "digest", commit, run, key)
     return folder / f"round-{number:05d}"
 
 
@@ -51,7 +52,7 @@ def test_a_whole_round_of_the_run_without_dp_is_refused(tmp_path, key):
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_the_aggregations_state_is_committed_with_the_round(tmp_path, key, sealed):
-    commits.save(tmp_path, "digest", 1, b"adapter", {}, "run", key if sealed else None, b"moments")
+    commits.save(tmp_path, "digest", commits.Round(1, b"adapter", {}, b"moments"), "run", key if sealed else None)
     found = commits.newest(tmp_path, "digest", pytest.fail, key if sealed else None)
     assert (found.adapter, found.server_state) == (b"adapter", b"moments")
     content = (tmp_path / "round-00001" / commits.SERVER_STATE).read_bytes()
@@ -63,7 +64,7 @@ def test_the_aggregations_state_is_committed_with_the_round(tmp_path, key, seale
 
 
 def test_an_adapter_can_not_stand_in_for_the_aggregations_state(tmp_path, key):
-    commits.save(tmp_path, "digest", 1, b"adapter", {}, "run", key, b"moments")
+    commits.save(tmp_path, "digest", commits.Round(1, b"adapter", {}, b"moments"), "run", key)
     target = tmp_path / "round-00001"
     manifest = json.loads((target / "COMMITTED").read_text())
     shutil.copy(target / commits.ADAPTER, target / commits.SERVER_STATE)
