@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from configs.artifacts import digest_bytes
 from configs.errors import PolicyRefusal, SiloweaveError
@@ -15,6 +14,7 @@ from configs.federated_settings import FederatedSettings
 from federated import silo_pb2 as pb
 from federated.client_app import pack
 from federated.envelope import seal_request
+from federated.flower_replies import Nodes
 from federated.protocol import PROTOCOL_VERSION
 from federated.replies import (
     Answer,
@@ -31,7 +31,7 @@ from federated.runs import Run
 from privacy.ledger import Ledger
 from privacy.signing import Signer
 
-POLL_S = 0.05
+POLL_S, LONGEST_POLL_S = 0.05, 1.0
 TRAIN, QUERY = "train", "query"
 Roster = Callable[[], Mapping[str, str]]
 
@@ -83,7 +83,7 @@ class Exchange:
         bytes_moved: requests and replies, since it was set to zero.
     """
 
-    grid: Grid
+    grid: Nodes
     run: Run
     parties: Parties
     settings: FederatedSettings
@@ -109,7 +109,7 @@ class Exchange:
                     reply = self._admitted(message, body, present, roster)
                     admit(reply.silo_id, reply.described)
             except (PolicyRefusal, UnsoundReply) as error:
-                self._emit("rejected", "describe", node, message=str(error))
+                self._emit("rejected", "describe", node, error)
                 continue
             self._silo_at[node], self.keys[reply.silo_id] = reply.silo_id, reply.described.public_key
         enrolled = self.parties.roster() if self.parties.roster else self.keys
@@ -197,9 +197,9 @@ class Exchange:
                 answered.append(silo)
             except PolicyRefusal as refusal:
                 refusals.append(refusal)
-                self._emit("refused", group, node, rule=refusal.rule, message=str(refusal))
+                self._emit("refused", group, node, refusal, rule=refusal.rule)
             except UnsoundReply as error:
-                self._emit("rejected", group, node, message=str(error))
+                self._emit("rejected", group, node, error)
             if 0 < enough <= len(answered):
                 break
         least = self.settings.min_silos if fewest is None else fewest
@@ -234,14 +234,14 @@ class Exchange:
         nodes = [message.metadata.dst_node_id for message in messages]
         # By the message that is answered: what a reply says of its sender is the sender's own word.
         waiting = dict(zip(self.grid.push_messages(messages) if messages else (), nodes, strict=False))
-        deadline = time.monotonic() + timeout_s
-        while waiting and time.monotonic() < deadline:
+        began = time.monotonic()
+        while waiting and (waited_s := time.monotonic() - began) < timeout_s:
             came = list(self.grid.pull_messages(waiting))
             for message in came:
                 if message.metadata.reply_to_message_id in waiting:
                     yield waiting.pop(message.metadata.reply_to_message_id), message
             if waiting and not came:
-                time.sleep(POLL_S)
+                time.sleep(min(max(POLL_S, POLL_S * waited_s), LONGEST_POLL_S))
         if waiting:
             self._timed_out(group, sorted(waiting.values()), timeout_s)
 
@@ -250,8 +250,9 @@ class Exchange:
         message = f"no answer from {', '.join(silent)} in {timeout_s:g} s; the run goes on, and asks again later"
         self.log.emit("federate", "timeout", step=group, missing=len(silent), silos=silent, message=message)
 
-    def _emit(self, event: str, group: str, node: int, **values: str) -> None:
-        """An event about what came from a node: by its silo's name, where that is known."""
+    def _emit(self, event: str, group: str, node: int, error: Exception, **values: str) -> None:
+        """Why a reply is not used, in one line: whose it is, what is wrong with it, what happens next."""
         silo = self._silo_at.get(node)
         who: dict[str, Any] = {"node": node} if silo is None else {"silo": silo}
-        self.log.emit("federate", event, **who, step=group, **values)
+        whose = "" if isinstance(error, PolicyRefusal) else f"node {node}: " if silo is None else f"silo {silo}: "
+        self.log.emit("federate", event, **who, step=group, message=f"{whose}{error}; step {group} goes on", **values)

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp import Grid
-
 from configs.artifacts import Manifest, digest_bytes, require_manifest, write_atomic
 from configs.encryption import load_key
 from configs.errors import SiloweaveError
@@ -25,6 +23,7 @@ from federated.aggregation import Aggregation, Sent, check_size
 from federated.aggregator import Aggregator, new_aggregator
 from federated.exchange import QUERY, TRAIN, Bodies, Exchange, Parties
 from federated.factors import frozen_digest
+from federated.flower_replies import Nodes
 from federated.planning import plan_request
 from federated.private_evaluation import METRIC, bounds_of, checked_sums, figures
 from federated.replies import Answer
@@ -50,7 +49,7 @@ class Coordinator:
         aggregator: with clients as units, adds the noise.
     """
 
-    grid: Grid
+    grid: Nodes
     config: RunConfig
     base_model: Path
     directory: Path

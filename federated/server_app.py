@@ -14,6 +14,7 @@ from configs.schema import RunConfig
 from federated.adapters import Arrays
 from federated.aggregator import FOLDER, MEMBERS, open_ledger
 from federated.exchange import Parties
+from federated.flower_replies import Nodes, OneByOne
 from federated.outcome import recorded
 from federated.rounds import Coordinator
 from federated.trust import coordinator_signer, enrolled_silos
@@ -22,7 +23,7 @@ app = ServerApp()
 
 
 def run_federation(
-    grid: Grid,
+    grid: Nodes,
     config: RunConfig,
     base_model: Path,
     directory: Path,
@@ -52,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
     ledger = partial(open_ledger, home, home / FOLDER, MEMBERS, config.privacy)
     parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home), ledger)
     with recorded(directory, context.run_id):
-        run_federation(grid, config, base_model, directory, parties, lambda _: None)
+        run_federation(OneByOne(grid), config, base_model, directory, parties, lambda _: None)
 
 
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:

@@ -135,12 +135,12 @@ class InProcess:
         return [self.message_of(self.silos[one.metadata.dst_node_id].handle(unpack(one.content)), one) for one in asked]
 
 
-def coordinator(grid, folder, *overrides):
+def coordinator(grid, folder, *overrides, silos=None):
     """A coordinator over these silos, its base model an empty folder."""
     base = folder / "model"
     base.mkdir(parents=True, exist_ok=True)
     commit_manifest(base, Manifest("model", "", metadata={"context_length": 16}))
     settings = ("federated.rounds=2", "federated.local_steps=1", "privacy.epsilon=2", "federated.round_timeout_s=5")
     config = load("tiny", [*settings, *overrides])
-    parties = Parties(signer_of(bytes(range(32))), len(grid.silos))
+    parties = Parties(signer_of(bytes(range(32))), silos or len(grid.silos))
     return Coordinator(grid, config, base, folder / "run", parties, EventLog(folder / "run" / "events.jsonl"))
