@@ -158,13 +158,16 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
 
 def _check_releases(model: ModelDigests, name: str, bodies: list[dict[str, Any]], run: str, origin: str) -> None:
     """What went into the model is what the ledger has released. It may have released more, too late for its round."""
+    replies = {body["charge"]: body["reply_digest"] for body in bodies if body["kind"] == "release"}
+    charges = [body for body in bodies if body["kind"] == "charge" and body["run"] == run]
     for number, digest in model.rounds_of(name).items():
-        charge = find(bodies, "charge", run=run, round=number) or {"number": None}
-        release = find(bodies, "release", run=run, charge=charge["number"]) or {"reply_digest": None}
-        if release["reply_digest"] != digest:
+        released = [
+            replies[body["number"]] for body in charges if body["round"] == number and body["number"] in replies
+        ]
+        if digest not in released:
             raise InputError(
                 f"{origin}: model.rounds: the release of {name} in round {number} is {digest[:16]}…, the ledger has "
-                f"{release['reply_digest'] or 'none'}"
+                f"{', '.join(released) or 'none'}"
             )
 
 
