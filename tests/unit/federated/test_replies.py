@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from signed_silos import InProcess, SignedSilo, adapter, coordinator
 
-from configs.artifacts import canonical_json, digest_bytes
+from configs.artifacts import canonical_json, digest_bytes, digest_file
 from configs.errors import InputError, SiloweaveError
 from configs.events import read_events
 from federated import silo_pb2 as pb
@@ -217,6 +217,31 @@ def test_a_restart_takes_up_the_receipts_and_a_silo_stays_who_it_was(tmp_path):
     assert set(document["silos"]) == {"bad", "good"}
     (event,) = [one for one in read_events(tmp_path / "run" / "events.jsonl") if one["event"] == "rejected"]
     assert "its dataset_id was 'ward-bad' and is 'ward-other' now" in event["message"]
+
+
+def test_a_run_of_an_earlier_version_is_continued_or_refused_at_its_start(tmp_path):
+    """Its rounds have no digests of releases; a receipt that it took and that no certificate can hold is named."""
+    silos = [SignedSilo("good"), SignedSilo("bad")]
+    first = coordinator(InProcess(silos), tmp_path, "federated.min_silos=1")
+    first.run(adapter)
+    for number in (1, 2):
+        folder = tmp_path / "run" / f"round-{number:05d}"
+        (folder / "releases.json").unlink()
+        silos_file, committed = folder / "silos.json", json.loads((folder / "COMMITTED").read_text())
+        del committed["files"]["releases.json"]
+        (folder / "COMMITTED").write_text(json.dumps(committed))
+    again = coordinator(InProcess(silos), tmp_path, "federated.min_silos=1")
+    again.run(adapter)
+    document = again.certify_model(FILES)
+    check_certificate(document, "test")
+    assert [found["releases"] for found in document["model"]["rounds"]] == [None, None]
+    kept = json.loads(silos_file.read_text())
+    kept["bad"]["receipt"]["epsilon_reserved"] = 0.0
+    silos_file.write_text(json.dumps(kept))
+    committed["files"]["silos.json"] = {"size_bytes": silos_file.stat().st_size, "sha256": digest_file(silos_file)}
+    (folder / "COMMITTED").write_text(json.dumps(committed))
+    with pytest.raises(InputError, match=r"round 2: bad.receipt.epsilon_reserved is 0.0, expected"):
+        coordinator(InProcess(silos), tmp_path, "federated.min_silos=1").run(adapter)
 
 
 def test_what_a_silo_says_is_logged_as_one_line_without_control_characters(tmp_path):
