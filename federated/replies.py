@@ -18,7 +18,7 @@ from federated.client_app import unpack
 from federated.envelope import reply_holds
 
 LARGEST_EXTRA_BYTES = 2**22  # that a reply has more than its request: a receipt, a statement and room for their frames
-_LARGEST_NAME, _LARGEST_REASON, _LARGEST_COUNT = 100, 500, 10**12
+_LARGEST_NAME, _LARGEST_DATASET, _LARGEST_REASON, _LARGEST_COUNT = 100, 255, 500, 10**12
 
 
 class UnsoundReply(ValueError):
@@ -75,12 +75,11 @@ def received(message: Message) -> bytes:
     """The envelope in a silo's message.
 
     Raises:
-        UnsoundReply: there is none.
+        ValueError: there is none.
     """
-    with sound_or_rejected():
-        if message.has_error():
-            raise UnsoundReply(message.error.reason or f"Flower reports error {message.error.code}")
-        return unpack(message.content)
+    if message.has_error():
+        raise ValueError(message.error.reason or f"Flower reports error {message.error.code}")
+    return unpack(message.content)
 
 
 def opened(content: bytes, asked: Asked) -> tuple[pb.Envelope, pb.Reply]:
@@ -126,9 +125,12 @@ def require_signed(envelope: pb.Envelope, public_key: str) -> None:
 def require_description(reply: pb.Reply) -> None:
     """Raises a ValueError where what a silo says of itself is nothing that one can be."""
     described = reply.described
-    for name, value in (("name", reply.silo_id), ("dataset", described.dataset_id)):
-        if not 1 <= len(value) <= _LARGEST_NAME:
-            raise ValueError(f"its {name} has {len(value)} characters, expected 1 to {_LARGEST_NAME}")
+    for name, value, most in (
+        ("name", reply.silo_id, _LARGEST_NAME),
+        ("dataset", described.dataset_id, _LARGEST_DATASET),
+    ):
+        if not 1 <= len(value) <= most:
+            raise ValueError(f"its {name} has {len(value)} characters, expected 1 to {most}")
     if not 1 <= described.public_record_count <= _LARGEST_COUNT:
         raise ValueError(f"its public_record_count is {described.public_record_count}, expected 1 to {_LARGEST_COUNT}")
 
