@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 from flwr.app import Message
@@ -231,13 +232,15 @@ class Exchange:
             self.bytes_moved += len(envelope)
             # A node that is away must not find the message when it is back: its round is over by then.
             messages.append(Message(pack(envelope, shared), node, kind, group_id=group, ttl=timeout_s))
-        nodes = [message.metadata.dst_node_id for message in messages]
         # By the message that is answered: what a reply says of its sender is the sender's own word.
-        waiting = dict(zip(self.grid.push_messages(messages) if messages else (), nodes, strict=False))
+        sent = zip_longest(self.grid.push_messages(messages) if messages else (), messages)
+        waiting = {name or f"unsent {at}": message.metadata.dst_node_id for at, (name, message) in enumerate(sent)}
+        del messages
         began = time.monotonic()
         while waiting and (waited_s := time.monotonic() - began) < timeout_s:
-            came = list(self.grid.pull_messages(waiting))
-            for message in came:
+            came = False
+            for message in self.grid.pull_messages(list(waiting)):
+                came = True
                 if message.metadata.reply_to_message_id in waiting:
                     yield waiting.pop(message.metadata.reply_to_message_id), message
             if waiting and not came:
