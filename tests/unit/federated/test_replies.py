@@ -17,6 +17,7 @@ from configs.errors import InputError, SiloweaveError
 from configs.events import read_events
 from federated import silo_pb2 as pb
 from federated.adapters import from_bytes, to_bytes
+from federated.aggregation import Aggregation
 from federated.client_app import pack
 from federated.flower_replies import OneByOne
 from federated.private_evaluation import Bounds, checked_sums, figures
@@ -300,3 +301,24 @@ def test_what_flower_itself_can_not_read_is_lost_alone(tmp_path, sent):
     assert [event["answered"] for event in events if event["event"] == "round"] == [["good"]] * 2
     rejected = [event["message"] for event in events if event["event"] == "rejected"]
     assert len(rejected) == 2 and all("silo bad: Flower can't read its reply (" in line for line in rejected)
+
+
+class Impostor(InProcess):
+    """A grid whose second node says that its replies answer what the first one was asked."""
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)
+        for reply in replies:
+            if reply.metadata.src_node_id == 2 and reply.metadata.message_type == "train":
+                first = str(int(reply.metadata.reply_to_message_id) - 1)
+                reply.metadata.__dict__["_reply_to_message_id"] = first
+        return replies
+
+
+def test_no_reply_can_pass_for_another_silos(tmp_path):
+    """Pulled first, it would take the place of an honest silo's, which was then not looked at."""
+    for name, grid, answered in (("before", Impostor, []), ("after", lambda silos: OneByOne(Impostor(silos)), ["bad"])):
+        silos = [SignedSilo("good"), SignedSilo("bad")]
+        one = coordinator(grid(silos), tmp_path / name, "federated.round_timeout_s=1", silos=2)
+        one._meet(2, 0)
+        assert one._ask(1, Aggregation(one.config.federated, adapter(), {}, 2), adapter()) == [*answered, "good"]
