@@ -50,7 +50,8 @@ class Echo:
         request = pb.Request.FromString(body)
         reply = pb.Reply(version=PROTOCOL_VERSION, silo_id=self._name, request_digest=digest_bytes(body))
         if request.HasField("describe"):
-            reply.described.CopyFrom(pb.Described(dataset_id="echo", public_key=self._signer.public_key))
+            key = self._signer.public_key
+            reply.described.CopyFrom(pb.Described(dataset_id="echo", public_key=key, public_record_count=1))
         elif request.HasField("train"):
             reply.trained.update = request.train.adapter
         elif request.HasField("reserve"):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +17,7 @@ Arrays = dict[str, npt.NDArray[np.float32]]
 _FRACTION_BITS = 32
 _LARGEST_VALUE = 2.0**15
 _LARGEST_COUNT = 2**15
+_LARGEST_DIMENSIONS, _LARGEST_SIDE = 8, 2**31 - 1
 _BLOCK = 2**13  # values that are added at once: what is made on the way stays in the processor's cache
 
 
@@ -26,19 +27,26 @@ def to_bytes(arrays: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
 
 
 def from_bytes(content: bytes) -> Arrays:
-    """The arrays of safetensors bytes.
+    """The arrays of safetensors bytes, whatever the bytes are.
 
     Raises:
-        ValueError: not safetensors, or not float32.
+        ValueError: not safetensors, not float32, or of a shape that no array has.
     """
     try:
-        arrays = load(content)
+        found = deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ValueError(f"not safetensors ({error})") from None
-    if any(array.dtype != np.float32 for array in arrays.values()):
-        raise ValueError("an adapter is float32")
+    return {name: _array(name, entry) for name, entry in found}
+
+
+def _array(name: str, entry: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    if entry["dtype"] != "F32":
+        raise ValueError(f"{name[:100]!r} is {entry['dtype']}, an adapter is float32 (F32)")
+    shape = entry["shape"]
+    if len(shape) > _LARGEST_DIMENSIONS or any(side > _LARGEST_SIDE for side in shape):
+        raise ValueError(f"{name[:100]!r} has a shape that no adapter has")
     # Own memory: what safetensors gives is a read-only view of the message.
-    return {name: array.copy() for name, array in arrays.items()}
+    return np.frombuffer(entry["data"], dtype=np.float32).reshape(shape).copy()
 
 
 def check_shapes(update: Mapping[str, npt.NDArray[np.float32]], like: Mapping[str, npt.NDArray[Any]]) -> None:

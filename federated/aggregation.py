@@ -94,12 +94,13 @@ class Aggregation:
             before = self.sent(silo).adapter
             check_update(update, before)
             update = change(before, update)
+        if self._variates:
+            check_update(update, self._weights)
+            self._variates.add(silo, update)  # before anything is folded: it may refuse the update
         if isinstance(self._fold, ClippedSum):
             self._fold.add(silo, update)
         else:
             self._fold.add(update)
-        if self._variates:
-            self._variates.add(silo, update)
 
     @property
     def clipped_sum(self) -> ClippedSum:

@@ -3,17 +3,20 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.artifacts import Manifest, commit_manifest, damaged_file, read_manifest, write_failure
+from configs.artifacts import Manifest, commit_manifest, damaged_file, digest_bytes, read_manifest, write_failure
 from configs.encryption import MasterKey, read_sealed, write_sealed
+from configs.errors import InputError
 from configs.storage import COMMITTED, Folder, newest_commit
+from privacy.model_digests import RoundDigests
 
 KIND = UNIT = "round"
 ADAPTER = "adapter.safetensors"
 SILOS = "silos.json"
+RELEASES = "releases.json"
 SERVER_STATE = "server-state.safetensors"
 
 
@@ -26,42 +29,37 @@ class Round:
         adapter: the shared adapter after it.
         silos: what each silo has told of itself, its last receipt among it.
         server_state: what the next round's aggregation continues from, safetensors; empty where it needs nothing.
+        releases: digests of what was folded into the adapter in this round, by ledger; None where a version that kept
+            none has committed it.
     """
 
     round_number: int
     adapter: bytes
     silos: dict[str, dict[str, Any]]
     server_state: bytes = b""
+    releases: dict[str, str] | None = field(default_factory=dict)
 
 
-def save(
-    directory: Path,
-    config_digest: str,
-    round_number: int,
-    adapter: bytes,
-    silos: dict[str, Any],
-    run_id: str,
-    key: MasterKey | None = None,
-    server_state: bytes = b"",
-) -> Round:
+def save(directory: Path, config_digest: str, commit: Round, run_id: str, key: MasterKey | None = None) -> Round:
     """Writes a round and commits it; what is made of weights is encrypted where there is a key.
 
     Raises:
         SiloweaveError: the disk is full or not writable; earlier rounds are unchanged.
     """
-    target = directory / f"round-{round_number:05d}"
+    target = directory / f"round-{commit.round_number:05d}"
     shutil.rmtree(target, ignore_errors=True)
     try:
         target.mkdir(parents=True)
-        write_sealed(target / ADAPTER, adapter, key, _context(target, run_id, ADAPTER))
-        if server_state:
-            write_sealed(target / SERVER_STATE, server_state, key, _context(target, run_id, SERVER_STATE))
-        (target / SILOS).write_text(json.dumps(silos, indent=2, sort_keys=True), encoding="utf-8")
+        write_sealed(target / ADAPTER, commit.adapter, key, _context(target, run_id, ADAPTER))
+        if commit.server_state:
+            write_sealed(target / SERVER_STATE, commit.server_state, key, _context(target, run_id, SERVER_STATE))
+        for name, value in ((SILOS, commit.silos), (RELEASES, commit.releases)):
+            (target / name).write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
     except OSError as error:
         raise write_failure(target, error) from error
-    metadata = {"round": round_number, "run_id": run_id}
+    metadata = {"round": commit.round_number, "run_id": run_id}
     commit_manifest(target, Manifest(KIND, config_digest, metadata=metadata), name=COMMITTED)
-    return Round(round_number, adapter, silos, server_state)
+    return commit
 
 
 def newest(
@@ -90,13 +88,36 @@ def all_rounds(directory: Path, key: MasterKey | None = None) -> list[Round]:
     return found
 
 
+def digests(directory: Path, rounds: int, key: MasterKey | None = None) -> tuple[RoundDigests, ...]:
+    """Digests of every round from 1 on, as they were committed.
+
+    Raises:
+        InputError: a round is missing or damaged, and so nothing says what went into the model.
+    """
+    return tuple(_digests(directory / f"round-{number:05d}", key) for number in range(1, rounds + 1))
+
+
+def _digests(target: Path, key: MasterKey | None) -> RoundDigests:
+    manifest = read_manifest(target, KIND, name=COMMITTED)
+    if manifest is None or damaged_file(target, manifest) is not None:
+        raise InputError(f"{target}: missing or damaged, and a certificate tells of every round; put its backup back")
+    commit = _read(target, manifest, key)
+    return RoundDigests(adapter=digest_bytes(commit.adapter), releases=commit.releases)
+
+
 def _read(target: Path, manifest: Manifest, key: MasterKey | None) -> Round:
-    silos, run_id = json.loads((target / SILOS).read_text(encoding="utf-8")), manifest.metadata["run_id"]
+    silos, run_id = _json(target / SILOS), manifest.metadata["run_id"]
     adapter = read_sealed(target / ADAPTER, key, _context(target, run_id, ADAPTER))
     server_state = b""
     if SERVER_STATE in manifest.files:
         server_state = read_sealed(target / SERVER_STATE, key, _context(target, run_id, SERVER_STATE))
-    return Round(int(manifest.metadata["round"]), adapter, silos, server_state)
+    releases = _json(target / RELEASES) if RELEASES in manifest.files else None
+    return Round(int(manifest.metadata["round"]), adapter, silos, server_state, releases)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
 
 
 def _context(target: Path, run_id: str, name: str) -> str:

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from federated.adapters import Arrays
 
+# Silos refuse a correction, c - c_i, of 2^15; and c, a mean of variates, is no longer than the longest of them.
+_LARGEST_VARIATE = 2.0**14 - 1
 _COMMON, _SILO, _NUM_SILOS = "common", "silo", "num_silos"
 
 
@@ -33,10 +35,18 @@ class ControlVariates:
         return {name: self._get(_COMMON, name) - self._get(f"{_SILO}/{silo}", name) for name in self._template}
 
     def add(self, silo: str, update: Arrays) -> None:
-        """A silo's next variate: c_i - c - update / path."""
-        for name, correction in self.correction(silo).items():
-            variate = -correction - update[name] / np.float32(self._path)
-            self._after[f"{_SILO}/{silo}/{name}"] = variate.astype(np.float32)
+        """A silo's next variate: c_i - c - update / path.
+
+        Raises:
+            ValueError: it is so large that the silos could not be sent the corrections that follow from it.
+        """
+        path = np.float32(self._path)
+        found = {name: -correction - update[name] / path for name, correction in self.correction(silo).items()}
+        if not all(np.abs(variate).max(initial=0) <= _LARGEST_VARIATE for variate in found.values()):
+            raise ValueError(
+                f"its mean gradient, which follows from its update, has a value above {_LARGEST_VARIATE:g}"
+            )
+        self._after |= {f"{_SILO}/{silo}/{name}": variate.astype(np.float32) for name, variate in found.items()}
 
     def after(self, mean: Arrays, count: int) -> Arrays:
         """All variates after the round; c is the mean c_i of all silos, those that never answered counting as 0.

@@ -3,25 +3,36 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NoReturn
 
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from configs.artifacts import digest_bytes
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
 from configs.federated_settings import FederatedSettings
 from federated import silo_pb2 as pb
-from federated.bounds import excess
-from federated.client_app import pack, unpack
-from federated.envelope import reply_holds, seal_request
+from federated.client_app import pack
+from federated.envelope import seal_request
+from federated.flower_replies import Nodes
 from federated.protocol import PROTOCOL_VERSION
+from federated.replies import (
+    Answer,
+    Asked,
+    UnsoundReply,
+    opened,
+    received,
+    require_description,
+    require_kind,
+    require_signed,
+    sound_or_rejected,
+)
 from federated.runs import Run
 from privacy.ledger import Ledger
 from privacy.signing import Signer
 
-POLL_S = 0.05
+POLL_S, LONGEST_POLL_S = 0.05, 1.0
 TRAIN, QUERY = "train", "query"
 Roster = Callable[[], Mapping[str, str]]
 
@@ -73,7 +84,7 @@ class Exchange:
         bytes_moved: requests and replies, since it was set to zero.
     """
 
-    grid: Grid
+    grid: Nodes
     run: Run
     parties: Parties
     settings: FederatedSettings
@@ -84,42 +95,47 @@ class Exchange:
     bytes_moved: int = 0
     _silo_at: dict[int, str] = field(default_factory=dict)
 
-    def meet(self) -> list[tuple[str, pb.Described]]:
-        """Looks who is there now. Returns the silos that were not known before, with what they tell of themselves."""
+    def meet(self, admit: Callable[[str, pb.Described], None]) -> None:
+        """Looks who is there now.
+
+        Args:
+            admit: takes what a silo that was not there before tells of itself; a ValueError keeps it out.
+        """
         present, roster = set(self.grid.get_node_ids()), self.parties.roster() if self.parties.roster else None
         unknown = sorted(present - set(self._silo_at))
         body = self.body("describe", describe=pb.Describe())
-        met: list[tuple[str, pb.Described]] = []
-        for node, envelope, reply in self._send(((node, body, body) for node in unknown), QUERY, "describe"):
+        for node, message in self._send(((node, body, body) for node in unknown), QUERY, "describe"):
             try:
-                self._admit(reply, envelope, present, roster)
-            except ValueError as error:
-                self.log.emit("federate", "rejected", node=node, step="describe", message=str(error))
+                with sound_or_rejected():
+                    reply = self._admitted(message, body, present, roster)
+                    admit(reply.silo_id, reply.described)
+            except (PolicyRefusal, UnsoundReply) as error:
+                self._emit("rejected", "describe", node, error)
                 continue
-            silo = reply.silo_id
-            if silo not in self.keys:
-                met.append((silo, reply.described))
-            self._silo_at[node], self.keys[silo] = silo, reply.described.public_key
+            self._silo_at[node], self.keys[reply.silo_id] = reply.silo_id, reply.described.public_key
         enrolled = self.parties.roster() if self.parties.roster else self.keys
         here = {silo: node for node, silo in self._silo_at.items() if node in present}
         self.nodes = {silo: node for silo, node in here.items() if enrolled.get(silo) == self.keys[silo]}
-        return met
 
-    def _admit(
-        self, reply: pb.Reply, envelope: pb.Envelope, present: set[int], roster: Mapping[str, str] | None
-    ) -> None:
+    def _admitted(self, message: Message, body: bytes, present: set[int], roster: Mapping[str, str] | None) -> pb.Reply:
         """Raises a ValueError where a node is not behind an enrolled silo, or another node is already."""
-        if reply.WhichOneof("kind") != "described":
-            raise ValueError(reply.refusal.message or f"the reply is {reply.WhichOneof('kind')}")
+        envelope, reply = opened(self._content(message), Asked.of(body))
+        require_kind(reply, "described")
+        require_description(reply)
         silo, key = reply.silo_id, reply.described.public_key
-        if not reply_holds(envelope, key):
-            raise ValueError("its reply is not signed with the key that it gives")
+        require_signed(envelope, key)
         if roster is not None and roster.get(silo) != key:
             raise ValueError(f"silo {silo!r} is not enrolled with this key: `siloweave federation enrol` it")
         if self.keys.get(silo, key) != key:
             raise ValueError(f"silo {silo!r} has answered with another key before")
         if any(at in present and name == silo for at, name in self._silo_at.items()):
             raise ValueError(f"silo {silo!r} is behind another node already")
+        return reply
+
+    def _content(self, message: Message) -> bytes:
+        content = received(message)
+        self.bytes_moved += len(content)
+        return content
 
     def body(self, request_id: str, silo: str = "", **kind: Any) -> bytes:
         """A request's bytes. The same step of the same run has the same bytes, so a restart asks nothing new."""
@@ -138,9 +154,11 @@ class Exchange:
         bodies: Bodies,
         kind: str,
         group: str,
-        accept: Callable[[str, pb.Reply], None],
+        expected: str,
+        accept: Callable[[Answer], None],
         already: int = 0,
         enough: int = 0,
+        fewest: int | None = None,
     ) -> list[str]:
         """Sends the requests and accepts each sound reply as it comes; the others are recorded and passed over.
 
@@ -148,67 +166,64 @@ class Exchange:
             bodies: a request a silo; none is also fine.
             kind: Flower's message type.
             group: the step, for the events.
-            accept: takes a silo's reply; a ValueError rejects it.
+            expected: kind of a reply.
+            accept: takes a silo's reply; whatever it raises rejects it.
             already: silos that need not be asked and count as having answered.
             enough: replies after which the others are not waited for; 0: all.
+            fewest: silos that have to be left; None: as many as the settings say.
+
+        Returns:
+            The silos whose replies were accepted.
 
         Raises:
             PolicyRefusal: too few silos are left, and a policy refused.
             SiloweaveError: too few silos are left.
         """
         silo_of = {self.nodes[silo]: silo for silo in bodies.silos}
-        digests: dict[str, str] = {}
+        asked: dict[str, Asked] = {}
         answered: list[str] = []
         refusals: list[PolicyRefusal] = []
 
         def sent() -> Iterator[tuple[int, bytes, bytes]]:
             for silo in bodies.silos:
                 body, shared = bodies.make(silo)
-                digests[silo] = digest_bytes(body)
+                asked[silo] = Asked.of(body)
                 yield self.nodes[silo], body, shared
 
-        for node, envelope, reply in self._send(sent(), kind, group):
+        for node, message in self._send(sent(), kind, group):
             silo = silo_of[node]
             try:
-                self._check(silo, envelope, reply, digests[silo])
-                accept(silo, reply)
+                with sound_or_rejected():
+                    accept(self._answer(silo, message, asked[silo], expected))
                 answered.append(silo)
             except PolicyRefusal as refusal:
                 refusals.append(refusal)
-                self.log.emit("federate", "refused", silo=silo, step=group, rule=refusal.rule, message=str(refusal))
-            except ValueError as error:
-                self.log.emit("federate", "rejected", silo=silo, step=group, message=str(error))
+                self._emit("refused", group, node, refusal, rule=refusal.rule)
+            except UnsoundReply as error:
+                self._emit("rejected", group, node, error)
             if 0 < enough <= len(answered):
                 break
-        self._require(len(answered) + already, len(bodies.silos) + already, group, refusals)
+        least = self.settings.min_silos if fewest is None else fewest
+        if len(answered) + already < least:
+            self._too_few(len(answered) + already, len(bodies.silos) + already, least, group, refusals)
         return sorted(answered)
 
-    def _require(self, answered: int, asked: int, group: str, refusals: list[PolicyRefusal]) -> None:
-        fewest = self.settings.min_silos
-        if answered >= fewest:
-            return
-        message = f"step {group}: {answered} of {asked} silos answered, federated.min_silos is {fewest}"
+    def _too_few(self, left: int, asked: int, least: int, group: str, refusals: list[PolicyRefusal]) -> NoReturn:
+        message = f"step {group}: {left} of {asked} silos answered, federated.min_silos is {least}"
         if refusals:
             first = refusals[0]
             raise PolicyRefusal(f"{message}; {first}", rule=first.rule, asked=first.asked, allowed=first.allowed)
         raise SiloweaveError(f"{message}; see {self.log.path} and the silos' own logs, then run the same command again")
 
-    def _check(self, silo: str, envelope: pb.Envelope, reply: pb.Reply, request_digest: str) -> None:
-        kind = reply.WhichOneof("kind")
-        if reply.silo_id != silo or reply.request_digest != request_digest:
+    def _answer(self, silo: str, message: Message, asked: Asked, expected: str) -> Answer:
+        envelope, reply = opened(self._content(message), asked)
+        if reply.silo_id != silo:
             raise ValueError("the reply is not to this request")
-        if not reply_holds(envelope, self.keys[silo]):
-            raise ValueError("the reply is not signed by the silo")
-        if kind == "refusal":
-            refusal = reply.refusal
-            message = f"silo {silo} refuses: {refusal.message}"
-            raise PolicyRefusal(message, rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed)
-        if kind in (None, "failure", "described"):
-            raise ValueError(f"the reply is {kind}: {reply.failure.code}")
+        require_signed(envelope, self.keys[silo])
+        require_kind(reply, expected)
+        return Answer(silo, reply, digest_bytes(envelope.body))
 
-    def _send(
-        self, bodies: Iterable[tuple[int, bytes, bytes]], kind: str, group: str
-    ) -> Iterator[tuple[int, pb.Envelope, pb.Reply]]:
+    def _send(self, bodies: Iterable[tuple[int, bytes, bytes]], kind: str, group: str) -> Iterator[tuple[int, Message]]:
         """Sends (node, body, its shared part) and yields what comes back as it comes, until all have or time is up."""
         timeout_s = self.settings.round_timeout_s
         messages = []
@@ -217,35 +232,30 @@ class Exchange:
             self.bytes_moved += len(envelope)
             # A node that is away must not find the message when it is back: its round is over by then.
             messages.append(Message(pack(envelope, shared), node, kind, group_id=group, ttl=timeout_s))
-        if not messages:
-            return
-        waiting = set(self.grid.push_messages(messages))
-        deadline = time.monotonic() + timeout_s
-        while waiting and time.monotonic() < deadline:
-            came = list(self.grid.pull_messages(waiting))
-            for message in came:
-                waiting.discard(message.metadata.reply_to_message_id)
-                found = self._parse(message, group)
-                if found is not None:
-                    yield message.metadata.src_node_id, *found
+        # By the message that is answered: what a reply says of its sender is the sender's own word.
+        sent = zip_longest(self.grid.push_messages(messages) if messages else (), messages)
+        waiting = {name or f"unsent {at}": message.metadata.dst_node_id for at, (name, message) in enumerate(sent)}
+        del messages
+        began = time.monotonic()
+        while waiting and (waited_s := time.monotonic() - began) < timeout_s:
+            came = False
+            for message in self.grid.pull_messages(list(waiting)):
+                came = True
+                if message.metadata.reply_to_message_id in waiting:
+                    yield waiting.pop(message.metadata.reply_to_message_id), message
             if waiting and not came:
-                time.sleep(POLL_S)
+                time.sleep(min(max(POLL_S, POLL_S * waited_s), LONGEST_POLL_S))
         if waiting:
-            self.log.emit("federate", "timeout", step=group, missing=len(waiting))
+            self._timed_out(group, sorted(waiting.values()), timeout_s)
 
-    def _parse(self, message: Message, group: str) -> tuple[pb.Envelope, pb.Reply] | None:
-        envelope, reply = pb.Envelope(), pb.Reply()
-        try:
-            if message.has_error():
-                raise ValueError(f"Flower reports {message.error.code}: {message.error.reason}")
-            content = unpack(message.content)
-            self.bytes_moved += len(content)
-            envelope.ParseFromString(content)
-            reply.ParseFromString(envelope.body)
-            if found := excess(envelope) or excess(reply):
-                raise ValueError("the reply's {} has {}, allowed {}".format(*found))
-        except Exception as error:  # protobuf's DecodeError lives in an untyped module
-            node = message.metadata.src_node_id
-            self.log.emit("federate", "rejected", node=node, step=group, message=str(error)[:500])
-            return None
-        return envelope, reply
+    def _timed_out(self, group: str, nodes: list[int], timeout_s: float) -> None:
+        silent = [self._silo_at.get(node, f"node {node}") for node in nodes]
+        message = f"no answer from {', '.join(silent)} in {timeout_s:g} s; the run goes on, and asks again later"
+        self.log.emit("federate", "timeout", step=group, missing=len(silent), silos=silent, message=message)
+
+    def _emit(self, event: str, group: str, node: int, error: Exception, **values: str) -> None:
+        """Why a reply is not used, in one line: whose it is, what is wrong with it, what happens next."""
+        silo = self._silo_at.get(node)
+        who: dict[str, Any] = {"node": node} if silo is None else {"silo": silo}
+        whose = "" if isinstance(error, PolicyRefusal) else f"node {node}: " if silo is None else f"silo {silo}: "
+        self.log.emit("federate", event, **who, step=group, message=f"{whose}{error}; step {group} goes on", **values)

@@ -99,7 +99,5 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def _trouble(event: dict[str, Any]) -> str:
-    who = event.get("silo") or f"node {event.get('node', '?')}"
-    if event["event"] == "timeout":
-        return f"timeout at {event.get('step')}: {event.get('missing')} silos did not answer"
-    return f"{event['event']} at {event.get('step')}: {who}: {event.get('message')}"
+    what = event.get("message") or f"{event.get('missing')} silos did not answer"  # of a run of before, it was a number
+    return f"{event['event']} at {event.get('step')}: {what}"

@@ -51,7 +51,7 @@ class SiloHost:
         self._open_silo, self._most, self._silos = open_silo, warm, OrderedDict[str, OpenedSilo]()
         self._app = make_app(self._connect)
 
-    def _connect(self, context: Context) -> Handler:
+    def _connect(self, context: Context, _timeout_s: float) -> Handler:
         name = str(context.node_config[_SILO])
         if name not in self._silos:
             while len(self._silos) >= self._most:

@@ -28,6 +28,7 @@ METRIC = "held_out"
 _VALUES = ("nats", "characters", "correct tokens", "tokens")
 _NATS_A_TOKEN = 8.0  # a unit's mean above this counts as this: a uniform guess among 3,000 tokens
 _CHARACTERS_A_TOKEN = 8.0
+_LARGEST_SUM = 2.0**40  # of 2^33 units at most, and noise; so that no figure made of sums overflows
 _STEP = 2.0**-20  # values are whole multiples of it, so that float64 sums of up to 2^33 units are exact
 
 
@@ -121,11 +122,12 @@ def checked_sums(sums: Sequence[float], bounds: Bounds) -> list[float]:
     """A silo's sums as they came.
 
     Raises:
-        ValueError: not as many finite numbers as the bounds say.
+        ValueError: not as many numbers as the bounds say, or one is not finite or too large to be one of ours.
     """
-    if len(sums) != bounds.num_sums or not all(math.isfinite(value) for value in sums):
+    if len(sums) != bounds.num_sums or not all(abs(value) <= _LARGEST_SUM for value in sums):  # false for a NaN, too
         wanted = ", ".join(_VALUES) + (f", and {', '.join(KINDS)} of each label" if bounds.labels else "")
-        raise ValueError(f"its sums are {len(sums)} numbers, or not finite: they should be {bounds.num_sums}: {wanted}")
+        found = f"its sums are {len(sums)} numbers, or one is not finite or beyond 2^40"
+        raise ValueError(f"{found}: they should be {bounds.num_sums}: {wanted}")
     return list(sums)
 
 

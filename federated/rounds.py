@@ -2,15 +2,14 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp import Grid
-
-from configs.artifacts import Manifest, canonical_json, digest_bytes, require_manifest, write_atomic
+from configs.artifacts import Manifest, digest_bytes, require_manifest, write_atomic
 from configs.encryption import load_key
 from configs.errors import SiloweaveError
 from configs.events import EventLog
@@ -18,17 +17,20 @@ from configs.load import config_digest
 from configs.schema import RunConfig
 from federated import commits
 from federated import silo_pb2 as pb
+from federated.accounts import Accounts
 from federated.adapters import Arrays, from_bytes, to_bytes
 from federated.aggregation import Aggregation, Sent, check_size
 from federated.aggregator import Aggregator, new_aggregator
 from federated.exchange import QUERY, TRAIN, Bodies, Exchange, Parties
 from federated.factors import frozen_digest
+from federated.flower_replies import Nodes
 from federated.planning import plan_request
 from federated.private_evaluation import METRIC, bounds_of, checked_sums, figures
+from federated.replies import Answer
 from federated.runs import open_run
 from privacy.certificate import AGGREGATOR, certificate
+from privacy.model_digests import ModelDigests, RoundDigests
 from privacy.plan import PlanRequest
-from privacy.statements import Receipt, RunStatement, Signed
 from trainer.tasks import CausalTask
 
 
@@ -47,7 +49,7 @@ class Coordinator:
         aggregator: with clients as units, adds the noise.
     """
 
-    grid: Grid
+    grid: Nodes
     config: RunConfig
     base_model: Path
     directory: Path
@@ -57,17 +59,19 @@ class Coordinator:
     exchange: Exchange = field(init=False)
     plan: PlanRequest = field(init=False)
     base: Manifest = field(init=False)
-    silos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    accounts: Accounts = field(init=False)
     aggregator: Aggregator | None = field(init=False)
     reserved: set[str] = field(default_factory=set)
+    released: dict[str, str] = field(default_factory=dict)
     server_state: Arrays = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_size(self.config.federated, self.parties.num_silos)
         run = open_run(self.directory, self.config.federated.run_lifetime_h)
-        settings, held = self.config.federated, self._held
-        self.exchange = Exchange(self.grid, run, self.parties, settings, self.log, held)
         self.plan = plan_request(self.config)
+        self.accounts = Accounts(run.id, self.plan, signed=self.certify)
+        settings, held = self.config.federated, self.accounts.held
+        self.exchange = Exchange(self.grid, run, self.parties, settings, self.log, held)
         self.base = require_manifest(self.base_model, "model", "export")
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
 
@@ -83,10 +87,10 @@ class Coordinator:
         say = partial(self.log.emit, "federate", "damaged")
         commit = commits.newest(self.directory, digest, lambda line: say(message=line), key)
         if commit is None:
-            commit = commits.save(self.directory, digest, 0, to_bytes(initial_adapter()), {}, run_id, key)
-        self.silos = commit.silos  # one that has spent stays in the certificate, whoever is there today
-        self._wait_for_silos(self.parties.num_silos)
-        self._meet()
+            start = commits.Round(0, to_bytes(initial_adapter()), {})
+            commit = commits.save(self.directory, digest, start, run_id, key)
+        self.accounts.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
+        self._meet(self.parties.num_silos, commit.round_number)
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
         if commit.round_number == 0:
@@ -103,56 +107,70 @@ class Coordinator:
                 answered=answered,
                 bytes=self.exchange.bytes_moved,
                 seconds=time.perf_counter() - began,
-                epsilon_left=self._epsilon_left(),
+                epsilon_left=self.accounts.epsilon_left(),
             )
             state = to_bytes(self.server_state) if self.server_state else b""
-            commits.save(self.directory, digest, round_number, to_bytes(adapter), self.silos, run_id, key, state)
-            self._meet()
+            done = commits.Round(round_number, to_bytes(adapter), self.accounts.silos, state, self.released)
+            commits.save(self.directory, digest, done, run_id, key)
+            self._meet(self.config.federated.min_silos, round_number)  # all may be away for a moment, after a restart
         self._close()
-        if self.certify:
-            self._certify()
 
-    def _certify(self) -> None:
-        reserved = {
-            name: silo for name, silo in self.silos.items() if silo.get("receipt", {}).get("epsilon_reserved", 0) > 0
-        }
+    def certify_model(self, adapter: dict[str, str]) -> dict[str, Any]:
+        """Writes the certificate of a run whose rounds are done, and returns it.
+
+        Args:
+            adapter: digests of the published adapter's files.
+
+        Raises:
+            SiloweaveError: the model has an update of a silo that has not signed what it spent.
+        """
+        model = ModelDigests(base_model=self.base.content_digest, rounds=self._digests(), adapter=adapter)
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
             reserved = {AGGREGATOR: self.aggregator.close()}
-        document = certificate(self.exchange.run.id, self.plan, reserved)
+        else:
+            reserved = self.accounts.for_certificate(model.contributors())
+        document = certificate(self.exchange.run.id, self.plan, reserved, model)
         write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
+        return document
 
-    def _wait_for_silos(self, number: int) -> None:
+    def _digests(self) -> tuple[RoundDigests, ...]:
+        return commits.digests(self.directory, self.plan.rounds, load_key(self.config.run.encryption_key_file))
+
+    def _wait_for_silos(self, number: int, fewest: int) -> None:
         """Until so many have connected; at the deadline those that are there are enough, if enough for a round."""
         deadline = time.monotonic() + self.config.federated.round_timeout_s
         while (found := len(list(self.grid.get_node_ids()))) < number:
             if time.monotonic() > deadline:
-                if found >= self.config.federated.min_silos:
+                if found >= fewest:
                     return
                 raise SiloweaveError(f"{found} of {number} silos have connected; start the others")
             time.sleep(1)
 
-    def _meet(self) -> None:
-        """Who is there now; one that is new reserves the whole schedule before it is asked for anything."""
-        self._wait_for_silos(self.config.federated.min_silos)  # all may be away for a moment, after a restart
-        for silo, described in self.exchange.meet():
-            self.silos.setdefault(silo, {}).update(
-                dataset_id=described.dataset_id,
-                public_key=described.public_key,
-                public_record_count=described.public_record_count,
-            )
+    def _meet(self, number: int, done: int) -> None:
+        """Who is there now; one that is new reserves the whole schedule before it is asked for anything.
+
+        Args:
+            number: silos to wait for.
+            done: rounds that are committed. After the last one nobody has to be there: a silo that stays away then
+                gives no statement, and ends nothing.
+        """
+        fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
+        self._wait_for_silos(number, fewest)
+        self.exchange.meet(self.accounts.describe)
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
         bodies = Bodies(new, lambda silo: (self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)), b""))
         already = len(set(self.exchange.nodes) & self.reserved)
-        self.exchange.collect(bodies, QUERY, "reserve", self._take_reservation, already)
+        self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, already, fewest=fewest)
 
-    def _take_reservation(self, silo: str, reply: pb.Reply) -> None:
-        self._receipt(silo, reply.reserved.receipt)
-        self.reserved.add(silo)
+    def _take_reservation(self, answer: Answer) -> None:
+        self.accounts.take_receipt(answer.silo, answer.reply.reserved.receipt)
+        self.reserved.add(answer.silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
         federated, clients = self.config.federated, self.aggregator.plan if self.aggregator else None
-        aggregation = Aggregation(federated, adapter, self.server_state, len(self.silos), clients)
+        aggregation = Aggregation(federated, adapter, self.server_state, len(self.accounts.silos), clients)
+        self.released = {}
         if self.aggregator is None:
             answered = self._ask(round_number, aggregation, adapter)
             adapter, self.server_state = aggregation.result()
@@ -166,15 +184,18 @@ class Coordinator:
         ask = partial(self._ask, round_number, aggregation, adapter)
         released = self.aggregator.round(round_number, inputs, aggregation.clipped_sum, ask)
         adapter, self.server_state = aggregation.after(released.mean)
+        self.released = {AGGREGATOR: digest_bytes(to_bytes(released.mean))}  # of what has noise; no client's update
         return adapter, released.answered
 
     def _ask(self, round_number: int, aggregation: Aggregation, adapter: Arrays) -> list[str]:
         """Sends the adapter to the silos that are there, and folds their updates. Returns those who answered."""
         frozen = frozen_digest(adapter) if self.config.federated.adapters == "ffa" else ""
 
-        def fold(silo: str, reply: pb.Reply) -> None:
-            self._receipt(silo, reply.trained.receipt)  # an update without a sound receipt is not folded
-            aggregation.add(silo, from_bytes(reply.trained.update))
+        def fold(answer: Answer) -> None:
+            trained = answer.reply.trained
+            self.accounts.take_receipt(answer.silo, trained.receipt)  # without a sound one an update is not folded
+            aggregation.add(answer.silo, from_bytes(trained.update))
+            self.released[answer.silo] = answer.digest
 
         adapters: dict[int, bytes] = {}
 
@@ -188,7 +209,7 @@ class Coordinator:
         # With clients as units no more than the plan's number; by name, since who is asked must not depend on data.
         silos = self._present()[: self.config.privacy.num_clients or None]
         return self.exchange.collect(
-            Bodies(silos, body), TRAIN, str(round_number), fold, enough=self.config.federated.enough_silos
+            Bodies(silos, body), TRAIN, str(round_number), "trained", fold, enough=self.config.federated.enough_silos
         )
 
     def _training(self, train: pb.Train) -> dict[str, Any]:
@@ -230,12 +251,12 @@ class Coordinator:
         sums: dict[str, list[float]] = {}
         bounds = bounds_of(self.base, self.config.privacy.evaluation_labels)
 
-        def take(silo: str, reply: pb.Reply) -> None:
-            self._receipt(silo, reply.evaluated.receipt)
-            sums[silo] = checked_sums(reply.evaluated.sums, bounds)
+        def take(answer: Answer) -> None:
+            self.accounts.take_receipt(answer.silo, answer.reply.evaluated.receipt)
+            sums[answer.silo] = checked_sums(answer.reply.evaluated.sums, bounds)
 
         bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
-        answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", take)
+        answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", "evaluated", take)
         noise = self.config.privacy.evaluation_noise_multiplier
         found = figures([sums[silo] for silo in answered], bounds, noise)
         self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
@@ -250,39 +271,19 @@ class Coordinator:
     def _present(self) -> list[str]:
         return sorted(set(self.exchange.nodes) & self.reserved)
 
-    def _epsilon_left(self) -> float | None:
-        """The least that a silo has left of its dataset's budget, by the receipts; None where there is none."""
-        receipts = [silo["receipt"] for silo in self.silos.values() if "receipt" in silo]
-        return min((receipt["epsilon_left"] for receipt in receipts), default=None)
-
     def _close(self) -> None:
-        self.exchange.collect(self._bodies("close", close=pb.Close()), QUERY, "close", self._closed)
+        """Asks for the closing statements. The certificate says who has given none; the run ends all the same."""
+        released = (
+            Counter(silo for one in self._digests() for silo in one.releases or ()) if self.certify else Counter()
+        )
 
-    def _closed(self, silo: str, reply: pb.Reply) -> None:
-        self._receipt(silo, reply.closed.receipt)
-        if self.certify and reply.closed.statement:
-            statement = RunStatement.from_bytes(reply.closed.statement, f"statement of silo {silo}")
-            self._check_signed(silo, statement, statement.run)
-            self.silos[silo]["statement"] = statement.model_dump(mode="json")
+        def take(answer: Answer) -> None:
+            closed, silo = answer.reply.closed, answer.silo
+            self.accounts.take_receipt(silo, closed.receipt)
+            self.accounts.take_statement(silo, closed.statement, released[silo])
 
-    def _receipt(self, silo: str, content: bytes) -> None:
-        """Keeps a silo's newest receipt: it goes back to the silo with the next request, and into the certificate."""
-        if not self.certify:
-            return
-        receipt = Receipt.from_bytes(content, f"receipt of silo {silo}")
-        self._check_signed(silo, receipt, receipt.run)
-        held = self.silos[silo].get("receipt", {})
-        if (receipt.epoch, receipt.number) >= (held.get("epoch", 0), held.get("number", 0)):
-            self.silos[silo]["receipt"] = receipt.model_dump(mode="json")
-
-    def _check_signed(self, silo: str, signed: Signed, run: str) -> None:
-        known = self.silos[silo]["public_key"]
-        if (signed.silo, signed.public_key, run) != (silo, known, self.exchange.run.id) or not signed.holds():
-            raise ValueError("its receipt or statement is of another run, or not signed with the key that it gave")
-
-    def _held(self, silo: str) -> bytes:
-        receipt = self.silos.get(silo, {}).get("receipt", {})
-        return canonical_json(receipt) if "signature" in receipt else b""
+        bodies = self._bodies("close", close=pb.Close())
+        self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0)
 
 
 def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:

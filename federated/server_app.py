@@ -14,6 +14,7 @@ from configs.schema import RunConfig
 from federated.adapters import Arrays
 from federated.aggregator import FOLDER, MEMBERS, open_ledger
 from federated.exchange import Parties
+from federated.flower_replies import Nodes, OneByOne
 from federated.outcome import recorded
 from federated.rounds import Coordinator
 from federated.trust import coordinator_signer, enrolled_silos
@@ -22,7 +23,7 @@ app = ServerApp()
 
 
 def run_federation(
-    grid: Grid,
+    grid: Nodes,
     config: RunConfig,
     base_model: Path,
     directory: Path,
@@ -31,11 +32,15 @@ def run_federation(
     *,
     certify: bool = True,
 ) -> None:
-    """Runs a federation over a grid to its end, from its newest commit."""
+    """Runs a federation over a grid to its end, from its newest commit, and publishes what it has made."""
+    from federated.final_model import save_peft, write_card
+
     directory.mkdir(parents=True, exist_ok=True)
     log = EventLog(directory / "events.jsonl", (on_event,))
     coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
     coordinator.run(lambda: initial_adapter(config, base_model))
+    adapter = save_peft(config, base_model, directory)
+    write_card(directory, coordinator.certify_model(adapter) if certify else None)
 
 
 @app.main()
@@ -48,7 +53,7 @@ def main(grid: Grid, context: Context) -> None:
     ledger = partial(open_ledger, home, home / FOLDER, MEMBERS, config.privacy)
     parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home), ledger)
     with recorded(directory, context.run_id):
-        run_federation(grid, config, base_model, directory, parties, lambda _: None)
+        run_federation(OneByOne(grid), config, base_model, directory, parties, lambda _: None)
 
 
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:

@@ -1,5 +1,7 @@
 """Asks a silo service: what the relay uses. Imports neither torch nor any data."""
 
+import logging
+import time
 from pathlib import Path
 
 import grpc
@@ -11,11 +13,59 @@ from federated.protocol import CHUNK_BYTES, chunks
 LONGEST_TRAINING_S = 24 * 3600.0
 # Beside these codes the silo has sent its signed refusal.
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+# After these the same question may be answered; by its details, where a code alone doesn't say so. A silo has charged
+# it once at most, and gives the reply that it has stored, or computes it again with the same noise.
+_AGAIN = {
+    grpc.StatusCode.UNAVAILABLE: "",  # not there, or gone while it answered
+    grpc.StatusCode.CANCELLED: "",  # the service was stopped
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "queue:",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "transfer:",
+}
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LONGEST_DETAIL = 0.5, 10.0, 200
+_log = logging.getLogger("siloweave.relay")
 KEY, CERTIFICATE, AUTHORITY = "relay.key", "relay.crt", "service-ca.crt"
 
 
+class UnansweredError(ConnectionError):
+    """Why a silo's service has given no answer, in one line."""
+
+
+def ask(address: str, envelope: bytes, tls_folder: str = "", timeout_s: float = LONGEST_TRAINING_S) -> bytes:
+    """Sends one envelope, again and again until the silo's service answers it or says that it never will.
+
+    Args:
+        address: see ``exchange``.
+        envelope: see ``exchange``.
+        tls_folder: see ``exchange``.
+        timeout_s: seconds for all attempts together.
+
+    Raises:
+        UnansweredError: the time is over, or asking again would not help.
+    """
+    deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
+    while True:
+        try:
+            return exchange(address, envelope, tls_folder, max(deadline - time.monotonic(), 0.0))
+        except grpc.RpcError as error:
+            said, left_s = _said(error), deadline - time.monotonic()
+            if pause_s >= left_s or not _helps_to_ask_again(error):
+                raise UnansweredError(f"its service at {address} gave no answer ({said})") from None
+        _log.warning("silo service %s: %s; asked again in %g s, until %.0f s from now", address, said, pause_s, left_s)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def _helps_to_ask_again(error: grpc.RpcError) -> bool:
+    begins = _AGAIN.get(error.code())
+    return begins is not None and (error.details() or "").startswith(begins)
+
+
+def _said(error: grpc.RpcError) -> str:
+    return f"{error.code().name}: {' '.join((error.details() or 'no details').split())[:_LONGEST_DETAIL]}"
+
+
 def exchange(address: str, envelope: bytes, tls_folder: str = "", timeout_s: float = LONGEST_TRAINING_S) -> bytes:
-    """Sends one envelope and returns the silo's.
+    """Sends one envelope once, and returns the silo's.
 
     Args:
         address: ``unix:PATH``, or ``HOST:PORT`` with ``tls_folder``.

@@ -1,6 +1,5 @@
 """``siloweave silo runs``: what a silo's steward sees of the runs, and how one is ended."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from configs.errors import InputError
+from configs.printing import answer
 
 if TYPE_CHECKING:
     from configs.silo import SiloConfig
@@ -32,7 +32,7 @@ def runs(
         raise InputError("silo runs: no settings; give --config silo.toml")
     settings, journal = _opened(config)
     found = runs_of(settings, journal)
-    typer.echo(json.dumps(found) if as_json else "\n".join(map(_line, found)) or "no runs")
+    answer(as_json, found, *(map(_line, found) if found else ["no runs"]))
 
 
 @runs_app.command()
@@ -48,7 +48,7 @@ def stop(
     """Ends a run, while the service runs, too: nothing more is released to it. What it reserved stays spent."""
     settings, journal = _opened(config)
     stopped = end(settings, journal, run, coordinator)
-    typer.echo(json.dumps(stopped) if as_json else f"{_line(stopped)}; what it reserved stays spent")
+    answer(as_json, stopped, f"{_line(stopped)}; what it reserved stays spent")
 
 
 def runs_of(settings: "SiloConfig", journal: "Journal") -> list[dict[str, Any]]:

@@ -83,4 +83,4 @@ class AuditSilo:
             "statement": closed.model_dump(mode="json"),
             "audit": audit.model_dump(mode="json"),
         }
-        return certificate(self.run_id, self.plan.request, {_SILO: silo})
+        return certificate(self.run_id, self.plan.request, {_SILO: silo}, None)

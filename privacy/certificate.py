@@ -10,14 +10,15 @@ from typing import Any
 
 from configs.errors import InputError
 from privacy.claim import Claim, headline
+from privacy.model_digests import ModelDigests
 from privacy.plan import PlanRequest
 from privacy.statements import AuditStatement
 
-CERTIFICATE_VERSION = 3
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 4, (3, 4), 4
 NOT_AUDITED = "not audited"
 AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
-_NOT_COVERED = (  # a change of these words is a new version: checking a certificate makes them again
+_NOT_COVERED_IN_3 = (  # a change of these words is a new version: checking a certificate makes them again
     "timing: how long a reply takes depends on the size of its batch",
     "a silo whose own machine or key is in the hands of the adversary",
     "a rewrite of a whole ledger together with its anchor by the owner of its key, where nobody keeps a receipt",
@@ -27,6 +28,13 @@ _NOT_COVERED = (  # a change of these words is a new version: checking a certifi
     "a silo that the coordinator leaves out: only that silo's own ledger shows its charges",
     "float32 rounding inside the clipped sum: one record may change how the others' contributions are rounded",
 )
+_NOT_COVERED = {
+    3: _NOT_COVERED_IN_3,
+    4: (
+        *_NOT_COVERED_IN_3,
+        "how the coordinator made the model of the releases: each ledger shows its own, and nobody signs the rest",
+    ),
+}
 _TRUSTED = (
     "the aggregator, which sees every client's update without noise and adds the noise to their sum: this holds "
     "against those who see the model, and not against the aggregator or whoever reads its memory or messages"
@@ -42,8 +50,10 @@ def certificate(
     run_id: str,
     plan: PlanRequest,
     ledgers: Mapping[str, Mapping[str, Any]],
+    model: ModelDigests | None,
     *,
     versions: Mapping[str, str] | None = None,
+    form: int = CERTIFICATE_VERSION,
 ) -> dict[str, Any]:
     """What a finished run claims.
 
@@ -53,7 +63,9 @@ def certificate(
         ledgers: public facts of each silo that has reserved, by name: its last ``receipt`` and, where it has closed the
             run, its ``statement``; the one silo of an audit's run also has the ``audit``. With clients as units, of the
             aggregator alone.
+        model: what was made; None for an audit, of which nothing is published.
         versions: of the libraries; None takes those that are installed.
+        form: version of the document.
 
     Returns:
         A JSON document. ``epsilon`` is for a unit that is in one silo; ``headline`` is the claim.
@@ -64,7 +76,7 @@ def certificate(
     guarantee = plan.guarantee()
     statements = {name: ledger["statement"] for name, ledger in ledgers.items() if "statement" in ledger}
     return {
-        "version": CERTIFICATE_VERSION,
+        "version": form,
         "run_id": run_id,
         "unit": plan.unit,
         "relation": plan.relation,
@@ -83,7 +95,8 @@ def certificate(
         "seeds": _seeds(ledgers, statements),
         "left_each_silo": _left_each_silo(plan),
         **_signed_by(plan, ledgers),
-        "not_covered": [*(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()), *_NOT_COVERED],
+        **({} if form < FIRST_WITH_MODEL else {"model": model.model_dump(mode="json") if model else None}),
+        "not_covered": [*(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()), *_NOT_COVERED[form]],
         "versions": dict(versions or library_versions()),
     }
 

@@ -1,18 +1,26 @@
 """Checks a certificate offline: makes it again from its plan and signed parts, and looks for it in a silo's ledger."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from configs.errors import InputError, PolicyRefusal
 from configs.load import parse
-from privacy.certificate import AGGREGATOR, CERTIFICATE_VERSION, NOT_AUDITED, certificate, ledgers_of
+from privacy.certificate import (
+    AGGREGATOR,
+    CERTIFICATE_VERSION,
+    FIRST_WITH_MODEL,
+    NOT_AUDITED,
+    READABLE,
+    certificate,
+    ledgers_of,
+)
+from privacy.model_digests import ModelDigests
 from privacy.plan import PlanRequest
-from privacy.runs import Runs
+from privacy.runs import Run, Runs
+from privacy.signed_parts import TOLERANCE, check_closing, check_receipt, check_statement, expect, in_both, same
 from privacy.size import check_size
 from privacy.statements import AuditStatement, Receipt, RunStatement
 
-_TOLERANCE = 1e-6  # accountants differ by less between machines
 _SILO_FIELDS = {"dataset_id", "public_key", "public_record_count", "receipt", "statement", "audit"}
 
 
@@ -27,8 +35,12 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
         InputError: a field is missing or is not what the plan and the silos' signatures give; the message names it. Or
             an audit's lower bound at 99.9% confidence is above epsilon.
     """
-    if document.get("version") != CERTIFICATE_VERSION:
-        raise InputError(f"{origin}: version is {document.get('version')!r}, expected {CERTIFICATE_VERSION}")
+    form = document.get("version")
+    if type(form) is not int or form not in READABLE:
+        raise InputError(
+            f"{origin}: version is {form!r}, this Siloweave reads {READABLE[0]} to {CERTIFICATE_VERSION}; a newer one "
+            "needs a newer Siloweave"
+        )
     for name in ("run_id", "plan", "versions"):
         if name not in document:
             raise InputError(f"{origin}: {name}: missing; the certificate was edited")
@@ -48,7 +60,8 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     versions = _mapping(document["versions"], f"{origin}: versions")
     if not all(isinstance(version, str) for version in versions.values()):
         raise InputError(f"{origin}: versions: not all are strings; the certificate was edited")
-    again = certificate(run, plan, signed, versions=versions)
+    model = _model(document, signed, plan, f"{origin}: model") if form >= FIRST_WITH_MODEL else None
+    again = certificate(run, plan, signed, model, versions=versions, form=form)
     _compare(document, again, "", origin)
     if again["audited"] != NOT_AUDITED and (bound := again["audited"]["epsilon_lower_bound_99_9"]) > plan.epsilon:
         raise InputError(f"{origin}: audited: epsilon is at least {bound:.4g} (99.9% confidence): its claim is false")
@@ -63,19 +76,41 @@ def _accountable(plan: PlanRequest, origin: str) -> PlanRequest:
     return plan
 
 
+def _model(
+    document: Mapping[str, Any], ledgers: Mapping[str, Mapping[str, Any]], plan: PlanRequest, where: str
+) -> ModelDigests | None:
+    """What the document says of its model. No ledger may be missing here whose release went into it."""
+    found = document.get("model")
+    if found is None and any("audit" in ledger for ledger in ledgers.values()):
+        return None  # an audit publishes none
+    model = parse(ModelDigests, dict(_mapping(found, where)), where)
+    if len(model.rounds) != plan.rounds:
+        raise InputError(f"{where}.rounds: {len(model.rounds)}, the plan has {plan.rounds}")
+    for name in sorted(model.contributors()):
+        if name not in ledgers:
+            raise InputError(f"{where}: has a release of {name!r}, which the certificate leaves out; do not trust it")
+        charged, released = ledgers[name].get("statement", {}).get("rounds_charged"), len(model.rounds_of(name))
+        if charged is not None and released > charged:
+            raise InputError(f"{where}: has {released} releases of {name!r}, which states {charged} charged rounds")
+    return model
+
+
 def _where(origin: str, unit: str, name: str) -> str:
     return f"{origin}: {name}" if unit == "client" else f"{origin}: silos.{name}"
 
 
 def _signed(value: Any, name: str, run: str, plan: PlanRequest, where: str) -> dict[str, Any]:
     """A ledger's part as its signatures give it; whatever else was written there is then found by comparing."""
-    silo, epsilon = dict(_mapping(value, where)), plan.epsilon
+    silo = dict(_mapping(value, where))
     for field in sorted(silo.keys() - _SILO_FIELDS):
         raise InputError(f"{where}.{field}: no such field, and nothing signs it; the certificate was edited")
-    receipt = _check_receipt(silo, name, run, plan, epsilon, where)
+    receipt = parse(Receipt, silo.get("receipt", {}), f"{where}.receipt")
+    check_receipt(receipt, silo, name, run, plan, f"{where}.receipt")
     found = {**silo, "receipt": receipt.model_dump(mode="json")}
     if "statement" in silo:
-        statement = _check_statement(silo, name, run, plan, epsilon, where)
+        statement = parse(RunStatement, silo["statement"], f"{where}.statement")
+        check_statement(statement, silo, name, run, plan, f"{where}.statement")
+        check_closing(statement, receipt, f"{where}.statement")
         found["statement"] = statement.model_dump(mode="json")
     elif plan.unit == "client":
         raise InputError(f"{where}.statement: missing; an aggregator closes a run before it certifies")
@@ -103,7 +138,7 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
 
     Raises:
         InputError: no silo of the certificate has this ledger's key, a head is not in its chain, or its reservation and
-            charges are not what the silo stated.
+            charges are not what the silo stated, or its releases not those of the model.
     """
     key = bodies[0]["public_key"]
     ledgers = ledgers_of(document)
@@ -117,83 +152,58 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
     found = _in_chain(bodies, run, silo.get("statement", silo["receipt"]))
     if found is None:
         raise InputError(f"{where}: the ledger holds no reservation of run {run}")
-    for field, value in found.items():
+    for field, value in _facts(found).items():
         if "statement" in silo and silo["statement"][field] != value:
             raise InputError(f"{where}.statement.{field} is {silo['statement'][field]!r}, the ledger has {value!r}")
+    if document.get("model") is not None:
+        _check_releases(ModelDigests.model_validate(document["model"]), str(name), bodies, found, origin)
     return str(name)
 
 
-def _in_chain(bodies: list[dict[str, Any]], name: str, signed: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a ledger says of the run that was signed for: of those with its name, the one that ended where it says."""
+def _in_chain(bodies: list[dict[str, Any]], name: str, signed: Mapping[str, Any]) -> Run | None:
+    """The run that was signed for: of those with its name, the one that ended where it says."""
     runs = [run for run in Runs(bodies) if run.name == name and run.opening["kind"] == "reserve"]
-    facts = [
-        {
-            "plan_digest": run.opening["plan_digest"],
-            "public_record_count": run.opening["public_record_count"],
-            "rounds_charged": run.rounds_charged,
-            "number": run.closing["number"] if run.closing else None,
-        }
-        for run in runs
-    ]
-    alike = [sum(fact[name] == signed[name] for name in ("number", "plan_digest")) for fact in facts]
-    return facts[alike.index(max(alike))] if facts else None
+    alike = [sum(_facts(run)[name] == signed[name] for name in ("number", "plan_digest")) for run in runs]
+    return runs[alike.index(max(alike))] if runs else None
 
 
-def _check_receipt(
-    silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, epsilon: float, where: str
-) -> Receipt:
-    receipt = parse(Receipt, silo.get("receipt", {}), f"{where}.receipt")
-    spent = {"epsilon_reserved": epsilon, "delta_reserved": plan.delta}
-    _expect(receipt, {**_in_both(silo, name, run, plan), **spent}, f"{where}.receipt")
-    return receipt
+def _facts(run: Run) -> dict[str, Any]:
+    """What a ledger says of a run, under the names of a statement."""
+    return {
+        "plan_digest": run.opening["plan_digest"],
+        "public_record_count": run.opening["public_record_count"],
+        "rounds_charged": run.rounds_charged,
+        "number": run.closing["number"] if run.closing else None,
+    }
 
 
-def _check_statement(
-    silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, epsilon: float, where: str
-) -> RunStatement:
-    statement = parse(RunStatement, silo["statement"], f"{where}.statement")
-    spent = {"epsilon": epsilon, "delta": plan.delta}
-    _expect(statement, {**_in_both(silo, name, run, plan), **spent}, f"{where}.statement")
-    if statement.rounds_charged > plan.rounds:
-        raise InputError(f"{where}.statement.rounds_charged is {statement.rounds_charged}, the plan has {plan.rounds}")
-    return statement
+def _check_releases(model: ModelDigests, name: str, bodies: list[dict[str, Any]], run: Run, origin: str) -> None:
+    """What went into the model is what the ledger has released. It may have released more, too late for its round."""
+    replies = {body["charge"]: body["reply_digest"] for body in bodies if body["kind"] == "release"}
+    for number, digest in model.rounds_of(name).items():
+        released = [
+            replies[body["number"]] for body in run.charges if body["round"] == number and body["number"] in replies
+        ]
+        if digest not in released:
+            raise InputError(
+                f"{origin}: model.rounds: the release of {name} in round {number} is {digest[:16]}…, the ledger has "
+                f"{', '.join(released) or 'none'}"
+            )
 
 
 def _check_audit(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, where: str) -> AuditStatement:
     audit = parse(AuditStatement, silo["audit"], where)
-    expected = _in_both(silo, name, run, plan)
+    expected = in_both(silo, name, run, plan)
     del expected["public_record_count"]
-    _expect(audit, expected, where)
+    expect(audit, expected, where)
     if "statement" not in silo:
         raise InputError(f"{where}: of a run that is not closed; the certificate was edited")
-    if sum(score.share for score in audit.scores) > 1 + _TOLERANCE:
+    if sum(score.share for score in audit.scores) > 1 + TOLERANCE:
         raise InputError(f"{where}.scores: their shares of the allowed error add up to more than 1; do not trust it")
     for score in audit.scores:
         if not score.correct <= score.guesses <= score.canaries:
             raise InputError(f"{where}.scores: {score.mode}: counts that don't fit together; do not trust it")
     return audit
-
-
-def _in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest) -> dict[str, Any]:
-    """What a receipt and a statement of the same run both say."""
-    return {
-        "silo": name,
-        "dataset": silo.get("dataset_id"),
-        "public_key": silo.get("public_key"),
-        "public_record_count": silo.get("public_record_count"),
-        "run": run,
-        "plan_digest": plan.digest,
-    }
-
-
-def _expect(signed: Receipt | RunStatement | AuditStatement, expected: Mapping[str, Any], where: str) -> None:
-    """The fields that are known from elsewhere first, since they can be named; then the signature over all of them."""
-    for field, value in expected.items():
-        found = getattr(signed, field)
-        if not _same(found, value):
-            raise InputError(f"{where}.{field} is {found!r}, expected {value!r}: it was edited, or is of another run")
-    if not signed.holds():
-        raise InputError(f"{where}.signature doesn't hold: one of the fields of {where} was edited")
 
 
 def _compare(claimed: Any, again: Any, path: str, origin: str) -> None:
@@ -209,15 +219,8 @@ def _compare(claimed: Any, again: Any, path: str, origin: str) -> None:
     elif isinstance(again, list) and isinstance(claimed, list) and len(again) == len(claimed):
         for number, (found, expected) in enumerate(zip(claimed, again, strict=True)):
             _compare(found, expected, f"{path}.{number}", origin)
-    elif not _same(claimed, again):
+    elif not same(claimed, again):
         raise InputError(f"{origin}: {path} is {claimed!r}, its replay gives {again!r}; do not trust it")
-
-
-def _same(found: Any, expected: Any) -> bool:
-    if isinstance(found, float) or isinstance(expected, float):
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (found, expected))
-        return numbers and math.isclose(found, expected, rel_tol=_TOLERANCE)
-    return type(found) is type(expected) and bool(found == expected)
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

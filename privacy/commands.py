@@ -44,15 +44,21 @@ def verify(
         Path | None, typer.Argument(help="A ledger.sqlite, its state_dir, or an export (*.jsonl).")
     ] = None,
     certificate: Annotated[Path | None, typer.Option(help="A certificate.json, to be replayed, too.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A folder: is it the adapter or the base model of the certificate?")
+    ] = None,
     key_file: KeyOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Replays numbers, chain, signatures and claims of a ledger or a certificate. Exit status 2 if one doesn't hold.
 
-    With both, the certificate's run has to be in the ledger as its silo stated it.
+    With both, the certificate's run has to be in the ledger as its silo stated it, and what the ledger has released as
+    the certificate's model has it. A folder has to be the certificate's model, byte for byte.
     """
     if ledger is None and certificate is None:
         raise InputError("ledger verify: nothing to verify; give a ledger, --certificate FILE, or both")
+    if model is not None and certificate is None:
+        raise InputError(f"ledger verify: {model}: which certificate's model? give --certificate FILE, too")
     from privacy.certificate import ledgers_of
 
     document = _certificate(certificate) if certificate else None
@@ -63,7 +69,11 @@ def verify(
         results |= {"unit": document["unit"], "headline": document["headline"], "silos": list(ledgers_of(document))}
         if ledger is not None:
             results["silo"] = _in_ledger(document, ledger, key_file, str(certificate))
-    answer(as_json, results, *_lines(results, ledger, certificate))
+        if model is not None:
+            results["model"] = _which_model(document, model, key_file, str(certificate))
+    lines = _lines(results, ledger, certificate)
+    lines += [f"{model}: is the certificate's {results['model']}"] if model is not None else []
+    answer(as_json, results, *lines)
 
 
 @ledger_app.command()
@@ -162,6 +172,15 @@ def _in_ledger(document: dict[str, Any], ledger: Path, key_file: str, origin: st
     from privacy.certificate_check import check_in_ledger
 
     return check_in_ledger(document, *_verified(ledger, key_file), origin)
+
+
+def _which_model(document: dict[str, Any], folder: Path, key_file: str, origin: str) -> str:
+    from privacy.ledger_file import given_key
+    from privacy.model_digests import ModelDigests, which_model
+
+    if document.get("model") is None:
+        raise InputError(f"{origin}: version {document['version']} speaks of no model; nothing can be said of {folder}")
+    return which_model(ModelDigests.model_validate(document["model"]), folder, given_key(key_file))
 
 
 def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | None) -> list[str]:

@@ -107,7 +107,7 @@ def export(path: Path, target: Path, key_file: str = "") -> int:
     _must_be_new(target)
     entries = read_only(path)
     content = b"".join(canonical_json(entry) + b"\n" for entry in entries)
-    write_sealed(target, content, _key(key_file), _EXPORT)
+    write_sealed(target, content, given_key(key_file), _EXPORT)
     return len(entries)
 
 
@@ -155,7 +155,8 @@ def _must_be_new(target: Path) -> None:
         raise InputError(f"{target}: exists; give a new name, nothing is overwritten")
 
 
-def _key(key_file: str) -> MasterKey | None:
+def given_key(key_file: str) -> MasterKey | None:
+    """The key of a file, or else of the environment; None where neither is given."""
     return load_key(key_file or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else ""))
 
 
@@ -164,7 +165,7 @@ def _read_export(path: Path, key_file: str) -> list[Entry]:
     sealed = is_sealed(path)
     if sealed and not key_file and not os.environ.get(ENVIRONMENT):
         raise InputError(f"{path}: encrypted, and no key is given; give --key-file FILE, or set {ENVIRONMENT}")
-    content = read_sealed(path, _key(key_file), _EXPORT) if sealed else path.read_bytes()
+    content = read_sealed(path, given_key(key_file), _EXPORT) if sealed else path.read_bytes()
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entry = json.loads(line)

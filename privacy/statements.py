@@ -21,7 +21,8 @@ Name = Annotated[str, Field(max_length=255)]
 Hexadecimal = Annotated[str, Field(max_length=128)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Spent = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Number = Annotated[int, Field(ge=1)]
+Number = Annotated[int, Field(ge=1, le=2**53)]
+Counted = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Spend(BaseModel):
@@ -94,9 +95,9 @@ class Receipt(Signed):
     run: Name
     number: Number
     head: Hexadecimal
-    epoch: Annotated[int, Field(ge=0)]
+    epoch: Counted
     plan_digest: Hexadecimal
-    public_record_count: Annotated[int, Field(ge=0)]
+    public_record_count: Counted
     epsilon_reserved: Spent
     delta_reserved: Spent
     epsilon_left: Finite
@@ -127,7 +128,7 @@ class RunStatement(Signed):
     public_record_count: Number
     epsilon: Spent
     delta: Spent
-    rounds_charged: Annotated[int, Field(ge=0)]
+    rounds_charged: Counted
     number: Number
     head: Hexadecimal
     attests_disjoint_units: bool

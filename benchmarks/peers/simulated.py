@@ -239,7 +239,7 @@ def flower(drive: Drive) -> None:
         drive.run(grid_exchange(grid, sorted(nodes)))
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": 2}}
-    run_simulation(server, make_app(lambda _: answer), drive.work["clients"], backend_config=resources)
+    run_simulation(server, make_app(lambda *_: answer), drive.work["clients"], backend_config=resources)
 
 
 ENGINES: dict[str, Callable[[Drive], None]] = {

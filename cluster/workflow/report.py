@@ -52,6 +52,7 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         "pretrain": _pretrain(config, events),
         "federated": _federated(config, run_directory, certificate, evaluation, rounds),
         "privacy": _privacy(config, certificate, ledgers),
+        "model": _model(certificate),
         "sample": sample.read_text(encoding="utf-8") if sample.exists() else "",
         "simulation_only": [] if elsewhere else list(_SIMULATION_ONLY),
         "settings": to_toml(config),
@@ -192,6 +193,12 @@ def _privacy(
         "left_each_silo": certificate["left_each_silo"],
         "not_covered": certificate["not_covered"],
     }
+
+
+def _model(certificate: dict[str, Any]) -> dict[str, Any] | None:
+    """Of which model the certificate speaks; None where an earlier version made it, which did not say so."""
+    model = certificate.get("model")
+    return {name: model[name] for name in ("base_model", "adapter")} if model else None
 
 
 def _ledger_folder(config: RunConfig, name: str, run_directory: Path) -> Path:

@@ -334,6 +334,10 @@ def test_a_run_outlives_the_death_of_each_of_its_processes(deployment):
     federation = deployment.root / "runs" / "one" / "federated"
     assert (federation / "adapter" / "adapter_config.json").exists()  # what `silo personalise` and peft take
     require_manifest(federation, "federated", "federate")
+    told = [event["message"] for kind in ("rejected", "timeout") for event in deployment.events("one", kind)]
+    assert all(line.isprintable() for line in told), told
+    log = (service.folder / "relay" / "state" / "supernode.log").read_text()
+    assert "RpcError" not in log and "_MultiThreadedRendezvous" not in log, log
     found = deployment.status()
     assert found["processes"]["superlink"]["restarts"] >= 1
     assert (found["run"]["finished"], found["run"]["round"]) == (True, 3)

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -32,15 +34,20 @@ from flower_processes import (
     listens,
     silo_toml,
 )
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from silo_requests import body_of, opened
 
+from configs.artifacts import require_manifest
 from configs.load import load, to_toml
 from configs.schema import RunConfig
 from configs.silo import load_silo
 from federated import server_app
 from federated import silo_pb2 as pb
+from federated.adapters import to_bytes
 from federated.aggregator import FOLDER
 from federated.certificates import CURVE, Authority
+from federated.client_app import make_app, pack, silo_service, unpack
 from federated.envelope import seal_request
 from federated.exchange import Parties
 from federated.keys import load_or_create_key
@@ -51,6 +58,7 @@ from federated.trust import coordinator_signer, enrolled_silos
 from privacy.certificate_check import check_certificate
 from privacy.chain import verify_entries
 from privacy.ledger_file import read_only
+from privacy.plan import PlanRequest
 
 
 @pytest.fixture
@@ -157,12 +165,12 @@ def test_flower_runs_a_federation_with_clients_as_units(tiny_run, processes, soc
     assert kinds == ["open", "reserve", "charge", "release", "close"]
 
 
-def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path):
+def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path, caplog):
+    """Also when it is killed while it trains: its relay asks the next process again, which answers for the charge."""
     home = tmp_path / "coordinator"
     silo = silo_toml(load("tiny"), tiny_run.directory / "model", tmp_path / "silo", home)
-    command = processes.start(
-        "silo", str(BIN / "siloweave"), "silo", "serve", "-c", str(silo), "--socket", str(socket_path)
-    )
+    serving = (str(BIN / "siloweave"), "silo", "serve", "-c", str(silo), "--socket", str(socket_path))
+    command = processes.start("silo", *serving)
     processes.wait_until("silo service", lambda: is_serving(socket_path))
     assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
     signer = coordinator_signer(home)
@@ -179,8 +187,56 @@ def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path):
     silo.write_text(written)
     # The receipt has crossed the socket, beside the body, and the refusal has come back with the status code.
     assert ask(receipt=b"no receipt", close=pb.Close()).refusal.rule == "receipt"
+    plan = PlanRequest(
+        sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=1.0, rounds=1, steps_per_round=40, delta=1e-5
+    )
+    assert ask(reserve=pb.Reserve(plan=plan.model_dump_json())).WhichOneof("kind") == "reserved"
+    train = training(tiny_run, plan)
+    body = body_of("round-1", silo_id=NAME, coordinator=signer.public_key, train=train)
+    envelope = seal_request(signer, body)
+    with ThreadPoolExecutor(1) as relay:
+        answering = relay.submit(through_the_relay, f"unix:{socket_path}", envelope)
+        processes.wait_until("a charge", lambda: entries(tmp_path / "silo")[-1] == "charge")
+        command.kill()
+        assert command.wait(END_S) == -signal.SIGKILL
+        command = processes.start("silo-again", *serving)
+        reply = answering.result(RUN_S)
+    assert unpack(reply.content) == exchange(f"unix:{socket_path}", envelope)  # what was stored
+    assert opened(unpack(reply.content)).WhichOneof("kind") == "trained"
+    assert entries(tmp_path / "silo") == ["open", "reserve", "charge", "release"]
+    told = [record.getMessage() for record in caplog.records if record.name == "siloweave.relay"]
+    assert told and all("\n" not in line and "asked again" in line and str(socket_path) in line for line in told), told
     command.terminate()
     assert command.wait(END_S) == 0, processes.logs()
+    gone = through_the_relay(f"unix:{socket_path}", envelope, ttl_s=3)
+    assert gone.error.reason.startswith(f"its service at unix:{socket_path} gave no answer (")
+    assert "\n" not in gone.error.reason
+
+
+def training(tiny_run, plan: PlanRequest) -> pb.Train:
+    config = tiny_run.config()
+    return pb.Train(
+        round=1,
+        plan_digest=plan.digest,
+        base_model_digest=require_manifest(tiny_run.model, "model", "export").content_digest,
+        task="causal",
+        adapter_spec=pb.AdapterSpec(rank=config.federated.lora_rank, alpha=config.federated.lora_alpha),
+        adapter=to_bytes(server_app.initial_adapter(config, tiny_run.model)),
+        learning_rate=0.01,
+        optimizer="adam",
+    )
+
+
+def through_the_relay(address: str, envelope: bytes, ttl_s: float = RUN_S) -> Message:
+    """The answer of the very app that a SuperNode starts."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    context = Context(1, 1, {"silo-address": address}, RecordDict(), {})
+    return make_app(silo_service)(Message(pack(envelope), 1, "train", ttl=ttl_s), context)
+
+
+def entries(state_dir: Path) -> list[str]:
+    path = state_dir / "ledger.sqlite"
+    return [body["kind"] for body in verify_entries(read_only(path), str(path))]
 
 
 def test_the_bundle_holds_the_shim_alone(processes, tmp_path):

@@ -111,6 +111,33 @@ def test_the_adapter_is_a_peft_directory(tiny_run):
     assert not torch.allclose(tuned(input_ids=ids).logits, before)
 
 
+def test_the_certificate_says_of_which_model_it_speaks(tiny_run, siloweave, tmp_path):
+    """Of both folders of the run, of nothing else, and as the report and the model card name it."""
+    federation = tiny_run.directory / "federated"
+    certificate = json.loads((federation / "certificate.json").read_text())
+    given = ("ledger", "verify", "--certificate", str(federation / "certificate.json"), "--model")
+    for folder, part in ((federation / "adapter", "final adapter"), (tiny_run.model, "base model")):
+        done = siloweave(*given, str(folder), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"{folder}: is the certificate's {part}" in done.stdout
+    other = siloweave(*given, str(tiny_run.directory / "federated-no-dp" / "adapter"), cwd=tmp_path)
+    assert other.returncode == 2
+    assert "this is another model" in other.stderr and other.stderr.count("\n") == 1
+    state = next((tiny_run.root / "state").rglob("roman/ledger.sqlite")).parent
+    both = siloweave(
+        "ledger", "verify", str(state), *given[2:4], "--model", str(tiny_run.model), "--json", cwd=tmp_path
+    )
+    assert json.loads(both.stdout)["model"] == "base model", both.stderr  # and its releases are in the ledger
+    model = certificate["model"]
+    assert [set(one["releases"]) for one in model["rounds"]] == [set(certificate["silos"])] * len(model["rounds"])
+    page = (tiny_run.directory / "report.html").read_text()
+    card = (federation / "adapter" / "README.md").read_text()
+    for digest in (model["base_model"], *model["adapter"].values()):
+        assert digest in page and digest in card
+    assert tiny_run.report["model"] == {name: model[name] for name in ("base_model", "adapter")}
+    assert "WITHOUT differential privacy" in (tiny_run.directory / "federated-no-dp/adapter/README.md").read_text()
+
+
 def test_the_readmes_commands_run(tiny_run, siloweave, tmp_path):
     """Every `siloweave ...` line of the README's code blocks, on a copy of the tiny run."""
     root = tmp_path / "readme"

@@ -240,9 +240,9 @@ def test_a_damaged_round_is_passed_over_for_the_one_before(federation, tmp_path)
 def test_a_full_disk_leaves_the_last_round_intact(tmp_path):
     script = (
         "import resource, signal, sys; from pathlib import Path; from federated import commits\n"
-        "commits.save(Path(sys.argv[1]), 'digest', 1, b'small', {}, 'run')\n"
+        "commits.save(Path(sys.argv[1]), 'digest', commits.Round(1, b'small', {}), 'run')\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "commits.save(Path(sys.argv[1]), 'digest', 2, b'x' * 20_000, {}, 'run')"
+        "commits.save(Path(sys.argv[1]), 'digest', commits.Round(2, b'x' * 20_000, {}), 'run')"
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -272,7 +272,7 @@ def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, mo
         return whole_round(self, number, adapter)
 
     def deaf(self, bodies, kind, group):
-        return (found for found in send(self, bodies, kind, group) if found[2].silo_id != "roman")
+        return (found for found in send(self, bodies, kind, group) if self.grid._silo_of[found[0]] != "roman")
 
     monkeypatch.setattr(Coordinator, "_round", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -353,7 +353,8 @@ def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, m
             self._ray.kill(self._home[message.metadata.dst_node_id].actor, no_restart=True)
             message.metadata.__dict__["_message_id"] = "lost"  # Flower answers so for a node that is gone
             self._replies["lost"] = Message(Error(code=1, reason="the node is gone"), reply_to=message)
-        return [*push(self, [one for one in sent if one not in lost]), *(["lost"] if lost else [])]
+        pushed = iter(push(self, [one for one in sent if one not in lost]))
+        return ["lost" if one in lost else next(pushed) for one in sent]
 
     monkeypatch.setattr(LocalGrid, "push_messages", lose)
     monkeypatch.setattr(LocalGrid, "get_node_ids", present)

@@ -1,6 +1,7 @@
 """A coordinator among silos that send what they should not: each is rejected and recorded, and the round goes on."""
 
 import json
+import struct
 import time
 from functools import partial
 from pathlib import Path
@@ -21,9 +22,13 @@ from federated.server_app import run_federation
 from federated.silo import Silo
 from federated.trust import coordinator_signer
 from privacy.certificate_check import check_certificate
+from privacy.statements import Receipt
 
 GOOD = "good"
-SILOS = ["bytes", "forged", GOOD, "header", "huge", "infinite", "other round", "other silo", "shape", "stolen receipt"]
+SILOS = [
+    *("bfloat16", "bytes", "forged", GOOD, "header", "huge", "infinite", "nothing spent", "other round", "other silo"),
+    *("shape", "stolen receipt"),
+]
 ARRAYS = {
     "huge": lambda _: np.zeros((4000, 1000), dtype=np.float32),
     "infinite": lambda array: np.full_like(array, np.inf),
@@ -58,6 +63,12 @@ class HostileSilo:
             reply.trained.update = to_bytes(update | {first: ARRAYS[self._name](update[first])})
         if self._name == "header":
             reply.trained.update = reply.trained.update[:100]
+        if self._name == "bfloat16":
+            header = b'{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
+            reply.trained.update = struct.pack("<Q", len(header)) + header + bytes(4)  # once a KeyError, at every start
+        if self._name == "nothing spent":
+            receipt = Receipt.from_bytes(reply.trained.receipt, "test").model_copy(update={"epsilon_reserved": 0.0})
+            reply.trained.receipt = receipt.signed(self._silo.ledger.journal.signer).to_bytes()
         if self._name == "other silo":
             reply.silo_id = GOOD
         if self._name == "stolen receipt":
@@ -116,22 +127,26 @@ def test_hostile_replies_change_nothing_and_the_round_goes_on(federation, tiny_m
     assert set(rejected) == set(SILOS) - {GOOD}
     assert [len(rejected[name]) for name in sorted(set(rejected) - {"other round"})] == [2] * (len(SILOS) - 2)
     words = {
+        "bfloat16": "is BF16, an adapter is float32",
         "forged": "not signed by the silo",
         "header": "not safetensors",
-        "huge": "names or shapes",
+        "huge": "bytes, one to this request has at most",
         "infinite": "not finite",
+        "nothing spent": "receipt of silo nothing spent.epsilon_reserved is 0.0, expected",
         "other round": "not to this request",
         "other silo": "not to this request",
         "shape": "names or shapes",
-        "stolen receipt": "not signed with the key",
+        "stolen receipt": "signature doesn't hold",
     }
-    assert all(word in rejected[name][-1] for name, word in words.items())
+    assert {name: word for name, word in words.items() if word not in rejected[name][-1]} == {}
     rounds = commits.all_rounds(tmp_path / "run")
     assert [found.round_number for found in rounds] == [0, 1, 2]
     assert all(np.isfinite(array).all() for array in from_bytes(rounds[-1].adapter).values())
     # What was rejected stays charged and claimed: the silos did release it.
     certificate = json.loads((tmp_path / "run" / "certificate.json").read_text())
     assert set(certificate["silos"]) == set(SILOS)
+    assert [set(found["releases"]) for found in certificate["model"]["rounds"]] == [set(names) for names in answered]
+    check_certificate(certificate, "test")
 
 
 class SlowSilo:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from configs.errors import InputError
 from configs.federated_settings import FederatedSettings
-from federated.adapters import from_bytes, to_bytes
+from federated.adapters import check_update, from_bytes, to_bytes
 from federated.aggregation import Aggregation, check_size
 
 LAYER = "layer.lora_{}.default.weight"
@@ -224,6 +224,26 @@ def test_scaffold_is_the_papers_also_when_silos_are_missing():
             aggregation.add(silo, update)
         adapter, state = aggregation.result()
     np.testing.assert_allclose(adapter[B], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_update_makes_a_correction_that_the_other_silos_refuse():
+    """Before: one finite update of 30,000 made corrections of 3,000,000, which every silo refused; no round went on."""
+    chosen = settings("scaffold", optimizer="sgd", learning_rate=0.01, local_steps=1)
+    adapter, state = random(99), {}
+    for number in range(20):
+        aggregation = Aggregation(chosen, adapter, state, len(SILOS))
+        for silo in SILOS:
+            check_update(aggregation.sent(silo).correction, adapter)
+        for size in (30_000.0, 320.0, 150.0, 80.0):  # the first one that is accepted counts
+            huge = {name: np.full_like(array, (-1) ** number * size) for name, array in adapter.items()}
+            try:
+                aggregation.add("east", huge)
+                break
+            except ValueError as error:
+                assert "mean gradient" in str(error)
+        for silo in SILOS[1:]:
+            aggregation.add(silo, random(number))
+        adapter, state = aggregation.result()
 
 
 def test_the_common_variate_stays_the_mean_of_all_when_a_silo_joins():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from configs.artifacts import digest_bytes
 from configs.encryption import load_key
 from configs.errors import InputError
 from federated import commits
@@ -19,7 +20,8 @@ def key(tmp_path):
 
 
 def saved(folder, run, number, key):
-    commits.save(folder, "digest", number, f"{folder.name} {run} {number}".encode(), {}, run, key)
+    commit = commits.Round(number, f"{folder.name} {run} {number}".encode(), {})
+    commits.save(folder, "digest", commit, run, key)
     return folder / f"round-{number:05d}"
 
 
@@ -51,7 +53,7 @@ def test_a_whole_round_of_the_run_without_dp_is_refused(tmp_path, key):
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_the_aggregations_state_is_committed_with_the_round(tmp_path, key, sealed):
-    commits.save(tmp_path, "digest", 1, b"adapter", {}, "run", key if sealed else None, b"moments")
+    commits.save(tmp_path, "digest", commits.Round(1, b"adapter", {}, b"moments"), "run", key if sealed else None)
     found = commits.newest(tmp_path, "digest", pytest.fail, key if sealed else None)
     assert (found.adapter, found.server_state) == (b"adapter", b"moments")
     content = (tmp_path / "round-00001" / commits.SERVER_STATE).read_bytes()
@@ -63,7 +65,7 @@ def test_the_aggregations_state_is_committed_with_the_round(tmp_path, key, seale
 
 
 def test_an_adapter_can_not_stand_in_for_the_aggregations_state(tmp_path, key):
-    commits.save(tmp_path, "digest", 1, b"adapter", {}, "run", key, b"moments")
+    commits.save(tmp_path, "digest", commits.Round(1, b"adapter", {}, b"moments"), "run", key)
     target = tmp_path / "round-00001"
     manifest = json.loads((target / "COMMITTED").read_text())
     shutil.copy(target / commits.ADAPTER, target / commits.SERVER_STATE)
@@ -71,3 +73,23 @@ def test_an_adapter_can_not_stand_in_for_the_aggregations_state(tmp_path, key):
     (target / "COMMITTED").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="server-state"):
         commits.newest(tmp_path, "digest", pytest.fail, key)
+
+
+def test_every_rounds_digests_are_read_back_and_a_round_of_before_has_none(tmp_path, key):
+    for number in (1, 2):
+        commits.save(
+            tmp_path, "digest", commits.Round(number, b"adapter", {}, releases={"north": "aa" * 32}), "run", key
+        )
+    old = tmp_path / "round-00001"
+    (old / commits.RELEASES).unlink()
+    manifest = json.loads((old / "COMMITTED").read_text())
+    del manifest["files"][commits.RELEASES]
+    (old / "COMMITTED").write_text(json.dumps(manifest))
+    first, second = commits.digests(tmp_path, 2, key)
+    assert (first.releases, second.releases) == (None, {"north": "aa" * 32})
+    assert first.adapter == second.adapter == digest_bytes(b"adapter")
+    (tmp_path / "round-00002" / commits.SILOS).write_text("{ }")
+    for rounds in (2, 3):
+        with pytest.raises(InputError, match=rf"round-0000{rounds}: missing or damaged"):
+            commits.digests(tmp_path, rounds, key)
+        commits.save(tmp_path, "digest", commits.Round(2, b"adapter", {}), "run", key)

@@ -1,11 +1,20 @@
 """What crosses between coordinator and relay inside Flower's messages."""
 
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federated.client_app import SHARED, pack, size_bytes, unpack
+from federated import silo_pb2 as pb
+from federated import silo_pb2_grpc
+from federated.client_app import SHARED, make_app, pack, seconds_left, silo_service, size_bytes, unpack
+from federated.silo_client import UnansweredError, ask
 
 
 @given(st.binary(), st.binary(), st.binary())
@@ -40,3 +49,105 @@ def test_what_is_shared_is_found_behind_what_begins_like_it():
 def test_what_was_not_packed_is_refused(content):
     with pytest.raises(ValueError, match="no siloweave envelope"):
         unpack(content)
+
+
+class Breaks(silo_pb2_grpc.SiloServicer):
+    """A service that ends its first call with a code, after a part of its reply or none, and answers all later ones."""
+
+    def __init__(self, code, details, part):
+        self.code, self.details, self.part, self.calls = code, details, part, 0
+
+    def Exchange(self, request_iterator, context):
+        content = b"".join(part.data for part in request_iterator)
+        self.calls += 1
+        if self.calls == 1:
+            if self.part:
+                yield pb.Chunk(data=self.part)
+            context.abort(self.code, self.details)
+        yield pb.Chunk(data=b"answer to " + content)
+
+
+@pytest.fixture
+def breaking(tmp_path_factory):
+    """Starts such services."""
+    servers = []
+
+    def start(*arguments):
+        server, servicer = grpc.server(ThreadPoolExecutor(2)), Breaks(*arguments)
+        silo_pb2_grpc.add_SiloServicer_to_server(servicer, server)
+        address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
+        server.add_insecure_port(address)
+        server.start()
+        servers.append(server)
+        return servicer, address
+
+    yield start
+    for server in servers:
+        server.stop(None).wait()
+
+
+CODE = grpc.StatusCode
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "part"),
+    [
+        (CODE.UNAVAILABLE, "Socket closed", b""),
+        (CODE.UNAVAILABLE, "Socket closed", b"half of an "),
+        (CODE.CANCELLED, "the server is stopped", b""),
+        (CODE.RESOURCE_EXHAUSTED, "queue: 4 requests wait; ask again later", b""),
+        (CODE.DEADLINE_EXCEEDED, "transfer: allowed 120 s", b"half of an "),
+    ],
+)
+def test_what_may_be_answered_later_is_asked_again_with_one_line_in_the_log(breaking, caplog, code, details, part):
+    servicer, address = breaking(code, details, part)
+    with caplog.at_level(logging.WARNING, "siloweave.relay"):
+        assert ask(address, b"it", timeout_s=30) == b"answer to it"
+    assert servicer.calls == 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"silo service {address}: {code.name}: {details}; asked again in 0.5 s, until ")
+
+
+@pytest.mark.parametrize(
+    ("code", "details"),
+    [
+        (CODE.RESOURCE_EXHAUSTED, "max_request_bytes: allowed 4194304"),
+        (CODE.INVALID_ARGUMENT, "line one\nline two" + "x" * 1000),
+        (CODE.UNIMPLEMENTED, ""),
+        (CODE.UNKNOWN, "Exception calling application"),
+    ],
+)
+def test_what_no_repetition_mends_is_one_line_at_once(breaking, code, details):
+    servicer, address = breaking(code, details, b"")
+    with pytest.raises(UnansweredError) as error:
+        ask(address, b"it", timeout_s=30)
+    assert servicer.calls == 1
+    assert str(error.value).startswith(f"its service at {address} gave no answer ({code.name}: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("code", [CODE.PERMISSION_DENIED, CODE.RESOURCE_EXHAUSTED])
+def test_a_signed_refusal_is_never_asked_for_twice(breaking, code):
+    servicer, address = breaking(code, "", b"a refusal")
+    assert ask(address, b"it", timeout_s=30) == b"a refusal"
+    assert servicer.calls == 1
+
+
+def test_where_no_service_is_the_app_says_so_before_the_message_ends(tmp_path):
+    """Flower gets an error of one line, not an exception, whose traceback it would log."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    message = Message(pack(b"it"), 1, "train", ttl=1.0)
+    address = f"unix:{tmp_path}/none"
+    began = time.monotonic()
+    reply = make_app(silo_service)(message, Context(1, 1, {"silo-address": address}, RecordDict(), {}))
+    assert time.monotonic() - began < 30
+    assert reply.error.reason.startswith(f"its service at {address} gave no answer (")
+    assert "\n" not in reply.error.reason
+
+
+def test_the_time_that_is_left_is_the_messages_whatever_the_clocks_say():
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    message = Message(pack(b"it"), 1, "train", ttl=600.0)
+    for age_s, left_s in ((0, 598), (100, 498), (597, 1), (599.5, 0), (700, 598), (-50, 598)):
+        message.metadata.created_at = time.time() - age_s
+        assert seconds_left(message) == pytest.approx(left_s, abs=0.5)

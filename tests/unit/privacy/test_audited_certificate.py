@@ -6,6 +6,7 @@ import json
 from math import comb, exp
 
 import pytest
+from model_parts import model_of
 
 from configs.errors import InputError, PolicyRefusal
 from privacy.audit import Finding
@@ -55,7 +56,7 @@ def resigned(document, folder, **changes):
     statement = AuditStatement.model_validate({**silo["audit"], **changes})
     silo["audit"] = statement.signed(Signer(folder / "silo.key")).model_dump(mode="json")
     silos = {"audit": silo}
-    return json.loads(json.dumps(certificate(changed["run_id"], REQUEST, silos, versions=changed["versions"])))
+    return json.loads(json.dumps(certificate(changed["run_id"], REQUEST, silos, None, versions=changed["versions"])))
 
 
 def chance_of_so_many(finding, epsilon):
@@ -170,12 +171,12 @@ def test_another_run_can_not_carry_the_audit(sound, tmp_path):
         "statement": statement,
     }
     ledger.close_file()
-    check_certificate(certificate("run-1", REQUEST, {"north": north}), "test")
+    check_certificate(certificate("run-1", REQUEST, {"north": north}, model_of({}, {})), "test")
     borrowed = sound["silos"]["audit"]
     with pytest.raises(InputError, match=r"silos.north.audit.silo is 'audit', expected 'north'"):
-        check_certificate(certificate("run-1", REQUEST, {"north": {**north, "audit": borrowed["audit"]}}), "test")
+        check_certificate(certificate("run-1", REQUEST, {"north": {**north, "audit": borrowed["audit"]}}, None), "test")
     with pytest.raises(InputError, match="and one has an audit, which is of one silo"):
-        check_certificate(certificate("run-1", REQUEST, {"north": north, "audit": borrowed}), "test")
+        check_certificate(certificate("run-1", REQUEST, {"north": north, "audit": borrowed}, None), "test")
     weaker = audited(tmp_path / "silo", dataclasses.replace(GRADIENT, correct=90), run_id="audit-run-2")
     weaker["silos"]["audit"]["audit"] = borrowed["audit"]
     with pytest.raises(InputError, match=r"silos\.audit\.audit"):

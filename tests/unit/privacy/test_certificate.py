@@ -2,9 +2,12 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
+from model_parts import model_of
 
+from configs.artifacts import digest_bytes
 from configs.errors import InputError
 from privacy.certificate import certificate
 from privacy.certificate_check import check_certificate, check_in_ledger
@@ -19,6 +22,14 @@ REQUEST = PlanRequest(
 PLAN = REQUEST.bind(5000)
 DIGEST = "aa" * 32
 SILOS = ("north", "south")
+EARLIER = Path(__file__).with_name("certificates_of_version_3.json")
+
+
+def reply_of(silo, number):
+    return f"the whole reply of {silo} in round {number}".encode()
+
+
+MODEL = model_of(*({silo: digest_bytes(reply_of(silo, n)) for silo in SILOS} for n in (1, 2)), {})
 
 
 def close_run(folder, silo, *, attests=True, seed_source=None, statement=True):
@@ -26,7 +37,8 @@ def close_run(folder, silo, *, attests=True, seed_source=None, statement=True):
     ledger = Ledger.open(folder / silo, silo, f"ward-{silo}", Budget(20.0, 3e-5), seed_source)
     ledger.reserve("run-1", PLAN)
     for number in (1, 2):
-        ledger.charge("run-1", f"round-{number}", DIGEST, number)
+        charge = ledger.charge("run-1", f"round-{number}", DIGEST, number)
+        ledger.release(charge.number, "run-1", reply_of(silo, number))
     found = {
         "dataset_id": f"ward-{silo}",
         "public_key": ledger.public_key,
@@ -48,7 +60,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sound(folder):
-    return json.loads(json.dumps(certificate("run-1", REQUEST, {silo: close_run(folder, silo) for silo in SILOS})))
+    return json.loads(json.dumps(certificate("run-1", REQUEST, {s: close_run(folder, s) for s in SILOS}, MODEL)))
 
 
 def test_it_says_what_the_design_promises(sound):
@@ -74,7 +86,7 @@ def test_it_says_what_the_design_promises(sound):
 )
 def test_attestation_and_seeds_are_those_of_the_signed_statements(tmp_path, options, epsilons, seeds):
     silos = {"north": close_run(tmp_path, "north"), "south": close_run(tmp_path, "south", **options)}
-    document = certificate("run-1", REQUEST, silos)
+    document = certificate("run-1", REQUEST, silos, MODEL)
     check_certificate(document, "test")
     assert document["headline"]["epsilon"] == pytest.approx(epsilons * REQUEST.epsilon)
     assert document["seeds"].startswith(seeds)
@@ -140,7 +152,7 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
         (("audited",), {"epsilon_lower_bound": 99.0}, "audited is {'epsilon_lower_bound': 99.0}"),
         (("audited",), {"epsilon_lower_bound": 0.1, "confidence": 0.999}, "its replay gives 'not audited'"),
         (("silos", "north", "epsilon_spent_in_all"), 0.001, "silos.north.epsilon_spent_in_all: no such field"),
-        (("silos", "north", "receipt", "number"), "5", "silos.north.receipt.number is '5'"),
+        (("silos", "north", "receipt", "number"), "7", "silos.north.receipt.number is '7'"),
         (("not_covered",), {"0": "nothing"}, "not_covered is {'0': 'nothing'}"),
         (("headline", "epsilon"), True, "headline.epsilon is True"),
         (("silos",), {}, "silos: none"),
@@ -148,6 +160,18 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
         (("audited",), "yes", "audited"),
         (("extra",), 1, "extra: no such field"),
         (("version",), 1, "version is 1"),
+        (("version",), 5, "version is 5, this Siloweave reads 3 to 4; a newer one needs a newer Siloweave"),
+        (("version",), True, "version is True"),
+        (("version",), 3, "model: no such field"),
+        (("model",), None, "model: NoneType, expected an object"),
+        (("model", "base_model"), "", "model: base_model is ''"),
+        (("model", "rounds"), [], "model.rounds: 0, the plan has 3"),
+        (("model", "rounds", 2, "releases"), {"south": "aa" * 32}, "3 releases of 'south', which states 2 charged"),
+        (
+            ("model", "rounds", 2, "releases"),
+            {"west": "aa" * 32},
+            "release of 'west', which the certificate",
+        ),
         (("versions",), None, "versions"),
     ],
 )
@@ -167,9 +191,21 @@ def test_edits_are_refused_with_the_field(sound, path, value, message):
 )
 def test_a_plan_that_is_exchanged_with_its_digest_is_not_what_the_silos_signed(sound, change, message):
     plan = REQUEST.model_copy(update=change)
-    made = certificate("run-1", plan, sound["silos"])
+    made = certificate("run-1", plan, sound["silos"], MODEL)
     with pytest.raises(InputError, match=message):
         check_certificate(made, "test")
+
+
+def test_one_that_an_earlier_version_has_made_verifies_as_it_was():
+    """Files of the version before this one, of records and of clients. They speak of no model."""
+    for name, document in json.loads(EARLIER.read_text()).items():
+        assert document["version"] == 3
+        check_certificate(document, name)
+        assert "model" not in document
+        with pytest.raises(InputError, match=r"epsilon is 1\.0"):
+            check_certificate(edited(document, ("epsilon",), 1.0), name)
+        with pytest.raises(InputError, match="model: no such field"):
+            check_certificate({**document, "model": MODEL.model_dump(mode="json")}, name)
 
 
 def test_a_field_that_was_taken_out_is_missed(sound):
@@ -206,7 +242,7 @@ def test_taking_a_statement_out_never_hides_that_its_seeds_may_be_injected(tmp_p
         "south": close_run(tmp_path, "south"),
     }
     del silos["north"]["statement"]
-    document = certificate("run-1", REQUEST, silos)
+    document = certificate("run-1", REQUEST, silos, MODEL)
     check_certificate(document, "test")
     assert document["seeds"].startswith("not stated by north, where they may be INJECTED")
 
@@ -221,10 +257,14 @@ def test_the_run_is_looked_for_in_a_silos_ledger(sound, folder, tmp_path):
     bodies, hashes = chain(folder, "north")
     assert check_in_ledger(sound, bodies, hashes, "test") == "north"
     with pytest.raises(InputError, match=r"silos.north.receipt.head: not in the ledger's chain"):
-        check_in_ledger(sound, bodies[:4], hashes[:4], "test")
+        check_in_ledger(sound, bodies[:6], hashes[:6], "test")
     close_run(tmp_path, "north")
     with pytest.raises(InputError, match="none has the ledger's key"):
         check_in_ledger(sound, *chain(tmp_path, "north"), "test")
+    for change, found in (((0, "north"), "ee" * 32), ((2, "north"), "ee" * 32)):
+        other = edited(sound, ("model", "rounds", change[0], "releases", change[1]), found)
+        with pytest.raises(InputError, match=rf"the release of north in round {change[0] + 1} is eeee"):
+            check_in_ledger(other, bodies, hashes, "test")
     fewer = [body for body in bodies if (body["kind"], body.get("round")) != ("charge", 2)]
     with pytest.raises(InputError, match=r"silos.north.statement.rounds_charged is 2, the ledger has 1"):
         check_in_ledger(sound, fewer, hashes, "test")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from client_plans import client_plan
+from model_parts import model_of
 
 from configs.errors import InputError
 from privacy.certificate import AGGREGATOR, certificate
@@ -18,6 +19,7 @@ RECORDS = PlanRequest(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
 )
 DIGEST = "aa" * 32
+MODEL = model_of({}, {}, {})
 
 
 def signed_by(folder, name, plan):
@@ -45,13 +47,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sound(folder):
     facts = signed_by(folder, AGGREGATOR, CLIENTS.for_clients())
-    return json.loads(json.dumps(certificate("run-1", CLIENTS, {AGGREGATOR: facts})))
+    return json.loads(json.dumps(certificate("run-1", CLIENTS, {AGGREGATOR: facts}, MODEL)))
 
 
 @pytest.fixture(scope="module")
 def of_records(folder):
     facts = signed_by(folder, "north", RECORDS.bind(5000))
-    return json.loads(json.dumps(certificate("run-1", RECORDS, {"north": facts})))
+    return json.loads(json.dumps(certificate("run-1", RECORDS, {"north": facts}, MODEL)))
 
 
 def test_it_says_who_is_trusted_and_claims_one_mechanism_over_all_clients(sound):
@@ -76,11 +78,11 @@ def test_neither_kind_passes_for_the_other(sound, of_records):
     # Made anew with everything consistent but what the ledgers have signed.
     facts = sound[AGGREGATOR]
     with pytest.raises(InputError, match=r"silos.aggregator.receipt.plan_digest"):
-        check_certificate(certificate("run-1", RECORDS, {AGGREGATOR: facts}), "test")
+        check_certificate(certificate("run-1", RECORDS, {AGGREGATOR: facts}, MODEL), "test")
     with pytest.raises(InputError, match=r"aggregator.receipt.silo is 'north'"):
-        check_certificate(certificate("run-1", CLIENTS, {AGGREGATOR: of_records["silos"]["north"]}), "test")
+        check_certificate(certificate("run-1", CLIENTS, {AGGREGATOR: of_records["silos"]["north"]}, MODEL), "test")
     with pytest.raises(InputError, match="give the aggregator's alone"):
-        certificate("run-1", CLIENTS, of_records["silos"])
+        certificate("run-1", CLIENTS, of_records["silos"], MODEL)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_without_the_aggregators_statement_it_is_refused(sound):
 
 def test_a_ledger_that_binds_clients_to_another_number_certifies_nothing(tmp_path):
     plan = CLIENTS.for_clients().model_copy(update={"public_record_count": 49})
-    document = certificate("run-1", CLIENTS, {AGGREGATOR: signed_by(tmp_path, AGGREGATOR, plan)})
+    document = certificate("run-1", CLIENTS, {AGGREGATOR: signed_by(tmp_path, AGGREGATOR, plan)}, MODEL)
     with pytest.raises(InputError, match="public_record_count is 49, the plan has 50 clients"):
         check_certificate(document, "test")
 

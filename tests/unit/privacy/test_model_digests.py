@@ -1,0 +1,81 @@
+"""Whether a folder is the model of a certificate: byte for byte, sealed or not, and said in one line where it isn't."""
+
+import json
+
+import pytest
+
+from configs.artifacts import Manifest, commit_manifest
+from configs.encryption import load_key, write_sealed
+from configs.errors import InputError
+from privacy.model_digests import ADAPTER, ADAPTER_FILES, BASE_MODEL, ModelDigests, adapter_digests, which_model
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / ADAPTER_FILES[0]).write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    (folder / ADAPTER_FILES[1]).write_bytes(b"weights")
+    (folder / "README.md").write_text("for people")
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"base weights")
+    commit_manifest(folder, Manifest("model", ""))
+    return folder
+
+
+@pytest.fixture
+def digests(adapter, base):
+    content = commit_manifest(base, Manifest("model", "")).content_digest
+    return ModelDigests(base_model=content, rounds=(), adapter=adapter_digests(adapter))
+
+
+def test_the_published_adapter_and_the_base_model_are_known(digests, adapter, base):
+    assert which_model(digests, adapter, None) == ADAPTER
+    assert which_model(digests, base, None) == BASE_MODEL
+    (adapter / "README.md").write_text("other words")
+    assert which_model(digests, adapter, None) == ADAPTER
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (ADAPTER_FILES[1], b"weightt"),
+        (ADAPTER_FILES[0], b'{"r": 4, "lora_alpha": 800}'),  # the same weights on another scale are another model
+    ],
+)
+def test_another_adapter_is_said_to_be_one(digests, adapter, name, content):
+    (adapter / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}: its digest is \w{{16}}…, .* has \w{{16}}…: this is another model"):
+        which_model(digests, adapter, None)
+
+
+def test_a_folder_that_is_not_whole_is_said_to_be_so(digests, adapter, base, tmp_path):
+    (adapter / ADAPTER_FILES[1]).unlink()
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: can't be read"):
+        which_model(digests, adapter, None)
+    (base / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(InputError, match="its digest is not the manifest's"):
+        which_model(digests, base, None)
+    commit_manifest(base, Manifest("model", ""))
+    with pytest.raises(InputError, match="base model has"):
+        which_model(digests, base, None)
+    for folder in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(InputError, match=r"neither an adapter .* nor a base model"):
+            which_model(digests, folder, None)
+
+
+def test_a_sealed_adapter_is_known_by_what_is_in_it(digests, adapter, tmp_path):
+    path = tmp_path / "key"
+    path.write_bytes(bytes(range(7, 39)))
+    path.chmod(0o600)
+    key = load_key(str(path))
+    write_sealed(adapter / ADAPTER_FILES[1], b"weights", key, "federated/adapter/adapter_model.safetensors")
+    assert which_model(digests, adapter, key) == ADAPTER
+    with pytest.raises(InputError, match="is encrypted"):
+        which_model(digests, adapter, None)
