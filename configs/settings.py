@@ -8,6 +8,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Of an adapter's values, and of what is added to its gradients: silos refuse more, coordinators send no more.
+LARGEST_ADAPTER_VALUE = 1000.0
 Count = Annotated[int, Field(ge=1)]
 
 

@@ -10,7 +10,7 @@ from configs.data_settings import DeidentifySettings, SourceSettings
 from configs.federated_settings import ClippingMethod
 from configs.load import parse, read_toml
 from configs.schema import RunConfig
-from configs.settings import Count, Labels, Place, Positive, Probability, Settings
+from configs.settings import LARGEST_ADAPTER_VALUE, Count, Labels, Place, Positive, Probability, Settings
 
 MOST_SIMULATED_RUNS = 10_000  # whoever simulates asks nobody but himself
 
@@ -91,7 +91,7 @@ class SiloPolicy(Settings):
     """Largest adapter rank."""
     max_lora_alpha: Positive = 1000.0
     """Largest scale of an adapter."""
-    max_adapter_value: Positive = 1000.0
+    max_adapter_value: Positive = LARGEST_ADAPTER_VALUE
     """Largest absolute value in an adapter, or in what SCAFFOLD adds to each step."""
     releases_metrics: bool = False
     """Whether noised sums over the held-out units may leave, charged as any other release."""

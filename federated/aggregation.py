@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from configs.errors import InputError
 from configs.federated_settings import ROBUST, FederatedSettings
+from configs.settings import LARGEST_ADAPTER_VALUE
 from federated.adapters import Arrays, FixedPointSum, check_update
 from federated.clipped_sum import ClippedSum
 from federated.control_variates import ControlVariates
@@ -121,8 +122,13 @@ class Aggregation:
         if self._variates:
             state = self._variates.after(mean, self._fold.count)
         if self._settings.adapters == "product":
-            return factored(after, self._settings.lora_rank), state
-        return {**self._adapter, **after}, state
+            return _sendable(factored(after, self._settings.lora_rank)), state
+        return _sendable({**self._adapter, **after}), state
+
+
+def _sendable(adapter: Arrays) -> Arrays:
+    """The adapter within what silos take: one that lies about its update must not end the run for all others."""
+    return {name: array.clip(-LARGEST_ADAPTER_VALUE, LARGEST_ADAPTER_VALUE) for name, array in adapter.items()}
 
 
 def check_size(settings: FederatedSettings, num_silos: int) -> None:

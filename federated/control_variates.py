@@ -8,10 +8,11 @@ noised gradient. Both are made of released values alone: nothing here is charged
 import numpy as np
 import numpy.typing as npt
 
+from configs.settings import LARGEST_ADAPTER_VALUE
 from federated.adapters import Arrays
 
-# Silos refuse a correction, c - c_i, of 2^15; and c, a mean of variates, is no longer than the longest of them.
-_LARGEST_VARIATE = 2.0**14 - 1
+# Silos refuse a larger correction, c - c_i; and c, a mean of variates, is no longer than the longest of them.
+_LARGEST_VARIATE = LARGEST_ADAPTER_VALUE / 2 - 1
 _COMMON, _SILO, _NUM_SILOS = "common", "silo", "num_silos"
 
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from configs.errors import InputError
 from configs.federated_settings import FederatedSettings
+from configs.settings import LARGEST_ADAPTER_VALUE
 from federated.adapters import check_update, from_bytes, to_bytes
 from federated.aggregation import Aggregation, check_size
 
@@ -440,3 +441,16 @@ def test_settings_that_do_not_go_together_are_refused(changes, expected):
     with pytest.raises(ValidationError) as caught:
         FederatedSettings(**changes)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"), [({}, 30_000), ({"aggregation": "fedavgm"}, 30_000), ({"adapters": "product"}, 100)]
+)
+def test_a_silo_that_sends_huge_updates_leaves_an_adapter_that_the_others_take(changes, value):
+    """Finite updates of 30,000 pushed the mean beyond what silos' policies take, and none would have trained on it."""
+    huge = {name: np.full_like(array, value) for name, array in random(0).items()}
+    rounds = [{**by_silo, "south": huge} for by_silo in UPDATES]
+    for adapter, _ in run_rounds(settings(**changes), rounds):
+        assert all(np.abs(array).max() <= LARGEST_ADAPTER_VALUE for array in adapter.values())
+    honest = run_rounds(settings(**changes), UPDATES)[-1][0]
+    assert all(np.abs(array).max() < 1 for array in honest.values())
