@@ -443,12 +443,10 @@ def test_settings_that_do_not_go_together_are_refused(changes, expected):
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "value"), [({}, 30_000), ({"aggregation": "fedavgm"}, 30_000), ({"adapters": "product"}, 100)]
-)
-def test_a_silo_that_sends_huge_updates_leaves_an_adapter_that_the_others_take(changes, value):
+@pytest.mark.parametrize("changes", [{}, {"aggregation": "fedavgm"}])
+def test_a_silo_that_sends_huge_updates_leaves_an_adapter_that_the_others_take(changes):
     """Finite updates of 30,000 pushed the mean beyond what silos' policies take, and none would have trained on it."""
-    huge = {name: np.full_like(array, value) for name, array in random(0).items()}
+    huge = {name: np.full_like(array, 30_000) for name, array in random(0).items()}
     rounds = [{**by_silo, "south": huge} for by_silo in UPDATES]
     for adapter, _ in run_rounds(settings(**changes), rounds):
         assert all(np.abs(array).max() <= LARGEST_ADAPTER_VALUE for array in adapter.values())
