@@ -3,20 +3,16 @@
 import json
 
 import pytest
-from flwr.app import Message
-from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.descriptor import FieldDescriptor
 from silo_requests import COORDINATOR, body_of
 
 from configs.errors import InputError, PolicyRefusal
-from configs.events import EventLog
 from configs.load import parse
 from federated import silo_pb2 as pb
 from federated.bounds import LARGEST, excess, has_length
-from federated.client_app import pack
 from federated.envelope import seal_request
-from federated.exchange import Exchange
 from federated.keys import CoordinatorCard, RelayCard
+from federated.replies import Asked, opened
 from federated.requests import decode, open_envelope, refusal_message, refuse
 from federated.trust import EnrolledSilo, TrustedCoordinator
 from privacy.plan import PlanRequest
@@ -70,18 +66,17 @@ def test_what_a_silo_says_in_a_refusal_is_within_the_bounds():
         assert excess(refusal_message(refuse("rule", text * 10**6, text * 10**6))) is None
 
 
-def test_a_reply_that_says_too_much_is_rejected_before_it_is_in_the_events(tmp_path):
+def test_a_reply_that_says_too_much_is_rejected_before_it_is_in_the_events():
     """Before: a silo's refusal of any length was copied into the coordinator's events, status and terminal."""
-    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    told = []
-    log = EventLog(tmp_path / "events.jsonl", (told.append,))
-    exchange = Exchange(None, None, None, None, log, lambda _: b"")  # none of them is asked
+    asked = Asked.of(b"a request")
     for length in (3000, 3001):
-        reply = pb.Reply(refusal=pb.Refusal(rule="x", message="m" * length))
+        reply = pb.Reply(request_digest=asked.digest, refusal=pb.Refusal(rule="x", message="m" * length))
         envelope = pb.Envelope(body=reply.SerializeToString()).SerializeToString()
-        found = exchange._parse(Message(pack(envelope), 1, "query"), "1")
-        assert (found is not None) == (length == 3000)
-    assert [event["message"] for event in told] == ["the reply's message has 3001 characters, allowed at most 3000"]
+        if length == 3000:
+            assert opened(envelope, asked)[1] == reply
+        else:
+            with pytest.raises(ValueError, match="the reply's message has 3001 characters, allowed at most 3000"):
+                opened(envelope, asked)
 
 
 @pytest.mark.parametrize(

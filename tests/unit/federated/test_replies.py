@@ -229,7 +229,7 @@ def test_a_run_of_an_earlier_version_is_continued_or_refused_at_its_start(tmp_pa
 
 def test_what_a_silo_says_is_logged_as_one_line_without_control_characters(tmp_path):
     def refuses(_, reply, __):
-        reply.refusal.CopyFrom(pb.Refusal(rule="r\x1b[2J", message="no\n\x1b]0;owned\x07" + "x" * 10_000))
+        reply.refusal.CopyFrom(pb.Refusal(rule="r\x1b[2J", message="no\n\x1b]0;owned\x07" + "x" * 2_000))
         return reply
 
     _, events, _ = run(tmp_path, SignedSilo("good"), SignedSilo("bad", in_kind("trained", refuses)))

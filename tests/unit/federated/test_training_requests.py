@@ -68,9 +68,9 @@ NAN = {"proximal_mu": float("nan")}
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"proximal_mu": -1.0}, "proximal_mu"),
-        ({"proximal_mu": 101.0}, "proximal_mu"),
-        (NAN, "proximal_mu"),
+        ({"proximal_mu": -1.0}, "max_proximal_mu"),
+        ({"proximal_mu": 101.0}, "max_proximal_mu"),
+        (NAN, "max_proximal_mu"),
         ({"correction": b"lies"}, "correction"),
         ({"correction": to_bytes({"other": np.zeros(3, dtype=np.float32)})}, "correction"),
         ({"spec": {"frozen_digest": "00" * 32, "frozen_seed": 0}}, "frozen_digest"),
@@ -84,7 +84,7 @@ def test_what_is_refused_is_never_charged(silo, adapter, changes, rule):
 
 def test_a_correction_that_is_not_finite_is_refused(silo, adapter):
     poisoned = {name: array * np.float32("nan") for name, array in adapter.items()}
-    assert train(silo, adapter, "poisoned", correction=to_bytes(poisoned)).refusal.rule == "correction"
+    assert train(silo, adapter, "poisoned", correction=to_bytes(poisoned)).refusal.rule == "max_adapter_value"
 
 
 def test_a_correction_reaches_the_steps(silo, adapter):
