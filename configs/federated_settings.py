@@ -70,9 +70,9 @@ class FederatedSettings(Settings):
     workers: Count = 2
     """Processes that host the silos of a simulation."""
     micro_batch_size: Count = 16
-    """Records processed at once inside a silo; speed only."""
+    """Most records processed at once inside a silo; speed only: no bit of an update under record-level DP changes."""
     clipping: ClippingMethod = "bookkeeping"
-    """How per-record gradients are clipped: book-keeping, or one of Opacus' modes; speed only."""
+    """How per-record gradients are formed: book-keeping, or one of Opacus' modes; the same up to rounding."""
     min_silos: Count = 1
     """Silos that must answer for a round to count."""
     enough_silos: Annotated[int, Field(ge=0)] = 0

@@ -37,7 +37,7 @@ class SiloSettings(Settings):
     public_record_count: Count
     """Training units, rounded, declared by the steward; never computed from the data."""
     micro_batch_size: Count = 16
-    """Most units processed at once; speed only: no bit of what leaves depends on it."""
+    """Most units processed at once; speed only: no bit of what leaves under record-level DP depends on it."""
     clipping: ClippingMethod = "bookkeeping"
     """How per-record gradients are formed; all ways give the same up to rounding."""
 

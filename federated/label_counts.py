@@ -57,9 +57,7 @@ def examples_of(task: CausalTask, texts: Sequence[str], labels: Sequence[str]) -
     return examples
 
 
-def label_counts(
-    model: Any, task: CausalTask, examples: Sequence[Example], num_labels: int, micro_batch_size: int
-) -> npt.NDArray[np.float64]:
+def label_counts(model: Any, task: CausalTask, examples: Sequence[Example], num_labels: int) -> npt.NDArray[np.float64]:
     """True positives, false positives and false negatives of each label, shape (3, L).
 
     Each example is scored by itself: beside others its likelihoods would be rounded otherwise, and one unit could turn
@@ -67,7 +65,7 @@ def label_counts(
     """
     counts = np.zeros((len(KINDS), num_labels))
     for example in examples:
-        answer = _answer(model, task, example, micro_batch_size)
+        answer = _answer(model, task, example)
         if answer == example.truth:
             counts[0, answer] += 1
         else:
@@ -76,13 +74,13 @@ def label_counts(
     return counts
 
 
-def _answer(model: Any, task: CausalTask, example: Example, micro_batch_size: int) -> int:
-    """The label with which the whole text is likeliest; of several the first. One that is not finite never is."""
-    nats = []
+def _answer(model: Any, task: CausalTask, example: Example) -> int:
+    """The label with which the whole text is likeliest; of several the first. One that is not finite never is.
+
+    One ending at a time: how many are computed at once would decide where likelihoods are nearly equal.
+    """
     with torch.no_grad():
-        for start in range(0, len(example.endings), micro_batch_size):
-            batch = task.collate(example.endings[start : start + micro_batch_size])
-            nats += task.record_nats(model, batch).tolist()
+        nats = [task.record_nats(model, task.collate([ending])).item() for ending in example.endings]
     return int(np.argmin(np.nan_to_num(nats, nan=np.inf, neginf=np.inf)))
 
 

@@ -85,7 +85,6 @@ def private_sums(
     bounds: Bounds,
     noise_multiplier: float,
     streams: Streams,
-    micro_batch_size: int,
 ) -> list[float]:
     """The noised sums over a silo's held-out units: four, and three for each label.
 
@@ -97,12 +96,11 @@ def private_sums(
         bounds: public.
         noise_multiplier: of the plan's release; the noise on each sum has ``noise_multiplier * bounds.sensitivity``.
         streams: the charge's random streams.
-        micro_batch_size: of one unit's labels; speed only.
     """
     values = np.zeros(len(_VALUES))
     for unit in units:
         values += _unit_values(model, task, unit, bounds)
-    counts = label_counts(model, task, examples, len(bounds.labels), micro_batch_size)
+    counts = label_counts(model, task, examples, len(bounds.labels))
     sums = np.concatenate([values, counts.ravel()])
     return [float(value) for value in noised_sums(sums, noise_multiplier * bounds.sensitivity, streams, METRIC)]
 

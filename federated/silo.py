@@ -233,11 +233,11 @@ class Silo:
         charge = self._charge(request, digest, asked.number, asked.metric)
         if charge.reply is not None:
             return charge.reply
-        streams, size = _streams(charge, digest), self.config.silo.micro_batch_size
+        streams = _streams(charge, digest)
         with evaluated(model, adapter):
             bounds, multiplier = bounds_of(self.base_model, release.labels), release.noise_multiplier
             examples = examples_of(self.task, self.units.held_out, release.labels) if release.labels else []
-            sums = private_sums(model, self.task, self.held_out, examples, bounds, multiplier, streams, size)
+            sums = private_sums(model, self.task, self.held_out, examples, bounds, multiplier, streams)
         reply = _serialized(self._reply(digest, evaluated=pb.Evaluated(receipt=self._receipt(request), sums=sums)))
         return self.ledger.release(charge.number, request.run_id, reply)
 

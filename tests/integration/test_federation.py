@@ -144,7 +144,7 @@ def counts_in_the_clear(config, silo, adapter, labels):
     task = CausalTask(load_tokenizer(base), config.model.context_length)
     model = warm_model(base, config.federated.lora_rank, config.federated.lora_alpha)
     with evaluated(model, from_bytes(adapter) if adapter else None):
-        return label_counts(model, task, examples_of(task, units.held_out, labels), len(labels), 16)
+        return label_counts(model, task, examples_of(task, units.held_out, labels), len(labels))
 
 
 def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def test_the_sums_are_those_of_a_loop_over_units(scored):
     model, task, units = scored
     bounds, plain = Bounds(CONTEXT), unit_by_unit(*scored)
     expected = np.clip(plain / bounds.scale, 0, 1).sum(axis=0)
-    found = private_sums(model, task, units, [], bounds, 1e-9, streams(1), 1)
+    found = private_sums(model, task, units, [], bounds, 1e-9, streams(1))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     whole = score(model, task, units, 2)
     shown = figures([found], bounds, 1e-9)
@@ -85,7 +85,7 @@ def test_a_units_values_do_not_depend_on_the_others(scored):
     """Nor on how they are rounded beside others: the sensitivity is exact."""
     model, task, units = scored
     noiseless = [
-        private_sums(model, task, part, [], Bounds(CONTEXT), 1e-30, streams(1), 4)
+        private_sums(model, task, part, [], Bounds(CONTEXT), 1e-30, streams(1))
         for part in (units, *map(list, zip(units)))
     ]
     assert noiseless[0] == pytest.approx(np.sum(noiseless[1:], axis=0), rel=0, abs=1e-12)
@@ -104,7 +104,7 @@ def test_adding_a_unit_moves_the_vector_by_no_more_than_the_sensitivity(scored):
     for loss in (1e9, math.inf, math.nan, -5.0):
         task = Broken(load_tokenizer_of(scored), CONTEXT)
         task.loss = loss
-        arguments = ([], Bounds(CONTEXT), 1e-9, streams(1), 1)
+        arguments = ([], Bounds(CONTEXT), 1e-9, streams(1))
         moved = np.subtract(*(private_sums(model, task, part, *arguments) for part in (units, units[:-1])))
         assert np.isfinite(moved).all()
         assert ((moved > -1e-6) & (moved < 1 + 1e-6)).all()
