@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -68,6 +69,7 @@ class Clipper:
             )
         self._max_grad_norm = norm
         self._spacing = 2.0 ** (math.floor(math.log2(norm)) - _GRID_BITS)
+        self._largest_square = math.floor(Fraction(norm / self._spacing) ** 2)  # in steps; the quotient is exact
 
     def accumulate(self, unit_losses: Losses[Unit], units: Sequence[Unit]) -> torch.Tensor:
         """One forward and backward: clips each unit's gradient to the norm C and adds it.
@@ -93,7 +95,7 @@ class Clipper:
         factors_B = torch.where(finite_B, self._factors(norms_B), 0.0)
         whole = gradients.whole(factors_B)
         # The last line of defence: whatever a norm or a factor was, what is added is no longer than C.
-        allowed_B = self._squares(whole) <= (self.max_grad_norm / self._spacing) ** 2
+        allowed_B = self._squares(whole) <= self._largest_square
         if not allowed_B.all():
             whole = gradients.without(~allowed_B).whole(torch.where(allowed_B, factors_B, 0.0))
         for name, share in whole.items():

@@ -14,7 +14,7 @@ import torch
 
 from configs.errors import InputError
 from configs.federated_settings import ClippingMethod
-from privacy.clipping import Clipper, clipping
+from privacy.clipping import LARGEST_NORM, SMALLEST_NORM, Clipper, clipping
 from privacy.independence import Together
 from privacy.noise import noised
 from privacy.plan import PrivacyPlan
@@ -109,7 +109,8 @@ class PrivateTraining(Generic[Unit]):
         share = 0.5 + count / self.plan.expected_batch_size
         moved = self.max_grad_norm * math.exp(-_NORM_RATE * (share - self.plan.request.target_quantile))
         start = self.plan.request.max_grad_norm
-        return min(max(moved, start / _FARTHEST_NORM), start * _FARTHEST_NORM)
+        lowest, highest = max(start / _FARTHEST_NORM, SMALLEST_NORM), min(start * _FARTHEST_NORM, LARGEST_NORM)
+        return min(max(moved, lowest), highest)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed charge needs, made from noised values only: it continues bit for bit."""
