@@ -100,6 +100,13 @@ def test_no_exact_figure_of_a_silo_is_in_the_run_directory(tiny_run):
     assert len(list((tiny_run.root / "state").rglob("ledger.sqlite"))) == 6
 
 
+def test_the_runs_events_say_what_computes_its_linear_layers(tiny_run):
+    events = [json.loads(line) for line in (tiny_run.directory / "events.jsonl").read_text().splitlines()]
+    starts = [event["products"] for event in events if event["event"] == "started"]
+    assert starts
+    assert all(found["onednn"] is (found["gain"] >= 1.15) for found in starts)
+
+
 def test_the_adapter_is_a_peft_directory(tiny_run):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
