@@ -173,7 +173,8 @@ def parse_manifest(content: bytes, directory: str, name: str, kind: str) -> Mani
     path = f"{directory}/{name}"
     try:
         manifest = Manifest(**json.loads(content))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        _check_types(manifest)
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a readable manifest ({error}); delete {directory} to make it again") from None
     if manifest.version > MANIFEST_VERSION:
         raise InputError(
@@ -183,6 +184,17 @@ def parse_manifest(content: bytes, directory: str, name: str, kind: str) -> Mani
     if manifest.kind != kind:
         raise InputError(f"{path}: kind is {manifest.kind!r}, expected {kind!r}; give the directory of a {kind}")
     return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raises a TypeError where a manifest that came from elsewhere holds something else than ours do."""
+    entries = manifest.files.values() if isinstance(manifest.files, dict) else [None]
+    listed = all(
+        isinstance(entry, dict) and isinstance(entry.get("size_bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in entries
+    )
+    if not listed or type(manifest.version) is not int or not isinstance(manifest.metadata, dict):
+        raise TypeError("a field of another type")
 
 
 def damaged_file(directory: Path, manifest: Manifest) -> str | None:

@@ -6,6 +6,7 @@ and bars of ``cluster/workflow/console.py``.
 """
 
 import json
+import sys
 
 import typer
 
@@ -23,7 +24,13 @@ def to_json(value: object) -> str:
 def say(*lines: str, err: bool = False) -> None:
     """Prints lines. A line end inside one is escaped, so that none can pass for two."""
     for line in lines:
-        typer.echo(printable(line), err=err)
+        typer.echo(_encodable(printable(line), err=err), err=err)
+
+
+def _encodable(text: str, *, err: bool) -> str:
+    """The text with all that a terminal's encoding has no sign for escaped, too."""
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def answer(as_json: bool, document: object, *lines: str) -> None:
@@ -33,7 +40,8 @@ def answer(as_json: bool, document: object, *lines: str) -> None:
 
 def stream(text: str, *, err: bool = False) -> None:
     """Prints a piece of a longer text, whose line ends and tabs are its own."""
-    typer.echo("".join(c if c in "\n\t" else printable(c) for c in text), nl=False, err=err)
+    shown = "".join(c if c in "\n\t" else printable(c) for c in text)
+    typer.echo(_encodable(shown, err=err), nl=False, err=err)
 
 
 def confirmed(question: str) -> bool:

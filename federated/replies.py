@@ -64,11 +64,11 @@ def sound_or_rejected() -> Iterator[None]:
     """
     try:
         yield
-    except PolicyRefusal:
+    except (PolicyRefusal, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except ValueError as error:
         raise UnsoundReply(one_line(str(error))) from None
-    except Exception as error:
+    except BaseException as error:  # a panic inside of a library in Rust is no Exception
         raise UnsoundReply(one_line(f"{type(error).__name__}: {error}")) from None
 
 

@@ -27,10 +27,14 @@ def show(ledger: LedgerArgument, key_file: KeyOption = "", as_json: JsonOption =
     from privacy.chain import left
 
     bodies = _verified(ledger, key_file)[0]
-    remaining = left(bodies)
+    try:
+        remaining = left(bodies)
+        lines = [_entry_line(body) for body in bodies]
+    except (LookupError, TypeError, ValueError, ArithmeticError):
+        problem = "an entry lacks a field, or has one of another type; `siloweave ledger verify` says which"
+        raise InputError(f"{ledger}: {problem}") from None
     document = {"entries": bodies, "epsilon_left": remaining.epsilon, "delta_left": remaining.delta}
-    left_over = f"left: epsilon {remaining.epsilon:.4g}, delta {remaining.delta:.3g}"
-    answer(as_json, document, *map(_entry_line, bodies), left_over)
+    answer(as_json, document, *lines, f"left: epsilon {remaining.epsilon:.4g}, delta {remaining.delta:.3g}")
 
 
 def _entry_line(body: dict[str, Any]) -> str:
@@ -67,6 +71,8 @@ def verify(
         results |= _replayed(ledger, key_file)
     if document is not None:
         results |= {"unit": document["unit"], "headline": document["headline"], "silos": list(ledgers_of(document))}
+        rounds = (document.get("model") or {}).get("rounds", [])
+        results["rounds_without_releases"] = [at for at, one in enumerate(rounds, 1) if not one["releases"]]
         if ledger is not None:
             results["silo"] = _in_ledger(document, ledger, key_file, str(certificate))
         if model is not None:
@@ -200,6 +206,9 @@ def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | Non
             f"{len(results['silos'])} silos hold" if results["unit"] == "record" else "the aggregator's ledger holds"
         )
         lines.append(f"{certificate}: {holds}; {spent}")
+    if unrecorded := results.get("rounds_without_releases"):
+        rounds = ", ".join(map(str, unrecorded))
+        lines.append(f"{certificate}: of rounds {rounds} it doesn't say whose releases went into the model")
     if "silo" in results:
         lines.append(f"{ledger}: the run of {results['silo']} is in its chain as it was stated")
     return lines

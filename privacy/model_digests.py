@@ -3,15 +3,25 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from configs.artifacts import MANIFEST, digest_bytes, require_manifest
+from configs.artifacts import MANIFEST, damaged_file, digest_bytes, digest_file, read_manifest
 from configs.encryption import MasterKey, is_sealed, read_sealed
 from configs.errors import InputError
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what peft reads; the rest is for people
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what peft reads
+_CARD = "README.md"  # for people
+_LARGEST_SEALED = 2**33  # bytes of an encrypted file, which is opened in memory
 ADAPTER, BASE_MODEL = "final adapter", "base model"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _of_all_files(digests: dict[str, str]) -> dict[str, str]:
+    """Names in a stranger's certificate are no paths to look at, and one left out would not be compared."""
+    if set(digests) != set(ADAPTER_FILES):
+        found = ", ".join(sorted(digests))[:100] or "no file"
+        raise ValueError(f"model.adapter has {found}: expected {' and '.join(ADAPTER_FILES)}, and nothing else")
+    return digests
 
 
 class RoundDigests(BaseModel):
@@ -42,7 +52,7 @@ class ModelDigests(BaseModel):
 
     base_model: Digest
     rounds: tuple[RoundDigests, ...]
-    adapter: dict[str, Digest]
+    adapter: Annotated[dict[str, Digest], AfterValidator(_of_all_files)]
 
     def rounds_of(self, ledger: str) -> dict[int, str]:
         """Digests of what a ledger has released into the model, by round."""
@@ -71,6 +81,7 @@ def which_model(digests: ModelDigests, folder: Path, key: MasterKey | None) -> s
         InputError: it is neither; the message names the file and both digests.
     """
     if (folder / ADAPTER_FILES[0]).is_file():
+        _nothing_else(folder, {*ADAPTER_FILES, _CARD})
         for name, expected in digests.adapter.items():
             _compare(folder / name, _digest(folder / name, key), expected, ADAPTER)
         return ADAPTER
@@ -79,13 +90,35 @@ def which_model(digests: ModelDigests, folder: Path, key: MasterKey | None) -> s
             f"{folder}: neither an adapter ({ADAPTER_FILES[0]}) nor a base model ({MANIFEST}) lies there; give the "
             "folder of one"
         )
-    _compare(folder, require_manifest(folder, "model", "export").content_digest, digests.base_model, BASE_MODEL)
+    try:
+        manifest = read_manifest(folder, "model")
+        damaged = damaged_file(folder, manifest) if manifest else MANIFEST
+    except OSError as error:
+        raise InputError(f"{folder}: can't be read ({error.strerror}); give the base model's whole folder") from None
+    if manifest is None or damaged is not None:
+        raise InputError(f"{folder}: {damaged} is not what its manifest says: this is another model")
+    _compare(folder, manifest.content_digest, digests.base_model, BASE_MODEL)
+    _nothing_else(folder, {*manifest.files, MANIFEST})
     return BASE_MODEL
+
+
+def _nothing_else(folder: Path, named: set[str]) -> None:
+    """A library may read a file more, and then it is another model."""
+    there = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    for name in there:
+        if name not in named:
+            raise InputError(f"{folder / name}: no file of the certificate's model; take it away to compare the rest")
 
 
 def _digest(path: Path, key: MasterKey | None) -> str:
     try:
-        return digest_bytes(read_sealed(path, key if is_sealed(path) else None, None))
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, or not a plain one; give the adapter's whole folder")
+        if not is_sealed(path):
+            return digest_file(path)
+        if path.stat().st_size > _LARGEST_SEALED:
+            raise InputError(f"{path}: an encrypted file of more than {_LARGEST_SEALED} bytes; decrypt it first")
+        return digest_bytes(read_sealed(path, key, None))
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}); give the adapter's whole folder") from None
 

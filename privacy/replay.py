@@ -29,9 +29,10 @@ def replay(bodies: list[Body], origin: str) -> None:
     state = _State()
     for position, body in enumerate(bodies, 1):
         where = f"{origin}: entry {position}"
-        rule = _RULES.get(body.get("kind", ""))
+        kind = body.get("kind")
+        rule = _RULES.get(kind) if isinstance(kind, str) else None
         if rule is None:
-            raise InputError(f"{where}: kind {body.get('kind')!r} is not known; do not trust this ledger")
+            raise InputError(f"{where}: kind {kind!r} is not known; do not trust this ledger")
         try:
             problem = rule(state, body)
             if body["kind"] == "reserve" and not problem:

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+from configs.printing import printable
 from privacy.plan import PlanRequest
 
 _INK, _ACCENT, _MUTED = "#1d3557", "#d1495b", "#8d99ae"
@@ -29,6 +30,7 @@ def _figure() -> tuple[Any, Any]:
     import matplotlib as mpl
 
     mpl.use("svg")
+    mpl.rcParams["text.parse_math"] = False  # a silo may be called anything
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(4.6, 3.0), layout="constrained")
@@ -84,7 +86,7 @@ def _epsilon_plot(report: dict[str, Any]) -> str:
         if silo["rounds_charged"] is not None:  # one that did not answer the close has stated nothing
             groups.setdefault(silo["rounds_charged"], []).append(name)
     for charges, names in groups.items():
-        label = ", ".join(names) if len(names) < 4 else f"{len(names)} silos"
+        label = printable(", ".join(names) if len(names) < 4 else f"{len(names)} silos")
         axes.plot(range(charges + 1), [0.0, *spent[:charges]], marker="o", color=_ACCENT, label=label)
     axes.axhline(privacy["epsilon"], color=_MUTED, linestyle="--", label="reserved")
     axes.set(title="Epsilon spent in this run", xlabel="round", ylabel=f"epsilon at {privacy['delta']:g}")

@@ -1,12 +1,14 @@
 """Whether a folder is the model of a certificate: byte for byte, sealed or not, and said in one line where it isn't."""
 
 import json
+import os
 
 import pytest
 
 from configs.artifacts import Manifest, commit_manifest
 from configs.encryption import load_key, write_sealed
 from configs.errors import InputError
+from configs.load import parse
 from privacy.model_digests import ADAPTER, ADAPTER_FILES, BASE_MODEL, ModelDigests, adapter_digests, which_model
 
 
@@ -57,10 +59,10 @@ def test_another_adapter_is_said_to_be_one(digests, adapter, name, content):
 
 def test_a_folder_that_is_not_whole_is_said_to_be_so(digests, adapter, base, tmp_path):
     (adapter / ADAPTER_FILES[1]).unlink()
-    with pytest.raises(InputError, match=r"adapter_model.safetensors: can't be read"):
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: no such file"):
         which_model(digests, adapter, None)
     (base / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(InputError, match="its digest is not the manifest's"):
+    with pytest.raises(InputError, match=r"model.safetensors is not what its manifest says: this is another model"):
         which_model(digests, base, None)
     commit_manifest(base, Manifest("model", ""))
     with pytest.raises(InputError, match="base model has"):
@@ -68,6 +70,45 @@ def test_a_folder_that_is_not_whole_is_said_to_be_so(digests, adapter, base, tmp
     for folder in (tmp_path / "nothing", tmp_path):
         with pytest.raises(InputError, match=r"neither an adapter .* nor a base model"):
             which_model(digests, folder, None)
+
+
+def test_a_file_more_makes_another_model(digests, adapter, base):
+    """transformers reads generation_config.json where there is one."""
+    for folder in (adapter, base):
+        (folder / "generation_config.json").write_text("{}")
+        with pytest.raises(InputError, match=r"generation_config.json: no file of the certificate's model"):
+            which_model(digests, folder, None)
+
+
+def test_what_is_no_plain_file_is_not_read(digests, adapter):
+    """A FIFO would be waited for for ever, and /dev/zero read until memory is gone."""
+    path = adapter / ADAPTER_FILES[1]
+    path.unlink()
+    for make in (os.mkfifo, lambda place: place.symlink_to("/dev/zero")):
+        make(path)
+        with pytest.raises(InputError, match="not a plain one"):
+            which_model(digests, adapter, None)
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "names", [[], ADAPTER_FILES[:1], [*ADAPTER_FILES, "/etc/hostname"], ["a\0b", ADAPTER_FILES[0]]]
+)
+def test_a_certificate_has_digests_of_the_adapters_two_files_and_of_nothing_else(names):
+    """With none of them every folder was the certificate's final adapter."""
+    with pytest.raises(InputError, match=r"adapter.*adapter_config.json and adapter_model.safetensors"):
+        parse(ModelDigests, {"base_model": "aa" * 32, "rounds": [], "adapter": dict.fromkeys(names, "bb" * 32)}, "c")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"files": []}, {"files": {"a": 3}}, {"files": {"a": {"sha256": "00"}}}, {"version": "1"}, {"metadata": 1}],
+)
+def test_a_manifest_of_other_types_is_one_line(digests, base, change):
+    manifest = json.loads((base / "manifest.json").read_text())
+    (base / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(InputError, match="not a readable manifest"):
+        which_model(digests, base, None)
 
 
 def test_a_sealed_adapter_is_known_by_what_is_in_it(digests, adapter, tmp_path):
