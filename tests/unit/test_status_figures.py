@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from cluster.workflow.page import _epsilon_plot
 from cluster.workflow.status import lines, status
 from configs.events import EventLog
 from configs.load import load, to_toml
@@ -64,3 +65,13 @@ def test_a_search_is_summed_up(run):
     found = status(run)
     assert found["tune"]["trials"] == {"finished": 1, "stopped": 2, "waiting": 1}
     assert "  tune: trials 1 finished, 2 stopped, 1 waiting; best so far: 0" in lines(found)
+
+
+@pytest.mark.parametrize("name", ["$\\foo$", "a$b$\\x$", "\x1b[2J", "<script>"])
+def test_a_report_is_drawn_whatever_a_silo_is_called(name):
+    """A name that looks like a formula ended the report."""
+    plan = {"sampling_rate": 0.02, "max_grad_norm": 1.0, "noise_multiplier": 0.9, "rounds": 2, "steps_per_round": 4}
+    privacy = {"plan": {**plan, "delta": 1e-5}, "epsilon": 1.0, "delta": 1e-5, "silos": {name: {"rounds_charged": 2}}}
+    drawn = _epsilon_plot({"privacy": privacy, "federated": {"rounds": 2}})
+    assert "<script>" not in drawn
+    assert "\x1b" not in drawn
