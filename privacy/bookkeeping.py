@@ -16,7 +16,7 @@ import torch
 
 from configs.errors import InputError
 from privacy.gradients import ByParameter, combine
-from privacy.layers import expanded_ids, is_product, relative_bias_pieces, rule_for
+from privacy.layers import expanded_ids, is_activation, is_product, relative_bias_pieces, rule_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +40,9 @@ class BookKeeper:
         names = {id(value): name for name, value in self._parameters.items()}
         self._biased = list(_relative_biases(model, names))
         inside = {id(module.relative_attention_bias) for module, _ in self._biased}
-        self._products = [module for module in model.modules() if is_product(module)]
+        modules = list(model.modules())
+        self._products = [module for module in modules if is_product(module)]
+        self._activations = [module for module in modules if is_activation(module)]
         self._layers: list[tuple[Any, Rule, dict[str, str]]] = []
         unknown: dict[str, str] = {}
         for path, module in model.named_modules():
@@ -92,8 +94,9 @@ class BookKeeper:
             for parameter in self._parameters.values():
                 parameter.requires_grad_(False)
                 stack.callback(parameter.requires_grad_, True)
-            for module in self._products:
-                module.forward = partial(_one_by_one, book.num_records, module.forward)
+            for module in (*self._products, *self._activations):
+                asked = _one_by_one if module in self._activations else _vectors_one_by_one
+                module.forward = partial(asked, book.num_records, module.forward)
                 stack.callback(delattr, module, "forward")
             for module, rule, names in self._layers:
                 before = partial(expanded_ids, book.num_records)
@@ -108,13 +111,25 @@ class BookKeeper:
 
 
 def _one_by_one(num_records: int, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """A layer's output. One that sees a single vector a record is asked once a record.
+    """A layer's output, asked for record by record.
+
+    torch shares an elementwise operation's numbers among its threads, and what is left of a share by whole vectors is
+    computed by other code, which rounds an exponential differently. Whose numbers these are would depend on how many
+    records there are.
+    """
+    if num_records == 1 or len(x) != num_records:
+        return forward(x)
+    return torch.cat([forward(row) for row in x.split(1)])
+
+
+def _vectors_one_by_one(
+    num_records: int, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """The output of a product; one that sees a single vector per record is asked record by record.
 
     Kernels for products of few rows are chosen by their number, and so a row's last bits would depend on it.
     """
-    if x.dim() != 2 or len(x) != num_records or num_records == 1:
-        return forward(x)
-    return torch.cat([forward(row) for row in x.split(1)])
+    return _one_by_one(num_records, forward, x) if x.dim() == 2 else forward(x)
 
 
 def _relative_biases(model: Any, names: dict[int, str]) -> Iterator[tuple[Any, str]]:

@@ -9,7 +9,7 @@ Shape suffixes: B records, T positions, M rows and N columns of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,8 @@ class Dense:
     gradient: torch.Tensor
 
     def squared_norms(self) -> torch.Tensor:
-        """(B,), near the exact ones: what they are for is checked exactly. Not finite for lengths from 2^63 on."""
-        return _near_squares(self.gradient)
+        """(B,) float64, where no float32 number's square is too small or too large."""
+        return _squares(self.gradient.flatten(1))
 
     def without(self, bad_B: torch.Tensor) -> Dense:
         """Zeros for some records."""
@@ -82,7 +82,8 @@ class Rows:
 
     def squared_norms(self) -> torch.Tensor:
         """See ``Dense.squared_norms``."""
-        return self._over_rows(_near_squares(self.values))
+        rows = torch.bincount(self.record_of, minlength=self.records).tolist()
+        return _squares([block.flatten() for block in self.values.split(rows)])
 
     def without(self, bad_B: torch.Tensor) -> Rows:
         """Zeros for some records."""
@@ -155,7 +156,8 @@ class ByParameter:
 
     def squared_norms(self) -> torch.Tensor:
         """Each record's squared norm over all parameters, (B,) float64: see ``Dense.squared_norms``."""
-        return torch.stack([gradient.squared_norms() for gradient in self._gradients.values()]).sum(dim=0)
+        first, *others = [gradient.squared_norms() for gradient in self._gradients.values()]
+        return sum(others, start=first)  # one after the other, in the same order for any number of records
 
     def without(self, bad_B: torch.Tensor) -> ByParameter:
         """Zeros for some records."""
@@ -175,11 +177,10 @@ class ByParameter:
         }
 
 
-def _near_squares(values: torch.Tensor) -> torch.Tensor:
-    """Squared length of each first index' values; rows are added up in float32, which needs no copy."""
-    rows = values.flatten(1, -2) if values.dim() > 2 else values[:, None]
-    squares: torch.Tensor = torch.linalg.vector_norm(rows, dim=2).double().square().sum(dim=1)
-    return squares
+def _squares(records: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Squared length of each record's numbers, a vector each: one by one, for sums are cut by how many there are."""
+    norms = [torch.linalg.vector_norm(values, dtype=torch.float64) for values in records]
+    return torch.stack(norms).square()
 
 
 def _exact_squares(numbers: torch.Tensor) -> torch.Tensor:

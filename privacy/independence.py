@@ -6,8 +6,10 @@ decides which instructions run is the same for them (their shape, and how many t
 units give the same bits together as each alone; everything else is computed one unit at a time.
 
 The order of a kernel's instructions depends on shapes, never on values, which is what lets made-up units speak for
-private ones. One exception is known: a vector's lanes may share a branch (erf in SLEEF). Lanes of two units meet where
-a unit's numbers don't fill whole vectors, and so weights of several sizes are tried, on which all branches are taken.
+private ones. But few numbers may tell: an elementwise operation is cut into shares for threads, and the last numbers of
+a share are computed by other code than the rest, which rounds an exponential differently once in a while. So the proof
+also looks at which operations the pass is made of. Only those are let through that work row by row or round each number
+correctly, whatever code computes it; others must see one unit at a time, as activations do here.
 """
 
 from collections import defaultdict
@@ -17,6 +19,7 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from privacy.clipping import MOST_AT_ONCE, Clipper, Losses
 
@@ -25,6 +28,17 @@ _SIZES = (MOST_AT_ONCE, 8, 4, 2)  # powers of two: few different shapes to prove
 _SCALES = (0.5, 8.0)  # of a layer's outputs under the made-up weights
 _LARGEST_NUMBERS = 2**27  # of per-record gradients held at once; 4 bytes each
 
+# These work row by row (products, softmax, norms, sums of a row), move numbers, or are one correctly rounded operation.
+_NAMES = """
+_local_scalar_dense _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data _to_copy _unique2
+_unsafe_view abs add add_ addmm alias all any arange bincount bmm cat clone copy_ cumsum detach div embedding empty eq
+expand fill_ flip floor_divide full full_like gather ge gt index index_add_ index_put_ le lift_fresh
+linalg_vector_norm lt masked_fill max mean minimum mm mul native_layer_norm native_layer_norm_backward ne neg
+new_zeros nll_loss2d_backward nll_loss2d_forward nll_loss_backward nll_loss_forward ones_like permute relu remainder
+rsqrt scalar_tensor select select_backward slice slice_backward split split_with_sizes sqrt squeeze stack sub sum t
+threshold_backward transpose unbind unsqueeze view where zeros zeros_like
+"""
+_BY_ROW = {*(f"aten.{name}" for name in _NAMES.split()), "mkldnn._linear_pointwise"}
 # By model, for as long as it lives: a silo proves once what all its charges need.
 _PROVED: MutableMapping[Any, dict[Hashable, bool]] = WeakKeyDictionary()
 
@@ -75,21 +89,45 @@ class Together(Generic[Unit]):
         return self._proved[key]
 
     def _same_bits(self, shape: Hashable, size: int, scale: float) -> bool:
-        """Whether made-up units have the same gradients together as alone. What shows nothing proves nothing."""
+        """Whether made-up units have the same bits together as alone. What shows nothing proves nothing."""
         units = self._made_up(shape, size)
+        if any(self._shape_of(unit) != shape for unit in units):
+            return False
         with made_up_weights(self._clipper.parameters, scale):
-            together = self._gradients(units)
+            with _Operations() as operations:
+                together = self._gradients(units)
             alone = [self._gradients([unit])[0] for unit in units]
         shown = any(value.any() for value in alone[0].values())
-        return shown and all(
-            torch.equal(mine[name], value)
-            for mine, theirs in zip(together, alone, strict=True)
-            for name, value in theirs.items()
+        return (
+            shown
+            and operations.by_record
+            and all(
+                torch.equal(mine[name], value)
+                for mine, theirs in zip(together, alone, strict=True)
+                for name, value in theirs.items()
+            )
         )
 
     def _gradients(self, units: Sequence[Unit]) -> list[dict[str, torch.Tensor]]:
+        """Of each unit: its gradient by parameter, and under no parameter's name its squared norm."""
         found = self._clipper.source.per_record(lambda: self._unit_losses(units), len(units))
-        return [found.of(record, self._clipper.parameters) for record in range(len(units))]
+        squares_B = found.squared_norms()
+        return [{**found.of(record, self._clipper.parameters), "": squares_B[record]} for record in range(len(units))]
+
+
+class _Operations(TorchDispatchMode):
+    """Looks at all operations of a pass: whether none can make a record's numbers depend on how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.by_record = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        one = all(tensor.dim() == 0 or len(tensor) == 1 for tensor in tensors)  # a record's own, or public
+        exact = str(func.overloadpacket) in _BY_ROW or (str(func.overloadpacket) == "aten.pow" and args[1] in (1, 2, 3))
+        self.by_record &= exact or one
+        return func(*args, **kwargs or {})
 
 
 @contextmanager

@@ -47,6 +47,12 @@ def is_product(module: Any) -> bool:
     return isinstance(module, nn.Linear) and (kind.forward is nn.Linear.forward or kind.__name__ == _ONEDNN)
 
 
+def is_activation(module: Any) -> bool:
+    """Whether a module computes one number from one, as torch's and transformers' activations do."""
+    known = type(module).__module__ in ("torch.nn.modules.activation", "transformers.activations")
+    return known and not isinstance(module, nn.MultiheadAttention)
+
+
 def _check_embedding(path: str, module: nn.Embedding) -> None:
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         raise InputError(

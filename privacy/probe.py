@@ -46,6 +46,7 @@ def probe(clipper: Clipper, unit_losses: Losses[Unit], synthetic: Sequence[Unit]
             RuntimeError,
             NotImplementedError,
             ValueError,
+            IndexError,
         ) as error:  # of torch and Opacus
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"clipping: this method can't take this model ({reason}); set another one") from error

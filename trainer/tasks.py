@@ -60,7 +60,7 @@ class CausalTask:
     def made_up(self, padded_length: int, number: int) -> list[Encoded]:
         """Records of random tokens that are padded to a length, all different."""
         rng = np.random.default_rng(padded_length)
-        shortest = max(2, padded_length - _BUCKET + 1)
+        shortest = max(2, (padded_length - 1) // _BUCKET * _BUCKET + 1)
         lengths = rng.integers(shortest, padded_length, size=number, endpoint=True)
         rows = [rng.integers(self.vocab_size, size=length) for length in lengths]
         return [Encoded(tuple(row.tolist()), characters=len(row), truncated=False) for row in rows]
@@ -96,8 +96,11 @@ class CausalTask:
 
 
 def _nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    losses_BT = functional.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, ignore_index=IGNORED, reduction="none")
-    return losses_BT.sum(dim=1)
+    # Row by row of the vocabulary: across it, how numbers are shared among threads would depend on the batch.
+    losses_N = functional.cross_entropy(
+        logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses_N.view_as(targets_BT).sum(dim=1)
 
 
 def by_length(records: Sequence[Encoded], micro_batch_size: int) -> Iterator[list[Encoded]]:
