@@ -1,4 +1,4 @@
-"""Replies that a SuperNode announces and holds back, or makes too large, taken by Flower's own grid: lost alone."""
+"""What silos hold back, or make too large: an announced reply, its objects, an answer about themselves."""
 
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +18,7 @@ from signed_silos import InProcess, SignedSilo, adapter, coordinator
 
 from configs.errors import SiloweaveError
 from configs.events import read_events
-from federated import flower_replies
+from federated import flower_replies, rounds
 from federated.client_app import pack, unpack
 from federated.flower_replies import OneByOne
 from federated.replies import LARGEST_EXTRA_BYTES
@@ -182,3 +182,52 @@ def test_a_run_that_flower_has_stopped_ends_with_one_line(flower):
     nodes, _ = flower(1000, pack(b""), status=403)
     with pytest.raises(SiloweaveError, match="Flower has stopped this run; run the same command again"):
         whole(nodes)
+
+
+class Silent(InProcess):
+    """Its first node comes when a test says so, and never answers one question. Notes for how long that is good."""
+
+    def __init__(self, silos, question):
+        super().__init__(silos)
+        self.question, self.there, self.ttls = question, False, []
+
+    def get_node_ids(self):
+        return [node for node in self.silos if node > 1 or self.there]
+
+    def push_messages(self, messages):
+        self.ttls += [message.metadata.ttl for message in messages if message.metadata.group_id == self.question]
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids):
+        found = {name: self._asked[name].metadata for name in message_ids if name in self._asked}
+        kept = {name for name, one in found.items() if (one.dst_node_id, one.group_id) == (1, self.question)}
+        return super().pull_messages(found.keys() - kept)
+
+
+@pytest.mark.parametrize("question", ["describe", "reserve"])
+def test_a_silo_that_leaves_a_question_open_holds_up_no_round(tmp_path, monkeypatch, question):
+    """Before: each round began a whole ``federated.round_timeout_s`` late, whatever ``federated.enough_silos`` said."""
+    monkeypatch.setattr(rounds, "LONGEST_QUERY_S", 0.1)
+    grid = Silent([SignedSilo("silent"), SignedSilo("a"), SignedSilo("b")], question)
+    settings = ("federated.round_timeout_s=30", "federated.min_silos=2", "federated.enough_silos=2")
+    one = coordinator(grid, tmp_path, *settings, silos=2)
+    one._meet(2, 0)
+    grid.there = True
+    one._meet(3, 1)
+    assert grid.ttls == [30, 30, 0.1]
+    assert one.reserved == {"a", "b"}
+    (silent,) = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "timeout"]
+    assert (silent["step"], silent["missing"]) == (question, 1)
+    assert "in 0.1 s" in silent["message"]
+
+
+def test_no_more_time_is_spent_on_reservations_once_enough_are_there(tmp_path, monkeypatch):
+    """Also before the first round, when all are asked at once."""
+    monkeypatch.setattr(rounds, "LONGEST_QUERY_S", 0.1)
+    grid = Silent([SignedSilo("silent"), SignedSilo("a"), SignedSilo("b")], "reserve")
+    grid.there = True
+    one = coordinator(grid, tmp_path, "federated.round_timeout_s=30", "federated.min_silos=2")
+    one._meet(3, 0)
+    assert one.reserved == {"a", "b"}
+    (silent,) = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "timeout"]
+    assert "no answer from silent in 0.1 s" in silent["message"]
