@@ -62,10 +62,12 @@ class Bodies:
     Attributes:
         silos: who is asked.
         make: gives a silo's request, and the part of it that others have in common with it: its adapter, or nothing.
+        patience_s: gives the seconds to wait for the replies, also anew while they come; None: as the settings say.
     """
 
     silos: Sequence[str]
     make: Callable[[str], tuple[bytes, bytes]]
+    patience_s: Callable[[], float] | None = None
 
 
 @dataclass
@@ -95,16 +97,17 @@ class Exchange:
     bytes_moved: int = 0
     _silo_at: dict[int, str] = field(default_factory=dict)
 
-    def meet(self, admit: Callable[[str, pb.Described], None]) -> None:
+    def meet(self, admit: Callable[[str, pb.Described], None], patience_s: Callable[[], float]) -> None:
         """Looks who is there now.
 
         Args:
             admit: takes what a silo that was not there before tells of itself; a ValueError keeps it out.
+            patience_s: gives the seconds to wait for that.
         """
         present, roster = set(self.grid.get_node_ids()), self.parties.roster() if self.parties.roster else None
         unknown = sorted(present - set(self._silo_at))
         body = self.body("describe", describe=pb.Describe())
-        for node, message in self._send(((node, body, body) for node in unknown), QUERY, "describe"):
+        for node, message in self._send(((node, body, body) for node in unknown), QUERY, "describe", patience_s):
             try:
                 with sound_or_rejected():
                     reply = self._admitted(message, body, present, roster)
@@ -190,7 +193,7 @@ class Exchange:
                 asked[silo] = Asked.of(body)
                 yield self.nodes[silo], body, shared
 
-        for node, message in self._send(sent(), kind, group):
+        for node, message in self._send(sent(), kind, group, bodies.patience_s):
             silo = silo_of[node]
             try:
                 with sound_or_rejected():
@@ -223,9 +226,16 @@ class Exchange:
         require_kind(reply, expected)
         return Answer(silo, reply, digest_bytes(envelope.body))
 
-    def _send(self, bodies: Iterable[tuple[int, bytes, bytes]], kind: str, group: str) -> Iterator[tuple[int, Message]]:
+    def _send(
+        self,
+        bodies: Iterable[tuple[int, bytes, bytes]],
+        kind: str,
+        group: str,
+        patience_s: Callable[[], float] | None,
+    ) -> Iterator[tuple[int, Message]]:
         """Sends (node, body, its shared part) and yields what comes back as it comes, until all have or time is up."""
-        timeout_s = self.settings.round_timeout_s
+        patience_s = patience_s or (lambda: self.settings.round_timeout_s)
+        timeout_s = patience_s()
         messages = []
         for node, body, shared in bodies:
             envelope = seal_request(self.parties.signer, body, self.receipt_of(self._silo_at.get(node, "")))
@@ -237,7 +247,7 @@ class Exchange:
         waiting = {name or f"unsent {at}": message.metadata.dst_node_id for at, (name, message) in enumerate(sent)}
         del messages
         began = time.monotonic()
-        while waiting and (waited_s := time.monotonic() - began) < timeout_s:
+        while waiting and (waited_s := time.monotonic() - began) < patience_s():
             came = False
             for message in self.grid.pull_messages(list(waiting)):
                 came = True
@@ -246,7 +256,7 @@ class Exchange:
             if waiting and not came:
                 time.sleep(min(max(POLL_S, POLL_S * waited_s), LONGEST_POLL_S))
         if waiting:
-            self._timed_out(group, sorted(waiting.values()), timeout_s)
+            self._timed_out(group, sorted(waiting.values()), patience_s())
 
     def _timed_out(self, group: str, nodes: list[int], timeout_s: float) -> None:
         silent = [self._silo_at.get(node, f"node {node}") for node in nodes]

@@ -30,7 +30,10 @@ FLEET_PATHS = tuple(
         "confirm-message-received",
     )
 )
-LARGEST_BODY = "512m"
+# An adapter is one object of Flower's, and no array that Flower would cut in pieces. All else is short: a silo could
+# otherwise announce a reply of millions of objects, whose list the coordinator takes in whole.
+LARGEST_BODY, LARGEST_OBJECT = "1m", "512m"
+_OBJECT_PATH = "/v1/fleet/push-object"
 HANDSHAKE_S = 5.0
 _BUFFERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 _TEMPLATE = """# Written at every start of `siloweave federation serve`.
@@ -44,7 +47,6 @@ http {{
   server_tokens off;
   map $status $refused {{ ~^[23] 0; default 1; }}
   access_log {state}/refused.log combined if=$refused;
-  client_max_body_size {largest};
   ssl_protocols TLSv1.3;
 {buffers}
   server {{
@@ -59,6 +61,7 @@ http {{
 # Exact paths, and the path that is passed on is written here: nothing that a client spells differently gets through.
 _LOCATION = """    location = {path} {{
       limit_except POST {{ deny all; }}
+      client_max_body_size {largest};
       proxy_pass https://{loopback}:{superlink_port}{path};
       proxy_http_version 1.1;
       proxy_ssl_verify on;
@@ -72,13 +75,19 @@ def configuration(federation: Federation, superlink_port: int) -> str:
     """nginx.conf for a federation whose SuperLink listens on a loopback port."""
     places = {"state": federation.state, "keys": federation.keys, "certificates": federation.certificates}
     locations = (
-        _LOCATION.format(path=path, loopback=LOOPBACK, superlink_port=superlink_port, **places) for path in FLEET_PATHS
+        _LOCATION.format(
+            path=path,
+            largest=LARGEST_OBJECT if path == _OBJECT_PATH else LARGEST_BODY,
+            loopback=LOOPBACK,
+            superlink_port=superlink_port,
+            **places,
+        )
+        for path in FLEET_PATHS
     )
     return _TEMPLATE.format(
         **places,
         # Started as root, nginx would give its workers to `nobody`, who can't write below a private folder.
         user="user root;" if os.geteuid() == 0 else "",
-        largest=LARGEST_BODY,
         buffers="\n".join(f"  {name}_temp_path {federation.state}/nginx/{name};" for name in _BUFFERS),
         listen=f"[{federation.config.listen}]" if ":" in federation.config.listen else federation.config.listen,
         port=federation.config.port,

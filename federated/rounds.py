@@ -33,6 +33,8 @@ from privacy.model_digests import ModelDigests, RoundDigests
 from privacy.plan import PlanRequest
 from trainer.tasks import CausalTask
 
+LONGEST_QUERY_S = 60.0
+
 
 @dataclass
 class Coordinator:
@@ -156,12 +158,25 @@ class Coordinator:
         """
         fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
         self._wait_for_silos(number, fewest)
-        self.exchange.meet(self.accounts.describe)
+        self.exchange.meet(self.accounts.describe, self._patience_s)
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
-        bodies = Bodies(new, lambda silo: (self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)), b""))
-        already = len(set(self.exchange.nodes) & self.reserved)
+        bodies = Bodies(
+            new,
+            lambda silo: (self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)), b""),
+            self._patience_s,
+        )
+        already = len(self._present())
         self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, already, fewest=fewest)
+
+    def _patience_s(self) -> float:
+        """How long to wait for what needs no training: not for long where there are silos enough for a round.
+
+        Otherwise one that never answers would hold up every round; one that is late is asked again after the round.
+        """
+        federated = self.config.federated
+        enough = len(self._present()) >= max(federated.min_silos, federated.enough_silos)
+        return min(federated.round_timeout_s, LONGEST_QUERY_S) if enough else federated.round_timeout_s
 
     def _take_reservation(self, answer: Answer) -> None:
         self.accounts.take_receipt(answer.silo, answer.reply.reserved.receipt)

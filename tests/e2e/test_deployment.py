@@ -78,14 +78,18 @@ def superlink_port(deployment: Deployment) -> int:
     return int((deployment.folder / "flower" / "config.toml").read_text().split("127.0.0.1:")[1].split('"')[0])
 
 
-def ask(deployment: Deployment, line: bytes, *, port: int | None = None) -> int:
-    """HTTP status of a request line, sent byte for byte through the proxy by somebody who trusts its authority."""
+def ask(deployment: Deployment, line: bytes, *, port: int | None = None, size_bytes: int = 0) -> int:
+    """HTTP status of a request line, sent byte for byte through the proxy by somebody who trusts its authority.
+
+    Where a body is announced, it is not sent.
+    """
     context = ssl.create_default_context(cafile=str(deployment.folder / "certificates" / "ca.pem"))
     with (
         socket.create_connection(("127.0.0.1", port or deployment.port), timeout=10) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as connection,
     ):
-        connection.sendall(line + b" HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        head = b"%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
+        connection.sendall(head % (line, size_bytes))
         return int(connection.recv(1000).split()[1])
 
 
@@ -134,6 +138,13 @@ def test_the_proxy_lets_nothing_but_the_fleets_paths_through(coordinator, line):
 def test_the_fleets_paths_ask_for_a_registered_key(coordinator):
     for path in FLEET_PATHS:  # past the proxy, and turned away by the SuperLink for want of a signature
         assert ask(coordinator, b"POST " + path.encode()) in (400, 401, 415, 422), path
+
+
+def test_nothing_but_an_object_may_be_long(coordinator):
+    """A reply's list of objects comes with its announcement, and the coordinator takes it in whole."""
+    for path in set(FLEET_PATHS) - {"/v1/fleet/push-object"}:
+        assert ask(coordinator, b"POST " + path.encode(), size_bytes=2**20 + 1) == 413, path
+    assert ask(coordinator, b"POST /v1/fleet/push-object", size_bytes=2**29 + 1) == 413
 
 
 def test_the_fleets_paths_are_all_that_a_supernode_of_this_flower_calls():

@@ -295,7 +295,8 @@ def test_what_flower_itself_can_not_read_is_lost_alone(tmp_path, sent):
     grid.sent = sent
     with pytest.raises((KeyError, ValueError, AttributeError, DecodeError)):
         coordinator(grid, tmp_path / "before", "federated.min_silos=1").run(adapter)
-    one = coordinator(OneByOne(grid), tmp_path / "after", "federated.min_silos=1", silos=2)
+    settings = ("federated.min_silos=1", "federated.round_timeout_s=60")
+    one = coordinator(OneByOne(grid), tmp_path / "after", *settings, silos=2)
     one.run(adapter)
     events = list(read_events(tmp_path / "after" / "run" / "events.jsonl"))
     assert [event["answered"] for event in events if event["event"] == "round"] == [["good"]] * 2
@@ -319,6 +320,7 @@ def test_no_reply_can_pass_for_another_silos(tmp_path):
     """Pulled first, it would take the place of an honest silo's, which was then not looked at."""
     for name, grid, answered in (("before", Impostor, []), ("after", lambda silos: OneByOne(Impostor(silos)), ["bad"])):
         silos = [SignedSilo("good"), SignedSilo("bad")]
-        one = coordinator(grid(silos), tmp_path / name, "federated.round_timeout_s=1", silos=2)
+        one = coordinator(grid(silos), tmp_path / name, "federated.round_timeout_s=60", silos=2)
         one._meet(2, 0)
+        one.exchange.settings = one.exchange.settings.model_copy(update={"round_timeout_s": 1.0})
         assert one._ask(1, Aggregation(one.config.federated, adapter(), {}, 2), adapter()) == [*answered, "good"]
