@@ -1,4 +1,8 @@
-"""Committed rounds: ``round-N/`` with the adapter after it and the silos' receipts; ``COMMITTED`` comes last."""
+"""Committed rounds: ``round-N/`` with the adapter after it and the silos' receipts; ``COMMITTED`` comes last.
+
+What silos have stated after the last round is committed in ``closing-N/``, one more each time that it is more: what was
+committed is never written again.
+"""
 
 import json
 import shutil
@@ -10,10 +14,12 @@ from typing import Any
 from configs.artifacts import Manifest, commit_manifest, damaged_file, digest_bytes, read_manifest, write_failure
 from configs.encryption import MasterKey, read_sealed, write_sealed
 from configs.errors import InputError
-from configs.storage import COMMITTED, Folder, newest_commit
+from configs.storage import COMMITTED, Folder, committed, newest_commit
 from privacy.model_digests import RoundDigests
 
 KIND = UNIT = "round"
+CLOSING = "closing"
+CERTIFICATE = "certificate.json"
 ADAPTER = "adapter.safetensors"
 SILOS = "silos.json"
 RELEASES = "releases.json"
@@ -64,12 +70,50 @@ def save(directory: Path, config_digest: str, commit: Round, run_id: str, key: M
             write_sealed(target / SERVER_STATE, commit.server_state, key, _context(target, run_id, SERVER_STATE))
         earlier = [one.model_dump(mode="json") for one in commit.earlier or ()]
         for name, value in ((SILOS, commit.silos), (RELEASES, commit.releases), (EARLIER, earlier)):
-            (target / name).write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
+            _write_json(target / name, value)
     except OSError as error:
         raise write_failure(target, error) from error
     metadata = {"round": commit.round_number, "run_id": run_id}
     commit_manifest(target, Manifest(KIND, config_digest, metadata=metadata), name=COMMITTED)
     return commit
+
+
+def save_closing(directory: Path, config_digest: str, silos: dict[str, dict[str, Any]], run_id: str) -> None:
+    """Commits what the silos have told and stated when the rounds were over.
+
+    Raises:
+        SiloweaveError: the disk is full or not writable; what was committed before is unchanged.
+    """
+    numbers = [int(folder.removeprefix(f"{CLOSING}-")) for folder in committed(Folder(directory), CLOSING)]
+    target = directory / f"{CLOSING}-{max(numbers, default=0) + 1:05d}"
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        target.mkdir(parents=True)
+        _write_json(target / SILOS, silos)
+    except OSError as error:
+        raise write_failure(target, error) from error
+    commit_manifest(target, Manifest(CLOSING, config_digest, metadata={"run_id": run_id}), name=COMMITTED)
+
+
+def closing(
+    directory: Path, config_digest: str, run_id: str, damaged: Callable[[str], None]
+) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """What the silos had stated when the run came to its end before, and where that is; nothing where it has not.
+
+    Where no commit has it the certificate does: an earlier version committed nothing then.
+
+    Raises:
+        InputError: there is only a certificate, and it can't be read.
+    """
+    found = newest_commit(Folder(directory), CLOSING, CLOSING, config_digest, damaged)
+    if found is not None and found.manifest.metadata["run_id"] == run_id:
+        return found.directory, _json(found.directory / SILOS)
+    path = directory / CERTIFICATE
+    try:
+        document: dict[str, Any] = _json(path) if path.exists() else {"run_id": ""}
+        return path, dict(document.get("silos", ())) if document["run_id"] == run_id else {}
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: no certificate that can be read; put its backup back, or delete it") from None
 
 
 def newest(
@@ -132,6 +176,10 @@ def _read(target: Path, manifest: Manifest, key: MasterKey | None) -> Round:
     if EARLIER in manifest.files:
         earlier = tuple(RoundDigests.model_validate(one) for one in _json(target / EARLIER))
     return Round(int(manifest.metadata["round"]), adapter, silos, server_state, releases, earlier)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _json(path: Path) -> Any:

@@ -92,6 +92,8 @@ class Coordinator:
             commit = commits.save(self.directory, digest, start, run_id, key)
         self.digests = commits.digests(self.directory, commit, key)
         self.accounts.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
+        place, stated = commits.closing(self.directory, digest, run_id, lambda line: say(message=line))
+        self.accounts.restore(stated, str(place))
         self._meet(self.parties.num_silos, commit.round_number)
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
@@ -134,7 +136,7 @@ class Coordinator:
         else:
             reserved = self.accounts.for_certificate(model.contributors())
         document = certificate(self.exchange.run.id, self.plan, reserved, model)
-        write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
+        write_atomic(self.directory / commits.CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
         return document
 
     def _wait_for_silos(self, number: int, fewest: int) -> None:
@@ -273,7 +275,10 @@ class Coordinator:
         return sorted(set(self.exchange.nodes) & self.reserved)
 
     def _close(self) -> None:
-        """Asks for the closing statements. The certificate says who has given none; the run ends all the same."""
+        """Asks for the closing statements. The certificate says who has given none; the run ends all the same.
+
+        What was stated is committed at once: the same command again, with silos away, must not know less.
+        """
         released = Counter(silo for one in self.digests for silo in one.releases or ())
 
         def take(answer: Answer) -> None:
@@ -282,7 +287,8 @@ class Coordinator:
             self.accounts.take_statement(silo, closed.statement, released[silo])
 
         bodies = self._bodies("close", close=pb.Close())
-        self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0)
+        if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
+            commits.save_closing(self.directory, config_digest(self.config), self.accounts.silos, self.exchange.run.id)
 
 
 def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
