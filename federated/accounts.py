@@ -33,20 +33,34 @@ class Accounts:
         self._run_id, self._plan, self._signed = run_id, plan, signed
 
     def restore(self, silos: dict[str, dict[str, Any]], origin: str) -> None:
-        """Takes up what was committed: one that has spent stays in the certificate, whoever is there today.
+        """Takes up what was committed: who has spent or stated stays in the certificate, whoever is there today.
+
+        Of a silo that was restored before, from the newest round, it keeps what goes with the newer receipt.
 
         Args:
             silos: as ``silos`` was.
             origin: where they were read, for the message.
 
         Raises:
-            InputError: a receipt there is not of this run and its plan, and so no certificate could be made.
+            InputError: a receipt or a statement there is not of this run and its plan, and so no certificate could be
+                made.
         """
         for name, silo in silos.items():
-            if self._signed and "receipt" in silo:
-                receipt = parse(Receipt, silo["receipt"], f"{origin}: {name}.receipt")
-                self._check(name, silo, receipt, f"{origin}: {name}.receipt")
-        self.silos = silos
+            receipt = self._kept(name, silo, f"{origin}: {name}") if self._signed and "receipt" in silo else None
+            held = self._receipt(name) if name in self.silos else None
+            if receipt is None or held is None or position(receipt) >= position(held):
+                self.silos[name] = silo
+
+    def _kept(self, name: str, silo: dict[str, Any], origin: str) -> Receipt:
+        """The receipt of what was committed of a silo, once it and the statement are found sound."""
+        where = f"{origin}.receipt"
+        receipt = parse(Receipt, silo["receipt"], where)
+        self._check(name, silo, receipt, where)
+        if "statement" in silo:
+            where = f"{origin}.statement"
+            statement = parse(RunStatement, silo["statement"], where)
+            self._check_statement(name, silo, statement, receipt, where)
+        return receipt
 
     def describe(self, silo: str, described: pb.Described) -> None:
         """Takes a silo's description in. Once it has signed a receipt, it stays who and how large it was.
@@ -80,6 +94,9 @@ class Accounts:
         if held is not None:
             check_history(held, receipt, where)
         if held is None or position(receipt) >= position(held):
+            if "statement" in self.silos[silo]:
+                stated = RunStatement.model_validate(self.silos[silo]["statement"])
+                check_closing(stated, receipt, f"statement of silo {silo}")
             self.silos[silo]["receipt"] = receipt.model_dump(mode="json")
 
     def take_statement(self, silo: str, content: bytes, rounds: int) -> None:
@@ -98,8 +115,7 @@ class Accounts:
             return
         where = f"statement of silo {silo}"
         statement = RunStatement.from_bytes(content, where)
-        check_statement(statement, self.silos[silo], silo, self._run_id, self._plan, where)
-        check_closing(statement, held, where)
+        self._check_statement(silo, self.silos[silo], statement, held, where)
         if statement.rounds_charged < rounds:
             raise InputError(f"{where}.rounds_charged is {statement.rounds_charged}, it has released {rounds}")
         self.silos[silo]["statement"] = statement.model_dump(mode="json")
@@ -144,3 +160,9 @@ class Accounts:
         owner = {"silo": name, "dataset": silo["dataset_id"], "public_key": silo["public_key"], "run": self._run_id}
         nothing = {"plan_digest": "", "public_record_count": 0, "epsilon_reserved": 0.0, "delta_reserved": 0.0}
         expect(receipt, {**owner, **nothing}, where)
+
+    def _check_statement(
+        self, name: str, silo: Mapping[str, Any], statement: RunStatement, receipt: Receipt, where: str
+    ) -> None:
+        check_statement(statement, silo, name, self._run_id, self._plan, where)
+        check_closing(statement, receipt, where)

@@ -21,6 +21,10 @@ Handler = Callable[[bytes], bytes]
 Connect = Callable[[Context, float], Handler]
 
 
+class NoEnvelopeError(ValueError):
+    """A message that ``pack`` has not made."""
+
+
 def pack(envelope: bytes, shared: bytes = b"") -> RecordDict:
     """A request's or reply's envelope as a Flower message's content.
 
@@ -42,7 +46,7 @@ def unpack(content: RecordDict) -> bytes:
     """The envelope that ``pack`` put in.
 
     Raises:
-        ValueError: the content was not made by ``pack``.
+        NoEnvelopeError: the content was not made by ``pack``.
     """
     return b"".join(_parts(content))
 
@@ -58,7 +62,7 @@ def _parts(content: RecordDict) -> list[bytes]:
         record = content.get(name)
         part = record.get(key) if isinstance(record, ConfigRecord) else None
         if not isinstance(part, bytes):
-            raise ValueError("the message holds no siloweave envelope")
+            raise NoEnvelopeError("the message holds no siloweave envelope")
         parts.append(part)
     return parts
 
@@ -70,7 +74,7 @@ def make_app(connect: Connect) -> ClientApp:
     def relay(message: Message, context: Context) -> Message:
         try:
             answer = connect(context, seconds_left(message))(unpack(message.content))
-        except UnansweredError as error:  # raised on, Flower would log it with all the lines of its traceback
+        except (UnansweredError, NoEnvelopeError) as error:  # Flower would log the traceback of what is raised on
             return Message(Error(_GAVE_UP, str(error)), reply_to=message)
         return Message(pack(answer), reply_to=message)
 

@@ -65,6 +65,7 @@ class Coordinator:
     aggregator: Aggregator | None = field(init=False)
     reserved: set[str] = field(default_factory=set)
     released: dict[str, str] = field(default_factory=dict)
+    digests: tuple[RoundDigests, ...] = ()
     server_state: Arrays = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,7 +92,10 @@ class Coordinator:
         if commit is None:
             start = commits.Round(0, to_bytes(initial_adapter()), {})
             commit = commits.save(self.directory, digest, start, run_id, key)
+        self.digests = commits.digests(self.directory, commit, key)
         self.accounts.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
+        place, stated = commits.closing(self.directory, digest, run_id, lambda line: say(message=line))
+        self.accounts.restore(stated, str(place))
         self._meet(self.parties.num_silos, commit.round_number)
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
@@ -112,8 +116,10 @@ class Coordinator:
                 epsilon_left=self.accounts.epsilon_left(),
             )
             state = to_bytes(self.server_state) if self.server_state else b""
-            done = commits.Round(round_number, to_bytes(adapter), self.accounts.silos, state, self.released)
+            silos, content = self.accounts.silos, to_bytes(adapter)
+            done = commits.Round(round_number, content, silos, state, self.released, self.digests)
             commits.save(self.directory, digest, done, run_id, key)
+            self.digests = (*self.digests, done.digests)
             self._meet(self.config.federated.min_silos, round_number)  # all may be away for a moment, after a restart
         self._close()
 
@@ -126,17 +132,14 @@ class Coordinator:
         Raises:
             SiloweaveError: the model has an update of a silo that has not signed what it spent.
         """
-        model = ModelDigests(base_model=self.base.content_digest, rounds=self._digests(), adapter=adapter)
+        model = ModelDigests(base_model=self.base.content_digest, rounds=self.digests, adapter=adapter)
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
             reserved = {AGGREGATOR: self.aggregator.close()}
         else:
             reserved = self.accounts.for_certificate(model.contributors())
         document = certificate(self.exchange.run.id, self.plan, reserved, model)
-        write_atomic(self.directory / "certificate.json", json.dumps(document, indent=2, sort_keys=True).encode())
+        write_atomic(self.directory / commits.CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
         return document
-
-    def _digests(self) -> tuple[RoundDigests, ...]:
-        return commits.digests(self.directory, self.plan.rounds, load_key(self.config.run.encryption_key_file))
 
     def _wait_for_silos(self, number: int, fewest: int) -> None:
         """Until so many have connected; at the deadline those that are there are enough, if enough for a round."""
@@ -287,10 +290,11 @@ class Coordinator:
         return sorted(set(self.exchange.nodes) & self.reserved)
 
     def _close(self) -> None:
-        """Asks for the closing statements. The certificate says who has given none; the run ends all the same."""
-        released = (
-            Counter(silo for one in self._digests() for silo in one.releases or ()) if self.certify else Counter()
-        )
+        """Asks for the closing statements. The certificate says who has given none; the run ends all the same.
+
+        What was stated is committed at once: the same command again, with silos away, must not know less.
+        """
+        released = Counter(silo for one in self.digests for silo in one.releases or ())
 
         def take(answer: Answer) -> None:
             closed, silo = answer.reply.closed, answer.silo
@@ -298,7 +302,8 @@ class Coordinator:
             self.accounts.take_statement(silo, closed.statement, released[silo])
 
         bodies = self._bodies("close", close=pb.Close())
-        self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0)
+        if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
+            commits.save_closing(self.directory, config_digest(self.config), self.accounts.silos, self.exchange.run.id)
 
 
 def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc
 
+from configs.printing import printable
 from federated import silo_pb2 as pb
 from federated import silo_pb2_grpc
 from federated.protocol import CHUNK_BYTES, chunks
@@ -40,7 +41,7 @@ def ask(address: str, envelope: bytes, tls_folder: str = "", timeout_s: float = 
         timeout_s: seconds for all attempts together.
 
     Raises:
-        UnansweredError: the time is over, or asking again would not help.
+        UnansweredError: the time is over, or asking again would not help, or a file of ``tls_folder`` can't be read.
     """
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     while True:
@@ -61,7 +62,8 @@ def _helps_to_ask_again(error: grpc.RpcError) -> bool:
 
 
 def _said(error: grpc.RpcError) -> str:
-    return f"{error.code().name}: {' '.join((error.details() or 'no details').split())[:_LONGEST_DETAIL]}"
+    details = " ".join((error.details() or "no details").split())[:_LONGEST_DETAIL]
+    return f"{error.code().name}: {printable(details)}"
 
 
 def exchange(address: str, envelope: bytes, tls_folder: str = "", timeout_s: float = LONGEST_TRAINING_S) -> bytes:
@@ -75,13 +77,14 @@ def exchange(address: str, envelope: bytes, tls_folder: str = "", timeout_s: flo
 
     Raises:
         grpc.RpcError: the service is not there, or busy; or it has no such answer.
+        UnansweredError: a file of ``tls_folder`` can't be read.
     """
     options = [("grpc.max_receive_message_length", 2 * CHUNK_BYTES)]
     with _channel(address, tls_folder, options) as channel:
         received = bytearray()
         parts = (pb.Chunk(data=part) for part in chunks(envelope))
         try:
-            for chunk in silo_pb2_grpc.SiloStub(channel).Exchange(parts, wait_for_ready=True, timeout=timeout_s):
+            for chunk in silo_pb2_grpc.SiloStub(channel).Exchange(parts, timeout=timeout_s):
                 received += chunk.data
         except grpc.RpcError as error:
             if not received or error.code() not in REFUSED:
@@ -92,6 +95,10 @@ def exchange(address: str, envelope: bytes, tls_folder: str = "", timeout_s: flo
 def _channel(address: str, tls_folder: str, options: list[tuple[str, int]]) -> grpc.Channel:
     if not tls_folder:
         return grpc.insecure_channel(address, options=options)
-    key, certificate, authority = (Path(tls_folder, name).read_bytes() for name in (KEY, CERTIFICATE, AUTHORITY))
+    try:
+        key, certificate, authority = (Path(tls_folder, name).read_bytes() for name in (KEY, CERTIFICATE, AUTHORITY))
+    except OSError as error:
+        reason = printable(f"{error.filename}: can't be read ({error.strerror})")
+        raise UnansweredError(f"{reason}; put the file there, or let silo-tls name the relay's folder") from None
     credentials = grpc.ssl_channel_credentials(authority, key, certificate)
     return grpc.secure_channel(address, credentials, options=options)

@@ -105,12 +105,15 @@ def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> Any:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(
+        wrapped = get_peft_model(
             model,
             LoraConfig(
                 r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0, task_type="CAUSAL_LM"
             ),
         )
+    # peft makes a set of them, and would save it in the order of the process: another digest at each save.
+    wrapped.peft_config["default"].target_modules = sorted(LORA_TARGETS)
+    return wrapped
 
 
 def adapter_weights(model: Any) -> dict[str, torch.Tensor]:

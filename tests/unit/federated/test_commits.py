@@ -75,21 +75,47 @@ def test_an_adapter_can_not_stand_in_for_the_aggregations_state(tmp_path, key):
         commits.newest(tmp_path, "digest", pytest.fail, key)
 
 
-def test_every_rounds_digests_are_read_back_and_a_round_of_before_has_none(tmp_path, key):
-    for number in (1, 2):
-        commits.save(
-            tmp_path, "digest", commits.Round(number, b"adapter", {}, releases={"north": "aa" * 32}), "run", key
-        )
-    old = tmp_path / "round-00001"
-    (old / commits.RELEASES).unlink()
-    manifest = json.loads((old / "COMMITTED").read_text())
-    del manifest["files"][commits.RELEASES]
-    (old / "COMMITTED").write_text(json.dumps(manifest))
-    first, second = commits.digests(tmp_path, 2, key)
-    assert (first.releases, second.releases) == (None, {"north": "aa" * 32})
-    assert first.adapter == second.adapter == digest_bytes(b"adapter")
+def without(folder, *names):
+    """Makes a round one of an earlier version, which had no such files."""
+    manifest = json.loads((folder / "COMMITTED").read_text())
+    for name in names:
+        (folder / name).unlink()
+        del manifest["files"][name]
+    (folder / "COMMITTED").write_text(json.dumps(manifest))
+
+
+def three_rounds(folder, key):
+    """Each holds the digests of those before it. Returns the newest."""
+    earlier = ()
+    for number in (1, 2, 3):
+        releases = {"north": f"{number}" * 64}
+        commit = commits.Round(number, f"adapter {number}".encode(), {}, releases=releases, earlier=earlier)
+        commits.save(folder, "digest", commit, "run", key)
+        earlier = (*earlier, commit.digests)
+    return commits.newest(folder, "digest", pytest.fail, key)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_the_newest_round_alone_tells_the_digests_of_all(tmp_path, key, sealed):
+    """Before: they were read from every round, and one that was lost cost the certificate."""
+    newest = three_rounds(tmp_path, key if sealed else None)
+    shutil.rmtree(tmp_path / "round-00001")
+    found = commits.digests(tmp_path, newest, key if sealed else None)
+    assert [one.releases for one in found] == [{"north": f"{number}" * 64} for number in (1, 2, 3)]
+    assert [one.adapter for one in found] == [digest_bytes(f"adapter {number}".encode()) for number in (1, 2, 3)]
+
+
+def test_digests_of_an_earlier_versions_rounds_are_read_from_each(tmp_path, key):
+    newest = three_rounds(tmp_path, key)
+    expected = commits.digests(tmp_path, newest, key)
+    for number in (1, 2, 3):
+        without(tmp_path / f"round-0000{number}", commits.EARLIER)
+    newest = commits.newest(tmp_path, "digest", pytest.fail, key)
+    assert commits.digests(tmp_path, newest, key) == expected
+    without(tmp_path / "round-00001", commits.RELEASES)
+    assert [one.releases for one in commits.digests(tmp_path, newest, key)] == [
+        None, expected[1].releases, expected[2].releases
+    ]  # fmt: skip
     (tmp_path / "round-00002" / commits.SILOS).write_text("{ }")
-    for rounds in (2, 3):
-        with pytest.raises(InputError, match=rf"round-0000{rounds}: missing or damaged"):
-            commits.digests(tmp_path, rounds, key)
-        commits.save(tmp_path, "digest", commits.Round(2, b"adapter", {}), "run", key)
+    with pytest.raises(InputError, match="round-00002: missing or damaged"):
+        commits.digests(tmp_path, newest, key)

@@ -113,6 +113,7 @@ def test_what_may_be_answered_later_is_asked_again_with_one_line_in_the_log(brea
     [
         (CODE.RESOURCE_EXHAUSTED, "max_request_bytes: allowed 4194304"),
         (CODE.INVALID_ARGUMENT, "line one\nline two" + "x" * 1000),
+        (CODE.INVALID_ARGUMENT, "\x1b[2Jcleared\x1b]0;owned\x07"),
         (CODE.UNIMPLEMENTED, ""),
         (CODE.UNKNOWN, "Exception calling application"),
     ],
@@ -123,7 +124,7 @@ def test_what_no_repetition_mends_is_one_line_at_once(breaking, code, details):
         ask(address, b"it", timeout_s=30)
     assert servicer.calls == 1
     assert str(error.value).startswith(f"its service at {address} gave no answer ({code.name}: ")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("code", [CODE.PERMISSION_DENIED, CODE.RESOURCE_EXHAUSTED])
@@ -133,16 +134,53 @@ def test_a_signed_refusal_is_never_asked_for_twice(breaking, code):
     assert servicer.calls == 1
 
 
-def test_where_no_service_is_the_app_says_so_before_the_message_ends(tmp_path):
-    """Flower gets an error of one line, not an exception, whose traceback it would log."""
+def relayed(content, ttl_s=30.0, **node):
+    """What the very app that a SuperNode starts says of a message: Flower would log an exception with its traceback."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    message = Message(pack(b"it"), 1, "train", ttl=1.0)
+    message = Message(content, 1, "train", ttl=ttl_s)
+    reply = make_app(silo_service)(message, Context(1, 1, node, RecordDict(), {}))
+    assert reply.error.reason.isprintable()
+    return reply.error.reason
+
+
+def test_where_no_service_is_that_is_said_at_once_and_at_the_messages_end(tmp_path, caplog):
+    """Before: gRPC itself waited for the service, and the relay's log had nothing until the message was over."""
     address = f"unix:{tmp_path}/none"
     began = time.monotonic()
-    reply = make_app(silo_service)(message, Context(1, 1, {"silo-address": address}, RecordDict(), {}))
+    with caplog.at_level(logging.WARNING, "siloweave.relay"):
+        reason = relayed(pack(b"it"), 2.0, **{"silo-address": address})
     assert time.monotonic() - began < 30
-    assert reply.error.reason.startswith(f"its service at {address} gave no answer (")
-    assert "\n" not in reply.error.reason
+    assert reason.startswith(f"its service at {address} gave no answer (UNAVAILABLE: ")
+    first, *_ = [record.getMessage() for record in caplog.records]
+    assert first.startswith(f"silo service {address}: UNAVAILABLE: ")
+    assert "asked again in 0.5 s, until 2 s from now" in first
+
+
+def test_a_service_that_comes_up_late_answers(tmp_path, caplog):
+    server, address = grpc.server(ThreadPoolExecutor(2)), f"unix:{tmp_path}/late.sock"
+    silo_pb2_grpc.add_SiloServicer_to_server(Breaks(CODE.UNAVAILABLE, "not yet", b""), server)
+    with ThreadPoolExecutor(1) as relay, caplog.at_level(logging.WARNING, "siloweave.relay"):
+        answer = relay.submit(ask, address, b"it", timeout_s=60)
+        deadline = time.monotonic() + 30
+        while not caplog.records:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server.add_insecure_port(address)
+        server.start()
+        assert answer.result(60) == b"answer to it"
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize("name", ["relay.key", "relay.crt", "service-ca.crt"])
+def test_a_missing_file_for_tls_is_one_line(tmp_path, name):
+    for one in {"relay.key", "relay.crt", "service-ca.crt"} - {name}:
+        (tmp_path / one).write_bytes(b"")
+    reason = relayed(pack(b"it"), **{"silo-address": "localhost:1", "silo-tls": str(tmp_path)})
+    assert f"{tmp_path / name}: can't be read (No such file or directory)" in reason
+
+
+def test_a_message_without_an_envelope_is_one_line():
+    assert relayed(RecordDict(), **{"silo-address": "unix:/none"}) == "the message holds no siloweave envelope"
 
 
 def test_the_time_that_is_left_is_the_messages_whatever_the_clocks_say():

@@ -209,9 +209,10 @@ def test_a_run_of_an_earlier_version_is_continued_or_refused_at_its_start(tmp_pa
     first.run(adapter)
     for number in (1, 2):
         folder = tmp_path / "run" / f"round-{number:05d}"
-        (folder / "releases.json").unlink()
         silos_file, committed = folder / "silos.json", json.loads((folder / "COMMITTED").read_text())
-        del committed["files"]["releases.json"]
+        for name in ("releases.json", "earlier.json"):
+            (folder / name).unlink()
+            del committed["files"][name]
         (folder / "COMMITTED").write_text(json.dumps(committed))
     again = coordinator(InProcess(silos), tmp_path, "federated.min_silos=1")
     again.run(adapter)

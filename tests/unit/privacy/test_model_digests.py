@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -120,3 +122,32 @@ def test_a_sealed_adapter_is_known_by_what_is_in_it(digests, adapter, tmp_path):
     assert which_model(digests, adapter, key) == ADAPTER
     with pytest.raises(InputError, match="is encrypted"):
         which_model(digests, adapter, None)
+
+
+SAVES = """
+import sys
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+from privacy.model_digests import adapter_digests
+from trainer.models import add_adapter
+
+sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+add_adapter(LlamaForCausalLM(LlamaConfig(**sizes)), 4, 8.0, 0).save_pretrained(sys.argv[1], save_embedding_layers=False)
+print(adapter_digests(Path(sys.argv[1])))
+"""
+
+
+def test_an_adapter_that_is_saved_again_has_the_same_digests(tmp_path):
+    """Before: peft wrote its target modules as a set has them, in an order of each process's own."""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", SAVES, str(tmp_path / seed)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] != ""
