@@ -100,7 +100,7 @@ class SiloPolicy(Settings):
     max_request_bytes: Count = 256 * 2**20
     """Bytes of one request, its adapter included."""
     max_requests_per_day: Count = 10_000
-    """Requests of trusted coordinators within 24 hours."""
+    """Requests of one trusted coordinator within 24 hours."""
     max_runs_per_day: Count = 50
     """Runs that one coordinator may open within 24 hours, by the ledger's own signed times."""
     max_open_runs: Count = 20

@@ -160,7 +160,7 @@ class Silo:
 
     def _count(self, request: pb.Request, digest: str) -> None:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}
-        number = self._audit.accepted(coordinator=request.coordinator, request_digest=digest, **names)
+        number = self._audit.accepted(request.coordinator, request_digest=digest, **names)
         if number > self.config.policy.max_requests_per_day:
             raise refuse("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
 

@@ -288,6 +288,14 @@ def test_a_run_of_before_belongs_to_the_first_that_continues_it(start, adapter):
     ]
 
 
+def test_one_coordinators_requests_use_up_nobody_elses_day(start):
+    # Before: one count for all, and whoever asked often kept the others out for ever.
+    silo = start(max_requests_per_day=3)
+    rules = [ask(silo, f"d{number}", OTHER, describe=pb.Describe()).refusal.rule for number in range(5)]
+    assert rules == ["", "", "", "max_requests_per_day", "max_requests_per_day"]
+    assert reserve(silo).WhichOneof("kind") == "reserved"
+
+
 # The policy as it is now
 
 
