@@ -28,7 +28,7 @@ def plan_of(text: str) -> PlanRequest:
 
 
 def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
-    """Every rule for a plan but those for its epsilon, which takes seconds to compute, and a bound on these seconds.
+    """Every rule for a plan but those for its epsilon.
 
     Returns:
         The plan, bound to the silo's own size; with clients as units, to their number.
@@ -54,7 +54,17 @@ def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: in
     if not set(names) <= set(allowed):
         raise refuse("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
     _check_labels(request, policy)
-    check_size(request.schedule)
+    return plan
+
+
+def check_new_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
+    """Every rule for a plan that is to be reserved, and a bound on the seconds that computing its epsilon takes.
+
+    Raises:
+        PolicyRefusal: as ``check_plan``; or it takes too much to account for.
+    """
+    plan = check_plan(request, policy, public_record_count)
+    check_size(request.schedule, new=True)
     return plan
 
 

@@ -11,7 +11,7 @@ from configs.errors import InputError
 from configs.load import parse
 from configs.silo import SiloPolicy, load_silo
 from federated import silo_pb2 as pb
-from federated.policy import check_epsilon, check_plan, plan_of
+from federated.policy import check_epsilon, check_new_plan, check_plan, plan_of
 from federated.requests import refuse
 from privacy.certificate import library_versions
 from privacy.chain import Budget
@@ -21,6 +21,8 @@ from privacy.plan import PlanRequest, PrivacyPlan
 
 if TYPE_CHECKING:
     from federated.silo import Silo
+
+QUEUE = "queue"  # the rule of a refusal that says nothing but "later"
 
 
 def policy_now(file: Path, log: Logger) -> SiloPolicy:
@@ -45,18 +47,23 @@ def account(silo: "Silo", request: pb.Request) -> None:
     """Everything about a reservation that is cheap, then its epsilon, which the accountant remembers.
 
     So ``reserve`` waits for nothing while it holds the silo and its ledger; and what has no room costs no accounting.
+    Of plans that take seconds no second one waits: it would hold a place that others' requests wait for.
 
     Raises:
-        PolicyRefusal: a rule of the policy, or no room.
+        PolicyRefusal: a rule of the policy, or no room; or another plan is being accounted for.
     """
     policy = silo.config.policy
-    plan = check_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
+    plan = check_new_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
     if plan.request.unit == "record":
         with silo.one_at_a_time:
             silo.ledger.bind(Budget(policy.budget_epsilon, policy.budget_delta))
             silo.ledger.check_room(request.run_id, plan.request, limits_of(policy), request.coordinator)
-    with silo.accounting:
+    if not silo.accounting.acquire(blocking=False):
+        raise refuse(QUEUE, "a second plan at a time", "one; ask again later")
+    try:
         check_epsilon(plan.request.epsilon, policy)
+    finally:
+        silo.accounting.release()
 
 
 def reserve(silo: "Silo", request: pb.Request) -> pb.Reserved:
@@ -66,7 +73,7 @@ def reserve(silo: "Silo", request: pb.Request) -> pb.Reserved:
         PolicyRefusal: a rule of the policy, or no room.
     """
     policy, coordinator = silo.config.policy, request.coordinator
-    plan = check_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
+    plan = check_new_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
     check_epsilon(plan.request.epsilon, policy)
     if plan.request.unit == "client":  # its guarantee, and what it spends, are the aggregator's
         entrust(silo.ledger.journal, request.run_id, plan.request, coordinator, limits_of(policy))

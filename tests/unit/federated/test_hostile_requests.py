@@ -6,6 +6,7 @@ Each test is an attack that worked: what it did before is beside it.
 import json
 import threading
 
+import grpc
 import pytest
 from silo_requests import COORDINATOR, TRUSTED, body_of, opened, signer_of
 from typer.testing import CliRunner
@@ -14,10 +15,15 @@ from configs.silo import load_silo
 from federated import silo_pb2 as pb
 from federated.adapters import to_bytes
 from federated.envelope import seal_request
+from federated.health import is_serving
 from federated.private_evaluation import METRIC
+from federated.protocol import SERVICE
 from federated.server_app import initial_adapter
 from federated.silo import Silo
+from federated.silo_client import ask as ask_again
+from federated.silo_client import exchange
 from federated.silo_commands import silo_app
+from federated.silo_service import serve
 from privacy import limits
 from privacy.chain import verify_entries
 from privacy.journal import Journal
@@ -186,6 +192,43 @@ def test_while_a_plan_is_accounted_for_others_are_answered(start, adapter, monke
     go_on.set()
     waiting.join(60)
     assert replies[0].WhichOneof("kind") == "reserved"
+
+
+def test_plans_that_are_slow_to_account_for_take_no_waiting_places(start, adapter, monkeypatch, tmp_path_factory):
+    # Before: five of them waited for one another in all places, and everybody else was sent away.
+    silo, entered, go_on, before = start(), threading.Event(), threading.Event(), Schedule.pld
+    reserve(silo)
+
+    def slow(schedule, **options):
+        entered.set()
+        assert go_on.wait(60)
+        return before(schedule, **options)
+
+    def sealed(number):
+        plan = PLAN.model_copy(update={"rounds": 40 + number}).model_dump_json()
+        body = body_of("reserve", f"slow-{number}", coordinator=OTHER.public_key, reserve=pb.Reserve(plan=plan))
+        return seal_request(OTHER, body)
+
+    monkeypatch.setattr(Schedule, "pld", slow)
+    address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
+    server, _ = serve(silo, address)
+    first, replies = threading.Thread(target=lambda: replies.append(opened(exchange(address, sealed(0))))), []
+    first.start()
+    assert entered.wait(60)
+    for number in range(1, 6):
+        with pytest.raises(grpc.RpcError) as error:
+            exchange(address, sealed(number), timeout_s=30)
+        assert error.value.details() == "queue: a plan is accounted for; ask again later"
+    assert is_serving(address, SERVICE)
+    training = seal_request(COORDINATOR, body_of("round-1", train=asked(silo, adapter)))
+    assert opened(exchange(address, training)).WhichOneof("kind") == "trained"
+    again = threading.Thread(target=lambda: replies.append(opened(ask_again(address, sealed(1), timeout_s=60))))
+    again.start()
+    go_on.set()
+    for thread in (first, again):  # the relay asks until the accountant is free
+        thread.join(60)
+    server.stop(None).wait()
+    assert [reply.refusal.rule or reply.WhichOneof("kind") for reply in replies] == ["reserved"] * 2
 
 
 # Places in the ledger
