@@ -38,6 +38,11 @@ def policy_now(file: Path, log: Logger) -> SiloPolicy:
         raise refuse("policy", "a request", "none until the silo's steward has mended its settings") from None
 
 
+def budget_of(policy: SiloPolicy) -> Budget:
+    """What the dataset may ever spend."""
+    return Budget(policy.budget_epsilon, policy.budget_delta)
+
+
 def limits_of(policy: SiloPolicy) -> Limits:
     """What a policy allows beside its budget."""
     return Limits(policy.max_epsilon_per_day, policy.max_runs_per_day, policy.max_open_runs)
@@ -56,7 +61,7 @@ def account(silo: "Silo", request: pb.Request) -> None:
     plan = check_new_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
     if plan.request.unit == "record":
         with silo.one_at_a_time:
-            silo.ledger.bind(Budget(policy.budget_epsilon, policy.budget_delta))
+            silo.ledger.bind(budget_of(policy))
             silo.ledger.check_room(request.run_id, plan.request, limits_of(policy), request.coordinator)
     if not silo.accounting.acquire(blocking=False):
         raise refuse(QUEUE, "a second plan at a time", "one; ask again later")
@@ -93,7 +98,19 @@ def reserved_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> Privac
     asked = parse(PlanRequest, reservation["plan"], "ledger")
     check_plan(asked, silo.config.policy, silo.config.silo.public_record_count)
     check_epsilon(reservation["epsilon"], silo.config.policy)
+    _check_budget(silo)
     return PrivacyPlan(request=asked, public_record_count=reservation["public_record_count"])
+
+
+def _check_budget(silo: "Silo") -> None:
+    """Refuses to go on where more is reserved than the steward allows today."""
+    budget = budget_of(silo.config.policy)
+    silo.ledger.bind(budget)
+    left = silo.ledger.left()
+    for name in ("epsilon", "delta"):
+        allowed, over = getattr(budget, name), -getattr(left, name)
+        if over > 1e-9 * allowed:  # a sum's rounding is no breach
+            raise refuse(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
 
 
 def entrusted_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> PlanRequest:

@@ -35,11 +35,10 @@ from federated.requests import (
     refusal_message,
     refuse,
 )
-from federated.reservations import account, close, policy_now, reserve, reserved_plan
+from federated.reservations import account, budget_of, close, policy_now, reserve, reserved_plan
 from federated.silo_data import Units, load_units
 from federated.trust import trusted_coordinators
 from federated.warm_model import warm_model
-from privacy.chain import Budget
 from privacy.entrusted import UNNOISED
 from privacy.ledger import Charge, Ledger
 from privacy.signing import load_or_create_secret, load_secret
@@ -82,12 +81,11 @@ class Silo:
                 "give a base model that `siloweave export` made"
             )
         self.trusted()
-        budget = Budget(config.policy.budget_epsilon, config.policy.budget_delta)
         self.ledger = Ledger.open(
             self._state_dir,
             config.silo.id,
             config.silo.dataset_id,
-            budget,
+            budget_of(config.policy),
             injected_seeds(injected_seed, config.silo.id),
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )

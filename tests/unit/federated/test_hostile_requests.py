@@ -383,6 +383,22 @@ def test_a_budget_that_was_lowered_bounds_the_next_reservation(start, toml):
     assert kinds(silo) == ["open", "policy"]
 
 
+@pytest.mark.parametrize(
+    ("policy", "rule"), [({"budget_epsilon": 0.5}, "budget_epsilon"), ({"budget_delta": 1e-9}, "budget_delta")]
+)
+def test_a_budget_below_what_is_reserved_reaches_open_runs(start, toml, adapter, policy, rule):
+    # Before: it bound new reservations alone, and a run went on to release what the steward allows no more.
+    silo = start()
+    reserve(silo)
+    assert train(silo, adapter).WhichOneof("kind") == "trained"
+    toml(**policy)
+    for number in (1, 2):  # what is stored doesn't leave either
+        assert train(silo, adapter, number=number).refusal.rule == rule
+    assert kinds(silo) == ["open", "reserve", "charge", "release", "policy"]
+    toml(budget_epsilon=PLAN.epsilon, budget_delta=PLAN.delta)  # all of it is reserved, and no more
+    assert train(silo, adapter, number=2).WhichOneof("kind") == "trained"
+
+
 @pytest.mark.parametrize("content", ["[policy", None, '[silo]\nid = "north"\n'])
 def test_settings_that_do_not_hold_refuse_everything(start, toml, adapter, content):
     silo = start()
