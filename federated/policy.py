@@ -54,6 +54,7 @@ def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: in
     if not set(names) <= set(allowed):
         raise refuse("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
     _check_labels(request, policy)
+    _check_rounds(request, policy)
     return plan
 
 
@@ -83,6 +84,15 @@ def _check_steps(sampling_rate: float, steps: int, policy: SiloPolicy) -> None:
         raise refuse("max_sampling_rate", f"{sampling_rate:g}", f"{policy.max_sampling_rate:g}")
     if steps > policy.max_steps_per_round:
         raise refuse("max_steps_per_round", f"{steps}", f"{policy.max_steps_per_round}")
+
+
+def _check_rounds(request: PlanRequest, policy: SiloPolicy) -> None:
+    """Each release is an entry of the ledger; an evaluation may follow each round, and come before the first."""
+    most, evaluations = policy.max_rounds_per_run, sum(metric.releases for metric in request.metric_releases)
+    if request.rounds > most:
+        raise refuse("max_rounds_per_run", f"{request.rounds}", f"{most}")
+    if evaluations > most + 1:
+        raise refuse("max_rounds_per_run", f"{evaluations} evaluations", f"{most + 1}")
 
 
 def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:

@@ -137,7 +137,7 @@ def kinds(silo):
 
 def test_a_schedule_without_end_is_refused_before_it_is_accounted_for(start, monkeypatch):
     # Before: 18.7 GB, then killed by the kernel, at every restart again; the silo answered nobody meanwhile.
-    silo = start()
+    silo = start(max_rounds_per_run=100_000)
     monkeypatch.setattr(Schedule, "pld", None)
     refusal = reserve(silo, plan=ENDLESS).refusal
     assert refusal.rule == "accounting"
@@ -251,6 +251,19 @@ def test_runs_that_spend_nothing_use_up_no_dataset(start, monkeypatch):
     assert reserve(silo, plan=NOTHING, run_id="run-3").WhichOneof("kind") == "reserved"
 
 
+def test_a_run_has_few_entries(start):
+    # Before: 100,000 rounds of epsilon 1e-6, and every request of anybody took seconds under the silo's lock.
+    silo = start(units=["record", "client"], releases_metrics=True)
+    for plan in (NOTHING, CLIENTS):
+        refusal = reserve(silo, plan=plan.model_copy(update={"rounds": 1001})).refusal
+        assert refusal.message == "max_rounds_per_run: asked 1001, allowed 1000"
+    metrics = (MetricRelease(name=METRIC, noise_multiplier=1e6, releases=1002),)
+    refusal = reserve(silo, plan=NOTHING.model_copy(update={"metric_releases": metrics})).refusal
+    assert refusal.message == "max_rounds_per_run: asked 1002 evaluations, allowed 1001"
+    assert kinds(silo) == ["open"]
+    assert reserve(silo, plan=NOTHING.model_copy(update={"rounds": 1000})).WhichOneof("kind") == "reserved"
+
+
 def test_open_runs_of_a_coordinator_are_few(start):
     silo = start(max_open_runs=2, units=["record", "client"])
     reserve(silo, run_id="a")
@@ -348,6 +361,7 @@ def test_one_coordinators_requests_use_up_nobody_elses_day(start):
         ({"min_noise_multiplier": 1.0}, "min_noise_multiplier"),
         ({"max_sampling_rate": 0.01}, "max_sampling_rate"),
         ({"max_steps_per_round": 1}, "max_steps_per_round"),
+        ({"max_rounds_per_run": 1}, "max_rounds_per_run"),
         ({"max_epsilon_per_run": 0.1}, "max_epsilon_per_run"),
         ({"units": ["client"]}, "units"),
         ({"max_requests_per_day": 1}, "max_requests_per_day"),
