@@ -12,7 +12,7 @@ from configs.load import parse, read_toml
 from configs.schema import RunConfig
 from configs.settings import LARGEST_ADAPTER_VALUE, Count, Labels, Place, Positive, Probability, Settings
 
-MOST_SIMULATED_RUNS = 10_000  # whoever simulates asks nobody but himself
+MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # whoever simulates asks nobody but himself
 
 
 class SiloSettings(Settings):
@@ -79,6 +79,9 @@ class SiloPolicy(Settings):
     """Largest sampling rate."""
     max_steps_per_round: Count = 1000
     """Most steps of one round."""
+    max_rounds_per_run: Count = 1000
+    """Most rounds of one run, and one more of its private evaluations. Each is an entry that every later request reads
+    again."""
     min_grad_norm: Positive = 1e-4
     """Smallest norm to which a unit is clipped."""
     max_grad_norm: Positive = 1e4
@@ -100,7 +103,7 @@ class SiloPolicy(Settings):
     max_request_bytes: Count = 256 * 2**20
     """Bytes of one request, its adapter included."""
     max_requests_per_day: Count = 10_000
-    """Requests of trusted coordinators within 24 hours."""
+    """Requests of one trusted coordinator within 24 hours."""
     max_runs_per_day: Count = 50
     """Runs that one coordinator may open within 24 hours, by the ledger's own signed times."""
     max_open_runs: Count = 20
@@ -183,6 +186,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             releases_metrics=True,
             max_runs_per_day=MOST_SIMULATED_RUNS,
             max_open_runs=MOST_SIMULATED_RUNS,
+            max_rounds_per_run=MOST_SIMULATED_ROUNDS,
             label_sets=(privacy.evaluation_labels,) if privacy.evaluation_labels else (),
             # Without a unit column a row is a unit, and a row is in one silo.
             attests_disjoint_units=not private.unit,

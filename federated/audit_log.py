@@ -7,7 +7,7 @@ first byte leaves.
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from federated.line_file import LineFile
 from privacy.limits import DAY_S
 
 _DAY = DAY_S // 60  # in minutes
+_NOBODY = ""  # whose requests were counted before coordinators were told apart: they count against each
+_Counts = defaultdict[str, Counter[int]]  # requests by coordinator and minute
 
 
 class UnloggedError(SiloweaveError):
@@ -35,15 +37,18 @@ class AuditLog:
         """A request's envelope has arrived, whatever it is."""
         self._write("in", bytes=len(content), digest=digest_bytes(content))
 
-    def accepted(self, **public: Any) -> int:
-        """Its sender is trusted. Returns how many such requests there were within 24 hours, this one included."""
-        return self._write("accepted", **public)
+    def accepted(self, coordinator: str, **public: Any) -> int:
+        """Its sender is trusted. Returns how many requests of his there were within 24 hours, this one included."""
+        now = self._write("accepted", coordinator=coordinator, **public)
+        with self._lock:
+            _forget(self._accepted, now)
+            return sum(self._accepted[who].total() for who in {_NOBODY, coordinator} & self._accepted.keys())
 
     def leaves(self, content: bytes, **public: Any) -> None:
         """A reply's envelope is about to leave."""
         self._write("out", bytes=len(content), digest=digest_bytes(content), **public)
 
-    def _write(self, direction: str, **values: Any) -> int:
+    def _write(self, direction: str, **values: Any) -> float:
         now = round(time.time(), 3)
         with self._lock:
             try:
@@ -51,38 +56,46 @@ class AuditLog:
             except SiloweaveError as error:
                 raise UnloggedError(str(error)) from error
             if direction == "accepted":
-                self._accepted[int(now // 60)] += 1
-            return _within_a_day(self._accepted, now)
+                self._accepted[values["coordinator"]][int(now // 60)] += 1
+        return now
 
     def _head(self) -> str:
-        """A fresh file's first line: what the older ones say of the last day, by minute. They may be put elsewhere."""
+        """A fresh file's first line: what the older ones say of the last day. They may be put elsewhere."""
         return json.dumps({"time": round(time.time(), 3), "direction": "rotated", "accepted": self._accepted})
 
 
-def _within_a_day(accepted: Counter[int], now: float) -> int:
-    """Forgets what is older, and counts the rest; a minute counts until it has passed as a whole."""
-    for minute in [minute for minute in accepted if minute < int(now // 60) - _DAY]:
-        del accepted[minute]
-    return accepted.total()
+def _forget(accepted: _Counts, now: float) -> None:
+    """Forgets what is older than a day; a minute counts until it has passed as a whole."""
+    for who, minutes in list(accepted.items()):
+        for minute in [minute for minute in minutes if minute < int(now // 60) - _DAY]:
+            del minutes[minute]
+        if not minutes:
+            del accepted[who]
 
 
-def _accepted(file: LineFile) -> Counter[int]:
-    """Requests of the last day, by minute, from before this start: those since the newest file with a head."""
-    counts: Counter[int] = Counter()
+def _accepted(file: LineFile) -> _Counts:
+    """Requests of the last day, from before this start: those since the newest file with a head."""
+    counts: _Counts = defaultdict(Counter)
     for path in file.newest_first():
         head = False
         with path.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 entry = _entry(line)
                 if entry.get("direction") == "accepted":
-                    counts[int(entry["time"] // 60)] += 1
+                    counts[entry.get("coordinator", _NOBODY)][int(entry["time"] // 60)] += 1
                 elif entry.get("direction") == "rotated":
                     head = True
-                    counts.update({int(minute): count for minute, count in entry["accepted"].items()})
+                    for who, minutes in _by_coordinator(entry["accepted"]).items():
+                        counts[who].update({int(minute): count for minute, count in minutes.items()})
         if head:
             break
-    _within_a_day(counts, time.time())
+    _forget(counts, time.time())
     return counts
+
+
+def _by_coordinator(head: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """A head's counts. Older heads have one count a minute, for all coordinators together."""
+    return {_NOBODY: head} if all(isinstance(count, int) for count in head.values()) else head
 
 
 def _entry(line: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def plan_of(text: str) -> PlanRequest:
 
 
 def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
-    """Every rule for a plan but those for its epsilon, which takes seconds to compute, and a bound on these seconds.
+    """Every rule for a plan but those for its epsilon.
 
     Returns:
         The plan, bound to the silo's own size; with clients as units, to their number.
@@ -54,7 +54,18 @@ def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: in
     if not set(names) <= set(allowed):
         raise refuse("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
     _check_labels(request, policy)
-    check_size(request.schedule)
+    _check_rounds(request, policy)
+    return plan
+
+
+def check_new_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
+    """Every rule for a plan that is to be reserved, and a bound on the seconds that computing its epsilon takes.
+
+    Raises:
+        PolicyRefusal: as ``check_plan``; or it takes too much to account for.
+    """
+    plan = check_plan(request, policy, public_record_count)
+    check_size(request.schedule, new=True)
     return plan
 
 
@@ -73,6 +84,15 @@ def _check_steps(sampling_rate: float, steps: int, policy: SiloPolicy) -> None:
         raise refuse("max_sampling_rate", f"{sampling_rate:g}", f"{policy.max_sampling_rate:g}")
     if steps > policy.max_steps_per_round:
         raise refuse("max_steps_per_round", f"{steps}", f"{policy.max_steps_per_round}")
+
+
+def _check_rounds(request: PlanRequest, policy: SiloPolicy) -> None:
+    """Each release is an entry of the ledger; an evaluation may follow each round, and come before the first."""
+    most, evaluations = policy.max_rounds_per_run, sum(metric.releases for metric in request.metric_releases)
+    if request.rounds > most:
+        raise refuse("max_rounds_per_run", f"{request.rounds}", f"{most}")
+    if evaluations > most + 1:
+        raise refuse("max_rounds_per_run", f"{evaluations} evaluations", f"{most + 1}")
 
 
 def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:

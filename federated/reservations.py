@@ -11,7 +11,7 @@ from configs.errors import InputError
 from configs.load import parse
 from configs.silo import SiloPolicy, load_silo
 from federated import silo_pb2 as pb
-from federated.policy import check_epsilon, check_plan, plan_of
+from federated.policy import check_epsilon, check_new_plan, check_plan, plan_of
 from federated.requests import refuse
 from privacy.certificate import library_versions
 from privacy.chain import Budget
@@ -21,6 +21,8 @@ from privacy.plan import PlanRequest, PrivacyPlan
 
 if TYPE_CHECKING:
     from federated.silo import Silo
+
+QUEUE = "queue"  # the rule of a refusal that says nothing but "later"
 
 
 def policy_now(file: Path, log: Logger) -> SiloPolicy:
@@ -36,6 +38,11 @@ def policy_now(file: Path, log: Logger) -> SiloPolicy:
         raise refuse("policy", "a request", "none until the silo's steward has mended its settings") from None
 
 
+def budget_of(policy: SiloPolicy) -> Budget:
+    """What the dataset may ever spend."""
+    return Budget(policy.budget_epsilon, policy.budget_delta)
+
+
 def limits_of(policy: SiloPolicy) -> Limits:
     """What a policy allows beside its budget."""
     return Limits(policy.max_epsilon_per_day, policy.max_runs_per_day, policy.max_open_runs)
@@ -45,18 +52,23 @@ def account(silo: "Silo", request: pb.Request) -> None:
     """Everything about a reservation that is cheap, then its epsilon, which the accountant remembers.
 
     So ``reserve`` waits for nothing while it holds the silo and its ledger; and what has no room costs no accounting.
+    Of plans that take seconds no second one waits: it would hold a place that others' requests wait for.
 
     Raises:
-        PolicyRefusal: a rule of the policy, or no room.
+        PolicyRefusal: a rule of the policy, or no room; or another plan is being accounted for.
     """
     policy = silo.config.policy
-    plan = check_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
+    plan = check_new_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
     if plan.request.unit == "record":
         with silo.one_at_a_time:
-            silo.ledger.bind(Budget(policy.budget_epsilon, policy.budget_delta))
+            silo.ledger.bind(budget_of(policy))
             silo.ledger.check_room(request.run_id, plan.request, limits_of(policy), request.coordinator)
-    with silo.accounting:
+    if not silo.accounting.acquire(blocking=False):
+        raise refuse(QUEUE, "a second plan at a time", "one; ask again later")
+    try:
         check_epsilon(plan.request.epsilon, policy)
+    finally:
+        silo.accounting.release()
 
 
 def reserve(silo: "Silo", request: pb.Request) -> pb.Reserved:
@@ -66,7 +78,7 @@ def reserve(silo: "Silo", request: pb.Request) -> pb.Reserved:
         PolicyRefusal: a rule of the policy, or no room.
     """
     policy, coordinator = silo.config.policy, request.coordinator
-    plan = check_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
+    plan = check_new_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
     check_epsilon(plan.request.epsilon, policy)
     if plan.request.unit == "client":  # its guarantee, and what it spends, are the aggregator's
         entrust(silo.ledger.journal, request.run_id, plan.request, coordinator, limits_of(policy))
@@ -86,7 +98,19 @@ def reserved_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> Privac
     asked = parse(PlanRequest, reservation["plan"], "ledger")
     check_plan(asked, silo.config.policy, silo.config.silo.public_record_count)
     check_epsilon(reservation["epsilon"], silo.config.policy)
+    _check_budget(silo)
     return PrivacyPlan(request=asked, public_record_count=reservation["public_record_count"])
+
+
+def _check_budget(silo: "Silo") -> None:
+    """Refuses to go on where more is reserved than the steward allows today."""
+    budget = budget_of(silo.config.policy)
+    silo.ledger.bind(budget)
+    left = silo.ledger.left()
+    for name in ("epsilon", "delta"):
+        allowed, over = getattr(budget, name), -getattr(left, name)
+        if over > 1e-9 * allowed:  # a sum's rounding is no breach
+            raise refuse(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
 
 
 def entrusted_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> PlanRequest:

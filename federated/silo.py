@@ -35,11 +35,10 @@ from federated.requests import (
     refusal_message,
     refuse,
 )
-from federated.reservations import account, close, policy_now, reserve, reserved_plan
+from federated.reservations import account, budget_of, close, policy_now, reserve, reserved_plan
 from federated.silo_data import Units, load_units
 from federated.trust import trusted_coordinators
 from federated.warm_model import warm_model
-from privacy.chain import Budget
 from privacy.entrusted import UNNOISED
 from privacy.ledger import Charge, Ledger
 from privacy.signing import load_or_create_secret, load_secret
@@ -82,12 +81,11 @@ class Silo:
                 "give a base model that `siloweave export` made"
             )
         self.trusted()
-        budget = Budget(config.policy.budget_epsilon, config.policy.budget_delta)
         self.ledger = Ledger.open(
             self._state_dir,
             config.silo.id,
             config.silo.dataset_id,
-            budget,
+            budget_of(config.policy),
             injected_seeds(injected_seed, config.silo.id),
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
@@ -160,7 +158,7 @@ class Silo:
 
     def _count(self, request: pb.Request, digest: str) -> None:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}
-        number = self._audit.accepted(coordinator=request.coordinator, request_digest=digest, **names)
+        number = self._audit.accepted(request.coordinator, request_digest=digest, **names)
         if number > self.config.policy.max_requests_per_day:
             raise refuse("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
 

@@ -20,6 +20,7 @@ from configs.errors import InputError
 from federated import silo_pb2 as pb
 from federated import silo_pb2_grpc
 from federated.protocol import CHUNK_BYTES, SERVICE, chunks
+from federated.reservations import QUEUE
 from federated.silo import Silo
 
 MAX_WAITING = 4  # whole requests that wait while one is answered; more are sent away
@@ -110,7 +111,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         with self._transfers.one(context):
             request = self._received(request_iterator, context)
         if not self._places.acquire(blocking=False):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"queue: {MAX_WAITING} requests wait; ask again later")
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{QUEUE}: {MAX_WAITING} requests wait; ask again later")
         try:
             reply = self._answered(request, context)
         finally:
@@ -142,6 +143,8 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
             self._answers = False
             context.abort(grpc.StatusCode.UNAVAILABLE, "no reply can leave now; ask again later")
         self._answers = True
+        if _rule(reply) == QUEUE:  # not passed on as an answer: the relay asks again, as where no place is free
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{QUEUE}: a plan is accounted for; ask again later")
         return reply
 
 
@@ -165,12 +168,18 @@ def _health(servicer: SiloServicer) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": handler})
 
 
+def _rule(reply: bytes) -> str | None:
+    """The rule of a refusal; None for another reply."""
+    answer = pb.Reply.FromString(pb.Envelope.FromString(reply).body)
+    return str(answer.refusal.rule) if answer.WhichOneof("kind") == "refusal" else None
+
+
 def _status(reply: bytes) -> grpc.StatusCode | None:
     """The status code of a refusal: whether it would never be allowed, or something is used up."""
-    answer = pb.Reply.FromString(pb.Envelope.FromString(reply).body)
-    if answer.WhichOneof("kind") != "refusal":
+    rule = _rule(reply)
+    if rule is None:
         return None
-    used_up = answer.refusal.rule.startswith(_BUDGETS)
+    used_up = rule.startswith(_BUDGETS)
     return grpc.StatusCode.RESOURCE_EXHAUSTED if used_up else grpc.StatusCode.PERMISSION_DENIED
 
 

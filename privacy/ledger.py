@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.artifacts import digest_bytes
 from configs.errors import InputError
-from privacy.chain import Budget, left, releases, verify_entries
+from privacy.chain import Budget, left, policy_budget, releases, verify_entries
 from privacy.journal import RECONCILE, Journal, default_anchor_dir, refusal
 from privacy.limits import Limits, check_runs, check_spend, check_unit
 from privacy.plan import PlanRequest, PrivacyPlan
@@ -117,6 +117,8 @@ class Ledger:
 
     def bind(self, budget: Budget) -> None:
         """Takes in the policy's budget as it is now; a changed one is an entry."""
+        if policy_budget(self.journal.bodies()) == budget:
+            return
         with self.journal.transaction():
             self.journal.bind(budget)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from privacy.accountant import Guarantee
 
 SMALLEST_DELTA, LARGEST_DELTA = 1e-100, 1e-5
+SMALLEST_RATE = 2.0**-64  # below it the sampler's 64 bits never choose a unit, and accounting ends in floating point
 _SINCE_VERSION_2 = {
     "clipping_function",
     "target_quantile",
@@ -92,7 +93,7 @@ class PlanRequest(BaseModel):
     unit: Literal["record", "client"] = "record"
     relation: Literal["add_or_remove_one", "zero_out"] = "add_or_remove_one"
     sampler: Literal["poisson", "truncated_poisson", "all"] = "poisson"
-    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    sampling_rate: Annotated[float, Field(ge=SMALLEST_RATE, le=1)]
     max_grad_norm: Finite
     clipping_function: Literal["fixed", "automatic", "quantile"] = "fixed"
     target_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0

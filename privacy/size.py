@@ -19,12 +19,13 @@ _ORDERS = range(1, 21)  # of its Chernoff bounds, over the number of bins
 _ROUNDING = 1e-16  # in each bin
 
 
-def check_size(schedule: Schedule, width: float | None = None) -> None:
+def check_size(schedule: Schedule, width: float | None = None, *, new: bool = False) -> None:
     """Refuses a schedule that no machine should account for.
 
     Args:
         schedule: what would be released.
         width: of the privacy loss' bins; None: the schedule's own.
+        new: nothing was reserved for it yet.
 
     Raises:
         PolicyRefusal: its distribution may have too many bins, or a noise multiplier is out of reach.
@@ -33,7 +34,8 @@ def check_size(schedule: Schedule, width: float | None = None) -> None:
         if not _SIGMAS[0] <= sigma <= _SIGMAS[1]:
             raise _refusal(f"noise multiplier {sigma:g}", f"{_SIGMAS[0]:g} to {_SIGMAS[1]:g}", "give one in between")
     needed = 0.0 if schedule.hopeless else bins(schedule, width or schedule.width())
-    allowed = LARGEST_BINS * (2 if schedule.fixed_bins else 1)  # old plans are still read, and have narrow bins
+    # Old plans are still read, and have narrow bins; a new one takes as long as another may.
+    allowed = LARGEST_BINS * (2 if schedule.fixed_bins and not new else 1)
     if needed > allowed:
         raise _refusal(
             f"{needed:.3g} bins",

@@ -331,7 +331,7 @@ def test_a_refusal_comes_back_with_its_status_code(service):
     codes = {}
     for name, plan in {
         "weak": PLAN.model_copy(update={"noise_multiplier": 0.1}),
-        "long": PLAN.model_copy(update={"rounds": 90_000}),
+        "long": PLAN.model_copy(update={"noise_multiplier": 0.4, "rounds": 1000}),
     }.items():
         envelope = seal_request(COORDINATOR, body_of(name, reserve=pb.Reserve(plan=plan.model_dump_json())))
         with grpc.insecure_channel(address) as channel:

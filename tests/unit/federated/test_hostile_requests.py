@@ -6,6 +6,7 @@ Each test is an attack that worked: what it did before is beside it.
 import json
 import threading
 
+import grpc
 import pytest
 from silo_requests import COORDINATOR, TRUSTED, body_of, opened, signer_of
 from typer.testing import CliRunner
@@ -14,10 +15,15 @@ from configs.silo import load_silo
 from federated import silo_pb2 as pb
 from federated.adapters import to_bytes
 from federated.envelope import seal_request
+from federated.health import is_serving
 from federated.private_evaluation import METRIC
+from federated.protocol import SERVICE
 from federated.server_app import initial_adapter
 from federated.silo import Silo
+from federated.silo_client import ask as ask_again
+from federated.silo_client import exchange
 from federated.silo_commands import silo_app
+from federated.silo_service import serve
 from privacy import limits
 from privacy.chain import verify_entries
 from privacy.journal import Journal
@@ -131,7 +137,7 @@ def kinds(silo):
 
 def test_a_schedule_without_end_is_refused_before_it_is_accounted_for(start, monkeypatch):
     # Before: 18.7 GB, then killed by the kernel, at every restart again; the silo answered nobody meanwhile.
-    silo = start()
+    silo = start(max_rounds_per_run=100_000)
     monkeypatch.setattr(Schedule, "pld", None)
     refusal = reserve(silo, plan=ENDLESS).refusal
     assert refusal.rule == "accounting"
@@ -188,6 +194,43 @@ def test_while_a_plan_is_accounted_for_others_are_answered(start, adapter, monke
     assert replies[0].WhichOneof("kind") == "reserved"
 
 
+def test_plans_that_are_slow_to_account_for_take_no_waiting_places(start, adapter, monkeypatch, tmp_path_factory):
+    # Before: five of them waited for one another in all places, and everybody else was sent away.
+    silo, entered, go_on, before = start(), threading.Event(), threading.Event(), Schedule.pld
+    reserve(silo)
+
+    def slow(schedule, **options):
+        entered.set()
+        assert go_on.wait(60)
+        return before(schedule, **options)
+
+    def sealed(number):
+        plan = PLAN.model_copy(update={"rounds": 40 + number}).model_dump_json()
+        body = body_of("reserve", f"slow-{number}", coordinator=OTHER.public_key, reserve=pb.Reserve(plan=plan))
+        return seal_request(OTHER, body)
+
+    monkeypatch.setattr(Schedule, "pld", slow)
+    address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
+    server, _ = serve(silo, address)
+    first, replies = threading.Thread(target=lambda: replies.append(opened(exchange(address, sealed(0))))), []
+    first.start()
+    assert entered.wait(60)
+    for number in range(1, 6):
+        with pytest.raises(grpc.RpcError) as error:
+            exchange(address, sealed(number), timeout_s=30)
+        assert error.value.details() == "queue: a plan is accounted for; ask again later"
+    assert is_serving(address, SERVICE)
+    training = seal_request(COORDINATOR, body_of("round-1", train=asked(silo, adapter)))
+    assert opened(exchange(address, training)).WhichOneof("kind") == "trained"
+    again = threading.Thread(target=lambda: replies.append(opened(ask_again(address, sealed(1), timeout_s=60))))
+    again.start()
+    go_on.set()
+    for thread in (first, again):  # the relay asks until the accountant is free
+        thread.join(60)
+    server.stop(None).wait()
+    assert [reply.refusal.rule or reply.WhichOneof("kind") for reply in replies] == ["reserved"] * 2
+
+
 # Places in the ledger
 
 
@@ -206,6 +249,19 @@ def test_runs_that_spend_nothing_use_up_no_dataset(start, monkeypatch):
     assert reserve(silo, OTHER).WhichOneof("kind") == "reserved"
     clock[0] += limits.DAY_S + 1
     assert reserve(silo, plan=NOTHING, run_id="run-3").WhichOneof("kind") == "reserved"
+
+
+def test_a_run_has_few_entries(start):
+    # Before: 100,000 rounds of epsilon 1e-6, and every request of anybody took seconds under the silo's lock.
+    silo = start(units=["record", "client"], releases_metrics=True)
+    for plan in (NOTHING, CLIENTS):
+        refusal = reserve(silo, plan=plan.model_copy(update={"rounds": 1001})).refusal
+        assert refusal.message == "max_rounds_per_run: asked 1001, allowed 1000"
+    metrics = (MetricRelease(name=METRIC, noise_multiplier=1e6, releases=1002),)
+    refusal = reserve(silo, plan=NOTHING.model_copy(update={"metric_releases": metrics})).refusal
+    assert refusal.message == "max_rounds_per_run: asked 1002 evaluations, allowed 1001"
+    assert kinds(silo) == ["open"]
+    assert reserve(silo, plan=NOTHING.model_copy(update={"rounds": 1000})).WhichOneof("kind") == "reserved"
 
 
 def test_open_runs_of_a_coordinator_are_few(start):
@@ -288,6 +344,14 @@ def test_a_run_of_before_belongs_to_the_first_that_continues_it(start, adapter):
     ]
 
 
+def test_one_coordinators_requests_use_up_nobody_elses_day(start):
+    # Before: one count for all, and whoever asked often kept the others out for ever.
+    silo = start(max_requests_per_day=3)
+    rules = [ask(silo, f"d{number}", OTHER, describe=pb.Describe()).refusal.rule for number in range(5)]
+    assert rules == ["", "", "", "max_requests_per_day", "max_requests_per_day"]
+    assert reserve(silo).WhichOneof("kind") == "reserved"
+
+
 # The policy as it is now
 
 
@@ -297,6 +361,7 @@ def test_a_run_of_before_belongs_to_the_first_that_continues_it(start, adapter):
         ({"min_noise_multiplier": 1.0}, "min_noise_multiplier"),
         ({"max_sampling_rate": 0.01}, "max_sampling_rate"),
         ({"max_steps_per_round": 1}, "max_steps_per_round"),
+        ({"max_rounds_per_run": 1}, "max_rounds_per_run"),
         ({"max_epsilon_per_run": 0.1}, "max_epsilon_per_run"),
         ({"units": ["client"]}, "units"),
         ({"max_requests_per_day": 1}, "max_requests_per_day"),
@@ -330,6 +395,22 @@ def test_a_budget_that_was_lowered_bounds_the_next_reservation(start, toml):
     toml(budget_epsilon=0.01)
     assert reserve(silo).refusal.rule == "budget_epsilon"
     assert kinds(silo) == ["open", "policy"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule"), [({"budget_epsilon": 0.5}, "budget_epsilon"), ({"budget_delta": 1e-9}, "budget_delta")]
+)
+def test_a_budget_below_what_is_reserved_reaches_open_runs(start, toml, adapter, policy, rule):
+    # Before: it bound new reservations alone, and a run went on to release what the steward allows no more.
+    silo = start()
+    reserve(silo)
+    assert train(silo, adapter).WhichOneof("kind") == "trained"
+    toml(**policy)
+    for number in (1, 2):  # what is stored doesn't leave either
+        assert train(silo, adapter, number=number).refusal.rule == rule
+    assert kinds(silo) == ["open", "reserve", "charge", "release", "policy"]
+    toml(budget_epsilon=PLAN.epsilon, budget_delta=PLAN.delta)  # all of it is reserved, and no more
+    assert train(silo, adapter, number=2).WhichOneof("kind") == "trained"
 
 
 @pytest.mark.parametrize("content", ["[policy", None, '[silo]\nid = "north"\n'])

@@ -45,6 +45,16 @@ METRICS = [
 ]
 
 
+def test_a_rate_below_the_samplers_bits_is_none():
+    """Before: the smallest floats were taken, and the accountant failed on them."""
+    for rate in (5e-324, 2.0**-64 * (1 - 1e-15)):
+        with pytest.raises(ValidationError, match="sampling_rate"):
+            PlanRequest(**{**RECORD, "sampling_rate": rate})
+    smallest = PlanRequest(**{**RECORD, "sampling_rate": 2.0**-64})
+    assert smallest.bind(100).inclusion_threshold == 1
+    assert 0 <= smallest.epsilon < 1e-9
+
+
 @pytest.mark.parametrize(
     ("tree", "expected"),
     [

@@ -152,7 +152,10 @@ def test_long_but_honest_schedules_pass(q):
 
 
 def test_long_plans_of_version_1_are_still_read():
-    check_size(Schedule(100_000, 0.001, 0.6, fixed_bins=True))
+    long = Schedule(100_000, 0.001, 0.6, fixed_bins=True)
+    check_size(long)
+    with pytest.raises(PolicyRefusal, match=r"^accounting: "):  # before: twice the time, for whoever says version 1
+        check_size(long, new=True)
 
 
 def test_calibration_tells_an_honest_user_the_same():
