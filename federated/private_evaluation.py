@@ -70,8 +70,13 @@ def evaluated(model: Any, adapter: Arrays | None) -> Iterator[None]:
     """The model with this adapter, or the base model alone, in evaluation mode."""
     model.eval()
     if adapter is None:
-        with model.disable_adapter():
-            yield
+        trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        try:
+            with model.disable_adapter():
+                yield
+        finally:  # peft lets an A train that was frozen, in a model that other runs share
+            for parameter, before in trains.items():
+                parameter.requires_grad_(before)
         return
     load_adapter_weights(model, {name: torch.from_numpy(array) for name, array in adapter.items()})
     yield

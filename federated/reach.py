@@ -37,20 +37,26 @@ class Reach:
             self._check_tree(what, place, secret=secret)
 
     def check_entries(self, what: str, folder: Path) -> list[Path]:
-        """The same for a folder that holds other things besides code: itself and what is right in it.
+        """The same for a folder that holds other things besides code, or a file: itself and what is right in it.
 
         Returns:
-            The packages in it, where the relay can come near them.
+            What else Python may import from in it, where the relay can come near: folders, with or without
+            ``__init__.py``, and where links to files end.
         """
         place = self._followed(what, folder)
-        if place is None or not place.is_dir() or not self._enters(what, place):
+        if place is None or not self._enters(what, place.parent):
             return []
-        for entry in _listed(place, secret=False):
+        status = place.lstat()
+        self._check_entry(what, place, status)  # no sticky bit helps where the danger is a new file
+        if not stat.S_ISDIR(status.st_mode) or not self._relay.is_given(place, status, ENTER):
+            return []
+        entries = _listed(place, secret=False)
+        for entry in entries:
             if entry.is_symlink():
                 self._followed(what, Path(entry.path))
             else:
                 self._check_entry(what, entry.path, entry.stat(follow_symlinks=False))
-        return [Path(entry.path) for entry in _listed(place, secret=False) if Path(entry.path, "__init__.py").exists()]
+        return [Path(entry.path) for entry in entries if _imports(entry)]
 
     def _followed(self, what: str, path: Path) -> Path | None:
         """Where a path ends after all its links, each looked at; None where it ends nowhere."""
@@ -127,6 +133,11 @@ class Reach:
             f"silo.relay_user is {self._relay.name!r}: can {can} {path} ({what}); take that away, for instance by "
             f"{instead}"
         )
+
+
+def _imports(entry: "os.DirEntry[str]") -> bool:
+    """Whether an import may go on behind it: a folder's name is part of the module's."""
+    return entry.name.isidentifier() if entry.is_dir() else entry.is_symlink()
 
 
 def _listed(folder: Path, *, secret: bool) -> list["os.DirEntry[str]"]:

@@ -55,6 +55,9 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
         raise refuse("silo_id", request.silo_id, silo_id)
     if kind != "describe" and not request.run_id:
         raise refuse("run_id", "empty", "the run's name")
+    for name, value in (("run_id", request.run_id), ("request_id", request.request_id)):
+        if not value.isprintable():  # the steward has to see it as it is, and to name it
+            raise refuse(name, value, "characters that are shown as they are")
     if request.expires < time.time():
         raise refuse("expires", f"{request.expires}", "a time to come")
     return request

@@ -2,6 +2,7 @@
 
 import grp
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from federated.reach import Reach
 from privacy.journal import default_anchor_dir
 
 _PACKAGES = ("configs", "trainer", "privacy", "federated", "cluster", "siloweave")
+# By these the system finds libraries before all others; between their parts is one of these characters.
+_LIBRARIES = {"LD_LIBRARY_PATH": "[:;]", "LD_PRELOAD": "[: ]", "LD_AUDIT": ":"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ def _copies() -> list[Path]:
 def _check_code(reach: Reach) -> None:
     """All that the service may import, and what it is run by; the standard library and what is installed file by file.
 
-    Of other folders that code is looked for in, such as the current one, what is right in them, and the packages.
+    Of other folders that code is looked for in, such as the current one, what is right in them, and what is in those
+    whose names an import may have.
     """
     what = "the installed code"
     reach.check(what, Path(sys.executable), secret=False)
@@ -111,8 +115,20 @@ def _check_code(reach: Reach) -> None:
         if any(folder.resolve().is_relative_to(root) for root in roots):
             reach.check(what, folder, secret=False)
         else:
-            for package in reach.check_entries(what, folder):
-                reach.check(what, package, secret=False)
+            for inner in reach.check_entries(what, folder):
+                reach.check(what, inner, secret=False)
+    for name, path in _libraries():
+        reach.check(f"the libraries of {name}", path, secret=False)
+
+
+def _libraries() -> Iterator[tuple[str, Path]]:
+    for name, between in _LIBRARIES.items():
+        value = os.environ.get(name, "")
+        if "$" in value:
+            raise InputError(f"{name}: is {value!r}, and what $ stands for is the system's; give folders in full")
+        for part in re.split(between, value) if value else ():
+            if "/" in part or name == "LD_LIBRARY_PATH":  # others without one are looked for where that says
+                yield name, Path(part)  # empty: the current folder
 
 
 def share_socket(socket: Path, relay_user: str) -> None:

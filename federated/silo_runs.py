@@ -37,8 +37,9 @@ def runs(
 
 @runs_app.command()
 def stop(
-    run: Annotated[str, typer.Argument(help="The run's name, as `silo runs` shows it.")],
     config: Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")],
+    run: Annotated[str | None, typer.Argument(help="The run's name, as `silo runs` shows it.")] = None,
+    entry: Annotated[int | None, typer.Option(help="Instead of the name: its entry, as `silo runs` shows it.")] = None,
     coordinator: Annotated[
         str | None,
         typer.Option(help="Whose run, by name or key as `silo runs` shows it, where several have one of this name."),
@@ -46,8 +47,11 @@ def stop(
     as_json: JsonOption = False,
 ) -> None:
     """Ends a run, while the service runs, too: nothing more is released to it. What it reserved stays spent."""
+    wanted = entry if run is None else run
+    if wanted is None or None not in (run, entry):
+        raise InputError("silo runs stop: give the run's name, or --entry with the number that `silo runs` shows")
     settings, journal = _opened(config)
-    stopped = end(settings, journal, run, coordinator)
+    stopped = end(settings, journal, wanted, coordinator)
     answer(as_json, stopped, f"{_line(stopped)}; what it reserved stays spent")
 
 
@@ -59,8 +63,14 @@ def runs_of(settings: "SiloConfig", journal: "Journal") -> list[dict[str, Any]]:
     return [_shown(run, names) for run in Runs(journal.bodies())]
 
 
-def end(settings: "SiloConfig", journal: "Journal", name: str, coordinator: str | None) -> dict[str, Any]:
+def end(settings: "SiloConfig", journal: "Journal", wanted: str | int, coordinator: str | None) -> dict[str, Any]:
     """Closes an open run, in an entry that says that the steward did.
+
+    Args:
+        settings: the silo's.
+        journal: its ledger.
+        wanted: the run's name, or the number of the entry that opened it: names may look alike.
+        coordinator: whose run; None where only one fits.
 
     Raises:
         InputError: there is no such open run, or several.
@@ -69,12 +79,12 @@ def end(settings: "SiloConfig", journal: "Journal", name: str, coordinator: str 
 
     names = _names(settings)
     with journal.transaction():
-        found = [run for run in Runs(journal.bodies()).open() if run.name == name]
+        found = [run for run in Runs(journal.bodies()).open() if wanted in (run.name, run.opening["number"])]
         fitting = [run for run in found if coordinator is None or coordinator in _called(run, names)]
         if len(fitting) != 1:
             owners = "; ".join(" ".join(_called(run, names)) for run in found) or "nobody"
             raise InputError(
-                f"silo runs stop: {len(fitting)} open runs are called {name!r} (open under this name: of {owners}); "
+                f"silo runs stop: {len(fitting)} open runs are called {wanted!r} (open under this name: of {owners}); "
                 "give a run that `silo runs` shows as open, and --coordinator where several have this name"
             )
         journal.end(fitting[0], by=STEWARD)
@@ -94,8 +104,12 @@ def journal_of(settings: "SiloConfig") -> "Journal":
 
 def _opened(config: Path) -> "tuple[SiloConfig, Journal]":
     from configs.silo import load_silo
+    from privacy.ledger_file import LEDGER_FILE
 
     settings = load_silo(config)
+    ledger = Path(settings.silo.state_dir) / LEDGER_FILE
+    if not ledger.exists():  # whoever looks would make it, and the key, as the user that they are
+        raise InputError(f"{ledger}: no such ledger, and so no runs; start the silo's service first (`silo serve`)")
     return settings, journal_of(settings)
 
 
@@ -115,6 +129,7 @@ def _called(run: "Run", names: dict[str, str]) -> tuple[str, ...]:
 
 def _shown(run: "Run", names: dict[str, str]) -> dict[str, Any]:
     return {
+        "entry": run.opening["number"],
         "run": run.name,
         "coordinator": " ".join(_called(run, names)),
         "epsilon_reserved": run.opening.get("epsilon", 0.0),
@@ -127,6 +142,7 @@ def _shown(run: "Run", names: dict[str, str]) -> dict[str, Any]:
 
 def _line(run: dict[str, Any]) -> str:
     return (
-        f"{run['run']!r}  {run['state']}  of {run['coordinator']!r}  epsilon {run['epsilon_reserved']:.4g}  "
-        f"{run['rounds_charged']} of {run['rounds_planned']} rounds  since {run['opened']}"
+        f"entry {run['entry']}  {run['run']!r}  {run['state']}  of {run['coordinator']!r}  "
+        f"epsilon {run['epsilon_reserved']:.4g}  {run['rounds_charged']} of {run['rounds_planned']} rounds  "
+        f"since {run['opened']}"
     )

@@ -11,7 +11,8 @@ from silo_requests import COORDINATOR, TRUSTED, ask
 from configs.silo import SiloConfig
 from federated import silo_pb2 as pb
 from federated.adapters import to_bytes
-from federated.private_evaluation import METRIC, Bounds, checked_sums, figures, private_sums
+from federated.factors import frozen_digest
+from federated.private_evaluation import METRIC, Bounds, checked_sums, evaluated, figures, private_sums
 from federated.server_app import initial_adapter
 from federated.silo import Silo
 from federated.warm_model import warm_model
@@ -22,6 +23,7 @@ from privacy.statements import RunStatement
 from privacy.streams import Streams
 from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation import score
+from trainer.models import trainable
 from trainer.tasks import CausalTask, Encoded
 
 NOISE = 3.0
@@ -221,6 +223,21 @@ def test_an_evaluation_is_charged_once_and_replayed(silo, adapter):
     replay(entries, "test")
     closed = ask(silo, "close", close=pb.Close())[0].closed
     assert RunStatement.from_bytes(closed.statement, "test").rounds_charged == 0
+
+
+def test_an_evaluation_of_the_base_model_leaves_a_frozen_a_frozen(silo, tiny_model):
+    """Before: A trained after it, and what came next was refused by every run that shares the model."""
+    model = warm_model(tiny_model, 4, 8.0, "", 7)
+    digest = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
+    spec = pb.AdapterSpec(rank=4, alpha=8.0, frozen_seed=7, frozen_digest=digest)
+    adapter = to_bytes({name: value.detach().numpy().copy() for name, value in trainable(model).items()})
+    reserve(silo)
+    for number, given in ((1, b""), (2, adapter)):
+        assert evaluate(silo, given, number, adapter_spec=spec).WhichOneof("kind") == "evaluated"
+    before = trainable(model).keys()
+    with pytest.raises(RuntimeError), evaluated(model, None):
+        raise RuntimeError
+    assert trainable(model).keys() == before
 
 
 def test_the_replay_finds_an_evaluation_that_no_plan_covers(silo, adapter):

@@ -369,34 +369,58 @@ for path, mode in zip(sys.argv[1::2], sys.argv[2::2]):
 def test_code_that_the_relay_could_change_is_found_wherever_it_is(opened):
     """Before: a privacy/noise.py that everybody may write was accepted, and so were all folders but the topmost.
 
-    A copy of our packages on PYTHONPATH, beside a folder of others'; the environment's own files are walked once.
+    Later before: a sticky folder, an archive, a package without __init__.py, compiled files, what a link names, and
+    libraries. A copy of our packages on PYTHONPATH, beside a folder of others'; the environment's own files are walked
+    once.
     """
-    home, other = opened / "home", opened / "other"
+    home, other, archive, native = (opened / name for name in ("home", "other", "code.zip", "native"))
     ours = ("configs", "trainer", "privacy", "federated", "cluster")
     for package in ours:
         shutil.copytree(REPOSITORY / package, home / package, ignore=shutil.ignore_patterns("__pycache__"))
     (other / "package").mkdir(parents=True)
     (other / "package" / "__init__.py").write_text("")
-    (other / "package" / "inner.py").write_text("")
-    for path in (home, other, *home.rglob("*"), *other.rglob("*")):
+    for folder in ("google/protobuf/later", "package", "__pycache__", "../elsewhere", "../native", "../early"):
+        (other / folder).mkdir(parents=True, exist_ok=True)
+        (other / folder / "inner.py").write_text("")
+    (other / "linked.py").symlink_to("../elsewhere/inner.py")
+    (other / "not-importable").mkdir()
+    (other / "not-importable" / "shared").mkdir()
+    archive.write_text("")
+    for path in opened.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
+    (other / "not-importable" / "shared").chmod(0o777)
     attacks = {
         home / "privacy" / "noise.py": "646",
         home / "privacy": "757",
         home: "757",
-        other: "757",
+        other: "1757",
         other / "package": "757",
         other / "package" / "inner.py": "646",
+        archive: "646",
+        other / "google" / "protobuf" / "later" / "inner.py": "646",
+        other / "google" / "protobuf": "757",
+        other / "__pycache__" / "inner.py": "646",
+        opened / "elsewhere" / "inner.py": "646",
+        native: "1757",
+        opened / "early" / "inner.py": "646",
     }
     arguments = [str(item) for attack in attacks.items() for item in attack]
-    environment = {**os.environ, "PYTHONPATH": f"{home}:{other}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{home}:{other}:{archive}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"LD_LIBRARY_PATH": f"{native}:", "LD_PRELOAD": f"unknown.so {opened}/early/inner.py"}
     command = [sys.executable, "-P", "-c", CODE, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=opened)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=home)
     first, *said = done.stdout.splitlines()
     assert first == "accepted"
-    assert [str(path) in line and "the installed code" in line for path, line in zip(attacks, said, strict=True)] == [
-        True
-    ] * len(attacks), said
+    for path, line in zip(attacks, said, strict=True):
+        what = {"native": "the libraries of LD_LIBRARY_PATH", "early": "the libraries of LD_PRELOAD"}
+        place = path.relative_to(opened).parts[0]
+        assert f"{path} ({what.get(place, 'the installed code')})" in line
+
+
+def test_libraries_by_a_name_that_is_not_known_here_are_refused(monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/$LIB")
+    with pytest.raises(InputError, match=r"LD_LIBRARY_PATH: is '/opt/\$LIB'.*give folders in full"):
+        list(separation._libraries())
 
 
 @as_root
