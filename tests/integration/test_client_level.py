@@ -116,8 +116,8 @@ def test_a_federation_is_certified_and_one_that_is_stopped_twice_gives_the_same_
     start_anew(tmp_path)
     whole_round, send = Coordinator._round, Exchange._send
 
-    def roman_is_away_in_round_two(self, bodies, kind, group):
-        sent = send(self, bodies, kind, group)
+    def roman_is_away_in_round_two(self, bodies, kind, group, *patience):
+        sent = send(self, bodies, kind, group, *patience)
         return (found for found in sent if group != "2" or self.grid._silo_of[found[0]] != "roman")
 
     def stops_after_round_two(self, number, adapter):
