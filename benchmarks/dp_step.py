@@ -1,5 +1,6 @@
 """What a record-level private step costs beside the plain one: our book-keeping and every mode of Opacus.
 
+Book-keeping has oneDNN's linear layers, as silos have where these are faster, and once more torch's own, as all others.
 One thread. Every private step is timed between two plain steps and divided by their mean; the order of the modes is
 drawn anew each time. A step is forward, backward, clipping and optimizer; noise is left out everywhere (see noise.py).
 Peak memory (VmHWM) is taken in a process of its own for every mode.
@@ -27,7 +28,7 @@ from torch.nn import functional
 MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-3
 OPACUS = ("hooks", "functorch", "ew", "ghost")
-MODES = ("bookkeeping", *OPACUS)
+MODES = ("bookkeeping", "bookkeeping_mkl", *OPACUS)
 Step = Callable[[], None]
 
 
@@ -125,15 +126,25 @@ def step_of(mode: str, workload: Workload) -> Step:
             optimizer.zero_grad()
 
         return plain
-    return bookkeeping_step(workload) if mode == "bookkeeping" else opacus_step(mode, workload)
+    if mode.startswith("bookkeeping"):
+        return bookkeeping_step(workload, products=mode == "bookkeeping")
+    return opacus_step(mode, workload)
 
 
-def bookkeeping_step(workload: Workload) -> Step:
-    """As the engine makes it: with the proof, before the first step, of which records may be computed together."""
+def bookkeeping_step(workload: Workload, *, products: bool) -> Step:
+    """As the engine makes it: with the proof, before the first step, of which records may be computed together.
+
+    Args:
+        workload: what is trained.
+        products: oneDNN's linear layers, as a silo has them where they are faster; else torch's own, as all others.
+    """
     from privacy.clipping import clipping
     from privacy.independence import Together
+    from trainer.linear import use_onednn
 
     model, records = workload.model, workload.records
+    if products:
+        use_onednn(model)
     optimizer = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
     parameters = dict(model.named_parameters())
     context = clipping(model, MAX_GRAD_NORM)
@@ -284,12 +295,12 @@ def show(name: str, figures: dict[str, Any]) -> None:
     print(f"{name}: plain step {figures['plain_step_seconds']['median'] * 1000:.0f} ms")
     for mode in MODES:
         if mode in figures["refused"]:
-            print(f"  {mode:<12} refused: {figures['refused'][mode][:90]}")
+            print(f"  {mode:<15} refused: {figures['refused'][mode][:90]}")
             continue
         ratio = figures["step_over_plain"][mode]
         peak = figures["peak_over_plain"].get(mode)
         memory = f"   peak memory {peak:.2f}" if peak else ""
-        print(f"  {mode:<12} {ratio['median']:.2f} ({ratio['minimum']:.2f} to {ratio['maximum']:.2f}){memory}")
+        print(f"  {mode:<15} {ratio['median']:.2f} ({ratio['minimum']:.2f} to {ratio['maximum']:.2f}){memory}")
 
 
 if __name__ == "__main__":
