@@ -13,6 +13,7 @@ from flwr.app import Message
 
 from configs.artifacts import digest_bytes
 from configs.errors import PolicyRefusal
+from configs.printing import printable
 from federated import silo_pb2 as pb
 from federated.bounds import excess
 from federated.client_app import unpack
@@ -140,5 +141,4 @@ def require_description(reply: pb.Reply) -> None:
 
 def one_line(text: str) -> str:
     """A stranger's words as they may be logged and printed: one line, nothing that moves a cursor, not too long."""
-    plain = " ".join(text[:_LARGEST_REASON].split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in plain)
+    return printable(" ".join(text[:_LARGEST_REASON].split()))
