@@ -4,7 +4,6 @@ import os
 import socket
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,21 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class News:
+    """What a rank tells of itself.
+
+    Attributes:
+        first: the number of the first of these events, counted from 0.
+        events: those that were not told yet; rank 0 has them.
+        beat: where the rank is.
+    """
+
+    first: int
+    events: list[dict[str, Any]]
+    beat: Beat
+
+
+@dataclass(frozen=True)
 class Endpoint:
     """Where a rank's process runs.
 
@@ -54,7 +68,9 @@ class RankActor:
     """One rank. ``train`` or ``stand_by`` runs in one of the actor's threads; the others answer meanwhile."""
 
     def __init__(self) -> None:
-        self._events: deque[dict[str, Any]] = deque()
+        self._events: list[dict[str, Any]] = []
+        self._first = 0
+        self._telling = threading.Lock()
         self._news = threading.Event()
         self._beat = Beat()
         self._taken = threading.Event()
@@ -97,15 +113,19 @@ class RankActor:
 
         pretrain(config, run_directory, rank, self._report, self._enter, self._alive, skipped)
 
-    def listen(self, quiet_s: float = QUIET_S) -> tuple[list[dict[str, Any]], Beat]:
-        """Events since the last call (rank 0 has them), and where this rank is.
+    def listen(self, told: int, quiet_s: float = QUIET_S) -> News:
+        """Events after the first ``told``, and where this rank is.
 
-        Answers at most every ``LISTEN_S``, and after ``quiet_s`` even if there are no events.
+        Answers at most every ``LISTEN_S``, and after ``quiet_s`` even if there are no events. An event is kept until
+        the caller says that it has it: an answer that is lost, or overtaken by another one, loses none.
         """
         time.sleep(min(LISTEN_S, quiet_s))
         self._news.wait(max(0.0, quiet_s - LISTEN_S))
         self._news.clear()
-        return [self._events.popleft() for _ in range(len(self._events))], self._beat
+        with self._telling:
+            del self._events[: max(0, told - self._first)]
+            self._first = max(self._first, told)
+            return News(self._first, list(self._events), self._beat)
 
     def _report(self, event: dict[str, Any]) -> None:
         self._events.append({**event, "time": time.time()})

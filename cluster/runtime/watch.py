@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.runtime.places import Places
-from cluster.runtime.rank_actor import QUIET_S, Beat
+from cluster.runtime.rank_actor import QUIET_S, Beat, News
 from configs.errors import SiloweaveError
 from trainer.pretrain import Report
 from trainer.rollback import RollBack
@@ -50,7 +50,8 @@ class Watch:
         self._places, self._hang_timeout_s, self._report = places, hang_timeout_s, report
         self._runs = dict(zip(runs, range(len(runs)), strict=True))
         self._quiet_s = min(QUIET_S, hang_timeout_s / 4)
-        self._listens = {handle.listen.remote(self._quiet_s): rank for rank, handle in enumerate(places.ranks)}
+        self._told = 0
+        self._listens = {self._listen(rank, self._quiet_s): rank for rank in range(len(runs))}
         self._heard = [_Heard() for _ in runs]
 
     def until_done(self) -> None:
@@ -60,23 +61,35 @@ class Watch:
             RankFailed: a rank died, raised or hangs.
             SiloweaveError: a rank says that going on is of no use.
         """
+        try:
+            while self._runs:
+                self._next()
+        finally:
+            self._last_events()
+
+    def _next(self) -> None:
         import ray
 
-        while self._runs:
-            # Runs come first: a failure is never behind a queue of answers.
-            references = [*self._runs, *self._listens, *self._places.waits]
-            for reference in ray.wait(references, timeout=min(_CHECK_S, self._hang_timeout_s / 4))[0]:
-                if reference in self._runs:
-                    self._end_of_run(reference)
-                elif reference in self._listens:
-                    self._answer(reference)
-                else:
-                    self._places.standby_changed(reference)
-            self._check_hang(time.monotonic())
-        # An answer that is on its way has taken its events along; the last commit's may be among them.
-        pending = [reference for reference, rank in self._listens.items() if rank == 0]
-        for events, _ in ray.get([*pending, self._places.ranks[0].listen.remote(0)]):
-            self._pass_on(events)
+        # Runs come first: a failure is never behind a queue of answers.
+        references = [*self._runs, *self._listens, *self._places.waits]
+        for reference in ray.wait(references, timeout=min(_CHECK_S, self._hang_timeout_s / 4))[0]:
+            if reference in self._runs:
+                self._end_of_run(reference)
+            elif reference in self._listens:
+                self._answer(reference)
+            else:
+                self._places.standby_changed(reference)
+        self._check_hang(time.monotonic())
+
+    def _last_events(self) -> None:
+        """What rank 0 has not told yet: without it, steps that are in the newest commit would be in no event."""
+        import ray
+
+        try:
+            news: News = ray.get(self._listen(0, quiet_s=0), timeout=_ECHO_WAIT_S)
+        except ray.exceptions.RayError:
+            return  # a process that is gone, or that does not answer: its last half second is lost
+        self._pass_on(news)
 
     def _end_of_run(self, reference: Any) -> None:
         rank = self._runs.pop(reference)
@@ -100,7 +113,7 @@ class Watch:
         """A rank that does not answer: Ray takes a while to say that a node is gone."""
         import ray
 
-        probes = {self._places.ranks[rank].listen.remote(0): rank for rank in self._runs.values()}
+        probes = {self._listen(rank, quiet_s=0): rank for rank in self._runs.values()}
         if not probes:
             return None
         _, mute = ray.wait(list(probes), num_returns=len(probes), timeout=_ECHO_WAIT_S)
@@ -111,12 +124,17 @@ class Watch:
 
         rank = self._listens.pop(reference)
         try:
-            events, beat = ray.get(reference)
+            news: News = ray.get(reference)
         except ray.exceptions.RayError:
             return  # the rank's own run tells why
-        self._hear(rank, beat, time.monotonic())
-        self._listens[self._places.ranks[rank].listen.remote(self._quiet_s)] = rank
-        self._pass_on(events)
+        self._hear(rank, news.beat, time.monotonic())
+        self._pass_on(news)
+        self._listens[self._listen(rank, self._quiet_s)] = rank
+        if any(event["event"] == "step" for event in news.events):
+            self._places.add_standbys()  # not earlier: they would take time from the (re)start
+
+    def _listen(self, rank: int, quiet_s: float) -> Any:
+        return self._places.ranks[rank].listen.remote(self._told, quiet_s)
 
     def _hear(self, rank: int, beat: Beat, now: float) -> None:
         heard = self._heard[rank]
@@ -127,11 +145,10 @@ class Watch:
                     other.moved = now
             heard.beat = beat
 
-    def _pass_on(self, events: list[dict[str, Any]]) -> None:
-        for event in events:
+    def _pass_on(self, news: News) -> None:
+        for event in news.events[self._told - news.first :] if news.events else []:
+            self._told += 1
             self._report(event)
-            if event["event"] == "step":
-                self._places.add_standbys()  # not earlier: they would take time from the (re)start
 
     def _check_hang(self, now: float) -> None:
         running = set(self._runs.values())

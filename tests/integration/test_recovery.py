@@ -98,6 +98,10 @@ class Scenario:
         before = len(events(self.run, "step"))
         self.wait(lambda: len(events(self.run, "step")) >= before + steps)
 
+    def between_commits(self):
+        """Waits until the driver knows of every committed step, and the next commit is some steps away."""
+        self.wait(lambda: events(self.run, "step")[-1]["step"] % 10 in (3, 4, 5))
+
     def cause(self, number):
         return self.wait(lambda: len(found := events(self.run, "restart")) >= number and found)[number - 1]["cause"]
 
@@ -130,6 +134,7 @@ def test_a_gang_survives_every_kind_of_failure(tiny_run, uninterrupted, tmp_path
         (gang.faults / "hang-1").touch()
         gang.recovers(3, r"rank 1 hangs: nothing new for 25 s .* in phase forward of step \d+$")
         stopped = psutil.Process(gang.gangs(4)[3]["pids"][0])
+        gang.between_commits()  # what a stopped process has not told is lost
         stopped.suspend()
         gang.recovers(4, r"rank 0 hangs: nothing new for 25 s .* of step \d+, its process does not answer$")
         assert not psutil.wait_procs([stopped], timeout=30)[1]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.runtime.rank_actor import Beat, RankActor
+from cluster.runtime.rank_actor import Beat, News, RankActor
 from cluster.runtime.watch import RankFailed, Watch
 
 TIMEOUT_S = 10.0
@@ -16,7 +16,7 @@ class Heard:
     """A watch of ranks that are heard when the test says so; none of them runs."""
 
     def __init__(self, *beats):
-        rank = SimpleNamespace(listen=SimpleNamespace(remote=lambda _: object()))
+        rank = SimpleNamespace(listen=SimpleNamespace(remote=lambda *_: object()))
         places = SimpleNamespace(ranks=[rank] * len(beats))
         self.watch = Watch(places, [object() for _ in beats], TIMEOUT_S, lambda _: None)
         self.now = time.monotonic()
@@ -89,6 +89,33 @@ def test_saying_that_it_is_alive_is_no_phase():
     actor._enter(20, "commit")
     actor._alive()
     actor._alive()
-    assert actor.listen(0) == ([], Beat(1, 20, "commit", 2))
+    assert actor.listen(0, 0) == News(0, [], Beat(1, 20, "commit", 2))
     actor._enter(20, "gather")
-    assert actor.listen(0) == ([], Beat(2, 20, "gather"))
+    assert actor.listen(0, 0) == News(0, [], Beat(2, 20, "gather"))
+
+
+def test_an_event_is_told_until_it_is_known_to_have_come():
+    actor = RankActor()
+    for step in (1, 2):
+        actor._report({"event": "step", "step": step})
+    assert [event["step"] for event in actor.listen(0, 0).events] == [1, 2]  # an answer that is lost
+    actor._report({"event": "step", "step": 3})
+    again = actor.listen(1, 0)
+    assert (again.first, [event["step"] for event in again.events]) == (1, [2, 3])
+    assert actor.listen(3, 0) == News(3, [], Beat())
+    late = actor.listen(1, 0)  # a question that another one has overtaken
+    assert late == News(3, [], Beat())
+
+
+def test_the_driver_reports_an_event_once_in_whatever_order_answers_come():
+    heard, reported = Heard(Beat()), []
+    heard.watch._report = reported.append
+    events = [{"event": "step", "step": step} for step in range(4)]
+    for news in (
+        News(0, events[:3], Beat()),
+        News(0, events[:2], Beat()),
+        News(2, events[2:], Beat()),
+        News(4, [], Beat()),
+    ):
+        heard.watch._pass_on(news)
+    assert reported == events
