@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from cluster import commands as cluster_commands
-from cluster import federation_command
-from cluster.job_commands import job_app, submit
-from cluster.tune_commands import tune
+from cluster.commands import federation as federation_command
+from cluster.commands import stages as cluster_commands
+from cluster.commands.jobs import job_app, submit
+from cluster.commands.tune import tune
 from configs.errors import SiloweaveError
 from configs.printing import say, to_json
-from federated.federation_commands import federation_app
-from federated.silo_commands import silo_app
+from federated.commands.federation import federation_app
+from federated.commands.silo import silo_app
 from privacy.commands import ledger_app
 
 app = typer.Typer(

@@ -16,8 +16,8 @@ from dp_accounting.rdp import RdpAccountant
 from figures import setting, spread
 from opacus.accountants import PRVAccountant
 
-from privacy.accountant import calibrate, schedule_epsilon
-from privacy.schedule import Schedule
+from privacy.accounting.accountant import calibrate, schedule_epsilon
+from privacy.accounting.schedule import Schedule
 
 DELTA = 1e-6
 # Sampling rate and noise multiplier; those of one row cost about as much at other settings of the same epsilon.

@@ -23,18 +23,27 @@ from unittest import mock
 import torch
 from figures import setting, spreads
 
-from configs.data_settings import SourceSettings
-from configs.pretrain_settings import ModelSettings
-from federated.audit_training import AuditSettings, AuditTraining
-from privacy.audit import FAIL_CONFIDENCE, REFERENCE_PLAN, WARN_CONFIDENCE, Finding, fair_coins, judge, num_guesses
-from privacy.canaries import probe_alone
-from privacy.clipping import clipping
+from configs.schema.data import SourceSettings
+from configs.schema.pretrain import ModelSettings
+from federated.audit.canary_training import AuditSettings, AuditTraining
+from privacy.audit.bound import (
+    FAIL_CONFIDENCE,
+    REFERENCE_PLAN,
+    WARN_CONFIDENCE,
+    Finding,
+    fair_coins,
+    judge,
+    num_guesses,
+)
+from privacy.audit.canaries import probe_alone
+from privacy.clipping.clipping import clipping
+from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PrivacyPlan
-from privacy.streams import SEED_BYTES, Streams
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import train_tokenizer
-from trainer.models import add_adapter, new_model
-from trainer.tasks import CausalTask
+from trainer.models.adapters import add_adapter
+from trainer.models.llama import new_model
+from trainer.tasks.text import CausalTask
 
 LIBRARIES = ("siloweave", "torch", "opacus", "dp-accounting", "numpy", "scipy")
 
@@ -49,7 +58,8 @@ def noise_divided_by(factor: float) -> Iterator[None]:
 @contextmanager
 def clipping_off() -> Iterator[None]:
     with mock.patch(
-        "privacy.engine.clipping", lambda model, norm, *rest, **more: clipping(model, 1e3 * norm, *rest, **more)
+        "privacy.mechanism.dp_sgd.clipping",
+        lambda model, norm, *rest, **more: clipping(model, 1e3 * norm, *rest, **more),
     ):
         yield
 

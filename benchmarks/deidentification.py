@@ -23,8 +23,8 @@ from typing import Any
 
 from figures import setting, spread
 
-from configs.data_settings import DeidentifySettings
-from privacy.deidentify import Deidentifier
+from configs.schema.data import DeidentifySettings
+from trainer.data.deidentify import Deidentifier
 
 LISTED = ["Amara Okafor", "Jonas Lindqvist", "Mei-Ling Zhao", "O'Brien", "Petrova", "Hadley", "Ruiz", "Nakamura"]
 UNLISTED = ["Theodora Blum", "Castellane", "Wrzesniewski", "Abernathy"]

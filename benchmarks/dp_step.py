@@ -138,9 +138,9 @@ def bookkeeping_step(workload: Workload, *, products: bool) -> Step:
         workload: what is trained.
         products: oneDNN's linear layers, as a silo has them where they are faster; else torch's own, as all others.
     """
-    from privacy.clipping import clipping
-    from privacy.independence import Together
-    from trainer.linear import use_onednn
+    from privacy.clipping.clipping import clipping
+    from privacy.clipping.independence import Together
+    from trainer.pretraining.onednn import use_onednn
 
     model, records = workload.model, workload.records
     if products:

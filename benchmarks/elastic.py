@@ -35,7 +35,7 @@ def overrides(folder: str, stage: int, given: Sequence[str]) -> Iterator[str]:
 
 def legs(stage: int, repetitions: int, given: Sequence[str]) -> dict[str, Any]:
     """The chain, again and again, and DeepSpeed's converter after each."""
-    from cluster.workflow.verify_resume import verify_resume
+    from cluster.checks.verify_resume import verify_resume
     from configs.load import load
     from trainer.data.prepare import prepare
 

@@ -19,18 +19,20 @@ from typing import Any
 import torch
 from figures import setting, spreads
 
-from configs.federated_settings import FederatedSettings
-from federated.adapters import Arrays
-from federated.aggregation import Aggregation
-from federated.local_training import LocalSettings, private_update
-from federated.warm_model import warm_model
+from configs.schema.federated import FederatedSettings
+from federated.adapters.arrays import Arrays
+from federated.adapters.warm_model import warm_model
+from federated.aggregation.aggregation import Aggregation
+from federated.silo.local_training import LocalSettings, private_update
+from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PlanRequest, PrivacyPlan
-from privacy.streams import SEED_BYTES, Streams
 from trainer.data.embedded import plays
 from trainer.data.tokenizer import load_tokenizer
-from trainer.evaluation import Score, score
-from trainer.models import adapter_weights, add_adapter, load_adapter_weights, load_model
-from trainer.tasks import CausalTask, Encoded
+from trainer.metrics.bits_per_char import Score, score
+from trainer.models.adapters import adapter_weights, add_adapter, load_adapter_weights
+from trainer.models.load import load_model
+from trainer.tasks.task import Encoded
+from trainer.tasks.text import CausalTask
 
 LIBRARIES = ("siloweave", "torch", "peft", "opacus", "numpy")
 CONTEXT, RANK, ALPHA = 64, 8, 16.0

@@ -20,9 +20,9 @@ from typing import Any
 from figures import setting
 
 from configs.load import load
-from configs.schema import RunConfig
-from trainer.memory import state_bytes
-from trainer.zero import Rank, join_process_group, prepare_process
+from configs.schema.schema import RunConfig
+from trainer.pretraining.memory import state_bytes
+from trainer.rank import Rank, join_process_group, prepare_process
 
 VOCABULARY, CONTEXT, MICRO_BATCH, BATCH = 4096, 8, 1, 4
 MODEL = (
@@ -58,8 +58,8 @@ def measure(config: RunConfig, rank: Rank) -> dict[str, Any]:
     """Trains two steps, and walks the tensors in the second."""
     import torch
 
-    from trainer.engine import build_engine
-    from trainer.objective import next_token_nats
+    from trainer.objectives.causal import next_token_nats
+    from trainer.pretraining.engine import build_engine
 
     walk = Walk()
     engine = build_engine(config, rank, VOCABULARY)

@@ -14,11 +14,11 @@ import torch
 from figures import setting, spread
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from privacy.engine import PrivateTraining
-from privacy.noise import grid, noised
+from privacy.mechanism.dp_sgd import PrivateTraining
+from privacy.mechanism.noise import grid, noised
+from privacy.mechanism.streams import Streams
 from privacy.plan import PlanRequest
-from privacy.streams import Streams
-from trainer.models import add_adapter
+from trainer.models.adapters import add_adapter
 
 BATCH, CONTEXT, VOCABULARY, PUBLIC_COUNT = 16, 128, 2048, 1000
 # Every unit is in nearly every batch, so that a step has 16 records.

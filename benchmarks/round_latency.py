@@ -34,7 +34,7 @@ class Federation:
     """Two silos and their coordinator on this machine, made by the product's own commands."""
 
     def __init__(self, root: Path, model: Path) -> None:
-        from federated.processes import free_port
+        from federated.deployment.supervisor import free_port
 
         self.root, self.folder, self.model = root, root / "federation", model.absolute()
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -47,8 +47,9 @@ class Federation:
         self._wait()
 
     def _add(self, name: str) -> None:
-        from configs.load import load, to_toml
-        from configs.silo import simulated_silo
+        from configs.load import load
+        from configs.parse import to_toml
+        from federated.simulation.simulated_places import simulated_silo
 
         folder = self.root / name
         folder.mkdir()
@@ -94,7 +95,7 @@ class Federation:
         self.processes.append(process)
 
     def end(self) -> None:
-        from federated.processes import end_tree
+        from federated.deployment.supervisor import end_tree
 
         end_tree(self.processes, grace_s=20)
 
@@ -105,7 +106,7 @@ class Federation:
         overrides = {
             "run.name": name,
             "run.storage": str(self.root / "runs"),
-            "federated.rounds": rounds,
+            "federated.coordinator.rounds": rounds,
             "federated.local_steps": STEPS,
             "privacy.epsilon": 1,
             "federated.min_silos": len(SILOS),
@@ -125,8 +126,9 @@ class Federation:
 
     def stock(self, number: int, rounds: int) -> dict[str, list[float]]:
         """One run of the stock app over the same SuperNodes."""
-        from federated.federation import Federation as Folder
-        from federated.superlink import LINK, flower_environment
+        from federated.deployment.federation_folder import Federation as Folder
+        from federated.deployment.flower_programs import flower_environment
+        from federated.deployment.superlink import LINK
 
         answer, settings = self.root / f"stock-{number}.json", self.root / "stock.toml"
         given = {"rounds": rounds, "steps": STEPS, "model": str(self.model), "to": str(answer)}

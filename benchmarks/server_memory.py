@@ -23,9 +23,9 @@ import psutil
 from figures import setting, spreads
 from workload import environment
 
-from federated import silo_pb2 as pb
-from federated.envelope import seal_reply
-from federated.protocol import PROTOCOL_VERSION
+from federated.protocol import silo_pb2 as pb
+from federated.protocol.envelope import seal_reply
+from federated.protocol.framing import PROTOCOL_VERSION
 from privacy.signing import Signer
 
 ARRAYS, RANK, WIDTH = 16, 4, 2**14  # 4 MB in float32
@@ -44,7 +44,7 @@ class Echo:
         self._name, self._signer = name, Signer(folder / f"{name}.key")
 
     def handle(self, content: bytes) -> bytes:
-        from configs.artifacts import digest_bytes
+        from configs.storage.files import digest_bytes
 
         body = pb.Envelope.FromString(content).body
         request = pb.Request.FromString(body)
@@ -92,12 +92,12 @@ def memory_mb(name: str, process: int | str = "self") -> float:
 def coordinator(silos: int, folder: Path, model: Path) -> dict[str, float]:  # noqa: ARG001
     """Peak memory of the coordinator over two rounds, and above what it had before them."""
     from cluster.runtime.session import ray_session
-    from configs.artifacts import Manifest, commit_manifest
     from configs.events import EventLog
     from configs.load import load
-    from federated.exchange import Parties
-    from federated.local_grid import LocalGrid
-    from federated.rounds import Coordinator
+    from configs.storage.manifests import Manifest, commit_manifest
+    from federated.coordinator.parties import Parties
+    from federated.coordinator.rounds import Coordinator
+    from federated.simulation.local_grid import LocalGrid
 
     config = load("tiny", ["federated.rounds=2", f"federated.lora_rank={RANK}", "privacy.epsilon=1"])
     base = folder / "model"
@@ -122,7 +122,7 @@ def hosts(silos: int, folder: Path, model: Path) -> dict[str, float]:
     """Peak memory of the fullest process that hosts silos, at the end of a round of all of them."""
     from cluster.runtime.session import ray_session
     from configs.load import load
-    from federated.simulation import simulate
+    from federated.simulation.simulation import simulate
 
     rows = (
         {"silo": f"{silo:04d}", "text": f"note {number} of silo {silo}"}

@@ -40,8 +40,8 @@ def write_work(folder: Path, arguments: argparse.Namespace) -> Path:
     sys.path.insert(0, str(PEERS))
     from simulated import warm_model
 
-    from federated.adapters import to_bytes
-    from trainer.models import adapter_weights
+    from federated.adapters.arrays import to_bytes
+    from trainer.models.adapters import adapter_weights
 
     weights = {name: weight.numpy() for name, weight in adapter_weights(warm_model(str(arguments.model))).items()}
     (folder / "adapter").write_bytes(to_bytes(weights))

@@ -53,7 +53,9 @@ class Workload:
     """
 
     def __init__(self, folder: Path, preset: str, settings: Sequence[str], steps: int) -> None:
-        from configs.load import load, run_directory, to_toml
+        from configs.load import load
+        from configs.parse import to_toml
+        from configs.run_directory import run_directory
         from trainer.data.prepare import prepare
 
         ends = [f"pretrain.steps={steps}", f"pretrain.validate_every={steps}", f'run.storage="{folder}"']
@@ -71,9 +73,9 @@ class Workload:
 
     def _write(self, vocab_size: int) -> None:
         from trainer.data.batches import Batches
-        from trainer.models import attention, model_config, parameter_sizes
-        from trainer.optimizers import learning_rate
-        from trainer.zero import deepspeed_config
+        from trainer.models.llama import attention, model_config, parameter_sizes
+        from trainer.pretraining.deepspeed_settings import deepspeed_config
+        from trainer.pretraining.optimizers import learning_rate
 
         config, settings = self.config, self.config.pretrain
         self.folder.mkdir()

@@ -3,6 +3,8 @@
 A message is one line for a person: the field or the file, the value found, and what to do about it.
 """
 
+LARGEST_ECHO = 100  # characters of a request that a refusal repeats
+
 
 class SiloweaveError(Exception):
     """The run failed; exit status 1."""
@@ -38,3 +40,14 @@ class PolicyRefusal(SiloweaveError):
 
 def _refusal(message: str, rule: str, asked: str, allowed: str) -> PolicyRefusal:
     return PolicyRefusal(message, rule=rule, asked=asked, allowed=allowed)
+
+
+def refuse(rule: str, asked: str, allowed: str) -> PolicyRefusal:
+    """A refusal by a rule of the policy; what was asked is repeated in part only."""
+    asked = asked[:LARGEST_ECHO]
+    return PolicyRefusal(f"{rule}: asked {asked}, allowed {allowed}", rule=rule, asked=asked, allowed=allowed)
+
+
+def refusal(rule: str, asked: str, allowed: str, message: str) -> PolicyRefusal:
+    """A refusal whose message begins with its rule."""
+    return PolicyRefusal(f"{rule}: {message}", rule=rule, asked=asked, allowed=allowed)

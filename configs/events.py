@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from configs.artifacts import write_failure
+from configs.storage.files import write_failure
+
+Report = Callable[[dict[str, Any]], None]
+
 
 Listener = Callable[[dict[str, Any]], None]
 

@@ -2,7 +2,7 @@
 
 Names of runs and silos, messages of refusals, words of a model: strangers choose them, and a terminal obeys what it is
 shown. So every line passes ``printable``. Nothing else prints, which a test over the source holds, but for the tables
-and bars of ``cluster/workflow/console.py``.
+and bars of ``cluster/monitoring/console.py``.
 """
 
 import json

@@ -24,7 +24,7 @@ ToOption = Annotated[Path, typer.Option("--to", help="The new file; nothing is o
 @ledger_app.command()
 def show(ledger: LedgerArgument, key_file: KeyOption = "", as_json: JsonOption = False) -> None:
     """Every entry, and what is left."""
-    from privacy.chain import left
+    from privacy.ledger.chain import left
 
     bodies = _verified(ledger, key_file)[0]
     try:
@@ -63,7 +63,7 @@ def verify(
         raise InputError("ledger verify: nothing to verify; give a ledger, --certificate FILE, or both")
     if model is not None and certificate is None:
         raise InputError(f"ledger verify: {model}: which certificate's model? give --certificate FILE, too")
-    from privacy.certificate import ledgers_of
+    from privacy.certificate.certificate import ledgers_of
 
     document = _certificate(certificate) if certificate else None
     results: dict[str, Any] = {"sound": True}
@@ -88,7 +88,7 @@ def export(ledger: LedgerArgument, to: ToOption, key_file: KeyOption = "", as_js
 
     They are encrypted where a key is given, or SILOWEAVE_ENCRYPTION_KEY is set.
     """
-    from privacy.ledger_file import export as write
+    from privacy.ledger.file import export as write
 
     _written(write(_file(ledger), to, key_file), to, as_json)
 
@@ -96,7 +96,7 @@ def export(ledger: LedgerArgument, to: ToOption, key_file: KeyOption = "", as_js
 @ledger_app.command()
 def backup(ledger: LedgerArgument, to: ToOption, as_json: JsonOption = False) -> None:
     """Copies a ledger in use, whole: a plain copy of the file may lack its last entries. Without keys and seeds."""
-    from privacy.ledger_file import backup as write
+    from privacy.ledger.file import backup as write
 
     _written(write(_file(ledger), to), to, as_json)
 
@@ -106,15 +106,15 @@ def _written(entries: int, to: Path, as_json: bool) -> None:
 
 
 def _file(ledger: Path) -> Path:
-    from privacy.ledger_file import LEDGER_FILE
+    from privacy.ledger.file import LEDGER_FILE
 
     return ledger / LEDGER_FILE if ledger.is_dir() else ledger
 
 
 def _verified(ledger: Path, key_file: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The entries' bodies and hashes, of a chain that holds."""
-    from privacy.chain import verify_entries
-    from privacy.ledger_file import read_only
+    from privacy.ledger.chain import verify_entries
+    from privacy.ledger.file import read_only
 
     path = _file(ledger)
     entries = read_only(path, key_file)
@@ -124,8 +124,8 @@ def _verified(ledger: Path, key_file: str) -> tuple[list[dict[str, Any]], list[s
 
 
 def _replayed(ledger: Path, key_file: str) -> dict[str, Any]:
-    from privacy.chain import left
-    from privacy.replay import replay
+    from privacy.ledger.chain import left
+    from privacy.ledger.replay import replay
 
     bodies, hashes = _verified(ledger, key_file)
     replay(bodies, str(ledger))
@@ -147,9 +147,9 @@ def _anchored(ledger: Path, opening: dict[str, Any]) -> str:
     Raises:
         InputError: the anchor is damaged, or the ledger is behind it.
     """
-    from privacy.anchor import Anchor
-    from privacy.journal import RECONCILE, default_anchor_dir
-    from privacy.ledger_file import LEDGER_FILE, read_only
+    from privacy.ledger.anchor import Anchor
+    from privacy.ledger.file import LEDGER_FILE, read_only
+    from privacy.ledger.journal import RECONCILE, default_anchor_dir
 
     path = _file(ledger)
     anchor = Anchor(default_anchor_dir(path.parent))
@@ -163,8 +163,8 @@ def _anchored(ledger: Path, opening: dict[str, Any]) -> str:
 
 
 def _certificate(path: Path) -> dict[str, Any]:
-    from privacy.certificate_check import check_certificate
-    from privacy.statements import json_object
+    from configs.parse import json_object
+    from privacy.certificate.check import check_certificate
 
     try:
         document = json_object(path.read_bytes(), str(path))
@@ -175,14 +175,14 @@ def _certificate(path: Path) -> dict[str, Any]:
 
 
 def _in_ledger(document: dict[str, Any], ledger: Path, key_file: str, origin: str) -> str:
-    from privacy.certificate_check import check_in_ledger
+    from privacy.certificate.check import check_in_ledger
 
     return check_in_ledger(document, *_verified(ledger, key_file), origin)
 
 
 def _which_model(document: dict[str, Any], folder: Path, key_file: str, origin: str) -> str:
-    from privacy.ledger_file import given_key
-    from privacy.model_digests import ModelDigests, which_model
+    from privacy.certificate.model_digests import ModelDigests, which_model
+    from privacy.ledger.file import given_key
 
     if document.get("model") is None:
         raise InputError(f"{origin}: version {document['version']} speaks of no model; nothing can be said of {folder}")

@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from configs.artifacts import digest_json
 from configs.errors import PolicyRefusal
-from configs.settings import Labels
-from privacy.schedule import Schedule
-from privacy.truncation import Truncation, size_margin, size_noise
+from configs.schema.base import Labels
+from configs.storage.files import digest_json
+from privacy.accounting.schedule import Schedule
+from privacy.accounting.truncation import Truncation, size_margin, size_noise
 
 if TYPE_CHECKING:
-    from privacy.accountant import Guarantee
+    from privacy.accounting.accountant import Guarantee
+
+METRIC = "held_out"
+
 
 SMALLEST_DELTA, LARGEST_DELTA = 1e-100, 1e-5
 SMALLEST_RATE = 2.0**-64  # below it the sampler's 64 bits never choose a unit, and accounting ends in floating point
@@ -226,13 +229,13 @@ class PlanRequest(BaseModel):
     @property
     def epsilon(self) -> float:
         """What the whole schedule spends: the number that is reserved and claimed."""
-        from privacy.accountant import schedule_epsilon
+        from privacy.accounting.accountant import schedule_epsilon
 
         return schedule_epsilon(self.schedule, self.delta)
 
     def guarantee(self) -> Guarantee:
         """The same with the other accountants beside it; slower."""
-        from privacy.accountant import guarantee
+        from privacy.accounting.accountant import guarantee
 
         return guarantee(self.schedule, self.delta)
 
@@ -242,7 +245,7 @@ class PlanRequest(BaseModel):
         Raises:
             InputError: no noise multiplier is enough.
         """
-        from privacy.accountant import calibrate
+        from privacy.accounting.accountant import calibrate
 
         return self.model_copy(update={"noise_multiplier": calibrate(epsilon, self.delta, self.schedule)})
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from configs.artifacts import sync_directory, write_atomic
 from configs.errors import InputError
+from configs.storage.files import sync_directory, write_atomic
 
 KEY_BYTES = 32
 

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is not asked; read when its libraries are first imported
 
 from configs.load import load
-from configs.schema import RunConfig
+from configs.schema.schema import RunConfig
 
 
 def run_siloweave(

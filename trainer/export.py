@@ -7,18 +7,18 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from configs.artifacts import Manifest, commit_manifest, require_manifest
-from configs.corpora import corpora
-from configs.encryption import load_key, opened, sealing
 from configs.errors import InputError, SiloweaveError
-from configs.pretrain_settings import PretrainSettings
-from configs.schema import RunConfig
-from trainer import checkpoints
+from configs.schema.data import corpora
+from configs.schema.pretrain import PretrainSettings
+from configs.schema.schema import RunConfig
+from configs.storage.manifests import Manifest, commit_manifest, finished, require_manifest
+from configs.storage.sealing import load_key, opened, sealing
+from trainer.checkpoints import checkpoints
+from trainer.checkpoints.checkpoints import pretrain_digest
 from trainer.data.batches import corpus_counts
-from trainer.data.prepare import finished
-from trainer.models import MODEL, new_model
-from trainer.optimizers import new_optimizer
-from trainer.pretrain import pretrain_digest
+from trainer.models.llama import new_model
+from trainer.models.load import MODEL
+from trainer.pretraining.optimizers import new_optimizer
 
 _CARD = """---
 license: apache-2.0

@@ -11,8 +11,9 @@ from typing import Any
 
 
 def main() -> None:
+    from cluster.pipeline import _forward
+    from cluster.run import Run
     from cluster.runtime.gang import run_gang
-    from cluster.workflow.pipeline import Run, _forward
     from configs.load import load
 
     run = Run(load(sys.argv[1]))

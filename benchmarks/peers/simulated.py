@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from configs.artifacts import digest_bytes
-from federated.adapters import FixedPointSum, from_bytes, to_bytes
+from configs.storage.files import digest_bytes
+from federated.adapters.arrays import from_bytes, to_bytes
+from federated.aggregation.exact_sum import FixedPointSum
 
 RANK, ALPHA, LEARNING_RATE = 8, 16, 0.05
 STEPS, BATCH, TOKENS, VOCABULARY = 2, 8, 64, 512
@@ -43,7 +44,8 @@ def warm_model(directory: str) -> Any:
     """The model with its adapter, once a process."""
     import torch
 
-    from trainer.models import add_adapter, load_model
+    from trainer.models.adapters import add_adapter
+    from trainer.models.load import load_model
 
     torch.set_num_threads(THREADS)
     return add_adapter(load_model(Path(directory)), RANK, ALPHA, seed=0).train()
@@ -55,7 +57,7 @@ def update_of(task: Task, content: bytes) -> bytes:
         return content
     import torch
 
-    from trainer.models import adapter_weights, load_adapter_weights, trainable
+    from trainer.models.adapters import adapter_weights, load_adapter_weights, trainable
 
     model = warm_model(task.model)
     before = {name: torch.from_numpy(array) for name, array in from_bytes(content).items()}
@@ -155,7 +157,7 @@ def plain_2(drive: Drive) -> None:
 
 def _body(task: Task, content: bytes) -> bytes:
     """A task as the request that a coordinator sends, whose fields the benchmark's clients read in their own way."""
-    from federated import silo_pb2 as pb
+    from federated.protocol import silo_pb2 as pb
 
     train = pb.Train(round=task.round, adapter=content, task="train" if task.train else "", optimizer=task.model)
     return pb.Request(silo_id=str(task.client), train=train).SerializeToString()
@@ -163,7 +165,7 @@ def _body(task: Task, content: bytes) -> bytes:
 
 def answer(body: bytes) -> bytes:
     """What stands where a silo would: parses, does the task, replies."""
-    from federated import silo_pb2 as pb
+    from federated.protocol import silo_pb2 as pb
 
     request = pb.Request.FromString(body)
     train = request.train
@@ -189,8 +191,8 @@ def grid_exchange(grid: Any, nodes: Sequence[int]) -> Exchange:
     """Messages over a Flower grid and back, as the coordinator sends them."""
     from flwr.app import Message
 
-    from federated import silo_pb2 as pb
-    from federated.client_app import pack, unpack
+    from federated.protocol import silo_pb2 as pb
+    from federated.transport.flower_messages import pack, unpack
 
     def exchange(content: bytes, tasks: Sequence[Task]) -> Iterator[bytes]:
         messages = [
@@ -212,8 +214,8 @@ def grid_exchange(grid: Any, nodes: Sequence[int]) -> Exchange:
 def local_grid(drive: Drive) -> None:
     """Siloweave's grid: two workers, the product's relay, and the client's work behind it."""
     from cluster.runtime.session import ray_session
-    from configs.pretrain_settings import ClusterSettings
-    from federated.local_grid import LocalGrid
+    from configs.schema.pretrain import ClusterSettings
+    from federated.simulation.local_grid import LocalGrid
 
     names = [f"{client:05d}" for client in range(drive.work["clients"])]
     with (
@@ -228,7 +230,7 @@ def flower(drive: Drive) -> None:
     from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
-    from federated.client_app import make_app
+    from federated.transport.client_app import make_app
 
     server = ServerApp()
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from privacy.engine import PrivateTraining
+from privacy.mechanism.dp_sgd import PrivateTraining
+from privacy.mechanism.streams import Streams
 from privacy.plan import PlanRequest, PrivacyPlan
-from privacy.streams import Streams
 from traps.layers import record_losses, records, trainable
 
 SEED, DIGEST = bytes(range(32)), "ab" * 32

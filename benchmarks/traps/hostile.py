@@ -1,15 +1,17 @@
-"""Adapters of an attacker (federated/hostile_adapters.py): how far one record moves a sum of clipped gradients."""
+"""An attacker's adapters (federated/audit/hostile_adapters.py): how far one record moves a sum of clipped gradients."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from configs.pretrain_settings import ModelSettings
-from federated import hostile_adapters
-from federated.hostile_adapters import Movement
-from trainer.models import add_adapter, new_model, trainable
-from trainer.tasks import CausalTask, Encoded
+from configs.schema.pretrain import ModelSettings
+from federated.audit import hostile_adapters
+from federated.audit.hostile_adapters import Movement
+from trainer.models.adapters import add_adapter, trainable
+from trainer.models.llama import new_model
+from trainer.tasks.task import Encoded
+from trainer.tasks.text import CausalTask
 
 VOCABULARY = 50
 

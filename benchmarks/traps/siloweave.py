@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from configs.errors import InputError, PolicyRefusal
-from privacy.streams import Streams
+from privacy.mechanism.streams import Streams
 from traps import engine, hostile
 from traps.cell import Cell, Check, absent, first_line, judged
 from traps.layers import (
@@ -149,8 +149,8 @@ def shuffling() -> Cell:
 
 def put_back(files: Callable[[Path, Path], None]) -> Cell:
     """Spends once, keeps a copy, spends again, puts the copy back, and opens."""
-    from privacy.chain import Budget
-    from privacy.ledger import Ledger
+    from privacy.ledger.chain import Budget
+    from privacy.ledger.ledger import Ledger
 
     a_plan = engine.plan(5000, sampling_rate=0.02, noise_multiplier=0.5, rounds=3, steps_per_round=4)
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +188,7 @@ def _without_wal(state: Path, copy: Path) -> None:
 
 def dropout() -> Cell:
     """Three silos' noise, folded as the coordinator does, with one of them missing and without."""
-    from federated.adapters import FixedPointSum
+    from federated.aggregation.exact_sum import FixedPointSum
 
     silos = [
         {name: value.numpy() for name, value in engine.noise_alone(seed=bytes([number] * 32)).items()}
@@ -206,7 +206,7 @@ def dropout() -> Cell:
 
 
 def weights() -> Cell:
-    from federated.adapters import FixedPointSum
+    from federated.aggregation.exact_sum import FixedPointSum
 
     updates = [{"w": np.full(4, value, np.float32)} for value in (0.0, 0.0, 0.0, 1.0)]
     total = FixedPointSum(updates[0])
@@ -269,12 +269,12 @@ def client_sampling() -> Cell:
     return judged(not taken and request.epsilon >= oracle * (1 - 1e-9), evidence)
 
 
-LEDGER, SILO = "tests/unit/privacy/test_ledger.py", "tests/unit/federated/test_silo.py"
-FEDERATED = "tests/unit/federated/test_conformance.py"
+LEDGER, SILO = "tests/unit/privacy/ledger/test_ledger.py", "tests/unit/federated/silo/test_silo.py"
+FEDERATED = "tests/unit/federated/silo/test_conformance.py"
 TESTS = {
     "resume": (
         "tests/integration/test_federation.py::test_one_or_two_workers_and_a_restart_give_the_same_bytes",
-        "tests/unit/privacy/test_engine.py::test_the_same_seed_gives_the_same_bits_and_another_seed_does_not",
+        "tests/unit/privacy/mechanism/test_dp_sgd.py::test_the_same_seed_gives_the_same_bits_and_another_seed_does_not",
     ),
     "other_adapter": (f"{SILO}::test_two_requests_of_one_round_with_other_adapters_never_share_noise",),
     "killed": (f"{LEDGER}::test_kill_9_between_charge_and_release",),
@@ -282,7 +282,7 @@ TESTS = {
     "edited": (f"{LEDGER}::test_an_edited_row_is_noticed",),
     "number_of_records": (
         f"{FEDERATED}::test_the_number_of_records_changes_nothing_but_the_noised_update",
-        "tests/unit/privacy/test_engine.py::test_the_normaliser_is_the_declared_count_not_the_data",
+        "tests/unit/privacy/mechanism/test_dp_sgd.py::test_the_normaliser_is_the_declared_count_not_the_data",
     ),
     "refusals": (
         f"{SILO}::test_refusals_are_alike_on_neighbouring_datasets",

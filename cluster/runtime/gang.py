@@ -6,9 +6,9 @@ from cluster.runtime.placement import could_grow, pick_device, placed
 from cluster.runtime.places import PlaceLost, Places, ranks_of
 from cluster.runtime.watch import RankFailed, Watch
 from configs.errors import SiloweaveError
-from configs.schema import RunConfig
-from trainer.pretrain import Report
-from trainer.rollback import RollBack
+from configs.events import Report
+from configs.schema.schema import RunConfig
+from trainer.pretraining.rollback import RollBack
 
 
 def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:

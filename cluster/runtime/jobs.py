@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from configs.corpora import corpora, field_of
 from configs.errors import InputError, SiloweaveError
-from configs.load import run_directory, to_toml
-from configs.schema import RunConfig
+from configs.parse import to_toml
+from configs.run_directory import run_directory
+from configs.schema.data import corpora, field_of
+from configs.schema.schema import RunConfig
 
 LARGEST_UPLOAD_BYTES = 2 * 2**20
 CONFIG = "submitted.toml"

@@ -7,8 +7,8 @@ from typing import Any
 
 from cluster.runtime.places import Places
 from configs.errors import InputError
-from configs.schema import RunConfig
-from trainer.pretrain import Report
+from configs.events import Report
+from configs.schema.schema import RunConfig
 
 _LOOK_S = 0.5
 _SETTLE_S = 5.0  # a node that died may count as alive for a moment, and what a gang held as taken

@@ -4,9 +4,9 @@ import time
 from typing import Any
 
 from cluster.runtime.rank_actor import Endpoint, RankActor
-from configs.schema import RunConfig
-from trainer.pretrain import Report
-from trainer.zero import Rank
+from configs.events import Report
+from configs.schema.schema import RunConfig
+from trainer.rank import Rank
 
 _THREADS = 4  # train or stand_by, listen, and two short calls
 _LOOK_S = 0.5

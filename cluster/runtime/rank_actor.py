@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.schema import RunConfig
-from trainer.zero import Rank
+from configs.schema.schema import RunConfig
+from trainer.rank import Rank
 
 LISTEN_S = 0.5  # an answer costs both sides a millisecond or two, which training loses
 QUIET_S = 1.0
@@ -87,13 +87,13 @@ class RankActor:
 
     def warm(self, config: RunConfig, device: str) -> int:
         """Imports what a rank needs, so that taking its place takes no time. Returns the process id."""
-        from trainer.zero import prepare_process
+        from trainer.rank import prepare_process
 
         with self._preparing:
             if not self._taken.is_set():
                 # Threads and device are read at import; the rest is not known yet and is set when the place is taken.
                 prepare_process(Rank(0, 1, 0, 1, "127.0.0.1", 0, device, config.cluster.threads_per_rank))
-                from trainer.pretrain import warm_up
+                from trainer.pretraining.loop import warm_up
 
                 warm_up(config)
         return os.getpid()
@@ -105,11 +105,11 @@ class RankActor:
     def train(self, config: RunConfig, run_directory: Path, rank: Rank, skipped: list[tuple[int, int]]) -> None:
         """Trains this rank's share to the end."""
         self._taken.set()
-        from trainer.zero import prepare_process
+        from trainer.rank import prepare_process
 
         with self._preparing:  # a standby may be taken before it is warm
             prepare_process(rank)
-        from trainer.pretrain import pretrain
+        from trainer.pretraining.loop import pretrain
 
         pretrain(config, run_directory, rank, self._report, self._enter, self._alive, skipped)
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from configs.errors import InputError
-from configs.pretrain_settings import ClusterSettings
-from trainer.startup import replaced
+from configs.schema.pretrain import ClusterSettings
+from trainer.pretraining.startup import replaced
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -8,8 +8,8 @@ from typing import Any
 from cluster.runtime.places import Places
 from cluster.runtime.rank_actor import QUIET_S, Beat, News
 from configs.errors import SiloweaveError
-from trainer.pretrain import Report
-from trainer.rollback import RollBack
+from configs.events import Report
+from trainer.pretraining.rollback import RollBack
 
 # What a rank sees of a peer's death. The death itself is reported a moment later.
 _ECHO = re.compile(r"gloo|nccl|TCPStore|store->get|Connection (?:closed|reset|refused)|Broken pipe", re.IGNORECASE)

@@ -4,7 +4,7 @@
 # One Ray node a Slurm node; prepare, pretrain and export on them. run.storage must be a folder that all nodes share. A job
 # that was requeued or is submitted again continues from the last commit.
 #
-# NOT RUN under Slurm: it is checked by `bash -n`, and its commands and settings by tests/unit/test_deploy.py.
+# NOT RUN under Slurm: it is checked by `bash -n`, and its commands and settings by tests/unit/cluster/test_deploy.py.
 #SBATCH --job-name=siloweave
 #SBATCH --exclusive
 #SBATCH --ntasks-per-node=1

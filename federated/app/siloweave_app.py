@@ -9,11 +9,11 @@ __all__ = ["client", "server"]  # noqa: F822
 def __getattr__(name: str) -> Any:
     """``server`` and ``client``: a silo's relay must never import what the coordinator needs."""
     if name == "server":
-        from federated.server_app import app
+        from federated.coordinator.server_app import app
 
         return app
     if name == "client":
-        from federated.client_app import make_app, silo_service
+        from federated.transport.client_app import make_app, silo_service
 
         return make_app(silo_service)
     raise AttributeError(name)

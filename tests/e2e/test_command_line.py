@@ -76,8 +76,8 @@ def test_the_plan_is_shown_before_anything_runs(siloweave, tmp_path):
 
 
 def test_the_plans_adapter_size_is_that_of_the_adapter(tiny_run, siloweave, tmp_path):
-    from federated import commits
-    from federated.adapters import from_bytes
+    from federated.adapters.arrays import from_bytes
+    from federated.coordinator import round_commits as commits
 
     plan = json.loads(siloweave("plan", "-c", "tiny", "--json", cwd=tmp_path).stdout)
     arrays = from_bytes(commits.all_rounds(tiny_run.directory / "federated")[0].adapter)

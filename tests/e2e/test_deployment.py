@@ -20,15 +20,16 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
 from deployment import BIN, Deployment, free_port, users, why_not_two_users
 
-from configs.artifacts import require_manifest
-from federated.certificates import CURVE, Authority
-from federated.federation import Federation
-from federated.health import is_serving
-from federated.keys import load_or_create_key
-from federated.processes import end_tree
-from federated.proxy import FLEET_PATHS
-from federated.superlink import APP, flower_environment, nodes
-from privacy.certificate_check import check_certificate
+from configs.storage.manifests import require_manifest
+from federated.deployment.federation_folder import Federation
+from federated.deployment.flower_programs import flower_environment
+from federated.deployment.proxy import FLEET_PATHS
+from federated.deployment.superlink import APP, nodes
+from federated.deployment.supervisor import end_tree
+from federated.identity.keys import load_or_create_key
+from federated.identity.x509 import CURVE, Authority
+from federated.transport.health import is_serving
+from privacy.certificate.check import check_certificate
 
 RUN_S = 400.0
 TENSORBOARD = find_spec("tensorboard") is not None
@@ -256,9 +257,8 @@ class TlsServer:
 )
 def test_a_relay_refuses_a_coordinator_whose_certificate_is_not_good(coordinator, case, said, tmp_path, monkeypatch):
     """By our own clear line, and by Flower's TLS below it, which is what protects."""
-    import federated.certificates as module
-    from federated.documents import read_document, write_document
-    from federated.keys import CoordinatorCard, fingerprint
+    import federated.identity.x509 as module
+    from federated.identity.cards import CoordinatorCard, fingerprint, read_document, write_document
 
     known = Authority(tmp_path / "ca.key", tmp_path / "ca.pem", "known")
     signing = Authority(tmp_path / "other.key", tmp_path / "other.pem", "other") if case == "foreign" else known

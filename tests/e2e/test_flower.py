@@ -36,28 +36,31 @@ from flower_processes import (
 )
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from repository import found_below
 from silo_requests import body_of, opened
 
-from configs.artifacts import require_manifest
-from configs.load import load, to_toml
-from configs.schema import RunConfig
-from configs.silo import load_silo
-from federated import server_app
-from federated import silo_pb2 as pb
-from federated.adapters import to_bytes
-from federated.aggregator import FOLDER
-from federated.certificates import CURVE, Authority
-from federated.client_app import make_app, pack, silo_service, unpack
-from federated.envelope import seal_request
-from federated.exchange import Parties
-from federated.keys import load_or_create_key
-from federated.local_grid import LocalGrid
-from federated.silo import Silo
-from federated.silo_client import exchange
-from federated.trust import coordinator_signer, enrolled_silos
-from privacy.certificate_check import check_certificate
-from privacy.chain import verify_entries
-from privacy.ledger_file import read_only
+from configs.load import load
+from configs.parse import to_toml
+from configs.schema.schema import RunConfig
+from configs.schema.silo import load_silo
+from configs.storage.manifests import require_manifest
+from federated.adapters.arrays import to_bytes
+from federated.coordinator import server_app
+from federated.coordinator.parties import Parties
+from federated.coordinator.trusted_aggregator import FOLDER
+from federated.identity.keys import load_or_create_key
+from federated.identity.trust import coordinator_signer, enrolled_silos
+from federated.identity.x509 import CURVE, Authority
+from federated.protocol import silo_pb2 as pb
+from federated.protocol.envelope import seal_request
+from federated.silo.silo import Silo
+from federated.simulation.local_grid import LocalGrid
+from federated.transport.client_app import make_app, silo_service
+from federated.transport.flower_messages import pack, unpack
+from federated.transport.service_client import exchange
+from privacy.certificate.check import check_certificate
+from privacy.ledger.chain import verify_entries
+from privacy.ledger.file import read_only
 from privacy.plan import PlanRequest
 
 
@@ -248,11 +251,11 @@ def test_the_bundle_holds_the_shim_alone(processes, tmp_path):
 
 
 def test_the_relay_imports_neither_torch_nor_the_silo():
-    heavy = {"torch", "transformers", "datasets", "privacy", "trainer", "federated.silo", "federated.server_app"}
+    heavy = ("torch", "transformers", "datasets", "privacy", "trainer", "federated.silo", "federated.coordinator")
     script = "import sys, siloweave_app; siloweave_app.client; print(*sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(APP)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=START_S, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert not heavy & set(done.stdout.split())
+    assert not found_below(done.stdout.split(), heavy)

@@ -22,14 +22,15 @@ from flower_processes import (
     silo_toml,
 )
 
-from configs.load import load, to_toml
-from configs.silo import load_silo
-from federated import server_app
-from federated.exchange import Parties
-from federated.local_grid import LocalGrid
-from federated.silo import Silo
-from federated.trust import coordinator_signer, enrolled_silos
-from privacy.certificate_check import check_certificate
+from configs.load import load
+from configs.parse import to_toml
+from configs.schema.silo import load_silo
+from federated.coordinator import server_app
+from federated.coordinator.parties import Parties
+from federated.identity.trust import coordinator_signer, enrolled_silos
+from federated.silo.silo import Silo
+from federated.simulation.local_grid import LocalGrid
+from privacy.certificate.check import check_certificate
 
 SILOS = ("comedies", "roman")
 

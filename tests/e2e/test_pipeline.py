@@ -5,14 +5,12 @@ import json
 import re
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
+from repository import REPOSITORY
 
-from privacy.statements import Receipt
-
-REPOSITORY = Path(__file__).parents[2]
+from privacy.ledger.statements import Receipt
 
 
 def test_the_report_has_every_promised_figure(tiny_run):
@@ -60,8 +58,8 @@ def test_the_page_is_self_contained(tiny_run):
 def test_page_and_table_show_f1_with_its_error(tiny_run):
     from rich.console import Console
 
-    from cluster.workflow.console import result_table
-    from cluster.workflow.page import render
+    from cluster.monitoring.console import result_table
+    from cluster.report.page import render
 
     known = {"bits_per_char": 2.5, "bits_per_char_error": 0.25, "accuracy": None, "accuracy_error": None}
     f1 = {"macro_f1": 0.625, "macro_f1_error": 0.0625, "f1_by_label": {"yes <b>": {"f1": 0.75, "f1_error": 0.125}}}

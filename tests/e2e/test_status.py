@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.workflow.status import lines, status
+from cluster.monitoring.status import lines, status
 
 SILOS = {"comedies", "histories", "problems", "roman", "romances", "tragedies"}
 

@@ -2,19 +2,19 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from bf16_gangs import GANGS, STAGES, options
 from engine_pair import SAVED, VOCABULARY, settings
+from repository import SUPPORT
 
-from trainer.checkpoints import step_name
+from trainer.checkpoints.checkpoints import step_name
 from trainer.export import _consolidated
-from trainer.models import new_model
+from trainer.models.llama import new_model
 
 OTHERS = [(stage, gang) for stage in STAGES for gang in ("same", "more", "fewer")]
-SCRIPT = Path(__file__).parents[1] / "bf16_gangs.py"
+SCRIPT = SUPPORT / "bf16_gangs.py"
 
 
 @pytest.fixture(scope="module")

@@ -6,19 +6,19 @@ import time
 
 import pytest
 
-from configs.artifacts import write_atomic
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from federated import commits
-from federated.adapters import from_bytes
-from federated.aggregator import simulated_ledger
-from federated.exchange import Exchange
-from federated.rounds import Coordinator
-from federated.simulation import simulate
-from privacy.certificate import AGGREGATOR
-from privacy.certificate_check import check_certificate, check_in_ledger
-from privacy.chain import verify_entries
-from privacy.ledger_file import read_only
-from privacy.replay import replay
+from configs.storage.files import write_atomic
+from federated.adapters.arrays import from_bytes
+from federated.coordinator import round_commits as commits
+from federated.coordinator.exchange import Exchange
+from federated.coordinator.rounds import Coordinator
+from federated.simulation.simulated_places import simulated_ledger
+from federated.simulation.simulation import simulate
+from privacy.certificate.certificate import AGGREGATOR
+from privacy.certificate.check import check_certificate, check_in_ledger
+from privacy.ledger.chain import verify_entries
+from privacy.ledger.file import read_only
+from privacy.ledger.replay import replay
 
 SEED = bytes(range(32))
 CLIENT = (

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import SUPPORT
 
 from configs.events import read_events
-from trainer import elastic
+from trainer.checkpoints import resize as elastic
 
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
 # Under the second, the numbers of targets in a batch's rows differ.
@@ -78,7 +79,7 @@ STAGES = """
 import json, sys
 from pathlib import Path
 from cluster.runtime.session import ray_session
-from cluster.workflow.verify_resume import verify_resume
+from cluster.checks.verify_resume import verify_resume
 from configs.load import load
 
 directory, key = Path(sys.argv[1]), sys.argv[2]
@@ -177,7 +178,7 @@ def slow(tmp_path, monkeypatch):
     """A file; while it is there, ranks on nodes that are started from now on are held up in every step."""
     faults = tmp_path / "faults"
     faults.mkdir()
-    path = os.pathsep.join([str(Path(__file__).parents[1] / "faults"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(SUPPORT / "faults"), os.environ.get("PYTHONPATH", "")])
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setenv("SILOWEAVE_TEST_FAULTS", str(faults))
     (faults / "slow").touch()

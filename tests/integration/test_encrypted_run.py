@@ -7,17 +7,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from configs.artifacts import require_manifest
-from configs.encryption import ENVIRONMENT, is_sealed, load_key, unseal, write_sealed
 from configs.errors import InputError
 from configs.events import read_events
-from federated import commits
-from federated.rounds import Coordinator
-from federated.simulation import simulate
-from privacy.model_digests import ADAPTER, ModelDigests, which_model
+from configs.storage.manifests import require_manifest
+from configs.storage.sealing import ENVIRONMENT, is_sealed, load_key, unseal, write_sealed
+from federated.coordinator import round_commits as commits
+from federated.coordinator.rounds import Coordinator
+from federated.simulation.simulation import simulate
+from privacy.certificate.model_digests import ADAPTER, ModelDigests, which_model
+from trainer.checkpoints.checkpoints import pretrain_digest
 from trainer.export import export
-from trainer.models import load_model
-from trainer.pretrain import pretrain_digest
+from trainer.models.load import load_model
 
 SECRET = bytes(range(200, 232)).hex()
 WEIGHTS = {".safetensors", ".pt"}
@@ -167,7 +167,7 @@ def test_a_model_of_the_first_version_is_still_read(sealed, monkeypatch, tmp_pat
     shutil.copytree(root / "runs" / "tiny" / "model", old)
     shutil.copytree(old, tmp_path / "new")
     weights = unseal((old / "model.safetensors").read_bytes(), key, None, "model")
-    monkeypatch.setattr("configs.encryption._VERSION", 1)
+    monkeypatch.setattr("configs.storage.sealing._VERSION", 1)
     write_sealed(old / "model.safetensors", weights, key, "model/model.safetensors")
     monkeypatch.undo()
     assert load_model(old, key).state_dict().keys() == load_model(tmp_path / "new", key).state_dict().keys()

@@ -6,17 +6,17 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from engine_pair import SAVED, STEPS, VOCABULARY, batch, settings
+from repository import SUPPORT
 
-from trainer.models import new_model
-from trainer.objective import next_token_nats
-from trainer.optimizers import learning_rate
+from trainer.models.llama import new_model
+from trainer.objectives.causal import next_token_nats
+from trainer.pretraining.optimizers import learning_rate
 
-PAIR = Path(__file__).parents[1] / "engine_pair.py"
+PAIR = SUPPORT / "engine_pair.py"
 OPTIMIZERS, STAGES = ("adamw", "adam", "sgd", "momentum"), (0, 1, 2, 3)
 PLAIN = [[f"optimizer={optimizer}", f"zero_stage={stage}"] for optimizer in OPTIMIZERS for stage in STAGES]
 OFFLOADED = [

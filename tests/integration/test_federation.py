@@ -11,28 +11,28 @@ from pathlib import Path
 import pytest
 from flwr.app import Error, Message
 
-from configs.artifacts import read_manifest
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
-from configs.silo import simulated_silo
-from federated import commits
-from federated.adapters import from_bytes
-from federated.exchange import TRAIN, Exchange
-from federated.held_out import score_held_out
-from federated.label_counts import examples_of, label_counts
-from federated.local_grid import LocalGrid
-from federated.private_evaluation import evaluated
-from federated.rounds import Coordinator
-from federated.silo_data import load_units
-from federated.simulation import simulate
-from federated.warm_model import warm_model
-from privacy.certificate_check import check_certificate
-from privacy.chain import verify_entries
-from privacy.ledger_file import read_only
+from configs.storage.manifests import read_manifest
+from federated.adapters.arrays import from_bytes
+from federated.adapters.warm_model import warm_model
+from federated.coordinator import round_commits as commits
+from federated.coordinator.exchange import TRAIN, Exchange
+from federated.coordinator.rounds import Coordinator
+from federated.evaluation.label_counts import examples_of, label_counts
+from federated.evaluation.private_sums import evaluated
+from federated.silo.units import load_units
+from federated.simulation.in_the_clear import score_held_out
+from federated.simulation.local_grid import LocalGrid
+from federated.simulation.simulated_places import simulated_silo
+from federated.simulation.simulation import simulate
+from privacy.certificate.check import check_certificate
+from privacy.ledger.chain import verify_entries
+from privacy.ledger.file import read_only
 from privacy.signing import load_secret
 from trainer.data.tokenizer import load_tokenizer
-from trainer.evaluation import Score
-from trainer.tasks import CausalTask
+from trainer.metrics.bits_per_char import Score
+from trainer.tasks.text import CausalTask
 
 SEED = bytes(range(32))
 

@@ -15,9 +15,9 @@ import torch
 from plain_training import plain_losses
 
 from configs.events import read_events
-from trainer import checkpoints
+from trainer.checkpoints import checkpoints
 from trainer.data.packing import TokenFile
-from trainer.objective import next_token_nats
+from trainer.objectives.causal import next_token_nats
 
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
 
@@ -132,10 +132,10 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from configs.load import load
-from configs.storage import Folder
-from trainer.commits import Committer
-from trainer.engine import build_engine
-from trainer.zero import Rank, join_process_group, prepare_process
+from configs.storage.storage import Folder
+from trainer.checkpoints.committer import Committer
+from trainer.pretraining.engine import build_engine
+from trainer.rank import Rank, join_process_group, prepare_process
 
 root, scratch, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 rank = Rank(0, 1, 0, 1, "127.0.0.1", port, "cpu", 1)

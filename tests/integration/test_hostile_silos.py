@@ -11,18 +11,18 @@ import pytest
 
 from configs.events import read_events
 from configs.load import load
-from configs.silo import simulated_silo
-from federated import commits
-from federated import silo_pb2 as pb
-from federated.adapters import from_bytes, to_bytes
-from federated.envelope import seal_reply
-from federated.exchange import Parties
-from federated.local_grid import LocalGrid
-from federated.server_app import run_federation
-from federated.silo import Silo
-from federated.trust import coordinator_signer
-from privacy.certificate_check import check_certificate
-from privacy.statements import Receipt
+from federated.adapters.arrays import from_bytes, to_bytes
+from federated.coordinator import round_commits as commits
+from federated.coordinator.parties import Parties
+from federated.coordinator.rounds import run_federation
+from federated.identity.trust import coordinator_signer
+from federated.protocol import silo_pb2 as pb
+from federated.protocol.envelope import seal_reply
+from federated.silo.silo import Silo
+from federated.simulation.local_grid import LocalGrid
+from federated.simulation.simulated_places import simulated_silo
+from privacy.certificate.check import check_certificate
+from privacy.ledger.statements import Receipt
 
 GOOD = "good"
 SILOS = [

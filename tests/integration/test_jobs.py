@@ -240,7 +240,8 @@ def test_the_upload_runs_where_siloweave_is_not_installed(checkout, tmp_path):
     code = (
         "import sys; sys.path[:] = ['.', *[p for p in sys.path if p and 'checkout' not in p]]\n"
         "from importlib.metadata import distribution; print(distribution('siloweave').locate_file(''))\n"
-        "import siloweave, cluster.commands, federated.rounds; print(cluster.__file__, federated.__file__)"
+        "import siloweave, cluster.commands.stages, federated.coordinator.rounds\n"
+        "print(cluster.__file__, federated.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False

@@ -8,14 +8,15 @@ import pytest
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 
-from configs.artifacts import Manifest, commit_manifest
 from configs.errors import InputError
 from configs.events import EventLog, read_events
 from configs.load import load
-from federated.client_app import SHARED, pack, unpack
-from federated.exchange import TRAIN, Parties
-from federated.local_grid import _CALL_BYTES, _CALL_S, LocalGrid, SiloHost
-from federated.rounds import Coordinator
+from configs.storage.manifests import Manifest, commit_manifest
+from federated.coordinator.exchange import TRAIN
+from federated.coordinator.parties import Parties
+from federated.coordinator.rounds import Coordinator
+from federated.simulation.local_grid import _CALL_BYTES, _CALL_S, LocalGrid, SiloHost
+from federated.transport.flower_messages import SHARED, pack, unpack
 from privacy.signing import Signer
 
 

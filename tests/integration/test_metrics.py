@@ -4,7 +4,7 @@ import time
 import urllib.request
 from unittest.mock import Mock
 
-from cluster.runtime.metrics import RayMetrics
+from cluster.monitoring.prometheus import RayMetrics
 
 STEP = {"steps": 9, "loss": 2.5, "learning_rate": 0.5, "tokens": 64, "seconds": 0.25, "memory_bytes": 4096}
 

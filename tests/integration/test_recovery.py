@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from plain_training import plain_losses
+from repository import SUPPORT
 
 from configs.events import read_events
 from configs.load import load
@@ -82,7 +83,7 @@ class Scenario:
         self.run, self.faults = run, root / "faults"
         self.faults.mkdir()
         (self.faults / "slow").touch()
-        path = os.pathsep.join([str(Path(__file__).parents[1] / "faults"), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(SUPPORT / "faults"), os.environ.get("PYTHONPATH", "")])
         options = ("cluster.standbys=true", "cluster.max_failures=5", "cluster.hang_timeout_s=25")
         arguments = (part for option in options for part in ("--set", option))
         self.process = start(root, *arguments, PYTHONPATH=path, SILOWEAVE_TEST_FAULTS=str(self.faults))

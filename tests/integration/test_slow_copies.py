@@ -5,9 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-from trainer import checkpoints
+from repository import SUPPORT
+
+from trainer.checkpoints import checkpoints
 
 HANG_S = 4
 SETTINGS = (
@@ -24,7 +25,8 @@ from cluster.runtime.gang import _train_once
 from cluster.runtime.placement import placed
 from cluster.runtime.session import ray_session
 from cluster.runtime.watch import RankFailed
-from configs.load import load, run_directory
+from configs.load import load
+from configs.run_directory import run_directory
 
 config, events = load("tiny", sys.argv[1:]), []
 with ray_session(config.cluster, 2) as ray:
@@ -44,7 +46,7 @@ def test_a_copy_that_stops_is_a_hang_and_one_that_takes_longer_than_the_timeout_
     shutil.copytree(tiny_run.directory / "corpus", tmp_path / "store" / "tiny" / "corpus")
     monkeypatch.setenv("SILOWEAVE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SILOWEAVE_TEST_SLOW", str(tmp_path / "way"))
-    tests = Path(__file__).parents[1]
+    tests = SUPPORT
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests / "slow_store"), os.environ.get("PYTHONPATH", "")]))
     settings = [*SETTINGS, f"run.storage=slow://{tmp_path}/store", f"cluster.scratch_dir={tmp_path}"]
     done = subprocess.run(

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from repository import SUPPORT
 
-from configs.bucket import Bucket
 from configs.events import read_events
-from configs.load import load, run_directory
-from configs.mirror import open_mirror
-from trainer import checkpoints
+from configs.load import load
+from configs.run_directory import run_directory
+from configs.storage.bucket import Bucket
+from configs.storage.mirror import open_mirror
+from trainer.checkpoints import checkpoints
 
 moto = pytest.importorskip("moto", reason="needs the extra `test`")
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
@@ -31,7 +33,7 @@ SETTINGS = (
 def serve(**environment):
     """A server in a process of its own, and the variables with which clients reach it."""
     server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parents[1] / "s3_server.py")],
+        [sys.executable, str(SUPPORT / "s3_server.py")],
         env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

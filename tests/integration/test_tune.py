@@ -9,16 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from repository import REPOSITORY
 
-from cluster.runtime import tuning
-from cluster.workflow.status import lines, status
-from cluster.workflow.tuning_kinds import PRETRAIN, validations
+from cluster.monitoring.status import lines, status
+from cluster.tuning import ray_tune as tuning
+from cluster.tuning.trial_kinds import PRETRAIN, validations
 from configs.events import EventLog, read_events
 from configs.load import load
-from privacy.chain import verify_entries
-from privacy.ledger_file import read_only
+from privacy.ledger.chain import verify_entries
+from privacy.ledger.file import read_only
 
-REPOSITORY = Path(__file__).parents[2]
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
 TRIALS = 4
 SETTINGS = (

@@ -2,11 +2,10 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 NAMED = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 
 

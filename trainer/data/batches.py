@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.artifacts import Manifest, digest_bytes
-from configs.corpora import corpora
 from configs.errors import SiloweaveError
-from configs.schema import RunConfig
+from configs.schema.data import corpora
+from configs.schema.schema import RunConfig
+from configs.storage.files import digest_bytes
+from configs.storage.manifests import Manifest
 from trainer.data.order import Int64s, Order, SkippedData
-from trainer.data.packing import TokenFile
-from trainer.data.prepare import train_tokens
+from trainer.data.packing import TokenFile, train_tokens
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+VALIDATION_TOKENS = "tokens-validation.bin"
+
+
 Packing = Literal["concatenate", "documents"]
 TOKEN_DTYPE = np.dtype("<u2")
 _POSITIONS, _TARGETS = ".positions", ".targets"
@@ -161,3 +164,8 @@ class TokenFile:
     def _rows(self, values: npt.NDArray[np.uint16], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         starts = indices[:, None] * self._context_length
         return np.asarray(values[starts + np.arange(self._context_length)], dtype=np.int64)
+
+
+def train_tokens(corpus: str) -> str:
+    """File name of a corpus' training tokens."""
+    return f"tokens-train-{corpus}.bin"

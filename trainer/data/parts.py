@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from configs.artifacts import canonical_json, write_atomic
+from configs.storage.files import canonical_json, write_atomic
 from trainer.data.cleaning import Candidate, CleaningCounts, Copies, candidates
 from trainer.data.packing import TOKEN_DTYPE, Document
 from trainer.data.tokenizer import load_tokenizer

@@ -8,31 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.artifacts import (
-    Manifest,
-    canonical_json,
-    commit_manifest,
-    damaged_file,
-    digest_json,
-    read_manifest,
-    write_atomic,
-    write_failure,
-)
-from configs.corpora import corpora, field_of
-from configs.data_settings import PUBLIC
 from configs.errors import InputError
-from configs.schema import RunConfig
-from trainer.data.packing import Document, pack
+from configs.schema.data import PUBLIC, corpora, field_of
+from configs.schema.schema import RunConfig
+from configs.storage.files import canonical_json, digest_json, write_atomic, write_failure
+from configs.storage.manifests import Manifest, commit_manifest, finished
+from trainer.data.packing import VALIDATION_TOKENS, Document, pack, train_tokens
 from trainer.data.parts import Deidentify, MapParts, Parts, one_after_the_other
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import train_tokenizer
-
-VALIDATION_TOKENS = "tokens-validation.bin"
-
-
-def train_tokens(corpus: str) -> str:
-    """File name of a corpus' training tokens."""
-    return f"tokens-train-{corpus}.bin"
 
 
 def prepare(
@@ -127,14 +111,6 @@ def _tokenizer(config: RunConfig, directory: Path, settings: str, texts: Iterabl
     size = len(train_tokenizer(texts, config.tokenizer.vocab_size, directory))
     commit_manifest(directory, Manifest("tokenizer", settings, metadata={"vocab_size": size, "trained_on": "public"}))
     return size
-
-
-def finished(directory: Path, kind: str, config_digest: str) -> Manifest | None:
-    """The manifest of a directory that is complete, undamaged and made with these settings; else None."""
-    manifest = read_manifest(directory, kind)
-    if manifest is None or manifest.config_digest != config_digest or damaged_file(directory, manifest):
-        return None
-    return manifest
 
 
 def _shaping(config: RunConfig) -> list[Any]:

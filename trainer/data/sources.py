@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.artifacts import unreadable
-from configs.data_settings import SourceSettings
 from configs.errors import InputError
+from configs.schema.data import SourceSettings
+from configs.storage.files import unreadable
 from trainer.data.embedded import EMBEDDED
 
 Row = dict[str, Any]

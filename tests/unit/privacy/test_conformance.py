@@ -6,7 +6,7 @@ from traps import engine as measured
 from traps import siloweave
 from traps.layers import LAYERS
 
-from privacy.streams import Streams
+from privacy.mechanism.streams import Streams
 
 REAL = measured.train_privately
 

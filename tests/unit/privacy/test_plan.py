@@ -8,14 +8,15 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from pydantic import ValidationError
 
-from configs.artifacts import canonical_json, digest_json
 from configs.errors import InputError, PolicyRefusal
-from configs.load import load, parse
-from federated.planning import plan_request
-from privacy.accountant import schedule_epsilon
+from configs.load import load
+from configs.parse import parse
+from configs.storage.files import canonical_json, digest_json
+from privacy.accounting.accountant import schedule_epsilon
+from privacy.accounting.truncation import FAILURE_SHARE, size_margin, size_noise, units_for
+from privacy.ledger.replay import replay
 from privacy.plan import MetricRelease, PlanRequest
-from privacy.replay import replay
-from privacy.truncation import FAILURE_SHARE, size_margin, size_noise, units_for
+from privacy.plan_from_settings import plan_request
 
 RECORD = {
     "sampling_rate": 0.03,

@@ -1,0 +1,235 @@
+"""``siloweave audit``: what the engine shows of itself at the run's plan and at one where a run has power, and attacks.
+
+Everything about an audit is fixed and written down before it starts. Its training reads public text and made-up
+canaries only, so that it costs no budget, and is charged to a ledger of its own; records of silos are read only where
+they are declared public.
+"""
+
+import copy
+import io
+import json
+import secrets
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.run import Run
+from configs.errors import InputError
+from configs.schema.schema import RunConfig
+from configs.storage.files import digest_json, write_atomic
+from configs.storage.manifests import require_manifest
+from configs.storage.sealing import load_key
+from federated.audit.audit_silo import AuditSilo
+from federated.audit.canary_training import AuditSettings, AuditTraining
+from federated.audit.hostile_adapters import movements
+from federated.audit.membership import infer_membership
+from privacy.audit.bound import REFERENCE_PLAN, audited_bound, overall
+from privacy.plan import PlanRequest
+from privacy.plan_from_settings import plan_request
+from trainer.data.sources import ReadCounts, read_rows
+from trainer.data.tokenizer import load_tokenizer
+from trainer.models.adapters import add_adapter
+from trainer.models.load import load_model
+from trainer.tasks.text import CausalTask
+
+AUDIT_VERSION = 2  # 2: hostile adapters
+SMALLEST, LARGEST = 200, 10_000
+_EXAMPLE_CANARIES, _EXAMPLE_TOKENS, _BACKGROUND = 512, 16, 500
+_LIBRARIES = ("siloweave", "torch", "opacus", "dp-accounting", "scipy")
+
+
+def audit(run: Run, canaries: int) -> dict[str, Any]:
+    """Audits the engine on a finished run's base model and settings. Returns what ``audit.json`` holds.
+
+    Args:
+        run: a run whose federation has finished.
+        canaries: gradient canaries of each audit.
+
+    Raises:
+        InputError: the run has not finished, or the number of canaries is out of range.
+    """
+    if run.config.privacy.unit == "client":
+        raise InputError("privacy.unit is 'client': an audit is of the engine that trains with records as units")
+    if not SMALLEST <= canaries <= LARGEST:
+        raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
+    model = require_manifest(run.model, "model", "export")
+    federations = _finished(run.directory)
+    base = load_model(run.model, load_key(run.config.run.encryption_key_file))
+    directory = run.directory / "audit"
+    earlier = _set_aside(directory)
+    design = _design(run.config, canaries, model.content_digest)
+    write_atomic(directory / "design.json", json.dumps(design, indent=2).encode() + b"\n")
+    with run.stage("audit"):
+        claims = {
+            name: _audit_plan(run, name, PlanRequest(**claim["plan"]), design, copy.deepcopy(base), earlier)
+            for name, claim in design["claims"].items()
+        }
+        hostile = _hostile_adapters(run, base)
+        membership = _membership(run, federations)
+    findings = {name: claim.pop("_findings") for name, claim in claims.items()}
+    document = {
+        "version": AUDIT_VERSION,
+        "name": run.config.run.name,
+        "date": datetime.now(tz=UTC).isoformat(timespec="seconds"),
+        "simulation_only": True,
+        "design_digest": digest_json(design),
+        "earlier_audits": earlier,
+        "verdict": overall([finding for found in findings.values() for finding in found]) if _hold(hostile) else "fail",
+        "audited_bound": audited_bound(findings["run"]),
+        "claims": claims,
+        "hostile_adapters": hostile,
+        "membership": membership,
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
+    write_atomic(directory / "roc.svg", roc_plot(membership).encode())
+    write_atomic(directory / "audit.json", json.dumps(document, indent=2).encode() + b"\n")
+    return document
+
+
+def _finished(run_directory: Path) -> dict[str, Path]:
+    require_manifest(run_directory / "federated", "federated", "federate")
+    candidates = {name: run_directory / name for name in ("federated", "federated-no-dp")}
+    return {name: path for name, path in candidates.items() if (path / "manifest.json").exists()}
+
+
+def _set_aside(directory: Path) -> int:
+    """Keeps an earlier audit, finished or not: one that failed must not vanish because another one passed."""
+    if directory.exists():
+        directory.rename(directory.with_name(f"audit-until-{datetime.now(tz=UTC):%Y%m%d-%H%M%S-%f}"))
+    return len(list(directory.parent.glob("audit-until-*")))
+
+
+def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, Any]:
+    """Everything that is fixed before the first step: canaries, scores, guesses, claims."""
+    claims = {}
+    # The run's claim, looked at in every way; and the engine where one run can prove something, with all error on one.
+    for name, request, examples in (("run", plan_request(config), _EXAMPLE_CANARIES), ("reference", REFERENCE_PLAN, 0)):
+        settings = AuditSettings(
+            gradient_canaries=canaries,
+            example_canaries=examples,
+            example_tokens=min(_EXAMPLE_TOKENS, config.model.context_length - 2),
+            record_count=config.data.private.public_record_count if name == "run" else LARGEST,
+            learning_rate=config.federated.learning_rate,
+            micro_batch_size=config.federated.micro_batch_size,
+        )
+        scores = {mode: {"guesses": g, "share": share} for mode, (g, share) in settings.modes(request).items()}
+        claims[name] = {"plan": request.model_dump(), "settings": asdict(settings), "scores": scores}
+    return {"version": AUDIT_VERSION, "base_model": model_digest, "claims": claims}
+
+
+def _audit_plan(
+    run: Run, name: str, request: PlanRequest, design: dict[str, Any], base: Any, earlier: int
+) -> dict[str, Any]:
+    torch.set_num_threads(run.config.cluster.threads_per_rank)
+    federated = run.config.federated
+    task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
+    rows = read_rows(run.config.data.public, [], ReadCounts())
+    training = AuditTraining(
+        request,
+        AuditSettings(**design["claims"][name]["settings"]),
+        add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed),
+        task,
+        [task.encode(row[run.config.data.public.text]) for row in islice(rows, _BACKGROUND)],
+        digest_json(design),
+    )
+    folder = run.directory / "audit" / name
+    run_id = f"audit-{name}-{secrets.token_hex(8)}"
+    with closing(AuditSilo.open(folder / "silo", training.plan, run_id, digest_json(design))) as silo:
+        training.train(_counter(run, f"audit {name}", request.steps), silo.seed)
+        findings = training.findings()
+        certificate = silo.certificate(findings, earlier)
+    write_atomic(folder / "certificate.json", json.dumps(certificate, indent=2).encode() + b"\n")
+    shown = {
+        "epsilon": request.epsilon,
+        "delta": request.delta,
+        "plan_digest": request.digest,
+        "verdict": overall(findings),
+        "findings": [finding.as_dict() for finding in findings],
+    }
+    return {**shown, "_findings": findings, **({"exposure": training.exposure()} if len(findings) > 1 else {})}
+
+
+def _hostile_adapters(run: Run, base: Any) -> list[dict[str, Any]]:
+    """How far one made-up record moves the sum under adapters that a hostile coordinator would send."""
+    federated = run.config.federated
+    task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
+    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed).train()
+    return [{**asdict(movement), "holds": movement.holds} for movement in movements(model, task)]
+
+
+def _hold(hostile: list[dict[str, Any]]) -> bool:
+    return all(movement["holds"] for movement in hostile)
+
+
+def _counter(run: Run, stage: str, steps: int) -> Callable[[], None]:
+    done = iter(range(1, steps + 1))
+    return lambda: run.log.emit(stage, "scored", done=next(done), of=steps)
+
+
+def _membership(run: Run, federations: dict[str, Path]) -> dict[str, Any]:
+    if not run.config.data.private.public:
+        return {"simulation_only": True, "not_available": "the silos' data are not declared public"}
+    return infer_membership(run.config, run.model, federations)
+
+
+def roc_plot(membership: dict[str, Any]) -> str:
+    """ROC of the attacks, both axes logarithmic, because what counts are few false positives (Carlini et al. 2022)."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    for name, attacks in membership.items():
+        for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
+            curve = figures["roc"]
+            label = f"{name}, {attack.replace('_', ' ')}: AUC {figures['auc']:.3f}"
+            axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label)
+    axes.plot([1e-4, 1], [1e-4, 1], color="#8d99ae", linestyle="--", label="guessing")
+    axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1), title="Membership inference (simulation only)")
+    axes.set(xlabel="false-positive rate", ylabel="true-positive rate")
+    axes.legend(frameon=False, fontsize=7)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def failure(document: dict[str, Any]) -> str:
+    """What has failed, in words."""
+    moved = [found["adapter"] for found in document["hostile_adapters"] if not found["holds"]]
+    if moved:
+        return f"under the hostile adapter {moved[0]!r} one record moves the sum by more than its own clipped gradient"
+    return "a lower bound on epsilon exceeds the claim at 99.9% confidence"
+
+
+def summary(document: dict[str, Any]) -> list[str]:
+    """An audit in lines for people."""
+    lines = []
+    for name, claim in document["claims"].items():
+        lines.append(f"{name} plan: epsilon {claim['epsilon']:.3g} (delta {claim['delta']:g}): {claim['verdict']}")
+        lines += [
+            f"  {found['mode']}: {found['correct']} of {found['guesses']} guesses right; epsilon is at least "
+            f"{found['epsilon_lower_bound']:.3g} ({found['confidence']:.0%} confidence)"
+            for found in claim["findings"]
+        ]
+    lines += [
+        f"hostile adapter, {found['adapter']}: one record moves the sum by {found['moved']:.5f} C, "
+        f"and what others add by {found['beside_its_own']:g} C"
+        for found in document["hostile_adapters"]
+    ]
+    membership = document["membership"]
+    if "not_available" in membership:
+        lines.append(f"membership inference: not available ({membership['not_available']})")
+    for name, attacks in membership.items():
+        for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
+            rates = ", ".join(f"{rate:.2%} at {at}" for at, rate in figures["true_positive_rate_at"].items())
+            lines.append(f"{name}, {attack}: AUC {figures['auc']:.3f}; true positives {rates} (simulation_only)")
+    return lines

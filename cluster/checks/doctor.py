@@ -1,0 +1,165 @@
+"""``siloweave doctor``: looks at this machine before a run does, and says the fix for what it finds."""
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from cluster.runtime.session import unreachable
+from configs.errors import InputError
+from configs.run_directory import run_directory
+from configs.schema.schema import RunConfig
+from configs.storage.bucket import Bucket
+from trainer.pretraining.deepspeed_settings import likely_device, unsupported
+
+_WANTED = {
+    "torch": (2, 8),
+    "ray": (2, 55),
+    "deepspeed": (0, 19),
+    "flwr": (1, 41),
+    "opacus": (1, 6),
+    "transformers": (5, 0),
+}
+_STALE_LOCK_S = 600
+_MIN_DISK_BYTES, _MIN_SHM_BYTES = 2 * 2**30, 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check.
+
+    Attributes:
+        check: what was looked at.
+        ok: whether it holds.
+        found: what was found.
+        fix: what to do, where it doesn't hold.
+    """
+
+    check: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+def examine(config: RunConfig) -> list[Finding]:
+    """All checks, each one independent of the others."""
+    storage = run_directory(config)
+    # Of an object store this machine keeps a mirror.
+    what, which = ("the mirror", "SILOWEAVE_CACHE") if config.run.url else ("run.storage", "run.storage")
+    checks: list[Callable[[], Finding]] = [
+        _python,
+        *(lambda name=name, least=least: _package(name, least) for name, least in _WANTED.items()),
+        _compiler,
+        lambda: _cpus(config),
+        lambda: _space(f"disk for {what}", _existing(storage), _MIN_DISK_BYTES, f"choose another {which}"),
+        lambda: _space("shared memory", Path("/dev/shm"), _MIN_SHM_BYTES, "give the container more (--shm-size=1g)"),  # noqa: S108
+        lambda: _writable(_existing(storage), what, which),
+        *([lambda: _store(config)] if config.run.url else []),
+        _loopback,
+        _build_locks,
+        lambda: _address(config),
+        lambda: _options(config),
+    ]
+    return [check() for check in checks]
+
+
+def _python() -> Finding:
+    found = ".".join(str(part) for part in sys.version_info[:3])
+    return Finding("Python", sys.version_info[:2] >= (3, 11), found, "install Python 3.11 and run `make install`")
+
+
+def _package(name: str, least: tuple[int, int]) -> Finding:
+    wanted = ".".join(str(part) for part in least)
+    fix = f"install {name} {wanted} or newer: `make install`"
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return Finding(name, ok=False, found="not installed", fix=fix)
+    numbers = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    return Finding(name, numbers >= least, found, fix)
+
+
+def _compiler() -> Finding:
+    found = shutil.which("cc") or shutil.which("gcc")
+    return Finding("C compiler", found is not None, found or "none", "install one (Debian: `apt install gcc`)")
+
+
+def _cpus(config: RunConfig) -> Finding:
+    there = len(os.sched_getaffinity(0))
+    needed = max(config.cluster.world_size, config.federated.workers) * config.cluster.threads_per_rank
+    fix = "lower cluster.world_size or federated.workers, or go on and expect it to be slow"
+    return Finding("CPU cores", there >= needed, f"{there} for {needed} processes", fix)
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _space(check: str, path: Path, least: int, fix: str) -> Finding:
+    free = shutil.disk_usage(path).free if path.exists() else 0
+    return Finding(check, free >= least, f"{free / 2**30:.1f} GiB free at {path}", f"free some space, or {fix}")
+
+
+def _store(config: RunConfig) -> Finding:
+    check = "run.storage can be written, read and cleaned"
+    try:
+        Bucket(config.run.storage, run_directory(config)).prove()
+    except InputError as error:
+        found, _, fix = str(error).partition("; ")
+        return Finding(check, ok=False, found=found, fix=fix)
+    return Finding(check, ok=True, found=config.run.storage)
+
+
+def _writable(path: Path, what: str, which: str) -> Finding:
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            return Finding(f"{what} is writable", ok=True, found=str(path))
+    except OSError as error:
+        return Finding(
+            f"{what} is writable", ok=False, found=f"{path}: {error.strerror}", fix=f"choose another {which}"
+        )
+
+
+def _loopback() -> Finding:
+    try:
+        with socket.socket() as server, socket.socket() as client:
+            server.bind(("127.0.0.1", 0))
+            server.listen(1)
+            client.settimeout(2)
+            client.connect(server.getsockname())
+            return Finding("loopback ports", ok=True, found="a free port answers")
+    except OSError as error:
+        return Finding("loopback ports", ok=False, found=str(error), fix="allow TCP on 127.0.0.1")
+
+
+def _build_locks() -> Finding:
+    """A process that was killed while DeepSpeed compiled leaves a lock on which every later start hangs."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    now = time.time()
+    stale = [str(lock) for lock in root.rglob("lock") if now - lock.stat().st_mtime > _STALE_LOCK_S]
+    return Finding("DeepSpeed build locks", not stale, ", ".join(stale) or "none", f"rm {' '.join(stale)}")
+
+
+def _address(config: RunConfig) -> Finding:
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+    if not address:
+        return Finding("Ray address", ok=True, found="none: a Ray of our own on this machine")
+    reason = unreachable(address)
+    found = f"{address}: {reason}" if reason else f"{address} answers"
+    return Finding("Ray address", reason is None, found, fix="start Ray there, or unset cluster.address")
+
+
+def _options(config: RunConfig) -> Finding:
+    lines = unsupported(config.pretrain, likely_device(config.cluster.device))
+    return Finding(
+        "pretraining options",
+        not lines,
+        "; ".join(lines) or f"this machine can do what {config.run.name} asks for",
+        "change the settings, or run where they are supported",
+    )

@@ -1,0 +1,96 @@
+"""``siloweave plan``: what a run will need and spend, before anything runs."""
+
+from typing import Any
+
+from configs.schema.schema import RunConfig
+from privacy.plan import PlanRequest
+from privacy.plan_from_settings import plan_request
+from trainer.models.adapters import LORA_TARGETS
+from trainer.models.llama import parameter_sizes
+from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_device, unsupported
+from trainer.pretraining.memory import placed_bytes, state_bytes
+
+
+def estimate(config: RunConfig) -> dict[str, Any]:
+    """Parameters, bytes a rank by ZeRO stage, batch factorisation, steps, noise and epsilon.
+
+    Raises:
+        PolicyRefusal: a silo's rule for delta does not hold.
+        InputError: no noise multiplier reaches the epsilon.
+    """
+    pretrain, cluster, private = config.pretrain, config.cluster, config.data.private
+    sizes = parameter_sizes(config.model, config.tokenizer.vocab_size)
+    plan = plan_request(config)
+    counts = {"(default)": private.public_record_count, **private.public_record_counts}
+    return {
+        "model": {"parameters": sum(sizes), "context_length": config.model.context_length},
+        "pretrain": {
+            "world_size": cluster.world_size,
+            "world_sizes": config.world_sizes,
+            "steps": pretrain.steps,
+            "tokens": pretrain.steps * pretrain.batch_size * config.model.context_length,
+            "batch": {
+                "sequences": pretrain.batch_size,
+                "ranks": cluster.world_size,
+                "micro_batch": pretrain.micro_batch_size,
+                "accumulation": accumulation_steps(pretrain, cluster.world_size),
+            },
+            "state_bytes_per_rank": {
+                str(stage): state_bytes(pretrain, sizes, stage, cluster.world_size) for stage in range(4)
+            },
+            "placed_bytes_per_rank": placed_bytes(pretrain, sizes, cluster.world_size),
+            "zero_stage": pretrain.zero_stage,
+            "optimizer": pretrain.optimizer,
+            "not_supported_here": unsupported(pretrain, likely_device(cluster.device)),
+        },
+        "federated": {
+            "rounds": config.federated.rounds,
+            "steps_per_round": config.federated.local_steps,
+            "adapter_parameters": adapter_parameters(config),
+        },
+        "privacy": {
+            "schedule": {
+                "unit": plan.unit,
+                "relation": plan.relation,
+                "sampler": plan.sampler,
+                "sampling_rate": plan.sampling_rate,
+                "max_batch_size": plan.max_batch_size,
+                "max_units": plan.max_units,
+                "num_clients": plan.num_clients,
+                "rounds": plan.rounds,
+                "steps_per_round": plan.steps_per_round,
+                "metric_releases": [metric.model_dump() for metric in plan.metric_releases],
+            },
+            "noise_multiplier": plan.noise_multiplier,
+            "steps": plan.steps,
+            **plan.guarantee().as_dict(),
+            "silos": {
+                name: {
+                    "public_record_count": count,
+                    "expected_batch": config.privacy.sampling_rate * _bound(plan, count),
+                    "runs_in_budget": int(config.privacy.budget_epsilon // plan.epsilon),
+                }
+                for name, count in counts.items()
+            },
+        },
+    }
+
+
+def _bound(plan: PlanRequest, public_record_count: int) -> int:
+    """A silo's size; with records as units its rules for the plan have to hold."""
+    return plan.bind(public_record_count).public_record_count if plan.unit == "record" else public_record_count
+
+
+def adapter_parameters(config: RunConfig) -> int:
+    """Trainable parameters of the adapters: rank times (inputs + outputs) of every adapted layer, or outputs alone.
+
+    The latter with FFA-LoRA, whose A is frozen.
+    """
+    model, federated = config.model, config.federated
+    hidden, middle, vocabulary = model.hidden_size, model.intermediate_size, config.tokenizer.vocab_size
+    widths = {"gate_proj": (hidden, middle), "up_proj": (hidden, middle), "down_proj": (middle, hidden)}
+    block = [widths.get(name, (hidden, hidden)) for name in LORA_TARGETS if name != "lm_head"]
+    layers = [*block * model.layers, (hidden, vocabulary)]
+    return federated.lora_rank * sum(
+        outputs if federated.adapters == "ffa" else inputs + outputs for inputs, outputs in layers
+    )

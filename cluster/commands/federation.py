@@ -1,0 +1,38 @@
+"""``siloweave federation run``: the rounds over silos elsewhere, shown by the same listeners as a simulation's."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from configs.load import load
+from configs.printing import say
+
+STAGE = "federated"  # as in a simulation, so that both have the same curves
+
+
+def run(
+    folder: Annotated[Path, typer.Argument(help="The federation's folder.")],
+    config: Annotated[str, typer.Option("--config", "-c", help="A TOML file, or a preset's name.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="group.field=value; may be repeated.")] = None,
+) -> None:
+    """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its status is the run's."""
+    from cluster.monitoring.listeners import listening
+    from federated.deployment.federation_folder import Federation
+    from federated.deployment.served_run import run as run_rounds
+
+    settings = load(config, overrides or [])
+    with listening(settings) as listeners:
+
+        def on_event(event: dict[str, Any]) -> None:
+            _say(event)
+            for listener in listeners:
+                listener({**event, "stage": STAGE})
+
+        directory = run_rounds(Federation(folder), settings, on_event)
+    say(f"finished: {directory / 'certificate.json'}")
+
+
+def _say(event: dict[str, Any]) -> None:
+    shown = {key: value for key, value in event.items() if key not in ("time", "stage", "event")}
+    say(f"{event['event']}: " + ", ".join(f"{key} {value}" for key, value in shown.items()))

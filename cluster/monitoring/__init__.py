@@ -1,0 +1,1 @@
+"""Whoever listens to events: bars, TensorBoard, MLflow, Prometheus, status."""

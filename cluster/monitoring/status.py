@@ -1,0 +1,253 @@
+"""``siloweave status``: how far a run is, from its manifests and events alone, while it goes on or after.
+
+Nothing is started, locked or written, and no ledger is opened: anyone who may read the run's folder may look.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.monitoring.durations import duration
+from configs.errors import InputError
+from configs.events import read_events
+from configs.parse import parse, read_toml
+from configs.schema.schema import RunConfig
+from configs.storage.manifests import MANIFEST, read_manifest
+from configs.storage.storage import COMMITTED
+from privacy.certificate.certificate import ledgers_of
+from trainer.checkpoints import checkpoints
+
+_TROUBLES = ("restart", "rollback", "damaged", "refused", "rejected", "timeout", "failed")
+_RECENT = 20
+_CORPUS, _MODEL, _FEDERATED, _NO_DP = "corpus", "model", "federated", "federated-no-dp"
+_FILES = {"evaluate": "evaluation.json", "generate": "sample.txt", "report": "report.json"}
+
+
+def status(directory: Path) -> dict[str, Any]:
+    """How far a run is.
+
+    Args:
+        directory: the run's directory.
+
+    Returns:
+        A tree: ``stages`` in order (``waiting``, ``started``, ``failed`` or ``done``), ``pretrain``, ``federated``,
+        ``tune`` (None where nothing was searched), ``troubles`` and ``last_event``. A stage that was killed looks like
+        one that goes on: its last event gets old.
+
+    Raises:
+        InputError: there is no run, or a manifest can't be read.
+    """
+    stored = directory / "config.toml"
+    if not stored.exists():
+        raise InputError(f"{directory}: no run here; give a run's directory, or its configuration with -c")
+    config = parse(RunConfig, read_toml(stored), str(stored))
+    events = list(read_events(directory / "events.jsonl"))
+    pretrain = _pretrain(config, directory, events)
+    return {
+        "run": config.run.name,
+        "directory": str(directory.absolute()),
+        "stages": _stages(config, directory, events, pretrained=pretrain["committed_step"] == config.pretrain.steps),
+        "pretrain": pretrain,
+        "federated": _federated(config, directory, events),
+        "tune": _tune(directory / "tune" / "tune.json"),
+        "troubles": [_trouble(event) for event in events if event["event"] in _TROUBLES],
+        "last_event": _last(events),
+    }
+
+
+def _stages(
+    config: RunConfig, directory: Path, events: list[dict[str, Any]], *, pretrained: bool
+) -> dict[str, dict[str, Any]]:
+    done = {"prepare": _has(directory, _CORPUS), "pretrain": pretrained, "export": _has(directory, _MODEL)}
+    done[_FEDERATED] = _has(directory, _FEDERATED)
+    if config.evaluate.without_dp:
+        done[_NO_DP] = _has(directory, _NO_DP)
+    done.update({stage: (directory / name).exists() for stage, name in _FILES.items()})
+    return {stage: _stage(stage, events, done=finished) for stage, finished in done.items()}
+
+
+def _stage(stage: str, events: list[dict[str, Any]], *, done: bool) -> dict[str, Any]:
+    states = {"start": "started", "end": "done", "failed": "failed"}
+    mine = [event for event in events if event["stage"] == stage and event["event"] in states]
+    last = states[mine[-1]["event"]] if mine else "waiting"
+    # What lies there decides; where it was deleted, its `end` is still among the events.
+    state = "done" if done else "waiting" if last == "done" else last
+    seconds = sum(event["seconds"] for event in mine if event["event"] == "end")
+    return {"state": state, "seconds": round(seconds, 2)}
+
+
+def _has(directory: Path, kind: str) -> bool:
+    return read_manifest(directory / kind, kind) is not None if (directory / kind / MANIFEST).exists() else False
+
+
+def _pretrain(config: RunConfig, directory: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
+    mine = [event for event in events if event["stage"] == "pretrain"]
+    steps = [event for event in mine if event["event"] == "step"]
+    checks = [event for event in mine if event["event"] == "validation"]
+    commits = [event["time"] for event in mine if event["event"] == "commit"]
+    last, recent = steps[-1] if steps else {}, steps[-_RECENT:]
+    restarts = sum(event["event"] == "restart" for event in mine)
+    left = config.pretrain.steps - last.get("step", 0)
+    seconds = _median([event["seconds"] for event in recent])
+    return {
+        "step": last.get("step", 0),
+        "steps": config.pretrain.steps,
+        "committed_step": _committed_step(config, directory),
+        "loss": last.get("loss"),
+        "tokens_per_s": _median([event["tokens"] / event["seconds"] for event in recent]),
+        "gflop_per_s": _median([event["gflop_per_s"] for event in recent if "gflop_per_s" in event]),
+        "mfu": _median([event["mfu"] for event in recent if event.get("mfu") is not None]),
+        "memory_bytes": last.get("peak_memory_bytes"),
+        "gpu_memory_bytes": last.get("gpu_memory_bytes"),
+        "seconds_left": None if seconds is None else seconds * left,
+        "validation_bits_per_char": checks[-1]["bits_per_char"] if checks else None,
+        "last_commit_age_s": round(max(time.time() - commits[-1], 0), 1) if commits else None,
+        "restarts": restarts,
+        # One more than the restarts where the last one was one too many.
+        "failures": restarts + sum((e["event"], e.get("error")) == ("failed", "SiloweaveError") for e in mine),
+    }
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _tune(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    found = _json(path)
+    states = [trial["status"] for trial in found["trials"]]
+    return {"trials": {state: states.count(state) for state in sorted(set(states))}, "best": found["best"]}
+
+
+def _federated(config: RunConfig, directory: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
+    rounds = [event for event in events if (event["stage"], event["event"]) == (_FEDERATED, "round")]
+    committed = _committed(directory / _FEDERATED, "round", "round")
+    return {
+        "round": rounds[-1]["round"] if rounds else 0,
+        "rounds": config.federated.rounds,
+        "committed_round": committed,
+        "answered": rounds[-1]["answered"] if rounds else [],
+        "silos": _silos(directory / _FEDERATED, committed, rounds),
+    }
+
+
+def _silos(federation: Path, committed: int | None, rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What each silo's newest receipt says, and its charged rounds: as it states itself, before that those it answered.
+
+    A reservation is spent whole, whatever number of its rounds is charged: ledgers refund nothing.
+    """
+    path = federation / "certificate.json"
+    if path.exists():
+        told = ledgers_of(_json(path))
+    else:
+        told = _json(federation / f"round-{committed:05d}" / "silos.json") if committed is not None else {}
+    return {
+        name: {
+            "epsilon_reserved": silo["receipt"]["epsilon_reserved"],
+            "delta_reserved": silo["receipt"].get("delta_reserved"),
+            "epsilon_left": silo["receipt"]["epsilon_left"],
+            "rounds_charged": silo.get("statement", {}).get(
+                "rounds_charged", len({event["round"] for event in rounds if name in event["answered"]})
+            ),
+            "stated": "statement" in silo,
+        }
+        for name, silo in sorted(told.items())
+        if "receipt" in silo
+    }
+
+
+def _committed_step(config: RunConfig, directory: Path) -> int | None:
+    """Checkpoints go straight to an object store where there is one; it is asked for their names."""
+    if config.run.url is None:
+        return _committed(directory / "pretrain" / "checkpoints", "step", "checkpoint")
+    return max(checkpoints.steps(checkpoints.storage(config, directory)), default=None)
+
+
+def _committed(root: Path, unit: str, kind: str) -> int | None:
+    """The newest committed step or round; None where there is none."""
+    for directory in sorted(root.glob(f"{unit}-*"), reverse=True):
+        manifest = read_manifest(directory, kind, name=COMMITTED)
+        if manifest is not None:
+            return int(manifest.metadata[unit])
+    return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{path}: can't be read ({error}); run the same command again once the run has gone on"
+        ) from None
+    return value
+
+
+def _trouble(event: dict[str, Any]) -> dict[str, Any]:
+    named = {key: value for key, value in event.items() if key not in ("time", "stage", "event")}
+    detail = event.get("message") or event.get("cause") or ", ".join(f"{key} {value}" for key, value in named.items())
+    return {"time": event["time"], "stage": event["stage"], "event": event["event"], "detail": detail}
+
+
+def _last(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not events:
+        return None
+    event = events[-1]
+    age_s = round(max(time.time() - event["time"], 0), 1)
+    return {"time": event["time"], "age_s": age_s, "stage": event["stage"], "event": event["event"]}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    pretrain, federated, last = found["pretrain"], found["federated"], found["last_event"]
+    rows = [f"{found['run']} in {found['directory']}"]
+    for stage, value in found["stages"].items():
+        note = {"pretrain": _pretrain_note(pretrain), "federated": _federated_note(federated)}.get(stage, "")
+        seconds = f"{value['seconds']:,.0f} s" if value["seconds"] else ""
+        rows.append(f"  {stage:16}{value['state']:9}{seconds:>9}  {note}".rstrip())
+    for name, silo in federated["silos"].items():
+        rows.append(
+            f"    {name:14}epsilon {silo['epsilon_reserved']:.3g} reserved, {silo['epsilon_left']:.3g} left, "
+            f"{'' if silo['stated'] else 'at least '}{silo['rounds_charged']} of {federated['rounds']} rounds charged"
+        )
+    if found["tune"]:
+        trials = ", ".join(f"{number} {state}" for state, number in found["tune"]["trials"].items())
+        best = found["tune"]["best"]
+        rows.append(f"  tune: trials {trials}" + (f"; best so far: {best['number']}" if best else ""))
+    troubles = found["troubles"]
+    rows += [f"  {trouble['stage']}: {trouble['event']}: {trouble['detail']}" for trouble in troubles[-5:]]
+    if len(troubles) > 5:
+        rows.append(f"  and {len(troubles) - 5} earlier; see events.jsonl")
+    when = f"{last['age_s']:,.0f} s ago ({last['stage']}: {last['event']})" if last else "none yet"
+    return [*rows, f"  last event: {when}"]
+
+
+def _pretrain_note(pretrain: dict[str, Any]) -> str:
+    if not pretrain["step"]:
+        return ""
+    parts = [
+        f"step {pretrain['step']}/{pretrain['steps']}",
+        f"committed {pretrain['committed_step'] or 0}",
+        f"loss {pretrain['loss']:.3f}",
+        f"{pretrain['tokens_per_s']:,.0f} tokens/s",
+    ]
+    if pretrain["gflop_per_s"]:
+        share = f" ({100 * pretrain['mfu']:.1f}% of the peak)" if pretrain["mfu"] else ""
+        parts.append(f"{pretrain['gflop_per_s']:,.3g} GFLOP/s{share}")
+    if pretrain["validation_bits_per_char"]:
+        parts.append(f"validation {pretrain['validation_bits_per_char']:.3f} bits per character")
+    if pretrain["step"] < pretrain["steps"]:
+        parts.append(f"{duration(pretrain['seconds_left'])} left")
+        if pretrain["last_commit_age_s"] is not None:
+            parts.append(f"last commit {duration(pretrain['last_commit_age_s'])} ago")
+    if pretrain["failures"]:
+        parts.append(f"failures {pretrain['failures']}, restarts {pretrain['restarts']}")
+    return ", ".join(parts)
+
+
+def _federated_note(federated: dict[str, Any]) -> str:
+    if not federated["round"]:
+        return ""
+    return f"round {federated['round']}/{federated['rounds']}, {len(federated['answered'])} silos answered"

@@ -1,0 +1,191 @@
+"""The main job, stage after stage, as one story. Each stage can be run alone, again, and after a kill.
+
+prepare -> pretrain -> export -> federate -> evaluate -> generate -> report
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from cluster.run import Run
+from cluster.runtime.session import ray_session
+from configs.errors import InputError
+from configs.events import EventLog
+from configs.run_directory import run_directory
+from configs.schema.schema import RunConfig
+from configs.storage.files import write_atomic
+from configs.storage.manifests import require_manifest
+from configs.storage.mirror import open_mirror
+
+Printer = Callable[[str], None]
+
+
+def demo(run: Run, on_text: Printer) -> dict[str, Any]:
+    """The whole job. Returns the report."""
+    prepare(run)
+    with run.ray():
+        pretrain(run)
+        export(run)
+        federate(run)
+        evaluate(run)
+    generate(run, on_text)
+    return report(run)
+
+
+def prepare(run: Run) -> None:
+    """Public text to tokens, and the tokenizer; a large corpus on Ray."""
+    from cluster.runtime.preparation import ray_map
+    from trainer.data.deidentify import open_deidentifier
+    from trainer.data.parts import one_after_the_other
+    from trainer.data.prepare import prepare as prepare_corpus
+
+    workers = run.config.data.workers
+    with run.stage("prepare"), ray_session(run.config.cluster, workers) if workers > 1 else nullcontext():
+        manifest = prepare_corpus(
+            run.config,
+            run.directory,
+            open_deidentifier(run.config.data.deidentify),
+            ray_map if workers > 1 else one_after_the_other,
+            lambda done, of: run.log.emit("prepare", "part", part=done, parts=of),
+        )
+    run.log.emit("prepare", "corpus", **manifest.metadata)
+
+
+def pretrain(run: Run) -> None:
+    """Tokens to a trained checkpoint, on a gang of Ray actors; continues from the newest commit."""
+    from cluster.runtime.gang import run_gang
+    from trainer.checkpoints.checkpoints import newest, pretrain_digest, storage
+
+    corpus = require_manifest(run.directory / "corpus", "corpus", "prepare")
+    digest = pretrain_digest(run.config, corpus.content_digest)
+    commit = newest(storage(run.config, run.directory), digest, lambda _: None)
+    if commit is not None and commit.step == run.config.pretrain.steps:
+        return
+    with run.stage("pretrain"), run.ray():
+        run_gang(run.config, run.directory, partial(_forward, run.log, "pretrain"))
+
+
+def verify_resume(run: Run) -> dict[str, Any]:
+    """Shows in a run of its own that kills and other numbers of ranks change no loss."""
+    from cluster.checks.verify_resume import sizes_of
+    from cluster.checks.verify_resume import verify_resume as verify
+
+    with run.ray():
+        tell = partial(_forward, run.log, "verify-resume")
+        return verify(run.config, run.directory, tell, sizes_of(run.config))
+
+
+def _forward(log: EventLog, stage: str, event: dict[str, Any]) -> None:
+    """Passes another log's, or a rank's, event on as one of this stage."""
+    values = {name: value for name, value in event.items() if name not in ("time", "stage", "event")}
+    log.emit(stage, event["event"], **values)
+
+
+def export(run: Run) -> None:
+    """Checkpoint to a portable Hugging Face directory."""
+    from trainer.export import export as export_model
+
+    with run.stage("export"):
+        export_model(run.config, run.directory)
+
+
+def federate(run: Run) -> None:
+    """Fine-tunes across the silos under DP; then the same without DP where the settings ask for it."""
+    from federated.coordinator.final_model import publish
+    from federated.simulation.simulation import simulate
+
+    model = require_manifest(run.model, "model", "export").content_digest
+    for stage, with_dp in _federations(run.config):
+        directory = run.directory / stage
+        if (directory / "manifest.json").exists():
+            if require_manifest(directory, stage, "federate").inputs["model"] != model:
+                raise InputError(f"{directory}: was made from another base model; delete it, and run the command again")
+            continue
+        with run.stage(stage), run.ray() as ray:
+            on_event = partial(_federation_event, run, stage)
+            simulate(ray, run.config, run.model, directory, with_dp=with_dp, on_event=on_event)
+            publish(run.config, run.model, directory, stage)
+
+
+def _federation_event(run: Run, stage: str, event: dict[str, Any]) -> None:
+    """Rounds are pushed as they come. The last one may be missing: asked again, silos answer as they did."""
+    _forward(run.log, stage, event)
+    if event["event"] == "round":
+        run.push()
+
+
+def _federations(config: RunConfig) -> list[tuple[str, bool]]:
+    return [("federated", True), *([("federated-no-dp", False)] if config.evaluate.without_dp else [])]
+
+
+def evaluate(run: Run) -> None:
+    """Bits per character before, by round, and after: of a simulation's public silos, and of one's own public text."""
+    from federated.coordinator.outcome import over_flower
+    from federated.simulation.in_the_clear import evaluate_rounds
+
+    federation = run.directory / "federated"
+    with run.stage("evaluate"), run.ray() as ray:
+        stages = [stage for stage, with_dp in _federations(run.config) if with_dp or not over_flower(federation)]
+        federations = {stage: run.directory / stage for stage in stages}
+        for stage, directory in federations.items():
+            require_manifest(directory, stage, "federate")
+        scores = evaluate_rounds(
+            ray, run.config, run.model, federations, lambda **v: run.log.emit("evaluate", "scored", **v)
+        )
+    write_atomic(run.directory / "evaluation.json", json.dumps(scores, indent=2, sort_keys=True).encode())
+
+
+def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
+    """A sample from the final model, streamed."""
+    from federated.coordinator.final_model import final_model
+    from trainer.data.tokenizer import load_tokenizer
+    from trainer.generation import generate as sample
+
+    require_manifest(run.directory / "federated", "federated", "federate")
+    settings = run.config.evaluate
+    with run.stage("generate"):
+        text = sample(
+            final_model(run.config, run.model, run.directory / "federated"),
+            load_tokenizer(run.model),
+            prompt or settings.prompt,
+            settings.sample_tokens,
+            settings.temperature,
+            run.config.run.seed,
+            on_text,
+        )
+        on_text("\n")
+    write_atomic(run.directory / "sample.txt", text.encode())
+    return text
+
+
+def report(run: Run) -> dict[str, Any]:
+    """``report.json`` for machines and ``report.html`` for people."""
+    from cluster.report.page import render
+    from cluster.report.report import build
+
+    document = build(run.config, run.directory)
+    write_atomic(run.directory / "report.html", render(document).encode())
+    write_atomic(run.directory / "report.json", json.dumps(document, indent=2).encode() + b"\n")
+    return document
+
+
+def set_aside_finished(config: RunConfig, say: Printer) -> None:
+    """Moves a finished run of this name away, so that the demo starts anew; an unfinished one is continued.
+
+    The silos' ledgers stay where they are: a new run is a new reservation.
+    """
+    directory, mirror = run_directory(config), open_mirror(config)
+    name = f"{directory.name}-until-{datetime.now(tz=UTC).strftime('%Y%m%d-%H%M%S')}"
+    if mirror is not None:
+        if mirror.bucket.read("report.json") is None:
+            return
+        mirror.move(name)
+    elif (directory / "report.json").exists():
+        directory.rename(directory.with_name(name))
+    else:
+        return
+    target = directory.with_name(name) if mirror is None else f"{config.run.storage.rstrip('/')}/{name}"
+    say(f"{directory.name} had finished before: kept as {target}, starting anew")

@@ -1,0 +1,1 @@
+"""Report.json and report.html."""

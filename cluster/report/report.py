@@ -1,0 +1,214 @@
+"""``report.json`` for machines: every figure is read from the run's own files, none is computed anew from data."""
+
+import json
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.events import read_events
+from configs.parse import to_toml
+from configs.schema.schema import RunConfig
+from configs.storage.manifests import require_manifest
+from federated.coordinator.outcome import over_flower
+from federated.simulation.simulated_places import simulated_ledger, simulated_silo
+from privacy.certificate.certificate import ledgers_of
+from privacy.ledger.chain import verify_entries
+from privacy.ledger.file import LEDGER_FILE, read_only
+
+REPORT_VERSION = 1
+_SIMULATION_ONLY = (
+    "federated.bits_per_char_*",
+    "federated.by_silo",
+    "federated.by_round",
+    "privacy.silos.*.charges",
+    "privacy.silos.*.rounds_charged",
+)
+_LIBRARIES = ("siloweave", "torch", "ray", "deepspeed", "flwr", "opacus", "dp-accounting", "transformers", "peft")
+
+
+def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
+    """The report of a finished run, on the machine that it ran on.
+
+    A run over silos elsewhere has what the coordinator knows: their ledgers stay with them, and the base model may have
+    come from another machine.
+
+    Raises:
+        InputError: a stage has not finished; the message names the command.
+    """
+    federation = run_directory / "federated"
+    require_manifest(federation, "federated", "federate")
+    elsewhere, evaluated = over_flower(federation), run_directory / "evaluation.json"
+    evaluation = {} if elsewhere and not evaluated.exists() else _read(evaluated, "evaluate")
+    certificate = _read(federation / "certificate.json", "federate")
+    events, rounds = (list(read_events(folder / "events.jsonl")) for folder in (run_directory, federation))
+    ledgers = {} if elsewhere else _ledgers(config, run_directory, certificate)
+    sample = run_directory / "sample.txt"
+    return {
+        "version": REPORT_VERSION,
+        "name": config.run.name,
+        "pretrain": _pretrain(config, events),
+        "federated": _federated(config, run_directory, certificate, evaluation, rounds),
+        "privacy": _privacy(config, certificate, ledgers),
+        "model": _model(certificate),
+        "sample": sample.read_text(encoding="utf-8") if sample.exists() else "",
+        "simulation_only": [] if elsewhere else list(_SIMULATION_ONLY),
+        "settings": to_toml(config),
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "seconds": _seconds(events),
+    }
+
+
+def _ledgers(config: RunConfig, run_directory: Path, certificate: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What each ledger of a simulation says of the run, verified."""
+    found = {}
+    for name, public in ledgers_of(certificate).items():
+        ledger = _ledger_folder(config, name, run_directory) / LEDGER_FILE
+        bodies = verify_entries(read_only(ledger), str(ledger), public["public_key"])
+        found[name] = [body for body in bodies if body.get("run") == certificate["run_id"]]
+    return found
+
+
+def _read(path: Path, command: str) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(f"{path}: not there yet; run `siloweave {command}` first")
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def _pretrain(config: RunConfig, events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Nothing where the base model came from elsewhere."""
+    # A restart does some steps again; the last time counts.
+    steps = {event["step"]: event for event in events if (event["stage"], event["event"]) == ("pretrain", "step")}
+    validations = [event for event in events if (event["stage"], event["event"]) == ("pretrain", "validation")]
+    ordered = [steps[step] for step in sorted(steps)]
+    if not ordered:
+        return None
+    steady = [event["tokens"] / event["seconds"] for event in ordered[len(ordered) // 10 :]]
+    return {
+        "world_size": config.cluster.world_size,
+        "zero_stage": config.pretrain.zero_stage,
+        "steps": len(ordered),
+        "tokens": sum(event["tokens"] for event in ordered),
+        "tokens_per_s": statistics.median(steady),
+        "loss_first": ordered[0]["loss"],
+        "loss_last": ordered[-1]["loss"],
+        "validation_bits_per_char": validations[-1]["bits_per_char"] if validations else None,
+        "restarts": sum(event["event"] == "restart" for event in events),
+        "rollbacks": [event["skipped_batches"] for event in events if event["event"] == "rollback"],
+        "losses": [round(event["loss"], 4) for event in ordered],
+    }
+
+
+def _federated(
+    config: RunConfig,
+    run_directory: Path,
+    certificate: dict[str, Any],
+    evaluation: dict[str, Any],
+    events: list[dict[str, Any]],
+) -> dict[str, Any]:
+    rounds = [event for event in events if event["event"] == "round"]
+    public = evaluation.get("public") or {}
+    dp, no_dp = evaluation.get("federated") or [], evaluation.get("federated-no-dp") or []
+    base = evaluation.get("base")
+    return {
+        "silos": certificate.get("num_clients", len(ledgers_of(certificate))),
+        "rounds": config.federated.rounds,
+        "bytes_per_round": statistics.median(event["bytes"] for event in rounds) if rounds else None,
+        "full_model_bytes": (run_directory / "model" / "model.safetensors").stat().st_size,
+        "bits_per_char_base": _overall(base),
+        "bits_per_char_dp": _overall(dp[-1]) if dp else None,
+        "bits_per_char_no_dp": _overall(no_dp[-1]) if no_dp else None,
+        "improvement_dp": 1 - dp[-1]["bits_per_char"] / base["bits_per_char"] if base and dp else None,
+        "by_silo": _by_silo(base, dp, no_dp) if base and dp else {},
+        "by_round": {"dp": [_overall(entry) for entry in dp], "no_dp": [_overall(entry) for entry in no_dp]},
+        "public_text": [_overall(entry) for entry in (public["base"], *public["federated"])] if public else [],
+        "private_evaluation": _private_evaluations(events),
+        "not_available": evaluation.get("not_available"),
+    }
+
+
+def _private_evaluations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the silos released of their held-out units, noise included; a restart asks again and gets the same."""
+    found = {event["round"]: event for event in events if event["event"] == "private_evaluation"}
+    names = ("round", "bits_per_char", "bits_per_char_error", "accuracy", "accuracy_error", "silos")
+    f1 = ("macro_f1", "macro_f1_error", "f1_by_label")  # where the plan has labels
+    return [{name: found[number][name] for name in (*names, *f1) if name in found[number]} for number in sorted(found)]
+
+
+def _by_silo(base: dict[str, Any], dp: list[dict[str, Any]], no_dp: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: {
+            "records": silo["records"],
+            "bits_per_char_base": silo["bits_per_char"],
+            "bits_per_char_dp": dp[-1]["by_silo"][name]["bits_per_char"],
+            "bits_per_char_no_dp": no_dp[-1]["by_silo"][name]["bits_per_char"] if no_dp else None,
+        }
+        for name, silo in base["by_silo"].items()
+    }
+
+
+def _overall(entry: dict[str, Any] | None) -> float | None:
+    return entry["bits_per_char"] if entry else None
+
+
+def _privacy(
+    config: RunConfig, certificate: dict[str, Any], ledgers: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+    silos = {}
+    for name, public in ledgers_of(certificate).items():
+        stated = public.get("statement", {}).get("rounds_charged")
+        charges = [body["round"] for body in ledgers.get(name, ()) if body["kind"] == "charge"]
+        silos[name] = {
+            "epsilon": public["receipt"]["epsilon_reserved"],
+            "budget_epsilon": config.privacy.budget_epsilon if ledgers else None,  # the steward's own
+            "epsilon_left": public["receipt"]["epsilon_left"],
+            "public_record_count": public["public_record_count"],
+            "charges": len(charges) if ledgers else stated,
+            "rounds_charged": sum(number > 0 for number in charges) if ledgers else stated,
+            "ledger_head": public["receipt"]["head"],
+            "public_key": public["public_key"],
+            "stated": "statement" in public,
+        }
+    return {
+        "unit": certificate["unit"],
+        "relation": certificate["relation"],
+        "delta": certificate["delta"],
+        "headline": certificate["headline"],
+        "trusted": certificate.get("trusted"),
+        "epsilon": max(silo["epsilon"] for silo in silos.values()),
+        "epsilon_sum": sum(silo["epsilon"] for silo in silos.values()),
+        "epsilon_rdp": certificate["epsilon_rdp"],
+        "epsilon_prv": certificate["epsilon_prv"],
+        "plan": certificate["plan"],
+        "noise_multiplier": certificate["plan"]["noise_multiplier"],
+        "sampling_rate": certificate["plan"]["sampling_rate"],
+        "max_grad_norm": certificate["plan"]["max_grad_norm"],
+        "steps_per_round": certificate["plan"]["steps_per_round"],
+        "silos": silos,
+        "audited": certificate["audited"],
+        "seeds": certificate["seeds"],
+        "left_each_silo": certificate["left_each_silo"],
+        "not_covered": certificate["not_covered"],
+    }
+
+
+def _model(certificate: dict[str, Any]) -> dict[str, Any] | None:
+    """Of which model the certificate speaks; None where an earlier version made it, which did not say so."""
+    model = certificate.get("model")
+    return {name: model[name] for name in ("base_model", "adapter")} if model else None
+
+
+def _ledger_folder(config: RunConfig, name: str, run_directory: Path) -> Path:
+    if config.privacy.unit == "client":
+        return simulated_ledger(config)
+    return Path(simulated_silo(config, name, run_directory / "model").silo.state_dir)
+
+
+def _seconds(events: list[dict[str, Any]]) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for event in events:
+        if event["event"] == "end":
+            seconds[event["stage"]] = round(seconds.get(event["stage"], 0.0) + event["seconds"], 2)
+    return seconds

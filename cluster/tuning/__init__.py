@@ -1,0 +1,1 @@
+"""A search over settings, from parameters to Ray Tune to the picture."""

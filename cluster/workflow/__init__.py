@@ -1,1 +1,0 @@
-"""The pipeline, its estimate, the preflight and the report."""

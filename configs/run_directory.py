@@ -1,0 +1,130 @@
+"""A run's directory: which settings made it, and which of them may still change."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from configs.errors import InputError
+from configs.parse import parse, read_toml, to_toml
+from configs.schema.schema import RunConfig
+from configs.storage.files import digest_json, write_atomic
+from configs.storage.manifests import MANIFEST
+from configs.storage.mirror import CONFIG, mirror_directory, open_mirror
+from configs.storage.storage import COMMITTED
+
+_MOVABLE = {
+    "run.storage",
+    "run.encryption_key_file",
+    "pretrain.micro_batch_size",
+    "pretrain.commit_every",
+    "pretrain.keep_commits",
+    "pretrain.validate_every",
+    "pretrain.spike_ratio",
+    "pretrain.max_rollbacks",
+    "pretrain.offload_folder",
+    "cluster.world_size",
+    "cluster.min_world_size",
+    "cluster.address",
+    "cluster.max_failures",
+    "cluster.standbys",
+    "cluster.hang_timeout_s",
+    "cluster.placement_timeout_s",
+    "cluster.scratch_dir",
+    "federated.state_dir",
+    "federated.workers",
+    "federated.round_timeout_s",
+    "privacy.budget_epsilon",
+    "privacy.budget_delta",
+    "evaluate.public.source",
+    "evaluate.public.text",
+    "evaluate.public.split",
+    "evaluate.prompt",
+    "evaluate.sample_tokens",
+    "evaluate.temperature",
+    "monitoring.tensorboard",
+    "monitoring.mlflow",
+    "monitoring.mlflow_experiment",
+    "monitoring.ray_metrics",
+    "tune.early_stopping",
+    "tune.grace_steps",
+    "tune.reduction_factor",
+}
+
+
+def config_digest(config: RunConfig) -> str:
+    """Digest of the settings that shape results, for manifests."""
+    return digest_json({name: value for name, value in flatten(config) if name not in _MOVABLE})
+
+
+def bind_run_directory(config: RunConfig) -> Path:
+    """Creates the run's directory, or checks that it belongs to this configuration.
+
+    Where a run's storage is reached from may change between two starts; what shapes its results may not.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        InputError: the directory was made with other settings; the message names them. Or the object store can't be
+            written, read and cleaned.
+    """
+    directory, mirror = run_directory(config), open_mirror(config)
+    if mirror is None:
+        _bind(config, directory)
+    else:
+        mirror.bucket.prove()
+        mirror.pull()
+        _bind(config, directory)
+        mirror.push_file(CONFIG)
+    return directory
+
+
+def _bind(config: RunConfig, directory: Path) -> None:
+    stored = directory / CONFIG
+    if not stored.exists():
+        write_atomic(stored, to_toml(config).encode())
+        return
+    before = parse(RunConfig, read_toml(stored), str(stored))
+    content = to_toml(config).encode()
+    if before == config:
+        return
+    if not _holds_work(directory):  # an earlier start failed before it made anything, for instance over a wrong path
+        write_atomic(stored, content)
+        return
+    changed = [
+        f"{name} was {old!r} and is {new!r}"
+        for (name, old), (_, new) in zip(flatten(before), flatten(config), strict=True)
+        if old != new and name not in _MOVABLE
+    ]
+    if changed:
+        raise InputError(
+            f"{config.run.url or directory}: belongs to another configuration ({'; '.join(changed)}); choose another "
+            "run.name, or delete that directory"
+        )
+    write_atomic(stored, content)
+
+
+def _holds_work(directory: Path) -> bool:
+    """Whether any stage has committed something there."""
+    return any(next(directory.rglob(name), None) is not None for name in (MANIFEST, COMMITTED))
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Absolute path of the run's directory on this machine: its mirror where ``run.storage`` is an object store."""
+    return mirror_directory(config) if config.run.url else (Path(config.run.storage) / config.run.name).absolute()
+
+
+def flatten(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every setting by its full name, for instance ``pretrain.steps``."""
+    for group, value in config:
+        yield from _flatten_group(group, value)
+
+
+def _flatten_group(prefix: str, group: BaseModel) -> Iterator[tuple[str, Any]]:
+    for name, value in group:
+        if isinstance(value, BaseModel):
+            yield from _flatten_group(f"{prefix}.{name}", value)
+        else:
+            yield f"{prefix}.{name}", value

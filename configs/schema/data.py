@@ -1,0 +1,119 @@
+"""Settings of the data: where it comes from, how public text is cleaned, and its tokenizer."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema.base import Count, Place, Positive, Probability, Settings
+
+PUBLIC = "public"
+CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class SourceSettings(Settings):
+    """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
+
+    source: Annotated[str, Place("the data")]
+    """``embedded:NAME``, a path (JSONL, CSV, Parquet, text file, or a folder of them), or ``hf:DATASET``."""
+    text: str = "text"
+    """Column that holds the text. Text files have this one column: a file is a record."""
+    split: str = "train"
+    """Split to read from a Hugging Face dataset."""
+
+
+class CorpusSettings(SourceSettings):
+    """A public corpus."""
+
+    weight: Positive = 1.0
+    """Share of its samples among those of all corpora, relative to the others' weights."""
+
+
+class PrivateSettings(SourceSettings):
+    """The data of the silos, for a simulation on one machine."""
+
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
+    """The steward's name for this dataset. Its ledgers outlive runs: a new name is a new privacy budget, so
+    change it only when the people in the data have changed."""
+    silo: str = "silo"
+    """Column that names the silo of a record."""
+    unit: str = ""
+    """Column that names the privacy unit (a person, a device); empty: every record is a unit of its own."""
+    max_rows_per_unit: Count = 8
+    """Rows kept of one unit; which ones depends on that unit alone."""
+    public: bool = False
+    """True only for data that everyone may see: it allows figures read in the clear and the run without DP."""
+    public_record_count: Count
+    """Training units of a silo, rounded, declared by the steward and never computed from the data."""
+    public_record_counts: dict[str, Count] = Field(default_factory=dict)
+    """The same for single silos, by name, where they differ."""
+    held_out_fraction: Probability = 0.1
+    """Share of the units that are never trained on, chosen by a keyed hash of the unit."""
+
+    def record_count(self, silo: str) -> int:
+        """The declared number of training units of a silo."""
+        return self.public_record_counts.get(silo, self.public_record_count)
+
+
+class DeidentifySettings(Settings):
+    """Replacing what identifies people by ``<KIND>`` before anything else reads a text (Presidio; extra ``deid``).
+
+    Hygiene, not differential privacy: what it misses stays in.
+    """
+
+    enabled: bool = False
+    """Treat the public corpus and the silos' records."""
+    names_file: Annotated[str, Place("the names")] = ""
+    """File of names, one a line, found as written and in capitals, in every Unicode form; empty: none."""
+    spacy_model: Annotated[str, Place("the model that finds names", secret=False)] = ""
+    """Installed spaCy model, or its folder, that finds names; empty: none. Never downloaded."""
+    countries: tuple[str, ...] = ("us", "uk")
+    """Countries whose national ids are looked for, by Presidio's codes."""
+    medical_record_pattern: str = r"(?<=\b(?:MRN|medical record(?: (?:number|no))?)[.:# ]{1,3})[A-Z]{0,3}-?\d{5,10}\b"
+    """Regular expression of a medical record number; letters of either case."""
+
+
+class DataSettings(Settings):
+    """Public text for pretraining, private text for the silos, and how the public text is cleaned."""
+
+    public: CorpusSettings
+    """The public corpus. Tokenizer and base model see nothing but this and ``corpora``."""
+    corpora: dict[CorpusName, CorpusSettings] = Field(default_factory=dict)
+    """Further public corpora by name; every batch mixes all of them by their weights."""
+    workers: Count = 1
+    """Processes that clean and tokenise the public corpora. More than one are tasks of Ray Data; on a cluster all its
+    CPUs take part, and ``run.storage`` must be shared."""
+    packing: Literal["concatenate", "documents"] = "concatenate"
+    """``concatenate`` fills windows across documents; ``documents`` keeps attention and loss inside a document."""
+    private: PrivateSettings
+    """The data of the silos."""
+    validation_fraction: Probability = 0.05
+    """Share of the public documents held out from pretraining."""
+    min_characters: Count = 40
+    """Shorter public documents are dropped."""
+    near_duplicate_similarity: Annotated[float, Field(ge=0.1, le=0.95)] = 0.8
+    """Public documents with at least this Jaccard similarity (5-word shingles, MinHash) count as copies."""
+    deidentify: DeidentifySettings = DeidentifySettings()
+    """What is replaced in the public corpus and, in a simulation, in the silos' records."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "DataSettings":
+        if PUBLIC in self.corpora:
+            raise ValueError(f"data.corpora.{PUBLIC}: that is the name of data.public; give another name")
+        return self
+
+
+class TokenizerSettings(Settings):
+    """Byte-level BPE, trained on the public corpus only."""
+
+    vocab_size: Annotated[int, Field(ge=260, le=65535)] = 2048
+    """Number of tokens, the end-of-text token included."""
+
+
+def corpora(data: DataSettings) -> dict[str, CorpusSettings]:
+    """All public corpora: ``data.public`` and those of ``data.corpora``."""
+    return {PUBLIC: data.public, **data.corpora}
+
+
+def field_of(corpus: str) -> str:
+    """The setting that names a corpus' source."""
+    return "data.public.source" if corpus == PUBLIC else f"data.corpora.{corpus}.source"

@@ -1,0 +1,68 @@
+"""``federation.toml`` and ``relay.toml``: where a coordinator and a silo's relay listen, and whom they reach."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from configs.parse import parse, read_toml
+from configs.schema.base import Settings
+
+FEDERATION_FILE = "federation.toml"
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class FederationConfig(Settings):
+    """A coordinator's federation, in its folder's ``federation.toml``."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    """The federation's name, as silos see it."""
+    hosts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names and addresses by which silos reach the coordinator; the first one is what enrolments say."""
+    listen: str = "0.0.0.0"  # noqa: S104  (silos come from elsewhere)
+    """Address that the proxy listens on."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 9092
+    """Port of the proxy: the only one that silos reach."""
+    superlink_port: Port = 0
+    """Loopback port of the SuperLink behind the proxy; 0: any free one at each start."""
+
+
+class RelayConfig(Settings):
+    """A silo's relay: the SuperNode that stands between coordinator and silo service."""
+
+    state_dir: str
+    """Folder of the relay's keys and logs; it belongs to the relay's user."""
+    coordinator: str
+    """The coordinator's ``coordinator.json``: its address, key and root certificate, all public."""
+    coordinator_fingerprint: str
+    """Its fingerprint, as the coordinator's people confirmed it on another way than the file came."""
+    silo_address: str
+    """The silo service: ``unix:/run/siloweave/NAME/silo.sock``, or ``HOST:PORT`` with mutual TLS."""
+    port: Port = 0
+    """Loopback port of the SuperNode's own interface for its processes; 0: any free one at each start."""
+
+    @model_validator(mode="after")
+    def _absolute(self) -> "RelayConfig":
+        for name in ("state_dir", "coordinator"):
+            if not Path(getattr(self, name)).is_absolute():
+                raise ValueError(f"{name} is {getattr(self, name)!r}: give an absolute path")
+        return self
+
+
+def load_federation(folder: Path) -> FederationConfig:
+    """Reads and checks a federation's settings.
+
+    Raises:
+        InputError: the folder has none, or a setting does not hold.
+    """
+    path = folder / FEDERATION_FILE
+    return parse(FederationConfig, read_toml(path), str(path))
+
+
+def load_relay(path: Path) -> RelayConfig:
+    """Reads and checks a ``relay.toml``.
+
+    Raises:
+        InputError: it is missing, unreadable, or a setting does not hold.
+    """
+    return parse(RelayConfig, read_toml(path), str(path))

@@ -1,0 +1,150 @@
+"""Settings of the federated fine-tuning: local training, aggregation, adapters."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema.base import Count, Positive, Settings
+
+Optimizer = Literal["adam", "adam_bc", "sgd"]
+ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew"]
+Aggregation = Literal[
+    "fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "median", "trimmed_mean", "krum"
+]
+ADAPTIVE: tuple[Aggregation, ...] = ("fedadam", "fedyogi", "fedadagrad")
+ROBUST: tuple[Aggregation, ...] = ("median", "trimmed_mean", "krum")
+
+# Which settings an aggregation reads besides those that all do.
+_USED_BY: dict[str, tuple[Aggregation, ...]] = {
+    "server_learning_rate": ("fedavg", "fedavgm", *ADAPTIVE, "scaffold"),
+    "server_momentum": ("fedavgm", "fedadam", "fedyogi"),
+    "server_second_moment_decay": ("fedadam", "fedyogi"),
+    "server_tau": ADAPTIVE,
+    "byzantine_silos": ("trimmed_mean", "krum"),
+    "max_silos": ROBUST,
+}
+_LEAST_SILOS = {"trimmed_mean": 1, "krum": 3}  # besides two for each that may lie
+
+
+class FederatedSettings(Settings):
+    """Fine-tuning across silos: LoRA adapters, and rounds in which every silo has the same fixed, public weight."""
+
+    rounds: Count = 3
+    """Rounds; every silo takes part in each."""
+    local_steps: Count = 12
+    """Optimizer steps of a silo in a round."""
+    learning_rate: Positive = 5e-3
+    """Learning rate inside a silo."""
+    optimizer: Optimizer = "adam"
+    """Optimizer inside a silo, anew each round; ``adam_bc`` takes the noise's share off Adam's second moment."""
+    proximal_mu: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """FedProx: how strongly a silo's steps are drawn back to the shared adapter; 0: not at all."""
+    aggregation: Aggregation = "fedavg"
+    """What becomes of a round's updates: their mean as it is (``fedavg``), with momentum (``fedavgm``), through an
+    adaptive optimizer (``fedadam``, ``fedyogi``, ``fedadagrad``), or with control variates in the silos' steps
+    (``scaffold``); or a rule that withstands silos that lie (``median``, ``trimmed_mean``, ``krum``)."""
+    server_learning_rate: Positive | None = None
+    """Learning rate of the mean update; left out: 1, and 0.01 with the adaptive optimizers, which move every weight by
+    about that much a round."""
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Share of the rounds' direction that is kept: momentum of ``fedavgm``, beta 1 of ``fedadam`` and ``fedyogi``."""
+    server_second_moment_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Beta 2 of ``fedadam`` and ``fedyogi``."""
+    server_tau: Positive = 1e-3
+    """Tau of the adaptive optimizers: updates well below it are not scaled up."""
+    byzantine_silos: Annotated[int, Field(ge=0)] = 0
+    """Silos that may send anything: ``trimmed_mean`` leaves out so many at each end of every coordinate, ``krum`` takes
+    the update that is nearest to all but so many others."""
+    max_silos: Count = 100
+    """Most silos of ``median``, ``trimmed_mean`` and ``krum``, which hold all updates of a round at once."""
+    adapters: Literal["average", "ffa", "product"] = "average"
+    """How adapters are averaged: A and B each by itself; A frozen, so that only B is trained and travels (FFA-LoRA); or
+    their product, exactly, which is then factored again."""
+    lora_rank: Count = 16
+    """Rank of the adapters, on all linear layers, the output head included."""
+    lora_ranks: dict[str, Count] = Field(default_factory=dict)
+    """Smaller ranks for silos by name, with ``adapters = "product"``."""
+    lora_alpha: Positive = 32
+    """Scale of the adapters: the update is ``alpha / rank * B A``."""
+    workers: Count = 2
+    """Processes that host the silos of a simulation."""
+    micro_batch_size: Count = 16
+    """Most records processed at once inside a silo; speed only: no bit of an update under record-level DP changes."""
+    clipping: ClippingMethod = "bookkeeping"
+    """How per-record gradients are formed: book-keeping, or one of Opacus' modes; the same up to rounding."""
+    min_silos: Count = 1
+    """Silos that must answer for a round to count."""
+    enough_silos: Annotated[int, Field(ge=0)] = 0
+    """Replies with which a round ends before its deadline; 0: those of all silos that are there."""
+    run_lifetime_h: Positive = 720
+    """Hours from a run's first start for which its requests are valid; a silo refuses them later."""
+    round_timeout_s: Positive = 3600
+    """Seconds after which a round goes on without those that have not answered."""
+    state_dir: str = "state"
+    """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FederatedSettings":
+        problems = (self._robust_problem(), self._local_problem(), self._rank_problem(), self._enough_problem())
+        for problem in (*self._unused(), *problems):
+            if problem:
+                raise ValueError(problem)
+        return self
+
+    def _enough_problem(self) -> str:
+        if not 0 < self.enough_silos < self.min_silos:
+            return ""
+        return (
+            f"federated.enough_silos is {self.enough_silos}: a round would end before federated.min_silos "
+            f"({self.min_silos}) have answered; give 0, or at least that"
+        )
+
+    def _unused(self) -> Iterator[str]:
+        """A setting that nothing would read is a misunderstanding: nobody should believe in its effect."""
+        for name, methods in _USED_BY.items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.aggregation not in methods and value != default:
+                yield (
+                    f"federated.{name} is {value}: federated.aggregation {self.aggregation!r} has no use for it; leave "
+                    f"it out, or give one of {', '.join(methods)}"
+                )
+
+    def _robust_problem(self) -> str:
+        if self.aggregation not in _LEAST_SILOS:
+            return ""
+        least = 2 * self.byzantine_silos + _LEAST_SILOS[self.aggregation]
+        if self.min_silos >= least:
+            return ""
+        return (
+            f"federated.min_silos is {self.min_silos}: {self.aggregation!r} with federated.byzantine_silos "
+            f"{self.byzantine_silos} means something only from {least} updates on; give at least that"
+        )
+
+    def _local_problem(self) -> str:
+        if self.aggregation != "scaffold":
+            return ""
+        if self.optimizer != "sgd":
+            return (
+                f"federated.optimizer is {self.optimizer!r}: control variates are mean gradients of plain steps; give "
+                "'sgd' with federated.aggregation 'scaffold'"
+            )
+        if self.proximal_mu:
+            return f"federated.proximal_mu is {self.proximal_mu:g}: give 0 with federated.aggregation 'scaffold'"
+        if self.adapters == "product":
+            return (
+                "federated.adapters is 'product': its factors turn from round to round, and old control variates mean "
+                "nothing; give 'average' or 'ffa' with federated.aggregation 'scaffold'"
+            )
+        return ""
+
+    def _rank_problem(self) -> str:
+        if self.lora_ranks and self.adapters != "product":
+            return (
+                f"federated.lora_ranks is {self.lora_ranks}: factors of different ranks have no mean; give "
+                "federated.adapters = 'product', or leave it out"
+            )
+        large = {name: rank for name, rank in self.lora_ranks.items() if rank > self.lora_rank}
+        if large:
+            return f"federated.lora_ranks has {large}: give at most federated.lora_rank ({self.lora_rank})"
+        return ""

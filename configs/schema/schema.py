@@ -1,0 +1,266 @@
+"""All settings of a run, in one frozen tree. Unknown keys are refused; every field says its meaning and unit.
+
+Fields that change a privacy guarantee live in ``PrivacySettings``; fields that change only speed never do.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from configs.schema.base import Count, Labels, Positive, Probability, Settings
+from configs.schema.data import DataSettings, SourceSettings, TokenizerSettings
+from configs.schema.federated import ROBUST, FederatedSettings
+from configs.schema.pretrain import ClusterSettings, ModelSettings, PretrainSettings
+
+LARGEST_NUMBER_OF_CLIENTS = 2**16  # so many updates are summed without rounding
+
+
+class RunSettings(Settings):
+    """Where a run lives and what makes it repeatable."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run's directory below ``storage``."""
+    storage: str = "runs"
+    """Folder where runs live, or the URL of an object store (``s3://bucket/prefix``: needs the extra ``s3``; others as
+    fsspec knows them). On a cluster: an absolute folder that every node shares, or a URL."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything public: tokenizer, initial weights, order of the public data. Never of privacy noise."""
+    encryption_key_file: str = ""
+    """File of the key that encrypts checkpoints, base model and adapters on disk; ``env:`` takes the key from
+    SILOWEAVE_ENCRYPTION_KEY, and a set SILOWEAVE_ENCRYPTION_KEY does so by itself; empty: nothing is encrypted."""
+
+    @model_validator(mode="after")
+    def _storage_lasts(self) -> "RunSettings":
+        if self.url is None:
+            return self
+        protocol, _, rest = self.storage.partition("://")
+        if protocol in ("file", "local", "memory") or "::" in self.storage or not rest.strip("/"):
+            raise ValueError(f"run.storage is {self.storage!r}: give a folder, or a URL such as s3://bucket/prefix")
+        if "@" in rest:  # not repeated here: it would stand in logs
+            raise ValueError(
+                "run.storage holds credentials: leave them out, and set the store's own environment variables"
+            )
+        return self
+
+    @property
+    def url(self) -> str | None:
+        """Where the run is in an object store; None where ``storage`` is a folder."""
+        return f"{self.storage.rstrip('/')}/{self.name}" if "://" in self.storage else None
+
+
+class PrivacySettings(Settings):
+    """What changes the guarantee; the steward's policy bounds each of them."""
+
+    unit: Literal["record", "client"] = "record"
+    """What is protected. ``record``: one unit of one silo (see ``data.private.unit``), by noise that the silo adds.
+    ``client``: all of a silo, by noise that the aggregator adds, which sees the updates and has to be trusted."""
+    num_clients: Annotated[int, Field(ge=0)] = 0
+    """With unit ``client``: the constant that divides the sum of updates, and the most silos that take part; else 0."""
+    epsilon: Positive = 8.0
+    """Epsilon of this run for one silo; the noise multiplier is calibrated to it."""
+    delta: Annotated[float, Field(gt=0, le=1e-5)] = 1e-5
+    """Delta of this run; at most min(1e-5, 0.1 / public_record_count)."""
+    sampling_rate: Probability = 0.03
+    """Probability that a unit is in the batch of a step (Poisson); with unit ``client`` that a record is, which then
+    only sets the size of batches."""
+    sampler: Literal["poisson", "truncated_poisson"] = "poisson"
+    """``truncated_poisson`` keeps a random subset of ``max_batch_size`` units where more are drawn: memory has a fixed
+    bound, for a little more noise."""
+    max_batch_size: Annotated[int, Field(ge=0)] = 0
+    """Cap on the batches of ``truncated_poisson``; 0 with ``poisson``, which has none."""
+    max_grad_norm: Positive = 1.0
+    """Clipping norm C of one unit's gradient over all trainable parameters; with unit ``client``, of a whole update."""
+    clipping_function: Literal["fixed", "automatic", "quantile"] = "fixed"
+    """``fixed`` shortens longer gradients to C, ``automatic`` brings all to just below C, ``quantile`` moves C to where
+    ``target_quantile`` of a batch is not shortened, by a noised count that is paid from the same epsilon."""
+    target_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of gradients that ``quantile`` leaves unshortened, 0.5 for instance; 0 with the others."""
+    evaluations: Annotated[int, Field(ge=0)] = 0
+    """Private evaluations on the silos' held-out units: one after the last round; of several the first is of the base
+    model, and the others are spread evenly over the rounds. Their noise is paid from the same epsilon. 0: none."""
+    evaluation_noise_multiplier: Positive = 5.0
+    """Noise of a private evaluation's sums, over the most that one unit can move them."""
+    evaluation_labels: Labels = ()
+    """Classes of the private evaluation, for F1: a held-out unit whose text ends in one of them is an example of it.
+    The silos' ``policy.label_sets`` has to list them. Empty: no F1."""
+    budget_epsilon: Positive = 32.0
+    """Epsilon that a silo's dataset may ever spend (the simulated steward's policy); with unit ``client``, what the
+    aggregator's ledger may spend on the same clients."""
+    budget_delta: Probability = 1e-4
+    """Delta that may ever be spent, likewise."""
+
+    @model_validator(mode="after")
+    def _labels_are_read(self) -> "PrivacySettings":
+        if self.evaluation_labels and not self.evaluations:
+            raise ValueError(
+                f"privacy.evaluation_labels is {list(self.evaluation_labels)} and privacy.evaluations is 0: nothing "
+                "would be evaluated; give privacy.evaluations, or leave the labels out"
+            )
+        return self
+
+
+class OwnText(SourceSettings):
+    """A text that is no silo's."""
+
+    source: str = ""
+    """As every source; empty: none."""
+
+
+class EvaluateSettings(Settings):
+    """Evaluation on held-out records and a sample of text."""
+
+    public: OwnText = OwnText()
+    """A public text of one's own, which every round is scored on, wherever the silos are."""
+    max_records_per_silo: Count = 200
+    """Held-out records read for each silo, and of the public text."""
+    without_dp: bool = False
+    """Also run the same federation without DP, to show what privacy costs; needs ``data.private.public``."""
+    prompt: str = "What is"
+    """Start of the generated sample."""
+    sample_tokens: Count = 80
+    """Tokens to generate."""
+    temperature: Positive = 0.8
+    """Softmax temperature of the sample."""
+
+
+class TuneSettings(Settings):
+    """When ``siloweave tune`` stops a trial early: asynchronous successive halving (ASHA)."""
+
+    early_stopping: bool = True
+    """Stop trials whose validations are worse than others' at the same step."""
+    grace_steps: Annotated[int, Field(ge=0)] = 0
+    """No trial is stopped before this step; 0: ``pretrain.validate_every``."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """Of the trials that reach a rung (the grace steps times a power of this), the best one in so many goes on."""
+
+
+class MonitoringSettings(Settings):
+    """Where a run's events are shown besides ``events.jsonl``."""
+
+    tensorboard: bool = False
+    """Write TensorBoard scalars to ``tensorboard/`` in the run's directory; needs the extra ``monitoring``."""
+    mlflow: str = ""
+    """MLflow tracking address (``https://HOST``, ``sqlite:///FILE``, ...); empty: none. Needs the extra ``mlflow``.
+    Credentials belong in MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN."""
+    mlflow_experiment: str = "siloweave"
+    """MLflow experiment that holds the run."""
+    ray_metrics: bool = True
+    """Set Ray's Prometheus metrics (``ray_siloweave_...``, by run), at most once a second."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> "MonitoringSettings":
+        # Settings are stored beside the run, printed and reported: a password has no place in them.
+        address, _, rest = self.mlflow.partition("://")
+        if "@" in rest.split("/")[0] and ":" in rest.split("@")[0]:
+            raise ValueError(
+                "monitoring.mlflow holds a password: settings are stored and shown; give the address without it and "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        if self.mlflow and (not rest or address == "file"):
+            raise ValueError(
+                f"monitoring.mlflow is {self.mlflow!r}: give an address such as https://HOST or sqlite:////absolute/FILE"
+            )
+        return self
+
+
+class RunConfig(Settings):
+    """Everything that shapes a run."""
+
+    run: RunSettings
+    data: DataSettings
+    tokenizer: TokenizerSettings = TokenizerSettings()
+    model: ModelSettings = ModelSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    federated: FederatedSettings = FederatedSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    monitoring: MonitoringSettings = MonitoringSettings()
+    tune: TuneSettings = TuneSettings()
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """The numbers of ranks that a start may have, largest first."""
+        most = self.cluster.world_size
+        return [size for size in range(most, (self.cluster.min_world_size or most) - 1, -1) if self._shares(size)]
+
+    def _shares(self, size: int) -> bool:
+        """Whether so many ranks can share the batch."""
+        return self.pretrain.batch_size % (size * self.pretrain.micro_batch_size) == 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        ranks, pretrain, private = self.cluster.world_size, self.pretrain, self.data.private
+        if ranks not in self.world_sizes:
+            fitting = [str(size) for size in range(1, pretrain.batch_size + 1) if self._shares(size)]
+            raise ValueError(
+                f"pretrain.batch_size is {pretrain.batch_size}: give a multiple of cluster.world_size "
+                f"({ranks}) times pretrain.micro_batch_size ({pretrain.micro_batch_size}); with these batches "
+                f"cluster.world_size can be {', '.join(fitting) or 'no number at all'}"
+            )
+        largest = max([private.public_record_count, *private.public_record_counts.values()])
+        if self.privacy.delta > 0.1 / largest:
+            raise ValueError(
+                f"privacy.delta is {self.privacy.delta:g}: a silo with public_record_count {largest} allows at most "
+                f"{0.1 / largest:.3g}; lower privacy.delta"
+            )
+        if (self.privacy.sampler == "poisson") != (self.privacy.max_batch_size == 0):
+            raise ValueError(
+                f"privacy.max_batch_size is {self.privacy.max_batch_size} and privacy.sampler "
+                f"{self.privacy.sampler!r}: give 0 with 'poisson', a cap with 'truncated_poisson'"
+            )
+        if self.privacy.evaluations > self.federated.rounds + 1:
+            raise ValueError(
+                f"privacy.evaluations is {self.privacy.evaluations}: there are {self.federated.rounds} rounds and "
+                "the base model to evaluate; give at most federated.rounds + 1"
+            )
+        if self.federated.optimizer == "adam_bc" and self.privacy.clipping_function == "quantile":
+            raise ValueError(
+                "federated.optimizer is 'adam_bc': it needs noise of one size, and privacy.clipping_function "
+                "'quantile' changes it; give 'adam' or 'fixed'"
+            )
+        if problem := self._client_problem():
+            raise ValueError(problem)
+        if self.evaluate.without_dp and not private.public:
+            raise ValueError(
+                "evaluate.without_dp is true: the run without DP exists only for data declared "
+                "data.private.public = true; set evaluate.without_dp = false"
+            )
+        return self
+
+    def _client_problem(self) -> str:
+        """What an aggregator that adds the noise can't do, or what would need noise of the silos' own."""
+        privacy, federated = self.privacy, self.federated
+        if privacy.unit == "record":
+            wrong = f"privacy.num_clients is {privacy.num_clients}: give 0 with privacy.unit 'record'"
+            return wrong if privacy.num_clients else ""
+        most = min(LARGEST_NUMBER_OF_CLIENTS, int(0.1 / privacy.delta))
+        if not federated.min_silos <= privacy.num_clients <= most:
+            return (
+                f"privacy.num_clients is {privacy.num_clients}: with privacy.unit 'client' give federated.min_silos "
+                f"({federated.min_silos}) to {most}"
+            )
+        refused = (  # setting, value, whether it is refused, why, what to give
+            ("federated.aggregation", federated.aggregation, federated.aggregation in (*ROBUST, "scaffold"),
+             "it uses single clients' updates, and only their sum has noise", "'fedavg' or a server optimizer"),
+            ("federated.adapters", federated.adapters, federated.adapters == "product",
+             "a product of factors has another norm than what was clipped", "'average' or 'ffa'"),
+            ("federated.enough_silos", federated.enough_silos, federated.enough_silos > 0,
+             "one client's speed would decide whether another one counts", "0"),
+            ("federated.optimizer", federated.optimizer, federated.optimizer == "adam_bc",
+             "a silo's own steps have no noise to correct for", "'adam' or 'sgd'"),
+            ("privacy.sampler", privacy.sampler, privacy.sampler != "poisson",
+             "its cap is about records", "'poisson'"),
+            ("privacy.clipping_function", privacy.clipping_function, privacy.clipping_function != "fixed",
+             "it is about records' gradients", "'fixed'"),
+            ("privacy.evaluations", privacy.evaluations, privacy.evaluations > 0,
+             "a private evaluation is about records", "0"),
+            ("evaluate.without_dp", self.evaluate.without_dp, self.evaluate.without_dp,
+             "the run without DP is the one of records", "false"),
+        )  # fmt: skip
+        problems = (
+            f"{name} is {value!r} with privacy.unit 'client': {why}; give {instead}"
+            for name, value, applies, why, instead in refused
+            if applies
+        )
+        return next(problems, "")

@@ -1,0 +1,140 @@
+"""``silo.toml``: what a silo is, where its data lies, and what its steward's policy allows."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from configs.parse import parse, read_toml
+from configs.schema.base import LARGEST_ADAPTER_VALUE, Count, Labels, Place, Positive, Probability, Settings
+from configs.schema.data import DeidentifySettings, SourceSettings
+from configs.schema.federated import ClippingMethod
+
+MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # whoever simulates asks nobody but himself
+
+
+class SiloSettings(Settings):
+    """Identity and places of a silo."""
+
+    id: Annotated[str, Field(min_length=1, max_length=100)]
+    """The silo's name in the federation."""
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
+    """The steward's name for the dataset; the ledger is bound to it."""
+    state_dir: Annotated[str, Place("keys and ledger", made=True)]
+    """Folder of keys and ledger. It outlives runs."""
+    anchor_dir: Annotated[str, Place("the ledger's anchor", made=True)] = ""
+    """Folder of the ledger's anchor, by which an old ledger that is put back is noticed: one for each dataset, best on
+    another disk than ``state_dir``, and never restored with it. Empty: ``<state_dir>.anchor``."""
+    base_model: Annotated[str, Place("the base model", secret=False)]
+    """Folder of the exported base model that the silo may fine-tune."""
+    encryption_key_file: Annotated[str, Place("the encryption key")] = ""
+    """File of the base model's key where its weights are encrypted; ``env:`` takes SILOWEAVE_ENCRYPTION_KEY."""
+    relay_user: str = ""
+    """Operating-system user of the relay, which the service's socket is for. It must reach nothing else of the silo.
+    Empty: nobody but the service's own user reaches the socket, which is allowed for data declared public only."""
+    public_record_count: Count
+    """Training units, rounded, declared by the steward; never computed from the data."""
+    micro_batch_size: Count = 16
+    """Most units processed at once; speed only: no bit of what leaves under record-level DP depends on it."""
+    clipping: ClippingMethod = "bookkeeping"
+    """How per-record gradients are formed; all ways give the same up to rounding."""
+
+
+class SiloDataSettings(SourceSettings):
+    """The silo's records."""
+
+    silo: str = ""
+    """Column that names the silo, where one source holds several; empty: all of the source is this silo's."""
+    unit: str = ""
+    """Column that names the privacy unit; empty: every record is a unit of its own."""
+    max_rows_per_unit: Count = 8
+    """Rows kept of one unit."""
+    held_out_fraction: Probability = 0.1
+    """Share of the units that are never trained on."""
+    public: bool = False
+    """True only for data that everyone may see."""
+    deidentify: DeidentifySettings = DeidentifySettings()
+    """What is replaced in the records before they are trained on."""
+
+
+class SiloPolicy(Settings):
+    """What may leave, at most. Every check is computed from these numbers alone, without reading data."""
+
+    units: Annotated[tuple[Literal["record", "client"], ...], Field(min_length=1)] = ("record",)
+    """What a run may protect. ``record``: this silo adds the noise, and need not trust whoever asks. Whoever adds
+    ``client`` trusts the coordinators: they get this silo's updates without noise, and add it to the sum."""
+    budget_epsilon: Positive
+    """Epsilon that the dataset may ever spend."""
+    budget_delta: Probability
+    """Delta that the dataset may ever spend."""
+    max_epsilon_per_run: Positive = 8.0
+    """Epsilon of one run."""
+    max_epsilon_per_day: Positive | None = None
+    """Epsilon of all runs that are reserved within 24 hours. Without it only ``budget_epsilon`` bounds them."""
+    min_noise_multiplier: Positive = 0.3
+    """Smallest noise multiplier."""
+    max_sampling_rate: Probability = 0.1
+    """Largest sampling rate."""
+    max_steps_per_round: Count = 1000
+    """Most steps of one round."""
+    max_rounds_per_run: Count = 1000
+    """Most rounds of one run, and one more of its private evaluations. Each is an entry that every later request reads
+    again."""
+    min_grad_norm: Positive = 1e-4
+    """Smallest norm to which a unit is clipped."""
+    max_grad_norm: Positive = 1e4
+    """Largest norm to which a unit is clipped."""
+    max_learning_rate: Positive = 1.0
+    """Largest learning rate of a silo's steps."""
+    max_proximal_mu: Positive = 100.0
+    """Largest pull of FedProx."""
+    max_lora_rank: Count = 64
+    """Largest adapter rank."""
+    max_lora_alpha: Positive = 1000.0
+    """Largest scale of an adapter."""
+    max_adapter_value: Positive = LARGEST_ADAPTER_VALUE
+    """Largest absolute value in an adapter, or in what SCAFFOLD adds to each step."""
+    releases_metrics: bool = False
+    """Whether noised sums over the held-out units may leave, charged as any other release."""
+    label_sets: tuple[Labels, ...] = ()
+    """Sets of labels, ``[["yes", "no"]]`` for instance, whose noised counts may be among these sums."""
+    max_request_bytes: Count = 256 * 2**20
+    """Bytes of one request, its adapter included."""
+    max_requests_per_day: Count = 10_000
+    """Requests of one trusted coordinator within 24 hours."""
+    max_runs_per_day: Count = 50
+    """Runs that one coordinator may open within 24 hours, by the ledger's own signed times."""
+    max_open_runs: Count = 20
+    """Runs of one coordinator that may be open at once. `siloweave silo runs stop` ends one that was left open."""
+    attests_disjoint_units: bool = False
+    """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
+    silo's steward gives it, the largest epsilon is the federation's; else the sum is."""
+
+
+class SiloConfig(Settings):
+    """Everything a silo is configured with."""
+
+    silo: SiloSettings
+    data: SiloDataSettings
+    policy: SiloPolicy
+
+    @model_validator(mode="after")
+    def _absolute(self) -> "SiloConfig":
+        for name in ("state_dir", "base_model"):
+            if not Path(getattr(self.silo, name)).is_absolute():
+                raise ValueError(f"silo.{name} is {getattr(self.silo, name)!r}: give an absolute path")
+        anchor_dir = Path(self.silo.anchor_dir)
+        if self.silo.anchor_dir and not anchor_dir.is_absolute():
+            raise ValueError(f"silo.anchor_dir is {self.silo.anchor_dir!r}: give an absolute path")
+        if anchor_dir.is_relative_to(self.silo.state_dir):
+            raise ValueError(f"silo.anchor_dir is {self.silo.anchor_dir!r}: give a folder outside silo.state_dir")
+        return self
+
+
+def load_silo(path: Path) -> SiloConfig:
+    """Reads and checks a ``silo.toml``.
+
+    Raises:
+        InputError: it is missing, unreadable, or a setting does not hold.
+    """
+    return parse(SiloConfig, read_toml(path), str(path))

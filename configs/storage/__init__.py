@@ -1,0 +1,1 @@
+"""How bytes last: atomic files, manifests, commits, folders and buckets, sealing."""

@@ -1,0 +1,1 @@
+"""The adapter: as bytes, as LoRA factors, on the warm base model."""

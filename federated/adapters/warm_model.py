@@ -1,0 +1,39 @@
+"""The base model with an adapter, kept warm: once a process, for the silos that it hosts and for whoever scores."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from configs.storage.sealing import load_key
+from federated.adapters.lora_factors import frozen
+from trainer.models.adapters import add_adapter, trainable
+from trainer.models.load import load_model
+from trainer.pretraining.onednn import fastest_products, use_onednn
+
+
+@lru_cache(maxsize=1)
+def warm_model(
+    directory: Path,
+    rank: int,
+    alpha: float,
+    key_file: str = "",
+    frozen_seed: int | None = None,
+    *,
+    onednn: bool = True,
+) -> Any:
+    """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time).
+
+    Args:
+        directory: of the base model.
+        rank: of the adapter.
+        alpha: its scale.
+        key_file: of the base model's key.
+        frozen_seed: what A is drawn from; it doesn't train then.
+        onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
+    """
+    model = add_adapter(load_model(directory, load_key(key_file)), rank, alpha, frozen_seed or 0)
+    for name, value in trainable(model).items():
+        value.requires_grad = frozen_seed is None or not frozen(name)
+    if onednn and fastest_products().onednn:
+        use_onednn(model)
+    return model

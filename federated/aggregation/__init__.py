@@ -1,0 +1,1 @@
+"""What becomes of a round's updates; one file a rule."""

@@ -1,0 +1,1 @@
+"""Attacks on what was released, on public or made-up records only."""

@@ -1,0 +1,1 @@
+"""Siloweave silo, siloweave federation."""

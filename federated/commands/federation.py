@@ -1,0 +1,128 @@
+"""``siloweave federation``: what a coordinator's people run; the rounds themselves are ``cluster``'s to show."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from configs.printing import answer, confirmed, say
+
+if TYPE_CHECKING:
+    from federated.deployment.federation_folder import Federation
+
+federation_app = typer.Typer(help="Runs a federation over silos elsewhere.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(help="The federation's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print for machines.")]
+
+
+@federation_app.callback()
+def federation() -> None:
+    """Runs a federation over silos elsewhere."""
+
+
+@federation_app.command()
+def init(
+    folder: Folder,
+    name: Annotated[str, typer.Option(help="The federation's name, as silos see it.")],
+    host: Annotated[list[str], typer.Option(help="Name or address by which silos reach it; may be repeated.")],
+    port: Annotated[int, typer.Option(help="Port of the proxy, the only one that silos reach.")] = 9092,
+    listen: Annotated[str, typer.Option(help="Address that the proxy listens on.")] = "0.0.0.0",  # noqa: S104
+) -> None:
+    """Makes a coordinator's keys, its certificates and coordinator.json for the silos."""
+    from configs.parse import parse
+    from configs.schema.deployment import FederationConfig
+    from federated.deployment.federation_folder import Federation
+    from federated.identity.cards import fingerprint
+
+    given = {"name": name, "hosts": host, "port": port, "listen": listen}
+    made = Federation.create(folder, parse(FederationConfig, given, "federation init"))
+    say(f"{made.card_file}: send it to every silo, and read this out to its steward:")
+    say(f"fingerprint {fingerprint(made.card)}")
+
+
+@federation_app.command()
+def enrol(
+    folder: Folder,
+    enrolment: Annotated[Path, typer.Argument(help="The enrolment.json that the silo sent.")],
+    fingerprint: Annotated[
+        str | None, typer.Option(help="As its steward read it out; without it you are asked.")
+    ] = None,
+) -> None:
+    """Takes a silo in; nothing has to be restarted."""
+    from federated.deployment.federation_folder import Federation
+    from federated.identity.cards import EnrolledSilo, confirm, read_document
+
+    card = read_document(EnrolledSilo, enrolment)
+    confirm(card, fingerprint, str(enrolment), confirmed)
+    Federation(folder).enrol(card)
+    say(f"silo {card.silo}: enrolled; runs ask it from their next round on")
+
+
+@federation_app.command()
+def revoke(folder: Folder, silo: Annotated[str, typer.Argument(help="The silo's name.")]) -> None:
+    """Takes a silo out; nothing has to be restarted."""
+    from federated.deployment.federation_folder import Federation
+
+    Federation(folder).revoke(silo)
+    say(f"silo {silo}: revoked")
+
+
+@federation_app.command()
+def serve(folder: Folder) -> None:
+    """Starts SuperLink and proxy and restarts what dies, until it is told to end (SIGTERM, Ctrl-C)."""
+    from federated.deployment.federation_folder import Federation
+    from federated.deployment.proxy import proxy
+    from federated.deployment.superlink import superlink
+    from federated.deployment.supervisor import Supervisor, ended_by_signal
+
+    served = Federation(folder)
+    served.renew_certificates()
+    link, port = superlink(served)
+    supervisor = Supervisor(served.state, [link, proxy(served, port)])
+    address = served.card.address
+    supervisor.run(ended_by_signal(), lambda: say(f"federation at {address}: serving"), _enrolments(served))
+
+
+def _enrolments(served: "Federation") -> "Callable[[], None]":
+    """Registers and unregisters nodes when the enrolled silos have changed; a SuperLink that is away is asked later."""
+    from configs.errors import SiloweaveError
+    from federated.deployment.superlink import reconcile
+
+    registered: dict[str, Any] | None = None
+    said = ""
+
+    def tick() -> None:
+        nonlocal registered, said
+        try:
+            wanted = served.silos()
+            if wanted != registered:
+                reconcile(served)
+                registered, said = wanted, ""
+        except SiloweaveError as error:
+            if str(error) != said:  # not twice a second
+                said = str(error)
+                say(f"enrolments: {said}", err=True)
+
+    return tick
+
+
+@federation_app.command()
+def status(folder: Folder, as_json: JsonOption = False) -> None:
+    """Processes, silos and their budgets, the run's round, refusals with their reasons."""
+    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_status import lines
+    from federated.deployment.federation_status import status as look
+
+    found = look(Federation(folder))
+    answer(as_json, found, *lines(found))
+
+
+@federation_app.command()
+def stop(folder: Folder) -> None:
+    """Ends `federation serve` and all that it started. A run that is given again goes on from its newest round."""
+    from federated.deployment.federation_folder import Federation
+    from federated.deployment.supervisor import stop as end
+
+    ended = end(Federation(folder).state)
+    say("stopped" if ended else "nothing was running")

@@ -1,0 +1,148 @@
+"""``siloweave silo runs``: what a silo's steward sees of the runs, and how one is ended."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from configs.errors import InputError
+from configs.printing import answer
+
+if TYPE_CHECKING:
+    from configs.schema.silo import SiloConfig
+    from privacy.ledger.journal import Journal
+    from privacy.ledger.runs import Run
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+_KEY_SHOWN = 16  # hexadecimal digits
+runs_app = typer.Typer(help="The runs of a silo.")
+
+
+@runs_app.callback(invoke_without_command=True)
+def runs(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The silo.toml.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every run in the silo's ledger, oldest first: whose it is, what it reserved, how far it is."""
+    if context.invoked_subcommand is not None:
+        return
+    if config is None:
+        raise InputError("silo runs: no settings; give --config silo.toml")
+    settings, journal = _opened(config)
+    found = runs_of(settings, journal)
+    answer(as_json, found, *(map(_line, found) if found else ["no runs"]))
+
+
+@runs_app.command()
+def stop(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")],
+    run: Annotated[str | None, typer.Argument(help="The run's name, as `silo runs` shows it.")] = None,
+    entry: Annotated[int | None, typer.Option(help="Instead of the name: its entry, as `silo runs` shows it.")] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(help="Whose run, by name or key as `silo runs` shows it, where several have one of this name."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ends a run, while the service runs, too: nothing more is released to it. What it reserved stays spent."""
+    wanted = entry if run is None else run
+    if wanted is None or None not in (run, entry):
+        raise InputError("silo runs stop: give the run's name, or --entry with the number that `silo runs` shows")
+    settings, journal = _opened(config)
+    stopped = end(settings, journal, wanted, coordinator)
+    answer(as_json, stopped, f"{_line(stopped)}; what it reserved stays spent")
+
+
+def runs_of(settings: "SiloConfig", journal: "Journal") -> list[dict[str, Any]]:
+    """All runs, oldest first."""
+    from privacy.ledger.runs import Runs
+
+    names = _names(settings)
+    return [_shown(run, names) for run in Runs(journal.bodies())]
+
+
+def end(settings: "SiloConfig", journal: "Journal", wanted: str | int, coordinator: str | None) -> dict[str, Any]:
+    """Closes an open run, in an entry that says that the steward did.
+
+    Args:
+        settings: the silo's.
+        journal: its ledger.
+        wanted: the run's name, or the number of the entry that opened it: names may look alike.
+        coordinator: whose run; None where only one fits.
+
+    Raises:
+        InputError: there is no such open run, or several.
+    """
+    from privacy.ledger.runs import STEWARD, Runs
+
+    names = _names(settings)
+    with journal.transaction():
+        found = [run for run in Runs(journal.bodies()).open() if wanted in (run.name, run.opening["number"])]
+        fitting = [run for run in found if coordinator is None or coordinator in _called(run, names)]
+        if len(fitting) != 1:
+            owners = "; ".join(" ".join(_called(run, names)) for run in found) or "nobody"
+            raise InputError(
+                f"silo runs stop: {len(fitting)} open runs are called {wanted!r} (open under this name: of {owners}); "
+                "give a run that `silo runs` shows as open, and --coordinator where several have this name"
+            )
+        journal.end(fitting[0], by=STEWARD)
+    journal.scrub()
+    number = fitting[0].opening["number"]
+    return next(_shown(run, names) for run in Runs(journal.bodies()) if run.opening["number"] == number)
+
+
+def journal_of(settings: "SiloConfig") -> "Journal":
+    """The ledger file of a silo."""
+    from privacy.ledger.journal import Journal, default_anchor_dir
+
+    state_dir = Path(settings.silo.state_dir)
+    anchor_dir = Path(settings.silo.anchor_dir) if settings.silo.anchor_dir else default_anchor_dir(state_dir)
+    return Journal(state_dir, anchor_dir, settings.silo.id, settings.silo.dataset_id)
+
+
+def _opened(config: Path) -> "tuple[SiloConfig, Journal]":
+    from configs.schema.silo import load_silo
+    from privacy.ledger.file import LEDGER_FILE
+
+    settings = load_silo(config)
+    ledger = Path(settings.silo.state_dir) / LEDGER_FILE
+    if not ledger.exists():  # whoever looks would make it, and the key, as the user that they are
+        raise InputError(f"{ledger}: no such ledger, and so no runs; start the silo's service first (`silo serve`)")
+    return settings, journal_of(settings)
+
+
+def _names(settings: "SiloConfig") -> dict[str, str]:
+    from federated.deployment.silo_site import trusted
+
+    return {key: name for name, key in trusted(settings).items()}
+
+
+def _called(run: "Run", names: dict[str, str]) -> tuple[str, ...]:
+    """By what a steward may call a run's coordinator: its name, where it is trusted, and its key's beginning."""
+    if not run.coordinator:
+        return ("not named",)
+    key = run.coordinator[:_KEY_SHOWN]
+    return (names[run.coordinator], key) if run.coordinator in names else (key,)
+
+
+def _shown(run: "Run", names: dict[str, str]) -> dict[str, Any]:
+    return {
+        "entry": run.opening["number"],
+        "run": run.name,
+        "coordinator": " ".join(_called(run, names)),
+        "epsilon_reserved": run.opening.get("epsilon", 0.0),
+        "rounds_charged": run.rounds_charged,
+        "rounds_planned": run.opening["plan"]["rounds"],
+        "opened": datetime.fromtimestamp(run.opening["time"], tz=UTC).isoformat(timespec="seconds"),
+        "state": "stopped by the steward" if run.stopped else "open" if run.closing is None else "closed",
+    }
+
+
+def _line(run: dict[str, Any]) -> str:
+    return (
+        f"entry {run['entry']}  {run['run']!r}  {run['state']}  of {run['coordinator']!r}  "
+        f"epsilon {run['epsilon_reserved']:.4g}  {run['rounds_charged']} of {run['rounds_planned']} rounds  "
+        f"since {run['opened']}"
+    )

@@ -1,0 +1,1 @@
+"""The side that leads: rounds, exchange with silos, commits, the trusted aggregator, which never imports silo/."""

@@ -1,0 +1,251 @@
+"""The coordinator's end of the boundary: signed requests to the silos' nodes, and their replies, each checked."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, NoReturn
+
+from flwr.app import Message
+
+from configs.errors import PolicyRefusal, SiloweaveError
+from configs.events import EventLog
+from configs.schema.federated import FederatedSettings
+from configs.storage.files import digest_bytes
+from federated.coordinator.flower_grid import Nodes
+from federated.coordinator.parties import Parties
+from federated.coordinator.replies import (
+    Answer,
+    Asked,
+    UnsoundReply,
+    opened,
+    received,
+    require_description,
+    require_kind,
+    require_signed,
+    sound_or_rejected,
+)
+from federated.coordinator.run_ticket import Run
+from federated.protocol import silo_pb2 as pb
+from federated.protocol.envelope import seal_request
+from federated.protocol.framing import PROTOCOL_VERSION
+from federated.transport.flower_messages import pack
+
+POLL_S, LONGEST_POLL_S = 0.05, 1.0
+TRAIN, QUERY = "train", "query"
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """A request to each of some silos, made when it is sent: all at once would hold the adapter once a silo.
+
+    Attributes:
+        silos: who is asked.
+        make: gives a silo's request, and the part of it that others have in common with it: its adapter, or nothing.
+        patience_s: gives the seconds to wait for the replies, also anew while they come; None: as the settings say.
+    """
+
+    silos: Sequence[str]
+    make: Callable[[str], tuple[bytes, bytes]]
+    patience_s: Callable[[], float] | None = None
+
+
+@dataclass
+class Exchange:
+    """Messages of one run.
+
+    Attributes:
+        grid: reaches the silos' nodes.
+        run: under which id, and until when, silos take its requests.
+        parties: the coordinator's key, and who is enrolled.
+        settings: deadline, and how many silos a step needs.
+        log: receives refusals, rejected replies and time-outs.
+        receipt_of: gives the last signed receipt of a silo; nothing where there is none.
+        nodes: node of each silo that is there.
+        keys: public key of each silo that has ever answered.
+        bytes_moved: requests and replies, since it was set to zero.
+    """
+
+    grid: Nodes
+    run: Run
+    parties: Parties
+    settings: FederatedSettings
+    log: EventLog
+    receipt_of: Callable[[str], bytes]
+    nodes: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+    bytes_moved: int = 0
+    _silo_at: dict[int, str] = field(default_factory=dict)
+
+    def meet(self, admit: Callable[[str, pb.Described], None], patience_s: Callable[[], float]) -> None:
+        """Looks who is there now.
+
+        Args:
+            admit: takes what a silo that was not there before tells of itself; a ValueError keeps it out.
+            patience_s: gives the seconds to wait for that.
+        """
+        present, roster = set(self.grid.get_node_ids()), self.parties.roster() if self.parties.roster else None
+        unknown = sorted(present - set(self._silo_at))
+        body = self.body("describe", describe=pb.Describe())
+        for node, message in self._send(((node, body, body) for node in unknown), QUERY, "describe", patience_s):
+            try:
+                with sound_or_rejected():
+                    reply = self._admitted(message, body, present, roster)
+                    admit(reply.silo_id, reply.described)
+            except (PolicyRefusal, UnsoundReply) as error:
+                self._emit("rejected", "describe", node, error)
+                continue
+            self._silo_at[node], self.keys[reply.silo_id] = reply.silo_id, reply.described.public_key
+        enrolled = self.parties.roster() if self.parties.roster else self.keys
+        here = {silo: node for node, silo in self._silo_at.items() if node in present}
+        self.nodes = {silo: node for silo, node in here.items() if enrolled.get(silo) == self.keys[silo]}
+
+    def _admitted(self, message: Message, body: bytes, present: set[int], roster: Mapping[str, str] | None) -> pb.Reply:
+        """Raises a ValueError where a node is not behind an enrolled silo, or another node is already."""
+        envelope, reply = opened(self._content(message), Asked.of(body))
+        require_kind(reply, "described")
+        require_description(reply)
+        silo, key = reply.silo_id, reply.described.public_key
+        require_signed(envelope, key)
+        if roster is not None and roster.get(silo) != key:
+            raise ValueError(f"silo {silo!r} is not enrolled with this key: `siloweave federation enrol` it")
+        if self.keys.get(silo, key) != key:
+            raise ValueError(f"silo {silo!r} has answered with another key before")
+        if any(at in present and name == silo for at, name in self._silo_at.items()):
+            raise ValueError(f"silo {silo!r} is behind another node already")
+        return reply
+
+    def _content(self, message: Message) -> bytes:
+        content = received(message)
+        self.bytes_moved += len(content)
+        return content
+
+    def body(self, request_id: str, silo: str = "", **kind: Any) -> bytes:
+        """A request's bytes. The same step of the same run has the same bytes, so a restart asks nothing new."""
+        return pb.Request(
+            version=PROTOCOL_VERSION,
+            run_id=self.run.id,
+            silo_id=silo,
+            request_id=request_id,
+            coordinator=self.parties.signer.public_key,
+            expires=self.run.expires,
+            **kind,
+        ).SerializeToString(deterministic=True)
+
+    def collect(
+        self,
+        bodies: Bodies,
+        kind: str,
+        group: str,
+        expected: str,
+        accept: Callable[[Answer], None],
+        already: int = 0,
+        enough: int = 0,
+        fewest: int | None = None,
+    ) -> list[str]:
+        """Sends the requests and accepts each sound reply as it comes; the others are recorded and passed over.
+
+        Args:
+            bodies: a request a silo; none is also fine.
+            kind: Flower's message type.
+            group: the step, for the events.
+            expected: kind of a reply.
+            accept: takes a silo's reply; whatever it raises rejects it.
+            already: silos that need not be asked and count as having answered.
+            enough: replies after which the others are not waited for; 0: all.
+            fewest: silos that have to be left; None: as many as the settings say.
+
+        Returns:
+            The silos whose replies were accepted.
+
+        Raises:
+            PolicyRefusal: too few silos are left, and a policy refused.
+            SiloweaveError: too few silos are left.
+        """
+        silo_of = {self.nodes[silo]: silo for silo in bodies.silos}
+        asked: dict[str, Asked] = {}
+        answered: list[str] = []
+        refusals: list[PolicyRefusal] = []
+
+        def sent() -> Iterator[tuple[int, bytes, bytes]]:
+            for silo in bodies.silos:
+                body, shared = bodies.make(silo)
+                asked[silo] = Asked.of(body)
+                yield self.nodes[silo], body, shared
+
+        for node, message in self._send(sent(), kind, group, bodies.patience_s):
+            silo = silo_of[node]
+            try:
+                with sound_or_rejected():
+                    accept(self._answer(silo, message, asked[silo], expected))
+                answered.append(silo)
+            except PolicyRefusal as refusal:
+                refusals.append(refusal)
+                self._emit("refused", group, node, refusal, rule=refusal.rule)
+            except UnsoundReply as error:
+                self._emit("rejected", group, node, error)
+            if 0 < enough <= len(answered):
+                break
+        least = self.settings.min_silos if fewest is None else fewest
+        if len(answered) + already < least:
+            self._too_few(len(answered) + already, len(bodies.silos) + already, least, group, refusals)
+        return sorted(answered)
+
+    def _too_few(self, left: int, asked: int, least: int, group: str, refusals: list[PolicyRefusal]) -> NoReturn:
+        message = f"step {group}: {left} of {asked} silos answered, federated.min_silos is {least}"
+        if refusals:
+            first = refusals[0]
+            raise PolicyRefusal(f"{message}; {first}", rule=first.rule, asked=first.asked, allowed=first.allowed)
+        raise SiloweaveError(f"{message}; see {self.log.path} and the silos' own logs, then run the same command again")
+
+    def _answer(self, silo: str, message: Message, asked: Asked, expected: str) -> Answer:
+        envelope, reply = opened(self._content(message), asked)
+        if reply.silo_id != silo:
+            raise ValueError("the reply is not to this request")
+        require_signed(envelope, self.keys[silo])
+        require_kind(reply, expected)
+        return Answer(silo, reply, digest_bytes(envelope.body))
+
+    def _send(
+        self,
+        bodies: Iterable[tuple[int, bytes, bytes]],
+        kind: str,
+        group: str,
+        patience_s: Callable[[], float] | None,
+    ) -> Iterator[tuple[int, Message]]:
+        """Sends (node, body, its shared part) and yields what comes back as it comes, until all have or time is up."""
+        patience_s = patience_s or (lambda: self.settings.round_timeout_s)
+        timeout_s = patience_s()
+        messages = []
+        for node, body, shared in bodies:
+            envelope = seal_request(self.parties.signer, body, self.receipt_of(self._silo_at.get(node, "")))
+            self.bytes_moved += len(envelope)
+            # A node that is away must not find the message when it is back: its round is over by then.
+            messages.append(Message(pack(envelope, shared), node, kind, group_id=group, ttl=timeout_s))
+        # By the message that is answered: what a reply says of its sender is the sender's own word.
+        sent = zip_longest(self.grid.push_messages(messages) if messages else (), messages)
+        waiting = {name or f"unsent {at}": message.metadata.dst_node_id for at, (name, message) in enumerate(sent)}
+        del messages
+        began = time.monotonic()
+        while waiting and (waited_s := time.monotonic() - began) < patience_s():
+            came = False
+            for message in self.grid.pull_messages(list(waiting)):
+                came = True
+                if message.metadata.reply_to_message_id in waiting:
+                    yield waiting.pop(message.metadata.reply_to_message_id), message
+            if waiting and not came:
+                time.sleep(min(max(POLL_S, POLL_S * waited_s), LONGEST_POLL_S))
+        if waiting:
+            self._timed_out(group, sorted(waiting.values()), patience_s())
+
+    def _timed_out(self, group: str, nodes: list[int], timeout_s: float) -> None:
+        silent = [self._silo_at.get(node, f"node {node}") for node in nodes]
+        message = f"no answer from {', '.join(silent)} in {timeout_s:g} s; the run goes on, and asks again later"
+        self.log.emit("federate", "timeout", step=group, missing=len(silent), silos=silent, message=message)
+
+    def _emit(self, event: str, group: str, node: int, error: Exception, **values: str) -> None:
+        """Why a reply is not used, in one line: whose it is, what is wrong with it, what happens next."""
+        silo = self._silo_at.get(node)
+        who: dict[str, Any] = {"node": node} if silo is None else {"silo": silo}
+        whose = "" if isinstance(error, PolicyRefusal) else f"node {node}: " if silo is None else f"silo {silo}: "
+        self.log.emit("federate", event, **who, step=group, message=f"{whose}{error}; step {group} goes on", **values)

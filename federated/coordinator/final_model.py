@@ -1,0 +1,82 @@
+"""A federation's final model, and its publication: the shared adapter as a peft directory, and the manifest."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.run_directory import config_digest
+from configs.schema.schema import RunConfig
+from configs.storage.files import write_atomic
+from configs.storage.manifests import Manifest, commit_manifest, require_manifest
+from configs.storage.sealing import load_key, sealing
+from federated.adapters.arrays import from_bytes
+from federated.adapters.warm_model import warm_model
+from federated.coordinator import round_commits as commits
+from privacy.certificate.model_digests import adapter_digests
+from trainer.models.adapters import load_adapter_weights
+
+ADAPTER = "adapter"
+_HEAD = """---
+base_model: ../../model
+library_name: peft
+---
+
+# LoRA adapter
+
+"""
+_WITHOUT_DP = "Trained WITHOUT differential privacy, for comparison on public data. No certificate speaks of it.\n"
+
+
+def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
+    """The base model with the adapter of the federation's last committed round."""
+    federated, key_file = config.federated, config.run.encryption_key_file
+    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file)
+    adapter = from_bytes(commits.all_rounds(federation, load_key(key_file))[-1].adapter)
+    load_adapter_weights(model, {name: torch.from_numpy(array) for name, array in adapter.items()})
+    return model.eval()
+
+
+def publish(config: RunConfig, base_model: Path, federation: Path, kind: str) -> None:
+    """Writes the manifest of a finished federation, by which later stages know it."""
+    model = require_manifest(base_model, "model", "export").content_digest
+    commit_manifest(federation, Manifest(kind, config_digest(config), inputs={"model": model}))
+
+
+def save_peft(config: RunConfig, base_model: Path, federation: Path) -> dict[str, str]:
+    """Writes the last round's adapter to ``adapter/``, as peft's ``PeftModel.from_pretrained`` loads it.
+
+    Where the run is encrypted its weights are, too: ``siloweave decrypt`` writes a copy in the clear.
+
+    Returns:
+        Digests of its files in the clear.
+    """
+    model = final_model(config, base_model, federation)
+    model.peft_config["default"].base_model_name_or_path = "../../model"
+    key = load_key(config.run.encryption_key_file)
+    with sealing(federation / ADAPTER, key, f"{federation.name}/{ADAPTER}") as folder:
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return adapter_digests(folder)
+
+
+def write_card(federation: Path, certificate: dict[str, Any] | None) -> None:
+    """Writes the adapter's model card: which certificate speaks of it, and how anybody checks that it does."""
+    text = _WITHOUT_DP if certificate is None else _certified(certificate)
+    write_atomic(federation / ADAPTER / "README.md", f"{_HEAD}{text}".encode())
+
+
+def _certified(certificate: dict[str, Any]) -> str:
+    claim, model = certificate["headline"], certificate["model"]
+    digests = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(model["adapter"].items()))
+    return f"""
+Trained in run `{certificate["run_id"]}` with epsilon {claim["epsilon"]:.4g} at delta {claim["delta"]:g} for one
+{certificate["unit"]} ({claim["rule"]}). `../certificate.json` says what that rests on and what it does not cover; it is
+about the files with these SHA-256 digests, and about the base model with the content digest
+`{model["base_model"]}`:
+
+| file, in the clear | SHA-256 |
+|---|---|
+{digests}
+
+`siloweave ledger verify --certificate ../certificate.json --model .` checks both the claim and that this is the model.
+"""

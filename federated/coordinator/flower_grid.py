@@ -1,0 +1,193 @@
+"""Flower's grid over the network, where a reply that Flower itself can't take is lost alone.
+
+Flower's grid takes replies off the SuperLink first and fetches and reads their objects then; one that it can't read
+raises, and takes with it all that came beside it. A SuperNode chooses every byte of what is read there, how many there
+are, and when they come: it may announce a reply and send none of it.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import dataclass, field
+from threading import Event, Lock, Thread
+from typing import Any, Protocol, cast
+
+import httpx
+from flwr.app import Error, Message, MessageType, Metadata
+from flwr.app.message.message import make_message
+from flwr.supercore.run import RunNotRunningException
+
+from configs.errors import SiloweaveError
+from federated.coordinator.replies import LARGEST_EXTRA_BYTES, UnsoundReply
+from federated.transport.flower_messages import size_bytes
+
+_UNREADABLE = 1
+_AT_ONCE, _PATIENCE_S = 4, 1.0
+
+
+class Nodes(Protocol):
+    """What the coordinator asks of a grid."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes that are there."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Sends messages, and gives their ids in the same order."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to these messages that have come."""
+
+
+class _Objects:
+    """A SuperLink's client that gives the objects of one reply, and no more bytes of them than a reply may have."""
+
+    def __init__(self, client: Any, most_bytes: int, over: Event) -> None:
+        self._client, self._most_bytes, self._over = client, most_bytes, over
+        self._lock, self._given_bytes = Lock(), 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802  (Flower's name)
+        if self._over.is_set():
+            raise UnsoundReply("its step is over")
+        response = self._client.PullObject(request)
+        with self._lock:  # Flower fetches two at a time
+            self._given_bytes += len(response.object_content)
+            if self._given_bytes > self._most_bytes:
+                raise UnsoundReply(f"the reply has more than the {self._most_bytes} bytes that one may have")
+        return response
+
+
+@dataclass
+class _Pull:
+    """One reply on its way, in a thread of its own.
+
+    The thread is a daemon, and none of an executor's, which the interpreter would wait for at its end.
+
+    Attributes:
+        message_id: what is answered.
+        grid: Flower's.
+        most_bytes: all the reply's objects may have.
+        over: nobody waits for the reply any more.
+        done: what follows is there.
+        replies: what has come; nothing where none has.
+        error: what ends the run.
+    """
+
+    message_id: str
+    grid: Nodes
+    most_bytes: int
+    over: Event = field(default_factory=Event)
+    done: Event = field(default_factory=Event)
+    replies: list[Message] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def start(self) -> None:
+        Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.replies = list(self._bounded().pull_messages([self.message_id]))
+            for reply in self.replies:
+                reply.metadata.__dict__["_reply_to_message_id"] = self.message_id  # and not what its sender says
+        except UnsoundReply as error:
+            self.replies = [_unreadable(self.message_id, str(error))]
+        except httpx.HTTPError as error:  # the SuperLink's trouble and not the reply's
+            self.error = error
+        except Exception as error:
+            reason = f"Flower can't read its reply ({type(error).__name__}: {error})"
+            self.replies = [_unreadable(self.message_id, reason)]
+        except BaseException as error:  # Flower's word that the run was stopped is one of these
+            self.error = error
+        finally:
+            self.done.set()
+
+    def _bounded(self) -> Nodes:
+        """Flower's grid as it is, but for the bytes of objects; a simulation's has no such objects."""
+        from flwr.superlink.grid.http_grid import HttpGrid  # it takes a while, and a run without Flower needs it not
+
+        if not isinstance(self.grid, HttpGrid):
+            return self.grid
+        grid = copy(self.grid)
+        grid._client = cast("Any", _Objects(self.grid._runtime_client, self.most_bytes, self.over))
+        return grid
+
+    def result(self) -> list[Message]:
+        """Raises what ends the run."""
+        if isinstance(self.error, RunNotRunningException):
+            raise SiloweaveError("Flower has stopped this run; run the same command again to go on with it") from None
+        if self.error is not None:
+            raise self.error
+        return self.replies
+
+
+class OneByOne:
+    """A grid that is asked for each reply by itself, and waits for none that does not come.
+
+    Args:
+        grid: Flower's.
+    """
+
+    def __init__(self, grid: Nodes) -> None:
+        self._grid, self.get_node_ids = grid, grid.get_node_ids
+        self._most_bytes = 0
+        self._pulls: dict[str, _Pull] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Sends a step's messages. No reply may have more bytes than its largest request and some to spare."""
+        messages = list(messages)
+        largest = max((size_bytes(message.content) for message in messages), default=0)
+        self._most_bytes = largest + LARGEST_EXTRA_BYTES
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """The replies to these messages that have come whole; what can't be read is an error's message.
+
+        Others are not waited for any more: what comes of them is dropped.
+
+        Raises:
+            SiloweaveError: Flower has stopped the run.
+        """
+        wanted = list(message_ids)
+        for message_id in self._pulls.keys() - set(wanted):
+            self._pulls.pop(message_id).over.set()
+        fresh = [message_id for message_id in wanted if message_id not in self._pulls]
+        yield from self._whole()
+        # Few at once, since each may hold an adapter. One that doesn't end in a moment is looked at in the next call,
+        # and its place is another's then.
+        for first in range(0, len(fresh), _AT_ONCE):
+            ended = self._ended(fresh[first : first + _AT_ONCE])
+            yield from self._whole()
+            if not ended:
+                return
+
+    def _ended(self, message_ids: list[str]) -> bool:
+        """Starts these messages' pulls, and says whether all end in a moment."""
+        started = [_Pull(message_id, self._grid, self._most_bytes) for message_id in message_ids]
+        for pull in started:
+            self._pulls[pull.message_id] = pull
+            pull.start()
+        until = time.monotonic() + _PATIENCE_S
+        return all(pull.done.wait(max(until - time.monotonic(), 0)) for pull in started)
+
+    def _whole(self) -> Iterator[Message]:
+        for pull in [pull for pull in self._pulls.values() if pull.done.is_set()]:
+            del self._pulls[pull.message_id]
+            yield from pull.result()
+
+
+def _unreadable(message_id: str, reason: str) -> Message:
+    """Made as Flower makes the message of a reply that never arrived whole: from nobody, in answer to this one."""
+    metadata = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=0,
+        dst_node_id=0,
+        reply_to_message_id=message_id,
+        group_id="",
+        created_at=time.time(),
+        ttl=0,
+        message_type=MessageType.QUERY,
+    )
+    return make_message(metadata, error=Error(_UNREADABLE, reason))

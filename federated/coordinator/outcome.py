@@ -1,0 +1,81 @@
+"""How a coordinator's ServerApp ended, in a file of the run: `flwr run` says that all is well whatever happens."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from configs.errors import SiloweaveError
+from configs.storage.files import write_atomic
+
+OUTCOME, LOCK = "outcome.json", "lock"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one ServerApp ended.
+
+    Attributes:
+        flower_run: Flower's number of the run.
+        exit_status: as of the command line: 0, 1, 2 or 3.
+        message: the error's one line; empty where there was none.
+    """
+
+    flower_run: int
+    exit_status: int = 0
+    message: str = ""
+
+
+@contextmanager
+def recorded(directory: Path, flower_run: int) -> Iterator[None]:
+    """Works on a run's directory alone and leaves how that ended.
+
+    Waits for another one that still works there: a ServerApp outlives a SuperLink that was killed by some seconds.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(flower_run).encode())
+        lock.flush()
+        try:
+            yield
+        except SiloweaveError as error:
+            _write(directory, Outcome(flower_run, error.exit_status, " ".join(str(error).split())))
+            raise
+        except Exception as error:
+            _write(directory, Outcome(flower_run, 1, " ".join(f"{type(error).__name__}: {error}".split())))
+            raise
+        _write(directory, Outcome(flower_run))
+
+
+def _write(directory: Path, outcome: Outcome) -> None:
+    write_atomic(directory / OUTCOME, json.dumps(asdict(outcome)).encode())
+
+
+def read_outcome(directory: Path, flower_run: int) -> Outcome | None:
+    """How that ServerApp ended; None where it has not, or was killed."""
+    path = directory / OUTCOME
+    if not path.exists():
+        return None
+    outcome = Outcome(**json.loads(path.read_bytes()))
+    return outcome if outcome.flower_run == flower_run else None
+
+
+def over_flower(directory: Path) -> bool:
+    """Whether a run's rounds went over Flower to silos elsewhere: a ServerApp leaves its outcome, a simulation none."""
+    return (directory / OUTCOME).exists()
+
+
+def worked_on_by(directory: Path) -> int | None:
+    """Flower's number of the run whose ServerApp works there now."""
+    if not (directory / LOCK).exists():
+        return None
+    with (directory / LOCK).open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return int(lock.read() or b"0")
+    return None

@@ -1,0 +1,350 @@
+"""The coordinator's rounds: reserve, train, fold, commit, close. The same code over the local grid and over Flower."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from configs.errors import SiloweaveError
+from configs.events import EventLog, Listener
+from configs.run_directory import config_digest
+from configs.schema.schema import RunConfig
+from configs.storage.files import digest_bytes, write_atomic
+from configs.storage.manifests import Manifest, require_manifest
+from configs.storage.sealing import load_key
+from federated.adapters.arrays import Arrays, from_bytes, to_bytes
+from federated.adapters.lora_factors import frozen_digest
+from federated.aggregation.aggregation import Aggregation, Sent, check_size
+from federated.coordinator import round_commits as commits
+from federated.coordinator.exchange import QUERY, TRAIN, Bodies, Exchange
+from federated.coordinator.flower_grid import Nodes
+from federated.coordinator.parties import Parties
+from federated.coordinator.replies import Answer
+from federated.coordinator.run_ticket import open_run
+from federated.coordinator.silo_records import Accounts
+from federated.coordinator.trusted_aggregator import Aggregator, new_aggregator
+from federated.evaluation.private_sums import bounds_of, checked_sums, figures
+from federated.protocol import silo_pb2 as pb
+from privacy.certificate.certificate import AGGREGATOR, certificate
+from privacy.certificate.model_digests import ModelDigests, RoundDigests
+from privacy.plan import METRIC, PlanRequest
+from privacy.plan_from_settings import plan_request
+from trainer.tasks.text import CausalTask
+
+LONGEST_QUERY_S = 60.0
+
+
+@dataclass
+class Coordinator:
+    """One run of a federation.
+
+    Attributes:
+        grid: reaches the silos' nodes.
+        config: the run's settings.
+        base_model: exported model directory.
+        directory: receives the rounds' commits, the certificate and the final adapter.
+        parties: the coordinator's key, and the silos.
+        log: receives one event a round, refusal or rejected reply.
+        certify: write a certificate; False for the comparison without DP.
+        aggregator: with clients as units, adds the noise.
+    """
+
+    grid: Nodes
+    config: RunConfig
+    base_model: Path
+    directory: Path
+    parties: Parties
+    log: EventLog
+    certify: bool = True
+    exchange: Exchange = field(init=False)
+    plan: PlanRequest = field(init=False)
+    base: Manifest = field(init=False)
+    accounts: Accounts = field(init=False)
+    aggregator: Aggregator | None = field(init=False)
+    reserved: set[str] = field(default_factory=set)
+    released: dict[str, str] = field(default_factory=dict)
+    digests: tuple[RoundDigests, ...] = ()
+    server_state: Arrays = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_size(self.config.federated, self.parties.num_silos)
+        run = open_run(self.directory, self.config.federated.run_lifetime_h)
+        self.plan = plan_request(self.config)
+        self.accounts = Accounts(run.id, self.plan, signed=self.certify)
+        settings, held = self.config.federated, self.accounts.held
+        self.exchange = Exchange(self.grid, run, self.parties, settings, self.log, held)
+        self.base = require_manifest(self.base_model, "model", "export")
+        self.aggregator = new_aggregator(self.parties, run.id, self.plan)
+
+    def run(self, initial_adapter: Callable[[], Arrays]) -> None:
+        """All rounds, from the one after the newest commit.
+
+        Raises:
+            PolicyRefusal: fewer than ``federated.min_silos`` silos are left because policies refuse.
+            SiloweaveError: fewer are left for another reason.
+        """
+        digest, key = config_digest(self.config), load_key(self.config.run.encryption_key_file)
+        run_id = self.exchange.run.id
+        say = partial(self.log.emit, "federate", "damaged")
+        commit = commits.newest(self.directory, digest, lambda line: say(message=line), key)
+        if commit is None:
+            start = commits.Round(0, to_bytes(initial_adapter()), {})
+            commit = commits.save(self.directory, digest, start, run_id, key)
+        self.digests = commits.digests(self.directory, commit, key)
+        self.accounts.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
+        place, stated = commits.closing(self.directory, digest, run_id, lambda line: say(message=line))
+        self.accounts.restore(stated, str(place))
+        self._meet(self.parties.num_silos, commit.round_number)
+        adapter = from_bytes(commit.adapter)
+        self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
+        if commit.round_number == 0:
+            self._evaluate(0, None)
+        for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
+            began, self.exchange.bytes_moved = time.perf_counter(), 0
+            adapter, answered = self._round(round_number, adapter)
+            self._evaluate(round_number, adapter)
+            self.log.emit(
+                "federate",
+                "round",
+                round=round_number,
+                rounds=self.plan.rounds,
+                answered=answered,
+                bytes=self.exchange.bytes_moved,
+                seconds=time.perf_counter() - began,
+                epsilon_left=self.accounts.epsilon_left(),
+            )
+            state = to_bytes(self.server_state) if self.server_state else b""
+            silos, content = self.accounts.silos, to_bytes(adapter)
+            done = commits.Round(round_number, content, silos, state, self.released, self.digests)
+            commits.save(self.directory, digest, done, run_id, key)
+            self.digests = (*self.digests, done.digests)
+            self._meet(self.config.federated.min_silos, round_number)  # all may be away for a moment, after a restart
+        self._close()
+
+    def certify_model(self, adapter: dict[str, str]) -> dict[str, Any]:
+        """Writes the certificate of a run whose rounds are done, and returns it.
+
+        Args:
+            adapter: digests of the published adapter's files.
+
+        Raises:
+            SiloweaveError: the model has an update of a silo that has not signed what it spent.
+        """
+        model = ModelDigests(base_model=self.base.content_digest, rounds=self.digests, adapter=adapter)
+        if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
+            reserved = {AGGREGATOR: self.aggregator.close()}
+        else:
+            reserved = self.accounts.for_certificate(model.contributors())
+        document = certificate(self.exchange.run.id, self.plan, reserved, model)
+        write_atomic(self.directory / commits.CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
+        return document
+
+    def _wait_for_silos(self, number: int, fewest: int) -> None:
+        """Until so many have connected; at the deadline those that are there are enough, if enough for a round."""
+        deadline = time.monotonic() + self.config.federated.round_timeout_s
+        while (found := len(list(self.grid.get_node_ids()))) < number:
+            if time.monotonic() > deadline:
+                if found >= fewest:
+                    return
+                raise SiloweaveError(f"{found} of {number} silos have connected; start the others")
+            time.sleep(1)
+
+    def _meet(self, number: int, done: int) -> None:
+        """Who is there now; one that is new reserves the whole schedule before it is asked for anything.
+
+        Args:
+            number: silos to wait for.
+            done: rounds that are committed. After the last one nobody has to be there: a silo that stays away then
+                gives no statement, and ends nothing.
+        """
+        fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
+        self._wait_for_silos(number, fewest)
+        self.exchange.meet(self.accounts.describe, self._patience_s)
+        text = json.dumps(self.plan.model_dump(), sort_keys=True)
+        new = sorted(set(self.exchange.nodes) - self.reserved)
+        bodies = Bodies(
+            new,
+            lambda silo: (self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)), b""),
+            self._patience_s,
+        )
+        already = len(self._present())
+        self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, already, fewest=fewest)
+
+    def _patience_s(self) -> float:
+        """How long to wait for what needs no training: not for long where there are silos enough for a round.
+
+        Otherwise one that never answers would hold up every round; one that is late is asked again after the round.
+        """
+        federated = self.config.federated
+        enough = len(self._present()) >= max(federated.min_silos, federated.enough_silos)
+        return min(federated.round_timeout_s, LONGEST_QUERY_S) if enough else federated.round_timeout_s
+
+    def _take_reservation(self, answer: Answer) -> None:
+        self.accounts.take_receipt(answer.silo, answer.reply.reserved.receipt)
+        self.reserved.add(answer.silo)
+
+    def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
+        federated, clients = self.config.federated, self.aggregator.plan if self.aggregator else None
+        aggregation = Aggregation(federated, adapter, self.server_state, len(self.accounts.silos), clients)
+        self.released = {}
+        if self.aggregator is None:
+            answered = self._ask(round_number, aggregation, adapter)
+            adapter, self.server_state = aggregation.result()
+            return adapter, answered
+        inputs = {
+            "plan": self.plan.digest,
+            "base_model": self.base.content_digest,
+            "settings": config_digest(self.config),
+            "adapter": digest_bytes(to_bytes(adapter)),
+        }
+        ask = partial(self._ask, round_number, aggregation, adapter)
+        released = self.aggregator.round(round_number, inputs, aggregation.clipped_sum, ask)
+        adapter, self.server_state = aggregation.after(released.mean)
+        self.released = {AGGREGATOR: digest_bytes(to_bytes(released.mean))}  # of what has noise; no client's update
+        return adapter, released.answered
+
+    def _ask(self, round_number: int, aggregation: Aggregation, adapter: Arrays) -> list[str]:
+        """Sends the adapter to the silos that are there, and folds their updates. Returns those who answered."""
+        frozen = frozen_digest(adapter) if self.config.federated.adapters == "ffa" else ""
+
+        def fold(answer: Answer) -> None:
+            trained = answer.reply.trained
+            self.accounts.take_receipt(answer.silo, trained.receipt)  # without a sound one an update is not folded
+            aggregation.add(answer.silo, from_bytes(trained.update))
+            self.released[answer.silo] = answer.digest
+
+        adapters: dict[int, bytes] = {}
+
+        def body(silo: str) -> tuple[bytes, bytes]:
+            sent = aggregation.sent(silo)
+            if sent.rank not in adapters:
+                adapters[sent.rank] = to_bytes(sent.adapter)
+            kind = self._training(self._train(round_number, sent, adapters[sent.rank], frozen))
+            return self.exchange.body(f"round-{round_number}", silo, **kind), adapters[sent.rank]
+
+        # With clients as units no more than the plan's number; by name, since who is asked must not depend on data.
+        silos = self._present()[: self.config.privacy.num_clients or None]
+        return self.exchange.collect(
+            Bodies(silos, body), TRAIN, str(round_number), "trained", fold, enough=self.config.federated.enough_silos
+        )
+
+    def _training(self, train: pb.Train) -> dict[str, Any]:
+        if self.aggregator is None:
+            return {"train": train}
+        rate, steps = self.config.privacy.sampling_rate, self.config.federated.local_steps
+        return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
+
+    def _train(self, round_number: int, sent: Sent, adapter: bytes, frozen: str) -> pb.Train:
+        federated = self.config.federated
+        seed = self.config.run.seed if frozen else 0
+        return pb.Train(
+            round=round_number,
+            plan_digest=self.plan.digest,
+            base_model_digest=self.base.content_digest,
+            task=CausalTask.name,
+            adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
+            adapter=adapter,
+            learning_rate=federated.learning_rate,
+            optimizer=federated.optimizer,
+            proximal_mu=federated.proximal_mu,
+            correction=to_bytes(sent.correction) if sent.correction else b"",
+        )
+
+    def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
+        """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
+        number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
+        if number is None or not self.certify:
+            return
+        evaluate = pb.Evaluate(
+            number=number,
+            metric=METRIC,
+            plan_digest=self.plan.digest,
+            base_model_digest=self.base.content_digest,
+            task=CausalTask.name,
+            adapter_spec=self._adapter_spec(),
+            adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
+        )
+        sums: dict[str, list[float]] = {}
+        bounds = bounds_of(self.base, self.config.privacy.evaluation_labels)
+
+        def take(answer: Answer) -> None:
+            self.accounts.take_receipt(answer.silo, answer.reply.evaluated.receipt)
+            sums[answer.silo] = checked_sums(answer.reply.evaluated.sums, bounds)
+
+        bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
+        answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", "evaluated", take)
+        noise = self.config.privacy.evaluation_noise_multiplier
+        found = figures([sums[silo] for silo in answered], bounds, noise)
+        self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
+
+    def _adapter_spec(self) -> pb.AdapterSpec:
+        return pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha)
+
+    def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
+        """The same request to each silo that is there and has reserved."""
+        return Bodies(self._present(), lambda silo: (self.exchange.body(request_id, silo, **kind), shared))
+
+    def _present(self) -> list[str]:
+        return sorted(set(self.exchange.nodes) & self.reserved)
+
+    def _close(self) -> None:
+        """Asks for the closing statements. The certificate says who has given none; the run ends all the same.
+
+        What was stated is committed at once: the same command again, with silos away, must not know less.
+        """
+        released = Counter(silo for one in self.digests for silo in one.releases or ())
+
+        def take(answer: Answer) -> None:
+            closed, silo = answer.reply.closed, answer.silo
+            self.accounts.take_receipt(silo, closed.receipt)
+            self.accounts.take_statement(silo, closed.statement, released[silo])
+
+        bodies = self._bodies("close", close=pb.Close())
+        if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
+            commits.save_closing(self.directory, config_digest(self.config), self.accounts.silos, self.exchange.run.id)
+
+
+def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
+    """Number of the private evaluation that follows a round; None where none does.
+
+    A single one follows the last round; of several the first is of the base model, before round 1.
+    """
+    parts = max(evaluations - 1, 1)
+    after = {rounds * (number + (evaluations == 1)) // parts: number + 1 for number in range(evaluations)}
+    return after.get(round_number)
+
+
+def run_federation(
+    grid: Nodes,
+    config: RunConfig,
+    base_model: Path,
+    directory: Path,
+    parties: Parties,
+    on_event: Listener,
+    *,
+    certify: bool = True,
+) -> None:
+    """Runs a federation over a grid to its end, from its newest commit, and publishes what it has made."""
+    from federated.coordinator.final_model import save_peft, write_card
+
+    directory.mkdir(parents=True, exist_ok=True)
+    log = EventLog(directory / "events.jsonl", (on_event,))
+    coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
+    coordinator.run(lambda: initial_adapter(config, base_model))
+    adapter = save_peft(config, base_model, directory)
+    write_card(directory, coordinator.certify_model(adapter) if certify else None)
+
+
+def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
+    """The adapter before the first round: A at random from the run's seed, B zero."""
+    from trainer.models.adapters import adapter_weights, add_adapter
+    from trainer.models.load import load_model
+
+    federated = config.federated
+    base = load_model(base_model, load_key(config.run.encryption_key_file))
+    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, config.run.seed)
+    return {name: weight.numpy() for name, weight in adapter_weights(model).items()}

@@ -1,0 +1,34 @@
+"""A federation's run as its silos know it: an id and an expiry, chosen at its first start and kept for its restarts."""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.storage.files import write_atomic
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        id: under which silos reserve and charge.
+        expires: Unix seconds after which silos refuse its requests; part of each request, and so never moved.
+    """
+
+    id: str
+    expires: int
+
+
+def open_run(directory: Path, lifetime_h: float) -> Run:
+    """The run of a federation's directory, begun where there is none. One of before expiries gets its own now."""
+    path = directory / RUN_FILE
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    run = Run(found.get("run_id", uuid.uuid4().hex), found.get("expires", int(time.time() + lifetime_h * 3600)))
+    if "expires" not in found:
+        write_atomic(path, json.dumps({"run_id": run.id, "expires": run.expires}).encode())
+    return run

@@ -1,0 +1,175 @@
+"""What each silo of a run says of itself and signs: checked when it comes, and kept for the certificate.
+
+A receipt or a statement that is not exactly what the plan and the silo's own first words give is an error, which
+rejects the reply that brought it. So nothing is folded without a receipt that a certificate can be made of, and no silo
+whose update is in the model can be missing there.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from configs.errors import InputError, SiloweaveError
+from configs.parse import parse
+from configs.storage.files import canonical_json
+from federated.protocol import silo_pb2 as pb
+from privacy.certificate.signed_parts import (
+    check_closing,
+    check_history,
+    check_receipt,
+    check_statement,
+    expect,
+    position,
+)
+from privacy.ledger.statements import Receipt, RunStatement
+from privacy.plan import PlanRequest
+
+_FACTS = ("dataset_id", "public_key", "public_record_count")
+
+
+class Accounts:
+    """The silos of one run.
+
+    Args:
+        run_id: the run.
+        plan: that each silo reserves; with clients as units, that it was entrusted with.
+        signed: False for the comparison without DP, where silos sign nothing.
+    """
+
+    def __init__(self, run_id: str, plan: PlanRequest, *, signed: bool) -> None:
+        self.silos: dict[str, dict[str, Any]] = {}
+        self._run_id, self._plan, self._signed = run_id, plan, signed
+
+    def restore(self, silos: dict[str, dict[str, Any]], origin: str) -> None:
+        """Takes up what was committed: who has spent or stated stays in the certificate, whoever is there today.
+
+        Of a silo that was restored before, from the newest round, it keeps what goes with the newer receipt.
+
+        Args:
+            silos: as ``silos`` was.
+            origin: where they were read, for the message.
+
+        Raises:
+            InputError: a receipt or a statement there is not of this run and its plan, and so no certificate could be
+                made.
+        """
+        for name, silo in silos.items():
+            receipt = self._kept(name, silo, f"{origin}: {name}") if self._signed and "receipt" in silo else None
+            held = self._receipt(name) if name in self.silos else None
+            if receipt is None or held is None or position(receipt) >= position(held):
+                self.silos[name] = silo
+
+    def _kept(self, name: str, silo: dict[str, Any], origin: str) -> Receipt:
+        """The receipt of what was committed of a silo, once it and the statement are found sound."""
+        where = f"{origin}.receipt"
+        receipt = parse(Receipt, silo["receipt"], where)
+        self._check(name, silo, receipt, where)
+        if "statement" in silo:
+            where = f"{origin}.statement"
+            statement = parse(RunStatement, silo["statement"], where)
+            self._check_statement(name, silo, statement, receipt, where)
+        return receipt
+
+    def describe(self, silo: str, described: pb.Described) -> None:
+        """Takes a silo's description in. Once it has signed a receipt, it stays who and how large it was.
+
+        Raises:
+            ValueError: its key or its dataset is another than that of its receipts.
+        """
+        found = {name: getattr(described, name) for name in _FACTS}
+        known = self.silos.get(silo, {})
+        if "receipt" not in known:
+            self.silos[silo] = found
+            return
+        for name in ("dataset_id", "public_key"):
+            if found[name] != known[name]:
+                raise ValueError(f"silo {silo!r}: its {name} was {known[name]!r} and is {found[name]!r} now")
+
+    def take_receipt(self, silo: str, content: bytes) -> None:
+        """Keeps a silo's newest receipt: it goes back to the silo with the next request, and into the certificate.
+
+        A restart may bring an older one again, with the reply that it was stored with.
+
+        Raises:
+            InputError: a field of it is wrong.
+        """
+        if not self._signed:
+            return
+        where = f"receipt of silo {silo}"
+        receipt = Receipt.from_bytes(content, where)
+        self._check(silo, self.silos[silo], receipt, where)
+        held = self._receipt(silo)
+        if held is not None:
+            check_history(held, receipt, where)
+        if held is None or position(receipt) >= position(held):
+            if "statement" in self.silos[silo]:
+                stated = RunStatement.model_validate(self.silos[silo]["statement"])
+                check_closing(stated, receipt, f"statement of silo {silo}")
+            self.silos[silo]["receipt"] = receipt.model_dump(mode="json")
+
+    def take_statement(self, silo: str, content: bytes, rounds: int) -> None:
+        """Keeps a silo's closing statement, where there is one: of clients as units none is used.
+
+        Args:
+            silo: its name.
+            content: as it came.
+            rounds: of how many rounds the model has this silo's update.
+
+        Raises:
+            InputError: a field of it is wrong.
+        """
+        held = self._receipt(silo)
+        if held is None or not content or self._plan.unit == "client":
+            return
+        where = f"statement of silo {silo}"
+        statement = RunStatement.from_bytes(content, where)
+        self._check_statement(silo, self.silos[silo], statement, held, where)
+        if statement.rounds_charged < rounds:
+            raise InputError(f"{where}.rounds_charged is {statement.rounds_charged}, it has released {rounds}")
+        self.silos[silo]["statement"] = statement.model_dump(mode="json")
+
+    def held(self, silo: str) -> bytes:
+        """A silo's newest receipt, as it goes back to it; nothing where there is none."""
+        receipt = self.silos.get(silo, {}).get("receipt")
+        return canonical_json(receipt) if receipt else b""
+
+    def epsilon_left(self) -> float | None:
+        """The least that a silo has left of its dataset's budget, by the receipts; None where there is none."""
+        receipts = [silo["receipt"] for silo in self.silos.values() if "receipt" in silo]
+        return min((receipt["epsilon_left"] for receipt in receipts), default=None)
+
+    def for_certificate(self, contributors: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Every silo that has reserved, whether the model has an update of it or not.
+
+        Args:
+            contributors: silos whose updates the model has.
+
+        Raises:
+            SiloweaveError: the model has an update of a silo without a receipt. No certificate may leave it out.
+        """
+        reserved = {name: silo for name, silo in self.silos.items() if "receipt" in silo}
+        missing = sorted(set(contributors) - set(reserved))
+        if missing:
+            raise SiloweaveError(
+                f"certificate: the model has updates of {', '.join(missing)} and no receipt that says what they spent; "
+                "no certificate can be made of this run"
+            )
+        return reserved
+
+    def _receipt(self, silo: str) -> Receipt | None:
+        found = self.silos[silo].get("receipt")
+        return Receipt.model_validate(found) if found else None
+
+    def _check(self, name: str, silo: Mapping[str, Any], receipt: Receipt, where: str) -> None:
+        if self._plan.unit == "record":
+            check_receipt(receipt, silo, name, self._run_id, self._plan, where)
+            return
+        # Entrusted, not reserved: such a run spends nothing of the silo's own budget, and its receipt says so.
+        owner = {"silo": name, "dataset": silo["dataset_id"], "public_key": silo["public_key"], "run": self._run_id}
+        nothing = {"plan_digest": "", "public_record_count": 0, "epsilon_reserved": 0.0, "delta_reserved": 0.0}
+        expect(receipt, {**owner, **nothing}, where)
+
+    def _check_statement(
+        self, name: str, silo: Mapping[str, Any], statement: RunStatement, receipt: Receipt, where: str
+    ) -> None:
+        check_statement(statement, silo, name, self._run_id, self._plan, where)
+        check_closing(statement, receipt, where)

@@ -1,0 +1,1 @@
+"""Processes on real machines: supervisor, SuperLink, proxy, relay, permissions, status."""

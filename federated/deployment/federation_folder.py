@@ -1,0 +1,129 @@
+"""A coordinator's federation: a folder with its settings, keys, certificates and enrolled silos.
+
+``federation.toml``, ``coordinator.json`` (what silos get), ``keys/`` and ``certificates/``, ``silos/`` (one enrolment
+each), ``state/`` (SuperLink's database, process logs), ``flower/`` (Flower's own settings).
+"""
+
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import quote
+
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+
+from configs.errors import InputError
+from configs.parse import to_toml
+from configs.schema.deployment import FEDERATION_FILE, FederationConfig, load_federation
+from configs.storage.files import sync_directory, write_atomic
+from federated.deployment.flower_programs import LOOPBACK
+from federated.identity.cards import CoordinatorCard, EnrolledSilo, read_folder, write_document
+from federated.identity.keys import load_or_create_key, private_folder
+from federated.identity.trust import COORDINATOR_KEY, ENROLLED, coordinator_signer
+from federated.identity.x509 import CURVE, Authority, check_certificate, read_certificate
+from privacy.signing import load_secret
+
+
+class Federation:
+    """A folder that ``create`` made.
+
+    Raises:
+        InputError: it is no federation's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / FEDERATION_FILE).exists():
+            raise InputError(f"{folder}: no {FEDERATION_FILE} there; make it with `siloweave federation init {folder}`")
+        self.folder = folder.absolute()
+        self.config = load_federation(self.folder)
+        self.keys, self.certificates = self.folder / "keys", self.folder / "certificates"
+        self.state, self.home = self.folder / "state", self.folder / "flower"
+        self.card_file = self.folder / "coordinator.json"
+
+    @classmethod
+    def create(cls, folder: Path, config: FederationConfig) -> "Federation":
+        """Makes keys and certificates; a folder that is one already is left as it is.
+
+        Raises:
+            InputError: the folder is a federation with other settings.
+        """
+        if (folder / FEDERATION_FILE).exists():
+            if load_federation(folder) != config:
+                raise InputError(
+                    f"{folder / FEDERATION_FILE}: is there with other settings; edit it, or choose a folder"
+                )
+        else:
+            coordinator_signer(private_folder(folder))
+            write_atomic(folder / FEDERATION_FILE, to_toml(config).encode())
+        federation = cls(folder)
+        for part in (federation.keys, federation.certificates, federation.state, federation.home):
+            private_folder(part)
+        federation.renew_certificates()
+        write_document(federation.card_file, federation.card)
+        return federation
+
+    @cached_property
+    def authority(self) -> Authority:
+        """Signs the certificates of proxy and SuperLink."""
+        return Authority(self.keys / "ca.key", self.certificates / "ca.pem", f"{self.config.name} authority")
+
+    @property
+    def card(self) -> CoordinatorCard:
+        """What silos know this coordinator by."""
+        load_secret(self.folder / COORDINATOR_KEY)  # never a new one in silence
+        return CoordinatorCard(
+            name=self.config.name,
+            public_key=coordinator_signer(self.folder).public_key,
+            address=f"{self.config.hosts[0]}:{self.config.port}",
+            root_certificate=self.authority.path.read_text(encoding="ascii"),
+        )
+
+    def renew_certificates(self) -> None:
+        """Certificates of the proxy (for silos) and of the SuperLink behind it (for loopback), where they are due."""
+        for name, hosts in (("proxy", self.config.hosts), ("superlink", ("localhost", LOOPBACK))):
+            key = load_or_create_key(self.keys / f"{name}.key", CURVE).public_key()
+            path = self.certificates / f"{name}.pem"
+            self.authority.issue(path, key, f"{self.config.name} {name}", hosts, "server")
+            check_certificate(read_certificate(path), self.authority.certificate, str(path), hosts[0])
+
+    def silos(self) -> dict[str, EnrolledSilo]:
+        """The enrolled silos by name."""
+        return {card.silo: card for card in read_folder(EnrolledSilo, self.folder / ENROLLED).values()}
+
+    def enrol(self, card: EnrolledSilo) -> None:
+        """Takes a silo in. The federation may be running: it is registered within seconds.
+
+        Raises:
+            InputError: a silo of that name, or with one of its keys, is there.
+        """
+        self._check_keys(card)
+        for known in self.silos().values():
+            if known == card:
+                return
+            if known.silo == card.silo:
+                raise InputError(
+                    f"silo {card.silo!r} is enrolled with other keys; revoke it first, if its steward says so"
+                )
+            if {known.public_key, known.node_key} & {card.public_key, card.node_key}:
+                raise InputError(f"silo {card.silo!r}: has a key of silo {known.silo!r}; each silo makes its own")
+        write_document(self._card_path(card.silo), card)
+
+    def revoke(self, name: str) -> None:
+        """Takes a silo out: its SuperNode is turned away within seconds, its replies from then on are refused.
+
+        Raises:
+            InputError: no such silo.
+        """
+        path = self._card_path(name)
+        if not path.exists():
+            known = ", ".join(sorted(self.silos())) or "none"
+            raise InputError(f"silo {name!r}: is not enrolled (there are {known})")
+        path.unlink()
+        sync_directory(path.parent)
+
+    def _card_path(self, name: str) -> Path:
+        return self.folder / ENROLLED / f"{quote(name, safe=' ').replace('.', '%2E')}.json"
+
+    def _check_keys(self, card: EnrolledSilo) -> None:
+        try:
+            load_ssh_public_key(card.node_key.encode())
+        except ValueError:
+            raise InputError(f"silo {card.silo!r}: its node_key is no OpenSSH public key") from None

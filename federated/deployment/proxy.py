@@ -1,0 +1,134 @@
+"""The proxy before the SuperLink: nginx, which lets silos reach the paths below and nothing else.
+
+Flower's control, fleet and runtime interfaces share one port, and the first has no authentication: whoever reaches it
+registers nodes and runs bundles.
+"""
+
+import os
+import shutil
+import socket
+import ssl
+
+from configs.errors import InputError
+from federated.deployment.federation_folder import Federation
+from federated.deployment.flower_programs import LOOPBACK
+from federated.deployment.supervisor import Program
+
+# What an authenticated SuperNode calls (flwr/supernode/fleet_http_client.py). Not register-node and unregister-node:
+# nodes are registered by the coordinator.
+FLEET_PATHS = tuple(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "get-run",
+        "get-fab",
+        "pull-object",
+        "push-object",
+        "confirm-message-received",
+    )
+)
+# An adapter is one object of Flower's, and no array that Flower would cut in pieces. All else is short: a silo could
+# otherwise announce a reply of millions of objects, whose list the coordinator takes in whole.
+LARGEST_BODY, LARGEST_OBJECT = "1m", "512m"
+_OBJECT_PATH = "/v1/fleet/push-object"
+HANDSHAKE_S = 5.0
+_BUFFERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+_TEMPLATE = """# Written at every start of `siloweave federation serve`.
+daemon off;
+worker_processes 2;
+pid {state}/nginx.pid;
+error_log stderr warn;
+{user}
+events {{ worker_connections 4096; }}
+http {{
+  server_tokens off;
+  map $status $refused {{ ~^[23] 0; default 1; }}
+  access_log {state}/refused.log combined if=$refused;
+  ssl_protocols TLSv1.3;
+{buffers}
+  server {{
+    listen {listen}:{port} ssl;
+    ssl_certificate {certificates}/proxy.pem;
+    ssl_certificate_key {keys}/proxy.key;
+    location / {{ return 403; }}
+{locations}
+  }}
+}}
+"""
+# Exact paths, and the path that is passed on is written here: nothing that a client spells differently gets through.
+_LOCATION = """    location = {path} {{
+      limit_except POST {{ deny all; }}
+      client_max_body_size {largest};
+      proxy_pass https://{loopback}:{superlink_port}{path};
+      proxy_http_version 1.1;
+      proxy_ssl_verify on;
+      proxy_ssl_name localhost;
+      proxy_ssl_trusted_certificate {certificates}/ca.pem;
+      proxy_ssl_session_reuse on;
+    }}"""
+
+
+def configuration(federation: Federation, superlink_port: int) -> str:
+    """nginx.conf for a federation whose SuperLink listens on a loopback port."""
+    places = {"state": federation.state, "keys": federation.keys, "certificates": federation.certificates}
+    locations = (
+        _LOCATION.format(
+            path=path,
+            largest=LARGEST_OBJECT if path == _OBJECT_PATH else LARGEST_BODY,
+            loopback=LOOPBACK,
+            superlink_port=superlink_port,
+            **places,
+        )
+        for path in FLEET_PATHS
+    )
+    return _TEMPLATE.format(
+        **places,
+        # Started as root, nginx would give its workers to `nobody`, who can't write below a private folder.
+        user="user root;" if os.geteuid() == 0 else "",
+        buffers="\n".join(f"  {name}_temp_path {federation.state}/nginx/{name};" for name in _BUFFERS),
+        listen=f"[{federation.config.listen}]" if ":" in federation.config.listen else federation.config.listen,
+        port=federation.config.port,
+        locations="\n".join(locations),
+    )
+
+
+def find_nginx() -> str:
+    """Where nginx is.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    found = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise InputError(
+            "nginx: not installed; install the package nginx (apt-get install nginx-light), then try again"
+        )
+    return found
+
+
+def proxy(federation: Federation, superlink_port: int) -> Program:
+    """The proxy as a program of the supervisor; writes its configuration."""
+    (federation.state / "nginx").mkdir(exist_ok=True)
+    path = federation.state / "nginx.conf"
+    path.write_text(configuration(federation, superlink_port), encoding="utf-8")
+    command = (find_nginx(), "-e", "stderr", "-p", str(federation.state), "-c", str(path))
+    return Program("nginx", command, {"PATH": os.environ.get("PATH", "")}, lambda: _shakes_hands(federation))
+
+
+def _shakes_hands(federation: Federation) -> bool:
+    """Whether the proxy shows a certificate that silos accept: they check the same authority and host."""
+    listen, host = federation.config.listen, federation.config.hosts[0]
+    address = LOOPBACK if listen in ("0.0.0.0", "::") else listen  # noqa: S104  (compared, not bound)
+    context = ssl.create_default_context(cafile=str(federation.authority.path))
+    try:
+        with (
+            socket.create_connection((address, federation.config.port), timeout=HANDSHAKE_S) as connection,
+            context.wrap_socket(connection, server_hostname=host),
+        ):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,90 @@
+"""What a silo's steward makes and confirms: the silo's keys and enrolment, and the coordinators it trusts."""
+
+from pathlib import Path
+
+from configs.errors import InputError
+from configs.schema.silo import SiloConfig
+from configs.storage.files import sync_directory
+from federated.identity.cards import (
+    CoordinatorCard,
+    EnrolledSilo,
+    RelayCard,
+    TrustedCoordinator,
+    read_folder,
+    write_document,
+)
+from federated.identity.keys import load_or_create_key, private_folder
+from federated.identity.trust import TRUSTED
+from federated.identity.trust import trust as write_trusted
+from federated.identity.x509 import CURVE, Authority, requested_key
+from federated.transport.service import ServiceTls
+from federated.transport.service_client import AUTHORITY, CERTIFICATE
+from privacy.ledger.journal import Journal
+
+TLS, ENROLMENT = "tls", "enrolment.json"
+
+
+def make_identity(config: SiloConfig, journal: Journal, relay: RelayCard, hosts: tuple[str, ...]) -> EnrolledSilo:
+    """The silo's keys, its authority and two certificates for mutual TLS with its relay, and its enrolment.
+
+    Args:
+        config: the silo's settings.
+        journal: the silo's ledger file, whose key signs replies.
+        relay: the public halves of its relay's keys.
+        hosts: names and addresses of the service, where the relay runs on another machine.
+    """
+    silo = config.silo
+    state_dir = private_folder(Path(silo.state_dir))
+    tls = private_folder(state_dir / TLS)
+    authority = Authority(tls / "ca.key", tls / AUTHORITY, f"silo {silo.id}")
+    service = load_or_create_key(tls / "service.key", CURVE).public_key()
+    authority.issue(tls / "service.crt", service, f"silo {silo.id} service", hosts, "server")
+    relay_key = requested_key(relay.certificate_request, "relay.json")
+    authority.issue(tls / CERTIFICATE, relay_key, f"silo {silo.id} relay", ("relay",), "client")
+    card = EnrolledSilo(silo=silo.id, public_key=journal.signer.public_key, node_key=relay.supernode_key)
+    write_document(state_dir / ENROLMENT, card)
+    return card
+
+
+def service_tls(config: SiloConfig) -> ServiceTls:
+    """What the service needs to speak mutual TLS.
+
+    Raises:
+        InputError: `silo init` has not been run.
+    """
+    tls = Path(config.silo.state_dir) / TLS
+    if not (tls / "service.crt").exists():
+        raise InputError(f"{tls / 'service.crt'}: no such certificate; make it with `siloweave silo init`")
+    key, certificate, authority = (tls / name for name in ("service.key", "service.crt", AUTHORITY))
+    return ServiceTls(key.read_bytes(), certificate.read_bytes(), authority.read_bytes())
+
+
+def trust(config: SiloConfig, coordinator: CoordinatorCard) -> Path:
+    """From now on the silo answers this coordinator's requests."""
+    state_dir = private_folder(Path(config.silo.state_dir))
+    return write_trusted(state_dir, TrustedCoordinator(name=coordinator.name, public_key=coordinator.public_key))
+
+
+def distrust(config: SiloConfig, name: str) -> None:
+    """From now on the silo refuses this coordinator's requests. What it has charged stays charged.
+
+    Raises:
+        InputError: the silo trusts no coordinator of that name.
+    """
+    known = _trusted(config)
+    paths = [path for path, coordinator in known.items() if coordinator.name == name]
+    if not paths:
+        names = ", ".join(sorted(coordinator.name for coordinator in known.values())) or "none"
+        raise InputError(f"{name!r}: no trusted coordinator has this name (there are {names})")
+    for path in paths:
+        path.unlink()
+        sync_directory(path.parent)
+
+
+def trusted(config: SiloConfig) -> dict[str, str]:
+    """Public keys of the trusted coordinators by name."""
+    return {coordinator.name: coordinator.public_key for coordinator in _trusted(config).values()}
+
+
+def _trusted(config: SiloConfig) -> dict[Path, TrustedCoordinator]:
+    return read_folder(TrustedCoordinator, Path(config.silo.state_dir) / TRUSTED)

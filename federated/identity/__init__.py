@@ -1,0 +1,1 @@
+"""Who is who: private keys, public cards, trust, X.509."""

@@ -1,0 +1,53 @@
+"""Whom each side knows: the coordinators that a silo's steward trusts, and the silos that a coordinator has enrolled.
+
+One small file each, read again for every request and every round, so that one is added or dropped without a restart.
+"""
+
+from pathlib import Path
+
+from configs.storage.files import canonical_json, digest_bytes, write_atomic
+from federated.identity.cards import EnrolledSilo, TrustedCoordinator, read_folder
+from privacy.signing import Signer
+
+TRUSTED, ENROLLED = "trusted", "silos"
+COORDINATOR_KEY = "coordinator.key"
+
+
+def fingerprint(public_key: str) -> str:
+    """SHA-256 of a public key, for people to compare."""
+    return digest_bytes(bytes.fromhex(public_key))
+
+
+def trust(state_dir: Path, coordinator: TrustedCoordinator) -> Path:
+    """Adds a coordinator, and returns its file."""
+    folder = state_dir / TRUSTED
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{fingerprint(coordinator.public_key)}.json"
+    write_atomic(path, canonical_json(coordinator.model_dump()))
+    return path
+
+
+def trusted_coordinators(state_dir: Path) -> frozenset[str]:
+    """Public keys of the coordinators that may ask this silo.
+
+    Raises:
+        InputError: a file there is not one of ours.
+    """
+    found = read_folder(TrustedCoordinator, state_dir / TRUSTED).values()
+    return frozenset(coordinator.public_key for coordinator in found)
+
+
+def enrolled_silos(coordinator: Path) -> dict[str, str]:
+    """Public keys of the enrolled silos by name.
+
+    Raises:
+        InputError: a file there is not one of ours.
+    """
+    found = read_folder(EnrolledSilo, coordinator / ENROLLED).values()
+    return {silo.silo: silo.public_key for silo in found}
+
+
+def coordinator_signer(coordinator: Path) -> Signer:
+    """The key of a coordinator's directory, made there the first time."""
+    coordinator.mkdir(parents=True, exist_ok=True)
+    return Signer(coordinator / COORDINATOR_KEY)

@@ -1,0 +1,1 @@
+"""The side that owns data: admission, policy, charge, compute, release, which never imports coordinator/."""

@@ -1,0 +1,161 @@
+"""One silo's local steps of one round, from the shared adapter to an update.
+
+With DP for a silo; without for the comparison on public data, and where an aggregator adds the noise.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from configs.schema.federated import ClippingMethod, Optimizer
+from federated.adapters.arrays import Arrays
+from privacy.mechanism.adam_bc import AdamBC
+from privacy.mechanism.dp_sgd import PrivateTraining
+from privacy.mechanism.sampler import sample
+from privacy.mechanism.streams import Streams
+from privacy.plan import PrivacyPlan
+from trainer.models.adapters import adapter_weights, load_adapter_weights, trainable
+from trainer.tasks.task import Encoded, by_length
+from trainer.tasks.text import CausalTask
+
+OPTIMIZERS = get_args(Optimizer)
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """What changes quality or speed, but no guarantee.
+
+    Attributes:
+        learning_rate: of the optimizer.
+        optimizer: a name in ``OPTIMIZERS``; fresh in every round (its moments see noised gradients only).
+        micro_batch_size: units processed at once.
+        clipping: how per-record gradients are clipped.
+        proximal_mu: FedProx (Li et al. 2020): pull of each step towards the adapter that came.
+        correction: SCAFFOLD: what is added to each step's gradient; empty for nothing.
+    """
+
+    learning_rate: float
+    optimizer: str
+    micro_batch_size: int
+    clipping: ClippingMethod
+    proximal_mu: float = 0.0
+    correction: Arrays = field(default_factory=dict)
+
+
+def private_update(
+    plan: PrivacyPlan,
+    streams: Streams,
+    model: Any,
+    task: CausalTask,
+    adapter: Arrays,
+    records: Sequence[Encoded],
+    settings: LocalSettings,
+) -> Arrays:
+    """The clipped, noised update of one round: adapter after minus adapter before.
+
+    Raises:
+        ValueError: the adapter doesn't fit the model.
+    """
+    before = _load(model, adapter)
+    optimizer = _optimizer(settings, model, before, plan.noise_std / plan.expected_batch_size)
+    PrivateTraining(
+        plan,
+        streams,
+        model,
+        optimizer,
+        records,
+        unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
+        shape_of=task.padded_length,
+        made_up=task.made_up,
+        micro_batch_size=settings.micro_batch_size,
+        synthetic=_synthetic(task),
+        method=settings.clipping,
+    ).run()
+    return _difference(model, before)
+
+
+def public_update(
+    plan: PrivacyPlan,
+    streams: Streams,
+    model: Any,
+    task: CausalTask,
+    adapter: Arrays,
+    records: Sequence[Encoded],
+    settings: LocalSettings,
+) -> Arrays:
+    """The same steps on the same batches without clipping and without noise: for data declared public only."""
+    batches = (
+        [records[index] for index in sample(plan, streams, step, len(records))]
+        for step in range(plan.request.steps_per_round)
+    )
+    return plain_update(batches, plan.expected_batch_size, model, task, adapter, settings)
+
+
+def plain_update(
+    batches: Iterable[Sequence[Encoded]],
+    expected_batch_size: float,
+    model: Any,
+    task: CausalTask,
+    adapter: Arrays,
+    settings: LocalSettings,
+) -> Arrays:
+    """Ordinary steps, one a batch: what comes out is not private."""
+    before = _load(model, adapter)
+    optimizer = _optimizer(settings, model, before, noise_std=0.0)
+    model.train()
+    for batch in batches:
+        for micro in by_length(batch, settings.micro_batch_size):
+            loss = task.record_losses(model, task.collate(micro)).sum() / expected_batch_size
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _difference(model, before)
+
+
+def _optimizer(
+    settings: LocalSettings, model: Any, before: dict[str, torch.Tensor], noise_std: float
+) -> torch.optim.Optimizer:
+    """A fresh optimizer; without noise there is nothing to take off Adam's second moment."""
+    parameters, rate = list(trainable(model).values()), settings.learning_rate
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=rate)
+    elif settings.optimizer == "adam_bc" and noise_std:
+        optimizer = AdamBC(parameters, rate, noise_std)
+    else:
+        optimizer = torch.optim.Adam(parameters, lr=rate)
+    if settings.proximal_mu or settings.correction:
+        optimizer.register_step_pre_hook(lambda *_: _add_shared_terms(settings, model, before))
+    return optimizer
+
+
+def _add_shared_terms(settings: LocalSettings, model: Any, before: dict[str, torch.Tensor]) -> None:
+    """Adds what FedProx and SCAFFOLD add to a step's gradient, after clipping and noise.
+
+    It is made of released values alone, the adapter as it was and as noised steps moved it, and of what the request
+    brought: it needs no noise of its own, and under the noise it would only be clipped.
+    """
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            term = settings.proximal_mu * (parameter - before[name])
+            if settings.correction:
+                term += torch.from_numpy(settings.correction[name])
+            parameter.grad = term if parameter.grad is None else parameter.grad + term
+
+
+def _synthetic(task: CausalTask) -> list[Encoded]:
+    """Made-up units of different lengths: nothing private is needed to prove that clipping is right."""
+    return [task.encode(" ".join(f"{word}" for word in range(start, start + 3 + start))) for start in range(3)]
+
+
+def _load(model: Any, adapter: Arrays) -> dict[str, torch.Tensor]:
+    weights = {name: torch.from_numpy(array) for name, array in adapter.items()}
+    load_adapter_weights(model, weights)
+    return weights
+
+
+def _difference(model: Any, before: dict[str, torch.Tensor]) -> Arrays:
+    return {name: (weight - before[name]).numpy().astype(np.float32) for name, weight in adapter_weights(model).items()}

@@ -1,0 +1,137 @@
+"""A silo's personal adapter: trained after the shared one, on top of it, and for this silo alone.
+
+Its training has no noise, so it is private data, and so is what it says. It lies in the silo's state directory, and
+nothing that answers a coordinator reads it: it starts from what was released, and no released value starts from it.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from configs.errors import InputError
+from configs.schema.silo import SiloConfig
+from configs.storage.manifests import require_manifest
+from configs.storage.sealing import MasterKey, load_key, opened, sealing
+from federated.silo.units import load_units
+from privacy.signing import load_secret
+from trainer.data.tokenizer import load_tokenizer
+from trainer.metrics.bits_per_char import score
+from trainer.models.adapters import add_adapter, trainable
+from trainer.models.load import load_model
+from trainer.tasks.task import Encoded, by_length
+from trainer.tasks.text import CausalTask
+
+FOLDER = "personal"
+_OTHERS = 0o077
+
+
+@dataclass(frozen=True)
+class PersonalSettings:
+    """How a personal adapter is trained.
+
+    Attributes:
+        steps: of AdamW.
+        batch_size: training units a step.
+        learning_rate: constant.
+        rank: of the personal adapter.
+        alpha: its scale.
+        micro_batch_size: units processed at once; speed only.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    rank: int
+    alpha: float
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class PersonalResult:
+    """For the steward's eyes: exact figures of private records.
+
+    Attributes:
+        folder: where the adapter lies, as peft's ``PeftModel.from_pretrained`` loads it onto base plus shared adapter.
+        shared_bits_per_char: of the held-out units under the shared adapter alone.
+        personal_bits_per_char: with the personal adapter on top.
+    """
+
+    folder: Path
+    shared_bits_per_char: float
+    personal_bits_per_char: float
+
+
+def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) -> PersonalResult:
+    """Trains a silo's personal adapter; the silo's service may go on running meanwhile.
+
+    Args:
+        config: the silo.
+        shared: folder of the shared adapter, as a federation writes it.
+        settings: how to train.
+
+    Raises:
+        InputError: the shared adapter can't be loaded, or the silo has no training or no held-out unit.
+    """
+    base_model, state_dir = Path(config.silo.base_model), Path(config.silo.state_dir)
+    key = load_key(config.silo.encryption_key_file)
+    context_length = require_manifest(base_model, "model", "export").metadata["context_length"]
+    task = CausalTask(load_tokenizer(base_model), context_length)
+    units = load_units(config, load_secret(state_dir / "split.key"))
+    train, held_out = ([task.encode(text) for text in texts] for texts in (units.train, units.held_out))
+    if not train or not held_out:
+        raise InputError(f"silo {config.silo.id!r}: {len(train)} training and {len(held_out)} held-out units; add some")
+    # A model of its own: the service's warm one must never have seen this.
+    model = _with_shared(load_model(base_model, key), shared)
+    before = score(model, task, held_out, settings.micro_batch_size).bits_per_char
+    model = add_adapter(model, settings.rank, settings.alpha, seed=0)
+    _train(model, task, train, settings)
+    after = score(model.eval(), task, held_out, settings.micro_batch_size).bits_per_char
+    return PersonalResult(_save(model, state_dir / FOLDER, key, config.silo.id), before, after)
+
+
+def _with_shared(base: Any, shared: Path) -> Any:
+    """The base model with the shared adapter's product in its weights, where nothing trains it further.
+
+    Raises:
+        InputError: it is encrypted, damaged, or of another model.
+    """
+    from peft import PeftModel
+
+    if not (shared / "adapter_config.json").is_file():
+        raise InputError(f"{shared}: holds no adapter_config.json; give the adapter/ folder that the federation wrote")
+    with opened(shared, None, "") as folder:  # a coordinator's key is none of the silo's: it gets a copy in the clear
+        try:
+            return PeftModel.from_pretrained(base, folder, local_files_only=True).merge_and_unload().eval()
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{shared}: is no adapter of this base model ({reason}); give the right folder") from None
+
+
+def _train(model: Any, task: CausalTask, units: Sequence[Encoded], settings: PersonalSettings) -> None:
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate)
+    chance = torch.Generator().manual_seed(0)
+    model.train()
+    for _ in range(settings.steps):
+        chosen = torch.randperm(len(units), generator=chance)[: settings.batch_size]
+        batch = [units[index] for index in chosen.tolist()]
+        for micro in by_length(batch, settings.micro_batch_size):
+            loss = task.record_losses(model, task.collate(micro)).sum() / len(batch)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _save(model: Any, folder: Path, key: MasterKey | None, silo: str) -> Path:
+    before = os.umask(_OTHERS)  # its owner's alone from its first moment on
+    try:
+        with sealing(folder, key, f"{FOLDER}/{silo}") as place:
+            model.save_pretrained(place, save_embedding_layers=False)
+    finally:
+        os.umask(before)
+    folder.chmod(0o700)
+    return folder

@@ -1,0 +1,143 @@
+"""What arrives at a silo, before anything is done about it: parsing, and refusals as they leave."""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+
+from configs.errors import LARGEST_ECHO, InputError, PolicyRefusal, refuse
+from configs.printing import printable
+from federated.adapters.arrays import Arrays, check_shapes, from_bytes
+from federated.protocol import silo_pb2 as pb
+from federated.protocol.bounds import excess
+from federated.protocol.envelope import request_holds
+from federated.protocol.framing import PROTOCOL_VERSION
+from privacy.ledger.statements import Receipt
+
+LARGEST_TEXT = 2000  # characters of what else it says
+
+
+def open_envelope(content: bytes, largest: int) -> pb.Envelope:
+    """The envelope around a request.
+
+    Raises:
+        PolicyRefusal: it is none, or has more bytes than ``largest``.
+    """
+    if len(content) > largest:
+        raise refuse("max_request_bytes", f"{len(content)}", f"{largest}")
+    envelope = pb.Envelope()
+    _parse(envelope, content)
+    return envelope
+
+
+def decode(body: bytes, silo_id: str) -> pb.Request:
+    """Parses a request and checks that it is for this silo, in a version that it speaks, and still valid.
+
+    Raises:
+        PolicyRefusal: it is not.
+    """
+    request = pb.Request()
+    _parse(request, body)
+    kind = request.WhichOneof("kind")
+    if request.version != PROTOCOL_VERSION:
+        raise refuse("version", str(request.version), str(PROTOCOL_VERSION))
+    if kind is None:
+        raise refuse("request", "no kind", "describe, reserve, train, contribute, evaluate or close")
+    if kind != "describe" and request.silo_id != silo_id:
+        raise refuse("silo_id", request.silo_id, silo_id)
+    if kind != "describe" and not request.run_id:
+        raise refuse("run_id", "empty", "the run's name")
+    for name, value in (("run_id", request.run_id), ("request_id", request.request_id)):
+        if not value.isprintable():  # the steward has to see it as it is, and to name it
+            raise refuse(name, value, "characters that are shown as they are")
+    if request.expires < time.time():
+        raise refuse("expires", f"{request.expires}", "a time to come")
+    return request
+
+
+def check_sender(envelope: pb.Envelope, request: pb.Request, trusted: frozenset[str]) -> None:
+    """Whether a coordinator that the steward trusts has signed this request, together with its receipt.
+
+    Raises:
+        PolicyRefusal: it has not.
+    """
+    if request.coordinator not in trusted:
+        raise refuse("coordinator", request.coordinator or "none", "a coordinator that the steward trusts")
+    if not request_holds(envelope, request.coordinator):
+        raise refuse("signature", "one that does not hold", "the coordinator's own over the whole request")
+
+
+def _parse(message: Any, content: bytes) -> None:
+    try:
+        message.ParseFromString(content)
+    except Exception as error:  # protobuf's DecodeError lives in an untyped module
+        raise refuse("request", type(error).__name__, f"a serialized {type(message).__name__}") from None
+    if found := excess(message):
+        raise refuse(*found)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A plan's JSON.
+
+    Raises:
+        PolicyRefusal: it is no JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise refuse("plan", "not JSON", "a JSON object") from None
+    if not isinstance(value, dict):
+        raise refuse("plan", type(value).__name__, "a JSON object")
+    return value
+
+
+def arrays(content: bytes, largest: float, rule: str = "adapter") -> Arrays:
+    """A request's adapter, or another field's arrays, with values up to ``largest``.
+
+    Raises:
+        PolicyRefusal: it is no float32 safetensors, or a value is larger, or not finite.
+    """
+    try:
+        found = from_bytes(content)
+    except ValueError as error:
+        raise refuse(rule, str(error), "float32 safetensors") from None
+    for name, array in found.items():
+        reached = np.abs(array).max(initial=0.0)
+        if not reached <= largest:  # true for a NaN, too
+            raise refuse("max_adapter_value", f"{reached:g} in {rule} {name}", f"{largest:g}")
+    return found
+
+
+def correction_of(train: pb.Train, largest: float) -> Arrays:
+    """What SCAFFOLD adds to each gradient; empty where the request brings nothing.
+
+    Raises:
+        PolicyRefusal: it doesn't fit the request's adapter, or a value is above ``largest`` or not finite.
+    """
+    if not train.correction:
+        return {}
+    correction = arrays(train.correction, largest, "correction")
+    try:
+        check_shapes(correction, arrays(train.adapter, largest))
+    except ValueError as error:
+        raise refuse("correction", str(error), "arrays in the adapter's shapes") from None
+    return correction
+
+
+def receipt_of(content: bytes) -> Receipt | None:
+    """The receipt that came beside a request; None where there was none.
+
+    Raises:
+        PolicyRefusal: it is something else.
+    """
+    try:
+        return Receipt.from_bytes(content, "receipt") if content else None
+    except InputError:
+        raise refuse("receipt", "something else", "a receipt of this silo, as it was sent") from None
+
+
+def refusal_message(refusal: PolicyRefusal) -> pb.Refusal:
+    """A refusal as it leaves and is logged: one line, whatever was asked."""
+    asked, allowed, message = map(printable, (refusal.asked[:LARGEST_ECHO], refusal.allowed, str(refusal)))
+    return pb.Refusal(rule=refusal.rule, asked=asked, allowed=allowed[:LARGEST_TEXT], message=message[:LARGEST_TEXT])

@@ -1,0 +1,106 @@
+"""A silo's log of everything that came in and left, for its steward: a JSON line each, sizes and digests, no values.
+
+A line is synced before what it tells of goes on: a request is written down before it is looked at, a reply before its
+first byte leaves.
+"""
+
+import json
+import threading
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from configs.errors import SiloweaveError
+from configs.storage.files import digest_bytes
+from federated.silo.line_file import LineFile
+from privacy.ledger.limits import DAY_S
+
+_DAY = DAY_S // 60  # in minutes
+_NOBODY = ""  # whose requests were counted before coordinators were told apart: they count against each
+_Counts = defaultdict[str, Counter[int]]  # requests by coordinator and minute
+
+
+class UnloggedError(SiloweaveError):
+    """The audit log can't be written. Nothing may leave the silo, be it a refusal; what was charged stays charged."""
+
+
+class AuditLog:
+    """``audit.jsonl`` in the silo's state directory."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._lock = threading.Lock()
+        self._file = LineFile(state_dir / "audit.jsonl", self._head)
+        self._accepted = _accepted(self._file)
+
+    def came_in(self, content: bytes) -> None:
+        """A request's envelope has arrived, whatever it is."""
+        self._write("in", bytes=len(content), digest=digest_bytes(content))
+
+    def accepted(self, coordinator: str, **public: Any) -> int:
+        """Its sender is trusted. Returns how many requests of his there were within 24 hours, this one included."""
+        now = self._write("accepted", coordinator=coordinator, **public)
+        with self._lock:
+            _forget(self._accepted, now)
+            return sum(self._accepted[who].total() for who in {_NOBODY, coordinator} & self._accepted.keys())
+
+    def leaves(self, content: bytes, **public: Any) -> None:
+        """A reply's envelope is about to leave."""
+        self._write("out", bytes=len(content), digest=digest_bytes(content), **public)
+
+    def _write(self, direction: str, **values: Any) -> float:
+        now = round(time.time(), 3)
+        with self._lock:
+            try:
+                self._file.append(json.dumps({"time": now, "direction": direction, **values}))
+            except SiloweaveError as error:
+                raise UnloggedError(str(error)) from error
+            if direction == "accepted":
+                self._accepted[values["coordinator"]][int(now // 60)] += 1
+        return now
+
+    def _head(self) -> str:
+        """A fresh file's first line: what the older ones say of the last day. They may be put elsewhere."""
+        return json.dumps({"time": round(time.time(), 3), "direction": "rotated", "accepted": self._accepted})
+
+
+def _forget(accepted: _Counts, now: float) -> None:
+    """Forgets what is older than a day; a minute counts until it has passed as a whole."""
+    for who, minutes in list(accepted.items()):
+        for minute in [minute for minute in minutes if minute < int(now // 60) - _DAY]:
+            del minutes[minute]
+        if not minutes:
+            del accepted[who]
+
+
+def _accepted(file: LineFile) -> _Counts:
+    """Requests of the last day, from before this start: those since the newest file with a head."""
+    counts: _Counts = defaultdict(Counter)
+    for path in file.newest_first():
+        head = False
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                entry = _entry(line)
+                if entry.get("direction") == "accepted":
+                    counts[entry.get("coordinator", _NOBODY)][int(entry["time"] // 60)] += 1
+                elif entry.get("direction") == "rotated":
+                    head = True
+                    for who, minutes in _by_coordinator(entry["accepted"]).items():
+                        counts[who].update({int(minute): count for minute, count in minutes.items()})
+        if head:
+            break
+    _forget(counts, time.time())
+    return counts
+
+
+def _by_coordinator(head: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """A head's counts. Older heads have one count a minute, for all coordinators together."""
+    return {_NOBODY: head} if all(isinstance(count, int) for count in head.values()) else head
+
+
+def _entry(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return {}  # a kill cut it short
+    return entry if isinstance(entry, dict) else {}

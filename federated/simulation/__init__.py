@@ -1,0 +1,1 @@
+"""Many silos on one machine, and what only public data allow."""

@@ -1,0 +1,156 @@
+"""Evaluation in the clear: on a simulation's public silos (``simulation_only``), and on a public text of one's own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import PolicyRefusal
+from configs.schema.schema import RunConfig
+from configs.schema.silo import SiloConfig
+from configs.storage.sealing import load_key
+from federated.adapters.arrays import from_bytes
+from federated.adapters.warm_model import warm_model
+from federated.coordinator import round_commits as commits
+from federated.coordinator.outcome import over_flower
+from federated.silo.units import load_units
+from federated.simulation.simulation import simulated_silos
+from privacy.signing import load_secret
+from trainer.data.sources import ReadCounts, read_rows
+from trainer.data.tokenizer import load_tokenizer
+from trainer.metrics.bits_per_char import Score, score
+from trainer.models.adapters import load_adapter_weights
+from trainer.tasks.text import CausalTask
+
+BASE, PUBLIC, _SILOS = "base", "public", "silos"
+Scorer = Callable[[bytes | None, int], dict[str, Score]]  # of an adapter, None for the base model; on so many records
+
+
+def evaluate_rounds(
+    ray: Any,
+    config: RunConfig,
+    base_model: Path,
+    federations: Mapping[str, Path],
+    on_score: Callable[..., None],
+) -> dict[str, Any]:
+    """Scores the base model, and every committed round of every federation: on what may be read in the clear.
+
+    These are every public silo's held-out records in a simulation, and the coordinator's own public text. The rounds
+    before the last are read on a quarter of the records: they are for a plot.
+
+    Returns:
+        {"simulation_only": True, "base": by silo, federation: [by silo, a round]}; without these, and with the reason,
+        where the silos can't be read. Under "public" the same of the public text, where there is one.
+    """
+    limit = config.evaluate.max_records_per_silo
+    models: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]
+    for name, directory in federations.items():
+        rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))[1:]
+        for found in rounds:
+            records = limit if found is rounds[-1] else max(1, limit // 4)
+            models.append((name, found.round_number, found.adapter, records))
+    reason, scorers = _scorers(config, base_model, federations)
+    threads = config.cluster.threads_per_rank
+    remote = ray.remote(num_cpus=threads)(_scored)
+    running = {
+        remote.remote(scorer, threads, adapter, records): (which, name, number)
+        for which, scorer in scorers.items()
+        for name, number, adapter, records in models
+    }
+    scores: dict[tuple[str, str, int], dict[str, Score]] = {}
+    waiting = list(running)
+    while waiting:
+        (reference,), waiting = ray.wait(waiting)
+        scores[running[reference]] = ray.get(reference)
+        on_score(done=len(scores), of=len(running))
+
+    def figures(which: str) -> dict[str, Any]:
+        keys = sorted(key for key in scores if key[0] == which)
+        rounds = {name: [_summary(scores[key]) for key in keys if key[1] == name] for name in federations}
+        return {BASE: _summary(scores[which, BASE, 0]), **rounds}
+
+    silos = {"not_available": reason} if reason else figures(_SILOS)
+    return {"simulation_only": True, **silos, **({PUBLIC: figures(PUBLIC)} if PUBLIC in scorers else {})}
+
+
+def _scorers(
+    config: RunConfig, base_model: Path, federations: Mapping[str, Path]
+) -> tuple[str | None, dict[str, Scorer]]:
+    """What may be read in the clear; and why the silos may not be."""
+    reason, scorers = None, dict[str, Scorer]()
+    if any(over_flower(directory) for directory in federations.values()):
+        reason = "the silos keep their records"
+    elif not config.data.private.public:
+        reason = "the silos' data are not declared public"
+    else:
+        scorers[_SILOS] = partial(score_silos, config, simulated_silos(config, base_model))
+    if config.evaluate.public.source:
+        scorers[PUBLIC] = partial(score_public, config, base_model)
+    return reason, scorers
+
+
+def _scored(scorer: Scorer, threads: int, adapter: bytes | None, records: int) -> dict[str, Score]:
+    torch.set_num_threads(threads)
+    return scorer(adapter, records)
+
+
+def _summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
+    overall = sum(by_silo.values(), Score(0.0, 0, 0))
+    silos = {name: {"bits_per_char": score.bits_per_char, "records": score.records} for name, score in by_silo.items()}
+    return {"bits_per_char": overall.bits_per_char, "records": overall.records, "by_silo": silos}
+
+
+def score_silos(
+    config: RunConfig, silos: Mapping[str, SiloConfig], adapter: bytes | None, limit: int
+) -> dict[str, Score]:
+    """``score_held_out`` for several silos."""
+    return {name: score_held_out(config, silo, adapter, limit) for name, silo in silos.items()}
+
+
+def score_public(config: RunConfig, base_model: Path, adapter: bytes | None, limit: int) -> dict[str, Score]:
+    """Bits per character on the first records of the coordinator's public text.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    source = config.evaluate.public
+    texts = [row[source.text] for row in islice(read_rows(source, (), ReadCounts()), limit)]
+    return {PUBLIC: _score(config, base_model, config.run.encryption_key_file, texts, adapter)}
+
+
+def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, limit: int) -> Score:
+    """Bits per character on a silo's held-out units, read in the clear: ``simulation_only``.
+
+    Args:
+        config: the run's settings.
+        silo: the silo.
+        adapter: safetensors, or None for the base model.
+        limit: units read at most.
+
+    Raises:
+        PolicyRefusal: the data is not declared public; an exact figure of private data would leave the silo.
+    """
+    if not silo.data.public:
+        raise PolicyRefusal(
+            f"silo {silo.silo.id!r}: exact figures of its held-out records need data declared public = true",
+            rule="public",
+            asked="exact figures",
+            allowed="data declared public",
+        )
+    units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
+    texts = units.held_out[:limit]
+    return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, texts, adapter)
+
+
+def _score(config: RunConfig, base_model: Path, key_file: str, texts: Sequence[str], adapter: bytes | None) -> Score:
+    task = CausalTask(load_tokenizer(base_model), config.model.context_length)
+    model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha, key_file)
+    records = [task.encode(text) for text in texts]
+    if adapter is None:
+        with model.disable_adapter():
+            return score(model.eval(), task, records, config.federated.micro_batch_size)
+    load_adapter_weights(model, {key: torch.from_numpy(value) for key, value in from_bytes(adapter).items()})
+    return score(model.eval(), task, records, config.federated.micro_batch_size)

@@ -1,0 +1,73 @@
+"""Where simulated silos are: their settings, and their ledgers."""
+
+from pathlib import Path
+from urllib.parse import quote
+
+from configs.schema.data import DeidentifySettings
+from configs.schema.schema import RunConfig
+from configs.schema.silo import (
+    MOST_SIMULATED_ROUNDS,
+    MOST_SIMULATED_RUNS,
+    SiloConfig,
+    SiloDataSettings,
+    SiloPolicy,
+    SiloSettings,
+)
+from federated.coordinator.trusted_aggregator import FOLDER
+
+
+def simulated_ledger(config: RunConfig) -> Path:
+    """Folder of a simulated aggregator's ledger, one a dataset; the sign keeps it from being any dataset's own."""
+    return Path(config.federated.state_dir) / f"+{FOLDER}" / config.data.private.dataset_id
+
+
+def _absolute(source: str) -> str:
+    """A path as seen from here: a worker process may start elsewhere."""
+    return source if source.startswith(("embedded:", "hf:")) else str(Path(source).absolute())
+
+
+def _absolute_names(settings: DeidentifySettings) -> DeidentifySettings:
+    return settings.model_copy(update={"names_file": settings.names_file and str(Path(settings.names_file).absolute())})
+
+
+def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig:
+    """A silo of a simulation: its share of the run's private data, and the simulated steward's policy."""
+    private, privacy = config.data.private, config.privacy
+    folder = quote(name, safe=" '").replace(".", "%2E")  # a silo may be called anything, "../x" too
+    state_dir = Path(config.federated.state_dir).absolute() / private.dataset_id / folder
+    return SiloConfig(
+        silo=SiloSettings(
+            id=name,
+            dataset_id=private.dataset_id,
+            state_dir=str(state_dir),
+            base_model=str(base_model),
+            encryption_key_file=config.run.encryption_key_file,
+            public_record_count=private.record_count(name),
+            micro_batch_size=config.federated.micro_batch_size,
+            clipping=config.federated.clipping,
+        ),
+        data=SiloDataSettings(
+            source=_absolute(private.source),
+            text=private.text,
+            split=private.split,
+            silo=private.silo,
+            unit=private.unit,
+            max_rows_per_unit=private.max_rows_per_unit,
+            held_out_fraction=private.held_out_fraction,
+            public=private.public,
+            deidentify=_absolute_names(config.data.deidentify),
+        ),
+        policy=SiloPolicy(
+            budget_epsilon=privacy.budget_epsilon,
+            budget_delta=privacy.budget_delta,
+            max_epsilon_per_run=privacy.budget_epsilon,
+            units=(privacy.unit,),
+            releases_metrics=True,
+            max_runs_per_day=MOST_SIMULATED_RUNS,
+            max_open_runs=MOST_SIMULATED_RUNS,
+            max_rounds_per_run=MOST_SIMULATED_ROUNDS,
+            label_sets=(privacy.evaluation_labels,) if privacy.evaluation_labels else (),
+            # Without a unit column a row is a unit, and a row is in one silo.
+            attests_disjoint_units=not private.unit,
+        ),
+    )

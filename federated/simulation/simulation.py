@@ -1,0 +1,95 @@
+"""The silos of a simulation on one machine, and what only a simulation may do: read public silos in the clear."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError
+from configs.events import Listener
+from configs.schema.schema import RunConfig
+from configs.schema.silo import SiloConfig
+from federated.coordinator.parties import Parties
+from federated.coordinator.rounds import run_federation
+from federated.coordinator.trusted_aggregator import open_ledger
+from federated.identity.trust import coordinator_signer
+from federated.silo.silo import Silo
+from federated.silo.units import rows_of
+from federated.simulation.local_grid import LocalGrid, OpenSilo
+from federated.simulation.public_silo import PublicSilo
+from federated.simulation.simulated_places import simulated_ledger, simulated_silo
+from privacy.certificate.certificate import AGGREGATOR
+from privacy.mechanism.streams import injected_seeds
+from privacy.plan import PlanRequest
+from privacy.plan_from_settings import plan_request
+
+
+def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig]:
+    """The simulated silos by name, from the data's silo column; paths are absolute, so that any process can open them.
+
+    Raises:
+        InputError: a silo with a declared size or a rank of its own has no record, or there is no silo at all.
+    """
+    probe = simulated_silo(config, "probe", base_model)
+    rows, _ = rows_of(probe.data)
+    missing = sorted(set(config.data.private.public_record_counts) - set(rows))
+    if missing or not rows:
+        raise InputError(
+            f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'} (there are "
+            f"{', '.join(sorted(rows)) or 'none'}); check data.private.silo and data.private.public_record_counts"
+        )
+    unknown = sorted(set(config.federated.lora_ranks) - set(rows))
+    if unknown:
+        raise InputError(f"federated.lora_ranks has {unknown}: there are {', '.join(sorted(rows))}; check the names")
+    return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
+
+
+def simulate(
+    ray: Any,
+    config: RunConfig,
+    base_model: Path,
+    directory: Path,
+    *,
+    on_event: Listener,
+    with_dp: bool = True,
+    injected_seed: bytes | None = None,
+) -> None:
+    """Runs the federation of the settings over the local grid, to the end, from its newest commit.
+
+    Args:
+        ray: a running Ray.
+        config: the run's settings.
+        base_model: exported model directory.
+        directory: the federation's own directory.
+        on_event: receives the coordinator's events.
+        with_dp: False runs the comparison without DP, for data declared public only.
+        injected_seed: for tests: makes the silos' noise repeatable.
+    """
+    silos = simulated_silos(config, base_model)
+    home = Path(config.federated.state_dir)
+    signer = coordinator_signer(home)
+    trusted = frozenset({signer.public_key})
+    if with_dp:
+        opener: OpenSilo = partial(_open_silo, silos, trusted, injected_seed)
+    else:
+        opener = partial(_open_comparison, silos, trusted, plan_request(config))
+    ledger = partial(
+        open_ledger,
+        home,
+        simulated_ledger(config),
+        config.data.private.dataset_id,
+        config.privacy,
+        injected_seeds(injected_seed, AGGREGATOR),
+    )
+    parties = Parties(signer, len(silos), open_ledger=ledger)
+    with LocalGrid(ray, opener, silos, config.federated.workers, config.cluster.threads_per_rank) as grid:
+        run_federation(grid, config, base_model, directory, parties, on_event, certify=with_dp)
+
+
+def _open_silo(silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str) -> Silo:
+    return Silo(silos[name], trusted, injected_seed)
+
+
+def _open_comparison(
+    silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanRequest, name: str
+) -> "PublicSilo":
+    return PublicSilo(silos[name], trusted, plan)

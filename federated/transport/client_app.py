@@ -1,0 +1,60 @@
+"""The Flower ClientApp: a thin relay between Flower's messages and a silo. Imports neither torch nor any data."""
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from federated.transport.flower_messages import NoEnvelopeError, pack, unpack
+from federated.transport.service_client import UnansweredError, ask
+
+_GAVE_UP = 2  # Flower's code for a ClientApp that failed
+_TO_SAY_SO_S = 2.0  # of a message's time: a reply that comes later is thrown away by Flower
+
+Handler = Callable[[bytes], bytes]
+Connect = Callable[[Context, float], Handler]
+
+
+def make_app(connect: Connect) -> ClientApp:
+    """A ClientApp that hands every message to the silo that ``connect`` finds for its context, and the seconds left."""
+    app = ClientApp()
+
+    def relay(message: Message, context: Context) -> Message:
+        try:
+            answer = connect(context, seconds_left(message))(unpack(message.content))
+        except (UnansweredError, NoEnvelopeError) as error:  # Flower would log the traceback of what is raised on
+            return Message(Error(_GAVE_UP, str(error)), reply_to=message)
+        return Message(pack(answer), reply_to=message)
+
+    app.train()(relay)
+    app.query()(relay)
+    return app
+
+
+def seconds_left(message: Message) -> float:
+    """Until a message's sender stops waiting for the reply.
+
+    Flower delivers no message after its time. So one that seems over, or not begun, was sent by another clock, and
+    its time is counted from now.
+    """
+    ttl_s, age_s = message.metadata.ttl, time.time() - message.metadata.created_at
+    left_s = ttl_s - age_s if 0 <= age_s < ttl_s else ttl_s
+    return max(left_s - min(_TO_SAY_SO_S, ttl_s / 10), 0.0)
+
+
+def silo_service(context: Context, timeout_s: float) -> Handler:
+    """Reaches the silo service at the SuperNode's ``silo-address``, for so many seconds.
+
+    It is ``unix:/run/silo.sock``, or ``HOST:PORT`` by mutual TLS with key and certificates in the folder ``silo-tls``.
+    Flower's own simulation engine gives its nodes nothing but a partition id: there it is the address with this number
+    among those that SILOWEAVE_SILO_ADDRESSES lists, separated by spaces.
+    """
+    node = context.node_config
+    if "silo-address" in node:
+        address = str(node["silo-address"])
+    else:
+        address = os.environ["SILOWEAVE_SILO_ADDRESSES"].split()[int(node["partition-id"])]
+    return partial(ask, address, tls_folder=str(node.get("silo-tls", "")), timeout_s=timeout_s)

@@ -1,0 +1,1 @@
+"""The mathematics of an audit: bound, canaries, attack figures."""

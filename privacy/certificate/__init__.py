@@ -1,0 +1,1 @@
+"""The claim of a run, and its offline check."""

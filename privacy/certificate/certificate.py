@@ -1,0 +1,187 @@
+"""The certificate: what a run claims, in one document that can be checked offline.
+
+It is a pure function of the plan and of what the silos signed. Checking it (``certificate_check.py``) makes it again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from configs.errors import InputError
+from privacy.certificate.headline import Claim, headline
+from privacy.certificate.model_digests import ModelDigests
+from privacy.ledger.statements import AuditStatement
+from privacy.plan import PlanRequest
+
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 4, (3, 4), 4
+NOT_AUDITED = "not audited"
+AGGREGATOR = "aggregator"
+_LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
+_NOT_COVERED_IN_3 = (  # a change of these words is a new version: checking a certificate makes them again
+    "timing: how long a reply takes depends on the size of its batch",
+    "a silo whose own machine or key is in the hands of the adversary",
+    "a rewrite of a whole ledger together with its anchor by the owner of its key, where nobody keeps a receipt",
+    "an old ledger put back together with its anchor, until a coordinator shows a newer receipt",
+    "versions: no silo signs them here; each statement has its own silo's",
+    "whose keys these are: compare each public key with what its steward gives you",
+    "a silo that the coordinator leaves out: only that silo's own ledger shows its charges",
+    "float32 rounding inside the clipped sum: one record may change how the others' contributions are rounded",
+)
+_NOT_COVERED = {
+    3: _NOT_COVERED_IN_3,
+    4: (
+        *_NOT_COVERED_IN_3[:-1],
+        "a kernel whose order of instructions depends on values: that records computed together have the bits that "
+        "each has alone is proved with made-up records, for each shape and machine",
+        "how the coordinator made the model of the releases: each ledger shows its own, and nobody signs the rest",
+    ),
+}
+_TRUSTED = (
+    "the aggregator, which sees every client's update without noise and adds the noise to their sum: this holds "
+    "against those who see the model, and not against the aggregator or whoever reads its memory or messages"
+)
+_ONE_MECHANISM = "one noised sum a round over all clients; all data of a client is one unit"
+_CLIENTS_NOT_COVERED = (
+    "a client that takes part under several names: each name is a unit of its own",
+    "who takes part, and in which round: membership and participation are public",
+)
+
+
+def certificate(
+    run_id: str,
+    plan: PlanRequest,
+    ledgers: Mapping[str, Mapping[str, Any]],
+    model: ModelDigests | None,
+    *,
+    versions: Mapping[str, str] | None = None,
+    form: int = CERTIFICATE_VERSION,
+) -> dict[str, Any]:
+    """What a finished run claims.
+
+    Args:
+        run_id: the run.
+        plan: the plan that every silo reserved; with clients as units, the aggregator.
+        ledgers: public facts of each silo that has reserved, by name: its last ``receipt`` and, where it has closed the
+            run, its ``statement``; the one silo of an audit's run also has the ``audit``. With clients as units, of the
+            aggregator alone.
+        model: what was made; None for an audit, of which nothing is published.
+        versions: of the libraries; None takes those that are installed.
+        form: version of the document.
+
+    Returns:
+        A JSON document. ``epsilon`` is for a unit that is in one silo; ``headline`` is the claim.
+
+    Raises:
+        InputError: with clients as units, another ledger than the aggregator's.
+    """
+    guarantee = plan.guarantee()
+    statements = {name: ledger["statement"] for name, ledger in ledgers.items() if "statement" in ledger}
+    return {
+        "version": form,
+        "run_id": run_id,
+        "unit": plan.unit,
+        "relation": plan.relation,
+        "plan": plan.model_dump(mode="json"),
+        "plan_digest": plan.digest,
+        "headline": asdict(_claim(plan, guarantee.epsilon, statements, list(ledgers))),
+        "delta": plan.delta,
+        "epsilon": guarantee.epsilon,
+        "epsilon_sum": guarantee.epsilon * len(ledgers),
+        "delta_sum": plan.delta * len(ledgers),
+        "epsilon_optimistic": guarantee.epsilon_optimistic,
+        "epsilon_rdp": guarantee.epsilon_rdp,
+        "epsilon_prv": guarantee.epsilon_prv,
+        "accountant": "dp-accounting PLD, pessimistic",
+        "audited": _audited(plan, guarantee.epsilon, ledgers),
+        "seeds": _seeds(ledgers, statements),
+        "left_each_silo": _left_each_silo(plan),
+        **_signed_by(plan, ledgers),
+        **({} if form < FIRST_WITH_MODEL else {"model": model.model_dump(mode="json") if model else None}),
+        "not_covered": [*(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()), *_NOT_COVERED[form]],
+        "versions": dict(versions or library_versions()),
+    }
+
+
+def ledgers_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the ledgers behind a certificate have signed, by name: the silos', or the aggregator's."""
+    if document.get("unit") == "client":
+        return {AGGREGATOR: document[AGGREGATOR]}
+    return dict(document.get("silos", {}))
+
+
+def _signed_by(plan: PlanRequest, ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Under names of their own, so that neither kind of certificate can be read as the other."""
+    if plan.unit == "record":
+        return {"silos": {name: dict(silo) for name, silo in ledgers.items()}}
+    if list(ledgers) != [AGGREGATOR]:
+        raise InputError(f"ledgers are of {sorted(ledgers)}: with clients as units give the aggregator's alone")
+    return {AGGREGATOR: dict(ledgers[AGGREGATOR]), "num_clients": plan.num_clients, "trusted": _TRUSTED}
+
+
+def _claim(plan: PlanRequest, epsilon: float, statements: Mapping[str, Mapping[str, Any]], names: list[str]) -> Claim:
+    if plan.unit == "client":
+        return Claim(epsilon, plan.delta, _ONE_MECHANISM)
+    attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
+    return headline(dict.fromkeys(names, epsilon), dict.fromkeys(names, plan.delta), attested)
+
+
+def _audited(plan: PlanRequest, epsilon: float, ledgers: Mapping[str, Mapping[str, Any]]) -> str | dict[str, Any]:
+    """What an audit's signed counts show: lower bounds that hold for all its scores together."""
+    found = next((ledger["audit"] for ledger in ledgers.values() if "audit" in ledger), None)
+    if found is None:
+        return NOT_AUDITED
+    from privacy.audit.bound import FAIL_CONFIDENCE, WARN_CONFIDENCE, Finding
+
+    statement = AuditStatement.model_validate(found)
+    findings = [Finding(**score.model_dump(), epsilon=epsilon, delta=plan.delta) for score in statement.scores]
+    scores = [
+        {
+            **score.model_dump(),
+            "box": "black" if score.mode.endswith("black_box") else "white",
+            "epsilon_lower_bound_95": finding.bound(WARN_CONFIDENCE),
+            "epsilon_lower_bound_99_9": finding.bound(FAIL_CONFIDENCE),
+        }
+        for score, finding in zip(statement.scores, findings, strict=True)
+    ]
+    return {
+        "epsilon_lower_bound_95": max(score["epsilon_lower_bound_95"] for score in scores),
+        "epsilon_lower_bound_99_9": max(score["epsilon_lower_bound_99_9"] for score in scores),
+        "scores": scores,
+        "design_digest": statement.design_digest,
+        "earlier_audits": statement.earlier_audits,
+        "of": "this run, of canaries in public text through the engine that silos use; no silo's own training",
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """What samples, clips, adds noise and accounts."""
+    return {name: version(name) for name in _LIBRARIES}
+
+
+def _left_each_silo(plan: PlanRequest) -> str:
+    if plan.unit == "client":
+        return (
+            "to the aggregator: one clipped adapter update a round, WITHOUT noise of the silo's own; no loss or count"
+        )
+    left = "one noised adapter update a charged round; no loss, norm or count"
+    for metric in plan.metric_releases:
+        left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"
+        left += f" with counts of the labels {', '.join(metric.labels)}" if metric.labels else ""
+    return left
+
+
+def _seeds(silos: Mapping[str, Any], statements: Mapping[str, Mapping[str, Any]]) -> str:
+    """An injected seed voids the guarantee against whoever knows it, and is said first."""
+    injected = sorted(name for name, statement in statements.items() if statement["seed_source"] == "injected")
+    if injected:
+        return f"INJECTED in {', '.join(injected)}: whoever knows the seed can remove the noise"
+    unknown = sorted(
+        name for name in silos if name not in statements or statements[name]["seed_source"] != "operating system"
+    )
+    if unknown:
+        return (  # without its statement a silo with an injected seed looks like one that has not closed
+            f"not stated by {', '.join(unknown)}, where they may be INJECTED: whoever knows such a seed can remove the "
+            "noise; else from the operating system, one a charge, erased"
+        )
+    return "operating system, one a charge, erased when the reply is stored"

@@ -1,0 +1,131 @@
+"""Digests by which a certificate says of which model it speaks, and the look at a folder that claims to be it."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from configs.errors import InputError
+from configs.storage.files import digest_bytes, digest_file
+from configs.storage.manifests import MANIFEST, damaged_file, read_manifest
+from configs.storage.sealing import MasterKey, is_sealed, read_sealed
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what peft reads
+_CARD = "README.md"  # for people
+_LARGEST_SEALED = 2**33  # bytes of an encrypted file, which is opened in memory
+ADAPTER, BASE_MODEL = "final adapter", "base model"
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _of_all_files(digests: dict[str, str]) -> dict[str, str]:
+    """Names in a stranger's certificate are no paths to look at, and one left out would not be compared."""
+    if set(digests) != set(ADAPTER_FILES):
+        found = ", ".join(sorted(digests))[:100] or "no file"
+        raise ValueError(f"model.adapter has {found}: expected {' and '.join(ADAPTER_FILES)}, and nothing else")
+    return digests
+
+
+class RoundDigests(BaseModel):
+    """One round's.
+
+    Attributes:
+        adapter: of the shared adapter after the round, safetensors.
+        releases: of what was folded into it, by ledger: of each silo's whole reply, or of the aggregator's noised mean,
+            as the ledgers hold it. None for a round that was committed before certificates had any.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter: Digest
+    releases: dict[str, Digest] | None
+
+
+class ModelDigests(BaseModel):
+    """A certificate's.
+
+    Attributes:
+        base_model: content digest of the base model's manifest, which requests and policies name.
+        rounds: every round, the first one first.
+        adapter: of the files of the published adapter, in the clear, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_model: Digest
+    rounds: tuple[RoundDigests, ...]
+    adapter: Annotated[dict[str, Digest], AfterValidator(_of_all_files)]
+
+    def rounds_of(self, ledger: str) -> dict[int, str]:
+        """Digests of what a ledger has released into the model, by round."""
+        found = {number: (one.releases or {}).get(ledger) for number, one in enumerate(self.rounds, 1)}
+        return {number: digest for number, digest in found.items() if digest is not None}
+
+    def contributors(self) -> set[str]:
+        """Ledgers whose releases are in the model."""
+        return {name for one in self.rounds for name in one.releases or ()}
+
+
+def adapter_digests(folder: Path) -> dict[str, str]:
+    """Digests of a published adapter's files, as they are in the clear."""
+    return {name: digest_bytes((folder / name).read_bytes()) for name in ADAPTER_FILES}
+
+
+def which_model(digests: ModelDigests, folder: Path, key: MasterKey | None) -> str:
+    """Says which part of a certificate's model a folder is: its final adapter or its base model.
+
+    Args:
+        digests: the certificate's.
+        folder: an adapter as peft writes it, encrypted or not, or an exported base model with its manifest.
+        key: of an encrypted adapter.
+
+    Raises:
+        InputError: it is neither; the message names the file and both digests.
+    """
+    if (folder / ADAPTER_FILES[0]).is_file():
+        _nothing_else(folder, {*ADAPTER_FILES, _CARD})
+        for name, expected in digests.adapter.items():
+            _compare(folder / name, _digest(folder / name, key), expected, ADAPTER)
+        return ADAPTER
+    if not (folder / MANIFEST).is_file():
+        raise InputError(
+            f"{folder}: neither an adapter ({ADAPTER_FILES[0]}) nor a base model ({MANIFEST}) lies there; give the "
+            "folder of one"
+        )
+    try:
+        manifest = read_manifest(folder, "model")
+        damaged = damaged_file(folder, manifest) if manifest else MANIFEST
+    except OSError as error:
+        raise InputError(f"{folder}: can't be read ({error.strerror}); give the base model's whole folder") from None
+    if manifest is None or damaged is not None:
+        raise InputError(f"{folder}: {damaged} is not what its manifest says: this is another model")
+    _compare(folder, manifest.content_digest, digests.base_model, BASE_MODEL)
+    _nothing_else(folder, {*manifest.files, MANIFEST})
+    return BASE_MODEL
+
+
+def _nothing_else(folder: Path, named: set[str]) -> None:
+    """A library may read a file more, and then it is another model."""
+    there = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
+    for name in there:
+        if name not in named:
+            raise InputError(f"{folder / name}: no file of the certificate's model; take it away to compare the rest")
+
+
+def _digest(path: Path, key: MasterKey | None) -> str:
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, or not a plain one; give the adapter's whole folder")
+        if not is_sealed(path):
+            return digest_file(path)
+        if path.stat().st_size > _LARGEST_SEALED:
+            raise InputError(f"{path}: an encrypted file of more than {_LARGEST_SEALED} bytes; decrypt it first")
+        return digest_bytes(read_sealed(path, key, None))
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); give the adapter's whole folder") from None
+
+
+def _compare(path: Path, found: str, expected: str, what: str) -> None:
+    if found != expected:
+        raise InputError(
+            f"{path}: its digest is {found[:16]}…, the certificate's {what} has {expected[:16]}…: this is another model"
+        )

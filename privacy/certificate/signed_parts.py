@@ -1,0 +1,107 @@
+"""What a run's receipts and statements have to say: the same when they come and when a certificate is checked."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from configs.errors import InputError
+from privacy.ledger.statements import AuditStatement, Receipt, RunStatement
+from privacy.plan import PlanRequest
+
+TOLERANCE = 1e-6  # accountants differ by less between machines
+
+
+def in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest) -> dict[str, Any]:
+    """What a receipt and a statement of the same run both say.
+
+    Args:
+        silo: what the ledger's owner has told of itself: ``dataset_id``, ``public_key``, ``public_record_count``.
+        name: the ledger's.
+        run: the run.
+        plan: that was reserved.
+    """
+    return {
+        "silo": name,
+        "dataset": silo.get("dataset_id"),
+        "public_key": silo.get("public_key"),
+        "public_record_count": silo.get("public_record_count"),
+        "run": run,
+        "plan_digest": plan.digest,
+    }
+
+
+def check_receipt(
+    receipt: Receipt, silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, where: str
+) -> None:
+    """Every field of a receipt that is known from elsewhere; see ``in_both``.
+
+    Raises:
+        InputError: one is another, it doesn't count the run among its spends, or the signature doesn't hold.
+    """
+    spent = {"epsilon_reserved": plan.epsilon, "delta_reserved": plan.delta}
+    expect(receipt, {**in_both(silo, name, run, plan), **spent}, where)
+    epsilon, delta = receipt.epsilon_reserved, receipt.delta_reserved
+    if not any(same(spend.epsilon, epsilon) and same(spend.delta, delta) for spend in receipt.spends):
+        raise InputError(f"{where}.spends: none is epsilon {epsilon:.6g}, delta {delta:g}, which the run has reserved")
+
+
+def check_statement(
+    statement: RunStatement, silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, where: str
+) -> None:
+    """Every field of a statement that is known from elsewhere; see ``in_both``.
+
+    Raises:
+        InputError: one is another, or the signature doesn't hold.
+    """
+    spent = {"epsilon": plan.epsilon, "delta": plan.delta}
+    expect(statement, {**in_both(silo, name, run, plan), **spent}, where)
+    if statement.rounds_charged > plan.rounds:
+        raise InputError(f"{where}.rounds_charged is {statement.rounds_charged}, the plan has {plan.rounds}")
+
+
+def check_history(held: Receipt, receipt: Receipt, where: str) -> None:
+    """Whether two receipts of one run can be of the same ledger, whichever is newer.
+
+    Raises:
+        InputError: they tell of two entries in one place, or the newer one has forgotten a spend.
+    """
+    older, newer = sorted((held, receipt), key=position)
+    if position(older) == position(newer) and older != newer:
+        raise InputError(f"{where}.head: another receipt of entry {receipt.number} says otherwise")
+    if not set(older.spends) <= set(newer.spends):
+        raise InputError(f"{where}.spends: one of an older receipt is missing in the newer one")
+
+
+def check_closing(statement: RunStatement, receipt: Receipt, where: str) -> None:
+    """Whether a statement tells of an entry that its run's newest receipt covers.
+
+    Raises:
+        InputError: its entry comes after the receipt's, or is another one in the same place.
+    """
+    if statement.number > receipt.number:
+        raise InputError(f"{where}.number is {statement.number}, the newest receipt is of entry {receipt.number}")
+    if statement.number == receipt.number and statement.head != receipt.head:
+        raise InputError(f"{where}.head is another than the receipt's of the same entry {receipt.number}")
+
+
+def position(receipt: Receipt) -> tuple[int, int]:
+    """Where in its ledger's life a receipt was made."""
+    return receipt.epoch, receipt.number
+
+
+def expect(signed: Receipt | RunStatement | AuditStatement, expected: Mapping[str, Any], where: str) -> None:
+    """The fields that are known from elsewhere first, since they can be named; then the signature over all of them."""
+    for field, value in expected.items():
+        found = getattr(signed, field)
+        if not same(found, value):
+            raise InputError(f"{where}.{field} is {found!r}, expected {value!r}: it was edited, or is of another run")
+    if not signed.holds():
+        raise InputError(f"{where}.signature doesn't hold: one of the fields of {where} was edited")
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Equal values of one type; numbers with a fraction as far as accountants agree."""
+    if isinstance(found, float) or isinstance(expected, float):
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (found, expected))
+        return numbers and math.isclose(found, expected, rel_tol=TOLERANCE)
+    return type(found) is type(expected) and bool(found == expected)

@@ -1,0 +1,1 @@
+"""What a dataset has spent: charge before release, chain, anchor, reconciliation."""

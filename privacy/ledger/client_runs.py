@@ -1,0 +1,95 @@
+"""What a silo's ledger says of a run with clients as units: that updates left it without noise of its own.
+
+Such a run spends nothing of the silo's budget, which is about records, and gives no guarantee against the aggregator,
+who sees the updates. So that the steward can see it afterwards, the silo signs, beside what it spends: ``entrust``, the
+plan that it took part in, and ``unnoised``, one for each update, before the first byte of it is sent.
+"""
+
+from typing import Any
+
+from configs.errors import refusal
+from privacy.ledger.journal import Journal
+from privacy.ledger.limits import Limits, check_runs
+from privacy.ledger.runs import Run, Runs, named
+from privacy.plan import PlanRequest
+
+ENTRUST, UNNOISED = "entrust", "unnoised"
+_NOISE = "none: the aggregator adds it"  # short enough for `ledger show` to print it whole
+
+
+def entrust(journal: Journal, run_id: str, plan: PlanRequest, aggregator: str, limits: Limits) -> None:
+    """Records that a run may ask for updates without noise. The same run and plan again change nothing.
+
+    Args:
+        journal: the silo's.
+        run_id: the run.
+        plan: with clients as units.
+        aggregator: the public key of whoever gets the updates, and whose run it is.
+        limits: of the policy.
+
+    Raises:
+        PolicyRefusal: the run reserved another plan, or the aggregator has as many runs as it may.
+    """
+    with journal.transaction():
+        bodies = journal.bodies()
+        before = Runs(bodies).of(run_id, aggregator)
+        if before is None:
+            check_runs(bodies, aggregator, limits)
+            journal.append(
+                ENTRUST,
+                run=run_id,
+                plan=plan.model_dump(),
+                plan_digest=plan.digest,
+                aggregator=aggregator,
+                noise=_NOISE,
+            )
+        elif (before.opening["kind"], before.opening["plan_digest"]) != (ENTRUST, plan.digest):
+            reserved = before.opening["plan_digest"]
+            raise refusal("reservation", plan.digest, reserved, f"run {run_id} has another plan")
+
+
+def entrusted(journal: Journal, run_id: str, aggregator: str) -> dict[str, Any] | None:
+    """The entry with which an aggregator's run was entrusted."""
+    run = _run(journal, run_id, aggregator)
+    return None if run is None else run.opening
+
+
+def _run(journal: Journal, run_id: str, aggregator: str) -> Run | None:
+    run = Runs(journal.bodies()).of(run_id, aggregator)
+    return run if run is not None and run.opening["kind"] == ENTRUST else None
+
+
+def record_update(
+    journal: Journal, run_id: str, aggregator: str, request_id: str, request_digest: str, round_number: int
+) -> None:
+    """Records an update that is about to leave without noise; the same request again is the same update.
+
+    Raises:
+        PolicyRefusal: the run is not entrusted, or closed; the id or the round was another request's; or there is no
+            such round in the plan.
+    """
+    with journal.transaction():
+        run = _run(journal, run_id, aggregator)
+        if run is None:
+            raise refusal("reservation", run_id, "an entrusted run", f"run {run_id} was not entrusted with updates")
+        if run.closing is not None:
+            raise refusal("closed", run_id, "an open run", run.end)
+        before = run.charge(request=request_id)
+        if before is not None:
+            if (before["digest"], before["round"]) != (request_digest, round_number):
+                raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
+            return
+        most = run.opening["plan"]["rounds"]
+        if not 1 <= round_number <= most:
+            raise refusal("schedule", f"round {round_number}", f"1 to {most}", f"run {run_id} has {most} rounds")
+        if run.charge(round=round_number) is not None:
+            raise refusal("schedule", f"round {round_number}", "a new one", f"its update of run {run_id} has left")
+        journal.append(
+            UNNOISED,
+            run=run_id,
+            **named(aggregator),
+            request=request_id,
+            digest=request_digest,
+            round=round_number,
+            noise=_NOISE,
+        )

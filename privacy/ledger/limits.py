@@ -1,0 +1,132 @@
+"""What a new run has to fit into: the dataset's budget, a day, a coordinator's share; by the ledger's entries alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from configs.errors import PolicyRefusal, refusal
+from privacy.ledger.chain import Budget, left, spent_since
+from privacy.ledger.journal import Journal
+from privacy.ledger.runs import Runs
+
+DAY_S = 24 * 3600
+LARGEST_NUMBER_OF_SPENDS = 5000  # about 130 bytes each in a receipt, which may be a megabyte
+LARGEST_SHARE = 1000  # of them, for one coordinator
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the policy in force allows beside the budget; None: any.
+
+    Attributes:
+        epsilon_per_day: of all reservations of 24 hours.
+        runs_per_day: that one coordinator opens in 24 hours.
+        open_runs: of one coordinator.
+    """
+
+    epsilon_per_day: float | None = None
+    runs_per_day: int | None = None
+    open_runs: int | None = None
+
+
+def check_runs(bodies: list[dict[str, Any]], coordinator: str, limits: Limits) -> None:
+    """Whether a coordinator may open one more run.
+
+    Raises:
+        PolicyRefusal: it has opened as many today, or has as many open, as the policy allows it.
+    """
+    own = [run for run in Runs(bodies) if run.coordinator == coordinator]
+    since = Journal.now(_latest(bodies)) - DAY_S
+    today, open_now = sum(run.opening["time"] >= since for run in own), sum(run.closing is None for run in own)
+    if limits.runs_per_day is not None and today >= limits.runs_per_day:
+        raise refusal(
+            "max_runs_per_day",
+            f"{today + 1}",
+            f"{limits.runs_per_day}",
+            f"{today} runs of this coordinator were opened within 24 hours; wait, or ask the steward to raise it",
+        )
+    if limits.open_runs is not None and open_now >= limits.open_runs:
+        raise refusal(
+            "max_open_runs",
+            f"{open_now + 1}",
+            f"{limits.open_runs}",
+            f"{open_now} runs of this coordinator are open; close one, or ask the steward to stop one",
+        )
+
+
+def check_spend(bodies: list[dict[str, Any]], coordinator: str, epsilon: float, delta: float, limits: Limits) -> None:
+    """Whether the dataset, the day and the coordinator's share have room for one more reservation.
+
+    Args:
+        bodies: the ledger's entries.
+        coordinator: who asks.
+        epsilon: of the run; 0 before it is known refuses what would be refused whatever it is.
+        delta: of the run.
+        limits: of the policy.
+
+    Raises:
+        PolicyRefusal: one of them has none.
+    """
+    _check_left(left(bodies), epsilon, delta)
+    _check_number(bodies, coordinator)
+    _check_day(bodies, epsilon, limits.epsilon_per_day)
+
+
+def check_unit(bodies: list[dict[str, Any]], unit: str) -> None:
+    """A ledger's sum is the spend of one unit: what records and clients spend has no sum."""
+    units = {body["plan"].get("unit", "record") for body in bodies if body["kind"] == "reserve"}
+    if units - {unit}:
+        raise refusal("unit", unit, ", ".join(units), "this ledger is of another unit")
+
+
+def _latest(bodies: list[dict[str, Any]]) -> float:
+    return float(max(body["time"] for body in bodies))
+
+
+def _check_left(remaining: Budget, epsilon: float, delta: float) -> None:
+    for name, asked, there in (("epsilon", epsilon, remaining.epsilon), ("delta", delta, remaining.delta)):
+        if asked > there * (1 + 1e-12):
+            raise PolicyRefusal(
+                f"budget_{name}: the run needs {name} {asked:.4g} and this dataset has {max(there, 0):.4g} left; "
+                f"lower privacy.{name}, or ask the steward to raise the budget",
+                rule=f"budget_{name}",
+                asked=f"{asked:.6g}",
+                allowed=f"{max(there, 0):.6g}",
+            )
+
+
+def _check_number(bodies: list[dict[str, Any]], coordinator: str) -> None:
+    """A receipt names every spend, and one that is too long to be read again would stop the silo for good."""
+    spent = sum(1 if body["kind"] == "reserve" else len(body.get("spends", ())) for body in bodies)
+    own = sum(body["kind"] == "reserve" and body.get("coordinator") == coordinator for body in bodies)
+    for number, most, whose in ((spent, LARGEST_NUMBER_OF_SPENDS, ""), (own, LARGEST_SHARE, " of yours")):
+        if number >= most:
+            raise refusal(
+                "max_reservations",
+                f"{number + 1}",
+                f"{most}",
+                f"this ledger has {number} reservations{whose} and takes no more; ask for fewer, longer runs, of "
+                "another dataset",
+            )
+
+
+def _check_day(bodies: list[dict[str, Any]], epsilon: float, limit: float | None) -> None:
+    if limit is None:
+        return
+    latest = _latest(bodies)
+    now = Journal.now(latest)
+    remaining = limit - spent_since(bodies, now - DAY_S)
+    if epsilon > remaining * (1 + 1e-12):
+        ahead = (latest - Journal.now(0.0)) / DAY_S
+        remedy = "wait, or lower privacy.epsilon"
+        if ahead > 1:  # waiting would take as long as the clock was wrong by
+            remedy = (
+                f"the ledger's last signed time is {ahead:.0f} days ahead of this machine's clock: ask the steward "
+                "to mend the clock, or to raise policy.max_epsilon_per_day"
+            )
+        raise refusal(
+            "max_epsilon_per_day",
+            f"{epsilon:.6g}",
+            f"{max(remaining, 0):.6g}",
+            f"the run needs epsilon {epsilon:.4g} and {max(remaining, 0):.4g} of {limit:g} is left for 24 hours; "
+            f"{remedy}",
+        )

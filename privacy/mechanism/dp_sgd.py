@@ -1,0 +1,145 @@
+"""DP-SGD (Abadi et al. 2016), one step as one block: sample, forward, backward, clip, accumulate, noise, step.
+
+Everything that the steps of a charge may reveal has been charged before the first sample is drawn.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from configs.errors import InputError
+from configs.schema.federated import ClippingMethod
+from privacy.clipping.clipping import LARGEST_NORM, SMALLEST_NORM, Clipper, clipping
+from privacy.clipping.independence import Together
+from privacy.clipping.self_check import probe
+from privacy.mechanism.noise import noised
+from privacy.mechanism.sampler import sample
+from privacy.mechanism.streams import Streams
+from privacy.plan import PrivacyPlan
+
+Unit = TypeVar("Unit")
+_NORM_RATE = 0.2  # eta of Andrew et al. 2021
+_FARTHEST_NORM = 1000.0
+
+
+@dataclass
+class PrivateTraining(Generic[Unit]):
+    """The steps of one charge on the trainable parameters of a model.
+
+    Attributes:
+        plan: everything the guarantee depends on.
+        streams: the charge's random streams.
+        model: its trainable parameters belong to layers that the clipping method knows.
+        optimizer: any torch optimizer over the trainable parameters.
+        units: the private units.
+        unit_losses: loss of each unit, shape (B,), each a function of that unit alone; the units are of one shape.
+        shape_of: everything about a unit that decides the shape of its computation: its padded length, for instance.
+        made_up: so many made-up units of a shape, all different, to prove that they may be computed together.
+        synthetic: made-up units of several shapes for the start-up proof that per-record gradients are right.
+        micro_batch_size: most units at once, for memory and speed; changes no bit of the result.
+        method: how per-record gradients are formed.
+        steps_done: steps of this charge so far.
+    """
+
+    plan: PrivacyPlan
+    streams: Streams
+    model: Any
+    optimizer: torch.optim.Optimizer
+    units: Sequence[Unit]
+    unit_losses: Callable[[Sequence[Unit]], torch.Tensor]
+    shape_of: Callable[[Unit], Hashable]
+    made_up: Callable[[Any, int], Sequence[Unit]]
+    synthetic: Sequence[Unit]
+    micro_batch_size: int = 16
+    method: ClippingMethod = "bookkeeping"
+    steps_done: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.max_grad_norm = self.plan.request.max_grad_norm
+        self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+
+    def run(self, at_most: int | None = None) -> None:
+        """The steps that are left of this charge, or the next few of them.
+
+        Args:
+            at_most: stop after so many, to take a ``state_dict``.
+
+        Raises:
+            InputError: the model has parameters whose per-record gradients are wrong or unknown.
+        """
+        self.model.train()
+        automatic = self.plan.request.clipping_function == "automatic"
+        with clipping(self.model, self.max_grad_norm, self.method, automatic=automatic) as clipper:
+            probe(clipper, self.unit_losses, self.synthetic)
+            together = Together(clipper, self.unit_losses, self.shape_of, self.made_up, self.micro_batch_size)
+            left = range(self.steps_done, self.plan.request.steps_per_round)
+            for step in left[:at_most]:
+                with _seeded(self.streams, step):
+                    self._step(clipper, together, step)
+
+    def _step(self, clipper: Clipper, together: Together[Unit], step: int) -> None:
+        plan = self.plan
+        # 1. Every unit is in the batch with probability q; the batch may be empty.
+        batch = [self.units[index] for index in sample(plan, self.streams, step, len(self.units))]
+        # 2. Forward, backward and clipping, of units together where none changes another one's bits.
+        norms = [clipper.accumulate(self.unit_losses, units) for units in together.cut(batch)]
+        # 3. Noise once on the sum, then the public normaliser.
+        noise_std = plan.noise_std * self.max_grad_norm / plan.request.max_grad_norm
+        for name, clipped_sum in clipper.take().items():
+            release = noised(clipped_sum, noise_std, self.streams, step, name)
+            parameter = self._parameters[name]
+            parameter.grad = (release / plan.expected_batch_size).to(parameter.dtype)
+        if plan.request.clipping_function == "quantile":
+            self.max_grad_norm = clipper.max_grad_norm = self._next_norm(norms, step)
+        # 4. From here on only noised values are seen.
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps_done = step + 1
+
+    def _next_norm(self, norms: list[torch.Tensor], step: int) -> float:
+        """The clipping norm after this step, by a noised count of the gradients that were not shortened."""
+        below = sum(float((norms_B <= self.max_grad_norm).double().sub(0.5).sum()) for norms_B in norms)
+        # A parameter's name is never empty: this stream is no parameter's.
+        count = noised(torch.tensor([below]), self.plan.count_noise_std, self.streams, step, "").item()
+        share = 0.5 + count / self.plan.expected_batch_size
+        moved = self.max_grad_norm * math.exp(-_NORM_RATE * (share - self.plan.request.target_quantile))
+        start = self.plan.request.max_grad_norm
+        lowest, highest = max(start / _FARTHEST_NORM, SMALLEST_NORM), min(start * _FARTHEST_NORM, LARGEST_NORM)
+        return min(max(moved, lowest), highest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed charge needs, made from noised values only: it continues bit for bit."""
+        return {
+            "plan": self.plan.request.digest,
+            "steps_done": self.steps_done,
+            "max_grad_norm": self.max_grad_norm,
+            "weights": {name: value.detach().clone() for name, value in self._parameters.items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a ``state_dict``.
+
+        Raises:
+            InputError: it was made under another plan.
+        """
+        if state["plan"] != self.plan.request.digest:
+            raise InputError(f"state of plan {state['plan']}: this training has plan {self.plan.request.digest}")
+        self.steps_done, self.max_grad_norm = state["steps_done"], state["max_grad_norm"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for name, value in self._parameters.items():
+                value.copy_(state["weights"][name])
+
+
+@contextmanager
+def _seeded(streams: Streams, step: int) -> Iterator[None]:
+    """Chance in a forward pass, if any, is the same when a request is repeated: the same noise covers the same sum."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int(streams.generator("torch", step).integers(2**63)))
+        yield

@@ -1,0 +1,48 @@
+"""Poisson sampling: every unit is in a step's batch independently. An empty batch is a step like any other."""
+
+import numpy as np
+import numpy.typing as npt
+
+from privacy.accounting.truncation import size_noise
+from privacy.mechanism.noise import standard_normal
+from privacy.mechanism.streams import Streams
+from privacy.plan import PrivacyPlan
+
+Indices = npt.NDArray[np.int64]
+
+
+def sample(plan: PrivacyPlan, streams: Streams, step: int, num_units: int) -> Indices:
+    """Indices of the units in this step's batch, ascending, by the plan's sampler.
+
+    Args:
+        plan: gives sampler, sampling rate and cap.
+        streams: the charge's random streams.
+        step: step within the charge.
+        num_units: units that exist; used to draw for each of them, never as a size in the guarantee.
+    """
+    request = plan.request
+    if request.sampler == "truncated_poisson":
+        if not _passes_size_test(plan, streams, num_units):
+            num_units = 0
+        return _truncated(poisson_sample(plan, streams, step, num_units), request.max_batch_size, streams, step)
+    return poisson_sample(plan, streams, step, num_units)
+
+
+def poisson_sample(plan: PrivacyPlan, streams: Streams, step: int, num_units: int) -> Indices:
+    """Indices of the units that are drawn, each independently with the sampling rate."""
+    draws = streams.generator("sample", step).integers(2**64, size=num_units, dtype=np.uint64)
+    return np.flatnonzero(draws < np.uint64(plan.inclusion_threshold)).astype(np.int64)
+
+
+def _truncated(drawn: Indices, max_batch_size: int, streams: Streams, step: int) -> Indices:
+    """The drawn units, or a uniformly random subset of the largest size allowed."""
+    if len(drawn) <= max_batch_size:
+        return drawn
+    kept = streams.generator("truncate", step).choice(drawn, size=max_batch_size, replace=False, shuffle=False)
+    return np.sort(kept)
+
+
+def _passes_size_test(plan: PrivacyPlan, streams: Streams, num_units: int) -> bool:
+    """One noised look at the size for all steps of a charge; its only use is to leave batches empty."""
+    noise = float(standard_normal(streams.generator("size", 0), 1)[0]) * size_noise(plan.request.rounds)
+    return plan.request.passes_size_test(num_units + noise)

@@ -1,0 +1,37 @@
+"""Faults in a rank, by files in SILOWEAVE_TEST_FAULTS: put on PYTHONPATH, it patches real Ray workers from inside.
+
+`slow` holds every step up; `raise-1`, `hang-1`, `nan-1` hit rank 1 once and are gone then.
+"""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+def watch():
+    faults = Path(os.environ["SILOWEAVE_TEST_FAULTS"])
+    while not hasattr(sys.modules.get("trainer.pretraining.loop"), "_resume"):  # the module's last name
+        time.sleep(0.05)
+    module = sys.modules["trainer.pretraining.loop"]
+    original = module.next_token_nats
+
+    def faulty(model, *inputs):
+        if (faults / "slow").exists() and model.training:
+            time.sleep(0.4)
+        fault = next(faults.glob(f"*-{os.environ['RANK']}"), None)
+        if fault is None:
+            return original(model, *inputs)
+        fault.unlink()
+        if fault.name.startswith("raise"):
+            raise ValueError("injected")
+        if fault.name.startswith("hang"):
+            time.sleep(10**6)
+        return original(model, *inputs) * float("nan")
+
+    module.next_token_nats = faulty
+
+
+if any("default_worker" in argument for argument in sys.orig_argv):
+    threading.Thread(target=watch, daemon=True).start()

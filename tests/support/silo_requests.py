@@ -1,0 +1,52 @@
+"""A coordinator's signed requests to one silo, for tests."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from federated.protocol import silo_pb2 as pb
+from federated.protocol.envelope import reply_holds, seal_request
+from federated.protocol.framing import PROTOCOL_VERSION
+from privacy.signing import Signer
+
+EXPIRES = int(time.time()) + 3600  # the same for a whole session: a repeated request has the same bytes
+
+
+def signer_of(secret):
+    """A signer whose key is this secret."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "key")
+        path.write_bytes(secret)
+        path.chmod(0o600)
+        return Signer(path)
+
+
+COORDINATOR = signer_of(bytes(range(32)))
+TRUSTED = frozenset({COORDINATOR.public_key})
+
+
+def body_of(request_id, run_id="run-1", silo_id="north", **fields):
+    """A request's bytes."""
+    given = {
+        "version": PROTOCOL_VERSION,
+        "run_id": run_id,
+        "silo_id": silo_id,
+        "request_id": request_id,
+        "coordinator": COORDINATOR.public_key,
+        "expires": EXPIRES,
+    }
+    return pb.Request(**{**given, **fields}).SerializeToString(deterministic=True)
+
+
+def opened(content, silo=None):
+    """The reply in an envelope, whose signature holds where the silo is given."""
+    envelope = pb.Envelope.FromString(content)
+    if silo is not None:
+        assert reply_holds(envelope, silo.ledger.public_key)
+    return pb.Reply.FromString(envelope.body)
+
+
+def ask(silo, request_id, receipt=b"", **fields):
+    """Asks a silo in this process; returns its reply and the request's bytes."""
+    body = body_of(request_id, **fields)
+    return opened(silo.handle(seal_request(COORDINATOR, body, receipt)), silo), body

@@ -1,0 +1,125 @@
+import ast
+
+import pytest
+from pydantic import BaseModel
+from repository import REPOSITORY
+
+from configs.errors import InputError
+from configs.load import load
+from configs.parse import presets, to_toml
+from configs.run_directory import bind_run_directory, config_digest
+from configs.schema.deployment import FederationConfig, RelayConfig
+from configs.schema.schema import RunConfig
+from configs.schema.silo import SiloConfig, load_silo
+
+PACKAGES = ("cluster", "federated", "privacy", "trainer", "configs")
+
+
+def fields(model: type[BaseModel]) -> set[str]:
+    found = set()
+    for name, field in model.model_fields.items():
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            found |= fields(nested)
+        found.add(name)
+    return found
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_loads_and_survives_toml(preset, tmp_path):
+    config = load(preset)
+    (tmp_path / "again.toml").write_text(to_toml(config))
+    assert load(str(tmp_path / "again.toml")) == config
+
+
+def test_shipped_presets_are_the_documented_ones():
+    assert presets() == ["demo", "gpu", "tiny"]
+
+
+@pytest.mark.parametrize("schema", [RunConfig, SiloConfig, FederationConfig, RelayConfig])
+def test_every_setting_is_read_somewhere(schema):
+    read = set()
+    for package in PACKAGES:
+        for path in (REPOSITORY / package).rglob("*.py"):
+            if not path.name.endswith(("schema.py", "settings.py")):
+                tree = ast.parse(path.read_text())
+                read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    # The group `run` and its like are reached by name, too: config.run, config.data, ...
+    assert fields(schema) - read == set()
+
+
+def test_every_setting_has_a_description():
+    for group in RunConfig.model_fields.values():
+        for name, field in group.annotation.model_fields.items():
+            assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("pretrain.learning_rat=1", "pretrain.learning_rat: no such setting"),
+        ("pretrain.steps=0", "pretrain.steps is 0: input should be greater than or equal to 1"),
+        ("privacy.sampling_rate=1.5", "privacy.sampling_rate is 1.5: input should be less than 1"),
+        ("privacy.delta=1e-3", "privacy.delta is 0.001: input should be less than or equal to 0.00001"),
+        ("privacy.unit=person", "privacy.unit is 'person': input should be 'record' or 'client'"),
+        ("privacy.unit=client", "privacy.num_clients is 0: with privacy.unit 'client' give federated.min_silos (1) to"),
+        ("privacy.sampler=shuffle", "privacy.sampler is 'shuffle': input should be 'poisson' or 'truncated_poisson'"),
+        ("privacy.max_batch_size=7", "privacy.max_batch_size is 7 and privacy.sampler 'poisson': give 0"),
+        ("pretrain.batch_size=7", "pretrain.batch_size is 7: give a multiple of cluster.world_size (2)"),
+        ("pretrain.warmup_steps=40", "pretrain.warmup_steps is 40: give less than pretrain.steps (40)"),
+        ("model.heads=3", "model.heads is 3"),
+        ("data.private.public_record_count=1000000", "public_record_count 1000000 allows at most 1e-07"),
+        ("data.private.public=false", "evaluate.without_dp is true"),
+        ("run.storage=s3://", "run.storage is 's3://': give a folder, or a URL"),
+        ("run.storage=memory://runs", "run.storage is 'memory://runs': give a folder, or a URL"),
+        ("run.storage=s3://key:secret@bucket", "run.storage holds credentials: leave them out"),
+        ("privacy.budget_epsilon=inf", "privacy.budget_epsilon is inf"),
+        ("nonsense", "write it as group.field=value"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_line(override, expected):
+    with pytest.raises(InputError) as caught:
+        load("tiny", [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_read_as_toml_or_text():
+    config = load("tiny", ["pretrain.steps=50", "run.name=other", 'data.private.source="x.jsonl"'])
+    assert (config.pretrain.steps, config.run.name, config.data.private.source) == (50, "other", "x.jsonl")
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        load(str(tmp_path / "nowhere.toml"))
+    (tmp_path / "broken.toml").write_text("[run\n")
+    with pytest.raises(InputError, match="not TOML"):
+        load(str(tmp_path / "broken.toml"))
+    with pytest.raises(InputError, match="no such file"):
+        load_silo(tmp_path / "silo.toml")
+
+
+def test_a_run_directory_of_another_configuration_is_refused(tmp_path):
+    base = [f"run.storage={tmp_path}"]
+    directory = bind_run_directory(load("tiny", base))
+    (directory / "corpus").mkdir()
+    (directory / "corpus" / "manifest.json").touch()  # a stage has committed something
+    before = (directory / "config.toml").read_bytes()
+    with pytest.raises(InputError, match=r"pretrain.steps was 40 and is 41.*choose another run.name"):
+        bind_run_directory(load("tiny", [*base, "pretrain.steps=41"]))
+    assert (directory / "config.toml").read_bytes() == before
+
+
+def test_where_ray_runs_may_change_between_two_starts(tmp_path):
+    base = [f"run.storage={tmp_path}"]
+    bind_run_directory(load("tiny", base))
+    moved = load("tiny", [*base, "cluster.max_failures=3", "federated.workers=1", "privacy.budget_epsilon=99"])
+    bind_run_directory(moved)
+    assert load(str(tmp_path / "tiny" / "config.toml")) == moved
+    assert config_digest(moved) == config_digest(load("tiny", base))
+
+
+def test_a_start_that_made_nothing_does_not_bind_the_directory(tmp_path):
+    base = [f"run.storage={tmp_path}"]
+    bind_run_directory(load("tiny", [*base, "data.public.source=typo.jsonl"]))
+    assert bind_run_directory(load("tiny", base)) == tmp_path / "tiny"

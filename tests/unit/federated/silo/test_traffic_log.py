@@ -1,0 +1,200 @@
+"""A silo's logs where the disk fills, a kill comes, or they grow: a line is whole or an error, and nothing is lost."""
+
+import contextlib
+import json
+import logging
+import os
+import resource
+import subprocess
+import time
+
+import pytest
+
+from configs.errors import SiloweaveError
+from federated.silo import line_file
+from federated.silo.line_file import LineFile, PrivateLog
+from federated.silo.traffic_log import AuditLog, UnloggedError
+
+
+@contextlib.contextmanager
+def largest_file(size_bytes):
+    """The system lets no file grow beyond this; what fits of a write is written, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def entries(folder):
+    return [json.loads(line) for line in (folder / "audit.jsonl").read_text().splitlines()]
+
+
+def test_a_line_that_does_not_fit_is_an_error_and_leaves_no_trace(tmp_path):
+    """Before: no error, the reply left, 40 of its line's 133 bytes were there, and the next followed on it."""
+    log = AuditLog(tmp_path)
+    log.came_in(b"one")
+    size = (tmp_path / "audit.jsonl").stat().st_size
+    with largest_file(size + 40), pytest.raises(UnloggedError, match=r"audit\.jsonl: could not be written"):
+        log.leaves(b"two")
+    assert (tmp_path / "audit.jsonl").stat().st_size == size
+    log.leaves(b"three")
+    assert [entry["direction"] for entry in entries(tmp_path)] == ["in", "out"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
+def test_on_a_real_full_disk_every_line_is_whole(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    try:
+        log, written = AuditLog(disk), 0
+        with pytest.raises(UnloggedError, match="No space left"):
+            for written in range(10_000):
+                log.came_in(b"x" * written)
+        assert len(entries(disk)) == written > 100
+        (disk / "audit.jsonl").write_text("")  # somebody makes room
+        log.came_in(b"")
+        assert len(entries(disk)) == 1
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_line_that_a_kill_cut_short_stays_a_line_of_its_own(tmp_path):
+    """Before: the next line was added to it, and a request after a restart was lost from the day's count."""
+    AuditLog(tmp_path).accepted("net")
+    with (tmp_path / "audit.jsonl").open("a") as file:
+        file.write('{"time": 17')
+    assert AuditLog(tmp_path).accepted("net") == 2
+    lines = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert (len(lines), lines[1]) == (3, '{"time": 17')
+    assert AuditLog(tmp_path).accepted("net") == 3
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Files that are full after a few lines."""
+    monkeypatch.setattr(line_file, "LARGEST_BYTES", 2000)
+    monkeypatch.setattr(line_file, "KEPT", 3)
+
+
+def test_files_rotate_and_a_restart_goes_on_counting(tmp_path, small):
+    log = AuditLog(tmp_path)
+    for number in range(1, 101):
+        assert log.accepted("net", run="x" * 100) == number
+        if number % 30 == 0:
+            log = AuditLog(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == ["audit.jsonl", "audit.jsonl.1", "audit.jsonl.2", "audit.jsonl.3"]
+    assert all(file.stat().st_size <= 2000 and file.stat().st_mode & 0o777 == 0o600 for file in files)
+    for number in (1, 2, 3):
+        (tmp_path / f"audit.jsonl.{number}").unlink()  # put elsewhere
+    assert AuditLog(tmp_path).accepted("net") == 101
+
+
+def test_requests_count_for_a_day_and_not_longer(tmp_path, small, monkeypatch):
+    now = [1_800_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    log = AuditLog(tmp_path)
+    for _ in range(50):
+        log.accepted("net", run="x" * 100)
+        now[0] += 60
+    now[0] = 1_800_000_000.0 + 24 * 3600 - 1
+    assert log.accepted("net") == 51
+    now[0] += 25 * 60
+    expected = log.accepted("net")
+    assert expected == 28  # 24 minutes have passed as a whole
+    assert AuditLog(tmp_path).accepted("net") == expected + 1
+
+
+def test_each_coordinator_has_a_count_of_its_own(tmp_path, small):
+    """Before: one count for all, and a hostile coordinator's requests used up the others' day."""
+    log = AuditLog(tmp_path)
+    for number in range(1, 41):
+        assert log.accepted("hostile", run="x" * 100) == number
+    assert log.accepted("honest") == 1
+    for number in (1, 2, 3):
+        (tmp_path / f"audit.jsonl.{number}").unlink()  # the head alone tells of them
+    log = AuditLog(tmp_path)
+    assert (log.accepted("honest"), log.accepted("hostile")) == (2, 41)
+
+
+def test_a_head_that_tells_no_coordinators_apart_counts_against_each(tmp_path):
+    """As versions before wrote it: nothing is forgotten on the day of an update."""
+    minute = int(time.time() // 60)
+    head = {"time": time.time(), "direction": "rotated", "accepted": {str(minute): 7, str(minute - 9): 2, "0": 5}}
+    line = {"time": time.time(), "direction": "accepted", "coordinator": "one"}
+    (tmp_path / "audit.jsonl").write_text(json.dumps(head) + "\n" + json.dumps(line) + "\n")
+    log = AuditLog(tmp_path)
+    assert (log.accepted("one"), log.accepted("other"), log.accepted("one")) == (11, 10, 12)
+
+
+def test_a_full_disk_loses_no_old_file(tmp_path, small):
+    log = AuditLog(tmp_path)
+    for _ in range(40):
+        log.accepted("net", run="x" * 100)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with largest_file(20):
+        for _ in range(10):
+            with pytest.raises(UnloggedError):
+                log.accepted("net", run="x" * 2000)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+class KilledError(BaseException):
+    """A kill, which nothing catches."""
+
+
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("rotations", [0, 1, 5], ids=["first rotation", "second", "later"])
+def test_a_kill_between_the_steps_of_a_rotation_loses_nothing(tmp_path, small, monkeypatch, steps, rotations):
+    """Renames and the link are the steps; the kill comes after so many of them."""
+    log, left, counted = AuditLog(tmp_path), 10**6, 0
+    while len(list(tmp_path.glob("audit*"))) < min(1 + rotations, 4):
+        counted = log.accepted("net", run="x" * 100)
+
+    def step(call):
+        def counting(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KilledError
+            return call(*arguments)
+
+        return counting
+
+    with monkeypatch.context() as patched:
+        patched.setattr(line_file.Path, "replace", step(line_file.Path.replace))
+        patched.setattr(os, "link", step(os.link))
+        left = steps
+        with contextlib.suppress(KilledError):
+            for _ in range(15):  # rotates twice, and not thrice
+                counted = log.accepted("net", run="x" * 100)
+    log = AuditLog(tmp_path)
+    assert log.accepted("net") == counted + 1
+    for _ in range(30):
+        counted = log.accepted("net", run="x" * 100)
+    assert AuditLog(tmp_path).accepted("net") == counted + 1
+
+
+def test_silo_log_escapes_what_strangers_say_rotates_and_fails_in_silence(tmp_path, small, capsys):
+    """Before: the words of an exception reached the steward's terminal raw, and could begin a line like a refusal."""
+    logger = logging.Logger("test")
+    logger.addHandler(PrivateLog(tmp_path / "silo.log"))
+    logger.warning("refused %s", "\x1b[2J\u202e\n2026-01-01 00:00:00,000 WARNING refused forged")
+    lines = (tmp_path / "silo.log").read_text().split("\n")
+    assert lines[0].endswith(r"WARNING refused \x1b[2J\u202e")
+    assert lines[1].startswith("    2026-01-01")
+    for _ in range(60):
+        logger.warning("x" * 200)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["silo.log", *(f"silo.log.{n}" for n in (1, 2, 3))]
+    with largest_file(20):
+        logger.warning("secret")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_of_the_disk_is_one_line(tmp_path):
+    (tmp_path / "log").mkdir()
+    with pytest.raises(SiloweaveError, match=r"log: could not be written \(Is a directory\)"):
+        LineFile(tmp_path / "log").append("x")

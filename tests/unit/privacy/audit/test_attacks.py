@@ -1,0 +1,57 @@
+"""Figures of attacks against brute force."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.errors import InputError
+from privacy.audit.attacks import exposure, membership_figures, roc, true_positive_rate
+
+scores = st.lists(st.integers(-5, 5), min_size=1, max_size=30).map(lambda values: np.array(values, dtype=float))
+
+
+@settings(max_examples=100, deadline=None)
+@given(members=scores, others=scores)
+def test_the_figures_are_those_of_counting_pairs_and_thresholds(members, others):
+    figures = membership_figures(members, others)
+    pairs = [(member > other) + 0.5 * (member == other) for member in members for other in others]
+    assert figures["auc"] == pytest.approx(np.mean(pairs))
+    for rate in (0.001, 0.01, 0.2):
+        reached = [
+            np.mean(members > threshold)
+            for threshold in [-np.inf, *others, *members]
+            if np.mean(others > threshold) <= rate
+        ]
+        assert true_positive_rate(members, others, rate) == pytest.approx(max(reached))
+    false_rates, true_rates = roc(members, others)
+    assert (false_rates[0], true_rates[0], false_rates[-1], true_rates[-1]) == (0, 0, 1, 1)
+    assert (np.diff(false_rates) >= 0).all()
+    assert (np.diff(true_rates) >= 0).all()
+    assert np.trapezoid(true_rates, false_rates) == pytest.approx(np.mean(pairs))
+
+
+def test_a_perfect_attack_and_a_blind_one():
+    random = np.random.default_rng(0)
+    perfect = membership_figures(random.random(2000) + 1, random.random(2000))
+    assert (perfect["auc"], perfect["true_positive_rate_at"]) == (1.0, {"0.001": 1.0, "0.01": 1.0})
+    blind = membership_figures(random.random(20_000), random.random(20_000))
+    assert blind["auc"] == pytest.approx(0.5, abs=0.02)
+    assert blind["true_positive_rate_at"]["0.01"] == pytest.approx(0.01, abs=0.005)
+    assert len(blind["roc"]["false_positive_rate"]) <= 200
+    assert blind["roc"]["false_positive_rate"][-1] == 1
+
+
+@pytest.mark.parametrize("bad", [[], [np.nan], [np.inf, 1.0]])
+def test_scores_that_are_none_are_refused(bad):
+    for pair in ((np.array(bad), np.ones(3)), (np.ones(3), np.array(bad))):
+        with pytest.raises(InputError, match="membership inference"):
+            membership_figures(*pair)
+
+
+def test_exposure_is_bits_of_rank():
+    candidates = np.arange(1.0, 1024.0)
+    found = exposure(np.array([0.0, 1.0, 511.5, 9999.0]), candidates)
+    np.testing.assert_allclose(found, [10.0, 9.0, 1.0, 0.0])
+    random = np.random.default_rng(1)
+    assert exposure(random.random(5000), random.random(5000)).mean() == pytest.approx(1 / np.log(2), abs=0.1)

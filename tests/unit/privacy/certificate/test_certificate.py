@@ -1,0 +1,284 @@
+"""The certificate: made again from what the silos signed; any edited number is found and named."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from model_parts import model_of
+
+from configs.errors import InputError
+from configs.parse import json_object
+from configs.storage.files import digest_bytes
+from privacy.certificate.certificate import certificate
+from privacy.certificate.check import check_certificate, check_in_ledger
+from privacy.ledger.chain import Budget, verify_entries
+from privacy.ledger.ledger import Ledger
+from privacy.plan import PlanRequest
+
+REQUEST = PlanRequest(
+    sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
+)
+PLAN = REQUEST.bind(5000)
+DIGEST = "aa" * 32
+SILOS = ("north", "south")
+EARLIER = Path(__file__).with_name("certificates_of_version_3.json")
+
+
+def reply_of(silo, number):
+    return f"the whole reply of {silo} in round {number}".encode()
+
+
+MODEL = model_of(*({silo: digest_bytes(reply_of(silo, n)) for silo in SILOS} for n in (1, 2)), {})
+
+
+def close_run(folder, silo, *, attests=True, seed_source=None, statement=True):
+    """One silo's part of a run, by its real ledger; what a coordinator keeps of it."""
+    ledger = Ledger.open(folder / silo, silo, f"ward-{silo}", Budget(20.0, 3e-5), seed_source)
+    ledger.reserve("run-1", PLAN)
+    for number in (1, 2):
+        charge = ledger.charge("run-1", f"round-{number}", DIGEST, number)
+        ledger.release(charge.number, "run-1", reply_of(silo, number))
+    found = {
+        "dataset_id": f"ward-{silo}",
+        "public_key": ledger.public_key,
+        "public_record_count": 5000,
+        "receipt": ledger.receipt("run-1").model_dump(mode="json"),
+    }
+    if statement:
+        found["receipt"] = ledger.close("run-1").model_dump(mode="json")
+        stated = ledger.statement("run-1", {"torch": "2"}, attests_disjoint_units=attests)
+        found["statement"] = stated.model_dump(mode="json")
+    ledger.close_file()
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("silos")
+
+
+@pytest.fixture(scope="module")
+def sound(folder):
+    return json.loads(json.dumps(certificate("run-1", REQUEST, {s: close_run(folder, s) for s in SILOS}, MODEL)))
+
+
+def test_it_says_what_the_design_promises(sound):
+    check_certificate(sound, "test")
+    assert (sound["unit"], sound["relation"], sound["delta"]) == ("record", "add_or_remove_one", 1e-5)
+    assert sound["epsilon_optimistic"] <= sound["epsilon"] < sound["epsilon_rdp"]
+    assert sound["epsilon_sum"] == pytest.approx(2 * sound["epsilon"])
+    assert sound["audited"] == "not audited"
+    assert sound["seeds"].startswith("operating system")
+    assert sound["silos"]["north"]["statement"]["rounds_charged"] == 2
+    assert {"torch", "opacus", "dp-accounting"} <= set(sound["versions"])
+    assert sound["not_covered"]
+
+
+@pytest.mark.parametrize(
+    ("options", "epsilons", "seeds"),
+    [
+        ({}, 1, "operating system, one a charge"),
+        ({"attests": False}, 2, "operating system, one a charge"),
+        ({"statement": False}, 2, "not stated by south"),
+        ({"seed_source": lambda _: bytes(32)}, 1, "INJECTED in south"),
+    ],
+)
+def test_attestation_and_seeds_are_those_of_the_signed_statements(tmp_path, options, epsilons, seeds):
+    silos = {"north": close_run(tmp_path, "north"), "south": close_run(tmp_path, "south", **options)}
+    document = certificate("run-1", REQUEST, silos, MODEL)
+    check_certificate(document, "test")
+    assert document["headline"]["epsilon"] == pytest.approx(epsilons * REQUEST.epsilon)
+    assert document["seeds"].startswith(seeds)
+
+
+def numbers(value, path=()):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from numbers(item, (*path, key))
+    elif isinstance(value, list):
+        for key, item in enumerate(value):
+            yield from numbers(item, (*path, key))
+    elif isinstance(value, bool | int | float):
+        yield path, value
+
+
+def edited(document, path, value):
+    changed = copy.deepcopy(document)
+    place = changed
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return changed
+
+
+def test_any_edited_number_is_found_and_its_place_is_named(sound):
+    found = list(numbers(sound))
+    assert len(found) > 50
+    for path, value in found:
+        other = (
+            (not value) if isinstance(value, bool) else value + 1 if isinstance(value, int) else (value or 0.5) * 0.9
+        )
+        with pytest.raises(InputError) as caught:
+            check_certificate(edited(sound, path, other), "test")
+        # Inside of what a silo signed, the signature tells only that one of its fields was edited.
+        named = ".".join(map(str, path[:2] if path[0] == "silos" else path[:1]))
+        assert named in str(caught.value), (path, caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("epsilon",), 1.0, "epsilon is 1.0, its replay gives"),
+        (("headline", "epsilon"), 0.5, "headline.epsilon is 0.5"),
+        (("headline", "rule"), "because", "headline.rule"),
+        (("plan", "noise_multiplier"), 0.0, "noise_multiplier"),
+        (("plan", "noise_multiplier"), 5.0, "plan_digest"),
+        (("plan_digest",), "00" * 32, "plan_digest"),
+        (("silos", "north", "statement", "rounds_charged"), 1, "silos.north.statement.signature"),
+        (("silos", "north", "statement", "attests_disjoint_units"), False, "silos.north.statement.signature"),
+        (("silos", "north", "statement", "seed_source"), "injected", "silos.north.statement.signature"),
+        (("silos", "north", "public_record_count"), 9, "silos.north.receipt.public_record_count is 5000"),
+        (("silos", "north", "public_key"), "00" * 32, "silos.north.receipt.public_key"),
+        (("silos", "north", "receipt", "signature"), "", "silos.north.receipt.signature"),
+        (("silos", "north", "receipt"), {}, "silos.north.receipt"),
+        (("silos", "north", "statement"), [], "silos.north.statement"),
+        (("silos", "north"), 3, "silos.north: int, expected an object"),
+        (("silos", "west"), {}, "silos.west.receipt"),
+        (("not_covered", 0), "nothing", "not_covered.0"),
+        (("not_covered",), [], "not_covered"),
+        (("seeds",), "dice", "seeds is 'dice'"),
+        (("run_id",), "run-2", "silos.north.receipt.run is 'run-1', expected 'run-2'"),
+        (("audited",), {"epsilon_lower_bound": 99.0}, "audited is {'epsilon_lower_bound': 99.0}"),
+        (("audited",), {"epsilon_lower_bound": 0.1, "confidence": 0.999}, "its replay gives 'not audited'"),
+        (("silos", "north", "epsilon_spent_in_all"), 0.001, "silos.north.epsilon_spent_in_all: no such field"),
+        (("silos", "north", "receipt", "number"), "7", "silos.north.receipt.number is '7'"),
+        (("not_covered",), {"0": "nothing"}, "not_covered is {'0': 'nothing'}"),
+        (("headline", "epsilon"), True, "headline.epsilon is True"),
+        (("silos",), {}, "silos: none"),
+        (("versions",), {"torch": 2}, "versions: not all are strings"),
+        (("audited",), "yes", "audited"),
+        (("extra",), 1, "extra: no such field"),
+        (("version",), 1, "version is 1"),
+        (("version",), 5, "version is 5, this Siloweave reads 3 to 4; a newer one needs a newer Siloweave"),
+        (("version",), True, "version is True"),
+        (("version",), 3, "model: no such field"),
+        (("model",), None, "model: NoneType, expected an object"),
+        (("model", "base_model"), "", "model: base_model is ''"),
+        (("model", "rounds"), [], "model.rounds: 0, the plan has 3"),
+        (("model", "rounds", 2, "releases"), {"south": "aa" * 32}, "3 releases of 'south', which states 2 charged"),
+        (
+            ("model", "rounds", 2, "releases"),
+            {"west": "aa" * 32},
+            "release of 'west', which the certificate",
+        ),
+        (("versions",), None, "versions"),
+    ],
+)
+def test_edits_are_refused_with_the_field(sound, path, value, message):
+    with pytest.raises(InputError) as caught:
+        check_certificate(edited(sound, path, value), "test")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise_multiplier": 5.0}, r"silos.north.receipt.plan_digest"),
+        ({"max_grad_norm": 2.0}, r"silos.north.receipt.plan_digest"),
+        ({"rounds": 1, "steps_per_round": 12}, r"silos.north.receipt.plan_digest"),
+    ],
+)
+def test_a_plan_that_is_exchanged_with_its_digest_is_not_what_the_silos_signed(sound, change, message):
+    plan = REQUEST.model_copy(update=change)
+    made = certificate("run-1", plan, sound["silos"], MODEL)
+    with pytest.raises(InputError, match=message):
+        check_certificate(made, "test")
+
+
+def test_one_that_an_earlier_version_has_made_verifies_as_it_was():
+    """Files of the version before this one, of records and of clients. They speak of no model."""
+    for name, document in json.loads(EARLIER.read_text()).items():
+        assert document["version"] == 3
+        check_certificate(document, name)
+        assert "model" not in document
+        with pytest.raises(InputError, match=r"epsilon is 1\.0"):
+            check_certificate(edited(document, ("epsilon",), 1.0), name)
+        with pytest.raises(InputError, match="model: no such field"):
+            check_certificate({**document, "model": MODEL.model_dump(mode="json")}, name)
+
+
+def test_a_field_that_was_taken_out_is_missed(sound):
+    for name in sound:
+        changed = {key: value for key, value in sound.items() if key != name}
+        with pytest.raises(InputError, match=name):
+            check_certificate(changed, "test")
+
+
+def test_a_name_with_a_dot_never_stands_for_what_is_inside(sound):
+    for part in ("headline", "plan"):
+        forged = {**copy.deepcopy(sound), **{f"{part}.{name}": value for name, value in sound[part].items()}}
+        with pytest.raises(InputError, match=rf"{part}.\w+: no such field"):
+            check_certificate(forged, "test")
+    forged = {**sound, "headline": {**sound["headline"], "epsilon": 0.01}, "headline.epsilon": sound["epsilon"]}
+    with pytest.raises(InputError, match=r"headline.epsilon"):
+        check_certificate(forged, "test")
+    listed = {str(number): line for number, line in enumerate(sound["not_covered"])}
+    with pytest.raises(InputError, match="not_covered"):
+        check_certificate({**sound, "not_covered": listed}, "test")
+
+
+def test_a_name_that_is_there_twice_is_refused(sound):
+    text = json.dumps(sound)
+    assert json_object(text, "test") == sound
+    for twice in (text[:-1] + ', "epsilon": 0.01}', text.replace('"rule": ', '"rule": "maximum", "rule": ')):
+        with pytest.raises(InputError, match="is there twice"):
+            json_object(twice, "test")
+
+
+def test_taking_a_statement_out_never_hides_that_its_seeds_may_be_injected(tmp_path):
+    silos = {
+        "north": close_run(tmp_path, "north", seed_source=lambda _: bytes(32)),
+        "south": close_run(tmp_path, "south"),
+    }
+    del silos["north"]["statement"]
+    document = certificate("run-1", REQUEST, silos, MODEL)
+    check_certificate(document, "test")
+    assert document["seeds"].startswith("not stated by north, where they may be INJECTED")
+
+
+def test_the_run_is_looked_for_in_a_silos_ledger(sound, folder, tmp_path):
+    def chain(silo_folder, silo):
+        ledger = Ledger.open(silo_folder / silo, silo, f"ward-{silo}", Budget(20.0, 3e-5))
+        entries = ledger.entries()
+        ledger.close_file()
+        return verify_entries(entries, "test"), [entry["hash"] for entry in entries]
+
+    bodies, hashes = chain(folder, "north")
+    assert check_in_ledger(sound, bodies, hashes, "test") == "north"
+    with pytest.raises(InputError, match=r"silos.north.receipt.head: not in the ledger's chain"):
+        check_in_ledger(sound, bodies[:6], hashes[:6], "test")
+    close_run(tmp_path, "north")
+    with pytest.raises(InputError, match="none has the ledger's key"):
+        check_in_ledger(sound, *chain(tmp_path, "north"), "test")
+    for change, found in (((0, "north"), "ee" * 32), ((2, "north"), "ee" * 32)):
+        other = edited(sound, ("model", "rounds", change[0], "releases", change[1]), found)
+        with pytest.raises(InputError, match=rf"the release of north in round {change[0] + 1} is eeee"):
+            check_in_ledger(other, bodies, hashes, "test")
+    fewer = [body for body in bodies if (body["kind"], body.get("round")) != ("charge", 2)]
+    with pytest.raises(InputError, match=r"silos.north.statement.rounds_charged is 2, the ledger has 1"):
+        check_in_ledger(sound, fewer, hashes, "test")
+
+
+def test_the_verify_command_replays_certificates_with_and_without_a_ledger(sound, folder, tmp_path, siloweave):
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(sound))
+    both = siloweave("ledger", "verify", str(folder / "south"), "--certificate", str(path), "--json", cwd=tmp_path)
+    assert both.returncode == 0, both.stderr
+    assert json.loads(both.stdout)["silo"] == "south"
+    path.write_text(json.dumps(edited(sound, ("epsilon_sum",), 3.0)))
+    broken = siloweave("ledger", "verify", "--certificate", str(path), cwd=tmp_path)
+    assert broken.returncode == 2
+    assert "epsilon_sum is 3.0" in broken.stderr
+    nothing = siloweave("ledger", "verify", cwd=tmp_path)
+    assert (nothing.returncode, "nothing to verify" in nothing.stderr) == (2, True)

@@ -1,0 +1,1 @@
+"""Commits of sharded state: written in the background, found, resized."""

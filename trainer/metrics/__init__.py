@@ -1,0 +1,1 @@
+"""Figures of a model on records; one file a kind."""

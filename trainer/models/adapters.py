@@ -1,0 +1,58 @@
+"""Model families through transformers' configurations, started at random, and adapters through peft."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+# All linear layers. The output head matters most: a new domain's words are the first thing to learn.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
+
+def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> Any:
+    """Wraps a model with LoRA on all its linear layers (Hu et al. 2021; peft); only the adapter trains.
+
+    A starts at random from the seed, B at zero: the wrapped model starts out equal to the base model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(
+            model,
+            LoraConfig(
+                r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0, task_type="CAUSAL_LM"
+            ),
+        )
+    # peft makes a set of them, and would save it in the order of the process: another digest at each save.
+    wrapped.peft_config["default"].target_modules = sorted(LORA_TARGETS)
+    return wrapped
+
+
+def adapter_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Detached copies of the trainable parameters, by name, in name order."""
+    return {name: value.detach().clone() for name, value in sorted(trainable(model).items())}
+
+
+def load_adapter_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Copies weights into the trainable parameters.
+
+    Raises:
+        ValueError: names or shapes are not those of the model's adapter.
+    """
+    parameters = trainable(model)
+    if shapes(parameters) != shapes(weights):
+        raise ValueError("the adapter's names or shapes are not the model's")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of each array or tensor, by name."""
+    return {name: tuple(value.shape) for name, value in arrays.items()}
+
+
+def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters that train, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}

@@ -1,0 +1,1 @@
+"""One rank's loop and all that it needs of DeepSpeed."""

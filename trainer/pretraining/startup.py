@@ -1,0 +1,78 @@
+"""What a rank imports before anything else: the libraries, without those parts that cost seconds and are not used."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def import_libraries() -> None:
+    """Imports torch, DeepSpeed and transformers' models; idempotent.
+
+    DeepSpeed's autotuner imports mlflow where it is installed (two seconds), and its Muon optimizer, which every first
+    backward imports, has its kernels compiled by torch's inductor (another one and a half). Neither is used here.
+    """
+    import torch  # noqa: F401
+
+    with _hidden("mlflow"):
+        from deepspeed.runtime import compiler
+    with replaced(compiler, "compile", _not_compiled):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    import trainer.models.adapters  # noqa: F401
+
+
+class Start:
+    """The phases of a rank's start: enters each, and keeps how long it took.
+
+    Args:
+        enter: called with step 0 and the phase's name.
+    """
+
+    def __init__(self, enter: Callable[[int, str], None]) -> None:
+        self._enter = enter
+        self._began: list[tuple[str, float]] = []
+
+    def imports(self) -> None:
+        """The first phase."""
+        self.phase("import")
+        import_libraries()
+
+    def phase(self, name: str) -> None:
+        """The next phase begins."""
+        self._enter(0, name)
+        self._began.append((name, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase, up to now."""
+        ends = [*(began for _, began in self._began[1:]), time.perf_counter()]
+        return {name: end - began for (name, began), end in zip(self._began, ends, strict=True)}
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Importing the module fails, as if it were not installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # documented: an import of it raises
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+@contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value for a module's or a class's attribute, inside the context."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _not_compiled(*_: Any, **__: Any) -> Callable[[Any], Any]:
+    return lambda function: function
