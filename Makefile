@@ -18,10 +18,10 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/mypy siloweave.py federated/app/siloweave_app.py docs/generate.py
 
-# The pages that the code itself knows, and the site; a link that leads nowhere is an error.
+# The pages that the code itself knows, and the site. A link that leads nowhere is an error (but not under --quiet).
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 install: $(INSTALLED)
 
