@@ -67,6 +67,13 @@ def test_every_link_leads_somewhere(document):
     assert not missing
 
 
+def test_every_decision_keeps_its_number():
+    """Other files refer to decisions by number: each is there once, wherever it stands."""
+    numbers = [int(number) for number in re.findall(r"^\*\*(\d+)\.", (DOCS / "decisions.md").read_text(), re.MULTILINE)]
+    assert len(numbers) >= 132
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
+
+
 def command_lines(document):
     """Every siloweave command line in a document's code blocks."""
     for block in re.findall(r"^```[a-z]*\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE):
