@@ -12,9 +12,9 @@ import typer
 from pydantic import BaseModel
 
 import siloweave
-from configs.deployment import FederationConfig, RelayConfig
-from configs.schema import RunConfig
-from configs.silo import SiloConfig
+from configs.schema.deployment import FederationConfig, RelayConfig
+from configs.schema.schema import RunConfig
+from configs.schema.silo import SiloConfig
 
 DOCS = Path(__file__).parent
 FILES: tuple[tuple[str, str, type[BaseModel]], ...] = (

@@ -4,12 +4,11 @@ import ast
 import importlib.util
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import typer
+from repository import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 DOCS = REPOSITORY / "docs"
 DOCUMENTS = sorted([*DOCS.glob("*.md"), REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"])
 NAMED = re.compile(r"(tests/[\w/]+\.py)::(\w+)")

@@ -11,7 +11,7 @@ from cluster.tuning.search_space import draw_trials, parse_parameters
 from configs.errors import InputError
 from configs.load import load
 
-PAGE = Path(__file__).parents[2] / "docs" / "tuning.md"
+PAGE = REPOSITORY / "docs" / "tuning.md"
 BASE = load("tiny")
 LR = "pretrain.learning_rate=loguniform(1e-4,1e-2)"
 
