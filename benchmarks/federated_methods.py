@@ -22,7 +22,7 @@ from figures import setting, spreads
 from configs.federated_settings import FederatedSettings
 from federated.adapters import Arrays
 from federated.aggregation import Aggregation
-from federated.local_training import LocalSettings, private_update
+from federated.local_training import LocalSettings, PrivateUpdate
 from federated.warm_model import warm_model
 from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.streams import SEED_BYTES, Streams
@@ -124,7 +124,7 @@ def federate(model: Path, method: str, seed: int) -> dict[str, float]:
             )
             digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).hexdigest()
             streams = Streams(os.urandom(SEED_BYTES), digest)
-            update = private_update(plan(), streams, peft, task_of(model), sent.adapter, records, local)
+            update = PrivateUpdate(plan(), peft, task_of(model), sent.adapter, local).run(streams, records)
             sizes = (array.nbytes for arrays in (sent.adapter, sent.correction, update) for array in arrays.values())
             travelled += sum(sizes)
             aggregation.add(name, update)

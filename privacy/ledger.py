@@ -186,23 +186,45 @@ class Ledger:
             PolicyRefusal: no reservation of this coordinator's, closed, used id or round with another content, or no
                 such round in the plan.
         """
+        what = _what(number, metric)
         with self.journal.transaction():
-            run = _reserved(self.journal.bodies(), run_id, coordinator)
-            if run is None:
-                raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
-            before = run.charge(request=request_id)
-            if before is None:
-                what = {"round": 0, "metric": metric, "metric_number": number} if metric else {"round": number}
-                _check_release(run, what)
+            charge = self._known(run_id, request_id, request_digest, what, coordinator)
+            if charge is None:
                 owner = named(coordinator)
                 charge = self._new_charge(request_digest, run=run_id, **owner, request=request_id, **what)
-            elif before["digest"] != request_digest:
-                raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
-            else:
-                charge = self._stored(before["number"], run)
         if charge.reply is not None:
             self.journal.scrub()  # it may have failed when the reply was stored, and the seed may still be there
         return charge
+
+    def reply(
+        self, run_id: str, request_id: str, request_digest: str, number: int, metric: str = "", coordinator: str = ""
+    ) -> bytes | None:
+        """The reply that is stored for a request; None where ``charge`` would give a seed. Charges nothing.
+
+        Raises:
+            PolicyRefusal: as ``charge``.
+        """
+        with self.journal.transaction():
+            charge = self._known(run_id, request_id, request_digest, _what(number, metric), coordinator)
+        if charge is None or charge.reply is None:
+            return None
+        self.journal.scrub()
+        return charge.reply
+
+    def _known(
+        self, run_id: str, request_id: str, request_digest: str, what: dict[str, Any], coordinator: str
+    ) -> Charge | None:
+        """The charge of a request that was charged before; None for one that may be charged now."""
+        run = _reserved(self.journal.bodies(), run_id, coordinator)
+        if run is None:
+            raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
+        before = run.charge(request=request_id)
+        if before is None:
+            _check_release(run, what)
+            return None
+        if before["digest"] != request_digest:
+            raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
+        return self._stored(before["number"], run)
 
     def _new_charge(self, request_digest: str, **values: Any) -> Charge:
         number = self.journal.append("charge", **values, digest=request_digest, seed_source=self._seed_origin)
@@ -290,6 +312,11 @@ def _check_new(
     check_unit(bodies, request.unit)
     check_runs(bodies, coordinator, limits)
     check_spend(bodies, coordinator, epsilon, request.delta, limits)
+
+
+def _what(number: int, metric: str) -> dict[str, Any]:
+    """What a charge is for, as its entry says it."""
+    return {"round": 0, "metric": metric, "metric_number": number} if metric else {"round": number}
 
 
 def _check_release(run: Run, what: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from cluster.workflow.estimate import adapter_parameters
 from configs.load import load
 from configs.pretrain_settings import ModelSettings
 from federated.factors import frozen
-from federated.local_training import LocalSettings, private_update, public_update
+from federated.local_training import LocalSettings, PrivateUpdate, public_update
 from privacy.noise import noised
 from privacy.plan import PlanRequest
 from privacy.sampler import poisson_sample
@@ -81,6 +81,10 @@ def by_hand(model, adapter, noise_std, rate, extra):
             release = noised(total, noise_std, STREAMS, step, name) if noise_std else total
             weights[name] = weights[name] - rate * (release / 10 + extra(name, weights[name]))
     return {name: (weights[name] - torch.from_numpy(adapter[name])).numpy() for name in weights}
+
+
+def private_update(plan, streams, model, task, adapter, records, settings):
+    return PrivateUpdate(plan, model, task, adapter, settings).run(streams, records)
 
 
 @pytest.mark.parametrize(("update", "noise_std"), [(private_update, PLAN.noise_std), (public_update, 0.0)])
