@@ -19,6 +19,7 @@ from configs.artifacts import digest_bytes
 from configs.errors import InputError
 from privacy.chain import Budget, left, policy_budget, releases, verify_entries
 from privacy.journal import RECONCILE, Journal, default_anchor_dir, refusal
+from privacy.kept_replies import gone, too_old
 from privacy.limits import Limits, check_runs, check_spend, check_unit
 from privacy.plan import PlanRequest, PrivacyPlan
 from privacy.runs import Run, Runs, named
@@ -215,7 +216,8 @@ class Ledger:
         self, run_id: str, request_id: str, request_digest: str, what: dict[str, Any], coordinator: str
     ) -> Charge | None:
         """The charge of a request that was charged before; None for one that may be charged now."""
-        run = _reserved(self.journal.bodies(), run_id, coordinator)
+        bodies = self.journal.bodies()
+        run = _reserved(bodies, run_id, coordinator)
         if run is None:
             raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
         before = run.charge(request=request_id)
@@ -224,7 +226,7 @@ class Ledger:
             return None
         if before["digest"] != request_digest:
             raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
-        return self._stored(before["number"], run)
+        return self._stored(before["number"], run, bodies)
 
     def _new_charge(self, request_digest: str, **values: Any) -> Charge:
         number = self.journal.append("charge", **values, digest=request_digest, seed_source=self._seed_origin)
@@ -232,19 +234,17 @@ class Ledger:
         self.journal.db.execute("INSERT INTO seeds VALUES (?, ?)", (number, seed))
         return Charge(number, seed, None)
 
-    def _stored(self, number: int, run: Run) -> Charge:
+    def _stored(self, number: int, run: Run, bodies: list[dict[str, Any]]) -> Charge:
         reply = self.journal.db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
         if reply is not None:
             return Charge(number, None, reply[0])
         seed = self.journal.db.execute("SELECT seed FROM seeds WHERE charge = ?", (number,)).fetchone()
-        if run.closing is not None:
-            raise refusal("closed", run.name, "an open run", f"run {run.name} is closed and its replies are deleted")
-        if seed is None:  # a backup, which holds no seeds, was put back
-            raise refusal("seed", run.name, "a kept seed", f"charge {number} has lost its seed; it stays spent")
+        if seed is None:
+            raise gone(run, number, bodies)
         return Charge(number, seed[0], None)
 
     def release(self, number: int, run_id: str, reply: bytes) -> bytes:
-        """Stores a charge's reply and erases its seed.
+        """Stores a charge's reply and erases its seed; older replies of its run make room.
 
         Returns:
             The stored reply, which may be sent: another process may have answered the same request before.
@@ -257,13 +257,17 @@ class Ledger:
         return reply if stored is None else bytes(stored[0])
 
     def _store(self, number: int, run_id: str, reply: bytes) -> None:
-        if self.journal.db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
-            raise refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
+        bodies, db = self.journal.bodies(), self.journal.db
+        run = next(run for run in Runs(bodies) if run.charge(number=number) is not None)
+        if db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
+            raise gone(run, number, bodies)
         self.journal.append(
             "release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply)
         )
-        self.journal.db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
-        self.journal.db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
+        db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
+        db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
+        older = [(charge,) for charge in too_old(run, self.journal.bodies())]
+        db.executemany("DELETE FROM replies WHERE charge = ?", older)
 
     def close(self, run_id: str, coordinator: str = "") -> Receipt:
         """Ends a run: nothing more can be charged to it, its seeds and stored replies are deleted. Refunds nothing."""
@@ -295,7 +299,7 @@ class Ledger:
             number=number,
             head=self.entries()[number - 1]["hash"],
             attests_disjoint_units=attests_disjoint_units,
-            seed_source=seed_source(run.charges),
+            seed_source=run.seed_source,
             versions=versions,
         ).signed(self.journal.signer)
 
@@ -328,12 +332,6 @@ def _check_release(run: Run, what: dict[str, Any]) -> None:
         raise refusal("schedule", shown, f"1 to {most}", f"run {run.name} reserved {most} of them")
     if run.charge(**what) is not None:
         raise refusal("schedule", shown, "a new one", f"{shown} of {run.name} is charged")
-
-
-def seed_source(charges: list[dict[str, Any]]) -> Any:
-    """Where the seeds of some charges came from: the worst of them speaks for all."""
-    sources = {charge.get("seed_source", "not recorded") for charge in charges}
-    return next((source for source in ("injected", "not recorded") if source in sources), "operating system")
 
 
 def _refuse_old(journal: Journal) -> None:

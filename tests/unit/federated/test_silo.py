@@ -20,6 +20,7 @@ from federated.server_app import initial_adapter
 from federated.silo import FAILED, Silo
 from federated.silo_data import rows_of
 from federated.simulation import PublicSilo
+from privacy import kept_replies
 from privacy.engine import PrivateTraining
 from privacy.journal import default_anchor_dir
 from privacy.plan import MetricRelease, PlanRequest
@@ -140,6 +141,20 @@ def test_the_proof_runs_once_and_a_stored_reply_needs_none(silo, adapter, monkey
     assert refused.refusal.rule == "adapter"
     assert "no proof any more" not in refused.refusal.message
     assert kinds(silo) == ["open", "reserve", "charge", "release"]
+
+
+def test_a_reply_that_made_room_for_newer_ones_is_a_signed_refusal_and_no_second_release(silo, adapter, monkeypatch):
+    monkeypatch.setattr(kept_replies, "LEAST_KEPT", 1)
+    monkeypatch.setattr(kept_replies, "KEPT_BYTES", 0)
+    reserve(silo)
+    _, first = ask(silo, "round-1", **train_kind(silo, adapter))
+    second, body = ask(silo, "round-2", **train_kind(silo, adapter, 2))
+    before = kinds(silo)
+    refused = opened(silo.handle(seal_request(COORDINATOR, first)), silo).refusal
+    assert refused.rule == "reply"
+    assert refused.message.endswith("made room for newer ones; it stays spent, and is never computed again")
+    assert opened(silo.handle(seal_request(COORDINATOR, body)), silo) == second
+    assert kinds(silo) == before
 
 
 def test_two_requests_of_one_round_with_other_adapters_never_share_noise(tmp_path, tiny_model, adapter):
