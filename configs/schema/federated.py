@@ -87,7 +87,7 @@ class FederatedSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "FederatedSettings":
         problems = (self._robust_problem(), self._local_problem(), self._rank_problem(), self._enough_problem())
-        for problem in (*self._unused(), *problems):
+        for problem in (*self._unused(), *problems, self._pull_problem()):
             if problem:
                 raise ValueError(problem)
         return self
@@ -137,6 +137,15 @@ class FederatedSettings(Settings):
                 "nothing; give 'average' or 'ffa' with federated.aggregation 'scaffold'"
             )
         return ""
+
+    def _pull_problem(self) -> str:
+        pull = self.proximal_mu * self.learning_rate
+        if pull <= 1:
+            return ""
+        return (
+            f"federated.proximal_mu is {self.proximal_mu:g} and federated.learning_rate {self.learning_rate:g}: their "
+            f"product is {pull:g}, and a step of more than 1 overshoots the adapter that it is drawn back to; lower one"
+        )
 
     def _rank_problem(self) -> str:
         if self.lora_ranks and self.adapters != "product":

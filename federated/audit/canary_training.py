@@ -119,16 +119,14 @@ class AuditTraining:
             optimizer.register_step_pre_hook(lambda *_: on_step())
             PrivateTraining(
                 self.plan,
-                Streams(seed(number), self.design_digest),
                 self._whole,
                 optimizer,
-                units,
                 unit_losses=self._losses,
                 shape_of=lambda unit: self.task.padded_length(unit[0]),
                 made_up=lambda length, number: [(record, NO_CANARY) for record in self.task.made_up(length, number)],
                 micro_batch_size=self.settings.micro_batch_size,
                 synthetic=synthetic,
-            ).run()
+            ).run(Streams(seed(number), self.design_digest), units)
             self.gradients += released.gradients
             self.weights += released.weights
 

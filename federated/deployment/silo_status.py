@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema.deployment import load_relay
-from configs.schema.silo import load_silo
+from configs.schema.silo import SiloConfig
 from federated.deployment.silo_site import TLS, trusted
 from federated.deployment.supervisor import last_line, read_state
 from federated.identity.x509 import days_left, read_certificate
@@ -20,12 +20,11 @@ REFUSALS_SHOWN = 20
 _REFUSAL = re.compile(r"\S+ \S+ WARNING refused ")
 
 
-def silo_status(path: Path, ledger: tuple[Journal, Budget], socket: Path | None) -> dict[str, Any]:
+def silo_status(settings: SiloConfig, journal: Journal, socket: Path | None) -> dict[str, Any]:
     """Health, budget, open runs, trusted coordinators, certificates and the newest refusals of a silo."""
-    settings, (journal, policy) = load_silo(path), ledger
-    state_dir = Path(settings.silo.state_dir)
+    state_dir, policy = Path(settings.silo.state_dir), settings.policy
     bodies = journal.bodies()
-    remaining = left(bodies) if bodies else policy
+    remaining = left(bodies) if bodies else Budget(policy.budget_epsilon, policy.budget_delta)
     runs = Runs(bodies)
     certificates = {file.stem: days_left(read_certificate(file)) for file in sorted((state_dir / TLS).glob("*.crt"))}
     return {

@@ -45,36 +45,35 @@ class LocalSettings:
     correction: Arrays = field(default_factory=dict)
 
 
-def private_update(
-    plan: PrivacyPlan,
-    streams: Streams,
-    model: Any,
-    task: CausalTask,
-    adapter: Arrays,
-    records: Sequence[Encoded],
-    settings: LocalSettings,
-) -> Arrays:
-    """The clipped, noised update of one round: adapter after minus adapter before.
+class PrivateUpdate:
+    """The clipped, noised update of one round, made ready: whatever can fail without private records has not failed.
 
     Raises:
+        InputError: with this adapter the model's per-record gradients can't be proved.
         ValueError: the adapter doesn't fit the model.
     """
-    before = _load(model, adapter)
-    optimizer = _optimizer(settings, model, before, plan.noise_std / plan.expected_batch_size)
-    PrivateTraining(
-        plan,
-        streams,
-        model,
-        optimizer,
-        records,
-        unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
-        shape_of=task.padded_length,
-        made_up=task.made_up,
-        micro_batch_size=settings.micro_batch_size,
-        synthetic=_synthetic(task),
-        method=settings.clipping,
-    ).run()
-    return _difference(model, before)
+
+    def __init__(
+        self, plan: PrivacyPlan, model: Any, task: CausalTask, adapter: Arrays, settings: LocalSettings
+    ) -> None:
+        self._model, self._before = model, _load(model, adapter)
+        self._training = PrivateTraining(
+            plan,
+            model,
+            _optimizer(settings, model, self._before, plan.noise_std / plan.expected_batch_size),
+            unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
+            shape_of=task.padded_length,
+            made_up=task.made_up,
+            micro_batch_size=settings.micro_batch_size,
+            synthetic=_synthetic(task),
+            method=settings.clipping,
+        )
+        self._training.prove()
+
+    def run(self, streams: Streams, records: Sequence[Encoded]) -> Arrays:
+        """Adapter after minus adapter before."""
+        self._training.run(streams, records)
+        return _difference(self._model, self._before)
 
 
 def public_update(

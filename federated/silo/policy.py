@@ -140,5 +140,8 @@ def check_optimizer(train: pb.Train, policy: SiloPolicy) -> None:
         raise refuse("max_learning_rate", f"{train.learning_rate:g}", f"above 0, at most {policy.max_learning_rate:g}")
     if not 0 <= train.proximal_mu <= policy.max_proximal_mu:
         raise refuse("max_proximal_mu", f"{train.proximal_mu:g}", f"0 to {policy.max_proximal_mu:g}")
+    if (pull := train.learning_rate * train.proximal_mu) > 1:  # after enough such steps nothing is finite
+        asked = f"learning_rate {train.learning_rate:g} times proximal_mu {train.proximal_mu:g} is {pull:g}"
+        raise refuse("proximal_mu", asked, "at most 1: a longer step overshoots")
     if train.optimizer not in OPTIMIZERS:
         raise refuse("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))

@@ -1,7 +1,7 @@
 """A silo: owns data, policy, ledger and a warm model. One entry point, ``handle(envelope bytes) -> envelope bytes``.
 
 The same object answers in process (local grid), behind gRPC (silo service), and so behind Flower. Order of a training
-request: who asks, policy without reading data, charge, train, store the reply, only then send it.
+request: who asks, policy and proof without reading data, charge, train, store the reply, only then send it.
 """
 
 import logging
@@ -25,7 +25,7 @@ from federated.protocol.envelope import seal_reply
 from federated.protocol.framing import PROTOCOL_VERSION
 from federated.silo.contribution import contribution
 from federated.silo.line_file import PrivateLog
-from federated.silo.local_training import LocalSettings, private_update
+from federated.silo.local_training import LocalSettings, PrivateUpdate
 from federated.silo.policy import check_model, check_optimizer
 from federated.silo.requests import (
     arrays,
@@ -42,7 +42,7 @@ from federated.silo.units import Units, load_units
 from privacy.ledger.client_runs import UNNOISED
 from privacy.ledger.ledger import Charge, Ledger
 from privacy.mechanism.streams import Streams, injected_seeds
-from privacy.plan import METRIC
+from privacy.plan import METRIC, PrivacyPlan
 from privacy.signing import load_or_create_secret, load_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import shapes, trainable
@@ -122,52 +122,56 @@ class Silo:
         Raises:
             UnloggedError: the audit log can't be written, and so nothing may leave. A stored reply waits.
         """
-        digest = ""
         try:
-            self._audit.came_in(content)
-            try:
-                if self._file is not None:
-                    self.config = self.config.model_copy(update={"policy": policy_now(self._file, self._log)})
-                envelope = open_envelope(content, self.config.policy.max_request_bytes)
-                digest = digest_bytes(envelope.body)
-                body, outcome = self._answer(envelope, digest), "answered"
-            except PolicyRefusal as refusal:
-                shown = refusal_message(refusal)
-                self._log.warning("refused %s: %s", digest, shown.message)
-                body, outcome = _serialized(self._reply(digest, refusal=shown)), f"refused: {shown.rule}"
-            return self._sealed(body, digest, outcome)
+            return self._exchanged(content)
         except UnloggedError:
-            self._log.exception("no reply to %s", digest)
+            self._log.exception("no reply to %s", digest_bytes(content))
             raise
+
+    def _exchanged(self, content: bytes) -> bytes:
+        digest, accepted = "", False
+        try:
+            if self._file is not None:
+                self.config = self.config.model_copy(update={"policy": policy_now(self._file, self._log)})
+            envelope = open_envelope(content, self.config.policy.max_request_bytes)
+            digest = digest_bytes(envelope.body)
+            request = decode(envelope.body, self.config.silo.id)
+            check_sender(envelope, request, self.trusted())
+            accepted = True
+            self._count(request, content, digest)
+            body, outcome = self._answer(request, envelope.receipt, digest), "answered"
+        except UnloggedError:
+            raise
+        except PolicyRefusal as refusal:
+            shown = refusal_message(refusal)
+            self._log.warning("refused %s: %s", digest, shown.message)
+            body, outcome = _serialized(self._reply(digest, refusal=shown)), f"refused: {shown.rule}"
         except Exception:
             # Whatever failed may depend on the data: one constant code leaves, the details stay here.
             self._log.exception("failed %s", digest)
-            failure = _serialized(self._reply(digest, failure=pb.Failure(code=FAILED)))
-            return self._sealed(failure, digest, "failed")
+            body, outcome = _serialized(self._reply(digest, failure=pb.Failure(code=FAILED))), "failed"
+        reply, public = seal_reply(self.ledger.journal.signer, body), {"request_digest": digest, "outcome": outcome}
+        if accepted:
+            self._audit.leaves(reply, **public)
+        else:
+            self._audit.turned_away(content, reply, **public)
+        return reply
 
-    def _answer(self, envelope: pb.Envelope, digest: str) -> bytes:
-        request = decode(envelope.body, self.config.silo.id)
-        check_sender(envelope, request, self.trusted())
-        self._count(request, digest)
+    def _answer(self, request: pb.Request, receipt: bytes, digest: str) -> bytes:
         kind = request.WhichOneof("kind")
         if kind != "describe":  # which tells public settings and asks no ledger
             with self.one_at_a_time:
-                self.ledger.accept(receipt_of(envelope.receipt))
+                self.ledger.accept(receipt_of(receipt))
         if kind == "reserve":
             account(self, request)
         with self.one_at_a_time:
             return self._dispatch(request, digest)
 
-    def _count(self, request: pb.Request, digest: str) -> None:
+    def _count(self, request: pb.Request, content: bytes, digest: str) -> None:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}
-        number = self._audit.accepted(request.coordinator, request_digest=digest, **names)
+        number = self._audit.accepted(content, request.coordinator, request_digest=digest, **names)
         if number > self.config.policy.max_requests_per_day:
             raise refuse("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
-
-    def _sealed(self, body: bytes, digest: str, outcome: str) -> bytes:
-        reply = seal_reply(self.ledger.journal.signer, body)
-        self._audit.leaves(reply, request_digest=digest, outcome=outcome)
-        return reply
 
     def _dispatch(self, request: pb.Request, digest: str) -> bytes:
         kind = request.WhichOneof("kind")
@@ -203,23 +207,35 @@ class Silo:
 
     def _train(self, request: pb.Request, digest: str) -> bytes:
         train = request.train
-        # 1. Policy: from the request and the settings alone, without reading data.
+        # 1. Policy and proof: from the request, the settings and made-up units alone, without reading data. A request
+        # that was answered before gets the stored reply, whatever a proof would say now.
         plan = reserved_plan(self, request, train.plan_digest)
         check_model(train, self.config.policy, self.base_model.content_digest)
         check_optimizer(train, self.config.policy)
         model, adapter = self.fitted(train)
-        settings = self.local_settings(train)
-        # 2. Charge. A request that was answered before gets the stored reply.
-        charge = self._charge(request, digest, train.round)
-        if charge.reply is not None:
+        settings, release = self.local_settings(train), self._release(request, digest, train.round)
+        stored = self.ledger.reply(*release)
+        if stored is not None:
+            return stored
+        ready = self._proved(plan, model, adapter, settings)
+        # 2. Charge.
+        charge = self.ledger.charge(*release)
+        if charge.reply is not None:  # by another process, meanwhile
             return charge.reply
         # 3. Train under the charge's own randomness.
-        streams = _streams(charge, digest)
-        update = private_update(plan, streams, model, self.task, adapter, self.records, settings)
+        update = ready.run(_streams(charge, digest), self.records)
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
         trained = pb.Trained(receipt=self._receipt(request), update=to_bytes(update))
         reply = _serialized(self._reply(digest, trained=trained))
         return self.ledger.release(charge.number, request.run_id, reply)
+
+    def _proved(self, plan: PrivacyPlan, model: Any, adapter: Arrays, settings: LocalSettings) -> PrivateUpdate:
+        """A round's steps, ready to be charged: all that a request alone can make fail lies behind."""
+        try:
+            return PrivateUpdate(plan, model, self.task, adapter, settings)
+        except InputError as error:
+            self._log.warning("no proof with a request's adapter: %s", error)
+            raise refuse("adapter", "values with which the start-up proof fails", "values for which it holds") from None
 
     def _evaluate(self, request: pb.Request, digest: str) -> bytes:
         """As a round of training, in the same order; what is read are the held-out units."""
@@ -230,7 +246,7 @@ class Silo:
             raise refuse("metric", asked.metric or "none", METRIC)
         check_model(asked, self.config.policy, self.base_model.content_digest)
         model, adapter = self.fitted(asked) if asked.adapter else (self.model(asked), None)
-        charge = self._charge(request, digest, asked.number, asked.metric)
+        charge = self.ledger.charge(*self._release(request, digest, asked.number, asked.metric))
         if charge.reply is not None:
             return charge.reply
         streams = _streams(charge, digest)
@@ -248,9 +264,12 @@ class Silo:
             raise refuse("adapter", "other names or shapes", "those of the adapter that adapter_spec describes")
         return model, adapter
 
-    def _charge(self, request: pb.Request, digest: str, number: int, metric: str = "") -> Charge:
-        run, coordinator = request.run_id, request.coordinator
-        return self.ledger.charge(run, request.request_id, digest, number, metric, coordinator)
+    @staticmethod
+    def _release(
+        request: pb.Request, digest: str, number: int, metric: str = ""
+    ) -> tuple[str, str, str, int, str, str]:
+        """What the ledger is asked to charge."""
+        return request.run_id, request.request_id, digest, number, metric, request.coordinator
 
     def model(self, asked: pb.Train | pb.Evaluate) -> Any:
         """The warm base model with the adapter that a request describes."""

@@ -16,12 +16,15 @@ from federated.adapters.arrays import from_bytes, to_bytes
 from federated.coordinator.rounds import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
+from federated.silo.local_training import PrivateUpdate
 from federated.silo.silo import FAILED, Silo
 from federated.silo.units import rows_of
 from federated.simulation.public_silo import PublicSilo
 from privacy.accounting.truncation import units_for
+from privacy.ledger import kept_replies
 from privacy.ledger.journal import default_anchor_dir
 from privacy.ledger.statements import Receipt, RunStatement
+from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.plan import MetricRelease, PlanRequest
 from privacy.signing import load_secret
 
@@ -119,6 +122,39 @@ def test_a_crash_before_the_release_repeats_the_same_noise(silo, adapter, monkey
     second, _ = ask(silo, "round-1", **request)
     assert first.trained.update == second.trained.update
     assert kinds(silo).count("charge") == 1
+
+
+def test_the_proof_runs_once_and_a_stored_reply_needs_none(silo, adapter, monkeypatch):
+    reserve(silo)
+    proofs, prove = [], PrivateTraining.prove
+
+    def counted(training):
+        proofs.append(kinds(silo).count("charge"))
+        prove(training)
+
+    monkeypatch.setattr(PrivateTraining, "prove", counted)
+    first, body = ask(silo, "round-1", **train_kind(silo, adapter))
+    assert proofs == [0]  # before the charge, and for the steps after it
+    monkeypatch.setattr(PrivateTraining, "prove", lambda _: (_ for _ in ()).throw(InputError("no proof any more")))
+    assert opened(silo.handle(seal_request(COORDINATOR, body)), silo) == first
+    refused, _ = ask(silo, "round-2", **train_kind(silo, adapter, 2))
+    assert refused.refusal.rule == "adapter"
+    assert "no proof any more" not in refused.refusal.message
+    assert kinds(silo) == ["open", "reserve", "charge", "release"]
+
+
+def test_a_reply_that_made_room_for_newer_ones_is_a_signed_refusal_and_no_second_release(silo, adapter, monkeypatch):
+    monkeypatch.setattr(kept_replies, "LEAST_KEPT", 1)
+    monkeypatch.setattr(kept_replies, "KEPT_BYTES", 0)
+    reserve(silo)
+    _, first = ask(silo, "round-1", **train_kind(silo, adapter))
+    second, body = ask(silo, "round-2", **train_kind(silo, adapter, 2))
+    before = kinds(silo)
+    refused = opened(silo.handle(seal_request(COORDINATOR, first)), silo).refusal
+    assert refused.rule == "reply"
+    assert refused.message.endswith("made room for newer ones; it stays spent, and is never computed again")
+    assert opened(silo.handle(seal_request(COORDINATOR, body)), silo) == second
+    assert kinds(silo) == before
 
 
 def test_two_requests_of_one_round_with_other_adapters_never_share_noise(tmp_path, tiny_model, adapter):
@@ -245,6 +281,20 @@ def test_values_beyond_the_policys_bound_are_refused_and_never_charged(silo, ada
     assert kinds(silo) == ["open", "reserve"]
 
 
+def test_an_adapter_with_which_the_proof_fails_is_refused_and_never_charged(silo, adapter):
+    """Before: values within the policy's bounds were charged, and then answered by FAILED."""
+    reserve(silo)
+    draw = np.random.default_rng(0)
+    values = {name: draw.choice([-1000.0, 1000.0], array.shape) for name, array in from_bytes(adapter).items()}
+    largest = to_bytes({name: array.astype("f4") for name, array in values.items()})
+    refusal = ask(silo, "round-1", **train_kind(silo, largest))[0].refusal
+    assert (refusal.rule, refusal.asked) == ("adapter", "values with which the start-up proof fails")
+    assert kinds(silo) == ["open", "reserve"]
+    assert "no proof with a request's adapter: parameter" in (silo.ledger.path.parent / "silo.log").read_text()
+    # The round is still there for an adapter that can be proved.
+    assert ask(silo, "round-1b", **train_kind(silo, adapter))[0].WhichOneof("kind") == "trained"
+
+
 @pytest.mark.parametrize("norm", [7e-44, 1e-5, 1e5, 6e36])
 def test_clipping_norms_beyond_the_policys_bounds_are_refused(silo, norm):
     assert reserve(silo, PLAN.model_copy(update={"max_grad_norm": norm})).refusal.rule == "max_grad_norm"
@@ -264,7 +314,7 @@ def test_other_versions_and_other_silos_are_refused(silo):
 
 def test_a_failure_leaves_as_one_constant_code(silo, adapter, monkeypatch):
     reserve(silo)
-    monkeypatch.setattr("federated.silo.silo.private_update", lambda *_: 1 / 0)
+    monkeypatch.setattr(PrivateUpdate, "run", lambda *_: 1 / 0)
     reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
     assert reply.failure == pb.Failure(code=FAILED)
     log = (silo.ledger.path.parent / "silo.log").read_text()
