@@ -148,6 +148,7 @@ def _anchored(ledger: Path, opening: dict[str, Any]) -> str:
         InputError: the anchor is damaged, or the ledger is behind it.
     """
     from privacy.ledger.anchor import Anchor
+    from privacy.ledger.chain import History
     from privacy.ledger.file import LEDGER_FILE, read_only
     from privacy.ledger.journal import RECONCILE, default_anchor_dir
 
@@ -156,7 +157,7 @@ def _anchored(ledger: Path, opening: dict[str, Any]) -> str:
     if path.name != LEDGER_FILE or not anchor.path.exists():
         return "not there"
     owner = (opening["silo"], opening["dataset"], opening["public_key"])
-    doubt = anchor.doubt(path, owner, lambda: read_only(path), expected=False)
+    doubt = anchor.doubt(path, owner, lambda: History.of(read_only(path)), expected=False)
     if doubt is not None:
         raise InputError(f"{doubt}; the silo refuses everything until {RECONCILE} has been run")
     return ANCHOR_AGREES

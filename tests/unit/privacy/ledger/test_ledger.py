@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import signal
 import sqlite3
 import subprocess
@@ -10,8 +11,7 @@ import sys
 import pytest
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from privacy.ledger import journal as journal_module
-from privacy.ledger import kept_replies
+from privacy.ledger import chain, kept_replies
 from privacy.ledger.chain import Budget, left, verify_entries
 from privacy.ledger.file import read_only
 from privacy.ledger.ledger import Ledger
@@ -94,20 +94,55 @@ def test_a_receipt_never_grows_beyond_what_is_read(tmp_path):
 
 
 def test_a_receipt_is_of_one_instant(ledger, tmp_path, monkeypatch):
-    other, read = reopen(tmp_path), journal_module.read_entries
+    other, read = reopen(tmp_path), chain.read_entries
     appended = []
 
-    def reads(connection):
-        found = read(connection)
+    def reads(connection, first=1):
+        found = read(connection, first)
         if not appended:
             appended.append("run-1")
             other.reserve("run-1", PLAN)
         return found
 
-    monkeypatch.setattr(journal_module, "read_entries", reads)
+    monkeypatch.setattr(chain, "read_entries", reads)
     torn = ledger.receipt("run-1")
     assert (torn.number, torn.epsilon_left, torn.plan_digest, torn.spends) == (1, 20.0, "", ())
     other.close_file()
+
+
+def test_an_entry_is_read_once_by_whoever_asks(ledger, tmp_path):
+    """Before: a training request read and decoded the whole ledger eleven times."""
+    ledger.reserve("run-1", PLAN)
+    read = []
+    ledger.journal.db.set_trace_callback(read.append)
+    ledger.accept(ledger.receipt("run-1"))
+    charge = ledger.charge("run-1", "round-1", DIGEST, 1)
+    ledger.release(charge.number, "run-1", b"reply")
+    looks = [re.search(r"number >= (\d+)", statement) for statement in read if "FROM entries" in statement]
+    assert {int(look[1]) for look in looks if look} <= {2, 3, 4}  # the last that was known, and what follows it
+    other = reopen(tmp_path)
+    other.charge("run-1", "round-2", OTHER, 2)  # another process
+    assert ledger.entries() == other.entries() == read_only(ledger.path)
+    other.close_file()
+
+
+def test_entries_that_are_not_there_any_more_are_forgotten(ledger):
+    ledger.reserve("run-1", PLAN)
+
+    def dies(_):
+        assert len(ledger.entries()) == 3  # the charge is among them
+        raise RuntimeError
+
+    ledger._seed_source = dies
+    with pytest.raises(RuntimeError):
+        ledger.charge("run-1", "round-1", DIGEST, 1)
+    assert ledger.entries() == read_only(ledger.path)
+    assert len(ledger.entries()) == 2
+    ledger.journal.db.execute("DROP TRIGGER entries_stay")  # the file put back under a silo that has it open
+    ledger.journal.db.execute("DELETE FROM entries WHERE number = 2")
+    assert len(ledger.entries()) == 1
+    with pytest.raises(PolicyRefusal, match="rollback"):
+        ledger.reserve("run-2", PLAN)
 
 
 def test_a_request_is_charged_once_and_answered_alike(ledger):
