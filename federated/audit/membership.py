@@ -11,10 +11,9 @@ from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from federated.coordinator.final_model import final_model
-from federated.silo.units import load_units
+from federated.silo.units import units_of
 from federated.simulation.simulation import simulated_silos
 from privacy.audit.attacks import membership_figures
-from privacy.signing import load_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.record_losses import record_losses
 from trainer.tasks.task import Encoded
@@ -62,7 +61,7 @@ def _records(silos: Mapping[str, SiloConfig], task: CausalTask, limit: int) -> t
     members: list[Encoded] = []
     others: list[Encoded] = []
     for silo in silos.values():
-        units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
+        units = units_of(silo)
         count = min(limit, len(units.train), len(units.held_out))
         members += [task.encode(text) for text in _spread(units.train, count)]
         others += [task.encode(text) for text in _spread(units.held_out, count)]

@@ -18,11 +18,11 @@ import torch
 
 from configs.storage.manifests import Manifest
 from federated.adapters.arrays import Arrays
+from federated.adapters.warm_model import put_on
 from federated.evaluation.label_counts import KINDS, SQUARED_SENSITIVITY, Example, f1_figures, label_counts
 from privacy.mechanism.noise import noised_sums
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC
-from trainer.models.adapters import load_adapter_weights
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
@@ -79,7 +79,7 @@ def evaluated(model: Any, adapter: Arrays | None) -> Iterator[None]:
             for parameter, before in trains.items():
                 parameter.requires_grad_(before)
         return
-    load_adapter_weights(model, {name: torch.from_numpy(array) for name, array in adapter.items()})
+    put_on(model, adapter)
     yield
 
 

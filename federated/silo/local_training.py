@@ -12,12 +12,13 @@ import torch
 
 from configs.schema.federated import ClippingMethod, Optimizer
 from federated.adapters.arrays import Arrays
+from federated.adapters.warm_model import put_on
 from privacy.mechanism.adam_bc import AdamBC
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.sampler import sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
-from trainer.models.adapters import adapter_weights, load_adapter_weights, trainable
+from trainer.models.adapters import adapter_weights, trainable
 from trainer.tasks.task import Encoded, by_length
 from trainer.tasks.text import CausalTask
 
@@ -56,7 +57,7 @@ class PrivateUpdate:
     def __init__(
         self, plan: PrivacyPlan, model: Any, task: CausalTask, adapter: Arrays, settings: LocalSettings
     ) -> None:
-        self._model, self._before = model, _load(model, adapter)
+        self._model, self._before = model, put_on(model, adapter)
         self._training = PrivateTraining(
             plan,
             model,
@@ -102,7 +103,7 @@ def plain_update(
     settings: LocalSettings,
 ) -> Arrays:
     """Ordinary steps, one a batch: what comes out is not private."""
-    before = _load(model, adapter)
+    before = put_on(model, adapter)
     optimizer = _optimizer(settings, model, before, noise_std=0.0)
     model.train()
     for batch in batches:
@@ -148,12 +149,6 @@ def _add_shared_terms(settings: LocalSettings, model: Any, before: dict[str, tor
 def _synthetic(task: CausalTask) -> list[Encoded]:
     """Made-up units of different lengths: nothing private is needed to prove that clipping is right."""
     return [task.encode(" ".join(f"{word}" for word in range(start, start + 3 + start))) for start in range(3)]
-
-
-def _load(model: Any, adapter: Arrays) -> dict[str, torch.Tensor]:
-    weights = {name: torch.from_numpy(array) for name, array in adapter.items()}
-    load_adapter_weights(model, weights)
-    return weights
 
 
 def _difference(model: Any, before: dict[str, torch.Tensor]) -> Arrays:

@@ -17,8 +17,7 @@ from configs.errors import InputError
 from configs.schema.silo import SiloConfig
 from configs.storage.manifests import require_manifest
 from configs.storage.sealing import MasterKey, load_key, opened, sealing
-from federated.silo.units import load_units
-from privacy.signing import load_secret
+from federated.silo.units import units_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import score
 from trainer.models.adapters import add_adapter, trainable
@@ -81,7 +80,7 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     key = load_key(config.silo.encryption_key_file)
     context_length = require_manifest(base_model, "model", "export").metadata["context_length"]
     task = CausalTask(load_tokenizer(base_model), context_length)
-    units = load_units(config, load_secret(state_dir / "split.key"))
+    units = units_of(config)
     train, held_out = ([task.encode(text) for text in texts] for texts in (units.train, units.held_out))
     if not train or not held_out:
         raise InputError(f"silo {config.silo.id!r}: {len(train)} training and {len(held_out)} held-out units; add some")

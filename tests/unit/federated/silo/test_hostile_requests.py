@@ -108,7 +108,7 @@ def asked(silo, adapter, number=1, plan=PLAN):
     return pb.Train(
         round=number,
         plan_digest=plan.digest,
-        base_model_digest=silo.base_model.content_digest,
+        base_model_digest=silo.workbench.base_model.content_digest,
         task="causal",
         adapter_spec=pb.AdapterSpec(rank=4, alpha=8.0),
         adapter=adapter,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.silo.local_training import PrivateUpdate
 from federated.silo.silo import FAILED, Silo
-from federated.silo.units import rows_of
+from federated.silo.units import rows_of, units_of
 from federated.simulation.public_silo import PublicSilo
 from privacy.accounting.truncation import units_for
 from privacy.ledger import kept_replies
@@ -69,7 +70,7 @@ def train_kind(silo, content, round_number=1, **changes):
     values = {
         "round": round_number,
         "plan_digest": PLAN.digest,
-        "base_model_digest": silo.base_model.content_digest,
+        "base_model_digest": silo.workbench.base_model.content_digest,
         "task": "causal",
         "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0),
         "adapter": content,
@@ -491,6 +492,18 @@ def test_training_without_dp_needs_public_data(tmp_path, tiny_model):
         PublicSilo(silo_config(tmp_path, tiny_model), TRUSTED, PLAN)
 
 
+def test_the_comparison_opens_no_ledger_and_never_draws_a_key_beside_one(tmp_path, tiny_model):
+    config = silo_config(tmp_path, tiny_model)
+    public = config.model_copy(update={"data": config.data.model_copy(update={"public": True})})
+    state = Path(config.silo.state_dir)
+    PublicSilo(public, TRUSTED, PLAN).close()
+    assert sorted(path.name for path in state.iterdir()) == ["silo.key", "silo.log", "split.key"]
+    Silo(config, TRUSTED).close()
+    (state / "split.key").unlink()
+    with pytest.raises(InputError, match=r"split\.key: no such key"):
+        PublicSilo(public, TRUSTED, PLAN)
+
+
 def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_path, tiny_model, adapter):
     config = silo_config(tmp_path, tiny_model)
     with (tmp_path / "data.jsonl").open("ab") as file:
@@ -501,7 +514,8 @@ def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_pat
     reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
     silo.close()
     log = (silo.ledger.path.parent / "silo.log").read_text()
-    expected = 1 if any("long story" in unit for unit in silo.units.train) else 0
-    assert f"{expected} of {len(silo.units.train)} training units were truncated" in log
+    train = units_of(silo.config).train
+    expected = 1 if any("long story" in unit for unit in train) else 0
+    assert f"{expected} of {len(train)} training units were truncated" in log
     assert "1 texts with invalid UTF-8 replaced" in log
     assert set(reply.trained.DESCRIPTOR.fields_by_name) == {"receipt", "update"}

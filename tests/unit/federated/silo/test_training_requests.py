@@ -48,7 +48,7 @@ def train(silo, adapter, request_id, round_number=1, spec=None, **changes):
     values = {
         "round": round_number,
         "plan_digest": PLAN.digest,
-        "base_model_digest": silo.base_model.content_digest,
+        "base_model_digest": silo.workbench.base_model.content_digest,
         "task": "causal",
         "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0, **(spec or {})),
         "adapter": to_bytes(adapter),
