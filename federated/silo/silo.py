@@ -44,10 +44,8 @@ from privacy.ledger.ledger import Charge, Ledger
 from privacy.mechanism.streams import Streams, injected_seeds
 from privacy.plan import METRIC
 from privacy.signing import load_or_create_secret, load_secret
-from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import shapes, trainable
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task, task_of
 
 FAILED = "FAILED"
 
@@ -265,10 +263,9 @@ class Silo:
         return model
 
     @cached_property
-    def task(self) -> CausalTask:
+    def task(self) -> Task:
         """What a record is to the model."""
-        tokenizer = load_tokenizer(Path(self.config.silo.base_model))
-        return CausalTask(tokenizer, self.base_model.metadata["context_length"])
+        return task_of(self.config.policy.tasks[0], Path(self.config.silo.base_model))
 
     @cached_property
     def records(self) -> list[Encoded]:

@@ -20,10 +20,9 @@ from federated.silo.units import load_units
 from federated.simulation.simulation import simulated_silos
 from privacy.signing import load_secret
 from trainer.data.sources import ReadCounts, read_rows
-from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import Score, score
 from trainer.models.adapters import load_adapter_weights
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import task_of
 
 BASE, PUBLIC, _SILOS = "base", "public", "silos"
 Scorer = Callable[[bytes | None, int], dict[str, Score]]  # of an adapter, None for the base model; on so many records
@@ -146,7 +145,7 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
 
 
 def _score(config: RunConfig, base_model: Path, key_file: str, texts: Sequence[str], adapter: bytes | None) -> Score:
-    task = CausalTask(load_tokenizer(base_model), config.model.context_length)
+    task = task_of(config.federated.task, base_model)
     model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha, key_file)
     records = [task.encode(text) for text in texts]
     if adapter is None:

@@ -47,6 +47,11 @@ def test_packages_come_from_this_repository_and_every_module_imports(package):
         importlib.import_module(module.name)
 
 
+def test_which_task_there_is_only_the_registry_knows():
+    for package in ("configs", "privacy", "federated", "cluster"):
+        assert [path for path in sources(package) if "CausalTask" in path.read_text()] == []
+
+
 def test_files_stay_readable():
     for package in PACKAGES:
         for path in sources(package):
