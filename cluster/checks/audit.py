@@ -6,7 +6,6 @@ they are declared public.
 """
 
 import copy
-import io
 import json
 import secrets
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from cluster.report.plots import MUTED, new_figure, svg
 from cluster.run import Run
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
@@ -180,25 +180,17 @@ def _membership(run: Run, federations: dict[str, Path]) -> dict[str, Any]:
 
 def roc_plot(membership: dict[str, Any]) -> str:
     """ROC of the attacks, both axes logarithmic, because what counts are few false positives (Carlini et al. 2022)."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    figure, (axes,) = new_figure(height=4.2)
     for name, attacks in membership.items():
         for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
             curve = figures["roc"]
             label = f"{name}, {attack.replace('_', ' ')}: AUC {figures['auc']:.3f}"
             axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label)
-    axes.plot([1e-4, 1], [1e-4, 1], color="#8d99ae", linestyle="--", label="guessing")
+    axes.plot([1e-4, 1], [1e-4, 1], color=MUTED, linestyle="--", label="guessing")
     axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1), title="Membership inference (simulation only)")
     axes.set(xlabel="false-positive rate", ylabel="true-positive rate")
     axes.legend(frameon=False, fontsize=7)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    return svg(figure)
 
 
 def failure(document: dict[str, Any]) -> str:

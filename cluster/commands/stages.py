@@ -170,7 +170,7 @@ def audit(
 
 
 def plan(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
-    """What a run will need and spend, before anything runs: bytes a rank, batches, steps, noise and epsilon."""
+    """What a run will need and spend, before anything runs: bytes per rank, batches, steps, noise and epsilon."""
     _quiet_libraries()
     from cluster.checks.estimate import estimate
 

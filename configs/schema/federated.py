@@ -49,7 +49,7 @@ class FederatedSettings(Settings):
     (``scaffold``); or a rule that withstands silos that lie (``median``, ``trimmed_mean``, ``krum``)."""
     server_learning_rate: Positive | None = None
     """Learning rate of the mean update; left out: 1, and 0.01 with the adaptive optimizers, which move every weight by
-    about that much a round."""
+    about that much per round."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Share of the rounds' direction that is kept: momentum of ``fedavgm``, beta 1 of ``fedadam`` and ``fedyogi``."""
     server_second_moment_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99

@@ -1,6 +1,7 @@
 """``siloweave silo``: what a data steward runs."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,12 +109,13 @@ def serve(
     from federated.transport.service import serve as start
 
     ended, silo = ended_by_signal(), Silo(settings, file=config.absolute())
+    answers = partial(start, silo.handle, settings.policy.max_request_bytes)
     if socket:
-        server, _ = start(silo, f"unix:{socket}")
+        server, _ = answers(f"unix:{socket}")
         if relay_user:
             share_socket(socket, relay_user)
     else:
-        server, _ = start(silo, str(address), service_tls(settings))
+        server, _ = answers(str(address), service_tls(settings))
     say(f"silo {settings.silo.id}: listening on {socket or address}")
     ended.wait()
     server.stop(grace=5).wait()

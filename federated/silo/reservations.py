@@ -11,6 +11,7 @@ from configs.errors import InputError, refuse
 from configs.parse import parse
 from configs.schema.silo import SiloPolicy, load_silo
 from federated.protocol import silo_pb2 as pb
+from federated.protocol.framing import QUEUE
 from federated.silo.policy import check_epsilon, check_new_plan, check_plan, plan_of
 from privacy.certificate.certificate import library_versions
 from privacy.ledger.chain import Budget
@@ -20,8 +21,6 @@ from privacy.plan import PlanRequest, PrivacyPlan
 
 if TYPE_CHECKING:
     from federated.silo.silo import Silo
-
-QUEUE = "queue"  # the rule of a refusal that says nothing but "later"
 
 
 def policy_now(file: Path, log: Logger) -> SiloPolicy:

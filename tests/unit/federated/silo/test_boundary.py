@@ -315,7 +315,7 @@ def service(open_silo, tmp_path_factory):
     """A silo behind its Unix socket, and the channel's address."""
     silo = open_silo(max_request_bytes=4 * CHUNK_BYTES)
     address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
-    server, _ = serve(silo, address)
+    server, _ = serve(silo.handle, silo.config.policy.max_request_bytes, address)
     yield silo, address
     server.stop(grace=None).wait()
 
@@ -431,4 +431,4 @@ def test_one_request_is_answered_at_a_time_and_few_wait(service, monkeypatch):
 
 def test_a_network_address_needs_tls(open_silo):
     with pytest.raises(InputError, match="anybody could read"):
-        serve(open_silo(), "127.0.0.1:0")
+        serve(open_silo().handle, 2**20, "127.0.0.1:0")

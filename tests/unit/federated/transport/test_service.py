@@ -2,7 +2,6 @@
 
 import threading
 import time
-from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -22,7 +21,6 @@ class Answering:
     """What the service hands envelopes to: here one that answers with a reply of a chosen size, when it is let."""
 
     def __init__(self):
-        self.config = SimpleNamespace(policy=SimpleNamespace(max_request_bytes=4 * CHUNK_BYTES))
         self.size, self.handled, self.raised = 0, [], None
         self.free = threading.Event()
         self.free.set()
@@ -44,7 +42,7 @@ def silo():
 @pytest.fixture
 def address(silo, tmp_path_factory):
     address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
-    server, _ = serve(silo, address)
+    server, _ = serve(silo.handle, 4 * CHUNK_BYTES, address)
     yield address
     server.stop(grace=None).wait()
 
