@@ -52,10 +52,14 @@ _MOVABLE = {
     "tune.reduction_factor",
 }
 
+# Settings that came later, each with what was so before: with it, a digest is what it was without the setting.
+_LATER = {"federated.task": "causal"}
+
 
 def config_digest(config: RunConfig) -> str:
     """Digest of the settings that shape results, for manifests."""
-    return digest_json({name: value for name, value in flatten(config) if name not in _MOVABLE})
+    settings = (item for item in flatten(config) if item not in _LATER.items())
+    return digest_json({name: value for name, value in settings if name not in _MOVABLE})
 
 
 def bind_run_directory(config: RunConfig) -> Path:

@@ -34,10 +34,9 @@ from privacy.audit.bound import REFERENCE_PLAN, audited_bound, overall
 from privacy.plan import PlanRequest
 from privacy.plan_from_settings import plan_request
 from trainer.data.sources import ReadCounts, read_rows
-from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import add_adapter
 from trainer.models.load import load_model
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import task_of
 
 AUDIT_VERSION = 2  # 2: hostile adapters
 SMALLEST, LARGEST = 200, 10_000
@@ -129,7 +128,7 @@ def _audit_plan(
 ) -> dict[str, Any]:
     torch.set_num_threads(run.config.cluster.threads_per_rank)
     federated = run.config.federated
-    task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
+    task = task_of(run.config.federated.task, run.model)
     rows = read_rows(run.config.data.public, [], ReadCounts())
     training = AuditTraining(
         request,
@@ -159,7 +158,7 @@ def _audit_plan(
 def _hostile_adapters(run: Run, base: Any) -> list[dict[str, Any]]:
     """How far one made-up record moves the sum under adapters that a hostile coordinator would send."""
     federated = run.config.federated
-    task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
+    task = task_of(run.config.federated.task, run.model)
     model = add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed).train()
     return [{**asdict(movement), "holds": movement.holds} for movement in movements(model, task)]
 

@@ -105,7 +105,7 @@ class DataSettings(Settings):
 class TokenizerSettings(Settings):
     """Byte-level BPE, trained on the public corpus only."""
 
-    vocab_size: Annotated[int, Field(ge=260, le=65535)] = 2048
+    vocab_size: Annotated[int, Field(ge=260, le=2**20)] = 2048
     """Number of tokens, the end-of-text token included."""
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, Positive, Settings
 
+TaskName = Literal["causal"]
 Optimizer = Literal["adam", "adam_bc", "sgd"]
 ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew"]
 Aggregation = Literal[
@@ -30,6 +31,8 @@ _LEAST_SILOS = {"trimmed_mean": 1, "krum": 3}  # besides two for each that may l
 class FederatedSettings(Settings):
     """Fine-tuning across silos: LoRA adapters, and rounds in which every silo has the same fixed, public weight."""
 
+    task: TaskName = "causal"
+    """What a record is to the model, and what is learnt of it; ``causal``: a text, token by token."""
     rounds: Count = 3
     """Rounds; every silo takes part in each."""
     local_steps: Count = 12

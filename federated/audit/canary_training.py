@@ -23,8 +23,7 @@ from privacy.mechanism.streams import Streams
 from privacy.plan import PlanRequest
 from trainer.metrics.record_losses import record_losses
 from trainer.models.adapters import trainable
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task
 
 GRADIENT, WHITE_BOX, BLACK_BOX = "gradient_white_box", "example_white_box", "example_black_box"
 _CANDIDATES, _SCORED_AT_ONCE, _PROBE = 1024, 128, "probe.layer.weight"
@@ -78,7 +77,7 @@ class AuditTraining:
     request: PlanRequest
     settings: AuditSettings
     model: Any
-    task: CausalTask
+    task: Task
     background: Sequence[Encoded]
     design_digest: str
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)

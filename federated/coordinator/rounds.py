@@ -33,7 +33,6 @@ from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.model_digests import ModelDigests, RoundDigests
 from privacy.plan import METRIC, PlanRequest
 from privacy.plan_from_settings import plan_request
-from trainer.tasks.text import CausalTask
 
 LONGEST_QUERY_S = 60.0
 
@@ -245,7 +244,7 @@ class Coordinator:
             round=round_number,
             plan_digest=self.plan.digest,
             base_model_digest=self.base.content_digest,
-            task=CausalTask.name,
+            task=self.config.federated.task,
             adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
             adapter=adapter,
             learning_rate=federated.learning_rate,
@@ -264,7 +263,7 @@ class Coordinator:
             metric=METRIC,
             plan_digest=self.plan.digest,
             base_model_digest=self.base.content_digest,
-            task=CausalTask.name,
+            task=self.config.federated.task,
             adapter_spec=self._adapter_spec(),
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )

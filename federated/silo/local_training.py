@@ -19,8 +19,7 @@ from privacy.mechanism.sampler import sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
 from trainer.models.adapters import adapter_weights, trainable
-from trainer.tasks.task import Encoded, by_length
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task, by_length
 
 OPTIMIZERS = get_args(Optimizer)
 
@@ -54,9 +53,7 @@ class PrivateUpdate:
         ValueError: the adapter doesn't fit the model.
     """
 
-    def __init__(
-        self, plan: PrivacyPlan, model: Any, task: CausalTask, adapter: Arrays, settings: LocalSettings
-    ) -> None:
+    def __init__(self, plan: PrivacyPlan, model: Any, task: Task, adapter: Arrays, settings: LocalSettings) -> None:
         self._model, self._before = model, put_on(model, adapter)
         self._training = PrivateTraining(
             plan,
@@ -81,7 +78,7 @@ def public_update(
     plan: PrivacyPlan,
     streams: Streams,
     model: Any,
-    task: CausalTask,
+    task: Task,
     adapter: Arrays,
     records: Sequence[Encoded],
     settings: LocalSettings,
@@ -98,7 +95,7 @@ def plain_update(
     batches: Iterable[Sequence[Encoded]],
     expected_batch_size: float,
     model: Any,
-    task: CausalTask,
+    task: Task,
     adapter: Arrays,
     settings: LocalSettings,
 ) -> Arrays:
@@ -146,7 +143,7 @@ def _add_shared_terms(settings: LocalSettings, model: Any, before: dict[str, tor
             parameter.grad = term if parameter.grad is None else parameter.grad + term
 
 
-def _synthetic(task: CausalTask) -> list[Encoded]:
+def _synthetic(task: Task) -> list[Encoded]:
     """Made-up units of different lengths: nothing private is needed to prove that clipping is right."""
     return [task.encode(" ".join(f"{word}" for word in range(start, start + 3 + start))) for start in range(3)]
 

@@ -18,12 +18,10 @@ from configs.schema.silo import SiloConfig
 from configs.storage.manifests import require_manifest
 from configs.storage.sealing import MasterKey, load_key, opened, sealing
 from federated.silo.units import units_of
-from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import score
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.load import load_model
-from trainer.tasks.task import Encoded, by_length
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task, by_length, task_of
 
 FOLDER = "personal"
 _OTHERS = 0o077
@@ -78,8 +76,8 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     """
     base_model, state_dir = Path(config.silo.base_model), Path(config.silo.state_dir)
     key = load_key(config.silo.encryption_key_file)
-    context_length = require_manifest(base_model, "model", "export").metadata["context_length"]
-    task = CausalTask(load_tokenizer(base_model), context_length)
+    require_manifest(base_model, "model", "export")
+    task = task_of(config.policy.tasks[0], base_model)
     units = units_of(config)
     train, held_out = ([task.encode(text) for text in texts] for texts in (units.train, units.held_out))
     if not train or not held_out:
@@ -111,7 +109,7 @@ def _with_shared(base: Any, shared: Path) -> Any:
             raise InputError(f"{shared}: is no adapter of this base model ({reason}); give the right folder") from None
 
 
-def _train(model: Any, task: CausalTask, units: Sequence[Encoded], settings: PersonalSettings) -> None:
+def _train(model: Any, task: Task, units: Sequence[Encoded], settings: PersonalSettings) -> None:
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate)
     chance = torch.Generator().manual_seed(0)
     model.train()

@@ -10,7 +10,6 @@ from federated.silo.local_training import OPTIMIZERS
 from federated.silo.requests import json_object
 from privacy.accounting.size import check_size
 from privacy.plan import METRIC, PlanRequest, PrivacyPlan
-from trainer.tasks.text import CausalTask
 
 
 def plan_of(text: str) -> PlanRequest:
@@ -122,8 +121,8 @@ def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_di
     """
     if asked.base_model_digest != base_model_digest:
         raise refuse("base_model", asked.base_model_digest, base_model_digest)
-    if asked.task != CausalTask.name:
-        raise refuse("task", asked.task, CausalTask.name)
+    if asked.task not in policy.tasks:
+        raise refuse("task", asked.task, ", ".join(policy.tasks))
     if not 1 <= asked.adapter_spec.rank <= policy.max_lora_rank:
         raise refuse("max_lora_rank", str(asked.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
     if not 0 < asked.adapter_spec.alpha <= policy.max_lora_alpha:

@@ -15,10 +15,8 @@ from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import LocalSettings
 from federated.silo.requests import arrays, correction_of
 from federated.silo.units import Units
-from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import shapes, trainable
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task, task_of
 
 
 class Workbench:
@@ -35,10 +33,9 @@ class Workbench:
         self._config, self.base_model, self._units, self._log = config, base_model, units, log
 
     @cached_property
-    def task(self) -> CausalTask:
+    def task(self) -> Task:
         """What a record is to the model."""
-        tokenizer = load_tokenizer(Path(self._config.silo.base_model))
-        return CausalTask(tokenizer, self.base_model.metadata["context_length"])
+        return task_of(self._config.policy.tasks[0], Path(self._config.silo.base_model))
 
     @cached_property
     def records(self) -> list[Encoded]:

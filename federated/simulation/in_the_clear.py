@@ -19,9 +19,8 @@ from federated.coordinator.outcome import over_flower
 from federated.silo.units import units_of
 from federated.simulation.simulation import simulated_silos
 from trainer.data.sources import ReadCounts, read_rows
-from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import Score, score
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import task_of
 
 BASE, PUBLIC, _SILOS = "base", "public", "silos"
 Scorer = Callable[[bytes | None, int], dict[str, Score]]  # of an adapter, None for the base model; on so many records
@@ -144,7 +143,7 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
 
 
 def _score(config: RunConfig, base_model: Path, key_file: str, texts: Sequence[str], adapter: bytes | None) -> Score:
-    task = CausalTask(load_tokenizer(base_model), config.model.context_length)
+    task = task_of(config.federated.task, base_model)
     model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha, key_file)
     records = [task.encode(text) for text in texts]
     if adapter is None:

@@ -22,7 +22,7 @@ ALLOWED = {
 }
 FLOORS = {
     "configs": ("errors printing", "parse", "schema", "storage", "events", "load run_directory"),
-    "trainer": ("data models objectives rank tasks", "checkpoints metrics", "pretraining", "export generation"),
+    "trainer": ("data models objectives rank", "tasks", "checkpoints metrics", "pretraining", "export generation"),
     "privacy": (
         "accounting clipping signing",
         "plan",
@@ -119,6 +119,11 @@ def test_packages_come_from_this_repository_and_every_module_imports(package):
     assert Path(found.__file__).parent == REPOSITORY / package
     for module in pkgutil.walk_packages(found.__path__, f"{package}."):
         importlib.import_module(module.name)
+
+
+def test_which_task_there_is_only_the_registry_knows():
+    for package in ("configs", "privacy", "federated", "cluster"):
+        assert [path for path in sources(package) if "CausalTask" in path.read_text()] == []
 
 
 def test_files_stay_readable():
