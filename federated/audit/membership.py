@@ -10,11 +10,11 @@ import numpy.typing as npt
 from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
+from configs.storage.secrets import load_secret
 from federated.coordinator.final_model import final_model
 from federated.silo.units import load_units
 from federated.simulation.simulation import simulated_silos
 from privacy.audit.attacks import membership_figures
-from privacy.signing import load_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.record_losses import record_losses
 from trainer.tasks.task import Encoded

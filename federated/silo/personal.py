@@ -17,8 +17,8 @@ from configs.errors import InputError
 from configs.schema.silo import SiloConfig
 from configs.storage.manifests import require_manifest
 from configs.storage.sealing import MasterKey, load_key, opened, sealing
+from configs.storage.secrets import load_secret
 from federated.silo.units import load_units
-from privacy.signing import load_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import score
 from trainer.models.adapters import add_adapter, trainable

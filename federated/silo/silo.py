@@ -14,6 +14,7 @@ from configs.errors import InputError, PolicyRefusal, SiloweaveError, refuse
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.manifests import require_manifest
+from configs.storage.secrets import load_or_create_secret, load_secret
 from federated.adapters.arrays import Arrays, to_bytes
 from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import warm_model
@@ -43,7 +44,6 @@ from privacy.ledger.client_runs import UNNOISED
 from privacy.ledger.ledger import Charge, Ledger
 from privacy.mechanism.streams import Streams, injected_seeds
 from privacy.plan import METRIC
-from privacy.signing import load_or_create_secret, load_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import shapes, trainable
 from trainer.tasks.task import Encoded

@@ -12,13 +12,13 @@ from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from configs.storage.sealing import load_key
+from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes
 from federated.adapters.warm_model import warm_model
 from federated.coordinator import round_commits as commits
 from federated.coordinator.outcome import over_flower
 from federated.silo.units import load_units
 from federated.simulation.simulation import simulated_silos
-from privacy.signing import load_secret
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import Score, score
