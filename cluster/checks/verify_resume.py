@@ -17,6 +17,7 @@ from typing import Any
 from cluster.runtime.gang import run_gang
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
+from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
 from trainer.checkpoints.checkpoints import step_name
 
@@ -27,7 +28,6 @@ STEPS_A_LEG = 4
 _BEYOND = 2  # steps that a leg makes after its commit, at least, and loses
 _HORIZON = 10_000  # of the learning rate's schedule; no run gets there
 _LAST_WRITES_S = 30.0
-_CHECKPOINTS = Path("pretrain") / "checkpoints"
 
 
 class _Killed(Exception):
@@ -106,7 +106,7 @@ def verify_resume(
     Raises:
         InputError: no corpus, or arithmetic for which the losses need not be the same.
     """
-    require_manifest(directory / "corpus", "corpus", "prepare")
+    require_manifest(RunFiles(directory).corpus, "corpus", "prepare")
     tolerance = TOLERANCES.get(config.pretrain.precision)
     if tolerance is None:
         raise InputError(
@@ -121,8 +121,8 @@ def verify_resume(
     folder = Path(tempfile.mkdtemp(prefix=f"{directory.name}-verify-resume-", dir=directory.parent))
     try:
         for name in ("single", "legs"):
-            (folder / name / _CHECKPOINTS).mkdir(parents=True)
-            (folder / name / "corpus").symlink_to(directory / "corpus")
+            RunFiles(folder / name).checkpoints.mkdir(parents=True)
+            RunFiles(folder / name).corpus.symlink_to(RunFiles(directory).corpus)
         legs = _train(config, folder, tell, sizes)
     finally:
         _remove(folder)
@@ -159,12 +159,14 @@ def _train(config: RunConfig, folder: Path, tell: Callable[[dict[str, Any]], Non
         done = STEPS_A_LEG * (number + 1)
         if number == 0 and ranks == 1:  # it has been there already
             name = step_name(done)
-            shutil.copytree(folder / "single" / _CHECKPOINTS / name, folder / "legs" / _CHECKPOINTS / name)
+            shutil.copytree(
+                RunFiles(folder / "single").checkpoints / name, RunFiles(folder / "legs").checkpoints / name
+            )
             legs.append(Leg(1, 1, done, start_s=alone.start_s))
             continue
         leg = _Listener(min(done + _BEYOND, last), done, tell)
         _gang(config, folder / "legs", ranks, leg)
-        for path in (folder / "legs" / _CHECKPOINTS).glob("step-*"):
+        for path in RunFiles(folder / "legs").checkpoints.glob("step-*"):
             if path.name > step_name(done):  # ranks don't stop at once: the next leg is to begin where it is said
                 shutil.rmtree(path)
         compared = {step: loss for step, loss in leg.losses.items() if step in alone.losses}

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
+from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_secret
 from federated.coordinator.final_model import final_model
 from federated.silo.units import load_units
@@ -62,7 +63,7 @@ def _records(silos: Mapping[str, SiloConfig], task: CausalTask, limit: int) -> t
     members: list[Encoded] = []
     others: list[Encoded] = []
     for silo in silos.values():
-        units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
+        units = load_units(silo, load_secret(SiloFiles(Path(silo.silo.state_dir)).split_key))
         count = min(limit, len(units.train), len(units.held_out))
         members += [task.encode(text) for text in _spread(units.train, count)]
         others += [task.encode(text) for text in _spread(units.held_out, count)]

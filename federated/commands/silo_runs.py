@@ -104,10 +104,10 @@ def journal_of(settings: "SiloConfig") -> "Journal":
 
 def _opened(config: Path) -> "tuple[SiloConfig, Journal]":
     from configs.schema.silo import load_silo
-    from privacy.ledger.file import LEDGER_FILE
+    from configs.storage.layout import SiloFiles
 
     settings = load_silo(config)
-    ledger = Path(settings.silo.state_dir) / LEDGER_FILE
+    ledger = SiloFiles(Path(settings.silo.state_dir)).ledger
     if not ledger.exists():  # whoever looks would make it, and the key, as the user that they are
         raise InputError(f"{ledger}: no such ledger, and so no runs; start the silo's service first (`silo serve`)")
     return settings, journal_of(settings)

@@ -13,6 +13,7 @@ from typing import Any
 from configs.errors import InputError, PolicyRefusal, SiloweaveError, refuse
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
+from configs.storage.layout import SiloFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.secrets import load_or_create_secret, load_secret
 from federated.adapters.arrays import Arrays, to_bytes
@@ -91,7 +92,7 @@ class Silo:
             injected_seeds(injected_seed, config.silo.id),
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
-        self.units: Units = load_units(config, self._split_key(self._state_dir / "split.key"))
+        self.units: Units = load_units(config, self._split_key(SiloFiles(self._state_dir).split_key))
         self._log, self._audit = _private_log(self._state_dir), AuditLog(self._state_dir)
         self.one_at_a_time, self.accounting = threading.Lock(), threading.Lock()
 
@@ -319,7 +320,7 @@ def _private_log(state_dir: Path) -> logging.Logger:
     """The silo's own log, in its state directory; nothing of it is sent."""
     logger = logging.getLogger(f"siloweave.silo.{state_dir}")
     if not logger.handlers:
-        logger.addHandler(PrivateLog(state_dir / "silo.log"))
+        logger.addHandler(PrivateLog(SiloFiles(state_dir).log))
         logger.setLevel(logging.INFO)
         logger.propagate = False
     return logger

@@ -11,6 +11,7 @@ import torch
 from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
+from configs.storage.layout import SiloFiles
 from configs.storage.sealing import load_key
 from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes
@@ -140,7 +141,7 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
             asked="exact figures",
             allowed="data declared public",
         )
-    units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
+    units = load_units(silo, load_secret(SiloFiles(Path(silo.silo.state_dir)).split_key))
     texts = units.held_out[:limit]
     return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, texts, adapter)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from configs.errors import InputError, SiloweaveError, refusal
 from configs.storage.files import canonical_json
+from configs.storage.layout import SiloFiles
 from privacy.ledger.anchor import Anchor, against
 from privacy.ledger.chain import (
     GENESIS,
@@ -31,7 +32,6 @@ from privacy.ledger.chain import (
 )
 from privacy.ledger.file import (
     ANCHORED,
-    LEDGER_FILE,
     SCHEMA_VERSION,
     connect,
     empty_write_ahead_log,
@@ -62,7 +62,8 @@ class Journal:
     def __init__(self, state_dir: Path, anchor_dir: Path, silo_id: str, dataset_id: str) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
         state_dir.chmod(0o700)
-        self.path, key = state_dir / LEDGER_FILE, state_dir / "silo.key"
+        files = SiloFiles(state_dir)
+        self.path, key = files.ledger, files.key
         if self.path.exists() and not key.exists():
             raise InputError(f"{key}: the key that signed {self.path} is missing; put its backup back")
         self.signer, self.anchor = Signer(key), Anchor(anchor_dir)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from configs.events import Report
 from configs.schema.schema import RunConfig
+from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.mirror import local_stage
 from configs.storage.sealing import load_key
@@ -144,7 +145,7 @@ def _begin(
     storage = checkpoints.storage(config, run_directory)
     attempt = prove_shared(storage, rank)
     begin.phase("corpus")
-    corpus = first_on_its_node(rank, config, lambda: local_stage(config, run_directory, "corpus"))
+    corpus = first_on_its_node(rank, config, lambda: local_stage(config, RunFiles(run_directory).corpus))
     manifest = require_manifest(corpus, "corpus", "prepare")
     digest = pretrain_digest(config, manifest.content_digest)
     begin.phase("build")
