@@ -8,7 +8,7 @@ on its corpus and with its settings, and are deleted afterwards.
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.runtime.gang import run_gang
 from configs.errors import InputError
+from configs.events import Listener
 from configs.schema.schema import RunConfig
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
@@ -61,7 +62,7 @@ class _Listener:
 
     until: int
     commit: int
-    tell: Callable[[dict[str, Any]], None]
+    tell: Listener
     began: float = field(default_factory=time.time)
     losses: dict[int, float] = field(default_factory=dict)
     start_s: float = 0.0
@@ -89,9 +90,7 @@ def sizes_of(config: RunConfig) -> list[int]:
     return [*rising, rising[-2] if len(rising) > 1 else 1]
 
 
-def verify_resume(
-    config: RunConfig, directory: Path, tell: Callable[[dict[str, Any]], None], sizes: Sequence[int]
-) -> dict[str, Any]:
+def verify_resume(config: RunConfig, directory: Path, tell: Listener, sizes: Sequence[int]) -> dict[str, Any]:
     """Compares the losses of every leg with the uninterrupted single rank's; needs a connected Ray.
 
     Args:
@@ -149,7 +148,7 @@ def _remove(folder: Path) -> None:
             time.sleep(0.1)
 
 
-def _train(config: RunConfig, folder: Path, tell: Callable[[dict[str, Any]], None], sizes: Sequence[int]) -> list[Leg]:
+def _train(config: RunConfig, folder: Path, tell: Listener, sizes: Sequence[int]) -> list[Leg]:
     """The legs, compared with a single rank."""
     last = STEPS_A_LEG * len(sizes)
     alone = _Listener(last, last, tell)

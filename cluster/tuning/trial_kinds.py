@@ -9,10 +9,10 @@ from typing import Any
 from cluster import pipeline
 from cluster.monitoring.listeners import listening
 from cluster.run import Run
-from cluster.tuning.ray_tune import Kind, OnEvent
+from cluster.tuning.ray_tune import Kind
 from cluster.tuning.search_space import Trial, with_values
 from configs.errors import InputError, PolicyRefusal
-from configs.events import read_events
+from configs.events import Listener, read_events
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json
@@ -30,7 +30,7 @@ def validations(config: RunConfig) -> list[dict[str, Any]]:
     return [{"step": at, **{name: found[at][key] for name, key in _VALIDATIONS.items()}} for at in sorted(found)]
 
 
-def _pretrain(config: RunConfig, on_event: OnEvent) -> None:
+def _pretrain(config: RunConfig, on_event: Listener) -> None:
     with listening(config) as listeners:
         pipeline.pretrain(Run(config, (*listeners, on_event)))
 
@@ -87,7 +87,7 @@ def held_out(config: RunConfig) -> list[dict[str, Any]]:
     return [{"step": number, _HELD_OUT: found["bits_per_char"]} for number, found in enumerate(rounds, 1)]
 
 
-def _federate(config: RunConfig, on_event: OnEvent) -> None:
+def _federate(config: RunConfig, on_event: Listener) -> None:
     with listening(config) as listeners:
         run = Run(config, (*listeners, on_event))
         pipeline.federate(run)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.events import Report
+from configs.events import Listener
 from configs.schema.schema import RunConfig
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
@@ -54,7 +54,7 @@ def pretrain(
     config: RunConfig,
     run_directory: Path,
     rank: Rank,
-    report: Report,
+    report: Listener,
     enter: Enter,
     alive: Alive,
     skipped: SkippedData = (),
@@ -134,7 +134,7 @@ class _Begun(NamedTuple):
 
 
 def _begin(
-    config: RunConfig, run_directory: Path, rank: Rank, report: Report, enter: Enter, skipped: SkippedData
+    config: RunConfig, run_directory: Path, rank: Rank, report: Listener, enter: Enter, skipped: SkippedData
 ) -> _Begun:
     """Joins the gang, builds the engine, and goes to where the newest commit is."""
     begin = Start(enter)
@@ -214,7 +214,7 @@ def _ignore(_: dict[str, Any]) -> None:
 
 
 def _resume(
-    engine: Any, config: RunConfig, storage: Storage, digest: str, rank: Rank, report: Report
+    engine: Any, config: RunConfig, storage: Storage, digest: str, rank: Rank, report: Listener
 ) -> dict[str, Any]:
     """Loads the newest commit, if there is one. Returns its metadata."""
 
