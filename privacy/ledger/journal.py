@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, SiloweaveError, refusal
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.storage.files import canonical_json
 from configs.storage.layout import SiloFiles
 from privacy.ledger.anchor import Anchor, against
@@ -185,7 +185,7 @@ class Journal:
     def refuse_doubt(self) -> None:
         """Raises a PolicyRefusal where anchor and file disagree. Its words name no place: they leave the silo."""
         if self.doubt() is not None:
-            raise refusal(
+            raise PolicyRefusal.of(
                 "rollback", "a request", "none", f"the silo's ledger is in doubt; its steward runs {RECONCILE}"
             )
 
@@ -205,7 +205,9 @@ class Journal:
             if receipt is None:
                 return
             if not self.is_own(receipt) or receipt.public_key != self.signer.public_key or not receipt.holds():
-                raise refusal("receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt")
+                raise PolicyRefusal.of(
+                    "receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt"
+                )
             if against(receipt, self.entries()) is not None:
                 self.anchor.write([self.receipt(), receipt])
                 self.refuse_doubt()

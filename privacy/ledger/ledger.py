@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, refusal
+from configs.errors import InputError, PolicyRefusal
 from configs.storage.files import digest_bytes
 from privacy.ledger.chain import Budget, left, policy_budget, releases, verify_entries
 from privacy.ledger.journal import RECONCILE, Journal, default_anchor_dir
@@ -163,10 +163,10 @@ class Ledger:
                     delta=request.delta,
                 )
             elif before.opening["kind"] != "reserve":
-                raise refusal("reservation", run_id, "another run", f"run {run_id} was entrusted with updates")
+                raise PolicyRefusal.of("reservation", run_id, "another run", f"run {run_id} was entrusted with updates")
             elif before.opening["plan_digest"] != request.digest:
                 reserved = before.opening["plan_digest"]
-                raise refusal("reservation", request.digest, reserved, f"run {run_id} reserved another plan")
+                raise PolicyRefusal.of("reservation", request.digest, reserved, f"run {run_id} reserved another plan")
         return self.receipt(run_id, coordinator)
 
     def charge(
@@ -189,7 +189,7 @@ class Ledger:
         with self.journal.transaction():
             run = _reserved(self.journal.bodies(), run_id, coordinator)
             if run is None:
-                raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
+                raise PolicyRefusal.of("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
             before = run.charge(request=request_id)
             if before is None:
                 what = {"round": 0, "metric": metric, "metric_number": number} if metric else {"round": number}
@@ -197,7 +197,9 @@ class Ledger:
                 owner = named(coordinator)
                 charge = self._new_charge(request_digest, run=run_id, **owner, request=request_id, **what)
             elif before["digest"] != request_digest:
-                raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
+                raise PolicyRefusal.of(
+                    "request_id", request_digest, before["digest"], f"request {request_id} was another one"
+                )
             else:
                 charge = self._stored(before["number"], run)
         if charge.reply is not None:
@@ -216,9 +218,13 @@ class Ledger:
             return Charge(number, None, reply[0])
         seed = self.journal.db.execute("SELECT seed FROM seeds WHERE charge = ?", (number,)).fetchone()
         if run.closing is not None:
-            raise refusal("closed", run.name, "an open run", f"run {run.name} is closed and its replies are deleted")
+            raise PolicyRefusal.of(
+                "closed", run.name, "an open run", f"run {run.name} is closed and its replies are deleted"
+            )
         if seed is None:  # a backup, which holds no seeds, was put back
-            raise refusal("seed", run.name, "a kept seed", f"charge {number} has lost its seed; it stays spent")
+            raise PolicyRefusal.of(
+                "seed", run.name, "a kept seed", f"charge {number} has lost its seed; it stays spent"
+            )
         return Charge(number, seed[0], None)
 
     def release(self, number: int, run_id: str, reply: bytes) -> bytes:
@@ -236,7 +242,9 @@ class Ledger:
 
     def _store(self, number: int, run_id: str, reply: bytes) -> None:
         if self.journal.db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
-            raise refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
+            raise PolicyRefusal.of(
+                "closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored"
+            )
         self.journal.append(
             "release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply)
         )
@@ -294,13 +302,13 @@ def _check_new(
 
 def _check_release(run: Run, what: dict[str, Any]) -> None:
     if run.closing is not None:
-        raise refusal("closed", run.name, "an open run", run.end)
+        raise PolicyRefusal.of("closed", run.name, "an open run", run.end)
     metric, number = what.get("metric", ""), what.get("metric_number", what["round"])
     shown, most = f"{metric or 'round'} {number}", releases(run.opening["plan"], metric)
     if not 1 <= number <= most:
-        raise refusal("schedule", shown, f"1 to {most}", f"run {run.name} reserved {most} of them")
+        raise PolicyRefusal.of("schedule", shown, f"1 to {most}", f"run {run.name} reserved {most} of them")
     if run.charge(**what) is not None:
-        raise refusal("schedule", shown, "a new one", f"{shown} of {run.name} is charged")
+        raise PolicyRefusal.of("schedule", shown, "a new one", f"{shown} of {run.name} is charged")
 
 
 def seed_source(charges: list[dict[str, Any]]) -> Any:
