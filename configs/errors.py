@@ -46,8 +46,3 @@ class PolicyRefusal(SiloweaveError):
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions pickle by their positional arguments; the keywords have to travel too (Ray, multiprocessing).
         return partial(PolicyRefusal, rule=self.rule, asked=self.asked, allowed=self.allowed), (str(self),)
-
-
-def refuse(rule: str, asked: str, allowed: str) -> PolicyRefusal:
-    """A refusal by a rule of the policy; what was asked is repeated in part only."""
-    return PolicyRefusal.of(rule, asked, allowed)

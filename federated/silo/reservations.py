@@ -7,7 +7,7 @@ from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import InputError, refuse
+from configs.errors import InputError, PolicyRefusal
 from configs.parse import parse
 from configs.schema.silo import SiloPolicy, load_silo
 from federated.protocol import silo_pb2 as pb
@@ -34,7 +34,7 @@ def policy_now(file: Path, log: Logger) -> SiloPolicy:
         return load_silo(file).policy
     except InputError as error:
         log.error("everything is refused until this is mended: %s", error)
-        raise refuse("policy", "a request", "none until the silo's steward has mended its settings") from None
+        raise PolicyRefusal.of("policy", "a request", "none until the silo's steward has mended its settings") from None
 
 
 def budget_of(policy: SiloPolicy) -> Budget:
@@ -63,7 +63,7 @@ def account(silo: "Silo", request: pb.Request) -> None:
             silo.ledger.bind(budget_of(policy))
             silo.ledger.check_room(request.run_id, plan.request, limits_of(policy), request.coordinator)
     if not silo.accounting.acquire(blocking=False):
-        raise refuse(QUEUE, "a second plan at a time", "one; ask again later")
+        raise PolicyRefusal.of(QUEUE, "a second plan at a time", "one; ask again later")
     try:
         check_epsilon(plan.request.epsilon, policy)
     finally:
@@ -93,7 +93,7 @@ def reserved_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> Privac
     """
     reservation = silo.ledger.reservation(request.run_id, request.coordinator)
     if reservation is None or reservation["plan_digest"] != plan_digest:
-        raise refuse("reservation", plan_digest or "no plan", "the plan that the run reserved")
+        raise PolicyRefusal.of("reservation", plan_digest or "no plan", "the plan that the run reserved")
     asked = parse(PlanRequest, reservation["plan"], "ledger")
     check_plan(asked, silo.config.policy, silo.config.silo.public_record_count)
     check_epsilon(reservation["epsilon"], silo.config.policy)
@@ -109,7 +109,7 @@ def _check_budget(silo: "Silo") -> None:
     for name in ("epsilon", "delta"):
         allowed, over = getattr(budget, name), -getattr(left, name)
         if over > 1e-9 * allowed:  # a sum's rounding is no breach
-            raise refuse(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
+            raise PolicyRefusal.of(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
 
 
 def entrusted_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> PlanRequest:
@@ -120,7 +120,7 @@ def entrusted_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> PlanR
     """
     run = entrusted(silo.ledger.journal, request.run_id, request.coordinator)
     if run is None or run["plan_digest"] != plan_digest:
-        raise refuse("reservation", plan_digest or "no plan", "the plan that the run was entrusted with")
+        raise PolicyRefusal.of("reservation", plan_digest or "no plan", "the plan that the run was entrusted with")
     asked = parse(PlanRequest, run["plan"], "ledger")
     check_plan(asked, silo.config.policy, silo.config.silo.public_record_count)
     check_epsilon(asked.epsilon, silo.config.policy)

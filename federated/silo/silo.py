@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, PolicyRefusal, SiloweaveError, refuse
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
@@ -163,7 +163,7 @@ class Silo:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}
         number = self._audit.accepted(request.coordinator, request_digest=digest, **names)
         if number > self.config.policy.max_requests_per_day:
-            raise refuse("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
+            raise PolicyRefusal.of("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
 
     def _sealed(self, body: bytes, digest: str, outcome: str) -> bytes:
         reply = seal_reply(self.ledger.journal.signer, body)
@@ -228,7 +228,7 @@ class Silo:
         plan = reserved_plan(self, request, asked.plan_digest)
         release = next((metric for metric in plan.request.metric_releases if metric.name == asked.metric), None)
         if release is None or asked.metric != METRIC:
-            raise refuse("metric", asked.metric or "none", METRIC)
+            raise PolicyRefusal.of("metric", asked.metric or "none", METRIC)
         check_model(asked, self.config.policy, self.base_model.content_digest)
         model, adapter = self.fitted(asked) if asked.adapter else (self.model(asked), None)
         charge = self._charge(request, digest, asked.number, asked.metric)
@@ -246,7 +246,9 @@ class Silo:
         """The warm model and the request's adapter, which fits it."""
         model, adapter = self.model(asked), arrays(asked.adapter, self.config.policy.max_adapter_value)
         if shapes(trainable(model)) != shapes(adapter):
-            raise refuse("adapter", "other names or shapes", "those of the adapter that adapter_spec describes")
+            raise PolicyRefusal.of(
+                "adapter", "other names or shapes", "those of the adapter that adapter_spec describes"
+            )
         return model, adapter
 
     def _charge(self, request: pb.Request, digest: str, number: int, metric: str = "") -> Charge:
@@ -262,7 +264,7 @@ class Silo:
         if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
             drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
             if drawn != spec.frozen_digest:
-                raise refuse("frozen_digest", spec.frozen_digest, drawn)
+                raise PolicyRefusal.of("frozen_digest", spec.frozen_digest, drawn)
         return model
 
     @cached_property
