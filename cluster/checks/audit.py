@@ -24,7 +24,8 @@ from cluster.run import Run
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json, write_atomic
-from configs.storage.manifests import require_manifest
+from configs.storage.layout import CERTIFICATE, FEDERATED, RunFiles
+from configs.storage.manifests import MANIFEST, require_manifest
 from configs.storage.sealing import load_key
 from federated.audit.audit_silo import AuditSilo
 from federated.audit.canary_training import AuditSettings, AuditTraining
@@ -59,9 +60,9 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
     if not SMALLEST <= canaries <= LARGEST:
         raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
     model = require_manifest(run.model, "model", "export")
-    federations = _finished(run.directory)
+    federations = _finished(run.files)
     base = load_model(run.model, load_key(run.config.run.encryption_key_file))
-    directory = run.directory / "audit"
+    directory = run.files.audit
     earlier = _set_aside(directory)
     design = _design(run.config, canaries, model.content_digest)
     write_atomic(directory / "design.json", json.dumps(design, indent=2).encode() + b"\n")
@@ -88,14 +89,14 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in _LIBRARIES},
     }
     write_atomic(directory / "roc.svg", roc_plot(membership).encode())
-    write_atomic(directory / "audit.json", json.dumps(document, indent=2).encode() + b"\n")
+    write_atomic(run.files.audit_report, json.dumps(document, indent=2).encode() + b"\n")
     return document
 
 
-def _finished(run_directory: Path) -> dict[str, Path]:
-    require_manifest(run_directory / "federated", "federated", "federate")
-    candidates = {name: run_directory / name for name in ("federated", "federated-no-dp")}
-    return {name: path for name, path in candidates.items() if (path / "manifest.json").exists()}
+def _finished(files: RunFiles) -> dict[str, Path]:
+    require_manifest(files.federated, FEDERATED, "federate")
+    candidates = {path.name: path for path in (files.federated, files.no_dp)}
+    return {name: path for name, path in candidates.items() if (path / MANIFEST).exists()}
 
 
 def _set_aside(directory: Path) -> int:
@@ -138,13 +139,13 @@ def _audit_plan(
         [task.encode(row[run.config.data.public.text]) for row in islice(rows, _BACKGROUND)],
         digest_json(design),
     )
-    folder = run.directory / "audit" / name
+    folder = run.files.audit / name
     run_id = f"audit-{name}-{secrets.token_hex(8)}"
     with closing(AuditSilo.open(folder / "silo", training.plan, run_id, digest_json(design))) as silo:
         training.train(_counter(run, f"audit {name}", request.steps), silo.seed)
         findings = training.findings()
         certificate = silo.certificate(findings, earlier)
-    write_atomic(folder / "certificate.json", json.dumps(certificate, indent=2).encode() + b"\n")
+    write_atomic(folder / CERTIFICATE, json.dumps(certificate, indent=2).encode() + b"\n")
     shown = {
         "epsilon": request.epsilon,
         "delta": request.delta,

@@ -39,12 +39,15 @@ def init(
 ) -> None:
     """Makes the silo's keys and certificates, where they are missing, and enrolment.json for the coordinator."""
     from configs.schema.silo import load_silo
-    from federated.deployment.silo_site import ENROLMENT, make_identity
+    from configs.storage.layout import SiloFiles
+    from federated.deployment.silo_site import make_identity
     from federated.identity.cards import RelayCard, fingerprint, read_document
 
     settings, card_of_relay = load_silo(config), read_document(RelayCard, relay)
     card = make_identity(settings, journal_of(settings), card_of_relay, tuple(host or ["localhost"]))
-    say(f"silo {card.silo}: send {Path(settings.silo.state_dir) / ENROLMENT} to the coordinator, and read this out:")
+    say(
+        f"silo {card.silo}: send {SiloFiles(Path(settings.silo.state_dir)).enrolment} to the coordinator, and read this out:"
+    )
     say(f"fingerprint {fingerprint(card)}")
 
 

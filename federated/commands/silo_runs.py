@@ -110,12 +110,12 @@ def found_journal(settings: "SiloConfig", *, mend: bool = False) -> "Journal":
     Raises:
         InputError: there is none.
     """
+    from configs.storage.layout import SiloFiles
     from privacy.ledger.anchor import Anchor
-    from privacy.ledger.file import LEDGER_FILE
     from privacy.ledger.journal import RECONCILE
 
-    ledger, anchor = Path(settings.silo.state_dir) / LEDGER_FILE, Anchor(_anchor_dir(settings)).path
-    known = anchor.exists() or ledger.with_name("silo.key").exists()
+    files, anchor = SiloFiles(Path(settings.silo.state_dir)), Anchor(_anchor_dir(settings)).path
+    ledger, known = files.ledger, anchor.exists() or files.key.exists()
     if ledger.exists() or (mend and known):
         return journal_of(settings)
     if anchor.exists():

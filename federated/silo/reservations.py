@@ -7,7 +7,7 @@ from logging import Logger
 from pathlib import Path
 from threading import Lock
 
-from configs.errors import InputError, refuse
+from configs.errors import InputError, PolicyRefusal
 from configs.parse import parse
 from configs.schema.silo import SiloConfig, SiloPolicy, load_silo
 from federated.protocol import silo_pb2 as pb
@@ -31,7 +31,7 @@ def policy_now(file: Path, log: Logger) -> SiloPolicy:
         return load_silo(file).policy
     except InputError as error:
         log.error("everything is refused until this is mended: %s", error)
-        raise refuse("policy", "a request", "none until the silo's steward has mended its settings") from None
+        raise PolicyRefusal.of("policy", "a request", "none until the silo's steward has mended its settings") from None
 
 
 def budget_of(policy: SiloPolicy) -> Budget:
@@ -67,7 +67,7 @@ def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_ti
             ledger.bind(budget_of(policy))
             ledger.check_room(request.run_id, plan.request, limits_of(policy), request.coordinator)
     if not accounting.acquire(blocking=False):
-        raise refuse(QUEUE, "a second plan at a time", "one; ask again later")
+        raise PolicyRefusal.of(QUEUE, "a second plan at a time", "one; ask again later")
     try:
         check_epsilon(plan.request.epsilon, policy)
     finally:
@@ -97,7 +97,7 @@ def reserved_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan_
     """
     reservation = ledger.reservation(request.run_id, request.coordinator)
     if reservation is None or reservation["plan_digest"] != plan_digest:
-        raise refuse("reservation", plan_digest or "no plan", "the plan that the run reserved")
+        raise PolicyRefusal.of("reservation", plan_digest or "no plan", "the plan that the run reserved")
     asked = parse(PlanRequest, reservation["plan"], "ledger")
     check_plan(asked, config.policy, config.silo.public_record_count)
     check_epsilon(reservation["epsilon"], config.policy)
@@ -113,7 +113,7 @@ def _check_budget(ledger: Ledger, policy: SiloPolicy) -> None:
     for name in ("epsilon", "delta"):
         allowed, over = getattr(budget, name), -getattr(left, name)
         if over > 1e-9 * allowed:  # a sum's rounding is no breach
-            raise refuse(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
+            raise PolicyRefusal.of(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
 
 
 def entrusted_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan_digest: str) -> PlanRequest:
@@ -124,7 +124,7 @@ def entrusted_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan
     """
     run = entrusted(ledger.journal, request.run_id, request.coordinator)
     if run is None or run["plan_digest"] != plan_digest:
-        raise refuse("reservation", plan_digest or "no plan", "the plan that the run was entrusted with")
+        raise PolicyRefusal.of("reservation", plan_digest or "no plan", "the plan that the run was entrusted with")
     asked = parse(PlanRequest, run["plan"], "ledger")
     check_plan(asked, config.policy, config.silo.public_record_count)
     check_epsilon(asked.epsilon, config.policy)

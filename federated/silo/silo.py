@@ -8,9 +8,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, PolicyRefusal, SiloweaveError, refuse
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
+from configs.storage.layout import SiloFiles
+from configs.storage.secrets import load_or_create_secret, load_secret
 from federated.adapters.arrays import Arrays, to_bytes
 from federated.evaluation.label_counts import examples_of
 from federated.evaluation.private_sums import bounds_of, evaluated, private_sums
@@ -37,7 +39,6 @@ from privacy.ledger.client_runs import UNNOISED
 from privacy.ledger.ledger import Charge, Ledger
 from privacy.mechanism.streams import Streams, injected_seeds
 from privacy.plan import METRIC, PrivacyPlan
-from privacy.signing import load_or_create_secret, load_secret
 
 FAILED = "FAILED"
 
@@ -76,7 +77,7 @@ class Silo:
             injected_seeds(injected_seed, config.silo.id),
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
-        units = load_units(config, self._split_key(self._state_dir / "split.key"))
+        units = load_units(config, self._split_key(SiloFiles(self._state_dir).split_key))
         self._log, self._audit = private_log(self._state_dir), AuditLog(self._state_dir)
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
@@ -155,7 +156,7 @@ class Silo:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}
         number = self._audit.accepted(content, request.coordinator, request_digest=digest, **names)
         if number > self.config.policy.max_requests_per_day:
-            raise refuse("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
+            raise PolicyRefusal.of("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
 
     def _dispatch(self, request: pb.Request, digest: str) -> bytes:
         kind = request.WhichOneof("kind")
@@ -221,7 +222,9 @@ class Silo:
             return PrivateUpdate(plan, model, self.workbench.task, adapter, settings)
         except InputError as error:
             self._log.warning("no proof with a request's adapter: %s", error)
-            raise refuse("adapter", "values with which the start-up proof fails", "values for which it holds") from None
+            raise PolicyRefusal.of(
+                "adapter", "values with which the start-up proof fails", "values for which it holds"
+            ) from None
 
     def _evaluate(self, request: pb.Request, digest: str) -> bytes:
         """As a round of training, in the same order; what is read are the held-out units."""
@@ -229,7 +232,7 @@ class Silo:
         plan = reserved_plan(self.ledger, self.config, request, asked.plan_digest)
         release = next((metric for metric in plan.request.metric_releases if metric.name == asked.metric), None)
         if release is None or asked.metric != METRIC:
-            raise refuse("metric", asked.metric or "none", METRIC)
+            raise PolicyRefusal.of("metric", asked.metric or "none", METRIC)
         check_model(asked, self.config.policy, self.workbench.base_model.content_digest)
         bench = self.workbench
         model, adapter = bench.fitted(asked, self.config.policy) if asked.adapter else (bench.model(asked), None)

@@ -14,6 +14,7 @@ from typing import Any
 
 from configs.errors import SiloweaveError
 from configs.storage.files import digest_bytes
+from configs.storage.layout import SiloFiles
 from federated.silo.line_file import LineFile
 from privacy.ledger.limits import DAY_S
 
@@ -31,8 +32,8 @@ class AuditLog:
 
     def __init__(self, state_dir: Path) -> None:
         self._lock = threading.Lock()
-        self._file = LineFile(state_dir / "audit.jsonl", self._head)
-        self._strangers = LineFile(state_dir / "strangers.jsonl")
+        self._file = LineFile(SiloFiles(state_dir).traffic, self._head)
+        self._strangers = LineFile(SiloFiles(state_dir).strangers)
         self._accepted = _accepted(self._file)
 
     def accepted(self, content: bytes, coordinator: str, **public: Any) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.schema.data import SourceSettings
 from configs.schema.silo import SiloConfig, SiloDataSettings
-from privacy.signing import load_secret
+from configs.storage.layout import SiloFiles
+from configs.storage.secrets import load_secret
 from trainer.data.deidentify import open_deidentifier
 from trainer.data.sources import ReadCounts, read_rows
 
@@ -62,7 +63,7 @@ def units_of(config: SiloConfig) -> Units:
     Raises:
         InputError: as ``load_units``, or the key is missing.
     """
-    return load_units(config, load_secret(Path(config.silo.state_dir) / "split.key"))
+    return load_units(config, load_secret(SiloFiles(Path(config.silo.state_dir)).split_key))
 
 
 @lru_cache(maxsize=1)

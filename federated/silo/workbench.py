@@ -5,7 +5,7 @@ from logging import Logger
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, refuse
+from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig, SiloPolicy
 from configs.storage.manifests import Manifest, require_manifest
 from federated.adapters.arrays import Arrays
@@ -77,7 +77,7 @@ class Workbench:
         if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
             drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
             if drawn != spec.frozen_digest:
-                raise refuse("frozen_digest", spec.frozen_digest, drawn)
+                raise PolicyRefusal.of("frozen_digest", spec.frozen_digest, drawn)
         return model
 
     def fitted(self, asked: pb.Train | pb.Evaluate, policy: SiloPolicy) -> tuple[Any, Arrays]:
@@ -88,7 +88,9 @@ class Workbench:
         """
         model, adapter = self.model(asked), arrays(asked.adapter, policy.max_adapter_value)
         if shapes(trainable(model)) != shapes(adapter):
-            raise refuse("adapter", "other names or shapes", "those of the adapter that adapter_spec describes")
+            raise PolicyRefusal.of(
+                "adapter", "other names or shapes", "those of the adapter that adapter_spec describes"
+            )
         return model, adapter
 
     def local_settings(self, train: pb.Train, policy: SiloPolicy) -> LocalSettings:

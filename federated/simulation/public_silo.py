@@ -5,6 +5,8 @@ from pathlib import Path
 from configs.errors import PolicyRefusal
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
+from configs.storage.layout import SiloFiles
+from configs.storage.secrets import load_or_create_secret, load_secret
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_reply
@@ -14,10 +16,9 @@ from federated.silo.local_training import public_update
 from federated.silo.requests import check_sender, decode, open_envelope
 from federated.silo.units import load_units
 from federated.silo.workbench import Workbench, public_base_model
-from privacy.ledger.file import LEDGER_FILE
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanRequest
-from privacy.signing import Signer, load_or_create_secret, load_secret
+from privacy.signing import Signer
 
 
 class PublicSilo:
@@ -37,12 +38,12 @@ class PublicSilo:
                 allowed="data declared public",
             )
         self._config, self._trusted = config, trusted
-        state = Path(config.silo.state_dir)
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        split_key = _own_secret(state, "split.key")
-        _own_secret(state, "silo.key")
-        self._signer = Signer(state / "silo.key")
-        self._log = private_log(state)
+        files = SiloFiles(Path(config.silo.state_dir))
+        files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        split_key = _own_secret(files, files.split_key)
+        _own_secret(files, files.key)
+        self._signer = Signer(files.key)
+        self._log = private_log(files.directory)
         self._workbench = Workbench(config, public_base_model(config), load_units(config, split_key), self._log)
         self._plan = plan.bind(config.silo.public_record_count)  # for its batches
 
@@ -79,6 +80,6 @@ class PublicSilo:
         return to_bytes(public_update(self._plan, streams, model, bench.task, adapter, bench.records, settings))
 
 
-def _own_secret(state: Path, name: str) -> bytes:
+def _own_secret(files: SiloFiles, path: Path) -> bytes:
     """One of the silo's keys, which it keeps for good once it has a ledger."""
-    return load_secret(state / name) if (state / LEDGER_FILE).exists() else load_or_create_secret(state / name)
+    return load_secret(path) if files.ledger.exists() else load_or_create_secret(path)

@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, SiloweaveError, refusal
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.storage.files import canonical_json
+from configs.storage.layout import SiloFiles
 from privacy.ledger.anchor import Anchor, against
 from privacy.ledger.chain import (
     GENESIS,
@@ -30,7 +31,6 @@ from privacy.ledger.chain import (
 )
 from privacy.ledger.file import (
     ANCHORED,
-    LEDGER_FILE,
     SCHEMA_VERSION,
     connect,
     empty_write_ahead_log,
@@ -61,7 +61,8 @@ class Journal:
     def __init__(self, state_dir: Path, anchor_dir: Path, silo_id: str, dataset_id: str) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
         state_dir.chmod(0o700)
-        self.path, key = state_dir / LEDGER_FILE, state_dir / "silo.key"
+        files = SiloFiles(state_dir)
+        self.path, key = files.ledger, files.key
         if self.path.exists() and not key.exists():
             raise InputError(f"{key}: the key that signed {self.path} is missing; put its backup back")
         self.signer, self.anchor = Signer(key), Anchor(anchor_dir)
@@ -188,7 +189,7 @@ class Journal:
     def refuse_doubt(self) -> None:
         """Raises a PolicyRefusal where anchor and file disagree. Its words name no place: they leave the silo."""
         if self.doubt() is not None:
-            raise refusal(
+            raise PolicyRefusal.of(
                 "rollback", "a request", "none", f"the silo's ledger is in doubt; its steward runs {RECONCILE}"
             )
 
@@ -208,7 +209,9 @@ class Journal:
             if receipt is None:
                 return
             if not self.is_own(receipt) or receipt.public_key != self.signer.public_key or not receipt.holds():
-                raise refusal("receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt")
+                raise PolicyRefusal.of(
+                    "receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt"
+                )
             if against(receipt, self.history()) is not None:
                 self.anchor.write([self.receipt(), receipt])
                 self.refuse_doubt()

@@ -8,7 +8,7 @@ its charge keeps the request's digest, so that nothing can be computed in its pl
 
 from collections.abc import Iterable
 
-from configs.errors import PolicyRefusal, refusal
+from configs.errors import PolicyRefusal
 from privacy.ledger.runs import Body, Run
 
 LEAST_KEPT = 4  # two rounds, each with its evaluation
@@ -30,9 +30,11 @@ def too_old(run: Run, bodies: Iterable[Body]) -> list[int]:
 def gone(run: Run, charge: int, bodies: Iterable[Body]) -> PolicyRefusal:
     """Why a charge has neither seed nor reply."""
     if run.closing is not None:
-        return refusal("closed", run.name, "an open run", f"run {run.name} is closed and its replies are deleted")
+        return PolicyRefusal.of(
+            "closed", run.name, "an open run", f"run {run.name} is closed and its replies are deleted"
+        )
     if any(body["kind"] == "release" and body["charge"] == charge for body in bodies):
         words = f"the reply of charge {charge} made room for newer ones; it stays spent, and is never computed again"
-        return refusal("reply", f"charge {charge}", "the newest replies of a run", words)
+        return PolicyRefusal.of("reply", f"charge {charge}", "the newest replies of a run", words)
     # A backup, which holds no seeds, was put back.
-    return refusal("seed", run.name, "a kept seed", f"charge {charge} has lost its seed; it stays spent")
+    return PolicyRefusal.of("seed", run.name, "a kept seed", f"charge {charge} has lost its seed; it stays spent")

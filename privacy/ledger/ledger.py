@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, refusal
+from configs.errors import InputError, PolicyRefusal
 from configs.storage.files import digest_bytes
 from privacy.ledger.chain import Budget, left, policy_budget, releases, verify_entries
 from privacy.ledger.journal import RECONCILE, Journal, default_anchor_dir
@@ -164,10 +164,10 @@ class Ledger:
                     delta=request.delta,
                 )
             elif before.opening["kind"] != "reserve":
-                raise refusal("reservation", run_id, "another run", f"run {run_id} was entrusted with updates")
+                raise PolicyRefusal.of("reservation", run_id, "another run", f"run {run_id} was entrusted with updates")
             elif before.opening["plan_digest"] != request.digest:
                 reserved = before.opening["plan_digest"]
-                raise refusal("reservation", request.digest, reserved, f"run {run_id} reserved another plan")
+                raise PolicyRefusal.of("reservation", request.digest, reserved, f"run {run_id} reserved another plan")
         return self.receipt(run_id, coordinator)
 
     def charge(
@@ -219,13 +219,15 @@ class Ledger:
         bodies = self.journal.bodies()
         run = _reserved(bodies, run_id, coordinator)
         if run is None:
-            raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
+            raise PolicyRefusal.of("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
         before = run.charge(request=request_id)
         if before is None:
             _check_release(run, what)
             return None
         if before["digest"] != request_digest:
-            raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
+            raise PolicyRefusal.of(
+                "request_id", request_digest, before["digest"], f"request {request_id} was another one"
+            )
         return self._stored(before["number"], run, bodies)
 
     def _new_charge(self, request_digest: str, **values: Any) -> Charge:
@@ -325,13 +327,13 @@ def _what(number: int, metric: str) -> dict[str, Any]:
 
 def _check_release(run: Run, what: dict[str, Any]) -> None:
     if run.closing is not None:
-        raise refusal("closed", run.name, "an open run", run.end)
+        raise PolicyRefusal.of("closed", run.name, "an open run", run.end)
     metric, number = what.get("metric", ""), what.get("metric_number", what["round"])
     shown, most = f"{metric or 'round'} {number}", releases(run.opening["plan"], metric)
     if not 1 <= number <= most:
-        raise refusal("schedule", shown, f"1 to {most}", f"run {run.name} reserved {most} of them")
+        raise PolicyRefusal.of("schedule", shown, f"1 to {most}", f"run {run.name} reserved {most} of them")
     if run.charge(**what) is not None:
-        raise refusal("schedule", shown, "a new one", f"{shown} of {run.name} is charged")
+        raise PolicyRefusal.of("schedule", shown, "a new one", f"{shown} of {run.name} is charged")
 
 
 def _refuse_old(journal: Journal) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.parse import parse
+from configs.storage.layout import SiloFiles
 from privacy.ledger.anchor import Anchor, against, missing
 from privacy.ledger.chain import Budget, left, policy_budget, verify_entries
-from privacy.ledger.file import ANCHORED, LEDGER_FILE, read_only, read_version
+from privacy.ledger.file import ANCHORED, read_only, read_version
 from privacy.ledger.journal import Journal, default_anchor_dir
 from privacy.ledger.runs import Runs
 from privacy.ledger.statements import Receipt, Spend
@@ -148,7 +149,7 @@ def identity(state_dir: Path) -> tuple[str, str, Budget]:
     Raises:
         InputError: there is neither, or the anchor is not where one is found without the silo.toml.
     """
-    path, anchor = state_dir / LEDGER_FILE, Anchor(default_anchor_dir(state_dir))
+    path, anchor = SiloFiles(state_dir).ledger, Anchor(default_anchor_dir(state_dir))
     entries = read_only(path) if path.exists() else []
     anchored = anchor.read()
     if not entries:

@@ -12,6 +12,7 @@ from configs.errors import InputError
 from configs.schema.data import PUBLIC, corpora, field_of
 from configs.schema.schema import RunConfig
 from configs.storage.files import canonical_json, digest_json, write_atomic, write_failure
+from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, finished
 from trainer.data.packing import DTYPE_FIELD, VALIDATION_TOKENS, pack, token_dtype, train_tokens
 from trainer.data.parts import Deidentify, MapParts, Parts, one_after_the_other
@@ -44,12 +45,13 @@ def prepare(
     """
     if config.data.deidentify.enabled and deidentify is None:
         raise ValueError("data.deidentify.enabled is true: give prepare() a deidentifier")
-    corpus, tokenizer_directory = run_directory / "corpus", run_directory / "tokenizer"
+    files = RunFiles(run_directory)
+    corpus, tokenizer_directory = files.corpus, files.tokenizer
     settings = digest_json([*_shaping(config), config.run.seed, *([deidentify.digest] if deidentify else [])])
     done = finished(corpus, "corpus", settings)
     if done is not None and finished(tokenizer_directory, "tokenizer", settings) is not None:
         return done
-    work = run_directory / "corpus-parts"
+    work = files.corpus_parts
     parts = Parts(_only(work, settings))
 
     # 1. Rows to parts; what was read before a kill counts only if all was.

@@ -15,7 +15,7 @@ from federated.adapters.arrays import to_bytes
 from federated.adapters.warm_model import warm_model
 from federated.coordinator.rounds import initial_adapter
 from federated.protocol import silo_pb2 as pb
-from federated.silo.personal import FOLDER, PersonalSettings, personalise
+from federated.silo.personal import PersonalSettings, personalise
 from federated.silo.silo import Silo
 from privacy.plan import PlanRequest
 
@@ -104,7 +104,7 @@ def test_it_serves_its_silo_and_lies_there_privately(open_silo, tiny_run, silowe
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["personal_bits_per_char"] < found["shared_bits_per_char"] - 0.5  # 200 notes that differ by a number
-    folder = tmp_path / "north" / FOLDER
+    folder = tmp_path / "north" / "personal"
     assert found["folder"] == str(folder)
     assert (folder / WEIGHTS).is_file()
     assert all(path.stat().st_mode & 0o077 == 0 for path in (folder, *folder.iterdir()))

@@ -13,6 +13,7 @@ from silo_requests import COORDINATOR, TRUSTED, ask, opened
 from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
+from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.coordinator.rounds import initial_adapter
 from federated.protocol import silo_pb2 as pb
@@ -27,7 +28,6 @@ from privacy.ledger.journal import default_anchor_dir
 from privacy.ledger.statements import Receipt, RunStatement
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.plan import MetricRelease, PlanRequest
-from privacy.signing import load_secret
 
 PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 SEED = bytes(range(32))
