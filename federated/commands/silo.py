@@ -45,9 +45,8 @@ def init(
 
     settings, card_of_relay = load_silo(config), read_document(RelayCard, relay)
     card = make_identity(settings, journal_of(settings), card_of_relay, tuple(host or ["localhost"]))
-    say(
-        f"silo {card.silo}: send {SiloFiles(Path(settings.silo.state_dir)).enrolment} to the coordinator, and read this out:"
-    )
+    enrolment = SiloFiles(Path(settings.silo.state_dir)).enrolment
+    say(f"silo {card.silo}: send {enrolment} to the coordinator, and read this out:")
     say(f"fingerprint {fingerprint(card)}")
 
 

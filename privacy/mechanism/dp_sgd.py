@@ -3,7 +3,6 @@
 Everything that the steps of a charge may reveal has been charged before the first sample is drawn.
 """
 
-import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from configs.errors import InputError
 from configs.schema.federated import ClippingMethod
 from privacy.clipping.clipping import LARGEST_NORM, SMALLEST_NORM, Clipper, clipping
 from privacy.clipping.independence import Together
@@ -43,7 +41,6 @@ class PrivateTraining(Generic[Unit]):
         synthetic: made-up units of several shapes for the start-up proof that per-record gradients are right.
         micro_batch_size: most units at once, for memory and speed; changes no bit of the result.
         method: how per-record gradients are formed.
-        steps_done: steps of this charge so far.
     """
 
     plan: PrivacyPlan
@@ -55,7 +52,6 @@ class PrivateTraining(Generic[Unit]):
     synthetic: Sequence[Unit]
     micro_batch_size: int = 16
     method: ClippingMethod = "bookkeeping"
-    steps_done: int = field(default=0, init=False)
     _proved: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -72,13 +68,12 @@ class PrivateTraining(Generic[Unit]):
             probe(clipper, self.unit_losses, self.synthetic)
         self._proved = True
 
-    def run(self, streams: Streams, units: Sequence[Unit], at_most: int | None = None) -> None:
-        """The steps that are left of this charge, or the next few of them. Proves first where nobody did.
+    def run(self, streams: Streams, units: Sequence[Unit]) -> None:
+        """The steps of this charge. Proves first where nobody did.
 
         Args:
             streams: the charge's random streams.
             units: the private units.
-            at_most: stop after so many, to take a ``state_dict``.
 
         Raises:
             InputError: as ``prove``.
@@ -88,8 +83,7 @@ class PrivateTraining(Generic[Unit]):
         self._proved = False  # the weights move on
         with self._clipping() as clipper:
             together = Together(clipper, self.unit_losses, self.shape_of, self.made_up, self.micro_batch_size)
-            left = range(self.steps_done, self.plan.request.steps_per_round)
-            for step in left[:at_most]:
+            for step in range(self.plan.request.steps_per_round):
                 with _seeded(streams, step):
                     self._step(clipper, together, streams, units, step)
 
@@ -119,7 +113,6 @@ class PrivateTraining(Generic[Unit]):
         # 4. From here on only noised values are seen.
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.steps_done = step + 1
 
     def _next_norm(self, norms: list[torch.Tensor], streams: Streams, step: int) -> float:
         """The clipping norm after this step, by a noised count of the gradients that were not shortened."""
@@ -133,31 +126,6 @@ class PrivateTraining(Generic[Unit]):
         start = self.plan.request.max_grad_norm
         lowest, highest = max(start / _FARTHEST_NORM, SMALLEST_NORM), min(start * _FARTHEST_NORM, LARGEST_NORM)
         return min(max(moved, lowest), highest)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed charge needs, made from noised values only: it continues bit for bit."""
-        return {
-            "plan": self.plan.request.digest,
-            "steps_done": self.steps_done,
-            "max_grad_norm": self.max_grad_norm,
-            "weights": {name: value.detach().clone() for name, value in self._parameters.items()},
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a ``state_dict``.
-
-        Raises:
-            InputError: it was made under another plan.
-        """
-        if state["plan"] != self.plan.request.digest:
-            raise InputError(f"state of plan {state['plan']}: this training has plan {self.plan.request.digest}")
-        self._proved = False
-        self.steps_done, self.max_grad_norm = state["steps_done"], state["max_grad_norm"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        with torch.no_grad():
-            for name, value in self._parameters.items():
-                value.copy_(state["weights"][name])
 
 
 @contextmanager
