@@ -22,10 +22,10 @@ from figures import setting, spreads
 from configs.schema.federated import FederatedSettings
 from federated.adapters.arrays import Arrays
 from federated.adapters.warm_model import warm_model
-from federated.aggregation.aggregation import Aggregation
+from federated.aggregation.aggregation import RoundAggregation
 from federated.silo.local_training import LocalSettings, PrivateUpdate
 from privacy.mechanism.streams import SEED_BYTES, Streams
-from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.plan import PlanTerms, PrivacyPlan
 from trainer.data.embedded import plays
 from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import Score, score
@@ -83,7 +83,7 @@ def task_of(model: Path) -> CausalTask:
 @cache
 def plan() -> PrivacyPlan:
     """The same for all silos: each has RECORDS records."""
-    request = PlanRequest(
+    request = PlanTerms(
         sampling_rate=SAMPLING_RATE,
         max_grad_norm=1.0,
         noise_multiplier=1.0,
@@ -117,7 +117,7 @@ def federate(model: Path, method: str, seed: int) -> dict[str, float]:
     settings = FederatedSettings(rounds=ROUNDS, local_steps=STEPS, lora_rank=RANK, lora_alpha=ALPHA, **METHODS[method])
     adapter, state = fresh_adapter(model, seed), dict[str, Any]()
     for number in range(1, ROUNDS + 1):
-        aggregation = Aggregation(settings, adapter, state, len(silos(model)))
+        aggregation = RoundAggregation(settings, adapter, state, len(silos(model)))
         for name, (records, _) in silos(model).items():
             sent = aggregation.sent(name)
             peft = warm_model(model, sent.rank, sent.alpha, "", seed if settings.adapters == "ffa" else None)
@@ -144,7 +144,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     document = {
         **setting(LIBRARIES),
-        "plan": plan().request.model_dump(),
+        "plan": plan().terms.model_dump(),
         "records_per_silo": RECORDS,
         "methods": METHODS,
         "base": bits(arguments.model, fresh_adapter(arguments.model, 0)),

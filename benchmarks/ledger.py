@@ -18,10 +18,10 @@ from figures import setting, spread
 
 from privacy.ledger.chain import Budget
 from privacy.ledger.ledger import Ledger
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 ROUNDS = 100_000
-PLAN = PlanRequest(
+PLAN = PlanTerms(
     unit="record",
     sampling_rate=1e-4,
     noise_multiplier=2.0,

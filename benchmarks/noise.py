@@ -17,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.noise import grid, noised
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 from trainer.models.adapters import add_adapter
 
 BATCH, CONTEXT, VOCABULARY, PUBLIC_COUNT = 16, 128, 2048, 1000
 # Every unit is in nearly every batch, so that a step has 16 records.
-PLAN = PlanRequest(
+PLAN = PlanTerms(
     sampling_rate=0.999, max_grad_norm=1.0, noise_multiplier=1.0, rounds=1, steps_per_round=1, delta=1e-5
 ).bind(PUBLIC_COUNT)
 DIGEST = "11" * 32

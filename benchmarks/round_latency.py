@@ -30,7 +30,7 @@ STEPS = 2
 WAIT_S = 300.0
 
 
-class Federation:
+class FederationFolder:
     """Two silos and their coordinator on this machine, made by the product's own commands."""
 
     def __init__(self, root: Path, model: Path) -> None:
@@ -126,7 +126,7 @@ class Federation:
 
     def stock(self, number: int, rounds: int) -> dict[str, list[float]]:
         """One run of the stock app over the same SuperNodes."""
-        from federated.deployment.federation_folder import Federation as Folder
+        from federated.deployment.federation_folder import FederationFolder as Folder
         from federated.deployment.flower_programs import flower_environment
         from federated.deployment.superlink import LINK
 
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="round-latency-"))
-    federation = Federation(root, options.model)
+    federation = FederationFolder(root, options.model)
     runs: dict[str, dict[str, list[float]]] = {"ours": {}, "stock": {}}
     try:
         for number in range(options.repetitions):

@@ -63,7 +63,7 @@ class MetricRelease(BaseModel):
         return {name: value for name, value in tree.items() if name != "labels" or value}
 
 
-class PlanRequest(BaseModel):
+class PlanTerms(BaseModel):
     """What a coordinator may ask of every silo: public fields only, the same for all.
 
     Attributes:
@@ -110,7 +110,7 @@ class PlanRequest(BaseModel):
     metric_releases: Annotated[tuple[MetricRelease, ...], Field(max_length=20)] = ()
 
     @model_validator(mode="after")
-    def _consistent(self) -> PlanRequest:
+    def _consistent(self) -> PlanTerms:
         problems = (
             self._version_problem(),
             self._unit_problem(),
@@ -239,7 +239,7 @@ class PlanRequest(BaseModel):
 
         return guarantee(self.schedule, self.delta)
 
-    def calibrated(self, epsilon: float) -> PlanRequest:
+    def calibrated(self, epsilon: float) -> PlanTerms:
         """The same plan with the smallest noise multiplier whose whole schedule spends at most epsilon.
 
         Raises:
@@ -270,7 +270,7 @@ class PlanRequest(BaseModel):
         if self.delta > allowed:
             why = f"a dataset with public_record_count {public_record_count} allows at most {allowed:.3g}"
             raise _refusal("delta", f"{self.delta:g}", f"{allowed:.3g}", f"{why}; lower privacy.delta")
-        plan = PrivacyPlan(request=self, public_record_count=public_record_count)
+        plan = PrivacyPlan(terms=self, public_record_count=public_record_count)
         if self.clipping_function == "quantile" and 2 * plan.count_noise_std <= self.noise_multiplier:
             enough = 10 * self.noise_multiplier
             why = f"the noised count would use up the whole noise; expected batches above {enough:.4g} leave some"
@@ -290,7 +290,7 @@ class PlanRequest(BaseModel):
         if self.metric_releases:
             names = ", ".join(metric.name for metric in self.metric_releases)
             raise _refusal("metric_releases", names, "none", "metrics are sums over records")
-        return PrivacyPlan(request=self, public_record_count=self.num_clients)
+        return PrivacyPlan(terms=self, public_record_count=self.num_clients)
 
 
 def _refusal(rule: str, asked: str, allowed: str, why: str) -> PolicyRefusal:
@@ -302,13 +302,13 @@ class PrivacyPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    request: PlanRequest
+    terms: PlanTerms
     public_record_count: Annotated[int, Field(ge=1)]
 
     @property
     def expected_batch_size(self) -> float:
         """The normaliser of every step: q times the public count, whatever the batch turned out to be."""
-        return self.request.sampling_rate * self.public_record_count
+        return self.terms.sampling_rate * self.public_record_count
 
     @property
     def noise_std(self) -> float:
@@ -317,10 +317,10 @@ class PrivacyPlan(BaseModel):
         With ``quantile`` the sum and the count, each over its own noise, are one Gaussian release: what the count takes
         is made up for here, so that both together have noise multiplier sigma (Andrew et al. 2021, theorem 1).
         """
-        multiplier: float = self.request.noise_multiplier
-        if self.request.clipping_function == "quantile":
+        multiplier: float = self.terms.noise_multiplier
+        if self.terms.clipping_function == "quantile":
             multiplier = 1 / math.sqrt(multiplier**-2 - (2 * self.count_noise_std) ** -2)
-        return multiplier * self.request.max_grad_norm
+        return multiplier * self.terms.max_grad_norm
 
     @property
     def count_noise_std(self) -> float:
@@ -330,4 +330,4 @@ class PrivacyPlan(BaseModel):
     @property
     def inclusion_threshold(self) -> int:
         """A unit is sampled when a uniform 64-bit integer is below floor(q * 2^64): never more often than q."""
-        return math.floor(self.request.sampling_rate * 2**64)
+        return math.floor(self.terms.sampling_rate * 2**64)

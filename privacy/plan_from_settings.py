@@ -5,13 +5,13 @@ from typing import Any
 from configs.parse import parse
 from configs.schema.schema import RunConfig
 from privacy.accounting.truncation import units_for
-from privacy.plan import METRIC, PlanRequest
+from privacy.plan import METRIC, PlanTerms
 
 # A client's whole update is one vector of a round; who takes part is not secret, and so nothing amplifies.
 _WHOLE_CLIENTS: dict[str, Any] = {"relation": "zero_out", "sampler": "all", "sampling_rate": 1, "steps_per_round": 1}
 
 
-def plan_request(config: RunConfig) -> PlanRequest:
+def plan_terms(config: RunConfig) -> PlanTerms:
     """The plan that the settings ask for: noise calibrated to epsilon over the whole schedule.
 
     Raises:
@@ -43,4 +43,4 @@ def plan_request(config: RunConfig) -> PlanRequest:
         **(_WHOLE_CLIENTS if privacy.unit == "client" else {}),
         "num_clients": privacy.num_clients,
     }
-    return parse(PlanRequest, tree, "privacy").calibrated(privacy.epsilon)
+    return parse(PlanTerms, tree, "privacy").calibrated(privacy.epsilon)

@@ -9,7 +9,7 @@ from configs.storage.secrets import load_or_create_secret
 
 
 class Signer:
-    """Signs with a silo's Ed25519 key."""
+    """Signs with the Ed25519 key of its owner: a silo, a coordinator, or an audit."""
 
     def __init__(self, key_path: Path) -> None:
         self._key = Ed25519PrivateKey.from_private_bytes(load_or_create_secret(key_path))

@@ -9,7 +9,7 @@ from torch import nn
 
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.plan import PlanTerms, PrivacyPlan
 from traps.layers import record_losses, records, trainable
 
 SEED, DIGEST = bytes(range(32)), "ab" * 32
@@ -33,7 +33,7 @@ def plan(num_records: int, **changes: float) -> PrivacyPlan:
         "steps_per_round": 1,
         "delta": 1e-6,
     }
-    return PlanRequest.model_validate({**values, **changes}).bind(num_records)
+    return PlanTerms.model_validate({**values, **changes}).bind(num_records)
 
 
 def train(

@@ -79,7 +79,7 @@ def non_finite() -> Cell:
     model.embedding.weight.data[9] = torch.inf
     x_B = records() % 9
     a_plan = engine.plan(len(x_B), max_grad_norm=median_norm(model, x_B))
-    expected = per_record_loop(model, x_B[1:], a_plan.request.max_grad_norm)
+    expected = per_record_loop(model, x_B[1:], a_plan.terms.max_grad_norm)
     x_B[0, 3] = 9
     found, _ = engine.train(model, list(x_B), a_plan, synthetic=records(16, seed=99) % 9)
     error = relative_error(found, expected)
@@ -122,7 +122,7 @@ def empty_batch() -> Cell:
     lost = [
         engine.train(model, list(records(3)), _short_batches(steps))[0]["head.weight"] for steps in (empty, empty + 1)
     ]
-    moved, counted = bool((lost[0] != lost[1]).any()), a_plan.request.steps == len(batches)
+    moved, counted = bool((lost[0] != lost[1]).any()), a_plan.terms.steps == len(batches)
     return judged(moved and counted, f"noise added: {moved}, every step of the plan is charged: {counted}")
 
 
@@ -141,7 +141,7 @@ def sampling(steps: int = 2000) -> Cell:
 
 def shuffling() -> Cell:
     try:
-        engine.PlanRequest.model_validate({**engine.plan(100).request.model_dump(), "sampler": "shuffle"})
+        engine.PlanTerms.model_validate({**engine.plan(100).terms.model_dump(), "sampler": "shuffle"})
     except ValidationError as error:
         return Cell("refuses", f"a plan with sampler 'shuffle': {error.errors()[0]['msg']}")
     return Cell("fails", "a plan takes a shuffling sampler")
@@ -252,9 +252,9 @@ def client_sampling() -> Cell:
     from dp_accounting.pld import PLDAccountant
 
     values = {"sampling_rate": 0.03, "noise_multiplier": 0.59, "rounds": 3, "steps_per_round": 12, "delta": 1e-5}
-    request = engine.plan(5000, **values).request
+    request = engine.plan(5000, **values).terms
     try:
-        engine.PlanRequest.model_validate({**request.model_dump(), "participation": 0.5})
+        engine.PlanTerms.model_validate({**request.model_dump(), "participation": 0.5})
     except ValidationError:
         taken = False
     else:

@@ -32,8 +32,8 @@ from federated.audit.canary_training import AuditSettings, AuditTraining
 from federated.audit.hostile_adapters import movements
 from federated.audit.membership import infer_membership
 from privacy.audit.bound import REFERENCE_PLAN, audited_bound, overall
-from privacy.plan import PlanRequest
-from privacy.plan_from_settings import plan_request
+from privacy.plan import PlanTerms
+from privacy.plan_from_settings import plan_terms
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.models.adapters import add_adapter
 from trainer.models.load import load_model
@@ -68,7 +68,7 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
     write_atomic(directory / "design.json", json.dumps(design, indent=2).encode() + b"\n")
     with run.stage("audit"):
         claims = {
-            name: _audit_plan(run, name, PlanRequest(**claim["plan"]), design, copy.deepcopy(base), earlier)
+            name: _audit_plan(run, name, PlanTerms(**claim["plan"]), design, copy.deepcopy(base), earlier)
             for name, claim in design["claims"].items()
         }
         hostile = _hostile_adapters(run, base)
@@ -110,7 +110,7 @@ def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, An
     """Everything that is fixed before the first step: canaries, scores, guesses, claims."""
     claims = {}
     # The run's claim, looked at in every way; and the engine where one run can prove something, with all error on one.
-    for name, request, examples in (("run", plan_request(config), _EXAMPLE_CANARIES), ("reference", REFERENCE_PLAN, 0)):
+    for name, request, examples in (("run", plan_terms(config), _EXAMPLE_CANARIES), ("reference", REFERENCE_PLAN, 0)):
         settings = AuditSettings(
             gradient_canaries=canaries,
             example_canaries=examples,
@@ -125,7 +125,7 @@ def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, An
 
 
 def _audit_plan(
-    run: Run, name: str, request: PlanRequest, design: dict[str, Any], base: Any, earlier: int
+    run: Run, name: str, request: PlanTerms, design: dict[str, Any], base: Any, earlier: int
 ) -> dict[str, Any]:
     torch.set_num_threads(run.config.cluster.threads_per_rank)
     federated = run.config.federated

@@ -6,8 +6,8 @@ import torch
 
 from configs.schema.schema import RunConfig
 from federated.adapters.lora_factors import frozen
-from privacy.plan import PlanRequest
-from privacy.plan_from_settings import plan_request
+from privacy.plan import PlanTerms
+from privacy.plan_from_settings import plan_terms
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.llama import empty_model, parameter_sizes
 from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_device, unsupported
@@ -23,7 +23,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     """
     pretrain, cluster, private = config.pretrain, config.cluster, config.data.private
     sizes = parameter_sizes(config.model, config.tokenizer.vocab_size)
-    plan = plan_request(config)
+    plan = plan_terms(config)
     counts = {"(default)": private.public_record_count, **private.public_record_counts}
     return {
         "model": {"parameters": sum(sizes), "context_length": config.model.context_length},
@@ -79,7 +79,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _bound(plan: PlanRequest, public_record_count: int) -> int:
+def _bound(plan: PlanTerms, public_record_count: int) -> int:
     """A silo's size; with records as units its rules for the plan have to hold."""
     return plan.bind(public_record_count).public_record_count if plan.unit == "record" else public_record_count
 

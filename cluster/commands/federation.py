@@ -17,7 +17,7 @@ def run(
 ) -> None:
     """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its status is the run's."""
     from cluster.monitoring.listeners import listening
-    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_folder import FederationFolder
     from federated.deployment.served_run import run as run_rounds
 
     settings = load(config, overrides or [])
@@ -29,7 +29,7 @@ def run(
                 # As in a simulation, so that both have the same curves.
                 listener({**event, "stage": FEDERATED})
 
-        directory = run_rounds(Federation(folder), settings, on_event)
+        directory = run_rounds(FederationFolder(folder), settings, on_event)
     say(f"finished: {directory / CERTIFICATE}")
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.commands import stages as commands
+from cluster.commands import stages
 from cluster.commands.tune import tune
 from cluster.runtime import jobs
 from configs.errors import InputError
@@ -15,17 +15,17 @@ from configs.printing import say, stream, to_json
 from configs.schema.schema import RunConfig
 
 STAGES = (
-    commands.demo,
-    commands.prepare,
-    commands.pretrain,
-    commands.export,
-    commands.federate,
-    commands.evaluate,
-    commands.generate,
-    commands.report,
-    commands.audit,
-    commands.plan,
-    commands.doctor,
+    stages.demo,
+    stages.prepare,
+    stages.pretrain,
+    stages.export,
+    stages.federate,
+    stages.evaluate,
+    stages.generate,
+    stages.report,
+    stages.audit,
+    stages.plan,
+    stages.doctor,
     tune,
 )
 ServerOption = Annotated[
@@ -41,7 +41,7 @@ def submit(
     address: ServerOption = "",
     python: Annotated[str, typer.Option(help="Interpreter on the nodes, with the dependencies installed.")] = "python",
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Don't wait for the job's end.")] = False,
-    as_json: commands.JsonOption = False,
+    as_json: stages.JsonOption = False,
 ) -> None:
     """Runs a command on a Ray cluster, shows its output, and ends with its exit status; continues when given again."""
     config, words = _resolve(command)
@@ -56,13 +56,13 @@ def submit(
 
 
 @job_app.command()
-def status(job: JobArgument, address: ServerOption = "", as_json: commands.JsonOption = False) -> None:
+def status(job: JobArgument, address: ServerOption = "", as_json: stages.JsonOption = False) -> None:
     """What the cluster knows of a job."""
     _show(jobs.Jobs(address).details(job), as_json)
 
 
 @job_app.command()
-def stop(job: JobArgument, address: ServerOption = "", as_json: commands.JsonOption = False) -> None:
+def stop(job: JobArgument, address: ServerOption = "", as_json: stages.JsonOption = False) -> None:
     """Ends a job; what it has committed stays, and the same submission continues from there."""
     _show(jobs.Jobs(address).stop(job), as_json)
 
@@ -72,7 +72,7 @@ def logs(
     job: JobArgument,
     address: ServerOption = "",
     follow: Annotated[bool, typer.Option("--follow", help="Until the job ends; exit status is the job's.")] = False,
-    as_json: commands.JsonOption = False,
+    as_json: stages.JsonOption = False,
 ) -> None:
     """What a job has printed."""
     cluster = jobs.Jobs(address)

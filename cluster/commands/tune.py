@@ -4,15 +4,15 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.commands import stages as commands
+from cluster.commands import stages
 from configs.errors import InputError
 from configs.load import load
 from configs.printing import say, to_json
 
 
 def tune(
-    config: commands.ConfigOption = "demo",
-    override: commands.SetOption = None,
+    config: stages.ConfigOption = "demo",
+    override: stages.SetOption = None,
     param: Annotated[
         list[str] | None,
         typer.Option(
@@ -26,21 +26,21 @@ def tune(
     max_parallel: Annotated[
         int, typer.Option(min=0, help="Most trials at once. Default: as many as there is room for.")
     ] = 0,
-    address: commands.AddressOption = "",
-    as_json: commands.JsonOption = False,
+    address: stages.AddressOption = "",
+    as_json: stages.JsonOption = False,
 ) -> None:
     """Searches settings with Ray Tune, bad pretraining trials stopped early; continues when given again."""
     from cluster.tuning import search as tuning
     from cluster.tuning.search_space import parse_parameters
 
-    settings = load(config, commands.overrides(override, address))
+    settings = load(config, stages.overrides(override, address))
     _check_installed()
     search = tuning.Search(settings, parse_parameters(param or []), trials, metric)
 
     def work(run: Any) -> dict[str, Any]:
         return tuning.tune(run, search, max_parallel)
 
-    document, _ = commands.with_run(settings, work, as_json)
+    document, _ = stages.with_run(settings, work, as_json)
     if as_json:
         say(to_json(document))
         return

@@ -4,7 +4,7 @@ from typing import Any
 
 from cluster.report.plots import ACCENT, INK, MUTED, new_figure, svg
 from configs.printing import printable
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 
 def render(report: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def _epsilon_plot(report: dict[str, Any]) -> str:
     """
     privacy, rounds = report["privacy"], report["federated"]["rounds"]
     figure, (axes,) = new_figure()
-    plan = PlanRequest(**privacy["plan"])
+    plan = PlanTerms(**privacy["plan"])
     spent = [plan.model_copy(update={"rounds": done}).epsilon for done in range(1, rounds + 1)]
     groups: dict[int, list[str]] = {}
     for name, silo in privacy["silos"].items():

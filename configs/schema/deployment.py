@@ -42,7 +42,7 @@ class RelayConfig(Settings):
     """Loopback port of the SuperNode's own interface for its processes; 0: any free one at each start."""
 
     @model_validator(mode="after")
-    def _absolute(self) -> "RelayConfig":
+    def _paths_are_absolute(self) -> "RelayConfig":
         for name in ("state_dir", "coordinator"):
             if not Path(getattr(self, name)).is_absolute():
                 raise ValueError(f"{name} is {getattr(self, name)!r}: give an absolute path")

@@ -12,7 +12,7 @@ from configs.schema.data import DataSettings, SourceSettings, TokenizerSettings
 from configs.schema.federated import ROBUST, FederatedSettings
 from configs.schema.pretrain import ClusterSettings, ModelSettings, PretrainSettings
 
-LARGEST_NUMBER_OF_CLIENTS = 2**16  # so many updates are summed without rounding
+LARGEST_NUMBER_OF_CLIENTS = 2**16  # an exact sum has room for so many updates
 
 
 class RunSettings(Settings):

@@ -121,7 +121,7 @@ class SiloConfig(Settings):
     policy: SiloPolicy
 
     @model_validator(mode="after")
-    def _absolute(self) -> "SiloConfig":
+    def _paths_are_absolute(self) -> "SiloConfig":
         for name in ("state_dir", "base_model"):
             if not Path(getattr(self.silo, name)).is_absolute():
                 raise ValueError(f"silo.{name} is {getattr(self.silo, name)!r}: give an absolute path")

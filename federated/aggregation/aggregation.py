@@ -32,7 +32,7 @@ class Sent:
     correction: Arrays
 
 
-class Aggregation:
+class RoundAggregation:
     """Folds the updates of one round as they come; their order doesn't matter.
 
     Memory doesn't grow with the silos, but for the robust means (``max_silos``) and for SCAFFOLD's variates.

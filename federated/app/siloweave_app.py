@@ -13,7 +13,7 @@ def __getattr__(name: str) -> Any:
 
         return app
     if name == "client":
-        from federated.transport.client_app import make_app, silo_service
+        from federated.transport.client_app import make_app, reach_service
 
-        return make_app(silo_service)
+        return make_app(reach_service)
     raise AttributeError(name)

@@ -37,7 +37,7 @@ class AuditSilo:
     @classmethod
     def open(cls, state_dir: Path, plan: PrivacyPlan, run_id: str, design_digest: str) -> "AuditSilo":
         """Starts the ledger and reserves the plan."""
-        budget = Budget(plan.request.epsilon, plan.request.delta)
+        budget = Budget(plan.terms.epsilon, plan.terms.delta)
         ledger = Ledger.open(state_dir, _SILO, AUDIT_DATASET, budget)
         ledger.reserve(run_id, plan)
         return cls(ledger, plan, run_id, design_digest)
@@ -70,7 +70,7 @@ class AuditSilo:
             silo=_SILO,
             public_key=self.ledger.public_key,
             run=self.run_id,
-            plan_digest=self.plan.request.digest,
+            plan_digest=self.plan.terms.digest,
             design_digest=self.design_digest,
             earlier_audits=earlier_audits,
             scores=scores,
@@ -83,4 +83,4 @@ class AuditSilo:
             "statement": closed.model_dump(mode="json"),
             "audit": audit.model_dump(mode="json"),
         }
-        return certificate(self.run_id, self.plan.request, {_SILO: silo}, None)
+        return certificate(self.run_id, self.plan.terms, {_SILO: silo}, None)

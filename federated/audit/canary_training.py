@@ -17,10 +17,10 @@ from torch.func import functional_call, jvp
 from configs.errors import SiloweaveError
 from privacy.audit.attacks import exposure
 from privacy.audit.bound import Finding, fair_coins, judge, num_guesses
-from privacy.audit.canaries import NO_CANARY, Probe, Released, gradient_scores
+from privacy.audit.canaries import NO_CANARY, CanaryLayer, Released, gradient_scores
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 from trainer.metrics.record_losses import record_losses
 from trainer.models.adapters import trainable
 from trainer.tasks.task import Encoded, Task
@@ -49,7 +49,7 @@ class AuditSettings:
     learning_rate: float
     micro_batch_size: int
 
-    def modes(self, request: PlanRequest) -> dict[str, tuple[int, float]]:
+    def modes(self, request: PlanTerms) -> dict[str, tuple[int, float]]:
         """The scores that will be tried, each with its number of guesses and its share of the allowed error.
 
         Gradient canaries show most, and a run at 99.9% has no error to give away: they get nine tenths of it.
@@ -74,7 +74,7 @@ class AuditTraining:
         design_digest: digest of all that was fixed beforehand; salts the noise.
     """
 
-    request: PlanRequest
+    terms: PlanTerms
     settings: AuditSettings
     model: Any
     task: Task
@@ -84,8 +84,8 @@ class AuditTraining:
     weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.plan = self.request.bind(self.settings.record_count)
-        self._probe = Probe(self.settings.gradient_canaries, self.request.max_grad_norm)
+        self.plan = self.terms.bind(self.settings.record_count)
+        self._probe = CanaryLayer(self.settings.gradient_canaries, self.terms.max_grad_norm)
         self._whole = nn.ModuleDict({"model": self.model, "probe": self._probe})
         self._gradient_coins = fair_coins(self.settings.gradient_canaries)
         self._example_coins = fair_coins(self.settings.example_canaries)
@@ -109,7 +109,7 @@ class AuditTraining:
         units = [(record, NO_CANARY) for record in [*self.background, *included]]
         units += [(self._stand_in, int(canary)) for canary in np.flatnonzero(self._gradient_coins)]
         synthetic = [(self.task.encode(text), NO_CANARY) for text in ("1 2", "1 2 3 4")] + [(self._stand_in, 0)]
-        for number in range(1, self.request.rounds + 1):
+        for number in range(1, self.terms.rounds + 1):
             parameters = trainable(self._whole)
             optimizer = torch.optim.Adam(list(parameters.values()), lr=self.settings.learning_rate)
             # Without example canaries only the probe is looked at: a large adapter's steps need not be kept.
@@ -153,11 +153,11 @@ class AuditTraining:
                 scores[mode],
                 self._gradient_coins if mode == GRADIENT else self._example_coins,
                 guesses,
-                epsilon=self.request.epsilon,
-                delta=self.request.delta,
+                epsilon=self.terms.epsilon,
+                delta=self.terms.delta,
                 share=share,
             )
-            for mode, (guesses, share) in self.settings.modes(self.request).items()
+            for mode, (guesses, share) in self.settings.modes(self.terms).items()
         ]
 
     def _white_box_scores(self) -> npt.NDArray[np.float64]:

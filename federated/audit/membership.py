@@ -67,7 +67,7 @@ def _records(silos: Mapping[str, SiloConfig], task: Task, limit: int) -> tuple[l
 
 
 def _spread(units: Sequence[str], count: int) -> list[str]:
-    """From the whole length of the source: the first ones would be of one author or time, and tell by that."""
+    """Units from the whole length of the source: the first ones may share an author or a time, and be told by that."""
     return [units[index] for index in np.linspace(0, len(units) - 1, count).round().astype(int)]
 
 

@@ -9,7 +9,7 @@ import typer
 from configs.printing import answer, confirmed, say
 
 if TYPE_CHECKING:
-    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_folder import FederationFolder
 
 federation_app = typer.Typer(help="Runs a federation over silos elsewhere.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(help="The federation's folder.")]
@@ -32,11 +32,11 @@ def init(
     """Makes a coordinator's keys, its certificates and coordinator.json for the silos."""
     from configs.parse import parse
     from configs.schema.deployment import FederationConfig
-    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_folder import FederationFolder
     from federated.identity.cards import fingerprint
 
     given = {"name": name, "hosts": host, "port": port, "listen": listen}
-    made = Federation.create(folder, parse(FederationConfig, given, "federation init"))
+    made = FederationFolder.create(folder, parse(FederationConfig, given, "federation init"))
     say(f"{made.card_file}: send it to every silo, and read this out to its steward:")
     say(f"fingerprint {fingerprint(made.card)}")
 
@@ -50,33 +50,33 @@ def enrol(
     ] = None,
 ) -> None:
     """Takes a silo in; nothing has to be restarted."""
-    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_folder import FederationFolder
     from federated.identity.cards import EnrolledSilo, confirm, read_document
 
     card = read_document(EnrolledSilo, enrolment)
     confirm(card, fingerprint, str(enrolment), confirmed)
-    Federation(folder).enrol(card)
+    FederationFolder(folder).enrol(card)
     say(f"silo {card.silo}: enrolled; runs ask it from their next round on")
 
 
 @federation_app.command()
 def revoke(folder: Folder, silo: Annotated[str, typer.Argument(help="The silo's name.")]) -> None:
     """Takes a silo out; nothing has to be restarted."""
-    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_folder import FederationFolder
 
-    Federation(folder).revoke(silo)
+    FederationFolder(folder).revoke(silo)
     say(f"silo {silo}: revoked")
 
 
 @federation_app.command()
 def serve(folder: Folder) -> None:
     """Starts SuperLink and proxy and restarts what dies, until it is told to end (SIGTERM, Ctrl-C)."""
-    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_folder import FederationFolder
     from federated.deployment.proxy import proxy
     from federated.deployment.superlink import superlink
     from federated.deployment.supervisor import Supervisor, ended_by_signal
 
-    served = Federation(folder)
+    served = FederationFolder(folder)
     served.renew_certificates()
     link, port = superlink(served)
     supervisor = Supervisor(served.state, [link, proxy(served, port)])
@@ -84,7 +84,7 @@ def serve(folder: Folder) -> None:
     supervisor.run(ended_by_signal(), lambda: say(f"federation at {address}: serving"), _enrolments(served))
 
 
-def _enrolments(served: "Federation") -> "Callable[[], None]":
+def _enrolments(served: "FederationFolder") -> "Callable[[], None]":
     """Registers and unregisters nodes when the enrolled silos have changed; a SuperLink that is away is asked later."""
     from configs.errors import SiloweaveError
     from federated.deployment.superlink import reconcile
@@ -110,19 +110,19 @@ def _enrolments(served: "Federation") -> "Callable[[], None]":
 @federation_app.command()
 def status(folder: Folder, as_json: JsonOption = False) -> None:
     """Processes, silos and their budgets, the run's round, refusals with their reasons."""
-    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_folder import FederationFolder
     from federated.deployment.federation_status import lines
     from federated.deployment.federation_status import status as look
 
-    found = look(Federation(folder))
+    found = look(FederationFolder(folder))
     answer(as_json, found, *lines(found))
 
 
 @federation_app.command()
 def stop(folder: Folder) -> None:
     """Ends `federation serve` and all that it started. A run that is given again goes on from its newest round."""
-    from federated.deployment.federation_folder import Federation
+    from federated.deployment.federation_folder import FederationFolder
     from federated.deployment.supervisor import stop as end
 
-    ended = end(Federation(folder).state)
+    ended = end(FederationFolder(folder).state)
     say("stopped" if ended else "nothing was running")

@@ -25,7 +25,7 @@ from federated.coordinator.replies import (
     require_signed,
     sound_or_rejected,
 )
-from federated.coordinator.run_ticket import Run
+from federated.coordinator.run_ticket import RunTicket
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.protocol.framing import PROTOCOL_VERSION
@@ -37,7 +37,7 @@ TRAIN, QUERY = "train", "query"
 
 @dataclass(frozen=True)
 class Bodies:
-    """A request to each of some silos, made when it is sent: all at once would hold the adapter once a silo.
+    """Requests to some silos. Each is made when it is sent: made at once they would hold a copy of the adapter per silo.
 
     Attributes:
         silos: who is asked.
@@ -51,7 +51,7 @@ class Bodies:
 
 
 @dataclass
-class Exchange:
+class SiloExchange:
     """Messages of one run.
 
     Attributes:
@@ -67,7 +67,7 @@ class Exchange:
     """
 
     grid: Nodes
-    run: Run
+    run: RunTicket
     parties: Parties
     settings: FederatedSettings
     log: EventLog

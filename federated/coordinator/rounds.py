@@ -19,21 +19,21 @@ from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen_digest
-from federated.aggregation.aggregation import Aggregation, Sent, check_size
+from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, Exchange
+from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
 from federated.coordinator.run_ticket import open_run
-from federated.coordinator.silo_records import Accounts
-from federated.coordinator.trusted_aggregator import Aggregator, new_aggregator
+from federated.coordinator.silo_records import SiloRecords
+from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
 from federated.evaluation.private_sums import bounds_of, checked_sums, figures
 from federated.protocol import silo_pb2 as pb
 from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.model_digests import ModelDigests, RoundDigests
-from privacy.plan import METRIC, PlanRequest
-from privacy.plan_from_settings import plan_request
+from privacy.plan import METRIC, PlanTerms
+from privacy.plan_from_settings import plan_terms
 
 LONGEST_QUERY_S = 60.0
 
@@ -60,11 +60,11 @@ class Coordinator:
     parties: Parties
     log: EventLog
     certify: bool = True
-    exchange: Exchange = field(init=False)
-    plan: PlanRequest = field(init=False)
+    exchange: SiloExchange = field(init=False)
+    plan: PlanTerms = field(init=False)
     base: Manifest = field(init=False)
-    accounts: Accounts = field(init=False)
-    aggregator: Aggregator | None = field(init=False)
+    accounts: SiloRecords = field(init=False)
+    aggregator: TrustedAggregator | None = field(init=False)
     reserved: set[str] = field(default_factory=set)
     released: dict[str, str] = field(default_factory=dict)
     digests: tuple[RoundDigests, ...] = ()
@@ -73,9 +73,9 @@ class Coordinator:
     def __post_init__(self) -> None:
         check_size(self.config.federated, self.parties.num_silos)
         run = open_run(self.directory, self.config.federated.run_lifetime_h)
-        self.plan = plan_request(self.config)
-        self.accounts = Accounts(run.id, self.plan, signed=self.certify)
-        self.exchange = Exchange(self.grid, run, self.parties, self.config.federated, self.log, self.accounts.held)
+        self.plan = plan_terms(self.config)
+        self.accounts = SiloRecords(run.id, self.plan, signed=self.certify)
+        self.exchange = SiloExchange(self.grid, run, self.parties, self.config.federated, self.log, self.accounts.held)
         self.base = require_manifest(self.base_model, "model", "export")
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
 
@@ -188,7 +188,7 @@ class Coordinator:
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
         federated, clients = self.config.federated, self.aggregator.plan if self.aggregator else None
-        aggregation = Aggregation(federated, adapter, self.server_state, len(self.accounts.silos), clients)
+        aggregation = RoundAggregation(federated, adapter, self.server_state, len(self.accounts.silos), clients)
         self.released = {}
         if self.aggregator is None:
             answered = self._ask(round_number, aggregation, adapter)
@@ -206,7 +206,7 @@ class Coordinator:
         self.released = {AGGREGATOR: digest_bytes(to_bytes(released.mean))}  # of what has noise; no client's update
         return adapter, released.answered
 
-    def _ask(self, round_number: int, aggregation: Aggregation, adapter: Arrays) -> list[str]:
+    def _ask(self, round_number: int, aggregation: RoundAggregation, adapter: Arrays) -> list[str]:
         """Sends the adapter to the silos that are there, and folds their updates. Returns those who answered."""
         frozen = frozen_digest(adapter) if self.config.federated.adapters == "ffa" else ""
 

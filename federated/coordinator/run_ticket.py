@@ -12,7 +12,7 @@ RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
-class Run:
+class RunTicket:
     """One run.
 
     Attributes:
@@ -24,11 +24,11 @@ class Run:
     expires: int
 
 
-def open_run(directory: Path, lifetime_h: float) -> Run:
-    """The run of a federation's directory, begun where there is none. One of before expiries gets its own now."""
+def open_run(directory: Path, lifetime_h: float) -> RunTicket:
+    """The run of a federation's directory; a new one where there is none. A run that has no expiry yet is given one."""
     path = directory / RUN_FILE
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    run = Run(found.get("run_id", uuid.uuid4().hex), found.get("expires", int(time.time() + lifetime_h * 3600)))
+    run = RunTicket(found.get("run_id", uuid.uuid4().hex), found.get("expires", int(time.time() + lifetime_h * 3600)))
     if "expires" not in found:
         write_atomic(path, json.dumps({"run_id": run.id, "expires": run.expires}).encode())
     return run

@@ -21,12 +21,12 @@ from privacy.certificate.signed_parts import (
     position,
 )
 from privacy.ledger.statements import Receipt, RunStatement
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 _FACTS = ("dataset_id", "public_key", "public_record_count")
 
 
-class Accounts:
+class SiloRecords:
     """The silos of one run.
 
     Args:
@@ -35,7 +35,7 @@ class Accounts:
         signed: False for the comparison without DP, where silos sign nothing.
     """
 
-    def __init__(self, run_id: str, plan: PlanRequest, *, signed: bool) -> None:
+    def __init__(self, run_id: str, plan: PlanTerms, *, signed: bool) -> None:
         self.silos: dict[str, dict[str, Any]] = {}
         self._run_id, self._plan, self._signed = run_id, plan, signed
 

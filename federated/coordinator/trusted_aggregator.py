@@ -23,7 +23,7 @@ from privacy.ledger.chain import Budget
 from privacy.ledger.ledger import Ledger, SeedSource
 from privacy.mechanism.client_sum import ClippedSum
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.plan import PlanTerms, PrivacyPlan
 
 FOLDER, MEMBERS = "aggregator", "members"
 
@@ -66,7 +66,7 @@ class Released:
     answered: list[str]
 
 
-class Aggregator:
+class TrustedAggregator:
     """One run's share of the aggregator's ledger. Reserves the whole schedule at once.
 
     Args:
@@ -123,7 +123,7 @@ class Aggregator:
         }
 
 
-def new_aggregator(parties: Parties, run_id: str, request: PlanRequest) -> Aggregator | None:
+def new_aggregator(parties: Parties, run_id: str, request: PlanTerms) -> TrustedAggregator | None:
     """The aggregator of a run with clients as units; None where records are, whose noise the silos add.
 
     Raises:
@@ -138,4 +138,4 @@ def new_aggregator(parties: Parties, run_id: str, request: PlanRequest) -> Aggre
         )
     if parties.open_ledger is None:
         raise InputError("privacy.unit is 'client': this coordinator has no ledger; give 'record'")
-    return Aggregator(parties.open_ledger(), run_id, request.for_clients())
+    return TrustedAggregator(parties.open_ledger(), run_id, request.for_clients())

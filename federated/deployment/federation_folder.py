@@ -19,10 +19,10 @@ from federated.deployment.flower_programs import LOOPBACK
 from federated.identity.cards import CoordinatorCard, EnrolledSilo, read_folder, write_document
 from federated.identity.keys import load_or_create_key, private_folder
 from federated.identity.trust import COORDINATOR_KEY, ENROLLED, coordinator_signer
-from federated.identity.x509 import CURVE, Authority, check_certificate, read_certificate
+from federated.identity.x509 import CURVE, Authority, check_x509, read_certificate
 
 
-class Federation:
+class FederationFolder:
     """A folder that ``create`` made.
 
     Raises:
@@ -39,7 +39,7 @@ class Federation:
         self.card_file = self.folder / "coordinator.json"
 
     @classmethod
-    def create(cls, folder: Path, config: FederationConfig) -> "Federation":
+    def create(cls, folder: Path, config: FederationConfig) -> "FederationFolder":
         """Makes keys and certificates; a folder that is one already is left as it is.
 
         Raises:
@@ -82,7 +82,7 @@ class Federation:
             key = load_or_create_key(self.keys / f"{name}.key", CURVE).public_key()
             path = self.certificates / f"{name}.pem"
             self.authority.issue(path, key, f"{self.config.name} {name}", hosts, "server")
-            check_certificate(read_certificate(path), self.authority.certificate, str(path), hosts[0])
+            check_x509(read_certificate(path), self.authority.certificate, str(path), hosts[0])
 
     def silos(self) -> dict[str, EnrolledSilo]:
         """The enrolled silos by name."""

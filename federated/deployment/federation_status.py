@@ -9,7 +9,7 @@ from configs.events import read_events
 from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.storage import COMMITTED
 from federated.coordinator.outcome import worked_on_by
-from federated.deployment.federation_folder import Federation
+from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.served_run import read_current
 from federated.deployment.superlink import nodes
 from federated.deployment.supervisor import read_state
@@ -19,7 +19,7 @@ REFUSALS_SHOWN = 20
 _TROUBLE = ("refused", "rejected", "timeout")
 
 
-def status(federation: Federation) -> dict[str, Any]:
+def status(federation: FederationFolder) -> dict[str, Any]:
     """Everything that is known here; nothing in it comes from private data but what silos released."""
     processes = read_state(federation.state)
     current = read_current(federation)
@@ -34,7 +34,7 @@ def status(federation: Federation) -> dict[str, Any]:
     }
 
 
-def _silos(federation: Federation, directory: Path | None, *, running: bool) -> dict[str, dict[str, Any]]:
+def _silos(federation: FederationFolder, directory: Path | None, *, running: bool) -> dict[str, dict[str, Any]]:
     online: dict[str, dict[str, Any]] = {}
     if running:
         try:

@@ -10,7 +10,7 @@ import socket
 import ssl
 
 from configs.errors import InputError
-from federated.deployment.federation_folder import Federation
+from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.flower_programs import LOOPBACK
 from federated.deployment.supervisor import Program
 
@@ -72,7 +72,7 @@ _LOCATION = """    location = {path} {{
     }}"""
 
 
-def configuration(federation: Federation, superlink_port: int) -> str:
+def configuration(federation: FederationFolder, superlink_port: int) -> str:
     """nginx.conf for a federation whose SuperLink listens on a loopback port."""
     places = {"state": federation.state, "keys": federation.keys, "certificates": federation.certificates}
     locations = (
@@ -110,7 +110,7 @@ def find_nginx() -> str:
     return found
 
 
-def proxy(federation: Federation, superlink_port: int) -> Program:
+def proxy(federation: FederationFolder, superlink_port: int) -> Program:
     """The proxy as a program of the supervisor; writes its configuration."""
     (federation.state / "nginx").mkdir(exist_ok=True)
     path = federation.state / "nginx.conf"
@@ -119,7 +119,7 @@ def proxy(federation: Federation, superlink_port: int) -> Program:
     return Program("nginx", command, {"PATH": os.environ.get("PATH", "")}, lambda: _shakes_hands(federation))
 
 
-def _shakes_hands(federation: Federation) -> bool:
+def _shakes_hands(federation: FederationFolder) -> bool:
     """Whether the proxy shows a certificate that silos accept: they check the same authority and host."""
     listen, host = federation.config.listen, federation.config.hosts[0]
     address = LOOPBACK if listen in ("0.0.0.0", "::") else listen  # noqa: S104  (compared, not bound)

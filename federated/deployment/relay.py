@@ -17,7 +17,7 @@ from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environme
 from federated.deployment.supervisor import Program, free_port
 from federated.identity.cards import CoordinatorCard, RelayCard, confirm, read_document, write_document
 from federated.identity.keys import load_or_create_key, private_folder, ssh_public_key
-from federated.identity.x509 import CURVE, certificate_request, check_certificate, read_certificate
+from federated.identity.x509 import CURVE, certificate_request, check_x509, read_certificate
 from federated.transport.health import is_serving
 from federated.transport.service_client import AUTHORITY, CERTIFICATE, KEY
 
@@ -76,7 +76,7 @@ def _node_config(config: RelayConfig) -> str:
     for name in (CERTIFICATE, AUTHORITY):
         if not (folder / name).exists():
             raise InputError(f"{folder / name}: missing; copy it from the silo's tls folder, where `silo init` put it")
-    check_certificate(read_certificate(folder / CERTIFICATE), read_certificate(folder / AUTHORITY), CERTIFICATE)
+    check_x509(read_certificate(folder / CERTIFICATE), read_certificate(folder / AUTHORITY), CERTIFICATE)
     return f'{address} silo-tls="{folder}"'
 
 
@@ -92,4 +92,4 @@ def check_coordinator(coordinator: CoordinatorCard) -> None:
     except (OSError, ValueError):
         return
     authority = x509.load_pem_x509_certificate(coordinator.root_certificate.encode())
-    check_certificate(x509.load_pem_x509_certificate(shown.encode()), authority, coordinator.address, host)
+    check_x509(x509.load_pem_x509_certificate(shown.encode()), authority, coordinator.address, host)

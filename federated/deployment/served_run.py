@@ -16,7 +16,7 @@ from configs.storage.layout import EVENTS, FEDERATED, RunFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.storage import COMMITTED
 from federated.coordinator.outcome import Outcome, read_outcome, worked_on_by
-from federated.deployment.federation_folder import Federation
+from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.superlink import run_status, start_run, stop_run
 
 POLL_S, ASK_S = 0.5, 3.0
@@ -24,7 +24,7 @@ MOST_ATTEMPTS = 5  # ServerApps in a row that die without a round
 CURRENT = "current.json"
 
 
-def run(federation: Federation, config: RunConfig, on_event: Listener) -> Path:
+def run(federation: FederationFolder, config: RunConfig, on_event: Listener) -> Path:
     """Runs the rounds of the settings over the enrolled silos, from the newest commit to the end.
 
     A ServerApp or SuperLink that is killed costs the round under way. A command that was interrupted and is given again
@@ -81,7 +81,7 @@ def _finish(config: RunConfig, model: Path, directory: Path, outcome: Outcome) -
     return directory
 
 
-def _under_way(federation: Federation, directory: Path) -> int | None:
+def _under_way(federation: FederationFolder, directory: Path) -> int | None:
     """Flower's number of a run that works on the directory already."""
     current = read_current(federation)
     if current is None or current["directory"] != str(directory):
@@ -91,7 +91,7 @@ def _under_way(federation: Federation, directory: Path) -> int | None:
     return None if ended else flower_run
 
 
-def read_current(federation: Federation) -> dict[str, str] | None:
+def read_current(federation: FederationFolder) -> dict[str, str] | None:
     """The newest run: its directory, its name, and Flower's number."""
     path = federation.state / CURRENT
     return dict(json.loads(path.read_bytes())) if path.exists() else None
@@ -103,7 +103,7 @@ def num_rounds(directory: Path) -> int:
 
 
 def _follow(
-    federation: Federation, directory: Path, flower_run: int, seen: int, on_event: Listener
+    federation: FederationFolder, directory: Path, flower_run: int, seen: int, on_event: Listener
 ) -> tuple[Outcome | None, int]:
     """Passes events on until the ServerApp has ended; None where it died without a word."""
     asked, worked = 0.0, False
@@ -125,7 +125,7 @@ def _follow(
         time.sleep(POLL_S)
 
 
-def _is_told(federation: Federation, flower_run: int) -> bool:
+def _is_told(federation: FederationFolder, flower_run: int) -> bool:
     """Tells Flower what its heartbeats would only show it later: that the run's ServerApp is gone."""
     try:
         stop_run(federation, flower_run)
@@ -134,7 +134,7 @@ def _is_told(federation: Federation, flower_run: int) -> bool:
     return True
 
 
-def _has_ended(federation: Federation, flower_run: int) -> bool:
+def _has_ended(federation: FederationFolder, flower_run: int) -> bool:
     try:
         return run_status(federation, flower_run)[0] == "finished"
     except SiloweaveError:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from configs.errors import SiloweaveError
 from configs.parse import read_toml
 from configs.storage.files import write_atomic
-from federated.deployment.federation_folder import Federation
+from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment
 from federated.deployment.supervisor import Program, free_port
 from federated.transport.health import is_serving
@@ -27,7 +27,7 @@ LINK = "siloweave"  # the connection's name in Flower's settings
 START_RUN_S = 120
 
 
-def superlink(federation: Federation) -> tuple[Program, int]:
+def superlink(federation: FederationFolder) -> tuple[Program, int]:
     """The SuperLink as a program of the supervisor, and its loopback port; writes Flower's connection file."""
     port, health = federation.config.superlink_port or free_port(), f"{LOOPBACK}:{free_port()}"
     certificates = federation.certificates
@@ -54,7 +54,7 @@ def superlink(federation: Federation) -> tuple[Program, int]:
 
 
 @contextmanager
-def control(federation: Federation) -> "Iterator[ControlHttpClient]":
+def control(federation: FederationFolder) -> "Iterator[ControlHttpClient]":
     """A client of the running SuperLink's Control API.
 
     Raises:
@@ -75,7 +75,7 @@ def control(federation: Federation) -> "Iterator[ControlHttpClient]":
         client.close()
 
 
-def nodes(federation: Federation) -> dict[str, dict[str, Any]]:
+def nodes(federation: FederationFolder) -> dict[str, dict[str, Any]]:
     """What the SuperLink knows of each enrolled silo's node: its id and whether it is online."""
     from flwr.proto.control_pb2 import ListNodesRequest
 
@@ -86,7 +86,7 @@ def nodes(federation: Federation) -> dict[str, dict[str, Any]]:
     return {name: {"node": node.node_id, "status": node.status} for name, node in known.items() if node is not None}
 
 
-def reconcile(federation: Federation) -> None:
+def reconcile(federation: FederationFolder) -> None:
     """Makes the registered nodes those of the enrolled silos, without a restart of anything."""
     from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
@@ -111,7 +111,7 @@ def pem(ssh_key: str) -> bytes:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
-def start_run(federation: Federation, settings: Path) -> int:
+def start_run(federation: FederationFolder, settings: Path) -> int:
     """Hands Flower's bundle and a run's settings (a TOML file) to the SuperLink and gives Flower's number of the run.
 
     Raises:
@@ -136,7 +136,7 @@ def start_run(federation: Federation, settings: Path) -> int:
         raise SiloweaveError(f"`flwr run` failed: {said}") from None
 
 
-def run_status(federation: Federation, flower_run: int) -> tuple[str, str]:
+def run_status(federation: FederationFolder, flower_run: int) -> tuple[str, str]:
     """Flower's status of a run (``pending``, ``starting``, ``running``, ``finished``) and its details."""
     from flwr.proto.control_pb2 import ListRunsRequest
 
@@ -150,7 +150,7 @@ def run_status(federation: Federation, flower_run: int) -> tuple[str, str]:
     )
 
 
-def stop_run(federation: Federation, flower_run: int) -> None:
+def stop_run(federation: FederationFolder, flower_run: int) -> None:
     """Ends a run in Flower's books; one that has ended stays as it is."""
     from flwr.proto.control_pb2 import StopRunRequest
 

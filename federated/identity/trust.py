@@ -14,8 +14,8 @@ ENROLLED = "silos"
 COORDINATOR_KEY = "coordinator.key"
 
 
-def fingerprint(public_key: str) -> str:
-    """SHA-256 of a public key, for people to compare."""
+def key_file_stem(public_key: str) -> str:
+    """SHA-256 of a public key, by which the file of its owner is named."""
     return digest_bytes(bytes.fromhex(public_key))
 
 
@@ -23,7 +23,7 @@ def trust(state_dir: Path, coordinator: TrustedCoordinator) -> Path:
     """Adds a coordinator, and returns its file."""
     folder = SiloFiles(state_dir).trusted
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{fingerprint(coordinator.public_key)}.json"
+    path = folder / f"{key_file_stem(coordinator.public_key)}.json"
     write_atomic(path, canonical_json(coordinator.model_dump()))
     return path
 

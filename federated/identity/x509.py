@@ -92,7 +92,7 @@ class Authority:
         if certificate.public_key() != public_key or _hosts(certificate) != {str(_host(h).value) for h in hosts}:
             return False
         try:
-            check_certificate(certificate, self.certificate, str(path), now=soon)
+            check_x509(certificate, self.certificate, str(path), now=soon)
         except InputError:
             return False
         return True
@@ -134,7 +134,7 @@ def read_certificate(path: Path) -> x509.Certificate:
         raise InputError(f"{path}: no certificate in PEM; give the certificate's file") from None
 
 
-def check_certificate(
+def check_x509(
     certificate: x509.Certificate,
     authority: x509.Certificate,
     origin: str,

@@ -16,11 +16,11 @@ from privacy.ledger.client_runs import record_update
 from privacy.ledger.journal import Journal
 from privacy.mechanism.client_sum import clipped
 from privacy.mechanism.streams import SEED_BYTES, Streams
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 
 def contribution(
-    workbench: Workbench, journal: Journal, config: SiloConfig, plan: PlanRequest, request: pb.Request, digest: str
+    workbench: Workbench, journal: Journal, config: SiloConfig, plan: PlanTerms, request: pb.Request, digest: str
 ) -> Arrays:
     """The clipped update of one round.
 

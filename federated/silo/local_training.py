@@ -86,7 +86,7 @@ def public_update(
     """The same steps on the same batches without clipping and without noise: for data declared public only."""
     batches = (
         [records[index] for index in sample(plan, streams, step, len(records))]
-        for step in range(plan.request.steps_per_round)
+        for step in range(plan.terms.steps_per_round)
     )
     return plain_update(batches, plan.expected_batch_size, model, task, adapter, settings)
 

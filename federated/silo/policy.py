@@ -9,10 +9,10 @@ from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import OPTIMIZERS
 from federated.silo.requests import json_object
 from privacy.accounting.size import check_size
-from privacy.plan import METRIC, PlanRequest, PrivacyPlan
+from privacy.plan import METRIC, PlanTerms, PrivacyPlan
 
 
-def plan_of(text: str) -> PlanRequest:
+def plan_of(text: str) -> PlanTerms:
     """The plan that a run wants to reserve.
 
     Raises:
@@ -20,12 +20,12 @@ def plan_of(text: str) -> PlanRequest:
     """
     tree = json_object(text)
     try:
-        return parse(PlanRequest, tree, "plan")
+        return parse(PlanTerms, tree, "plan")
     except InputError as error:
         raise PolicyRefusal.of("plan", "an inconsistent plan", str(error)) from None
 
 
-def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
+def check_plan(request: PlanTerms, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
     """Every rule for a plan but those for its epsilon.
 
     Returns:
@@ -58,7 +58,7 @@ def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: in
     return plan
 
 
-def check_new_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
+def check_new_plan(request: PlanTerms, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
     """Every rule for a plan that is to be reserved, and a bound on the seconds that computing its epsilon takes.
 
     Raises:
@@ -86,7 +86,7 @@ def _check_steps(sampling_rate: float, steps: int, policy: SiloPolicy) -> None:
         raise PolicyRefusal.of("max_steps_per_round", f"{steps}", f"{policy.max_steps_per_round}")
 
 
-def _check_rounds(request: PlanRequest, policy: SiloPolicy) -> None:
+def _check_rounds(request: PlanTerms, policy: SiloPolicy) -> None:
     """Each release is an entry of the ledger; an evaluation may follow each round, and come before the first."""
     most, evaluations = policy.max_rounds_per_run, sum(metric.releases for metric in request.metric_releases)
     if request.rounds > most:
@@ -108,7 +108,7 @@ def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:
     _check_steps(asked.sampling_rate, asked.local_steps, policy)
 
 
-def _check_labels(request: PlanRequest, policy: SiloPolicy) -> None:
+def _check_labels(request: PlanTerms, policy: SiloPolicy) -> None:
     """The sets that the steward lists, as sets: their order decides nothing but ties."""
     allowed = [set(labels) for labels in policy.label_sets]
     for metric in request.metric_releases:

@@ -18,7 +18,7 @@ from privacy.ledger.chain import Budget
 from privacy.ledger.client_runs import entrust, entrusted
 from privacy.ledger.ledger import Ledger
 from privacy.ledger.limits import Limits
-from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.plan import PlanTerms, PrivacyPlan
 
 
 def policy_now(file: Path, log: Logger) -> SiloPolicy:
@@ -62,14 +62,14 @@ def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_ti
     """
     policy = config.policy
     plan = check_new_plan(plan_of(request.reserve.plan), policy, config.silo.public_record_count)
-    if plan.request.unit == "record":
+    if plan.terms.unit == "record":
         with one_at_a_time:
             ledger.bind(budget_of(policy))
-            ledger.check_room(request.run_id, plan.request, limits_of(policy), request.coordinator)
+            ledger.check_room(request.run_id, plan.terms, limits_of(policy), request.coordinator)
     if not accounting.acquire(blocking=False):
         raise PolicyRefusal.of(QUEUE, "a second plan at a time", "one; ask again later")
     try:
-        check_epsilon(plan.request.epsilon, policy)
+        check_epsilon(plan.terms.epsilon, policy)
     finally:
         accounting.release()
 
@@ -82,9 +82,9 @@ def reserve(ledger: Ledger, config: SiloConfig, request: pb.Request) -> pb.Reser
     """
     policy, coordinator = config.policy, request.coordinator
     plan = check_new_plan(plan_of(request.reserve.plan), policy, config.silo.public_record_count)
-    check_epsilon(plan.request.epsilon, policy)
-    if plan.request.unit == "client":  # its guarantee, and what it spends, are the aggregator's
-        entrust(ledger.journal, request.run_id, plan.request, coordinator, limits_of(policy))
+    check_epsilon(plan.terms.epsilon, policy)
+    if plan.terms.unit == "client":  # its guarantee, and what it spends, are the aggregator's
+        entrust(ledger.journal, request.run_id, plan.terms, coordinator, limits_of(policy))
         return pb.Reserved(receipt=ledger.receipt(request.run_id, coordinator).to_bytes())
     return pb.Reserved(receipt=ledger.reserve(request.run_id, plan, limits_of(policy), coordinator).to_bytes())
 
@@ -98,11 +98,11 @@ def reserved_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan_
     reservation = ledger.reservation(request.run_id, request.coordinator)
     if reservation is None or reservation["plan_digest"] != plan_digest:
         raise PolicyRefusal.of("reservation", plan_digest or "no plan", "the plan that the run reserved")
-    asked = parse(PlanRequest, reservation["plan"], "ledger")
+    asked = parse(PlanTerms, reservation["plan"], "ledger")
     check_plan(asked, config.policy, config.silo.public_record_count)
     check_epsilon(reservation["epsilon"], config.policy)
     _check_budget(ledger, config.policy)
-    return PrivacyPlan(request=asked, public_record_count=reservation["public_record_count"])
+    return PrivacyPlan(terms=asked, public_record_count=reservation["public_record_count"])
 
 
 def _check_budget(ledger: Ledger, policy: SiloPolicy) -> None:
@@ -116,7 +116,7 @@ def _check_budget(ledger: Ledger, policy: SiloPolicy) -> None:
             raise PolicyRefusal.of(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
 
 
-def entrusted_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan_digest: str) -> PlanRequest:
+def entrusted_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan_digest: str) -> PlanTerms:
     """The plan of a run that was entrusted with updates without noise, if the policy of today would still allow it.
 
     Raises:
@@ -125,7 +125,7 @@ def entrusted_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan
     run = entrusted(ledger.journal, request.run_id, request.coordinator)
     if run is None or run["plan_digest"] != plan_digest:
         raise PolicyRefusal.of("reservation", plan_digest or "no plan", "the plan that the run was entrusted with")
-    asked = parse(PlanRequest, run["plan"], "ledger")
+    asked = parse(PlanTerms, run["plan"], "ledger")
     check_plan(asked, config.policy, config.silo.public_record_count)
     check_epsilon(asked.epsilon, config.policy)
     return asked

@@ -32,7 +32,7 @@ from federated.silo.requests import (
     refusal_message,
 )
 from federated.silo.reservations import account, budget_of, close, entrusted_plan, policy_now, reserve, reserved_plan
-from federated.silo.traffic_log import AuditLog, UnloggedError
+from federated.silo.traffic_log import TrafficLog, UnloggedError
 from federated.silo.units import load_units
 from federated.silo.workbench import Workbench, public_base_model
 from privacy.ledger.client_runs import UNNOISED
@@ -78,7 +78,7 @@ class Silo:
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
         units = load_units(config, self._split_key(SiloFiles(self._state_dir).split_key))
-        self._log, self._audit = private_log(self._state_dir), AuditLog(self._state_dir)
+        self._log, self._audit = private_log(self._state_dir), TrafficLog(self._state_dir)
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
 
@@ -230,7 +230,7 @@ class Silo:
         """As a round of training, in the same order; what is read are the held-out units."""
         asked = request.evaluate
         plan = reserved_plan(self.ledger, self.config, request, asked.plan_digest)
-        release = next((metric for metric in plan.request.metric_releases if metric.name == asked.metric), None)
+        release = next((metric for metric in plan.terms.metric_releases if metric.name == asked.metric), None)
         if release is None or asked.metric != METRIC:
             raise PolicyRefusal.of("metric", asked.metric or "none", METRIC)
         check_model(asked, self.config.policy, self.workbench.base_model.content_digest)

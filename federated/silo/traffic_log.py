@@ -27,7 +27,7 @@ class UnloggedError(SiloweaveError):
     """The audit log can't be written. Nothing may leave the silo, be it a refusal; what was charged stays charged."""
 
 
-class AuditLog:
+class TrafficLog:
     """``audit.jsonl`` in the silo's state directory, and ``strangers.jsonl`` beside it."""
 
     def __init__(self, state_dir: Path) -> None:

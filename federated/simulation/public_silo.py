@@ -17,7 +17,7 @@ from federated.silo.requests import check_sender, decode, open_envelope
 from federated.silo.units import load_units
 from federated.silo.workbench import Workbench, public_base_model
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 from privacy.signing import Signer
 
 
@@ -29,7 +29,7 @@ class PublicSilo:
         InputError: the base model, the data or the silo's keys can't be used.
     """
 
-    def __init__(self, config: SiloConfig, trusted: frozenset[str], plan: PlanRequest) -> None:
+    def __init__(self, config: SiloConfig, trusted: frozenset[str], plan: PlanTerms) -> None:
         if not config.data.public:
             raise PolicyRefusal(
                 f"silo {config.silo.id!r}: training without DP needs data declared public = true",

@@ -21,7 +21,7 @@ def simulated_ledger(config: RunConfig) -> Path:
     return Path(config.federated.state_dir) / f"+{FOLDER}" / config.data.private.dataset_id
 
 
-def _absolute(source: str) -> str:
+def _absolute_source(source: str) -> str:
     """A path as seen from here: a worker process may start elsewhere."""
     return source if source.startswith(("embedded:", "hf:")) else str(Path(source).absolute())
 
@@ -47,7 +47,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             clipping=config.federated.clipping,
         ),
         data=SiloDataSettings(
-            source=_absolute(private.source),
+            source=_absolute_source(private.source),
             text=private.text,
             split=private.split,
             silo=private.silo,

@@ -19,8 +19,8 @@ from federated.simulation.public_silo import PublicSilo
 from federated.simulation.simulated_places import simulated_ledger, simulated_silo
 from privacy.certificate.certificate import AGGREGATOR
 from privacy.mechanism.streams import injected_seeds
-from privacy.plan import PlanRequest
-from privacy.plan_from_settings import plan_request
+from privacy.plan import PlanTerms
+from privacy.plan_from_settings import plan_terms
 
 
 def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig]:
@@ -71,7 +71,7 @@ def simulate(
     if with_dp:
         opener: OpenSilo = partial(_open_silo, silos, trusted, injected_seed)
     else:
-        opener = partial(_open_comparison, silos, trusted, plan_request(config))
+        opener = partial(_open_comparison, silos, trusted, plan_terms(config))
     ledger = partial(
         open_ledger,
         home,
@@ -89,7 +89,5 @@ def _open_silo(silos: dict[str, SiloConfig], trusted: frozenset[str], injected_s
     return Silo(silos[name], trusted, injected_seed)
 
 
-def _open_comparison(
-    silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanRequest, name: str
-) -> "PublicSilo":
+def _open_comparison(silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanTerms, name: str) -> "PublicSilo":
     return PublicSilo(silos[name], trusted, plan)

@@ -45,7 +45,7 @@ def seconds_left(message: Message) -> float:
     return max(left_s - min(_TO_SAY_SO_S, ttl_s / 10), 0.0)
 
 
-def silo_service(context: Context, timeout_s: float) -> Handler:
+def reach_service(context: Context, timeout_s: float) -> Handler:
     """Reaches the silo service at the SuperNode's ``silo-address``, for so many seconds.
 
     It is ``unix:/run/silo.sock``, or ``HOST:PORT`` by mutual TLS with key and certificates in the folder ``silo-tls``.

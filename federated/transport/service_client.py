@@ -35,9 +35,9 @@ def ask(address: str, envelope: bytes, tls_folder: str = "", timeout_s: float = 
     """Sends one envelope, again and again until the silo's service answers it or says that it never will.
 
     Args:
-        address: see ``exchange``.
-        envelope: see ``exchange``.
-        tls_folder: see ``exchange``.
+        address: see ``ask_service``.
+        envelope: see ``ask_service``.
+        tls_folder: see ``ask_service``.
         timeout_s: seconds for all attempts together.
 
     Raises:
@@ -46,7 +46,7 @@ def ask(address: str, envelope: bytes, tls_folder: str = "", timeout_s: float = 
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_PAUSE_S
     while True:
         try:
-            return exchange(address, envelope, tls_folder, max(deadline - time.monotonic(), 0.0))
+            return ask_service(address, envelope, tls_folder, max(deadline - time.monotonic(), 0.0))
         except grpc.RpcError as error:
             said, left_s = _said(error), deadline - time.monotonic()
             if pause_s >= left_s or not _helps_to_ask_again(error):
@@ -66,7 +66,7 @@ def _said(error: grpc.RpcError) -> str:
     return f"{error.code().name}: {printable(details)}"
 
 
-def exchange(address: str, envelope: bytes, tls_folder: str = "", timeout_s: float = LONGEST_TRAINING_S) -> bytes:
+def ask_service(address: str, envelope: bytes, tls_folder: str = "", timeout_s: float = LONGEST_TRAINING_S) -> bytes:
     """Sends one envelope once, and returns the silo's.
 
     Args:

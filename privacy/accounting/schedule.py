@@ -131,7 +131,7 @@ def _composed(releases: tuple[tuple[float, int], ...]) -> float:
 
 
 def _self_composed(pld: Any, times: int) -> Any:
-    """In two goes where there are very many: dp-accounting's bound on the tails is poor for one."""
+    """Composes very many steps in two goes, since dp-accounting's bound on the tails is poor for a single one."""
     if times <= AT_ONCE:
         return pld.self_compose(times)
     goes, rest = divmod(times, AT_ONCE)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.stats import binom, binomtest
 
 from configs.errors import InputError, SiloweaveError
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 Verdict = Literal["pass", "warn", "fail"]
 FAIL_CONFIDENCE, WARN_CONFIDENCE = 0.999, 0.95
@@ -25,7 +25,7 @@ _EPSILON_TOLERANCE = 1e-6
 _LARGEST_EPSILON = 64.0
 
 # One run can't prove a large epsilon. At this plan (epsilon 0.39) it has the power to catch a broken mechanism.
-REFERENCE_PLAN = PlanRequest(
+REFERENCE_PLAN = PlanTerms(
     sampling_rate=0.03, max_grad_norm=1.0, noise_multiplier=2.0, rounds=1, steps_per_round=36, delta=1e-5
 )
 
@@ -96,7 +96,7 @@ def fair_coins(count: int) -> npt.NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(os.urandom(-(-count // 8)), dtype=np.uint8))[:count].astype(np.bool_)
 
 
-def num_guesses(plan: PlanRequest, canaries: int) -> int:
+def num_guesses(plan: PlanTerms, canaries: int) -> int:
     """Guesses to make, fixed by the plan before anything is seen: 3/8 of the included canaries that a batch ever held.
 
     More would be guesses about canaries that no step has touched, fewer would waste what can be seen.

@@ -23,7 +23,7 @@ _SUSPECTED_NOISE_SHARE = 1 / 4
 _CLIPPED_FROM = 10.0
 
 
-class Probe(nn.Module):
+class CanaryLayer(nn.Module):
     """One weight a canary; a canary's loss has a gradient of ten times the clipping norm on its weight.
 
     So clipping has to bring it down to the norm; without clipping it shows ten times as much.
@@ -76,10 +76,10 @@ def gradient_scores(
         (M,)
     """
     # In units of the clipping norm: a canary in the batch adds 1 to its coordinate of the released sum.
-    scale = plan.expected_batch_size / plan.request.max_grad_norm
+    scale = plan.expected_batch_size / plan.terms.max_grad_norm
     seen_TM = np.stack([step[name].flatten().double().numpy() for step in gradients]) * scale
-    suspected = plan.request.noise_multiplier * _SUSPECTED_NOISE_SHARE
-    rate = plan.request.sampling_rate
+    suspected = plan.terms.noise_multiplier * _SUSPECTED_NOISE_SHARE
+    rate = plan.terms.sampling_rate
     ratios_TM = np.logaddexp(np.log1p(-rate), np.log(rate) + (seen_TM - 0.5) / suspected**2)
     return np.asarray(ratios_TM.sum(axis=0), dtype=np.float64)
 
@@ -95,7 +95,7 @@ def probe_alone(plan: PrivacyPlan, streams: Streams, coins: npt.NDArray[np.bool_
     Returns:
         Scores, (M,).
     """
-    probe = Probe(len(coins), plan.request.max_grad_norm)
+    probe = CanaryLayer(len(coins), plan.terms.max_grad_norm)
     optimizer = torch.optim.SGD(probe.parameters(), lr=1e-3)
     released = Released(optimizer, dict(probe.named_parameters()))
     PrivateTraining(

@@ -12,7 +12,7 @@ from configs.errors import InputError
 from privacy.certificate.headline import Claim, headline
 from privacy.certificate.model_digests import ModelDigests
 from privacy.ledger.statements import AuditStatement
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 4, (3, 4), 4
 NOT_AUDITED = "not audited"
@@ -50,7 +50,7 @@ _CLIENTS_NOT_COVERED = (
 
 def certificate(
     run_id: str,
-    plan: PlanRequest,
+    plan: PlanTerms,
     ledgers: Mapping[str, Mapping[str, Any]],
     model: ModelDigests | None,
     *,
@@ -110,7 +110,7 @@ def ledgers_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return dict(document.get("silos", {}))
 
 
-def _signed_by(plan: PlanRequest, ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _signed_by(plan: PlanTerms, ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Under names of their own, so that neither kind of certificate can be read as the other."""
     if plan.unit == "record":
         return {"silos": {name: dict(silo) for name, silo in ledgers.items()}}
@@ -119,14 +119,14 @@ def _signed_by(plan: PlanRequest, ledgers: Mapping[str, Mapping[str, Any]]) -> d
     return {AGGREGATOR: dict(ledgers[AGGREGATOR]), "num_clients": plan.num_clients, "trusted": _TRUSTED}
 
 
-def _claim(plan: PlanRequest, epsilon: float, statements: Mapping[str, Mapping[str, Any]], names: list[str]) -> Claim:
+def _claim(plan: PlanTerms, epsilon: float, statements: Mapping[str, Mapping[str, Any]], names: list[str]) -> Claim:
     if plan.unit == "client":
         return Claim(epsilon, plan.delta, _ONE_MECHANISM)
     attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
     return headline(dict.fromkeys(names, epsilon), dict.fromkeys(names, plan.delta), attested)
 
 
-def _audited(plan: PlanRequest, epsilon: float, ledgers: Mapping[str, Mapping[str, Any]]) -> str | dict[str, Any]:
+def _audited(plan: PlanTerms, epsilon: float, ledgers: Mapping[str, Mapping[str, Any]]) -> str | dict[str, Any]:
     """What an audit's signed counts show: lower bounds that hold for all its scores together."""
     found = next((ledger["audit"] for ledger in ledgers.values() if "audit" in ledger), None)
     if found is None:
@@ -159,7 +159,7 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def _left_each_silo(plan: PlanRequest) -> str:
+def _left_each_silo(plan: PlanTerms) -> str:
     if plan.unit == "client":
         return (
             "to the aggregator: one clipped adapter update a round, WITHOUT noise of the silo's own; no loss or count"

@@ -27,7 +27,7 @@ from privacy.certificate.signed_parts import (
 )
 from privacy.ledger.runs import Run, Runs
 from privacy.ledger.statements import AuditStatement, Receipt, RunStatement
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 _SILO_FIELDS = {"dataset_id", "public_key", "public_record_count", "receipt", "statement", "audit"}
 
@@ -52,7 +52,7 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     for name in ("run_id", "plan", "versions"):
         if name not in document:
             raise InputError(f"{origin}: {name}: missing; the certificate was edited")
-    plan = _accountable(parse(PlanRequest, document["plan"], f"{origin}: plan"), origin)
+    plan = _accountable(parse(PlanTerms, document["plan"], f"{origin}: plan"), origin)
     signers = AGGREGATOR if plan.unit == "client" else "silos"
     if signers not in document:
         raise InputError(f"{origin}: {signers}: missing, with unit {plan.unit!r}; the certificate was edited")
@@ -75,7 +75,7 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
         raise InputError(f"{origin}: audited: epsilon is at least {bound:.4g} (99.9% confidence): its claim is false")
 
 
-def _accountable(plan: PlanRequest, origin: str) -> PlanRequest:
+def _accountable(plan: PlanTerms, origin: str) -> PlanTerms:
     """A stranger's plan, before it is accounted for."""
     try:
         check_size(plan.schedule)
@@ -85,7 +85,7 @@ def _accountable(plan: PlanRequest, origin: str) -> PlanRequest:
 
 
 def _model(
-    document: Mapping[str, Any], ledgers: Mapping[str, Mapping[str, Any]], plan: PlanRequest, where: str
+    document: Mapping[str, Any], ledgers: Mapping[str, Mapping[str, Any]], plan: PlanTerms, where: str
 ) -> ModelDigests | None:
     """What the document says of its model. No ledger may be missing here whose release went into it."""
     found = document.get("model")
@@ -107,7 +107,7 @@ def _where(origin: str, unit: str, name: str) -> str:
     return f"{origin}: {name}" if unit == "client" else f"{origin}: silos.{name}"
 
 
-def _signed(value: Any, name: str, run: str, plan: PlanRequest, where: str) -> dict[str, Any]:
+def _signed(value: Any, name: str, run: str, plan: PlanTerms, where: str) -> dict[str, Any]:
     """A ledger's part as its signatures give it; whatever else was written there is then found by comparing."""
     silo = dict(_mapping(value, where))
     for field in sorted(silo.keys() - _SILO_FIELDS):
@@ -199,7 +199,7 @@ def _check_releases(model: ModelDigests, name: str, bodies: list[dict[str, Any]]
             )
 
 
-def _check_audit(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, where: str) -> AuditStatement:
+def _check_audit(silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str) -> AuditStatement:
     audit = parse(AuditStatement, silo["audit"], where)
     expected = in_both(silo, name, run, plan)
     del expected["public_record_count"]

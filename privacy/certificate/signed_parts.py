@@ -6,12 +6,12 @@ from typing import Any
 
 from configs.errors import InputError
 from privacy.ledger.statements import AuditStatement, Receipt, RunStatement
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 TOLERANCE = 1e-6  # accountants differ by less between machines
 
 
-def in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest) -> dict[str, Any]:
+def in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms) -> dict[str, Any]:
     """What a receipt and a statement of the same run both say.
 
     Args:
@@ -30,9 +30,7 @@ def in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest) -> 
     }
 
 
-def check_receipt(
-    receipt: Receipt, silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, where: str
-) -> None:
+def check_receipt(receipt: Receipt, silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str) -> None:
     """Every field of a receipt that is known from elsewhere; see ``in_both``.
 
     Raises:
@@ -46,7 +44,7 @@ def check_receipt(
 
 
 def check_statement(
-    statement: RunStatement, silo: Mapping[str, Any], name: str, run: str, plan: PlanRequest, where: str
+    statement: RunStatement, silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str
 ) -> None:
     """Every field of a statement that is known from elsewhere; see ``in_both``.
 

@@ -21,7 +21,7 @@ _PERTURBATION = 0.02
 Gradients = dict[str, torch.Tensor]
 
 
-def probe(clipper: Clipper, unit_losses: Losses[Unit], synthetic: Sequence[Unit]) -> None:
+def prove_per_record_gradients(clipper: Clipper, unit_losses: Losses[Unit], synthetic: Sequence[Unit]) -> None:
     """Proves that each per-record gradient, and its norm, are those of that record alone.
 
     The model is probed in the mode that it trains in. Weights are moved a little meanwhile: where they are zero (LoRA's

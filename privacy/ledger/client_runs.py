@@ -11,13 +11,13 @@ from configs.errors import PolicyRefusal
 from privacy.ledger.journal import Journal
 from privacy.ledger.limits import Limits, check_runs
 from privacy.ledger.runs import Run, Runs, named
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 ENTRUST, UNNOISED = "entrust", "unnoised"
 _NOISE = "none: the aggregator adds it"  # short enough for `ledger show` to print it whole
 
 
-def entrust(journal: Journal, run_id: str, plan: PlanRequest, aggregator: str, limits: Limits) -> None:
+def entrust(journal: Journal, run_id: str, plan: PlanTerms, aggregator: str, limits: Limits) -> None:
     """Records that a run may ask for updates without noise. The same run and plan again change nothing.
 
     Args:

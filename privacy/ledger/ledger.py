@@ -24,7 +24,7 @@ from privacy.ledger.limits import Limits, check_runs, check_spend, check_unit
 from privacy.ledger.runs import Run, Runs, named
 from privacy.ledger.statements import Receipt, RunStatement
 from privacy.mechanism.streams import SEED_BYTES
-from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.plan import PlanTerms, PrivacyPlan
 
 SeedSource = Callable[[str], bytes]
 NO_LIMITS = Limits()
@@ -123,7 +123,7 @@ class Ledger:
         with self.journal.transaction():
             self.journal.bind(budget)
 
-    def check_room(self, run_id: str, request: PlanRequest, limits: Limits, coordinator: str = "") -> None:
+    def check_room(self, run_id: str, request: PlanTerms, limits: Limits, coordinator: str = "") -> None:
         """Refuses a new run that would be refused whatever its epsilon is, before that is computed.
 
         Raises:
@@ -146,7 +146,7 @@ class Ledger:
             PolicyRefusal: the run reserved another plan before, the ledger is of another unit, or more is asked for
                 than is left, or for today.
         """
-        request = plan.request
+        request = plan.terms
         epsilon = request.epsilon  # which may take seconds: before the file is locked
         with self.journal.transaction():
             bodies = self.journal.bodies()
@@ -313,7 +313,7 @@ def _reserved(bodies: list[dict[str, Any]], run_id: str, coordinator: str) -> Ru
 
 
 def _check_new(
-    bodies: list[dict[str, Any]], request: PlanRequest, epsilon: float, limits: Limits, coordinator: str
+    bodies: list[dict[str, Any]], request: PlanTerms, epsilon: float, limits: Limits, coordinator: str
 ) -> None:
     check_unit(bodies, request.unit)
     check_runs(bodies, coordinator, limits)

@@ -9,7 +9,7 @@ from configs.errors import InputError, PolicyRefusal
 from configs.parse import parse
 from privacy.ledger.chain import left, releases
 from privacy.ledger.runs import Runs, coordinator_of
-from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.plan import PlanTerms, PrivacyPlan
 
 _TOLERANCE = 1e-6
 Body = dict[str, Any]
@@ -49,10 +49,10 @@ def replay(bodies: list[Body], origin: str) -> None:
 class _State:
     """What has happened up to an entry."""
 
-    plans: dict[int, PlanRequest] = field(default_factory=dict)  # by the number of the entry that opened the run
+    plans: dict[int, PlanTerms] = field(default_factory=dict)  # by the number of the entry that opened the run
     charged: dict[int, set[tuple[str, int]]] = field(default_factory=dict)  # of open runs: metric or "", number
     unanswered: dict[int, tuple[int, str]] = field(default_factory=dict)  # charge -> run, and its name
-    entrusted: dict[int, PlanRequest] = field(default_factory=dict)
+    entrusted: dict[int, PlanTerms] = field(default_factory=dict)
     unnoised: dict[int, set[int]] = field(default_factory=dict)  # of open runs: rounds
     runs: Runs = field(default_factory=Runs)
     opened: bool = False
@@ -83,7 +83,7 @@ def _policy(_state: _State, body: Body) -> str:
 
 
 def _reserve(state: _State, body: Body) -> str:
-    run, plan = body["run"], parse(PlanRequest, body["plan"], "plan")
+    run, plan = body["run"], parse(PlanTerms, body["plan"], "plan")
     if state.repeats(body):
         return f"run {run} is reserved a second time"
     if any(plan.unit != other.unit for other in state.plans.values()):
@@ -102,7 +102,7 @@ def _reserve(state: _State, body: Body) -> str:
     return ""
 
 
-def _bound(plan: PlanRequest, public_record_count: int) -> PrivacyPlan:
+def _bound(plan: PlanTerms, public_record_count: int) -> PrivacyPlan:
     return plan.bind(public_record_count) if plan.unit == "record" else plan.for_clients()
 
 
@@ -141,7 +141,7 @@ def _close(state: _State, body: Body) -> str:
 
 def _entrust(state: _State, body: Body) -> str:
     """An update without noise spends nothing that could be added up; what is checked is that it was told truly."""
-    run, plan = body["run"], parse(PlanRequest, body["plan"], "plan")
+    run, plan = body["run"], parse(PlanTerms, body["plan"], "plan")
     if state.repeats(body):
         return f"run {run} is entrusted a second time"
     if plan.unit != "client" or body["plan_digest"] != plan.digest:

@@ -32,7 +32,7 @@ def clipped(update: Mapping[str, npt.NDArray[np.float32]], max_norm: float) -> V
 
 
 class ClippedSum:
-    """Folds the clients' updates of one round; their order doesn't matter, and memory grows by their names alone.
+    """Folds the clients' updates of one round; their order doesn't matter, and all that is kept of each client is its name.
 
     Args:
         template: the arrays that are trained.
@@ -43,7 +43,7 @@ class ClippedSum:
         self._plan = plan
         self._totals = {name: np.zeros(array.shape, dtype=np.int64) for name, array in template.items()}
         self._shapes = {name: array.shape for name, array in template.items()}
-        self._part = 2.0 ** (math.ceil(math.log2(plan.request.max_grad_norm)) - _BITS)
+        self._part = 2.0 ** (math.ceil(math.log2(plan.terms.max_grad_norm)) - _BITS)
         self._clients: set[str] = set()
 
     @property
@@ -64,9 +64,9 @@ class ClippedSum:
             raise ValueError("its names or shapes are not the adapter's")
         if client in self._clients:
             raise ValueError("it has sent an update of this round before")
-        if self.count >= min(self._plan.request.num_clients, LARGEST_NUMBER_OF_CLIENTS):
+        if self.count >= min(self._plan.terms.num_clients, LARGEST_NUMBER_OF_CLIENTS):
             raise ValueError(f"more than the plan's {self.count} clients in one round")
-        for name, array in clipped(update, self._plan.request.max_grad_norm).items():
+        for name, array in clipped(update, self._plan.terms.max_grad_norm).items():
             self._totals[name] += np.trunc(array / self._part).astype(np.int64)  # towards zero: never longer than C
         self._clients.add(client)
 
@@ -76,7 +76,7 @@ class ClippedSum:
         Args:
             streams: of the round's charge.
         """
-        std, num_clients = self._plan.noise_std, self._plan.request.num_clients
+        std, num_clients = self._plan.noise_std, self._plan.terms.num_clients
         means = {}
         for name, total in self._totals.items():
             exact = total.reshape(-1).astype(np.float64) * self._part

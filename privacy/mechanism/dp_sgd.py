@@ -14,7 +14,7 @@ import torch
 from configs.schema.federated import ClippingMethod
 from privacy.clipping.clipping import LARGEST_NORM, SMALLEST_NORM, Clipper, clipping
 from privacy.clipping.independence import Together
-from privacy.clipping.self_check import probe
+from privacy.clipping.self_check import prove_per_record_gradients
 from privacy.mechanism.noise import noised
 from privacy.mechanism.sampler import sample
 from privacy.mechanism.streams import Streams
@@ -55,7 +55,7 @@ class PrivateTraining(Generic[Unit]):
     _proved: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self.max_grad_norm = self.plan.request.max_grad_norm
+        self.max_grad_norm = self.plan.terms.max_grad_norm
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def prove(self) -> None:
@@ -65,7 +65,7 @@ class PrivateTraining(Generic[Unit]):
             InputError: the model has parameters whose per-record gradients are wrong or unknown.
         """
         with self._clipping() as clipper:
-            probe(clipper, self.unit_losses, self.synthetic)
+            prove_per_record_gradients(clipper, self.unit_losses, self.synthetic)
         self._proved = True
 
     def run(self, streams: Streams, units: Sequence[Unit]) -> None:
@@ -83,14 +83,14 @@ class PrivateTraining(Generic[Unit]):
         self._proved = False  # the weights move on
         with self._clipping() as clipper:
             together = Together(clipper, self.unit_losses, self.shape_of, self.made_up, self.micro_batch_size)
-            for step in range(self.plan.request.steps_per_round):
+            for step in range(self.plan.terms.steps_per_round):
                 with _seeded(streams, step):
                     self._step(clipper, together, streams, units, step)
 
     @contextmanager
     def _clipping(self) -> Iterator[Clipper]:
         self.model.train()
-        automatic = self.plan.request.clipping_function == "automatic"
+        automatic = self.plan.terms.clipping_function == "automatic"
         with clipping(self.model, self.max_grad_norm, self.method, automatic=automatic) as clipper:
             yield clipper
 
@@ -103,12 +103,12 @@ class PrivateTraining(Generic[Unit]):
         # 2. Forward, backward and clipping, of units together where none changes another one's bits.
         norms = [clipper.accumulate(self.unit_losses, units) for units in together.cut(batch)]
         # 3. Noise once on the sum, then the public normaliser.
-        noise_std = plan.noise_std * self.max_grad_norm / plan.request.max_grad_norm
+        noise_std = plan.noise_std * self.max_grad_norm / plan.terms.max_grad_norm
         for name, clipped_sum in clipper.take().items():
             release = noised(clipped_sum, noise_std, streams, step, name)
             parameter = self._parameters[name]
             parameter.grad = (release / plan.expected_batch_size).to(parameter.dtype)
-        if plan.request.clipping_function == "quantile":
+        if plan.terms.clipping_function == "quantile":
             self.max_grad_norm = clipper.max_grad_norm = self._next_norm(norms, streams, step)
         # 4. From here on only noised values are seen.
         self.optimizer.step()
@@ -120,10 +120,10 @@ class PrivateTraining(Generic[Unit]):
         # A parameter's name is never empty: this stream is no parameter's.
         count = noised(torch.tensor([below]), self.plan.count_noise_std, streams, step, "").item()
         share = 0.5 + count / self.plan.expected_batch_size
-        farther = -_NORM_RATE * (share - self.plan.request.target_quantile)
+        farther = -_NORM_RATE * (share - self.plan.terms.target_quantile)
         # Of a tiny expected batch the noised share has no bound, and exp has; what this cuts off is cut off below, too.
         moved = self.max_grad_norm * math.exp(min(farther, 2 * math.log(_FARTHEST_NORM)))
-        start = self.plan.request.max_grad_norm
+        start = self.plan.terms.max_grad_norm
         lowest, highest = max(start / _FARTHEST_NORM, SMALLEST_NORM), min(start * _FARTHEST_NORM, LARGEST_NORM)
         return min(max(moved, lowest), highest)
 

@@ -20,7 +20,7 @@ def sample(plan: PrivacyPlan, streams: Streams, step: int, num_units: int) -> In
         step: step within the charge.
         num_units: units that exist; used to draw for each of them, never as a size in the guarantee.
     """
-    request = plan.request
+    request = plan.terms
     if request.sampler == "truncated_poisson":
         if not _passes_size_test(plan, streams, num_units):
             num_units = 0
@@ -44,5 +44,5 @@ def _truncated(drawn: Indices, max_batch_size: int, streams: Streams, step: int)
 
 def _passes_size_test(plan: PrivacyPlan, streams: Streams, num_units: int) -> bool:
     """One noised look at the size for all steps of a charge; its only use is to leave batches empty."""
-    noise = float(standard_normal(streams.generator("size", 0), 1)[0]) * size_noise(plan.request.rounds)
-    return plan.request.passes_size_test(num_units + noise)
+    noise = float(standard_normal(streams.generator("size", 0), 1)[0]) * size_noise(plan.terms.rounds)
+    return plan.terms.passes_size_test(num_units + noise)

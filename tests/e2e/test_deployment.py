@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from deployment import BIN, Deployment, free_port, users, why_not_two_users
 
 from configs.storage.manifests import require_manifest
-from federated.deployment.federation_folder import Federation
+from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.flower_programs import flower_environment
 from federated.deployment.proxy import FLEET_PATHS
 from federated.deployment.superlink import APP, nodes
@@ -71,7 +71,7 @@ def deployment(coordinator) -> Deployment:
 
 
 def online(deployment: Deployment) -> set[str]:
-    found = nodes(Federation(deployment.folder))
+    found = nodes(FederationFolder(deployment.folder))
     return {name for name, node in found.items() if node["status"] == "online"}
 
 
@@ -481,7 +481,7 @@ def test_a_hostile_bundle_has_no_way_to_what_a_silo_keeps(deployment, two_users,
     ]
     assert all(path.exists() for path in secrets)
     answer = deployment.root / "hostile.json"
-    node = nodes(Federation(deployment.folder))["roman"]["node"]
+    node = nodes(FederationFolder(deployment.folder))["roman"]["node"]
     given = {
         "node": str(node),  # may be above what Flower takes as a number
         "paths": json.dumps([str(path) for path in secrets]),

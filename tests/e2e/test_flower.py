@@ -55,13 +55,13 @@ from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.silo.silo import Silo
 from federated.simulation.local_grid import LocalGrid
-from federated.transport.client_app import make_app, silo_service
+from federated.transport.client_app import make_app, reach_service
 from federated.transport.flower_messages import pack, unpack
-from federated.transport.service_client import exchange
+from federated.transport.service_client import ask_service
 from privacy.certificate.check import check_certificate
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.file import read_only
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path, c
 
     def ask(receipt=b"", **kind):
         body = body_of("request", silo_id=NAME, coordinator=signer.public_key, **kind)
-        return opened(exchange(f"unix:{socket_path}", seal_request(signer, body, receipt), timeout_s=30))
+        return opened(ask_service(f"unix:{socket_path}", seal_request(signer, body, receipt), timeout_s=30))
 
     reply = ask(describe=pb.Describe())
     assert (reply.silo_id, reply.described.public_record_count) == (NAME, 6000)
@@ -190,7 +190,7 @@ def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path, c
     silo.write_text(written)
     # The receipt has crossed the socket, beside the body, and the refusal has come back with the status code.
     assert ask(receipt=b"no receipt", close=pb.Close()).refusal.rule == "receipt"
-    plan = PlanRequest(
+    plan = PlanTerms(
         sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=1.0, rounds=1, steps_per_round=40, delta=1e-5
     )
     assert ask(reserve=pb.Reserve(plan=plan.model_dump_json())).WhichOneof("kind") == "reserved"
@@ -204,7 +204,7 @@ def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path, c
         assert command.wait(END_S) == -signal.SIGKILL
         command = processes.start("silo-again", *serving)
         reply = answering.result(RUN_S)
-    assert unpack(reply.content) == exchange(f"unix:{socket_path}", envelope)  # what was stored
+    assert unpack(reply.content) == ask_service(f"unix:{socket_path}", envelope)  # what was stored
     assert opened(unpack(reply.content)).WhichOneof("kind") == "trained"
     assert entries(tmp_path / "silo") == ["open", "reserve", "charge", "release"]
     told = [record.getMessage() for record in caplog.records if record.name == "siloweave.relay"]
@@ -216,7 +216,7 @@ def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path, c
     assert "\n" not in gone.error.reason
 
 
-def training(tiny_run, plan: PlanRequest) -> pb.Train:
+def training(tiny_run, plan: PlanTerms) -> pb.Train:
     config = tiny_run.config()
     return pb.Train(
         round=1,
@@ -234,7 +234,7 @@ def through_the_relay(address: str, envelope: bytes, ttl_s: float = RUN_S) -> Me
     """The answer of the very app that a SuperNode starts."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     context = Context(1, 1, {"silo-address": address}, RecordDict(), {})
-    return make_app(silo_service)(Message(pack(envelope), 1, "train", ttl=ttl_s), context)
+    return make_app(reach_service)(Message(pack(envelope), 1, "train", ttl=ttl_s), context)
 
 
 def entries(state_dir: Path) -> list[str]:

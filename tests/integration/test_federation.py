@@ -18,7 +18,7 @@ from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes
 from federated.adapters.warm_model import warm_model
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import TRAIN, Exchange
+from federated.coordinator.exchange import TRAIN, SiloExchange
 from federated.coordinator.rounds import Coordinator
 from federated.evaluation.label_counts import examples_of, label_counts
 from federated.evaluation.private_sums import evaluated
@@ -265,7 +265,7 @@ def test_a_silo_without_records_stops_the_simulation(federation):
 
 def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, monkeypatch):
     """Stopped after round one; at the restart a silo's answers are lost: what it has spent is still claimed."""
-    whole_round, send = Coordinator._round, Exchange._send
+    whole_round, send = Coordinator._round, SiloExchange._send
 
     def dies(self, number, adapter):
         if number == 2:
@@ -279,7 +279,7 @@ def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         federation()
     monkeypatch.undo()
-    monkeypatch.setattr(Exchange, "_send", deaf)
+    monkeypatch.setattr(SiloExchange, "_send", deaf)
     federation()
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])

@@ -20,7 +20,7 @@ from federated.protocol.envelope import seal_reply
 from federated.protocol.framing import PROTOCOL_VERSION
 from federated.transport.flower_messages import pack, unpack
 from privacy.ledger.statements import Receipt, RunStatement, Spend
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 COUNT = 1000
 NAMES = ("base_model.model.a.lora_A.default.weight", "base_model.model.a.lora_B.default.weight")
@@ -99,7 +99,7 @@ class SignedSilo:
             return
         self.number += 1
         if kind == "reserve":
-            self.plan = PlanRequest.model_validate_json(request.reserve.plan)
+            self.plan = PlanTerms.model_validate_json(request.reserve.plan)
             reply.reserved.receipt = self.receipt(run).to_bytes()
         elif kind == "train":
             self.charged = max(self.charged, request.train.round)

@@ -16,7 +16,7 @@ from configs.storage.sealing import MasterKey, read_sealed, seal
 from configs.storage.storage import Folder, Storage, committed, newest_commit
 from trainer.checkpoints.scratch import scratch_folder
 
-# Nor on the number of ranks: it may change at any restart.
+# No weight depends on the number of ranks either: it may change at any restart.
 _NO_WEIGHT_DEPENDS_ON = {
     "offload_folder",
     "micro_batch_size",

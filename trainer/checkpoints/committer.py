@@ -29,7 +29,7 @@ from trainer.rank import Rank
 
 _WRITE_ERROR = re.compile("PytorchStreamWriter|inline_container|No space left|File too large")
 _POLL_S, _SLOWEST_POLL_S = 0.01, 0.5
-_LOOK_S = 0.2  # a rank that waits says no more often that its part moves
+_LOOK_S = 0.2  # how often a rank that waits says that its part moves, at most
 
 
 class Committer:

@@ -13,8 +13,7 @@ from configs.storage.manifests import require_manifest
 from configs.storage.mirror import local_stage
 from configs.storage.sealing import load_key
 from configs.storage.storage import Storage
-from trainer.checkpoints import checkpoints
-from trainer.checkpoints import resize as elastic
+from trainer.checkpoints import checkpoints, resize
 from trainer.checkpoints.checkpoints import pretrain_digest
 from trainer.checkpoints.committer import Committer
 from trainer.checkpoints.scratch import scratch_folder
@@ -231,7 +230,7 @@ def _resume(
         engine.load_checkpoint(str(found.directory.parent), tag=found.directory.name)
     else:
         began, key = time.perf_counter(), load_key(config.run.encryption_key_file)
-        elastic.load_resized(engine, found.directory, saved, partial(checkpoints.read_shard, engine, key))
+        resize.load_resized(engine, found.directory, saved, partial(checkpoints.read_shard, engine, key))
         seconds = round(time.perf_counter() - began, 3)
         report({"event": "convert", "step": found.step, "from_ranks": saved, "to_ranks": now, "seconds": seconds})
     report({"event": "resume", "step": found.step})

@@ -17,7 +17,7 @@ from cluster.monitoring.console import Progressing, Terminal
 from configs.events import EventLog
 from configs.printing import answer, printable, stream
 from configs.storage.files import canonical_json
-from federated.deployment.federation_folder import Federation
+from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.relay import SUPERNODE_CURVE
 from federated.deployment.served_run import CURRENT
 from federated.identity.cards import EnrolledSilo, TrustedCoordinator
@@ -26,7 +26,7 @@ from federated.identity.trust import trust
 from privacy.certificate.certificate import certificate
 from privacy.ledger.chain import Budget
 from privacy.ledger.ledger import Ledger
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 # Clears the screen, sets the window's title, turns the line's direction, is rich's markup, forges a line, is C1's CSI.
 HOSTILE = "\x1b[2J\x1b]0;own\x07\u202e[red]x[/]\nleft: epsilon 99\r\x9b31m\x7f"
@@ -41,7 +41,7 @@ TRIAL = {
     "status": "x",
     "cause": HOSTILE,
 }
-PLAN = PlanRequest(sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5)
+PLAN = PlanTerms(sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5)
 
 
 WRITERS = {
@@ -173,7 +173,7 @@ def test_documents_that_came_by_mail(run, silo, tmp_path):
     assert r"enrol\x1b[2Jment.json: fingerprint" in run("federation", "enrol", tmp_path / "f", path, asked="y\n")
     directory = tmp_path / "run"
     EventLog(directory / "events.jsonl").emit("federate", "refused", silo=HOSTILE, step="1", message=HOSTILE)
-    current = Federation(tmp_path / "f").state / CURRENT
+    current = FederationFolder(tmp_path / "f").state / CURRENT
     current.parent.mkdir(exist_ok=True)
     current.write_text(json.dumps({"directory": str(directory), "run": HOSTILE}))
     status = run("federation", "status", tmp_path / "f")

@@ -62,15 +62,15 @@ def test_an_older_ledger_file_put_back_is_refused(trap):
 
 
 def changed(plan, **changes):
-    return plan.request.model_copy(update=changes).bind(plan.public_record_count)
+    return plan.terms.model_copy(update=changes).bind(plan.public_record_count)
 
 
 def noise_over_4(plan, *arguments, **options):
-    REAL(changed(plan, noise_multiplier=plan.request.noise_multiplier / 4), *arguments, **options)
+    REAL(changed(plan, noise_multiplier=plan.terms.noise_multiplier / 4), *arguments, **options)
 
 
 def clipping_off(plan, *arguments, **options):
-    norm, sigma = plan.request.max_grad_norm, plan.request.noise_multiplier
+    norm, sigma = plan.terms.max_grad_norm, plan.terms.noise_multiplier
     REAL(changed(plan, max_grad_norm=norm * 1e6, noise_multiplier=sigma / 1e6), *arguments, **options)
 
 
@@ -79,7 +79,7 @@ def clipping_after_the_mean(plan, streams, model, optimizer, units, *, unit_loss
     parameters = [value for value in model.parameters() if value.requires_grad]
     gradients = torch.autograd.grad(losses.mean(), parameters)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    factor = (plan.request.max_grad_norm / norm).clamp(max=1) * len(losses) / plan.expected_batch_size
+    factor = (plan.terms.max_grad_norm / norm).clamp(max=1) * len(losses) / plan.expected_batch_size
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient * factor
     optimizer.step()
@@ -89,7 +89,7 @@ def shuffling(plan, streams, model, optimizer, units, **options):
     """Goes through the units epoch by epoch, in batches of the expected size."""
     size = round(plan.expected_batch_size)
     draw, order = torch.Generator().manual_seed(0), []
-    for step in range(plan.request.steps_per_round):
+    for step in range(plan.terms.steps_per_round):
         order = order if len(order) >= size else torch.randperm(len(units), generator=draw).tolist()
         batch, order = [units[index] for index in order[:size]], order[size:]
         one = changed(plan, steps_per_round=1, sampling_rate=measured.ALMOST_ONE)

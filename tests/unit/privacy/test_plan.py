@@ -15,8 +15,8 @@ from configs.storage.files import canonical_json, digest_json
 from privacy.accounting.accountant import schedule_epsilon
 from privacy.accounting.truncation import FAILURE_SHARE, size_margin, size_noise, units_for
 from privacy.ledger.replay import replay
-from privacy.plan import MetricRelease, PlanRequest
-from privacy.plan_from_settings import plan_request
+from privacy.plan import MetricRelease, PlanTerms
+from privacy.plan_from_settings import plan_terms
 
 RECORD = {
     "sampling_rate": 0.03,
@@ -50,8 +50,8 @@ def test_a_rate_below_the_samplers_bits_is_none():
     """Before: the smallest floats were taken, and the accountant failed on them."""
     for rate in (5e-324, 2.0**-64 * (1 - 1e-15)):
         with pytest.raises(ValidationError, match="sampling_rate"):
-            PlanRequest(**{**RECORD, "sampling_rate": rate})
-    smallest = PlanRequest(**{**RECORD, "sampling_rate": 2.0**-64})
+            PlanTerms(**{**RECORD, "sampling_rate": rate})
+    smallest = PlanTerms(**{**RECORD, "sampling_rate": 2.0**-64})
     assert smallest.bind(100).inclusion_threshold == 1
     assert 0 <= smallest.epsilon < 1e-9
 
@@ -102,17 +102,17 @@ def test_a_rate_below_the_samplers_bits_is_none():
 )
 def test_what_does_not_fit_together_is_refused_with_field_and_fix(tree, expected):
     with pytest.raises(InputError) as caught:
-        parse(PlanRequest, tree, "plan")
+        parse(PlanTerms, tree, "plan")
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("tree", [RECORD, CLIENT, TRUNCATED, {**RECORD, "metric_releases": METRICS}])
 def test_plans_are_frozen_digested_and_travel_as_json(tree):
-    plan = PlanRequest(**tree)
+    plan = PlanTerms(**tree)
     with pytest.raises(ValidationError):
         plan.noise_multiplier = 0.1
-    again = PlanRequest.model_validate_json(canonical_json(plan.model_dump()))
+    again = PlanTerms.model_validate_json(canonical_json(plan.model_dump()))
     assert again == plan
     assert again.digest == plan.digest == digest_json(plan.model_dump())
     assert hash(again.schedule) == hash(plan.schedule)
@@ -135,7 +135,7 @@ def test_plans_are_frozen_digested_and_travel_as_json(tree):
     ],
 )
 def test_whatever_changes_the_guarantee_changes_the_digest(changes):
-    assert PlanRequest(**{**RECORD, **changes}).digest != PlanRequest(**RECORD).digest
+    assert PlanTerms(**{**RECORD, **changes}).digest != PlanTerms(**RECORD).digest
 
 
 # As they were written before there was a version 2: tree, digest and reserved epsilon.
@@ -163,7 +163,7 @@ VERSION_1 = [
 @pytest.mark.parametrize(("changes", "digest", "epsilon"), VERSION_1)
 def test_plans_of_version_1_keep_digest_and_epsilon_and_old_ledgers_replay(changes, digest, epsilon):
     written = {"version": 1, "unit": "record", "relation": "add_or_remove_one", "sampler": "poisson", **changes}
-    plan = PlanRequest(**written)
+    plan = PlanTerms(**written)
     assert plan.model_dump() == written
     assert plan.digest == digest == digest_json(written)
     assert plan.epsilon == pytest.approx(epsilon, rel=1e-9)
@@ -192,35 +192,35 @@ def test_plans_of_version_1_keep_digest_and_epsilon_and_old_ledgers_replay(chang
     ],
 )
 def test_epsilon_is_that_of_dp_accountings_accountant_for_the_plans_event(tree, relation):
-    plan = PlanRequest(**tree)
+    plan = PlanTerms(**tree)
     expected = PLDAccountant(relation).compose(plan.event()).get_epsilon(plan.delta)
     assert plan.epsilon == pytest.approx(expected, rel=1e-3)
 
 
 def test_every_metric_release_costs_and_more_noise_costs_less():
     def epsilon(*metrics):
-        return PlanRequest(**{**RECORD, "metric_releases": metrics}).epsilon
+        return PlanTerms(**{**RECORD, "metric_releases": metrics}).epsilon
 
     once, often, quiet = (
         MetricRelease(name="nats", noise_multiplier=sigma, releases=releases)
         for sigma, releases in ((8.0, 1), (8.0, 3), (80.0, 1))
     )
-    assert PlanRequest(**RECORD).epsilon < epsilon(quiet) < epsilon(once) < epsilon(often)
+    assert PlanTerms(**RECORD).epsilon < epsilon(quiet) < epsilon(once) < epsilon(often)
     assert epsilon(often, MetricRelease(name="f1", noise_multiplier=8.0, releases=1)) > epsilon(often)
 
 
 def test_a_plan_is_calibrated_with_its_metric_releases():
-    bare, with_metrics = (PlanRequest(**RECORD, metric_releases=m).calibrated(2.0) for m in ((), METRICS))
+    bare, with_metrics = (PlanTerms(**RECORD, metric_releases=m).calibrated(2.0) for m in ((), METRICS))
     for plan in (bare, with_metrics):
         assert 0.998 * 2.0 < plan.epsilon <= 2.0
     assert with_metrics.noise_multiplier > bare.noise_multiplier
     loud = [{"name": "nats", "noise_multiplier": 0.5, "releases": 3}]
     with pytest.raises(InputError, match=r"beside the metric releases; raise privacy.epsilon"):
-        PlanRequest(**RECORD, metric_releases=loud).calibrated(2.0)
+        PlanTerms(**RECORD, metric_releases=loud).calibrated(2.0)
 
 
 def test_everything_of_a_silos_size_comes_from_its_declared_count():
-    plan = PlanRequest(**RECORD).bind(5000)
+    plan = PlanTerms(**RECORD).bind(5000)
     assert plan.expected_batch_size == pytest.approx(150)
     assert plan.noise_std == 0.8
     assert plan.inclusion_threshold / 2**64 <= 0.03
@@ -228,17 +228,17 @@ def test_everything_of_a_silos_size_comes_from_its_declared_count():
 
 
 def test_a_silo_binds_only_what_it_can_keep():
-    assert PlanRequest(**RECORD).bind(10_000)
+    assert PlanTerms(**RECORD).bind(10_000)
     with pytest.raises(PolicyRefusal, match=r"allows at most 9.99e-06") as caught:
-        PlanRequest(**RECORD).bind(10_010)
+        PlanTerms(**RECORD).bind(10_010)
     assert caught.value.rule == "delta"
     with pytest.raises(PolicyRefusal, match="silos train with records as units") as caught:
-        PlanRequest(**CLIENT).bind(50)
+        PlanTerms(**CLIENT).bind(50)
     assert caught.value.rule == "unit"
     largest = 2000 - size_margin(3, 1e-5)
-    assert PlanRequest(**TRUNCATED).bind(largest)
+    assert PlanTerms(**TRUNCATED).bind(largest)
     with pytest.raises(PolicyRefusal, match="too large for this plan") as caught:
-        PlanRequest(**TRUNCATED).bind(largest + 1)
+        PlanTerms(**TRUNCATED).bind(largest + 1)
     assert (caught.value.rule, caught.value.allowed) == ("max_units", "at least 2001")
 
 
@@ -255,14 +255,14 @@ def test_a_dataset_too_large_for_truncation_passes_its_tests_with_a_share_of_del
 
 def test_settings_become_the_plan():
     config = load("tiny", ["privacy.sampler=truncated_poisson", "privacy.max_batch_size=100"])
-    plan = plan_request(config)
+    plan = plan_terms(config)
     assert (plan.sampler, plan.max_batch_size) == ("truncated_poisson", 100)
     private = config.data.private
     largest = max(private.public_record_count, *private.public_record_counts.values(), 0)
     assert plan.bind(largest)
     assert plan.epsilon <= config.privacy.epsilon
     with pytest.raises(InputError, match=r"below the expected batch.*lower sampling_rate"):
-        plan_request(load("tiny", ["privacy.sampler=truncated_poisson", "privacy.max_batch_size=1"]))
+        plan_terms(load("tiny", ["privacy.sampler=truncated_poisson", "privacy.max_batch_size=1"]))
     for override in ("privacy.sampler=truncated_poisson", "privacy.max_batch_size=60"):
         with pytest.raises(InputError, match="give 0 with 'poisson', a cap with 'truncated_poisson'"):
             load("tiny", [override])
@@ -270,9 +270,9 @@ def test_settings_become_the_plan():
 
 def test_sum_and_count_of_quantile_clipping_are_together_what_is_accounted():
     """Both Gaussians composed by dp-accounting spend what one with the plan's noise multiplier does."""
-    request = PlanRequest(**{**RECORD, **QUANTILE})
+    request = PlanTerms(**{**RECORD, **QUANTILE})
     plan = request.bind(1000)
-    assert request.epsilon == PlanRequest(**RECORD).epsilon
+    assert request.epsilon == PlanTerms(**RECORD).epsilon
     assert plan.noise_std > request.noise_multiplier * request.max_grad_norm
     count_multiplier = plan.count_noise_std / 0.5  # a record moves the count by a half
     both = PLDAccountant().compose(GaussianDpEvent(plan.noise_std)).compose(GaussianDpEvent(count_multiplier))
@@ -281,12 +281,12 @@ def test_sum_and_count_of_quantile_clipping_are_together_what_is_accounted():
 
 
 def test_quantile_clipping_is_refused_where_the_count_would_take_all_the_noise():
-    request = PlanRequest(**{**RECORD, **QUANTILE})
+    request = PlanTerms(**{**RECORD, **QUANTILE})
     with pytest.raises(PolicyRefusal, match="expected batches above 8"):
         request.bind(200)
 
 
 def test_the_size_tests_noise_is_part_of_what_a_truncated_plan_spends():
-    schedule = PlanRequest(**TRUNCATED).schedule
+    schedule = PlanTerms(**TRUNCATED).schedule
     assert schedule.releases == ((size_noise(3), 3),)
     assert schedule_epsilon(schedule, 1e-5) > schedule_epsilon(replace(schedule, releases=()), 1e-5)

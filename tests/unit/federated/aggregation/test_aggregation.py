@@ -16,7 +16,7 @@ from configs.errors import InputError
 from configs.schema.base import LARGEST_ADAPTER_VALUE
 from configs.schema.federated import FederatedSettings
 from federated.adapters.arrays import check_update, from_bytes, to_bytes
-from federated.aggregation.aggregation import Aggregation, check_size
+from federated.aggregation.aggregation import RoundAggregation, check_size
 
 LAYER = "layer.lora_{}.default.weight"
 A, B = LAYER.format("A"), LAYER.format("B")
@@ -38,7 +38,7 @@ def run_rounds(chosen, updates, adapter=None, silos=SILOS):
     """The adapter and the state after each round; both pass through bytes, as they do when a run is continued."""
     adapter, state, history = adapter or random(99), {}, []
     for by_silo in updates:
-        aggregation = Aggregation(chosen, adapter, state, len(silos))
+        aggregation = RoundAggregation(chosen, adapter, state, len(silos))
         for silo, update in by_silo.items():
             aggregation.add(silo, update)
         adapter, state = aggregation.result()
@@ -164,7 +164,7 @@ def test_a_run_that_is_continued_gives_the_same_bytes(name, adapters):
     through_bytes, _ = run_rounds(chosen, updates)[-1]
     adapter, state = random(99), {}
     for by_silo in updates:
-        aggregation = Aggregation(chosen, adapter, state, len(SILOS))
+        aggregation = RoundAggregation(chosen, adapter, state, len(SILOS))
         for silo, update in by_silo.items():
             aggregation.add(silo, update)
         adapter, state = aggregation.result()
@@ -217,7 +217,7 @@ def test_scaffold_is_the_papers_also_when_silos_are_missing():
     expected, corrections = scaffold_by_hand(updates, 0.02 * 5, len(SILOS))
     adapter, state = random(99), {}
     for by_silo, expected_corrections in zip(updates, corrections, strict=True):
-        aggregation = Aggregation(chosen, adapter, state, len(SILOS))
+        aggregation = RoundAggregation(chosen, adapter, state, len(SILOS))
         for silo, correction in expected_corrections.items():
             found = aggregation.sent(silo).correction[B]
             np.testing.assert_allclose(found, np.broadcast_to(correction, found.shape), rtol=1e-4, atol=1e-5)
@@ -232,7 +232,7 @@ def test_no_update_makes_a_correction_that_the_other_silos_refuse():
     chosen = settings("scaffold", optimizer="sgd", learning_rate=0.01, local_steps=1)
     adapter, state = random(99), {}
     for number in range(20):
-        aggregation = Aggregation(chosen, adapter, state, len(SILOS))
+        aggregation = RoundAggregation(chosen, adapter, state, len(SILOS))
         for silo in SILOS:
             check_update(aggregation.sent(silo).correction, adapter)
         for size in (30_000.0, 320.0, 150.0, 80.0):  # the first one that is accepted counts
@@ -251,7 +251,7 @@ def test_the_common_variate_stays_the_mean_of_all_when_a_silo_joins():
     """And a round's requests are the same, whether or not the new silo is already there when it is asked again."""
     chosen = settings("scaffold", optimizer="sgd")
     adapter, state = run_rounds(chosen, UPDATES[:2], silos=SILOS)[-1]
-    fewer, more = (Aggregation(chosen, adapter, state, count) for count in (4, 5))
+    fewer, more = (RoundAggregation(chosen, adapter, state, count) for count in (4, 5))
     assert to_bytes(fewer.sent("east").correction) == to_bytes(more.sent("east").correction)
     for silo in (*SILOS[:2], "new"):
         more.add(silo, random(len(silo)))
@@ -266,7 +266,7 @@ def test_an_update_after_the_correction_keeps_the_variate_of_the_plain_gradient(
     adapter, state = random(99), {}
     gradients = {silo: random(i) for i, silo in enumerate(SILOS)}
     for _ in range(2):
-        aggregation = Aggregation(chosen, adapter, state, len(SILOS))
+        aggregation = RoundAggregation(chosen, adapter, state, len(SILOS))
         for silo, gradient in gradients.items():
             correction = aggregation.sent(silo).correction
             update = {name: (-0.1 * 3 * (gradient[name] + correction[name])).astype(np.float32) for name in gradient}
@@ -323,7 +323,7 @@ def test_silos_that_lie_move_a_robust_mean_little_and_a_mean_far(name, liars):
 
 def test_a_robust_mean_holds_no_more_than_it_may():
     chosen = settings("median", max_silos=3)
-    aggregation = Aggregation(chosen, random(99), {}, 4)
+    aggregation = RoundAggregation(chosen, random(99), {}, 4)
     for number in range(3):
         aggregation.add(f"silo-{number}", random(number))
     with pytest.raises(ValueError, match=r"more than federated\.max_silos"):
@@ -340,7 +340,7 @@ def test_memory_does_not_grow_with_the_silos(adapters):
         shape = {A: (RANK, 300), B: (300, RANK)}
         adapter = {name: np.ones(size, dtype=np.float32) for name, size in shape.items()}
         tracemalloc.start()
-        aggregation = Aggregation(settings(adapters=adapters), adapter, {}, silos)
+        aggregation = RoundAggregation(settings(adapters=adapters), adapter, {}, silos)
         for number in range(silos):
             update = {name: np.full(size, number * 1e-3, dtype=np.float32) for name, size in shape.items()}
             aggregation.add(f"silo-{number}", update)
@@ -354,7 +354,7 @@ def test_memory_does_not_grow_with_the_silos(adapters):
 
 def test_a_frozen_a_neither_travels_nor_changes():
     chosen, adapter = settings(adapters="ffa"), random(99)
-    aggregation = Aggregation(chosen, adapter, {}, len(SILOS))
+    aggregation = RoundAggregation(chosen, adapter, {}, len(SILOS))
     sent = aggregation.sent("east").adapter
     assert set(sent) == {B}
     for silo, update in UPDATES[0].items():
@@ -366,7 +366,7 @@ def test_a_frozen_a_neither_travels_nor_changes():
     whole = np.mean([(adapter[B] + update[B]) @ adapter[A] for update in UPDATES[0].values()], axis=0)
     np.testing.assert_allclose(after[B] @ after[A], whole, atol=1e-5)
     with pytest.raises(ValueError, match="names or shapes"):
-        Aggregation(chosen, adapter, {}, 1).add("east", UPDATES[0]["east"])
+        RoundAggregation(chosen, adapter, {}, 1).add("east", UPDATES[0]["east"])
 
 
 def test_products_are_averaged_exactly_and_factored_again():
@@ -390,7 +390,7 @@ def test_products_are_averaged_exactly_and_factored_again():
 def test_silos_of_different_ranks_train_the_same_product():
     chosen = settings(adapters="product", lora_ranks={"west": 1})
     adapter, _ = run_rounds(chosen, [{"east": random(5)}], silos=("east", "west"))[0]
-    aggregation = Aggregation(chosen, adapter, {}, 2)
+    aggregation = RoundAggregation(chosen, adapter, {}, 2)
     small, large = aggregation.sent("west"), aggregation.sent("east")
     assert (small.rank, small.adapter[A].shape, small.adapter[B].shape) == (1, (1, 7), (9, 1))
     assert small.alpha / small.rank == large.alpha / large.rank == 6.0 / RANK

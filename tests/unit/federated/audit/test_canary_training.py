@@ -40,7 +40,7 @@ def training(model, settings=SETTINGS, **changes):
 def run(audit):
     steps = []
     audit.train(lambda: steps.append(1), lambda _: os.urandom(SEED_BYTES))
-    assert len(steps) == audit.request.steps
+    assert len(steps) == audit.terms.steps
     return audit.findings()
 
 

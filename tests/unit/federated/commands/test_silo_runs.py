@@ -12,9 +12,9 @@ from federated.protocol import silo_pb2 as pb
 from federated.silo.requests import decode
 from privacy.ledger.chain import Budget
 from privacy.ledger.ledger import Ledger
-from privacy.plan import PlanRequest, PrivacyPlan
+from privacy.plan import PlanTerms, PrivacyPlan
 
-PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=2.0, rounds=1, steps_per_round=2, delta=1e-5)
+PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=2.0, rounds=1, steps_per_round=2, delta=1e-5)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def silo(toml, *arguments):
 def test_a_run_whose_name_cannot_be_typed_is_ended_by_its_entry(toml, tmp_path):
     """Before: nothing that a terminal takes was the name of a run that began with a NUL."""
     ledger = Ledger.open(tmp_path / "state", "north", "ward", Budget(20.0, 1e-4))
-    plan = PrivacyPlan(request=PLAN, public_record_count=100)
+    plan = PrivacyPlan(terms=PLAN, public_record_count=100)
     for name in ("\x00x", "x"):
         ledger.reserve(name, plan, coordinator=COORDINATOR.public_key)
     found = json.loads(silo(toml, "--json").stdout)

@@ -16,7 +16,7 @@ from configs.errors import InputError, SiloweaveError
 from configs.events import read_events
 from configs.storage.files import canonical_json, digest_bytes, digest_file
 from federated.adapters.arrays import from_bytes, to_bytes
-from federated.aggregation.aggregation import Aggregation
+from federated.aggregation.aggregation import RoundAggregation
 from federated.coordinator.flower_grid import OneByOne
 from federated.evaluation.private_sums import Bounds, checked_sums, figures
 from federated.protocol import silo_pb2 as pb
@@ -324,4 +324,4 @@ def test_no_reply_can_pass_for_another_silos(tmp_path):
         one = coordinator(grid(silos), tmp_path / name, "federated.round_timeout_s=60", silos=2)
         one._meet(2, 0)
         one.exchange.settings = one.exchange.settings.model_copy(update={"round_timeout_s": 1.0})
-        assert one._ask(1, Aggregation(one.config.federated, adapter(), {}, 2), adapter()) == [*answered, "good"]
+        assert one._ask(1, RoundAggregation(one.config.federated, adapter(), {}, 2), adapter()) == [*answered, "good"]

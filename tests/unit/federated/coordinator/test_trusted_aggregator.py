@@ -18,21 +18,21 @@ from configs.load import load
 from configs.schema.federated import FederatedSettings
 from configs.schema.schema import PrivacySettings
 from federated.adapters.arrays import to_bytes
-from federated.aggregation.aggregation import Aggregation
+from federated.aggregation.aggregation import RoundAggregation
 from federated.coordinator.parties import Parties
-from federated.coordinator.trusted_aggregator import Aggregator, new_aggregator, open_ledger
+from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator, open_ledger
 from federated.identity.trust import coordinator_signer
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.replay import replay
 from privacy.mechanism.client_sum import ClippedSum
 from privacy.mechanism.streams import injected_seeds
-from privacy.plan import PlanRequest
-from privacy.plan_from_settings import plan_request
+from privacy.plan import PlanTerms
+from privacy.plan_from_settings import plan_terms
 
 C, CLIENTS = 1.0, 4
 REQUEST = client_plan(max_grad_norm=C, noise_multiplier=2.5, rounds=2, num_clients=CLIENTS)
 PLAN = REQUEST.for_clients()
-RECORDS = PlanRequest(
+RECORDS = PlanTerms(
     sampling_rate=0.01, max_grad_norm=1.0, noise_multiplier=5.0, rounds=1, steps_per_round=1, delta=1e-6
 )
 TEMPLATE = {"layer.lora_B.default.weight": np.zeros((6, 3), np.float32)}
@@ -67,7 +67,7 @@ def kinds(ledger):
 
 def test_a_round_is_charged_before_it_is_asked_for_and_stored_before_it_is_used(tmp_path):
     ledger = opened(tmp_path)
-    aggregator, seen = Aggregator(ledger, "run-1", PLAN), []
+    aggregator, seen = TrustedAggregator(ledger, "run-1", PLAN), []
     assert kinds(ledger) == ["open", "reserve"]
     total = ClippedSum(TEMPLATE, PLAN)
 
@@ -96,7 +96,7 @@ def test_a_round_is_charged_before_it_is_asked_for_and_stored_before_it_is_used(
 def test_a_round_that_too_few_answer_is_abandoned_and_stays_charged(tmp_path):
     """Asked again it is the same charge: nothing of the first time was released, and it is released once."""
     ledger = opened(tmp_path)
-    aggregator = Aggregator(ledger, "run-1", PLAN)
+    aggregator = TrustedAggregator(ledger, "run-1", PLAN)
 
     def too_few():
         raise SiloweaveError("1 of 4 silos answered")
@@ -119,7 +119,7 @@ import test_trusted_aggregator as t
 
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 ledger = t.opened(Path({folder!r}))
-aggregator = t.Aggregator(ledger, "run-1", t.PLAN)
+aggregator = t.TrustedAggregator(ledger, "run-1", t.PLAN)
 if {at!r} == "charged":
     t.asks = lambda *_, **__: die
 elif {at!r} == "folded":
@@ -131,7 +131,7 @@ die()  # released, and not committed
 
 @pytest.mark.parametrize("at", ["charged", "folded", "released"])
 def test_killed_between_charge_and_commit_it_resumes_to_the_same_bytes(tmp_path, at):
-    whole = run_round(Aggregator(opened(tmp_path / "whole"), "run-1", PLAN))
+    whole = run_round(TrustedAggregator(opened(tmp_path / "whole"), "run-1", PLAN))
     folder = tmp_path / "killed"
     script = KILLED.format(tests=[str(Path(__file__).parent), str(SUPPORT), str(REPOSITORY)], folder=str(folder), at=at)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -139,7 +139,7 @@ def test_killed_between_charge_and_commit_it_resumes_to_the_same_bytes(tmp_path,
     ledger = opened(folder)
     released = ["release"] if at == "released" else []
     assert kinds(ledger) == ["open", "reserve", "charge", *released]
-    resumed = run_round(Aggregator(ledger, "run-1", PLAN))
+    resumed = run_round(TrustedAggregator(ledger, "run-1", PLAN))
     assert to_bytes(resumed.mean) == to_bytes(whole.mean)
     assert kinds(ledger) == ["open", "reserve", "charge", "release"]
 
@@ -148,9 +148,9 @@ def test_the_clients_budget_is_one_for_all_runs(tmp_path):
     ledger = opened(tmp_path)
     runs = int(20 / REQUEST.epsilon)
     for number in range(runs):
-        Aggregator(ledger, f"run-{number}", PLAN)
+        TrustedAggregator(ledger, f"run-{number}", PLAN)
     with pytest.raises(PolicyRefusal, match="budget_epsilon"):
-        Aggregator(ledger, "one-more", PLAN)
+        TrustedAggregator(ledger, "one-more", PLAN)
     with pytest.raises(PolicyRefusal, match="unit: this ledger is of another unit"):
         ledger.reserve("records", RECORDS.bind(100))
     ledger.close_file()
@@ -183,7 +183,7 @@ def test_epsilon_is_that_of_composed_gaussians_by_dp_accounting(sigma, rounds):
 def test_nothing_without_noise_can_be_taken_out_of_the_aggregation():
     settings = FederatedSettings(lora_rank=3)
     adapter = {**TEMPLATE, "layer.lora_A.default.weight": np.ones((3, 5), np.float32)}
-    aggregation = Aggregation(settings, adapter, {}, CLIENTS, PLAN)
+    aggregation = RoundAggregation(settings, adapter, {}, CLIENTS, PLAN)
     aggregation.add("north", adapter)
     assert aggregation.clipped_sum.count == 1
     with pytest.raises(TypeError, match="nothing without noise"):
@@ -194,7 +194,7 @@ CLIENT = ("privacy.unit=client", "privacy.num_clients=5", "evaluate.without_dp=f
 
 
 def test_settings_become_a_plan_with_clients_as_units(tmp_path):
-    plan = plan_request(load("tiny", CLIENT))
+    plan = plan_terms(load("tiny", CLIENT))
     assert (plan.unit, plan.relation, plan.sampler, plan.sampling_rate) == ("client", "zero_out", "all", 1)
     assert (plan.num_clients, plan.steps_per_round, plan.rounds) == (5, 1, 2)
     assert 0.99 * 8 < plan.epsilon <= 8
@@ -203,7 +203,7 @@ def test_settings_become_a_plan_with_clients_as_units(tmp_path):
         new_aggregator(parties, "run-1", plan)
     with pytest.raises(InputError, match="this coordinator has no ledger"):
         new_aggregator(Parties(parties.signer, 5), "run-1", plan)
-    assert new_aggregator(parties, "run-1", plan_request(load("tiny"))) is None
+    assert new_aggregator(parties, "run-1", plan_terms(load("tiny"))) is None
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_plans_that_no_aggregator_carries_out_are_refused():
         REQUEST.model_copy(update={"clipping_function": "automatic"}).for_clients()
     metrics = [{"name": "held_out", "noise_multiplier": 5.0, "releases": 1}]
     with pytest.raises(PolicyRefusal, match="metric_releases"):
-        PlanRequest(**{**REQUEST.model_dump(), "metric_releases": metrics}).for_clients()
+        PlanTerms(**{**REQUEST.model_dump(), "metric_releases": metrics}).for_clients()
     with pytest.raises(PolicyRefusal, match="unit"):
         RECORDS.for_clients()
 

@@ -20,7 +20,7 @@ from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
 from federated.simulation.simulated_places import simulated_silo
 from privacy.mechanism.streams import Streams
-from privacy.plan import METRIC, PlanRequest
+from privacy.plan import METRIC, PlanTerms
 from trainer.data.tokenizer import load_tokenizer
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
@@ -52,7 +52,7 @@ def plan(*labels, **changes):
     tree = {**PLAN, **changes}
     if labels:
         tree["metric_releases"] = [{**PLAN["metric_releases"][0], "labels": labels}]
-    return PlanRequest(**tree)
+    return PlanTerms(**tree)
 
 
 def streams(number):
@@ -189,7 +189,7 @@ def test_labels_change_the_plan_and_its_digest_but_no_epsilon():
     assert with_labels.event() == without.event()
     assert with_labels.digest not in (without.digest, plan(*reversed(LABELS)).digest)
     assert "labels" not in without.model_dump()["metric_releases"][0]  # as before there were any
-    assert PlanRequest(**json.loads(with_labels.model_dump_json())) == with_labels
+    assert PlanTerms(**json.loads(with_labels.model_dump_json())) == with_labels
 
 
 @pytest.mark.parametrize(

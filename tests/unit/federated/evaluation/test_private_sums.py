@@ -20,7 +20,7 @@ from privacy.ledger.replay import replay
 from privacy.ledger.statements import RunStatement
 from privacy.mechanism.noise import grid, noised_sums
 from privacy.mechanism.streams import Streams
-from privacy.plan import METRIC, MetricRelease, PlanRequest
+from privacy.plan import METRIC, MetricRelease, PlanTerms
 from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import score
 from trainer.models.adapters import trainable
@@ -28,7 +28,7 @@ from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
 NOISE = 3.0
-PLAN = PlanRequest(
+PLAN = PlanTerms(
     sampling_rate=0.05,
     max_grad_norm=1.0,
     noise_multiplier=0.8,

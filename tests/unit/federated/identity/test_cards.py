@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from configs.errors import InputError
 from configs.load import load
 from configs.schema.deployment import FederationConfig
-from federated.deployment.federation_folder import Federation
+from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.silo_site import distrust, make_identity, trust, trusted
 from federated.identity.cards import (
     CoordinatorCard,
@@ -35,7 +35,7 @@ CONFIG = FederationConfig(name="net", hosts=("fed.example.org", "127.0.0.1"), po
 
 @pytest.fixture
 def federation(tmp_path):
-    return Federation.create(tmp_path / "federation", CONFIG)
+    return FederationFolder.create(tmp_path / "federation", CONFIG)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_private_keys_are_their_owners_alone_and_never_made_twice(federation, si
     before = {path: path.read_bytes() for path in private_files(tmp_path)}
     assert len(before) == 8  # coordinator, its authority, proxy, SuperLink; SuperNode; silo, its authority, service
     assert {stat.S_IMODE(path.stat().st_mode) for path in before} == {0o600}
-    Federation.create(tmp_path / "federation", CONFIG)
+    FederationFolder.create(tmp_path / "federation", CONFIG)
     enrolled(silo, tmp_path)
     assert before == {path: path.read_bytes() for path in private_files(tmp_path)}
 
@@ -83,12 +83,12 @@ def test_no_public_document_holds_a_private_half(federation, silo, tmp_path):
 def test_a_lost_coordinator_key_is_not_replaced_in_silence(federation):
     (federation.folder / "coordinator.key").unlink()
     with pytest.raises(InputError, match="no such key, and a new one would not be the same"):
-        _ = Federation(federation.folder).card
+        _ = FederationFolder(federation.folder).card
 
 
 def test_another_configuration_does_not_take_over_a_folder(federation):
     with pytest.raises(InputError, match="is there with other settings"):
-        Federation.create(federation.folder, CONFIG.model_copy(update={"port": 1}))
+        FederationFolder.create(federation.folder, CONFIG.model_copy(update={"port": 1}))
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path):

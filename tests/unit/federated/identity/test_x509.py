@@ -11,12 +11,12 @@ import federated.identity.x509 as module
 from configs.errors import InputError
 from configs.schema.silo import SiloConfig
 from federated.identity.keys import load_or_create_key
-from federated.identity.x509 import CURVE, Authority, check_certificate, days_left, read_certificate
+from federated.identity.x509 import CURVE, Authority, check_x509, days_left, read_certificate
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.silo.silo import Silo
 from federated.transport.service import ServiceTls, serve
-from federated.transport.service_client import AUTHORITY, CERTIFICATE, KEY, exchange
+from federated.transport.service_client import AUTHORITY, CERTIFICATE, KEY, ask_service
 
 BODY = body_of("who", silo_id="", describe=pb.Describe())
 
@@ -82,7 +82,7 @@ def ask(silo, pki, service, relay_folder):
     )
     try:
         content = seal_request(COORDINATOR, BODY)
-        answer = exchange(f"localhost:{port}", content, tls_folder=relay_folder, timeout_s=5)
+        answer = ask_service(f"localhost:{port}", content, tls_folder=relay_folder, timeout_s=5)
         return opened(answer, silo).WhichOneof("kind")
     except grpc.RpcError as error:
         return error.code()
@@ -139,7 +139,7 @@ def test_a_caller_without_a_certificate_or_without_tls_gets_nothing(silo, pki):
         with grpc.secure_channel(f"localhost:{port}", credentials) as channel, pytest.raises(grpc.RpcError):
             channel.unary_unary("/siloweave.v1.Silo/Exchange")(b"", timeout=5)
         with pytest.raises(grpc.RpcError):
-            exchange(f"localhost:{port}", seal_request(COORDINATOR, BODY), timeout_s=3)
+            ask_service(f"localhost:{port}", seal_request(COORDINATOR, BODY), timeout_s=3)
     finally:
         server.stop(None).wait()
 
@@ -162,7 +162,7 @@ def test_a_bad_certificate_is_one_clear_line(pki, changes, host, said):
     pki.issue("service", "server", **changes)
     certificate = read_certificate(pki.folder / "service.crt")
     with pytest.raises(InputError, match=said) as caught:
-        check_certificate(certificate, pki.ours.certificate, "localhost:1", host)
+        check_x509(certificate, pki.ours.certificate, "localhost:1", host)
     assert "\n" not in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from federated.protocol.bounds import LARGEST, excess, has_length
 from federated.protocol.envelope import seal_request
 from federated.silo.requests import decode, open_envelope, refusal_message
 from privacy.ledger.statements import AuditStatement, Receipt, RunStatement
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 MESSAGES = pb.DESCRIPTOR.message_types_by_name.values()
 FIELDS = {
@@ -80,7 +80,7 @@ def test_a_reply_that_says_too_much_is_rejected_before_it_is_in_the_events():
 
 @pytest.mark.parametrize(
     "schema",
-    [PlanRequest, Receipt, RunStatement, AuditStatement, TrustedCoordinator, EnrolledSilo, CoordinatorCard, RelayCard],
+    [PlanTerms, Receipt, RunStatement, AuditStatement, TrustedCoordinator, EnrolledSilo, CoordinatorCard, RelayCard],
 )
 def test_every_text_and_list_of_every_document_has_a_bound(schema):
     """Plans, receipts, statements and cards are JSON inside messages, or files that came by mail."""

@@ -28,10 +28,10 @@ from federated.silo.requests import check_sender, decode, open_envelope
 from federated.silo.silo import Silo
 from federated.silo.traffic_log import UnloggedError
 from federated.transport.service import MAX_WAITING, serve
-from federated.transport.service_client import exchange
-from privacy.plan import PlanRequest
+from federated.transport.service_client import ask_service
+from privacy.plan import PlanTerms
 
-PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
+PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 STRANGER = signer_of(bytes(range(1, 33)))
 
 
@@ -356,7 +356,7 @@ def test_large_messages_cross_in_chunks(service):
     silo, address = service
     plan = PLAN.model_dump_json() + " " * (3 * CHUNK_BYTES)
     envelope = seal_request(COORDINATOR, body_of("reserve", reserve=pb.Reserve(plan=plan)))
-    assert opened(exchange(address, envelope), silo).refusal.rule == "plan"  # it was read whole: it is too long
+    assert opened(ask_service(address, envelope), silo).refusal.rule == "plan"  # it was read whole: it is too long
 
 
 def test_a_refusal_comes_back_with_its_status_code(service):
@@ -416,12 +416,12 @@ def test_a_caller_that_gives_up_changes_no_charge_and_finds_its_reply_later(serv
     monkeypatch.setattr(PrivateUpdate, "run", slow)
     envelope = seal_request(COORDINATOR, body_of("round-1", **train(silo, adapter)))
     with pytest.raises(grpc.RpcError) as error:
-        exchange(address, envelope, timeout_s=0.5)
+        ask_service(address, envelope, timeout_s=0.5)
     assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert began.wait(60)  # the proof comes before
-    first = exchange(address, envelope)  # waits for its turn, and gets what was stored
+    first = ask_service(address, envelope)  # waits for its turn, and gets what was stored
     assert opened(first, silo).WhichOneof("kind") == "trained"
-    assert exchange(address, envelope) == first
+    assert ask_service(address, envelope) == first
     assert kinds(silo) == ["open", "reserve", "charge", "release"]
 
 
@@ -443,7 +443,7 @@ def test_one_request_is_answered_at_a_time_and_few_wait(service, monkeypatch):
 
     def ask_it():
         try:
-            outcomes.append(opened(exchange(address, envelope), silo).WhichOneof("kind"))
+            outcomes.append(opened(ask_service(address, envelope), silo).WhichOneof("kind"))
         except grpc.RpcError as error:
             outcomes.append(error.details())
 

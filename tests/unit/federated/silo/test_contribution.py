@@ -18,11 +18,11 @@ from federated.protocol.envelope import seal_request
 from federated.silo.silo import Silo
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.replay import replay
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 C = 0.05
 CLIENTS = client_plan(max_grad_norm=C, noise_multiplier=2.0, rounds=2, num_clients=5)
-RECORDS = PlanRequest(
+RECORDS = PlanTerms(
     sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5
 )
 OTHER = signer_of(bytes(range(1, 33)))

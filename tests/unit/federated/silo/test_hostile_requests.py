@@ -22,7 +22,7 @@ from federated.silo.silo import Silo
 from federated.transport.health import is_serving
 from federated.transport.service import serve
 from federated.transport.service_client import ask as ask_again
-from federated.transport.service_client import exchange
+from federated.transport.service_client import ask_service
 from privacy.accounting.schedule import Schedule
 from privacy.ledger import limits
 from privacy.ledger.chain import verify_entries
@@ -30,14 +30,14 @@ from privacy.ledger.file import SCHEMA_VERSION
 from privacy.ledger.journal import Journal
 from privacy.ledger.replay import replay
 from privacy.ledger.statements import Receipt, RunStatement
-from privacy.plan import METRIC, MetricRelease, PlanRequest
+from privacy.plan import METRIC, MetricRelease, PlanTerms
 
-PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
+PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 NOTHING = PLAN.model_copy(update={"sampling_rate": 1e-4, "noise_multiplier": 1e6, "delta": 1e-9})
 ENDLESS = PLAN.model_copy(
     update={"sampling_rate": 1e-6, "noise_multiplier": 0.3, "rounds": 100_000, "steps_per_round": 1000}
 )
-CLIENTS = PlanRequest(
+CLIENTS = PlanTerms(
     unit="client",
     relation="zero_out",
     sampler="all",
@@ -211,16 +211,16 @@ def test_plans_that_are_slow_to_account_for_take_no_waiting_places(start, adapte
     monkeypatch.setattr(Schedule, "pld", slow)
     address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
     server, _ = serve(silo.handle, silo.config.policy.max_request_bytes, address)
-    first, replies = threading.Thread(target=lambda: replies.append(opened(exchange(address, sealed(0))))), []
+    first, replies = threading.Thread(target=lambda: replies.append(opened(ask_service(address, sealed(0))))), []
     first.start()
     assert entered.wait(60)
     for number in range(1, 6):
         with pytest.raises(grpc.RpcError) as error:
-            exchange(address, sealed(number), timeout_s=30)
+            ask_service(address, sealed(number), timeout_s=30)
         assert error.value.details() == "queue: a plan is accounted for; ask again later"
     assert is_serving(address, SERVICE)
     training = seal_request(COORDINATOR, body_of("round-1", train=asked(silo, adapter)))
-    assert opened(exchange(address, training)).WhichOneof("kind") == "trained"
+    assert opened(ask_service(address, training)).WhichOneof("kind") == "trained"
     again = threading.Thread(target=lambda: replies.append(opened(ask_again(address, sealed(1), timeout_s=60))))
     again.start()
     go_on.set()

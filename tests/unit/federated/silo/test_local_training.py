@@ -12,13 +12,13 @@ from federated.silo.local_training import LocalSettings, PrivateUpdate, public_u
 from privacy.mechanism.noise import noised
 from privacy.mechanism.sampler import poisson_sample
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.llama import new_model
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
-PLAN = PlanRequest(
+PLAN = PlanTerms(
     sampling_rate=0.1, max_grad_norm=0.3, noise_multiplier=0.7, rounds=2, steps_per_round=4, delta=1e-5
 ).bind(100)
 STREAMS = Streams(b"s" * 32, "ab" * 32)
@@ -109,7 +109,7 @@ def test_the_steps_are_those_written_by_hand(update, noise_std, mu, corrected):
 
 def test_what_is_added_after_the_noise_leaves_the_noise_as_it_was():
     """One step from the shared adapter: the proximal term is 0 there, and a correction moves it by exactly its size."""
-    one = PLAN.model_copy(update={"request": PLAN.request.model_copy(update={"steps_per_round": 1})})
+    one = PLAN.model_copy(update={"terms": PLAN.terms.model_copy(update={"steps_per_round": 1})})
     model = lora_model()
     adapter, correction = arrays_of(model, 1), arrays_of(model, 2)
     plain, proximal, corrected = (

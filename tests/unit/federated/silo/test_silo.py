@@ -27,9 +27,9 @@ from privacy.ledger import kept_replies
 from privacy.ledger.journal import default_anchor_dir
 from privacy.ledger.statements import Receipt, RunStatement
 from privacy.mechanism.dp_sgd import PrivateTraining
-from privacy.plan import MetricRelease, PlanRequest
+from privacy.plan import MetricRelease, PlanTerms
 
-PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
+PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 SEED = bytes(range(32))
 
 
@@ -213,14 +213,14 @@ def test_plans_outside_the_policy_are_refused_and_nothing_is_reserved(silo, chan
 
 def test_a_consistent_plan_for_clients_is_refused_by_a_silo(silo):
     client = {"unit": "client", "relation": "zero_out", "sampler": "all", "sampling_rate": 1.0, "steps_per_round": 1}
-    refusal = reserve(silo, PlanRequest(**{**PLAN.model_dump(), **client, "num_clients": 10})).refusal
+    refusal = reserve(silo, PlanTerms(**{**PLAN.model_dump(), **client, "num_clients": 10})).refusal
     assert (refusal.rule, refusal.asked, refusal.allowed) == ("units", "client", "record")
     assert kinds(silo) == ["open"]
 
 
 @pytest.mark.parametrize(("max_units", "fits"), [(units_for(100, 2, 1e-5), True), (250, False)])
 def test_a_round_of_truncated_poisson_sampling(silo, adapter, max_units, fits):
-    plan = PlanRequest(
+    plan = PlanTerms(
         **{**PLAN.model_dump(), "sampler": "truncated_poisson", "max_batch_size": 40, "max_units": max_units}
     )
     reply = reserve(silo, plan)

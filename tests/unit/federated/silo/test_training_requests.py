@@ -12,9 +12,9 @@ from federated.adapters.lora_factors import frozen, frozen_digest
 from federated.coordinator.rounds import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
-PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=9, steps_per_round=1, delta=1e-5)
+PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=9, steps_per_round=1, delta=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from federated.protocol import silo_pb2 as pb
 from federated.protocol import silo_pb2_grpc
-from federated.transport.client_app import make_app, seconds_left, silo_service
+from federated.transport.client_app import make_app, reach_service, seconds_left
 from federated.transport.flower_messages import SHARED, pack, size_bytes, unpack
 from federated.transport.service_client import UnansweredError, ask
 
@@ -139,7 +139,7 @@ def relayed(content, ttl_s=30.0, **node):
     """What the very app that a SuperNode starts says of a message: Flower would log an exception with its traceback."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     message = Message(content, 1, "train", ttl=ttl_s)
-    reply = make_app(silo_service)(message, Context(1, 1, node, RecordDict(), {}))
+    reply = make_app(reach_service)(message, Context(1, 1, node, RecordDict(), {}))
     assert reply.error.reason.isprintable()
     return reply.error.reason
 

@@ -14,7 +14,7 @@ from federated.silo.traffic_log import UnloggedError
 from federated.transport import service as silo_service
 from federated.transport.health import is_serving
 from federated.transport.service import MAX_TRANSFERS, MAX_WAITING, serve
-from federated.transport.service_client import exchange
+from federated.transport.service_client import ask_service
 
 
 class Answering:
@@ -84,7 +84,7 @@ def test_callers_that_send_one_byte_hold_nothing_up(silo, address, slow, number)
     time.sleep(0.3)
     for _ in range(3):
         assert is_serving(address, SERVICE)
-        assert exchange(address, b"honest", timeout_s=10)
+        assert ask_service(address, b"honest", timeout_s=10)
     assert silo.handled == [6] * 3
     assert sum(call.is_active() for call in calls) == min(number, MAX_TRANSFERS - 1)
 
@@ -123,7 +123,7 @@ def test_half_requests_share_a_bounded_memory(address, slow):
             time.sleep(0.3)
         eventually(lambda: sum(call.is_active() for call in calls) == 2)
         assert not calls[0].is_active()
-        assert exchange(address, b"honest", timeout_s=10)
+        assert ask_service(address, b"honest", timeout_s=10)
         over.set()
 
 
@@ -138,7 +138,7 @@ def test_callers_that_fetch_no_reply_hold_nothing_up(silo, address):
         eventually(lambda number=number: len(silo.handled) == number)
     silo.size = 0
     assert is_serving(address, SERVICE)
-    assert exchange(address, b"honest", timeout_s=10)
+    assert ask_service(address, b"honest", timeout_s=10)
     with pytest.raises(grpc.RpcError):  # the oldest made room, and can't be fetched any more
         list(calls[0])
     assert calls[0].code() == grpc.StatusCode.CANCELLED
@@ -160,7 +160,7 @@ def test_questions_about_health_that_never_come_hold_nothing_up(address):
         channels[-1].stream_stream("/grpc.health.v1.Health/Check")(never())
     time.sleep(0.3)
     assert is_serving(address, SERVICE)
-    assert exchange(address, b"honest", timeout_s=10)
+    assert ask_service(address, b"honest", timeout_s=10)
     over.set()
     for channel in channels:
         channel.close()
@@ -168,7 +168,7 @@ def test_questions_about_health_that_never_come_hold_nothing_up(address):
 
 def test_a_request_that_is_being_answered_is_no_reason_to_send_others_away(silo, address):
     silo.free.clear()
-    thread = threading.Thread(target=exchange, args=(address, b"x"))
+    thread = threading.Thread(target=ask_service, args=(address, b"x"))
     thread.start()
     time.sleep(0.3)
     assert is_serving(address, SERVICE)
@@ -178,12 +178,12 @@ def test_a_request_that_is_being_answered_is_no_reason_to_send_others_away(silo,
 
 def test_health_tells_that_the_queue_is_full_and_again_when_it_is_not(silo, address):
     silo.free.clear()
-    threads = [threading.Thread(target=exchange, args=(address, b"x")) for _ in range(MAX_WAITING + 1)]
+    threads = [threading.Thread(target=ask_service, args=(address, b"x")) for _ in range(MAX_WAITING + 1)]
     for thread in threads:
         thread.start()
     eventually(lambda: not is_serving(address, SERVICE))
     with pytest.raises(grpc.RpcError) as error:
-        exchange(address, b"one more", timeout_s=10)
+        ask_service(address, b"one more", timeout_s=10)
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     silo.free.set()
     for thread in threads:
@@ -195,12 +195,12 @@ def test_without_an_audit_log_the_caller_gets_a_code_and_health_says_so(silo, ad
     for raised in (UnloggedError("/srv/silo/state: no space"), ZeroDivisionError("patient 7")):
         silo.raised = raised
         with pytest.raises(grpc.RpcError) as error:
-            exchange(address, b"x", timeout_s=10)
+            ask_service(address, b"x", timeout_s=10)
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
         assert error.value.details() == "no reply can leave now; ask again later"
         assert not is_serving(address, SERVICE)
     silo.raised = None
-    assert exchange(address, b"x", timeout_s=10)
+    assert ask_service(address, b"x", timeout_s=10)
     assert is_serving(address, SERVICE)
 
 

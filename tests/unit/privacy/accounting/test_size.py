@@ -20,10 +20,10 @@ from privacy.accounting.schedule import Schedule
 from privacy.accounting.size import LARGEST_BINS, bins, check_size
 from privacy.accounting.truncation import Truncation
 from privacy.certificate.check import check_certificate
-from privacy.plan import LARGEST_DELTA, SMALLEST_DELTA, MetricRelease, PlanRequest
+from privacy.plan import LARGEST_DELTA, SMALLEST_DELTA, MetricRelease, PlanTerms
 
 MEMORY_BYTES, TIME_S = 3 * 2**30, 120  # of address space, libraries included
-PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
+PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 
 
 def powers(low: float, high: float) -> st.SearchStrategy[float]:
@@ -175,7 +175,7 @@ def test_a_strangers_certificate_is_not_accounted_for_without_end():
 def test_every_delta_of_a_plan_has_a_margin():
     for delta in (SMALLEST_DELTA, LARGEST_DELTA):
         plan = {**PLAN.model_dump(), "sampler": "truncated_poisson", "max_batch_size": 10**5, "max_units": 10**6}
-        request = PlanRequest(**{**plan, "delta": delta, "rounds": 10**5})
+        request = PlanTerms(**{**plan, "delta": delta, "rounds": 10**5})
         assert request.passes_size_test(10)
     with pytest.raises(ValueError, match="delta"):
-        PlanRequest(**{**PLAN.model_dump(), "delta": 5e-324})
+        PlanTerms(**{**PLAN.model_dump(), "delta": 5e-324})

@@ -194,9 +194,9 @@ def test_the_scores_are_those_of_the_noised_sums_written_by_hand():
     coins = np.random.default_rng(0).integers(2, size=300).astype(bool)
     found = probe_alone(plan, streams, coins)
     ins, expected = np.flatnonzero(coins), np.zeros(300)
-    for step in range(plan.request.steps_per_round):
+    for step in range(plan.terms.steps_per_round):
         total = np.zeros(300)
-        total[ins[poisson_sample(plan, streams, step, len(ins))]] = plan.request.max_grad_norm
+        total[ins[poisson_sample(plan, streams, step, len(ins))]] = plan.terms.max_grad_norm
         seen = noised(torch.from_numpy(total)[None], plan.noise_std, streams, step, "layer.weight").double().numpy()[0]
         densities = [np.exp(-((seen - mean) ** 2) / (2 * 0.5**2)) for mean in (0, 1)]
         expected += np.log((0.97 * densities[0] + 0.03 * densities[1]) / densities[0])

@@ -16,10 +16,10 @@ from privacy.certificate.check import check_certificate, check_in_ledger
 from privacy.ledger.chain import Budget, verify_entries
 from privacy.ledger.ledger import Ledger
 from privacy.ledger.statements import AuditStatement
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 from privacy.signing import Signer
 
-REQUEST = PlanRequest(
+REQUEST = PlanTerms(
     sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=1.0, rounds=2, steps_per_round=5, delta=1e-5
 )
 PLAN = REQUEST.bind(5000)

@@ -12,10 +12,10 @@ from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.check import check_certificate, check_in_ledger
 from privacy.ledger.chain import Budget, verify_entries
 from privacy.ledger.ledger import Ledger
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 CLIENTS = client_plan(noise_multiplier=2.0, rounds=3, num_clients=50)
-RECORDS = PlanRequest(
+RECORDS = PlanTerms(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
 )
 DIGEST = "aa" * 32

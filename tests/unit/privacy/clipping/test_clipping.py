@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from configs.errors import InputError
 from privacy.clipping.clipping import clipping
 from privacy.clipping.gradients import ByParameter
-from privacy.clipping.self_check import probe
+from privacy.clipping.self_check import prove_per_record_gradients
 from trainer.models.adapters import trainable
 
 TOKENS = 12
@@ -84,10 +84,10 @@ def middle_norm(model, losses, records):
 
 
 def check(model, losses, records=RECORDS, tolerance=1e-4, method="bookkeeping"):
-    """Half of the records are clipped, half are not; the probe agrees too."""
+    """Half of the records are clipped, half are not; the prove_per_record_gradients agrees too."""
     norm = middle_norm(model, losses, records)
     with clipping(model, norm, method) as clipper:
-        probe(clipper, losses, records[:3])
+        prove_per_record_gradients(clipper, losses, records[:3])
         clipper.accumulate(losses, records[:5])
         clipper.accumulate(losses, records[5:])
         found = clipper.take()
@@ -240,7 +240,7 @@ def test_opacus_modes_give_the_same_sum(method):
 def test_an_opacus_mode_that_does_not_know_the_model_says_so_in_one_line():
     model = gpt2()
     with clipping(model, 1.0, "opacus_hooks") as clipper, pytest.raises(InputError, match="set another one"):
-        probe(clipper, next_token(model), RECORDS[:3])
+        prove_per_record_gradients(clipper, next_token(model), RECORDS[:3])
 
 
 # What clipping promises
@@ -345,13 +345,13 @@ ROWS = list(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
 def test_the_probe_refuses_what_would_break_the_guarantee(kind, method):
     model = kind().train()
     with clipping(model, 1.0, method) as clipper, pytest.raises(InputError, match=r"parameter layer.weight"):
-        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
+        prove_per_record_gradients(clipper, lambda batch: model(torch.stack(batch)), ROWS)
 
 
 def test_a_probe_that_shows_nothing_is_no_proof():
     model = nn.Linear(4, 4)
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="no gradient"):
-        probe(clipper, lambda batch: 0.0 * model(torch.stack(batch)).sum(dim=1), ROWS)
+        prove_per_record_gradients(clipper, lambda batch: 0.0 * model(torch.stack(batch)).sum(dim=1), ROWS)
 
 
 def test_a_broadcast_layer_is_refused_by_name():
@@ -365,7 +365,7 @@ def test_a_broadcast_layer_is_refused_by_name():
 
     model = Broadcast()
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match=r"layer.weight, layer.bias.*of 1 for 5"):
-        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
+        prove_per_record_gradients(clipper, lambda batch: model(torch.stack(batch)), ROWS)
 
 
 def test_an_unknown_layer_is_refused_by_name():
@@ -395,7 +395,7 @@ def test_the_probe_passes_where_a_gradient_cancels_and_leaves_no_trace():
         trainable(wrapped)["base_model.model.lm_head.lora_B.default.weight"].fill_(1e-3)
     before = copy.deepcopy(wrapped.state_dict())
     with clipping(wrapped, 1.0) as clipper:
-        probe(clipper, next_token(wrapped), RECORDS[:3])
+        prove_per_record_gradients(clipper, next_token(wrapped), RECORDS[:3])
         assert not any(value.any() for value in clipper.take().values())
     assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
 
@@ -408,7 +408,7 @@ def test_active_dropout_is_refused(attention):
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="dropout is active"):
-        probe(clipper, next_token(model), RECORDS[:3])
+        prove_per_record_gradients(clipper, next_token(model), RECORDS[:3])
 
 
 class Statistics(nn.Module):
@@ -427,7 +427,7 @@ class Statistics(nn.Module):
 def test_batch_statistics_of_a_frozen_layer_are_refused(method):
     model = Statistics().train()
     with clipping(model, 1.0, method) as clipper, pytest.raises(InputError):
-        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
+        prove_per_record_gradients(clipper, lambda batch: model(torch.stack(batch)), ROWS)
 
 
 def test_a_buffer_that_a_forward_pass_changes_is_refused():
@@ -443,7 +443,7 @@ def test_a_buffer_that_a_forward_pass_changes_is_refused():
 
     model = Counting().train()
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="buffer seen"):
-        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
+        prove_per_record_gradients(clipper, lambda batch: model(torch.stack(batch)), ROWS)
 
 
 def test_mixing_that_shows_only_away_from_zero_weights_is_refused():
@@ -460,7 +460,7 @@ def test_mixing_that_shows_only_away_from_zero_weights_is_refused():
 
     model = Branch().train()
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match=r"parameter (layer|branch).weight"):
-        probe(clipper, lambda batch: model(torch.stack(batch)), ROWS)
+        prove_per_record_gradients(clipper, lambda batch: model(torch.stack(batch)), ROWS)
 
 
 def test_wrong_norms_are_refused_even_where_gradients_are_right(monkeypatch):
@@ -468,7 +468,7 @@ def test_wrong_norms_are_refused_even_where_gradients_are_right(monkeypatch):
     monkeypatch.setattr(ByParameter, "squared_norms", lambda self: right(self) / 4)
     model = nn.Linear(4, 4)
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="the norms over all parameters"):
-        probe(clipper, lambda batch: model(torch.stack(batch)).square().sum(dim=1), ROWS)
+        prove_per_record_gradients(clipper, lambda batch: model(torch.stack(batch)).square().sum(dim=1), ROWS)
 
 
 def test_autocast_around_the_clipping_is_refused_and_inside_the_losses_is_not():
@@ -490,4 +490,4 @@ def test_a_model_whose_inputs_want_gradients_is_refused_in_words():
     model = lora(llama(), ["q_proj"])
     model.enable_input_require_grads()
     with clipping(model, 1.0) as clipper, pytest.raises(InputError, match="enable_input_require_grads"):
-        probe(clipper, next_token(model), RECORDS[:3])
+        prove_per_record_gradients(clipper, next_token(model), RECORDS[:3])

@@ -17,10 +17,10 @@ from privacy.ledger.file import read_only
 from privacy.ledger.ledger import Ledger
 from privacy.ledger.replay import replay
 from privacy.ledger.statements import Receipt
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 BUDGET = Budget(20.0, 3e-5)
-REQUEST = PlanRequest(
+REQUEST = PlanTerms(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.5, rounds=3, steps_per_round=4, delta=1e-5
 )
 PLAN = REQUEST.bind(5000)
@@ -391,8 +391,8 @@ from privacy.ledger import kept_replies
 from privacy.ledger.chain import Budget
 from privacy.ledger.file import read_only
 from privacy.ledger.ledger import Ledger
-from privacy.plan import PlanRequest
-plan = PlanRequest(**{plan!r}).bind(5000)
+from privacy.plan import PlanTerms
+plan = PlanTerms(**{plan!r}).bind(5000)
 ledger = Ledger.open(Path(sys.argv[1]), "north", "hospital-1", Budget(20.0, 3e-5))
 ledger.reserve("run-1", plan)
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)

@@ -13,11 +13,11 @@ from privacy.ledger.file import SCHEMA_VERSION, backup, export, read_only
 from privacy.ledger.journal import default_anchor_dir
 from privacy.ledger.ledger import Ledger
 from privacy.ledger.replay import replay
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 from privacy.signing import Signer
 
 BUDGET = Budget(20.0, 3e-5)
-REQUEST = PlanRequest(
+REQUEST = PlanTerms(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
 )
 PLAN = REQUEST.bind(5000)

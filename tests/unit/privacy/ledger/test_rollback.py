@@ -21,10 +21,10 @@ from privacy.ledger.limits import Limits
 from privacy.ledger.reconcile import read_receipts, reconcile
 from privacy.ledger.replay import replay
 from privacy.ledger.statements import Receipt
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 BUDGET = Budget(20.0, 3e-4)
-REQUEST = PlanRequest(
+REQUEST = PlanTerms(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
 )
 PLAN, EPSILON = REQUEST.bind(5000), REQUEST.epsilon
@@ -299,7 +299,7 @@ def test_both_branches_of_a_ledger_are_paid(state, put_back):
     assert refusal_of(ledger, receipt) == "rollback"
     ledger.close_file()
     done = mend(state)  # the receipt that was shown is kept
-    assert done.left.epsilon == pytest.approx(20 - EPSILON - OTHER.request.epsilon)
+    assert done.left.epsilon == pytest.approx(20 - EPSILON - OTHER.terms.epsilon)
     assert {spend.entry for spend in done.spends} == {spend.entry for spend in receipt.spends}
     ledger = open_ledger(state)
     ledger.accept(other)

@@ -8,10 +8,10 @@ import pytest
 from privacy.mechanism.client_sum import ClippedSum, clipped
 from privacy.mechanism.noise import grid
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
 C, SIGMA, CLIENTS = 0.8, 1.5, 5
-PLAN = PlanRequest(
+PLAN = PlanTerms(
     unit="client",
     relation="zero_out",
     sampler="all",

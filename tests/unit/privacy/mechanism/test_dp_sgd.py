@@ -13,7 +13,7 @@ from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.noise import noised
 from privacy.mechanism.sampler import poisson_sample
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 from trainer.models.adapters import adapter_weights, add_adapter, trainable
 from trainer.models.llama import new_model
 from trainer.tasks.task import Encoded
@@ -69,7 +69,7 @@ def clipped_one_by_one(model, batch, norm):
     return total
 
 
-PLAN = PlanRequest(
+PLAN = PlanTerms(
     sampling_rate=0.1, max_grad_norm=0.3, noise_multiplier=0.7, rounds=2, steps_per_round=4, delta=1e-5
 ).bind(100)
 
@@ -134,7 +134,7 @@ def test_no_data_at_all_still_takes_every_noised_step():
 
 def test_the_normaliser_is_the_declared_count_not_the_data():
     """With one record instead of 32, the noise in the update has the same size: nothing shows how many there are."""
-    plan = PlanRequest(
+    plan = PlanTerms(
         sampling_rate=0.1, max_grad_norm=1e-6, noise_multiplier=1e6, rounds=1, steps_per_round=1, delta=1e-5
     )
     updates = []
@@ -214,7 +214,7 @@ def test_a_closure_and_a_missing_noise_are_refused():
         AdamBC([weight], lr=0.1, noise_std=1.0).step(lambda: 0.0)
 
 
-QUANTILE = PlanRequest(
+QUANTILE = PlanTerms(
     sampling_rate=0.5, max_grad_norm=0.3, clipping_function="quantile", target_quantile=0.5, noise_multiplier=0.7,
     rounds=2, steps_per_round=6, delta=1e-5,
 ).bind(100)  # fmt: skip
@@ -250,7 +250,7 @@ def lengths(model, batch):
 @pytest.mark.parametrize("start", [1e-3, 1e3])
 def test_quantile_clipping_finds_the_norm_from_afar(start):
     """Most records are out of the sampler's reach of chance: the norm ends near the middle of their norms."""
-    plan = QUANTILE.request.model_copy(update={"max_grad_norm": start, "steps_per_round": 150}).bind(64)
+    plan = QUANTILE.terms.model_copy(update={"max_grad_norm": start, "steps_per_round": 150}).bind(64)
     found = training(lora_model(), plan=plan, optimizer=NoStep)
     found.run(STREAMS, RECORDS * 2)
     middle = torch.tensor(list(lengths(lora_model(), RECORDS))).median().item()
@@ -265,6 +265,6 @@ class NoStep(torch.optim.SGD):
 
 
 def test_the_automatic_function_reaches_the_engine():
-    plan = PLAN.request.model_copy(update={"clipping_function": "automatic"}).bind(100)
+    plan = PLAN.terms.model_copy(update={"clipping_function": "automatic"}).bind(100)
     fixed, automatic = run(lora_model(), RECORDS), run(lora_model(), RECORDS, plan=plan)
     assert not all(torch.equal(fixed[name], automatic[name]) for name in fixed)

@@ -9,9 +9,9 @@ from privacy.accounting.truncation import size_margin, size_noise
 from privacy.mechanism.noise import grid, noised, standard_normal
 from privacy.mechanism.sampler import poisson_sample, sample
 from privacy.mechanism.streams import Streams
-from privacy.plan import PlanRequest
+from privacy.plan import PlanTerms
 
-PLAN = PlanRequest(
+PLAN = PlanTerms(
     sampling_rate=0.05, max_grad_norm=2.0, noise_multiplier=0.8, rounds=4, steps_per_round=50, delta=1e-5
 ).bind(1000)
 DIGEST, OTHER = "11" * 32, "22" * 32
@@ -27,7 +27,7 @@ def samples(num_units=400, steps=2000):
 
 def test_inclusion_is_binomial_and_pairwise_independent():
     inclusion = samples()
-    total = stats.binomtest(int(inclusion.sum()), inclusion.size, PLAN.request.sampling_rate)
+    total = stats.binomtest(int(inclusion.sum()), inclusion.size, PLAN.terms.sampling_rate)
     assert total.pvalue > 1e-3
     # Batch sizes have the binomial's variance: a sampler of fixed size or a shuffle would not.
     sizes = inclusion.sum(axis=1)
@@ -48,7 +48,7 @@ def test_empty_batches_happen_and_are_batches():
 
 
 CAP = 30
-CAPPED = PlanRequest(
+CAPPED = PlanTerms(
     sampler="truncated_poisson",
     sampling_rate=0.05,
     max_batch_size=CAP,
@@ -81,16 +81,16 @@ def test_truncated_batches_are_random_subsets_of_the_poisson_batches():
 
 
 def test_a_dataset_too_large_for_the_plan_trains_on_empty_batches():
-    limit = CAPPED.request.max_units - size_margin(1, 1e-5)
+    limit = CAPPED.terms.max_units - size_margin(1, 1e-5)
     for seed in range(20):
         streams = Streams(bytes([seed] * 32), DIGEST)
-        small, large = limit - 4 * size_noise(1), CAPPED.request.max_units + 1
+        small, large = limit - 4 * size_noise(1), CAPPED.terms.max_units + 1
         assert any(len(sample(CAPPED, streams, step, int(small))) for step in range(50))
         assert not any(len(sample(CAPPED, streams, step, large)) for step in range(50))
 
 
 def test_the_size_test_is_noisy_and_one_for_all_steps_of_a_charge():
-    limit = CAPPED.request.max_units - size_margin(1, 1e-5)
+    limit = CAPPED.terms.max_units - size_margin(1, 1e-5)
     passed = []
     for seed in range(400):
         streams = Streams(seed.to_bytes(32, "little"), DIGEST)
