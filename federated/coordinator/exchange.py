@@ -37,7 +37,7 @@ TRAIN, QUERY = "train", "query"
 
 @dataclass(frozen=True)
 class Bodies:
-    """Requests to some silos. Each is made when it is sent: made at once they would hold a copy of the adapter per silo.
+    """Requests to some silos. Each is made when it is sent: all at once would hold a copy of the adapter per silo.
 
     Attributes:
         silos: who is asked.

@@ -60,8 +60,8 @@ def examples_of(task: Task, texts: Sequence[str], labels: Sequence[str]) -> list
 def label_counts(model: Any, task: Task, examples: Sequence[Example], num_labels: int) -> npt.NDArray[np.float64]:
     """True positives, false positives and false negatives of each label, shape (3, L).
 
-    Each example is scored by itself: beside others its likelihoods would be rounded differently, and one unit could turn
-    another one's answer.
+    Each example is scored by itself: beside others its likelihoods would be rounded differently, and one unit could
+    turn another one's answer.
     """
     counts = np.zeros((len(KINDS), num_labels))
     for example in examples:

@@ -113,7 +113,7 @@ def private_sums(
 def _unit_values(model: Any, task: Task, unit: Encoded, bounds: Bounds) -> npt.NDArray[np.float64]:
     """A unit's four values, from 0 to 1. One whose loss is not finite counts as the worst.
 
-    It is scored by itself: beside others its values would be rounded differently, and one unit could move another one's.
+    It is scored by itself: beside others its values would be rounded differently, and one unit could move others'.
     """
     with torch.no_grad():
         nats, correct, tokens = task.record_scores(model, task.collate([unit])).numpy()[0]

@@ -32,7 +32,7 @@ def clipped(update: Mapping[str, npt.NDArray[np.float32]], max_norm: float) -> V
 
 
 class ClippedSum:
-    """Folds the clients' updates of one round; their order doesn't matter, and all that is kept of each client is its name.
+    """Folds the clients' updates of one round; their order doesn't matter, and of each client its name is kept.
 
     Args:
         template: the arrays that are trained.
