@@ -239,7 +239,8 @@ def test_a_damaged_round_is_passed_over_for_the_one_before(federation, tmp_path)
 
 def test_a_full_disk_leaves_the_last_round_intact(tmp_path):
     script = (
-        "import resource, signal, sys; from pathlib import Path; from federated import commits\n"
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from federated.coordinator import round_commits as commits\n"
         "commits.save(Path(sys.argv[1]), 'digest', commits.Round(1, b'small', {}), 'run')\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "commits.save(Path(sys.argv[1]), 'digest', commits.Round(2, b'x' * 20_000, {}), 'run')"

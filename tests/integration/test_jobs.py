@@ -137,6 +137,17 @@ def test_an_interpreter_that_the_nodes_lack(siloweave, server, tmp_path):
     assert json.loads(done.stdout)["message"] == "the nodes have no such interpreter; give theirs with --python"
 
 
+def test_a_jobs_command_has_no_shell_above_it(siloweave, server, tmp_path):
+    """Before: of 25 jobs that were stopped as they started 2 went on, beside the next one that wrote to their run."""
+    interpreter, seen = tmp_path / "interpreter", tmp_path / "parent"
+    interpreter.write_text(f"#!/bin/sh\ncat /proc/$PPID/cmdline > {seen}\n")
+    interpreter.chmod(0o755)
+    done = submit(siloweave, server, tmp_path, "plan", "-c", "tiny", python=str(interpreter))
+    assert done.returncode == 0, done.stderr
+    assert seen.read_bytes().startswith(b"ray::JobSupervisor")  # which is what Ray signals when a job is stopped
+    assert json.loads(done.stdout)["command"].startswith(f"{interpreter} -m siloweave plan")
+
+
 def test_unknown_jobs_are_one_clear_line(siloweave, server, tmp_path):
     done = siloweave("job", "stop", "raysubmit_none", "--address", server, cwd=tmp_path)
     assert done.returncode == 2
