@@ -18,7 +18,8 @@ import psutil
 import pytest
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
-from deployment import BIN, Deployment, free_port, users, why_not_two_users
+from deployment import BIN, Deployment, users, why_not_two_users
+from ports import free_port
 
 from configs.storage.manifests import require_manifest
 from federated.deployment.federation_folder import Federation
