@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test install lint proto clean
+.PHONY: demo test install lint docs proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/siloweave demo
@@ -17,7 +17,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy siloweave.py federated/app/siloweave_app.py
+	$(BIN)/mypy siloweave.py federated/app/siloweave_app.py docs/generate.py
+
+# The pages that the code itself knows, and the site. A link that leads nowhere is an error (but not under --quiet).
+docs: $(INSTALLED)
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 install: $(INSTALLED)
 
@@ -25,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: asked for by a range through another package, pip may fetch a CUDA build of gigabytes.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deid,flower-simulation,mlflow,monitoring,s3,test,tune]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deid,docs,flower-simulation,mlflow,monitoring,s3,test,tune]'
 	touch $@
 
 # Regenerates the gRPC stubs in an environment of their own: grpcio-tools needs a protobuf that Flower does not allow.

@@ -23,7 +23,7 @@ from configs.schema.federated import FederatedSettings
 from federated.adapters.arrays import Arrays
 from federated.adapters.warm_model import warm_model
 from federated.aggregation.aggregation import Aggregation
-from federated.silo.local_training import LocalSettings, private_update
+from federated.silo.local_training import LocalSettings, PrivateUpdate
 from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PlanRequest, PrivacyPlan
 from trainer.data.embedded import plays
@@ -126,7 +126,7 @@ def federate(model: Path, method: str, seed: int) -> dict[str, float]:
             )
             digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).hexdigest()
             streams = Streams(os.urandom(SEED_BYTES), digest)
-            update = private_update(plan(), streams, peft, task_of(model), sent.adapter, records, local)
+            update = PrivateUpdate(plan(), peft, task_of(model), sent.adapter, local).run(streams, records)
             sizes = (array.nbytes for arrays in (sent.adapter, sent.correction, update) for array in arrays.values())
             travelled += sum(sizes)
             aggregation.add(name, update)

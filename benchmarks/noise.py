@@ -71,15 +71,13 @@ def whole_step(net: Any, seed: int) -> float:
 
     PrivateTraining(
         PLAN,
-        Streams(seed.to_bytes(32, "little"), DIGEST),
         net,
         optimizer,
-        tokens,
         unit_losses=lambda units: losses(net, units),
         shape_of=start,
         made_up=lambda _, number: torch.randint(VOCABULARY, (number, CONTEXT)).unbind(),
         synthetic=tokens[:2],
-    ).run()
+    ).run(Streams(seed.to_bytes(32, "little"), DIGEST), tokens)
     return time.perf_counter() - began
 
 

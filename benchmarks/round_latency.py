@@ -145,9 +145,9 @@ class Federation:
 
 
 def in_silo(lines: list[str], rounds: int) -> list[float]:
-    """Seconds between a request's arrival and its reply's departure, of the rounds: after describe and reserve."""
+    """Seconds from a request that was accepted to its reply's departure, of the rounds: after describe and reserve."""
     entries = [json.loads(line) for line in lines]
-    arrived = [entry["time"] for entry in entries if entry["direction"] == "in"]
+    arrived = [entry["time"] for entry in entries if entry["direction"] == "accepted"]
     left = [entry["time"] for entry in entries if entry["direction"] == "out"]
     return [end - begin for begin, end in list(zip(arrived, left, strict=True))[2 : 2 + rounds]]
 

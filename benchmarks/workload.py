@@ -73,6 +73,7 @@ class Workload:
 
     def _write(self, vocab_size: int) -> None:
         from trainer.data.batches import Batches
+        from trainer.data.packing import token_dtype
         from trainer.models.llama import attention, model_config, parameter_sizes
         from trainer.pretraining.deepspeed_settings import deepspeed_config
         from trainer.pretraining.optimizers import learning_rate
@@ -83,7 +84,7 @@ class Workload:
         batches = Batches(config, self.run_directory / "corpus")
         steps = min(self.steps, 1000)
         windows = [batches.share(step, 0, 1).tokens for step in range(steps)]
-        np.save(self.folder / "windows.npy", np.stack(windows).astype(np.uint16))
+        np.save(self.folder / "windows.npy", np.stack(windows).astype(token_dtype(vocab_size)))
         work = {
             "batch_size": settings.batch_size,
             "micro_batch_size": settings.micro_batch_size,

@@ -17,7 +17,8 @@ from configs.events import EventLog
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import write_atomic
-from configs.storage.manifests import require_manifest
+from configs.storage.layout import FEDERATED, NO_DP, RunFiles
+from configs.storage.manifests import MANIFEST, require_manifest
 from configs.storage.mirror import open_mirror
 
 Printer = Callable[[str], None]
@@ -59,7 +60,7 @@ def pretrain(run: Run) -> None:
     from cluster.runtime.gang import run_gang
     from trainer.checkpoints.checkpoints import newest, pretrain_digest, storage
 
-    corpus = require_manifest(run.directory / "corpus", "corpus", "prepare")
+    corpus = require_manifest(run.files.corpus, "corpus", "prepare")
     digest = pretrain_digest(run.config, corpus.content_digest)
     commit = newest(storage(run.config, run.directory), digest, lambda _: None)
     if commit is not None and commit.step == run.config.pretrain.steps:
@@ -100,7 +101,7 @@ def federate(run: Run) -> None:
     model = require_manifest(run.model, "model", "export").content_digest
     for stage, with_dp in _federations(run.config):
         directory = run.directory / stage
-        if (directory / "manifest.json").exists():
+        if (directory / MANIFEST).exists():
             if require_manifest(directory, stage, "federate").inputs["model"] != model:
                 raise InputError(f"{directory}: was made from another base model; delete it, and run the command again")
             continue
@@ -118,7 +119,7 @@ def _federation_event(run: Run, stage: str, event: dict[str, Any]) -> None:
 
 
 def _federations(config: RunConfig) -> list[tuple[str, bool]]:
-    return [("federated", True), *([("federated-no-dp", False)] if config.evaluate.without_dp else [])]
+    return [(FEDERATED, True), *([(NO_DP, False)] if config.evaluate.without_dp else [])]
 
 
 def evaluate(run: Run) -> None:
@@ -126,7 +127,7 @@ def evaluate(run: Run) -> None:
     from federated.coordinator.outcome import over_flower
     from federated.simulation.in_the_clear import evaluate_rounds
 
-    federation = run.directory / "federated"
+    federation = run.files.federated
     with run.stage("evaluate"), run.ray() as ray:
         stages = [stage for stage, with_dp in _federations(run.config) if with_dp or not over_flower(federation)]
         federations = {stage: run.directory / stage for stage in stages}
@@ -135,7 +136,7 @@ def evaluate(run: Run) -> None:
         scores = evaluate_rounds(
             ray, run.config, run.model, federations, lambda **v: run.log.emit("evaluate", "scored", **v)
         )
-    write_atomic(run.directory / "evaluation.json", json.dumps(scores, indent=2, sort_keys=True).encode())
+    write_atomic(run.files.evaluation, json.dumps(scores, indent=2, sort_keys=True).encode())
 
 
 def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
@@ -144,11 +145,11 @@ def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
     from trainer.data.tokenizer import load_tokenizer
     from trainer.generation import generate as sample
 
-    require_manifest(run.directory / "federated", "federated", "federate")
+    require_manifest(run.files.federated, FEDERATED, "federate")
     settings = run.config.evaluate
     with run.stage("generate"):
         text = sample(
-            final_model(run.config, run.model, run.directory / "federated"),
+            final_model(run.config, run.model, run.files.federated),
             load_tokenizer(run.model),
             prompt or settings.prompt,
             settings.sample_tokens,
@@ -157,7 +158,7 @@ def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
             on_text,
         )
         on_text("\n")
-    write_atomic(run.directory / "sample.txt", text.encode())
+    write_atomic(run.files.sample, text.encode())
     return text
 
 
@@ -167,8 +168,8 @@ def report(run: Run) -> dict[str, Any]:
     from cluster.report.report import build
 
     document = build(run.config, run.directory)
-    write_atomic(run.directory / "report.html", render(document).encode())
-    write_atomic(run.directory / "report.json", json.dumps(document, indent=2).encode() + b"\n")
+    write_atomic(run.files.page, render(document).encode())
+    write_atomic(run.files.report, json.dumps(document, indent=2).encode() + b"\n")
     return document
 
 
@@ -178,12 +179,13 @@ def set_aside_finished(config: RunConfig, say: Printer) -> None:
     The silos' ledgers stay where they are: a new run is a new reservation.
     """
     directory, mirror = run_directory(config), open_mirror(config)
+    report = RunFiles(directory).report
     name = f"{directory.name}-until-{datetime.now(tz=UTC).strftime('%Y%m%d-%H%M%S')}"
     if mirror is not None:
-        if mirror.bucket.read("report.json") is None:
+        if mirror.bucket.read(report.name) is None:
             return
         mirror.move(name)
-    elif (directory / "report.json").exists():
+    elif report.exists():
         directory.rename(directory.with_name(name))
     else:
         return

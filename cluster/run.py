@@ -10,6 +10,7 @@ from configs.errors import SiloweaveError
 from configs.events import EventLog, Listener
 from configs.run_directory import bind_run_directory
 from configs.schema.schema import RunConfig
+from configs.storage.layout import RunFiles
 from configs.storage.mirror import open_mirror
 
 
@@ -18,10 +19,11 @@ class Run:
 
     def __init__(self, config: RunConfig, listeners: tuple[Listener, ...] = ()) -> None:
         self.config = config
-        self.directory = bind_run_directory(config)
+        self.files = RunFiles(bind_run_directory(config))
+        self.directory = self.files.directory
         self._mirror = open_mirror(config)
-        self.model = self.directory / "model"
-        self.log = EventLog(self.directory / "events.jsonl", listeners)
+        self.model = self.files.model
+        self.log = EventLog(self.files.events, listeners)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -3,6 +3,8 @@
 A message is one line for a person: the field or the file, the value found, and what to do about it.
 """
 
+from functools import partial
+
 LARGEST_ECHO = 100  # characters of a request that a refusal repeats
 
 
@@ -33,21 +35,14 @@ class PolicyRefusal(SiloweaveError):
         super().__init__(message)
         self.rule, self.asked, self.allowed = rule, asked, allowed
 
+    @classmethod
+    def of(cls, rule: str, asked: str, allowed: str, message: str = "") -> "PolicyRefusal":
+        """A refusal whose message begins with its rule; without words of its own it repeats what was asked, in part."""
+        if not message:
+            asked = asked[:LARGEST_ECHO]
+            message = f"asked {asked}, allowed {allowed}"
+        return cls(f"{rule}: {message}", rule=rule, asked=asked, allowed=allowed)
+
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions pickle by their positional arguments; the keywords have to travel too (Ray, multiprocessing).
-        return _refusal, (str(self), self.rule, self.asked, self.allowed)
-
-
-def _refusal(message: str, rule: str, asked: str, allowed: str) -> PolicyRefusal:
-    return PolicyRefusal(message, rule=rule, asked=asked, allowed=allowed)
-
-
-def refuse(rule: str, asked: str, allowed: str) -> PolicyRefusal:
-    """A refusal by a rule of the policy; what was asked is repeated in part only."""
-    asked = asked[:LARGEST_ECHO]
-    return PolicyRefusal(f"{rule}: asked {asked}, allowed {allowed}", rule=rule, asked=asked, allowed=allowed)
-
-
-def refusal(rule: str, asked: str, allowed: str, message: str) -> PolicyRefusal:
-    """A refusal whose message begins with its rule."""
-    return PolicyRefusal(f"{rule}: {message}", rule=rule, asked=asked, allowed=allowed)
+        return partial(PolicyRefusal, rule=self.rule, asked=self.asked, allowed=self.allowed), (str(self),)

@@ -8,9 +8,6 @@ from typing import Any
 
 from configs.storage.files import write_failure
 
-Report = Callable[[dict[str, Any]], None]
-
-
 Listener = Callable[[dict[str, Any]], None]
 
 

@@ -10,8 +10,9 @@ from configs.errors import InputError
 from configs.parse import parse, read_toml, to_toml
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json, write_atomic
+from configs.storage.layout import CONFIG, RunFiles
 from configs.storage.manifests import MANIFEST
-from configs.storage.mirror import CONFIG, mirror_directory, open_mirror
+from configs.storage.mirror import mirror_directory, open_mirror
 from configs.storage.storage import COMMITTED
 
 _MOVABLE = {
@@ -52,10 +53,14 @@ _MOVABLE = {
     "tune.reduction_factor",
 }
 
+# Settings that came later, each with what was so before: with it, a digest is what it was without the setting.
+_LATER = {"federated.task": "causal"}
+
 
 def config_digest(config: RunConfig) -> str:
     """Digest of the settings that shape results, for manifests."""
-    return digest_json({name: value for name, value in flatten(config) if name not in _MOVABLE})
+    settings = (item for item in flatten(config) if item not in _LATER.items())
+    return digest_json({name: value for name, value in settings if name not in _MOVABLE})
 
 
 def bind_run_directory(config: RunConfig) -> Path:
@@ -82,7 +87,7 @@ def bind_run_directory(config: RunConfig) -> Path:
 
 
 def _bind(config: RunConfig, directory: Path) -> None:
-    stored = directory / CONFIG
+    stored = RunFiles(directory).config
     if not stored.exists():
         write_atomic(stored, to_toml(config).encode())
         return

@@ -8,6 +8,7 @@ import typer
 
 from configs.errors import InputError
 from configs.printing import answer
+from configs.storage.layout import SiloFiles
 
 ledger_app = typer.Typer(help="Shows, verifies and copies a silo's ledger.", no_args_is_help=True)
 ANCHOR_AGREES = "agrees"
@@ -106,9 +107,7 @@ def _written(entries: int, to: Path, as_json: bool) -> None:
 
 
 def _file(ledger: Path) -> Path:
-    from privacy.ledger.file import LEDGER_FILE
-
-    return ledger / LEDGER_FILE if ledger.is_dir() else ledger
+    return SiloFiles(ledger).ledger if ledger.is_dir() else ledger
 
 
 def _verified(ledger: Path, key_file: str) -> tuple[list[dict[str, Any]], list[str]]:
@@ -148,15 +147,16 @@ def _anchored(ledger: Path, opening: dict[str, Any]) -> str:
         InputError: the anchor is damaged, or the ledger is behind it.
     """
     from privacy.ledger.anchor import Anchor
-    from privacy.ledger.file import LEDGER_FILE, read_only
+    from privacy.ledger.chain import History
+    from privacy.ledger.file import read_only
     from privacy.ledger.journal import RECONCILE, default_anchor_dir
 
     path = _file(ledger)
     anchor = Anchor(default_anchor_dir(path.parent))
-    if path.name != LEDGER_FILE or not anchor.path.exists():
+    if path != SiloFiles(path.parent).ledger or not anchor.path.exists():
         return "not there"
     owner = (opening["silo"], opening["dataset"], opening["public_key"])
-    doubt = anchor.doubt(path, owner, lambda: read_only(path), expected=False)
+    doubt = anchor.doubt(path, owner, lambda: History.of(read_only(path)), expected=False)
     if doubt is not None:
         raise InputError(f"{doubt}; the silo refuses everything until {RECONCILE} has been run")
     return ANCHOR_AGREES

@@ -11,7 +11,8 @@ from configs.errors import InputError, SiloweaveError
 from configs.schema.data import corpora
 from configs.schema.pretrain import PretrainSettings
 from configs.schema.schema import RunConfig
-from configs.storage.manifests import Manifest, commit_manifest, finished, require_manifest
+from configs.storage.layout import RunFiles
+from configs.storage.manifests import MANIFEST, Manifest, commit_manifest, finished, require_manifest
 from configs.storage.sealing import load_key, opened, sealing
 from trainer.checkpoints import checkpoints
 from trainer.checkpoints.checkpoints import pretrain_digest
@@ -42,9 +43,10 @@ def export(config: RunConfig, run_directory: Path) -> Manifest:
     Raises:
         InputError: pretraining has not finished, or its checkpoint was not written with this key.
     """
-    corpus = require_manifest(run_directory / "corpus", "corpus", "prepare")
+    files = RunFiles(run_directory)
+    corpus = require_manifest(files.corpus, "corpus", "prepare")
     digest = pretrain_digest(config, corpus.content_digest)
-    target = run_directory / "model"
+    target = files.model
     done = finished(target, "model", digest)
     if done is not None:
         return done
@@ -54,7 +56,7 @@ def export(config: RunConfig, run_directory: Path) -> Manifest:
         at = f"is at step {checkpoint.step} of {config.pretrain.steps}" if checkpoint else "has no commit yet"
         raise InputError(f"{storage}: pretraining {at}; run `siloweave pretrain` first")
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(run_directory / "tokenizer", target, ignore=shutil.ignore_patterns("manifest.json"))
+    shutil.copytree(files.tokenizer, target, ignore=shutil.ignore_patterns(MANIFEST))
     model = new_model(config.model, corpus.metadata["vocab_size"], config.run.seed)
     key = load_key(config.run.encryption_key_file)
     name = checkpoint.directory.name

@@ -16,9 +16,11 @@ SEED, DIGEST = bytes(range(32)), "ab" * 32
 ALMOST_ONE = 1 - 2.0**-53  # a plan samples with probability below 1; at this one every record is in every batch
 
 
-def train_privately(*arguments: Any, **options: Any) -> None:
+def train_privately(
+    a_plan: PrivacyPlan, streams: Streams, model: nn.Module, optimizer: Any, units: Sequence[Any], **options: Any
+) -> None:
     """All steps of one charge; the tests put broken engines in its place."""
-    PrivateTraining(*arguments, **options).run()
+    PrivateTraining(a_plan, model, optimizer, **options).run(streams, units)
 
 
 def plan(num_records: int, **changes: float) -> PrivacyPlan:

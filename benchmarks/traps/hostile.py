@@ -10,7 +10,7 @@ from federated.audit import hostile_adapters
 from federated.audit.hostile_adapters import Movement
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.llama import new_model
-from trainer.tasks.task import Encoded
+from trainer.tasks.task import Encoded, Task
 from trainer.tasks.text import CausalTask
 
 VOCABULARY = 50
@@ -41,7 +41,7 @@ def siloweave() -> list[Movement]:
 def opacus(mode: str) -> list[Movement]:
     """The same records padded to the longest, as a loader's batch is, and clipped by Opacus in one of its modes."""
 
-    def total(net: Any, _: CausalTask, batch: Sequence[Encoded], norm: float) -> torch.Tensor:
+    def total(net: Any, _: Task, batch: Sequence[Encoded], norm: float) -> torch.Tensor:
         return opacus_sum(net, batch, mode, norm) / norm
 
     return hostile_adapters.movements(model(), TASK, total)

@@ -6,7 +6,6 @@ they are declared public.
 """
 
 import copy
-import io
 import json
 import secrets
 from collections.abc import Callable
@@ -20,11 +19,13 @@ from typing import Any
 
 import torch
 
+from cluster.report.plots import MUTED, new_figure, svg
 from cluster.run import Run
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json, write_atomic
-from configs.storage.manifests import require_manifest
+from configs.storage.layout import CERTIFICATE, FEDERATED, RunFiles
+from configs.storage.manifests import MANIFEST, require_manifest
 from configs.storage.sealing import load_key
 from federated.audit.audit_silo import AuditSilo
 from federated.audit.canary_training import AuditSettings, AuditTraining
@@ -34,10 +35,9 @@ from privacy.audit.bound import REFERENCE_PLAN, audited_bound, overall
 from privacy.plan import PlanRequest
 from privacy.plan_from_settings import plan_request
 from trainer.data.sources import ReadCounts, read_rows
-from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import add_adapter
 from trainer.models.load import load_model
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import task_of
 
 AUDIT_VERSION = 2  # 2: hostile adapters
 SMALLEST, LARGEST = 200, 10_000
@@ -60,9 +60,9 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
     if not SMALLEST <= canaries <= LARGEST:
         raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
     model = require_manifest(run.model, "model", "export")
-    federations = _finished(run.directory)
+    federations = _finished(run.files)
     base = load_model(run.model, load_key(run.config.run.encryption_key_file))
-    directory = run.directory / "audit"
+    directory = run.files.audit
     earlier = _set_aside(directory)
     design = _design(run.config, canaries, model.content_digest)
     write_atomic(directory / "design.json", json.dumps(design, indent=2).encode() + b"\n")
@@ -89,14 +89,14 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in _LIBRARIES},
     }
     write_atomic(directory / "roc.svg", roc_plot(membership).encode())
-    write_atomic(directory / "audit.json", json.dumps(document, indent=2).encode() + b"\n")
+    write_atomic(run.files.audit_report, json.dumps(document, indent=2).encode() + b"\n")
     return document
 
 
-def _finished(run_directory: Path) -> dict[str, Path]:
-    require_manifest(run_directory / "federated", "federated", "federate")
-    candidates = {name: run_directory / name for name in ("federated", "federated-no-dp")}
-    return {name: path for name, path in candidates.items() if (path / "manifest.json").exists()}
+def _finished(files: RunFiles) -> dict[str, Path]:
+    require_manifest(files.federated, FEDERATED, "federate")
+    candidates = {path.name: path for path in (files.federated, files.no_dp)}
+    return {name: path for name, path in candidates.items() if (path / MANIFEST).exists()}
 
 
 def _set_aside(directory: Path) -> int:
@@ -129,7 +129,7 @@ def _audit_plan(
 ) -> dict[str, Any]:
     torch.set_num_threads(run.config.cluster.threads_per_rank)
     federated = run.config.federated
-    task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
+    task = task_of(run.config.federated.task, run.model)
     rows = read_rows(run.config.data.public, [], ReadCounts())
     training = AuditTraining(
         request,
@@ -139,13 +139,13 @@ def _audit_plan(
         [task.encode(row[run.config.data.public.text]) for row in islice(rows, _BACKGROUND)],
         digest_json(design),
     )
-    folder = run.directory / "audit" / name
+    folder = run.files.audit / name
     run_id = f"audit-{name}-{secrets.token_hex(8)}"
     with closing(AuditSilo.open(folder / "silo", training.plan, run_id, digest_json(design))) as silo:
         training.train(_counter(run, f"audit {name}", request.steps), silo.seed)
         findings = training.findings()
         certificate = silo.certificate(findings, earlier)
-    write_atomic(folder / "certificate.json", json.dumps(certificate, indent=2).encode() + b"\n")
+    write_atomic(folder / CERTIFICATE, json.dumps(certificate, indent=2).encode() + b"\n")
     shown = {
         "epsilon": request.epsilon,
         "delta": request.delta,
@@ -159,7 +159,7 @@ def _audit_plan(
 def _hostile_adapters(run: Run, base: Any) -> list[dict[str, Any]]:
     """How far one made-up record moves the sum under adapters that a hostile coordinator would send."""
     federated = run.config.federated
-    task = CausalTask(load_tokenizer(run.model), run.config.model.context_length)
+    task = task_of(run.config.federated.task, run.model)
     model = add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed).train()
     return [{**asdict(movement), "holds": movement.holds} for movement in movements(model, task)]
 
@@ -181,25 +181,17 @@ def _membership(run: Run, federations: dict[str, Path]) -> dict[str, Any]:
 
 def roc_plot(membership: dict[str, Any]) -> str:
     """ROC of the attacks, both axes logarithmic, because what counts are few false positives (Carlini et al. 2022)."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    figure, (axes,) = new_figure(height=4.2)
     for name, attacks in membership.items():
         for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
             curve = figures["roc"]
             label = f"{name}, {attack.replace('_', ' ')}: AUC {figures['auc']:.3f}"
             axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label)
-    axes.plot([1e-4, 1], [1e-4, 1], color="#8d99ae", linestyle="--", label="guessing")
+    axes.plot([1e-4, 1], [1e-4, 1], color=MUTED, linestyle="--", label="guessing")
     axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1), title="Membership inference (simulation only)")
     axes.set(xlabel="false-positive rate", ylabel="true-positive rate")
     axes.legend(frameon=False, fontsize=7)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    return svg(figure)
 
 
 def failure(document: dict[str, Any]) -> str:

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
+
 from configs.schema.schema import RunConfig
+from federated.adapters.lora_factors import frozen
 from privacy.plan import PlanRequest
 from privacy.plan_from_settings import plan_request
-from trainer.models.adapters import LORA_TARGETS
-from trainer.models.llama import parameter_sizes
+from trainer.models.adapters import add_adapter, trainable
+from trainer.models.llama import empty_model, parameter_sizes
 from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_device, unsupported
 from trainer.pretraining.memory import placed_bytes, state_bytes
 
@@ -82,15 +85,9 @@ def _bound(plan: PlanRequest, public_record_count: int) -> int:
 
 
 def adapter_parameters(config: RunConfig) -> int:
-    """Trainable parameters of the adapters: rank times (inputs + outputs) of every adapted layer, or outputs alone.
-
-    The latter with FFA-LoRA, whose A is frozen.
-    """
-    model, federated = config.model, config.federated
-    hidden, middle, vocabulary = model.hidden_size, model.intermediate_size, config.tokenizer.vocab_size
-    widths = {"gate_proj": (hidden, middle), "up_proj": (hidden, middle), "down_proj": (middle, hidden)}
-    block = [widths.get(name, (hidden, hidden)) for name in LORA_TARGETS if name != "lm_head"]
-    layers = [*block * model.layers, (hidden, vocabulary)]
-    return federated.lora_rank * sum(
-        outputs if federated.adapters == "ffa" else inputs + outputs for inputs, outputs in layers
-    )
+    """Trainable parameters of the adapters, counted on a model without values; of FFA-LoRA, whose A is frozen, B's."""
+    federated = config.federated
+    model = empty_model(config.model, config.tokenizer.vocab_size)
+    with torch.device("meta"):
+        weights = trainable(add_adapter(model, federated.lora_rank, federated.lora_alpha, seed=0))
+    return sum(value.numel() for name, value in weights.items() if federated.adapters != "ffa" or not frozen(name))

@@ -8,7 +8,7 @@ on its corpus and with its settings, and are deleted afterwards.
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 
 from cluster.runtime.gang import run_gang
 from configs.errors import InputError
+from configs.events import Listener
 from configs.schema.schema import RunConfig
+from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
 from trainer.checkpoints.checkpoints import step_name
 
@@ -27,7 +29,6 @@ STEPS_A_LEG = 4
 _BEYOND = 2  # steps that a leg makes after its commit, at least, and loses
 _HORIZON = 10_000  # of the learning rate's schedule; no run gets there
 _LAST_WRITES_S = 30.0
-_CHECKPOINTS = Path("pretrain") / "checkpoints"
 
 
 class _Killed(Exception):
@@ -61,7 +62,7 @@ class _Listener:
 
     until: int
     commit: int
-    tell: Callable[[dict[str, Any]], None]
+    tell: Listener
     began: float = field(default_factory=time.time)
     losses: dict[int, float] = field(default_factory=dict)
     start_s: float = 0.0
@@ -89,9 +90,7 @@ def sizes_of(config: RunConfig) -> list[int]:
     return [*rising, rising[-2] if len(rising) > 1 else 1]
 
 
-def verify_resume(
-    config: RunConfig, directory: Path, tell: Callable[[dict[str, Any]], None], sizes: Sequence[int]
-) -> dict[str, Any]:
+def verify_resume(config: RunConfig, directory: Path, tell: Listener, sizes: Sequence[int]) -> dict[str, Any]:
     """Compares the losses of every leg with the uninterrupted single rank's; needs a connected Ray.
 
     Args:
@@ -106,7 +105,7 @@ def verify_resume(
     Raises:
         InputError: no corpus, or arithmetic for which the losses need not be the same.
     """
-    require_manifest(directory / "corpus", "corpus", "prepare")
+    require_manifest(RunFiles(directory).corpus, "corpus", "prepare")
     tolerance = TOLERANCES.get(config.pretrain.precision)
     if tolerance is None:
         raise InputError(
@@ -121,8 +120,8 @@ def verify_resume(
     folder = Path(tempfile.mkdtemp(prefix=f"{directory.name}-verify-resume-", dir=directory.parent))
     try:
         for name in ("single", "legs"):
-            (folder / name / _CHECKPOINTS).mkdir(parents=True)
-            (folder / name / "corpus").symlink_to(directory / "corpus")
+            RunFiles(folder / name).checkpoints.mkdir(parents=True)
+            RunFiles(folder / name).corpus.symlink_to(RunFiles(directory).corpus)
         legs = _train(config, folder, tell, sizes)
     finally:
         _remove(folder)
@@ -149,7 +148,7 @@ def _remove(folder: Path) -> None:
             time.sleep(0.1)
 
 
-def _train(config: RunConfig, folder: Path, tell: Callable[[dict[str, Any]], None], sizes: Sequence[int]) -> list[Leg]:
+def _train(config: RunConfig, folder: Path, tell: Listener, sizes: Sequence[int]) -> list[Leg]:
     """The legs, compared with a single rank."""
     last = STEPS_A_LEG * len(sizes)
     alone = _Listener(last, last, tell)
@@ -159,12 +158,14 @@ def _train(config: RunConfig, folder: Path, tell: Callable[[dict[str, Any]], Non
         done = STEPS_A_LEG * (number + 1)
         if number == 0 and ranks == 1:  # it has been there already
             name = step_name(done)
-            shutil.copytree(folder / "single" / _CHECKPOINTS / name, folder / "legs" / _CHECKPOINTS / name)
+            shutil.copytree(
+                RunFiles(folder / "single").checkpoints / name, RunFiles(folder / "legs").checkpoints / name
+            )
             legs.append(Leg(1, 1, done, start_s=alone.start_s))
             continue
         leg = _Listener(min(done + _BEYOND, last), done, tell)
         _gang(config, folder / "legs", ranks, leg)
-        for path in (folder / "legs" / _CHECKPOINTS).glob("step-*"):
+        for path in RunFiles(folder / "legs").checkpoints.glob("step-*"):
             if path.name > step_name(done):  # ranks don't stop at once: the next leg is to begin where it is said
                 shutil.rmtree(path)
         compared = {step: loss for step, loss in leg.losses.items() if step in alone.losses}

@@ -7,8 +7,7 @@ import typer
 
 from configs.load import load
 from configs.printing import say
-
-STAGE = "federated"  # as in a simulation, so that both have the same curves
+from configs.storage.layout import CERTIFICATE, FEDERATED
 
 
 def run(
@@ -27,10 +26,11 @@ def run(
         def on_event(event: dict[str, Any]) -> None:
             _say(event)
             for listener in listeners:
-                listener({**event, "stage": STAGE})
+                # As in a simulation, so that both have the same curves.
+                listener({**event, "stage": FEDERATED})
 
         directory = run_rounds(Federation(folder), settings, on_event)
-    say(f"finished: {directory / 'certificate.json'}")
+    say(f"finished: {directory / CERTIFICATE}")
 
 
 def _say(event: dict[str, Any]) -> None:

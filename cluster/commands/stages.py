@@ -16,6 +16,7 @@ from configs.parse import presets
 from configs.printing import answer, say, stream, to_json
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
+from configs.storage.layout import RunFiles
 from configs.storage.mirror import open_mirror
 
 ConfigOption = Annotated[
@@ -70,7 +71,7 @@ def demo(
         say(to_json(document))
         return
     Terminal().print(result_table(document))
-    say(f"report: {directory / 'report.html'}")
+    say(f"report: {RunFiles(directory).page}")
 
 
 def prepare(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
@@ -163,14 +164,14 @@ def audit(
     if document["verdict"] == "warn":
         say("warning: a lower bound on epsilon exceeds the claim at 95% confidence; audit again", err=True)
     if document["verdict"] == "fail":
-        place, failure = directory / "audit" / "audit.json", audits.failure(document)
+        place, failure = RunFiles(directory).audit_report, audits.failure(document)
         raise SiloweaveError(
             f"{place}: {failure}: the claim does not hold; release nothing, and look for what changed in the engine"
         )
 
 
 def plan(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
-    """What a run will need and spend, before anything runs: bytes a rank, batches, steps, noise and epsilon."""
+    """What a run will need and spend, before anything runs: bytes per rank, batches, steps, noise and epsilon."""
     _quiet_libraries()
     from cluster.checks.estimate import estimate
 

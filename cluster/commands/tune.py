@@ -49,7 +49,7 @@ def tune(
     Terminal().print(tuning.table(document))
     for silo, price in (document["reserved"] or {}).items():
         say(f"silo {silo}: the search reserved epsilon {price['epsilon']:.4g}, delta {price['delta']:.3g}")
-    say(f"best: {document['best_config']}; all trials: {search.directory / 'tune.json'}, trials.svg")
+    say(f"best: {document['best_config']}; all trials: {search.path}, trials.svg")
 
 
 def _check_installed() -> None:

@@ -19,6 +19,7 @@ from configs.printing import say
 from configs.run_directory import flatten
 from configs.schema.schema import RunConfig
 from configs.storage.files import write_atomic
+from configs.storage.layout import RunFiles
 
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -55,7 +56,7 @@ class MLflow:
             ) from None
         try:
             self._client: Any = MlflowClient(tracking_uri=self._uri)
-            self._run = self._open(config, run_directory / "mlflow.json")
+            self._run = self._open(config, RunFiles(run_directory).mlflow)
         except Exception as error:  # SQLAlchemy's, requests' and MLflow's own: the address is what they share
             raise InputError(
                 f"monitoring.mlflow is {self._uri!r}: no MLflow answers there ({_first_line(error)}); "

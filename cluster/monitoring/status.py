@@ -14,6 +14,7 @@ from configs.errors import InputError
 from configs.events import read_events
 from configs.parse import parse, read_toml
 from configs.schema.schema import RunConfig
+from configs.storage.layout import FEDERATED, NO_DP, RunFiles
 from configs.storage.manifests import MANIFEST, read_manifest
 from configs.storage.storage import COMMITTED
 from privacy.certificate.certificate import ledgers_of
@@ -21,8 +22,6 @@ from trainer.checkpoints import checkpoints
 
 _TROUBLES = ("restart", "rollback", "damaged", "refused", "rejected", "timeout", "failed")
 _RECENT = 20
-_CORPUS, _MODEL, _FEDERATED, _NO_DP = "corpus", "model", "federated", "federated-no-dp"
-_FILES = {"evaluate": "evaluation.json", "generate": "sample.txt", "report": "report.json"}
 
 
 def status(directory: Path) -> dict[str, Any]:
@@ -39,32 +38,33 @@ def status(directory: Path) -> dict[str, Any]:
     Raises:
         InputError: there is no run, or a manifest can't be read.
     """
-    stored = directory / "config.toml"
-    if not stored.exists():
+    files = RunFiles(directory)
+    if not files.config.exists():
         raise InputError(f"{directory}: no run here; give a run's directory, or its configuration with -c")
-    config = parse(RunConfig, read_toml(stored), str(stored))
-    events = list(read_events(directory / "events.jsonl"))
-    pretrain = _pretrain(config, directory, events)
+    config = parse(RunConfig, read_toml(files.config), str(files.config))
+    events = list(read_events(files.events))
+    pretrain = _pretrain(config, files, events)
     return {
         "run": config.run.name,
         "directory": str(directory.absolute()),
-        "stages": _stages(config, directory, events, pretrained=pretrain["committed_step"] == config.pretrain.steps),
+        "stages": _stages(config, files, events, pretrained=pretrain["committed_step"] == config.pretrain.steps),
         "pretrain": pretrain,
-        "federated": _federated(config, directory, events),
-        "tune": _tune(directory / "tune" / "tune.json"),
+        "federated": _federated(config, files, events),
+        "tune": _tune(files.tune_report),
         "troubles": [_trouble(event) for event in events if event["event"] in _TROUBLES],
         "last_event": _last(events),
     }
 
 
 def _stages(
-    config: RunConfig, directory: Path, events: list[dict[str, Any]], *, pretrained: bool
+    config: RunConfig, files: RunFiles, events: list[dict[str, Any]], *, pretrained: bool
 ) -> dict[str, dict[str, Any]]:
-    done = {"prepare": _has(directory, _CORPUS), "pretrain": pretrained, "export": _has(directory, _MODEL)}
-    done[_FEDERATED] = _has(directory, _FEDERATED)
+    done = {"prepare": _has(files.corpus), "pretrain": pretrained, "export": _has(files.model)}
+    done[FEDERATED] = _has(files.federated)
     if config.evaluate.without_dp:
-        done[_NO_DP] = _has(directory, _NO_DP)
-    done.update({stage: (directory / name).exists() for stage, name in _FILES.items()})
+        done[NO_DP] = _has(files.no_dp)
+    written = {"evaluate": files.evaluation, "generate": files.sample, "report": files.report}
+    done.update({stage: path.exists() for stage, path in written.items()})
     return {stage: _stage(stage, events, done=finished) for stage, finished in done.items()}
 
 
@@ -78,11 +78,12 @@ def _stage(stage: str, events: list[dict[str, Any]], *, done: bool) -> dict[str,
     return {"state": state, "seconds": round(seconds, 2)}
 
 
-def _has(directory: Path, kind: str) -> bool:
-    return read_manifest(directory / kind, kind) is not None if (directory / kind / MANIFEST).exists() else False
+def _has(stage: Path) -> bool:
+    """Whether a stage has finished; its manifest's kind is its folder's name."""
+    return read_manifest(stage, stage.name) is not None if (stage / MANIFEST).exists() else False
 
 
-def _pretrain(config: RunConfig, directory: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
+def _pretrain(config: RunConfig, files: RunFiles, events: list[dict[str, Any]]) -> dict[str, Any]:
     mine = [event for event in events if event["stage"] == "pretrain"]
     steps = [event for event in mine if event["event"] == "step"]
     checks = [event for event in mine if event["event"] == "validation"]
@@ -94,7 +95,7 @@ def _pretrain(config: RunConfig, directory: Path, events: list[dict[str, Any]]) 
     return {
         "step": last.get("step", 0),
         "steps": config.pretrain.steps,
-        "committed_step": _committed_step(config, directory),
+        "committed_step": _committed_step(config, files),
         "loss": last.get("loss"),
         "tokens_per_s": _median([event["tokens"] / event["seconds"] for event in recent]),
         "gflop_per_s": _median([event["gflop_per_s"] for event in recent if "gflop_per_s" in event]),
@@ -122,28 +123,27 @@ def _tune(path: Path) -> dict[str, Any] | None:
     return {"trials": {state: states.count(state) for state in sorted(set(states))}, "best": found["best"]}
 
 
-def _federated(config: RunConfig, directory: Path, events: list[dict[str, Any]]) -> dict[str, Any]:
-    rounds = [event for event in events if (event["stage"], event["event"]) == (_FEDERATED, "round")]
-    committed = _committed(directory / _FEDERATED, "round", "round")
+def _federated(config: RunConfig, files: RunFiles, events: list[dict[str, Any]]) -> dict[str, Any]:
+    rounds = [event for event in events if (event["stage"], event["event"]) == (FEDERATED, "round")]
+    committed = _committed(files.federated, "round", "round")
     return {
         "round": rounds[-1]["round"] if rounds else 0,
         "rounds": config.federated.rounds,
         "committed_round": committed,
         "answered": rounds[-1]["answered"] if rounds else [],
-        "silos": _silos(directory / _FEDERATED, committed, rounds),
+        "silos": _silos(files, committed, rounds),
     }
 
 
-def _silos(federation: Path, committed: int | None, rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _silos(files: RunFiles, committed: int | None, rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What each silo's newest receipt says, and its charged rounds: as it states itself, before that those it answered.
 
     A reservation is spent whole, whatever number of its rounds is charged: ledgers refund nothing.
     """
-    path = federation / "certificate.json"
-    if path.exists():
-        told = ledgers_of(_json(path))
+    if files.certificate.exists():
+        told = ledgers_of(_json(files.certificate))
     else:
-        told = _json(federation / f"round-{committed:05d}" / "silos.json") if committed is not None else {}
+        told = _json(files.federated / f"round-{committed:05d}" / "silos.json") if committed is not None else {}
     return {
         name: {
             "epsilon_reserved": silo["receipt"]["epsilon_reserved"],
@@ -159,11 +159,11 @@ def _silos(federation: Path, committed: int | None, rounds: list[dict[str, Any]]
     }
 
 
-def _committed_step(config: RunConfig, directory: Path) -> int | None:
+def _committed_step(config: RunConfig, files: RunFiles) -> int | None:
     """Checkpoints go straight to an object store where there is one; it is asked for their names."""
     if config.run.url is None:
-        return _committed(directory / "pretrain" / "checkpoints", "step", "checkpoint")
-    return max(checkpoints.steps(checkpoints.storage(config, directory)), default=None)
+        return _committed(files.checkpoints, "step", "checkpoint")
+    return max(checkpoints.steps(checkpoints.storage(config, files.directory)), default=None)
 
 
 def _committed(root: Path, unit: str, kind: str) -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.monitoring.scalars import position, scalars
 from configs.errors import InputError
+from configs.storage.layout import RunFiles
 
 
 class TensorBoard:
@@ -23,7 +24,7 @@ class TensorBoard:
                 f"monitoring.tensorboard is true: tensorboard can't be imported ({error}); pip install "
                 "'siloweave[monitoring]', or set it to false"
             ) from None
-        self._writer: Any = SummaryWriter(str(run_directory / "tensorboard"))
+        self._writer: Any = SummaryWriter(str(RunFiles(run_directory).tensorboard))
 
     def __enter__(self) -> "TensorBoard":
         return self

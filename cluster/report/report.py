@@ -10,12 +10,13 @@ from configs.errors import InputError
 from configs.events import read_events
 from configs.parse import to_toml
 from configs.schema.schema import RunConfig
+from configs.storage.layout import EVENTS, FEDERATED, NO_DP, RunFiles, SiloFiles
 from configs.storage.manifests import require_manifest
 from federated.coordinator.outcome import over_flower
 from federated.simulation.simulated_places import simulated_ledger, simulated_silo
 from privacy.certificate.certificate import ledgers_of
 from privacy.ledger.chain import verify_entries
-from privacy.ledger.file import LEDGER_FILE, read_only
+from privacy.ledger.file import read_only
 
 REPORT_VERSION = 1
 _SIMULATION_ONLY = (
@@ -37,14 +38,13 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
     Raises:
         InputError: a stage has not finished; the message names the command.
     """
-    federation = run_directory / "federated"
-    require_manifest(federation, "federated", "federate")
-    elsewhere, evaluated = over_flower(federation), run_directory / "evaluation.json"
-    evaluation = {} if elsewhere and not evaluated.exists() else _read(evaluated, "evaluate")
-    certificate = _read(federation / "certificate.json", "federate")
-    events, rounds = (list(read_events(folder / "events.jsonl")) for folder in (run_directory, federation))
+    files = RunFiles(run_directory)
+    require_manifest(files.federated, FEDERATED, "federate")
+    elsewhere = over_flower(files.federated)
+    evaluation = {} if elsewhere and not files.evaluation.exists() else _read(files.evaluation, "evaluate")
+    certificate = _read(files.certificate, "federate")
+    events, rounds = (list(read_events(path)) for path in (files.events, files.federated / EVENTS))
     ledgers = {} if elsewhere else _ledgers(config, run_directory, certificate)
-    sample = run_directory / "sample.txt"
     return {
         "version": REPORT_VERSION,
         "name": config.run.name,
@@ -52,7 +52,7 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         "federated": _federated(config, run_directory, certificate, evaluation, rounds),
         "privacy": _privacy(config, certificate, ledgers),
         "model": _model(certificate),
-        "sample": sample.read_text(encoding="utf-8") if sample.exists() else "",
+        "sample": files.sample.read_text(encoding="utf-8") if files.sample.exists() else "",
         "simulation_only": [] if elsewhere else list(_SIMULATION_ONLY),
         "settings": to_toml(config),
         "versions": {name: version(name) for name in _LIBRARIES},
@@ -64,7 +64,7 @@ def _ledgers(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
     """What each ledger of a simulation says of the run, verified."""
     found = {}
     for name, public in ledgers_of(certificate).items():
-        ledger = _ledger_folder(config, name, run_directory) / LEDGER_FILE
+        ledger = SiloFiles(_ledger_folder(config, name, run_directory)).ledger
         bodies = verify_entries(read_only(ledger), str(ledger), public["public_key"])
         found[name] = [body for body in bodies if body.get("run") == certificate["run_id"]]
     return found
@@ -110,13 +110,13 @@ def _federated(
 ) -> dict[str, Any]:
     rounds = [event for event in events if event["event"] == "round"]
     public = evaluation.get("public") or {}
-    dp, no_dp = evaluation.get("federated") or [], evaluation.get("federated-no-dp") or []
+    dp, no_dp = evaluation.get(FEDERATED) or [], evaluation.get(NO_DP) or []
     base = evaluation.get("base")
     return {
         "silos": certificate.get("num_clients", len(ledgers_of(certificate))),
         "rounds": config.federated.rounds,
         "bytes_per_round": statistics.median(event["bytes"] for event in rounds) if rounds else None,
-        "full_model_bytes": (run_directory / "model" / "model.safetensors").stat().st_size,
+        "full_model_bytes": (RunFiles(run_directory).model / "model.safetensors").stat().st_size,
         "bits_per_char_base": _overall(base),
         "bits_per_char_dp": _overall(dp[-1]) if dp else None,
         "bits_per_char_no_dp": _overall(no_dp[-1]) if no_dp else None,
@@ -203,7 +203,7 @@ def _model(certificate: dict[str, Any]) -> dict[str, Any] | None:
 def _ledger_folder(config: RunConfig, name: str, run_directory: Path) -> Path:
     if config.privacy.unit == "client":
         return simulated_ledger(config)
-    return Path(simulated_silo(config, name, run_directory / "model").silo.state_dir)
+    return Path(simulated_silo(config, name, RunFiles(run_directory).model).silo.state_dir)
 
 
 def _seconds(events: list[dict[str, Any]]) -> dict[str, float]:

@@ -6,12 +6,12 @@ from cluster.runtime.placement import could_grow, pick_device, placed
 from cluster.runtime.places import PlaceLost, Places, ranks_of
 from cluster.runtime.watch import RankFailed, Watch
 from configs.errors import SiloweaveError
-from configs.events import Report
+from configs.events import Listener
 from configs.schema.schema import RunConfig
 from trainer.pretraining.rollback import RollBack
 
 
-def run_gang(config: RunConfig, run_directory: Path, report: Report) -> None:
+def run_gang(config: RunConfig, run_directory: Path, report: Listener) -> None:
     """Pretrains on a gang of ranks until the last step is committed.
 
     Every start takes as many ranks as there is room for, from ``cluster.world_size`` down to ``min_world_size``.
@@ -38,7 +38,7 @@ def _train_in_places(
     config: RunConfig,
     run_directory: Path,
     device: str,
-    report: Report,
+    report: Listener,
     causes: list[str],
     skipped: list[tuple[int, int]],
 ) -> bool:
@@ -64,7 +64,7 @@ def _train_in_places(
             taken_over = True
 
 
-def _count(causes: list[str], cause: str, max_failures: int, report: Report) -> None:
+def _count(causes: list[str], cause: str, max_failures: int, report: Listener) -> None:
     causes.append(cause)
     if len(causes) == 1 > max_failures:
         raise SiloweaveError(cause)
@@ -74,7 +74,7 @@ def _count(causes: list[str], cause: str, max_failures: int, report: Report) -> 
 
 
 def _train_once(
-    places: Places, config: RunConfig, run_directory: Path, report: Report, skipped: list[tuple[int, int]]
+    places: Places, config: RunConfig, run_directory: Path, report: Listener, skipped: list[tuple[int, int]]
 ) -> None:
     endpoints = places.endpoints()
     report({"event": "gang", "world_size": len(endpoints), "pids": [endpoint.pid for endpoint in endpoints]})

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.runtime.places import Places
 from configs.errors import InputError
-from configs.events import Report
+from configs.events import Listener
 from configs.schema.schema import RunConfig
 
 _LOOK_S = 0.5
@@ -25,7 +25,7 @@ def pick_device(config: RunConfig, gpus: float) -> str:
 
 
 @contextmanager
-def placed(config: RunConfig, device: str, report: Report, *, patient: bool) -> Iterator[Places]:
+def placed(config: RunConfig, device: str, report: Listener, *, patient: bool) -> Iterator[Places]:
     """Places for as many ranks as there is room for; all of them are gone at the end, however it comes.
 
     Args:
@@ -73,7 +73,7 @@ def room(bundle: dict[str, int]) -> int:
     return sum(min(int(node.get(name, 0) // amount) for name, amount in bundle.items()) for node in living)
 
 
-def _place(config: RunConfig, bundle: dict[str, int], report: Report, *, patient: bool) -> tuple[Any, int]:
+def _place(config: RunConfig, bundle: dict[str, int], report: Listener, *, patient: bool) -> tuple[Any, int]:
     """The placement group, and its number of ranks."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -89,7 +89,7 @@ def _place(config: RunConfig, bundle: dict[str, int], report: Report, *, patient
 
 
 def await_room(
-    config: RunConfig, bundle: dict[str, int], deadline: float, report: Report, *, patient: bool
+    config: RunConfig, bundle: dict[str, int], deadline: float, report: Listener, *, patient: bool
 ) -> list[int]:
     """The sizes that the living nodes have room for, largest first.
 

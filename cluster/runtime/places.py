@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from cluster.runtime.rank_actor import Endpoint, RankActor
-from configs.events import Report
+from configs.events import Listener
 from configs.schema.schema import RunConfig
 from trainer.rank import Rank
 
@@ -27,7 +27,7 @@ class Places:
         device: ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, config: RunConfig, group: Any, size: int, device: str, report: Report) -> None:
+    def __init__(self, config: RunConfig, group: Any, size: int, device: str, report: Listener) -> None:
         self._config, self._group, self.device, self._report = config, group, device, report
         self._standbys: dict[int, Any] = {}  # None: it could not be warmed
         self._warming: dict[Any, int] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from cluster.runtime.places import Places
 from cluster.runtime.rank_actor import QUIET_S, Beat, News
 from configs.errors import SiloweaveError
-from configs.events import Report
+from configs.events import Listener
 from trainer.pretraining.rollback import RollBack
 
 # What a rank sees of a peer's death. The death itself is reported a moment later.
@@ -46,7 +46,7 @@ class Watch:
         report: receives rank 0's events.
     """
 
-    def __init__(self, places: Places, runs: list[Any], hang_timeout_s: float, report: Report) -> None:
+    def __init__(self, places: Places, runs: list[Any], hang_timeout_s: float, report: Listener) -> None:
         self._places, self._hang_timeout_s, self._report = places, hang_timeout_s, report
         self._runs = dict(zip(runs, range(len(runs)), strict=True))
         self._quiet_s = min(QUIET_S, hang_timeout_s / 4)

@@ -1,24 +1,17 @@
 """A search as one picture: each trial's course, and where each searched setting's good values lie."""
 
-import io
 from typing import Any
 
-_INK, _ACCENT, _MUTED = "#1d3557", "#d1495b", "#8d99ae"
+from cluster.report.plots import ACCENT, INK, MUTED, new_figure, svg
 
 
 def plot(document: dict[str, Any]) -> str:
     """The picture of a ``tune.json`` as SVG."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot as plt
-
     metric, best = document["metric"], document["best"]["number"]
     names = list(document["trials"][0]["values"])
-    figure, axes = plt.subplots(1, 1 + len(names), figsize=(4.2 * (1 + len(names)), 3.2), layout="constrained")
-    panels = list(axes.flat)
+    figure, panels = new_figure(width=4.2, height=3.2, panels=1 + len(names))
     for row in document["trials"]:
-        color, width = (_ACCENT, 2) if row["number"] == best else (_MUTED if row["status"] != "finished" else _INK, 1)
+        color, width = (ACCENT, 2) if row["number"] == best else (MUTED if row["status"] != "finished" else INK, 1)
         points = row["points"]
         panels[0].plot(
             [point["step"] for point in points],
@@ -32,13 +25,7 @@ def plot(document: dict[str, Any]) -> str:
     panels[0].set(title="Trials (red: the best; grey: stopped early)", xlabel="step or round", ylabel=metric)
     for panel, name in zip(panels[1:], names, strict=True):
         _scatter(panel, document, name)
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    return svg(figure)
 
 
 def _scatter(panel: Any, document: dict[str, Any], name: str) -> None:
@@ -48,7 +35,7 @@ def _scatter(panel: Any, document: dict[str, Any], name: str) -> None:
     values = [row["values"][name] for row in rows]
     if kind.startswith("choice"):
         values = [str(value) for value in values]
-    colors = [_ACCENT if row["number"] == best else _INK if row["status"] == "finished" else _MUTED for row in rows]
+    colors = [ACCENT if row["number"] == best else INK if row["status"] == "finished" else MUTED for row in rows]
     panel.scatter(values, [row[metric] for row in rows], c=colors, s=24, zorder=2)
     if kind.startswith("log"):
         panel.set_xscale("log")

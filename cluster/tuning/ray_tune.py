@@ -17,6 +17,7 @@ from typing import Any
 from cluster.runtime.placement import pick_device
 from cluster.runtime.session import ray_session
 from configs.errors import InputError, SiloweaveError
+from configs.events import Listener
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig, TuneSettings
 from configs.storage.files import write_atomic
@@ -32,7 +33,6 @@ _DRIVER: dict[str, int | float] = {"memory": 2**20}
 
 
 Outcome = Callable[[int, str, str], None]
-OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Kind:
     """
 
     metrics: tuple[str, ...]
-    train: Callable[[RunConfig, OnEvent], None]
+    train: Callable[[RunConfig, Listener], None]
     points: Callable[[RunConfig], list[dict[str, Any]]]
     last_step: Callable[[RunConfig], int]
     bundles: Callable[[RunConfig], list[dict[str, float]]]

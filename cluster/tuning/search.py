@@ -18,6 +18,7 @@ from configs.parse import to_toml
 from configs.run_directory import bind_run_directory, run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import write_atomic
+from configs.storage.layout import RunFiles
 
 _ENDED = ("finished", "stopped")
 
@@ -41,7 +42,7 @@ class Search:
         _check_metric(self.kind, self.metric, parameters)
         if base.run.url is not None:
             raise InputError(f"run.storage is {base.run.storage!r}: a search needs a folder that all nodes share")
-        self.directory = run_directory(base) / "tune"
+        self.directory = RunFiles(run_directory(base)).tune
         self.parameters = [str(parameter) for parameter in parameters]
         trials = with_values(base, {"evaluate.without_dp": False}, "tune")  # DP's price is another question
         self.trials = draw_trials(trials, parameters, count, str(self.directory / "trials"))
@@ -49,14 +50,15 @@ class Search:
         self._states: dict[int, dict[str, Any]] = self._stored()
 
     @property
-    def _path(self) -> Path:
-        return self.directory / "tune.json"
+    def path(self) -> Path:
+        """Where what is known of the trials is kept."""
+        return RunFiles(self.directory.parent).tune_report
 
     def _stored(self) -> dict[int, dict[str, Any]]:
         """How the trials of an earlier start ended."""
-        if not self._path.exists():
+        if not self.path.exists():
             return {}
-        before = json.loads(self._path.read_text(encoding="utf-8"))
+        before = json.loads(self.path.read_text(encoding="utf-8"))
         if (before["parameters"], before["metric"]) != (self.parameters, self.metric):
             other = " ".join([*before["parameters"], before["metric"]])
             raise InputError(
@@ -107,7 +109,7 @@ class Search:
     def write(self) -> dict[str, Any]:
         """Writes ``tune.json``. Returns what it holds."""
         document = self.document()
-        write_atomic(self._path, json.dumps(document, indent=2).encode() + b"\n")
+        write_atomic(self.path, json.dumps(document, indent=2).encode() + b"\n")
         return document
 
 

@@ -9,14 +9,15 @@ from typing import Any
 from cluster import pipeline
 from cluster.monitoring.listeners import listening
 from cluster.run import Run
-from cluster.tuning.ray_tune import Kind, OnEvent
+from cluster.tuning.ray_tune import Kind
 from cluster.tuning.search_space import Trial, with_values
 from configs.errors import InputError, PolicyRefusal
-from configs.events import read_events
+from configs.events import Listener, read_events
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json
-from configs.storage.manifests import require_manifest
+from configs.storage.layout import FEDERATED, RunFiles, SiloFiles
+from configs.storage.manifests import MANIFEST, require_manifest
 
 _VALIDATIONS = {"validation_loss": "loss", "validation_bits_per_char": "bits_per_char"}
 _HELD_OUT = "held_out_bits_per_char"
@@ -24,12 +25,12 @@ _HELD_OUT = "held_out_bits_per_char"
 
 def validations(config: RunConfig) -> list[dict[str, Any]]:
     """A trial's validations so far, by step; a step that was done again counts as it came out last."""
-    events = read_events(run_directory(config) / "events.jsonl", "pretrain")
+    events = read_events(RunFiles(run_directory(config)).events, "pretrain")
     found = {event["step"]: event for event in events if event["event"] == "validation"}
     return [{"step": at, **{name: found[at][key] for name, key in _VALIDATIONS.items()}} for at in sorted(found)]
 
 
-def _pretrain(config: RunConfig, on_event: OnEvent) -> None:
+def _pretrain(config: RunConfig, on_event: Listener) -> None:
     with listening(config) as listeners:
         pipeline.pretrain(Run(config, (*listeners, on_event)))
 
@@ -53,10 +54,11 @@ def give_corpora(run: Run, trials: Sequence[Trial]) -> None:
     for trial in trials:
         key = _shaping(trial.config)
         source = run if key == _shaping(run.config) else _corpus_run(run, trial.config, key)
-        if not (source.directory / "corpus" / "manifest.json").exists():
+        if not (source.files.corpus / MANIFEST).exists():
             pipeline.prepare(source)
-        for name in ("corpus", "tokenizer"):
-            _link(source.directory / name, run_directory(trial.config) / name)
+        mine = RunFiles(run_directory(trial.config))
+        _link(source.files.corpus, mine.corpus)
+        _link(source.files.tokenizer, mine.tokenizer)
 
 
 def _link(target: Path, link: Path) -> None:
@@ -72,20 +74,20 @@ def _shaping(config: RunConfig) -> str:
 
 
 def _corpus_run(run: Run, config: RunConfig, key: str) -> Run:
-    where = {"run.storage": str(run.directory / "tune" / "corpora"), "run.name": key[:16]}
+    where = {"run.storage": str(run.files.tune / "corpora"), "run.name": key[:16]}
     return Run(with_values(config, where, "tune"))
 
 
 def held_out(config: RunConfig) -> list[dict[str, Any]]:
     """Bits per character on the silos' held-out records by round, once a trial is evaluated."""
-    path = run_directory(config) / "evaluation.json"
+    path = RunFiles(run_directory(config)).evaluation
     if not path.exists():
         return []
-    rounds = json.loads(path.read_text(encoding="utf-8"))["federated"]
+    rounds = json.loads(path.read_text(encoding="utf-8"))[FEDERATED]
     return [{"step": number, _HELD_OUT: found["bits_per_char"]} for number, found in enumerate(rounds, 1)]
 
 
-def _federate(config: RunConfig, on_event: OnEvent) -> None:
+def _federate(config: RunConfig, on_event: Listener) -> None:
     with listening(config) as listeners:
         run = Run(config, (*listeners, on_event))
         pipeline.federate(run)
@@ -108,7 +110,7 @@ FEDERATE = Kind((_HELD_OUT,), _federate, held_out, _last_round, _workers, compar
 def give_model(run: Run, trials: Sequence[Trial]) -> None:
     """Links the base model into every trial's run directory."""
     for trial in trials:
-        _link(run.model, run_directory(trial.config) / "model")
+        _link(run.model, RunFiles(run_directory(trial.config)).model)
 
 
 def check_budget(run: Run, waiting: Sequence[Trial]) -> None:
@@ -155,11 +157,11 @@ def _left(config: RunConfig, model: Path) -> dict[str, tuple[float, float, list[
     """Epsilon and delta that each simulated silo has left under the settings' policy, and its ledger's entries."""
     from federated.simulation.simulation import simulated_silos
     from privacy.ledger.chain import left, policy_budget, verify_entries
-    from privacy.ledger.file import LEDGER_FILE, read_only
+    from privacy.ledger.file import read_only
 
     found = {}
     for name, silo in simulated_silos(config, model).items():
-        path, policy = Path(silo.silo.state_dir) / LEDGER_FILE, silo.policy
+        path, policy = SiloFiles(Path(silo.silo.state_dir)).ledger, silo.policy
         bodies = verify_entries(read_only(path), str(path)) if path.exists() else []
         epsilon, delta = policy.budget_epsilon, policy.budget_delta
         if bodies:  # the policy in force is the settings', which the silo will record
@@ -174,7 +176,7 @@ def _reserved(trial: Trial, bodies: list[dict[str, Any]]) -> dict[str, Any] | No
     from federated.coordinator.run_ticket import RUN_FILE, open_run
     from privacy.ledger.chain import find
 
-    federation = run_directory(trial.config) / "federated"
+    federation = RunFiles(run_directory(trial.config)).federated
     if not (federation / RUN_FILE).exists():
         return None
     return find(bodies, "reserve", run=open_run(federation, trial.config.federated.run_lifetime_h).id)

@@ -63,7 +63,7 @@ class DeidentifySettings(Settings):
     enabled: bool = False
     """Treat the public corpus and the silos' records."""
     names_file: Annotated[str, Place("the names")] = ""
-    """File of names, one a line, found as written and in capitals, in every Unicode form; empty: none."""
+    """File of names, one per line, found as written and in capitals, in every Unicode form; empty: none."""
     spacy_model: Annotated[str, Place("the model that finds names", secret=False)] = ""
     """Installed spaCy model, or its folder, that finds names; empty: none. Never downloaded."""
     countries: tuple[str, ...] = ("us", "uk")
@@ -105,7 +105,7 @@ class DataSettings(Settings):
 class TokenizerSettings(Settings):
     """Byte-level BPE, trained on the public corpus only."""
 
-    vocab_size: Annotated[int, Field(ge=260, le=65535)] = 2048
+    vocab_size: Annotated[int, Field(ge=260, le=2**20)] = 2048
     """Number of tokens, the end-of-text token included."""
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, Positive, Settings
 
+TaskName = Literal["causal"]
 Optimizer = Literal["adam", "adam_bc", "sgd"]
 ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew"]
 Aggregation = Literal[
@@ -30,6 +31,8 @@ _LEAST_SILOS = {"trimmed_mean": 1, "krum": 3}  # besides two for each that may l
 class FederatedSettings(Settings):
     """Fine-tuning across silos: LoRA adapters, and rounds in which every silo has the same fixed, public weight."""
 
+    task: TaskName = "causal"
+    """What a record is to the model, and what is learnt of it; ``causal``: a text, token by token."""
     rounds: Count = 3
     """Rounds; every silo takes part in each."""
     local_steps: Count = 12
@@ -46,7 +49,7 @@ class FederatedSettings(Settings):
     (``scaffold``); or a rule that withstands silos that lie (``median``, ``trimmed_mean``, ``krum``)."""
     server_learning_rate: Positive | None = None
     """Learning rate of the mean update; left out: 1, and 0.01 with the adaptive optimizers, which move every weight by
-    about that much a round."""
+    about that much per round."""
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Share of the rounds' direction that is kept: momentum of ``fedavgm``, beta 1 of ``fedadam`` and ``fedyogi``."""
     server_second_moment_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -87,7 +90,7 @@ class FederatedSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "FederatedSettings":
         problems = (self._robust_problem(), self._local_problem(), self._rank_problem(), self._enough_problem())
-        for problem in (*self._unused(), *problems):
+        for problem in (*self._unused(), *problems, self._pull_problem()):
             if problem:
                 raise ValueError(problem)
         return self
@@ -137,6 +140,15 @@ class FederatedSettings(Settings):
                 "nothing; give 'average' or 'ffa' with federated.aggregation 'scaffold'"
             )
         return ""
+
+    def _pull_problem(self) -> str:
+        pull = self.proximal_mu * self.learning_rate
+        if pull <= 1:
+            return ""
+        return (
+            f"federated.proximal_mu is {self.proximal_mu:g} and federated.learning_rate {self.learning_rate:g}: their "
+            f"product is {pull:g}, and a step of more than 1 overshoots the adapter that it is drawn back to; lower one"
+        )
 
     def _rank_problem(self) -> str:
         if self.lora_ranks and self.adapters != "product":

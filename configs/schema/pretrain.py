@@ -37,9 +37,9 @@ class PretrainSettings(Settings):
     steps: Count = 600
     """Optimizer steps."""
     batch_size: Count = 8
-    """Sequences a step, over all ranks."""
+    """Sequences per step, over all ranks."""
     micro_batch_size: Count = 4
-    """Sequences a rank processes at once; the rest is accumulated."""
+    """Sequences that a rank processes at once; gradients of the others are accumulated."""
     optimizer: Literal["adamw", "adam", "sgd", "momentum"] = "adamw"
     """Torch's own: ``adam`` couples weight decay to the gradient (L2), ``momentum`` is SGD with momentum ``beta1``."""
     learning_rate: Positive = 3e-3
@@ -143,21 +143,21 @@ class ClusterSettings(Settings):
     """The gang of Ray actors; one actor is one rank."""
 
     world_size: Count = 2
-    """Ranks; with ``min_world_size``, the most."""
+    """Number of ranks; with ``min_world_size``, the largest number."""
     min_world_size: Annotated[int, Field(ge=0)] = 0
     """Fewest ranks to train with: where the cluster lacks room for ``world_size``, a start takes as many as it has room
     for and ``pretrain.batch_size`` can be shared among. 0: ``world_size``, never fewer."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """``auto`` takes a GPU a rank where Ray has enough of them, else CPUs."""
+    """``auto`` takes one GPU per rank where Ray has enough of them, and CPUs otherwise."""
     address: str = ""
     """Ray cluster to join; empty: RAY_ADDRESS, else a Ray of our own on this machine."""
     threads_per_rank: Count = 1
-    """Torch threads, and CPUs reserved, of a rank or of a silo worker."""
+    """Torch threads of a rank or of a silo worker, and CPUs that are reserved for it."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """Restarts from the last commit after a rank failed, before the run ends with the first cause."""
     standbys: bool = True
     """Keep a warm process for every rank, which takes its place when any rank fails: a restart in about a second. Costs
-    about 520 MB of memory a rank, and some seconds of CPU after the first step and after every restart."""
+    about 520 MB of memory per rank, and some seconds of CPU after the first step and after every restart."""
     hang_timeout_s: Positive = 300
     """Seconds without a new phase (data, forward, backward, step, commit, ...) after which a rank counts as failed;
     more than the slowest phase takes. A rank that waits for its commit's copy counts as failed only once no part of it

@@ -87,7 +87,7 @@ class PrivacySettings(Settings):
     """Epsilon that a silo's dataset may ever spend (the simulated steward's policy); with unit ``client``, what the
     aggregator's ledger may spend on the same clients."""
     budget_delta: Probability = 1e-4
-    """Delta that may ever be spent, likewise."""
+    """Delta that it may ever spend, likewise."""
 
     @model_validator(mode="after")
     def _labels_are_read(self) -> "PrivacySettings":
@@ -103,7 +103,7 @@ class OwnText(SourceSettings):
     """A text that is no silo's."""
 
     source: str = ""
-    """As every source; empty: none."""
+    """Where the text comes from, written as for every source; empty: none."""
 
 
 class EvaluateSettings(Settings):

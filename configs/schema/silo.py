@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from configs.parse import parse, read_toml
 from configs.schema.base import LARGEST_ADAPTER_VALUE, Count, Labels, Place, Positive, Probability, Settings
 from configs.schema.data import DeidentifySettings, SourceSettings
-from configs.schema.federated import ClippingMethod
+from configs.schema.federated import ClippingMethod, TaskName
 
 MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # whoever simulates asks nobody but himself
 
@@ -63,6 +63,8 @@ class SiloPolicy(Settings):
     units: Annotated[tuple[Literal["record", "client"], ...], Field(min_length=1)] = ("record",)
     """What a run may protect. ``record``: this silo adds the noise, and need not trust whoever asks. Whoever adds
     ``client`` trusts the coordinators: they get this silo's updates without noise, and add it to the sum."""
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=1)] = ("causal",)
+    """What may be trained and evaluated: ``causal``, the text token by token. One, which the records are read for."""
     budget_epsilon: Positive
     """Epsilon that the dataset may ever spend."""
     budget_delta: Probability

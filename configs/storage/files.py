@@ -5,6 +5,7 @@ import json
 import os
 import pwd
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from configs.errors import SiloweaveError
@@ -58,21 +59,40 @@ def write_atomic(path: Path, content: bytes, mode: int = 0o644) -> None:
     Raises:
         SiloweaveError: the disk is full or not writable; what was there before is unchanged.
     """
-    temporary: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _write(path, content, mode, Path.replace)
+    except OSError as error:
+        raise write_failure(path, error) from error
+
+
+def write_new(path: Path, content: bytes, mode: int) -> None:
+    """Writes a file, whole or not at all, where there is none; of several writers at once, one wins.
+
+    Raises:
+        FileExistsError: something is there, and is unchanged.
+        SiloweaveError: the disk is full or not writable.
+    """
+    try:
+        _write(path, content, mode, os.link)  # unlike a rename it never replaces what is there
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise write_failure(path, error) from error
+
+
+def _write(path: Path, content: bytes, mode: int, put: Callable[[Path, Path], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
+        Path(name).chmod(mode)
+        put(Path(name), path)
         sync_directory(path.parent)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise write_failure(path, error) from error
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def write_failure(path: Path, error: OSError) -> SiloweaveError:

@@ -13,12 +13,13 @@ from configs.errors import SiloweaveError
 from configs.schema.schema import RunConfig
 from configs.storage.bucket import Bucket
 from configs.storage.files import digest_bytes, write_atomic
+from configs.storage.layout import CONFIG, EVENTS, RunFiles
 from configs.storage.manifests import MANIFEST, Manifest, damaged_file
 from configs.storage.storage import COMMITTED
 
-CONFIG, EVENTS = "config.toml", "events.jsonl"
-_CHECKPOINTS = "pretrain/"
-_LOOSE = {"audit", "tensorboard"}  # folders without a manifest of their own
+_NAMES = RunFiles(Path())
+_CHECKPOINTS = f"{_NAMES.checkpoints.parent}/"
+_LOOSE = {_NAMES.audit.name, _NAMES.tensorboard.name}  # folders without a manifest of their own
 
 
 def mirror_directory(config: RunConfig) -> Path:
@@ -27,22 +28,21 @@ def mirror_directory(config: RunConfig) -> Path:
     return (Path(cache) / digest_bytes(config.run.storage.rstrip("/").encode())[:16] / config.run.name).absolute()
 
 
-def local_stage(config: RunConfig, run_directory: Path, name: str) -> Path:
+def local_stage(config: RunConfig, folder: Path) -> Path:
     """A stage's folder on this machine, pulled where it is not here yet.
 
     Args:
         config: the run's settings.
-        run_directory: the driver's; the same for every machine where ``run.storage`` is a folder.
-        name: of the stage's folder.
+        folder: the stage's on the driver; the same for every machine where ``run.storage`` is a folder.
 
     Raises:
         SiloweaveError: the store does not answer, or holds something else than its manifest says.
     """
     mirror = open_mirror(config)
     if mirror is None:
-        return run_directory / name
-    mirror.pull_stage(f"{name}/{MANIFEST}")
-    return mirror.directory / name
+        return folder
+    mirror.pull_stage(f"{folder.name}/{MANIFEST}")
+    return mirror.directory / folder.name
 
 
 def open_mirror(config: RunConfig) -> "Mirror | None":

@@ -15,7 +15,6 @@ import base64
 import binascii
 import os
 import shutil
-import stat
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from configs.errors import InputError
 from configs.storage.files import write_atomic
+from configs.storage.secrets import read_secret
 
 ENVIRONMENT = "SILOWEAVE_ENCRYPTION_KEY"
 FROM_ENVIRONMENT = "env:"
@@ -69,7 +69,7 @@ def load_key(source: str) -> MasterKey | None:
             SILOWEAVE_ENCRYPTION_KEY, in hexadecimal or base64; empty for none.
 
     Raises:
-        InputError: there is no such key, others can read its file, or it is not 32 random bytes.
+        InputError: it is not 32 random bytes, or see ``read_secret``.
     """
     if not source:
         return None
@@ -78,21 +78,8 @@ def load_key(source: str) -> MasterKey | None:
         if not text:
             raise InputError(f"{ENVIRONMENT} is not set here, and run.encryption_key_file is {source!r}: set it")
         return MasterKey(_parse(text.encode(errors="replace"), ENVIRONMENT, allow_raw=False), ENVIRONMENT)
-    return MasterKey(_parse(_read_private(Path(source)), source, allow_raw=True), source)
-
-
-def _read_private(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
-                raise InputError(
-                    f"{path}: mode {stat.S_IMODE(status.st_mode):04o} lets others at the key; `chmod 600 {path}`, "
-                    "and think about who has read it"
-                )
-            return file.read(1024)
-    except OSError as error:
-        raise InputError(f"{path}: the encryption key can't be read ({error.strerror}); {_HOW_TO_MAKE}") from None
+    missing = f"the encryption key can't be read (no such file); {_HOW_TO_MAKE}"
+    return MasterKey(_parse(read_secret(Path(source), missing), source, allow_raw=True), source)
 
 
 def _parse(content: bytes, origin: str, *, allow_raw: bool) -> bytes:

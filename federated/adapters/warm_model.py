@@ -4,9 +4,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.storage.sealing import load_key
+from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen
-from trainer.models.adapters import add_adapter, trainable
+from trainer.models.adapters import add_adapter, load_adapter_weights, trainable
 from trainer.models.load import load_model
 from trainer.pretraining.onednn import fastest_products, use_onednn
 
@@ -37,3 +40,17 @@ def warm_model(
     if onednn and fastest_products().onednn:
         use_onednn(model)
     return model
+
+
+def put_on(model: Any, adapter: Arrays) -> dict[str, torch.Tensor]:
+    """Gives a model with an adapter the values of another one.
+
+    Returns:
+        The values, by name.
+
+    Raises:
+        ValueError: names or shapes are not those of the model's adapter.
+    """
+    weights = {name: torch.from_numpy(array) for name, array in adapter.items()}
+    load_adapter_weights(model, weights)
+    return weights

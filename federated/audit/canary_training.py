@@ -23,8 +23,7 @@ from privacy.mechanism.streams import Streams
 from privacy.plan import PlanRequest
 from trainer.metrics.record_losses import record_losses
 from trainer.models.adapters import trainable
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task
 
 GRADIENT, WHITE_BOX, BLACK_BOX = "gradient_white_box", "example_white_box", "example_black_box"
 _CANDIDATES, _SCORED_AT_ONCE, _PROBE = 1024, 128, "probe.layer.weight"
@@ -78,7 +77,7 @@ class AuditTraining:
     request: PlanRequest
     settings: AuditSettings
     model: Any
-    task: CausalTask
+    task: Task
     background: Sequence[Encoded]
     design_digest: str
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
@@ -119,16 +118,14 @@ class AuditTraining:
             optimizer.register_step_pre_hook(lambda *_: on_step())
             PrivateTraining(
                 self.plan,
-                Streams(seed(number), self.design_digest),
                 self._whole,
                 optimizer,
-                units,
                 unit_losses=self._losses,
                 shape_of=lambda unit: self.task.padded_length(unit[0]),
                 made_up=lambda length, number: [(record, NO_CANARY) for record in self.task.made_up(length, number)],
                 micro_batch_size=self.settings.micro_batch_size,
                 synthetic=synthetic,
-            ).run()
+            ).run(Streams(seed(number), self.design_digest), units)
             self.gradients += released.gradients
             self.weights += released.weights
 

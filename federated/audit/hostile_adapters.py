@@ -14,11 +14,10 @@ import torch
 from privacy.clipping.clipping import clipping
 from privacy.clipping.independence import Together
 from trainer.models.adapters import trainable
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task
 
 Weights = dict[str, torch.nn.Parameter]
-Total = Callable[[Any, CausalTask, Sequence[Encoded], float], torch.Tensor]
+Total = Callable[[Any, Task, Sequence[Encoded], float], torch.Tensor]
 _NEIGHBOURS = 15
 
 
@@ -85,7 +84,7 @@ ADAPTERS: dict[str, tuple[Callable[[Weights], None], float]] = {
 }
 
 
-def movements(model: Any, task: CausalTask, total: Total | None = None) -> list[Movement]:
+def movements(model: Any, task: Task, total: Total | None = None) -> list[Movement]:
     """What a long record adds to a sum of short ones under each adapter; made-up records, and the weights as they were.
 
     Args:
@@ -111,7 +110,7 @@ def movements(model: Any, task: CausalTask, total: Total | None = None) -> list[
     return found
 
 
-def neighbours(task: CausalTask) -> tuple[list[Encoded], Encoded]:
+def neighbours(task: Task) -> tuple[list[Encoded], Encoded]:
     """Records of some five tokens, and one that fills the context."""
     rng = np.random.default_rng(0)
     lengths = [5 + number % 2 for number in range(_NEIGHBOURS)] + [task.context_length]
@@ -120,7 +119,7 @@ def neighbours(task: CausalTask) -> tuple[list[Encoded], Encoded]:
     return short, long
 
 
-def clipped_total(model: Any, task: CausalTask, batch: Sequence[Encoded], max_grad_norm: float) -> torch.Tensor:
+def clipped_total(model: Any, task: Task, batch: Sequence[Encoded], max_grad_norm: float) -> torch.Tensor:
     """The sum of clipped gradients, in units of C."""
 
     def losses(units: Sequence[Encoded]) -> torch.Tensor:

@@ -11,14 +11,11 @@ from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from federated.coordinator.final_model import final_model
-from federated.silo.units import load_units
+from federated.silo.units import units_of
 from federated.simulation.simulation import simulated_silos
 from privacy.audit.attacks import membership_figures
-from privacy.signing import load_secret
-from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.record_losses import record_losses
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task, task_of
 
 
 def infer_membership(config: RunConfig, base_model: Path, federations: Mapping[str, Path]) -> dict[str, Any]:
@@ -46,7 +43,7 @@ def infer_membership(config: RunConfig, base_model: Path, federations: Mapping[s
             asked="losses of single records",
             allowed="data declared public",
         )
-    task = CausalTask(load_tokenizer(base_model), config.model.context_length)
+    task = task_of(config.federated.task, base_model)
     members, others = _records(simulated_silos(config, base_model), task, config.evaluate.max_records_per_silo)
     return {
         "simulation_only": True,
@@ -57,12 +54,12 @@ def infer_membership(config: RunConfig, base_model: Path, federations: Mapping[s
     }
 
 
-def _records(silos: Mapping[str, SiloConfig], task: CausalTask, limit: int) -> tuple[list[Encoded], list[Encoded]]:
+def _records(silos: Mapping[str, SiloConfig], task: Task, limit: int) -> tuple[list[Encoded], list[Encoded]]:
     """The same number of training and of held-out records of each silo; which is which was decided by a keyed hash."""
     members: list[Encoded] = []
     others: list[Encoded] = []
     for silo in silos.values():
-        units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
+        units = units_of(silo)
         count = min(limit, len(units.train), len(units.held_out))
         members += [task.encode(text) for text in _spread(units.train, count)]
         others += [task.encode(text) for text in _spread(units.held_out, count)]
@@ -75,7 +72,7 @@ def _spread(units: Sequence[str], count: int) -> list[str]:
 
 
 def _attacks(
-    config: RunConfig, model: Any, task: CausalTask, members: Sequence[Encoded], others: Sequence[Encoded]
+    config: RunConfig, model: Any, task: Task, members: Sequence[Encoded], others: Sequence[Encoded]
 ) -> dict[str, Any]:
     def losses(records: Sequence[Encoded]) -> npt.NDArray[np.float64]:
         return record_losses(model, task, records, config.federated.micro_batch_size)

@@ -1,13 +1,14 @@
 """``siloweave silo``: what a data steward runs."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from configs.printing import answer, confirmed, say
-from federated.commands.silo_runs import journal_of, runs_app
+from federated.commands.silo_runs import found_journal, journal_of, runs_app
 from federated.deployment.supervisor import ended_by_signal
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ def init(
 ) -> None:
     """Makes the silo's keys and certificates, where they are missing, and enrolment.json for the coordinator."""
     from configs.schema.silo import load_silo
-    from federated.deployment.silo_site import ENROLMENT, make_identity
+    from configs.storage.layout import SiloFiles
+    from federated.deployment.silo_site import make_identity
     from federated.identity.cards import RelayCard, fingerprint, read_document
 
-    settings = load_silo(config)
-    journal, _ = _journal(config)
-    card = make_identity(settings, journal, read_document(RelayCard, relay), tuple(host or ["localhost"]))
-    say(f"silo {card.silo}: send {Path(settings.silo.state_dir) / ENROLMENT} to the coordinator, and read this out:")
+    settings, card_of_relay = load_silo(config), read_document(RelayCard, relay)
+    card = make_identity(settings, journal_of(settings), card_of_relay, tuple(host or ["localhost"]))
+    say(
+        f"silo {card.silo}: send {SiloFiles(Path(settings.silo.state_dir)).enrolment} to the coordinator, and read this out:"
+    )
     say(f"fingerprint {fingerprint(card)}")
 
 
@@ -108,12 +111,13 @@ def serve(
     from federated.transport.service import serve as start
 
     ended, silo = ended_by_signal(), Silo(settings, file=config.absolute())
+    answers = partial(start, silo.handle, settings.policy.max_request_bytes)
     if socket:
-        server, _ = start(silo, f"unix:{socket}")
+        server, _ = answers(f"unix:{socket}")
         if relay_user:
             share_socket(socket, relay_user)
     else:
-        server, _ = start(silo, str(address), service_tls(settings))
+        server, _ = answers(str(address), service_tls(settings))
     say(f"silo {settings.silo.id}: listening on {socket or address}")
     ended.wait()
     server.stop(grace=5).wait()
@@ -151,10 +155,14 @@ def status(
 ) -> None:
     """What the silo, or its relay, is doing: health, budget left, open runs, trusted coordinators, certificates."""
     from configs.parse import read_toml
+    from configs.schema.silo import load_silo
     from federated.deployment.silo_status import lines, relay_status, silo_status
 
-    is_silo = "silo" in read_toml(config)
-    found = silo_status(config, _journal(config), socket) if is_silo else relay_status(config)
+    if "silo" in read_toml(config):
+        settings = load_silo(config)
+        found = silo_status(settings, found_journal(settings), socket)
+    else:
+        found = relay_status(config)
     answer(as_json, found, *lines(found))
 
 
@@ -206,7 +214,7 @@ def reconcile(
 
 
 def _journal(silo: Path) -> "tuple[Journal, Budget]":
-    """The ledger of a silo.toml, or of a state directory, whose ledger says whose it is."""
+    """The ledger of a silo.toml, or of a state directory, whose ledger says whose it is; it may be lost."""
     from configs.schema.silo import load_silo
     from privacy.ledger.chain import Budget
     from privacy.ledger.journal import Journal, default_anchor_dir
@@ -217,7 +225,7 @@ def _journal(silo: Path) -> "tuple[Journal, Budget]":
         state_dir = silo.absolute()
         return Journal(state_dir, default_anchor_dir(state_dir), silo_id, dataset_id), policy
     settings = load_silo(silo)
-    return journal_of(settings), Budget(settings.policy.budget_epsilon, settings.policy.budget_delta)
+    return found_journal(settings, mend=True), Budget(settings.policy.budget_epsilon, settings.policy.budget_delta)
 
 
 @silo_app.command()

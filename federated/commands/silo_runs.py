@@ -94,23 +94,47 @@ def end(settings: "SiloConfig", journal: "Journal", wanted: str | int, coordinat
 
 
 def journal_of(settings: "SiloConfig") -> "Journal":
-    """The ledger file of a silo."""
-    from privacy.ledger.journal import Journal, default_anchor_dir
+    """The ledger file of a silo, made where it is missing."""
+    from privacy.ledger.journal import Journal
 
-    state_dir = Path(settings.silo.state_dir)
-    anchor_dir = Path(settings.silo.anchor_dir) if settings.silo.anchor_dir else default_anchor_dir(state_dir)
-    return Journal(state_dir, anchor_dir, settings.silo.id, settings.silo.dataset_id)
+    return Journal(Path(settings.silo.state_dir), _anchor_dir(settings), settings.silo.id, settings.silo.dataset_id)
+
+
+def found_journal(settings: "SiloConfig", *, mend: bool = False) -> "Journal":
+    """The ledger file of a silo that has one. Whoever only looks must not make it, nor its key, as the user they are.
+
+    Args:
+        settings: the silo's.
+        mend: a ledger that is lost, and known by its anchor or its key, is made anew.
+
+    Raises:
+        InputError: there is none.
+    """
+    from configs.storage.layout import SiloFiles
+    from privacy.ledger.anchor import Anchor
+    from privacy.ledger.journal import RECONCILE
+
+    files, anchor = SiloFiles(Path(settings.silo.state_dir)), Anchor(_anchor_dir(settings)).path
+    ledger, known = files.ledger, anchor.exists() or files.key.exists()
+    if ledger.exists() or (mend and known):
+        return journal_of(settings)
+    if anchor.exists():
+        raise InputError(f"{ledger}: missing, and {anchor} tells of it; put its backup back, or run {RECONCILE}")
+    raise InputError(f"{ledger}: no ledger yet; `siloweave silo init` and `silo serve` make it")
+
+
+def _anchor_dir(settings: "SiloConfig") -> Path:
+    from privacy.ledger.journal import default_anchor_dir
+
+    given = settings.silo.anchor_dir
+    return Path(given) if given else default_anchor_dir(Path(settings.silo.state_dir))
 
 
 def _opened(config: Path) -> "tuple[SiloConfig, Journal]":
     from configs.schema.silo import load_silo
-    from privacy.ledger.file import LEDGER_FILE
 
     settings = load_silo(config)
-    ledger = Path(settings.silo.state_dir) / LEDGER_FILE
-    if not ledger.exists():  # whoever looks would make it, and the key, as the user that they are
-        raise InputError(f"{ledger}: no such ledger, and so no runs; start the silo's service first (`silo serve`)")
-    return settings, journal_of(settings)
+    return settings, found_journal(settings)
 
 
 def _names(settings: "SiloConfig") -> dict[str, str]:

@@ -3,18 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configs.run_directory import config_digest
 from configs.schema.schema import RunConfig
 from configs.storage.files import write_atomic
 from configs.storage.manifests import Manifest, commit_manifest, require_manifest
 from configs.storage.sealing import load_key, sealing
 from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import warm_model
+from federated.adapters.warm_model import put_on, warm_model
 from federated.coordinator import round_commits as commits
 from privacy.certificate.model_digests import adapter_digests
-from trainer.models.adapters import load_adapter_weights
 
 ADAPTER = "adapter"
 _HEAD = """---
@@ -33,7 +30,7 @@ def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
     federated, key_file = config.federated, config.run.encryption_key_file
     model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file)
     adapter = from_bytes(commits.all_rounds(federation, load_key(key_file))[-1].adapter)
-    load_adapter_weights(model, {name: torch.from_numpy(array) for name, array in adapter.items()})
+    put_on(model, adapter)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.storage.files import digest_bytes, write_failure
+from configs.storage.layout import CERTIFICATE
 from configs.storage.manifests import Manifest, commit_manifest, damaged_file, read_manifest
 from configs.storage.sealing import MasterKey, read_sealed, write_sealed
 from configs.storage.storage import COMMITTED, Folder, committed, newest_commit
@@ -20,7 +21,6 @@ from privacy.certificate.model_digests import RoundDigests
 
 KIND = UNIT = "round"
 CLOSING = "closing"
-CERTIFICATE = "certificate.json"
 ADAPTER = "adapter.safetensors"
 SILOS = "silos.json"
 RELEASES = "releases.json"

@@ -14,6 +14,7 @@ from configs.events import EventLog, Listener
 from configs.run_directory import config_digest
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_bytes, write_atomic
+from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
@@ -33,7 +34,6 @@ from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.model_digests import ModelDigests, RoundDigests
 from privacy.plan import METRIC, PlanRequest
 from privacy.plan_from_settings import plan_request
-from trainer.tasks.text import CausalTask
 
 LONGEST_QUERY_S = 60.0
 
@@ -75,8 +75,7 @@ class Coordinator:
         run = open_run(self.directory, self.config.federated.run_lifetime_h)
         self.plan = plan_request(self.config)
         self.accounts = Accounts(run.id, self.plan, signed=self.certify)
-        settings, held = self.config.federated, self.accounts.held
-        self.exchange = Exchange(self.grid, run, self.parties, settings, self.log, held)
+        self.exchange = Exchange(self.grid, run, self.parties, self.config.federated, self.log, self.accounts.held)
         self.base = require_manifest(self.base_model, "model", "export")
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
 
@@ -140,7 +139,7 @@ class Coordinator:
         else:
             reserved = self.accounts.for_certificate(model.contributors())
         document = certificate(self.exchange.run.id, self.plan, reserved, model)
-        write_atomic(self.directory / commits.CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
+        write_atomic(self.directory / CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
         return document
 
     def _wait_for_silos(self, number: int, fewest: int) -> None:
@@ -245,7 +244,7 @@ class Coordinator:
             round=round_number,
             plan_digest=self.plan.digest,
             base_model_digest=self.base.content_digest,
-            task=CausalTask.name,
+            task=self.config.federated.task,
             adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
             adapter=adapter,
             learning_rate=federated.learning_rate,
@@ -264,7 +263,7 @@ class Coordinator:
             metric=METRIC,
             plan_digest=self.plan.digest,
             base_model_digest=self.base.content_digest,
-            task=CausalTask.name,
+            task=self.config.federated.task,
             adapter_spec=self._adapter_spec(),
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
@@ -332,7 +331,7 @@ def run_federation(
     from federated.coordinator.final_model import save_peft, write_card
 
     directory.mkdir(parents=True, exist_ok=True)
-    log = EventLog(directory / "events.jsonl", (on_event,))
+    log = EventLog(directory / EVENTS, (on_event,))
     coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
     coordinator.run(lambda: initial_adapter(config, base_model))
     adapter = save_peft(config, base_model, directory)

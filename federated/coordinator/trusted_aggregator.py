@@ -14,6 +14,7 @@ from typing import Any
 from configs.errors import InputError, SiloweaveError
 from configs.schema.schema import PrivacySettings
 from configs.storage.files import digest_json
+from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.coordinator.parties import Parties
 from federated.identity.trust import COORDINATOR_KEY, coordinator_signer
@@ -42,7 +43,7 @@ def open_ledger(
     Raises:
         InputError: the ledger is damaged, an old one, another's, or signed with another key.
     """
-    signer, key = coordinator_signer(home), folder / "silo.key"
+    signer, key = coordinator_signer(home), SiloFiles(folder).key
     folder.mkdir(parents=True, exist_ok=True)
     if not key.is_symlink():
         key.symlink_to(os.path.relpath((home / COORDINATOR_KEY).resolve(), folder.resolve()))

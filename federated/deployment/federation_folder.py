@@ -14,12 +14,12 @@ from configs.errors import InputError
 from configs.parse import to_toml
 from configs.schema.deployment import FEDERATION_FILE, FederationConfig, load_federation
 from configs.storage.files import sync_directory, write_atomic
+from configs.storage.secrets import load_secret
 from federated.deployment.flower_programs import LOOPBACK
 from federated.identity.cards import CoordinatorCard, EnrolledSilo, read_folder, write_document
 from federated.identity.keys import load_or_create_key, private_folder
 from federated.identity.trust import COORDINATOR_KEY, ENROLLED, coordinator_signer
 from federated.identity.x509 import CURVE, Authority, check_certificate, read_certificate
-from privacy.signing import load_secret
 
 
 class Federation:

@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.errors import SiloweaveError
 from configs.events import read_events
+from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.storage import COMMITTED
 from federated.coordinator.outcome import worked_on_by
 from federated.deployment.federation_folder import Federation
@@ -61,14 +62,14 @@ def _newest_silos(directory: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _run(name: str, directory: Path) -> dict[str, Any]:
-    events = list(read_events(directory / "events.jsonl"))
+    events = list(read_events(directory / EVENTS))
     rounds = [event for event in events if event["event"] == "round"]
     last = rounds[-1] if rounds else {}
     return {
         "name": name,
         "directory": str(directory),
         "working": worked_on_by(directory) is not None,
-        "finished": (directory / "certificate.json").exists(),
+        "finished": (directory / CERTIFICATE).exists(),
         "round": last.get("round", 0),
         "rounds": last.get("rounds"),
         "answered": last.get("answered", []),

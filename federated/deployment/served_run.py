@@ -12,6 +12,7 @@ from configs.parse import to_toml
 from configs.run_directory import bind_run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import write_atomic
+from configs.storage.layout import EVENTS, FEDERATED, RunFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.storage import COMMITTED
 from federated.coordinator.outcome import Outcome, read_outcome, worked_on_by
@@ -39,8 +40,8 @@ def run(federation: Federation, config: RunConfig, on_event: Listener) -> Path:
     silos = federation.silos()
     if not silos:
         raise InputError(f"{federation.folder}: no silo is enrolled; take them in with `siloweave federation enrol`")
-    run_directory = bind_run_directory(config)
-    model, directory = run_directory / "model", run_directory / "federated"
+    files = RunFiles(bind_run_directory(config))
+    model, directory = files.model, files.federated
     require_manifest(model, "model", "export")
     settings = federation.state / "run-config.toml"
     given = {
@@ -51,7 +52,7 @@ def run(federation: Federation, config: RunConfig, on_event: Listener) -> Path:
         "num-silos": len(silos),
     }
     write_atomic(settings, tomli_w.dumps(given).encode(), mode=0o600)
-    seen = sum(1 for _ in read_events(directory / "events.jsonl"))
+    seen = sum(1 for _ in read_events(directory / EVENTS))
     attempts, rounds = 0, num_rounds(directory)
     flower_run = _under_way(federation, directory)
     while attempts < MOST_ATTEMPTS:
@@ -76,7 +77,7 @@ def _finish(config: RunConfig, model: Path, directory: Path, outcome: Outcome) -
         error = SiloweaveError(outcome.message)
         error.exit_status = outcome.exit_status
         raise error
-    publish(config, model, directory, "federated")
+    publish(config, model, directory, FEDERATED)
     return directory
 
 
@@ -107,7 +108,7 @@ def _follow(
     """Passes events on until the ServerApp has ended; None where it died without a word."""
     asked, worked = 0.0, False
     while True:
-        for event in list(read_events(directory / "events.jsonl"))[seen:]:
+        for event in list(read_events(directory / EVENTS))[seen:]:
             seen += 1
             on_event(event)
         works = worked_on_by(directory) == flower_run

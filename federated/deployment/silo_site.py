@@ -5,6 +5,7 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.schema.silo import SiloConfig
 from configs.storage.files import sync_directory
+from configs.storage.layout import SiloFiles
 from federated.identity.cards import (
     CoordinatorCard,
     EnrolledSilo,
@@ -14,14 +15,11 @@ from federated.identity.cards import (
     write_document,
 )
 from federated.identity.keys import load_or_create_key, private_folder
-from federated.identity.trust import TRUSTED
 from federated.identity.trust import trust as write_trusted
 from federated.identity.x509 import CURVE, Authority, requested_key
 from federated.transport.service import ServiceTls
 from federated.transport.service_client import AUTHORITY, CERTIFICATE
 from privacy.ledger.journal import Journal
-
-TLS, ENROLMENT = "tls", "enrolment.json"
 
 
 def make_identity(config: SiloConfig, journal: Journal, relay: RelayCard, hosts: tuple[str, ...]) -> EnrolledSilo:
@@ -34,15 +32,15 @@ def make_identity(config: SiloConfig, journal: Journal, relay: RelayCard, hosts:
         hosts: names and addresses of the service, where the relay runs on another machine.
     """
     silo = config.silo
-    state_dir = private_folder(Path(silo.state_dir))
-    tls = private_folder(state_dir / TLS)
+    files = SiloFiles(private_folder(Path(silo.state_dir)))
+    tls = private_folder(files.tls)
     authority = Authority(tls / "ca.key", tls / AUTHORITY, f"silo {silo.id}")
-    service = load_or_create_key(tls / "service.key", CURVE).public_key()
-    authority.issue(tls / "service.crt", service, f"silo {silo.id} service", hosts, "server")
+    service = load_or_create_key(files.service_key, CURVE).public_key()
+    authority.issue(files.service_certificate, service, f"silo {silo.id} service", hosts, "server")
     relay_key = requested_key(relay.certificate_request, "relay.json")
     authority.issue(tls / CERTIFICATE, relay_key, f"silo {silo.id} relay", ("relay",), "client")
     card = EnrolledSilo(silo=silo.id, public_key=journal.signer.public_key, node_key=relay.supernode_key)
-    write_document(state_dir / ENROLMENT, card)
+    write_document(files.enrolment, card)
     return card
 
 
@@ -52,10 +50,10 @@ def service_tls(config: SiloConfig) -> ServiceTls:
     Raises:
         InputError: `silo init` has not been run.
     """
-    tls = Path(config.silo.state_dir) / TLS
-    if not (tls / "service.crt").exists():
-        raise InputError(f"{tls / 'service.crt'}: no such certificate; make it with `siloweave silo init`")
-    key, certificate, authority = (tls / name for name in ("service.key", "service.crt", AUTHORITY))
+    files = SiloFiles(Path(config.silo.state_dir))
+    if not files.service_certificate.exists():
+        raise InputError(f"{files.service_certificate}: no such certificate; make it with `siloweave silo init`")
+    key, certificate, authority = files.service_key, files.service_certificate, files.tls / AUTHORITY
     return ServiceTls(key.read_bytes(), certificate.read_bytes(), authority.read_bytes())
 
 
@@ -87,4 +85,4 @@ def trusted(config: SiloConfig) -> dict[str, str]:
 
 
 def _trusted(config: SiloConfig) -> dict[Path, TrustedCoordinator]:
-    return read_folder(TrustedCoordinator, Path(config.silo.state_dir) / TRUSTED)
+    return read_folder(TrustedCoordinator, SiloFiles(Path(config.silo.state_dir)).trusted)

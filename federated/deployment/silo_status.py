@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema.deployment import load_relay
-from configs.schema.silo import load_silo
-from federated.deployment.silo_site import TLS, trusted
+from configs.schema.silo import SiloConfig
+from configs.storage.layout import SiloFiles
+from federated.deployment.silo_site import trusted
 from federated.deployment.supervisor import last_line, read_state
 from federated.identity.x509 import days_left, read_certificate
 from federated.protocol.framing import SERVICE
@@ -20,14 +21,13 @@ REFUSALS_SHOWN = 20
 _REFUSAL = re.compile(r"\S+ \S+ WARNING refused ")
 
 
-def silo_status(path: Path, ledger: tuple[Journal, Budget], socket: Path | None) -> dict[str, Any]:
+def silo_status(settings: SiloConfig, journal: Journal, socket: Path | None) -> dict[str, Any]:
     """Health, budget, open runs, trusted coordinators, certificates and the newest refusals of a silo."""
-    settings, (journal, policy) = load_silo(path), ledger
-    state_dir = Path(settings.silo.state_dir)
+    files, policy = SiloFiles(Path(settings.silo.state_dir)), settings.policy
     bodies = journal.bodies()
-    remaining = left(bodies) if bodies else policy
+    remaining = left(bodies) if bodies else Budget(policy.budget_epsilon, policy.budget_delta)
     runs = Runs(bodies)
-    certificates = {file.stem: days_left(read_certificate(file)) for file in sorted((state_dir / TLS).glob("*.crt"))}
+    certificates = {file.stem: days_left(read_certificate(file)) for file in sorted(files.tls.glob("*.crt"))}
     return {
         "silo": settings.silo.id,
         "serving": None if socket is None else is_serving(f"unix:{socket}", SERVICE),
@@ -38,7 +38,7 @@ def silo_status(path: Path, ledger: tuple[Journal, Budget], socket: Path | None)
         "closed_runs": sum(run.closing is not None for run in runs),
         "trusted": trusted(settings),
         "certificate_days_left": certificates,
-        "refusals": _refusals(state_dir / "silo.log"),
+        "refusals": _refusals(files.log),
     }
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task
 
 KINDS = ("true positives", "false positives", "false negatives")
 SQUARED_SENSITIVITY = 2.0
@@ -34,7 +33,7 @@ class Example:
     truth: int
 
 
-def examples_of(task: CausalTask, texts: Sequence[str], labels: Sequence[str]) -> list[Example]:
+def examples_of(task: Task, texts: Sequence[str], labels: Sequence[str]) -> list[Example]:
     """The units that are examples of a label: at most one example a unit.
 
     A text ends in a label when the label stands last, white space after it aside, and is no part of a longer word. Text
@@ -58,7 +57,7 @@ def examples_of(task: CausalTask, texts: Sequence[str], labels: Sequence[str]) -
     return examples
 
 
-def label_counts(model: Any, task: CausalTask, examples: Sequence[Example], num_labels: int) -> npt.NDArray[np.float64]:
+def label_counts(model: Any, task: Task, examples: Sequence[Example], num_labels: int) -> npt.NDArray[np.float64]:
     """True positives, false positives and false negatives of each label, shape (3, L).
 
     Each example is scored by itself: beside others its likelihoods would be rounded otherwise, and one unit could turn
@@ -75,7 +74,7 @@ def label_counts(model: Any, task: CausalTask, examples: Sequence[Example], num_
     return counts
 
 
-def _answer(model: Any, task: CausalTask, example: Example) -> int:
+def _answer(model: Any, task: Task, example: Example) -> int:
     """The label with which the whole text is likeliest; of several the first. One that is not finite never is.
 
     One ending at a time: how many are computed at once would decide where likelihoods are nearly equal.

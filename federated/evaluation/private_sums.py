@@ -18,13 +18,12 @@ import torch
 
 from configs.storage.manifests import Manifest
 from federated.adapters.arrays import Arrays
+from federated.adapters.warm_model import put_on
 from federated.evaluation.label_counts import KINDS, SQUARED_SENSITIVITY, Example, f1_figures, label_counts
 from privacy.mechanism.noise import noised_sums
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC
-from trainer.models.adapters import load_adapter_weights
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task
 
 _VALUES = ("nats", "characters", "correct tokens", "tokens")
 _NATS_A_TOKEN = 8.0  # a unit's mean above this counts as this: a uniform guess among 3,000 tokens
@@ -79,13 +78,13 @@ def evaluated(model: Any, adapter: Arrays | None) -> Iterator[None]:
             for parameter, before in trains.items():
                 parameter.requires_grad_(before)
         return
-    load_adapter_weights(model, {name: torch.from_numpy(array) for name, array in adapter.items()})
+    put_on(model, adapter)
     yield
 
 
 def private_sums(
     model: Any,
-    task: CausalTask,
+    task: Task,
     units: Sequence[Encoded],
     examples: Sequence[Example],
     bounds: Bounds,
@@ -111,7 +110,7 @@ def private_sums(
     return [float(value) for value in noised_sums(sums, noise_multiplier * bounds.sensitivity, streams, METRIC)]
 
 
-def _unit_values(model: Any, task: CausalTask, unit: Encoded, bounds: Bounds) -> npt.NDArray[np.float64]:
+def _unit_values(model: Any, task: Task, unit: Encoded, bounds: Bounds) -> npt.NDArray[np.float64]:
     """A unit's four values, from 0 to 1. One whose loss is not finite counts as the worst.
 
     By itself: beside others its values would be rounded otherwise, and one unit could move another one's.

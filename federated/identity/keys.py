@@ -4,15 +4,13 @@ A public document has a fingerprint over everything in it. Whoever takes one in 
 other side's people read out, on another way than the file came.
 """
 
-import contextlib
-import os
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from configs.errors import InputError
-from configs.storage.files import sync_directory, write_atomic
+from configs.storage.secrets import load_or_draw
 
 
 def private_folder(path: Path) -> Path:
@@ -28,26 +26,15 @@ def load_or_create_key(path: Path, curve: ec.EllipticCurve) -> ec.EllipticCurveP
     Raises:
         InputError: the file is no such key, or others than its owner may read it.
     """
-    if not path.exists():
-        style = serialization.PrivateFormat.OpenSSH if path.suffix == ".ssh" else serialization.PrivateFormat.PKCS8
-        plain = serialization.NoEncryption()
-        content = ec.generate_private_key(curve).private_bytes(serialization.Encoding.PEM, style, plain)
-        fresh = path.with_name(f".{path.name}.{os.getpid()}")
-        write_atomic(fresh, content, mode=0o600)
-        with contextlib.suppress(FileExistsError):  # another process was first: its key is the key
-            os.link(fresh, path)
-        fresh.unlink()
-        sync_directory(path.parent)
-    return _load_key(path)
-
-
-def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    mode = path.stat().st_mode
-    if mode & 0o077:
-        raise InputError(f"{path}: mode {mode & 0o777:o} lets others read it; `chmod 600` it if it is still a secret")
-    load = serialization.load_ssh_private_key if path.suffix == ".ssh" else serialization.load_pem_private_key
+    is_ssh = path.suffix == ".ssh"
+    style = serialization.PrivateFormat.OpenSSH if is_ssh else serialization.PrivateFormat.PKCS8
+    plain = serialization.NoEncryption()
+    content = load_or_draw(
+        path, lambda: ec.generate_private_key(curve).private_bytes(serialization.Encoding.PEM, style, plain)
+    )
+    load = serialization.load_ssh_private_key if is_ssh else serialization.load_pem_private_key
     try:
-        key = load(path.read_bytes(), None)
+        key = load(content, None)
     except ValueError:
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):

@@ -6,10 +6,11 @@ One small file each, read again for every request and every round, so that one i
 from pathlib import Path
 
 from configs.storage.files import canonical_json, digest_bytes, write_atomic
+from configs.storage.layout import SiloFiles
 from federated.identity.cards import EnrolledSilo, TrustedCoordinator, read_folder
 from privacy.signing import Signer
 
-TRUSTED, ENROLLED = "trusted", "silos"
+ENROLLED = "silos"
 COORDINATOR_KEY = "coordinator.key"
 
 
@@ -20,7 +21,7 @@ def fingerprint(public_key: str) -> str:
 
 def trust(state_dir: Path, coordinator: TrustedCoordinator) -> Path:
     """Adds a coordinator, and returns its file."""
-    folder = state_dir / TRUSTED
+    folder = SiloFiles(state_dir).trusted
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{fingerprint(coordinator.public_key)}.json"
     write_atomic(path, canonical_json(coordinator.model_dump()))
@@ -33,7 +34,7 @@ def trusted_coordinators(state_dir: Path) -> frozenset[str]:
     Raises:
         InputError: a file there is not one of ours.
     """
-    found = read_folder(TrustedCoordinator, state_dir / TRUSTED).values()
+    found = read_folder(TrustedCoordinator, SiloFiles(state_dir).trusted).values()
     return frozenset(coordinator.public_key for coordinator in found)
 
 

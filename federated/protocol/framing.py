@@ -5,6 +5,7 @@ from collections.abc import Iterator
 PROTOCOL_VERSION = 3
 SERVICE = "siloweave.v1.Silo"  # the name under which the health service tells of it
 CHUNK_BYTES = 2**20
+QUEUE = "queue"  # the rule of a refusal that says nothing but "later"
 
 
 def chunks(content: bytes) -> Iterator[bytes]:

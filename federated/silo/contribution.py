@@ -4,50 +4,57 @@ Reached only for a run that was entrusted with such updates, which the steward's
 that reserved a plan about records has no such entry, and so nothing here answers it.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from configs.schema.silo import SiloConfig
 from federated.adapters.arrays import Arrays
 from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import plain_update
 from federated.silo.policy import check_contribution, check_model, check_optimizer
-from federated.silo.reservations import entrusted_plan
+from federated.silo.workbench import Workbench
 from privacy.ledger.client_runs import record_update
+from privacy.ledger.journal import Journal
 from privacy.mechanism.client_sum import clipped
 from privacy.mechanism.streams import SEED_BYTES, Streams
-
-if TYPE_CHECKING:
-    from federated.silo.silo import Silo
+from privacy.plan import PlanRequest
 
 
-def contribution(silo: "Silo", request: pb.Request, digest: str) -> Arrays:
+def contribution(
+    workbench: Workbench, journal: Journal, config: SiloConfig, plan: PlanRequest, request: pb.Request, digest: str
+) -> Arrays:
     """The clipped update of one round.
 
     Nothing of it is stored: all that is random comes from the request's digest, so that the same request has the same
     answer. Batches that can be predicted cost nothing here, where no guarantee rests on them.
 
+    Args:
+        workbench: the silo's.
+        journal: of its ledger, which records the update before it is computed.
+        config: the silo, with its policy of now.
+        plan: that the run was entrusted with.
+        request: of a round.
+        digest: of its body.
+
     Raises:
-        PolicyRefusal: a rule of the policy, or the run was not entrusted with updates.
+        PolicyRefusal: a rule of the policy, or the run may not ask for this round.
     """
-    asked, policy = request.contribute, silo.config.policy
-    plan = entrusted_plan(silo, request, asked.train.plan_digest)
+    asked, policy = request.contribute, config.policy
     check_contribution(asked, policy)
-    check_model(asked.train, policy, silo.base_model.content_digest)
+    check_model(asked.train, policy, workbench.base_model.content_digest)
     check_optimizer(asked.train, policy)
-    model, adapter = silo.fitted(asked.train)
-    settings = silo.local_settings(asked.train)
+    model, adapter = workbench.fitted(asked.train, policy)
+    settings = workbench.local_settings(asked.train, policy)
     # Signed before anything is computed, as a charge is: an entry too many tells of less privacy than there is.
     run, coordinator = request.run_id, request.coordinator
-    record_update(silo.ledger.journal, run, coordinator, request.request_id, digest, asked.train.round)
-    streams, records = Streams(bytes(SEED_BYTES), digest), silo.records
+    record_update(journal, run, coordinator, request.request_id, digest, asked.train.round)
+    streams, records = Streams(bytes(SEED_BYTES), digest), workbench.records
 
     def batch(step: int) -> list[int]:
         drawn = streams.generator("batch", step).random(len(records)) < asked.sampling_rate
         return [int(index) for index in np.flatnonzero(drawn)]
 
     batches = ([records[index] for index in batch(step)] for step in range(asked.local_steps))
-    expected = asked.sampling_rate * silo.config.silo.public_record_count
-    update = plain_update(batches, expected, model, silo.task, adapter, settings)
+    expected = asked.sampling_rate * config.silo.public_record_count
+    update = plain_update(batches, expected, model, workbench.task, adapter, settings)
     short = clipped(update, plan.max_grad_norm)
     return {name: array.astype(np.float32) for name, array in short.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from configs.errors import SiloweaveError
 from configs.printing import printable
 from configs.storage.files import sync_directory, write_atomic, write_failure
+from configs.storage.layout import SiloFiles
 
 LARGEST_BYTES = 16 * 2**20  # of one file
 KEPT = 16  # older files
@@ -104,3 +105,20 @@ class PrivateLog(logging.Handler):
         with contextlib.suppress(SiloweaveError):
             lines = self.format(record)[:LARGEST_MESSAGE].split("\n")
             self._lines.append("\n    ".join(map(printable, lines)), sync=False)
+
+
+def private_log(state_dir: Path) -> logging.Logger:
+    """The silo's own log, in its state directory; nothing of it is sent."""
+    logger = logging.getLogger(f"siloweave.silo.{state_dir}")
+    if not logger.handlers:
+        logger.addHandler(PrivateLog(SiloFiles(state_dir).log))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
+
+
+def close_log(logger: logging.Logger) -> None:
+    """Closes a silo's own log: a process that hosts many silos keeps few files open."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()

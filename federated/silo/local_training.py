@@ -12,14 +12,14 @@ import torch
 
 from configs.schema.federated import ClippingMethod, Optimizer
 from federated.adapters.arrays import Arrays
+from federated.adapters.warm_model import put_on
 from privacy.mechanism.adam_bc import AdamBC
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.sampler import sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
-from trainer.models.adapters import adapter_weights, load_adapter_weights, trainable
-from trainer.tasks.task import Encoded, by_length
-from trainer.tasks.text import CausalTask
+from trainer.models.adapters import adapter_weights, trainable
+from trainer.tasks.task import Encoded, Task, by_length
 
 OPTIMIZERS = get_args(Optimizer)
 
@@ -45,43 +45,40 @@ class LocalSettings:
     correction: Arrays = field(default_factory=dict)
 
 
-def private_update(
-    plan: PrivacyPlan,
-    streams: Streams,
-    model: Any,
-    task: CausalTask,
-    adapter: Arrays,
-    records: Sequence[Encoded],
-    settings: LocalSettings,
-) -> Arrays:
-    """The clipped, noised update of one round: adapter after minus adapter before.
+class PrivateUpdate:
+    """The clipped, noised update of one round, made ready: whatever can fail without private records has not failed.
 
     Raises:
+        InputError: with this adapter the model's per-record gradients can't be proved.
         ValueError: the adapter doesn't fit the model.
     """
-    before = _load(model, adapter)
-    optimizer = _optimizer(settings, model, before, plan.noise_std / plan.expected_batch_size)
-    PrivateTraining(
-        plan,
-        streams,
-        model,
-        optimizer,
-        records,
-        unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
-        shape_of=task.padded_length,
-        made_up=task.made_up,
-        micro_batch_size=settings.micro_batch_size,
-        synthetic=_synthetic(task),
-        method=settings.clipping,
-    ).run()
-    return _difference(model, before)
+
+    def __init__(self, plan: PrivacyPlan, model: Any, task: Task, adapter: Arrays, settings: LocalSettings) -> None:
+        self._model, self._before = model, put_on(model, adapter)
+        self._training = PrivateTraining(
+            plan,
+            model,
+            _optimizer(settings, model, self._before, plan.noise_std / plan.expected_batch_size),
+            unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
+            shape_of=task.padded_length,
+            made_up=task.made_up,
+            micro_batch_size=settings.micro_batch_size,
+            synthetic=_synthetic(task),
+            method=settings.clipping,
+        )
+        self._training.prove()
+
+    def run(self, streams: Streams, records: Sequence[Encoded]) -> Arrays:
+        """Adapter after minus adapter before."""
+        self._training.run(streams, records)
+        return _difference(self._model, self._before)
 
 
 def public_update(
     plan: PrivacyPlan,
     streams: Streams,
     model: Any,
-    task: CausalTask,
+    task: Task,
     adapter: Arrays,
     records: Sequence[Encoded],
     settings: LocalSettings,
@@ -98,12 +95,12 @@ def plain_update(
     batches: Iterable[Sequence[Encoded]],
     expected_batch_size: float,
     model: Any,
-    task: CausalTask,
+    task: Task,
     adapter: Arrays,
     settings: LocalSettings,
 ) -> Arrays:
     """Ordinary steps, one a batch: what comes out is not private."""
-    before = _load(model, adapter)
+    before = put_on(model, adapter)
     optimizer = _optimizer(settings, model, before, noise_std=0.0)
     model.train()
     for batch in batches:
@@ -146,15 +143,9 @@ def _add_shared_terms(settings: LocalSettings, model: Any, before: dict[str, tor
             parameter.grad = term if parameter.grad is None else parameter.grad + term
 
 
-def _synthetic(task: CausalTask) -> list[Encoded]:
+def _synthetic(task: Task) -> list[Encoded]:
     """Made-up units of different lengths: nothing private is needed to prove that clipping is right."""
     return [task.encode(" ".join(f"{word}" for word in range(start, start + 3 + start))) for start in range(3)]
-
-
-def _load(model: Any, adapter: Arrays) -> dict[str, torch.Tensor]:
-    weights = {name: torch.from_numpy(array) for name, array in adapter.items()}
-    load_adapter_weights(model, weights)
-    return weights
 
 
 def _difference(model: Any, before: dict[str, torch.Tensor]) -> Arrays:

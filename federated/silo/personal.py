@@ -15,18 +15,15 @@ from safetensors import SafetensorError
 
 from configs.errors import InputError
 from configs.schema.silo import SiloConfig
+from configs.storage.layout import SiloFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.sealing import MasterKey, load_key, opened, sealing
-from federated.silo.units import load_units
-from privacy.signing import load_secret
-from trainer.data.tokenizer import load_tokenizer
+from federated.silo.units import units_of
 from trainer.metrics.bits_per_char import score
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.load import load_model
-from trainer.tasks.task import Encoded, by_length
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task, by_length, task_of
 
-FOLDER = "personal"
 _OTHERS = 0o077
 
 
@@ -77,11 +74,11 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     Raises:
         InputError: the shared adapter can't be loaded, or the silo has no training or no held-out unit.
     """
-    base_model, state_dir = Path(config.silo.base_model), Path(config.silo.state_dir)
+    base_model, files = Path(config.silo.base_model), SiloFiles(Path(config.silo.state_dir))
     key = load_key(config.silo.encryption_key_file)
-    context_length = require_manifest(base_model, "model", "export").metadata["context_length"]
-    task = CausalTask(load_tokenizer(base_model), context_length)
-    units = load_units(config, load_secret(state_dir / "split.key"))
+    require_manifest(base_model, "model", "export")
+    task = task_of(config.policy.tasks[0], base_model)
+    units = units_of(config)
     train, held_out = ([task.encode(text) for text in texts] for texts in (units.train, units.held_out))
     if not train or not held_out:
         raise InputError(f"silo {config.silo.id!r}: {len(train)} training and {len(held_out)} held-out units; add some")
@@ -91,7 +88,7 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     model = add_adapter(model, settings.rank, settings.alpha, seed=0)
     _train(model, task, train, settings)
     after = score(model.eval(), task, held_out, settings.micro_batch_size).bits_per_char
-    return PersonalResult(_save(model, state_dir / FOLDER, key, config.silo.id), before, after)
+    return PersonalResult(_save(model, files.personal, key, config.silo.id), before, after)
 
 
 def _with_shared(base: Any, shared: Path) -> Any:
@@ -112,7 +109,7 @@ def _with_shared(base: Any, shared: Path) -> Any:
             raise InputError(f"{shared}: is no adapter of this base model ({reason}); give the right folder") from None
 
 
-def _train(model: Any, task: CausalTask, units: Sequence[Encoded], settings: PersonalSettings) -> None:
+def _train(model: Any, task: Task, units: Sequence[Encoded], settings: PersonalSettings) -> None:
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=settings.learning_rate)
     chance = torch.Generator().manual_seed(0)
     model.train()
@@ -129,7 +126,7 @@ def _train(model: Any, task: CausalTask, units: Sequence[Encoded], settings: Per
 def _save(model: Any, folder: Path, key: MasterKey | None, silo: str) -> Path:
     before = os.umask(_OTHERS)  # its owner's alone from its first moment on
     try:
-        with sealing(folder, key, f"{FOLDER}/{silo}") as place:
+        with sealing(folder, key, f"{folder.name}/{silo}") as place:
             model.save_pretrained(place, save_embedding_layers=False)
     finally:
         os.umask(before)

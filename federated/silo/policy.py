@@ -2,7 +2,7 @@
 
 import math
 
-from configs.errors import InputError, refuse
+from configs.errors import InputError, PolicyRefusal
 from configs.parse import parse
 from configs.schema.silo import SiloPolicy
 from federated.protocol import silo_pb2 as pb
@@ -10,7 +10,6 @@ from federated.silo.local_training import OPTIMIZERS
 from federated.silo.requests import json_object
 from privacy.accounting.size import check_size
 from privacy.plan import METRIC, PlanRequest, PrivacyPlan
-from trainer.tasks.text import CausalTask
 
 
 def plan_of(text: str) -> PlanRequest:
@@ -23,7 +22,7 @@ def plan_of(text: str) -> PlanRequest:
     try:
         return parse(PlanRequest, tree, "plan")
     except InputError as error:
-        raise refuse("plan", "an inconsistent plan", str(error)) from None
+        raise PolicyRefusal.of("plan", "an inconsistent plan", str(error)) from None
 
 
 def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
@@ -36,22 +35,24 @@ def check_plan(request: PlanRequest, policy: SiloPolicy, public_record_count: in
         PolicyRefusal: a rule of the policy, with the value asked for and the value allowed.
     """
     if request.unit not in policy.units:
-        raise refuse("units", request.unit, ", ".join(policy.units))
+        raise PolicyRefusal.of("units", request.unit, ", ".join(policy.units))
     plan = request.bind(public_record_count) if request.unit == "record" else request.for_clients()
     if not policy.min_grad_norm <= request.max_grad_norm <= policy.max_grad_norm:
         bounds = f"{policy.min_grad_norm:g} to {policy.max_grad_norm:g}"
-        raise refuse("max_grad_norm", f"{request.max_grad_norm:g}", bounds)
+        raise PolicyRefusal.of("max_grad_norm", f"{request.max_grad_norm:g}", bounds)
     if request.noise_multiplier < policy.min_noise_multiplier:
-        raise refuse("min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}")
+        raise PolicyRefusal.of(
+            "min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}"
+        )
     if request.unit == "record":  # with clients as units each request says how it samples, and how long it trains
         _check_steps(request.sampling_rate, request.steps_per_round, policy)
     weakest = min((metric.noise_multiplier for metric in request.metric_releases), default=math.inf)
     if weakest < policy.min_noise_multiplier:
-        raise refuse("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
+        raise PolicyRefusal.of("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
     names = sorted({metric.name for metric in request.metric_releases})
     allowed = [METRIC] if policy.releases_metrics else []
     if not set(names) <= set(allowed):
-        raise refuse("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
+        raise PolicyRefusal.of("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
     _check_labels(request, policy)
     _check_rounds(request, policy)
     return plan
@@ -75,23 +76,23 @@ def check_epsilon(epsilon: float, policy: SiloPolicy) -> None:
         PolicyRefusal: more than one run may.
     """
     if epsilon > policy.max_epsilon_per_run:
-        raise refuse("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
+        raise PolicyRefusal.of("max_epsilon_per_run", f"{epsilon:.4g}", f"{policy.max_epsilon_per_run:g}")
 
 
 def _check_steps(sampling_rate: float, steps: int, policy: SiloPolicy) -> None:
     if sampling_rate > policy.max_sampling_rate:
-        raise refuse("max_sampling_rate", f"{sampling_rate:g}", f"{policy.max_sampling_rate:g}")
+        raise PolicyRefusal.of("max_sampling_rate", f"{sampling_rate:g}", f"{policy.max_sampling_rate:g}")
     if steps > policy.max_steps_per_round:
-        raise refuse("max_steps_per_round", f"{steps}", f"{policy.max_steps_per_round}")
+        raise PolicyRefusal.of("max_steps_per_round", f"{steps}", f"{policy.max_steps_per_round}")
 
 
 def _check_rounds(request: PlanRequest, policy: SiloPolicy) -> None:
     """Each release is an entry of the ledger; an evaluation may follow each round, and come before the first."""
     most, evaluations = policy.max_rounds_per_run, sum(metric.releases for metric in request.metric_releases)
     if request.rounds > most:
-        raise refuse("max_rounds_per_run", f"{request.rounds}", f"{most}")
+        raise PolicyRefusal.of("max_rounds_per_run", f"{request.rounds}", f"{most}")
     if evaluations > most + 1:
-        raise refuse("max_rounds_per_run", f"{evaluations} evaluations", f"{most + 1}")
+        raise PolicyRefusal.of("max_rounds_per_run", f"{evaluations} evaluations", f"{most + 1}")
 
 
 def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:
@@ -101,7 +102,9 @@ def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:
         PolicyRefusal: it is none, or more than the policy allows.
     """
     if not (asked.sampling_rate > 0 and asked.local_steps):  # false for a NaN, too
-        raise refuse("contribute", f"{asked.local_steps} steps at {asked.sampling_rate:g}", "above 0, both of them")
+        raise PolicyRefusal.of(
+            "contribute", f"{asked.local_steps} steps at {asked.sampling_rate:g}", "above 0, both of them"
+        )
     _check_steps(asked.sampling_rate, asked.local_steps, policy)
 
 
@@ -111,7 +114,7 @@ def _check_labels(request: PlanRequest, policy: SiloPolicy) -> None:
     for metric in request.metric_releases:
         if metric.labels and set(metric.labels) not in allowed:
             listed = "; ".join(", ".join(labels) for labels in policy.label_sets)
-            raise refuse("label_sets", ", ".join(metric.labels), listed or "none")
+            raise PolicyRefusal.of("label_sets", ", ".join(metric.labels), listed or "none")
 
 
 def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_digest: str) -> None:
@@ -121,13 +124,15 @@ def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_di
         PolicyRefusal: one of them is not allowed.
     """
     if asked.base_model_digest != base_model_digest:
-        raise refuse("base_model", asked.base_model_digest, base_model_digest)
-    if asked.task != CausalTask.name:
-        raise refuse("task", asked.task, CausalTask.name)
+        raise PolicyRefusal.of("base_model", asked.base_model_digest, base_model_digest)
+    if asked.task not in policy.tasks:
+        raise PolicyRefusal.of("task", asked.task, ", ".join(policy.tasks))
     if not 1 <= asked.adapter_spec.rank <= policy.max_lora_rank:
-        raise refuse("max_lora_rank", str(asked.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
+        raise PolicyRefusal.of("max_lora_rank", str(asked.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
     if not 0 < asked.adapter_spec.alpha <= policy.max_lora_alpha:
-        raise refuse("max_lora_alpha", f"{asked.adapter_spec.alpha:g}", f"above 0, at most {policy.max_lora_alpha:g}")
+        raise PolicyRefusal.of(
+            "max_lora_alpha", f"{asked.adapter_spec.alpha:g}", f"above 0, at most {policy.max_lora_alpha:g}"
+        )
 
 
 def check_optimizer(train: pb.Train, policy: SiloPolicy) -> None:
@@ -137,8 +142,13 @@ def check_optimizer(train: pb.Train, policy: SiloPolicy) -> None:
         PolicyRefusal: it can't.
     """
     if not 0 < train.learning_rate <= policy.max_learning_rate:
-        raise refuse("max_learning_rate", f"{train.learning_rate:g}", f"above 0, at most {policy.max_learning_rate:g}")
+        raise PolicyRefusal.of(
+            "max_learning_rate", f"{train.learning_rate:g}", f"above 0, at most {policy.max_learning_rate:g}"
+        )
     if not 0 <= train.proximal_mu <= policy.max_proximal_mu:
-        raise refuse("max_proximal_mu", f"{train.proximal_mu:g}", f"0 to {policy.max_proximal_mu:g}")
+        raise PolicyRefusal.of("max_proximal_mu", f"{train.proximal_mu:g}", f"0 to {policy.max_proximal_mu:g}")
+    if (pull := train.learning_rate * train.proximal_mu) > 1:  # after enough such steps nothing is finite
+        asked = f"learning_rate {train.learning_rate:g} times proximal_mu {train.proximal_mu:g} is {pull:g}"
+        raise PolicyRefusal.of("proximal_mu", asked, "at most 1: a longer step overshoots")
     if train.optimizer not in OPTIMIZERS:
-        raise refuse("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))
+        raise PolicyRefusal.of("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import LARGEST_ECHO, InputError, PolicyRefusal, refuse
+from configs.errors import LARGEST_ECHO, InputError, PolicyRefusal
 from configs.printing import printable
 from federated.adapters.arrays import Arrays, check_shapes, from_bytes
 from federated.protocol import silo_pb2 as pb
@@ -25,7 +25,7 @@ def open_envelope(content: bytes, largest: int) -> pb.Envelope:
         PolicyRefusal: it is none, or has more bytes than ``largest``.
     """
     if len(content) > largest:
-        raise refuse("max_request_bytes", f"{len(content)}", f"{largest}")
+        raise PolicyRefusal.of("max_request_bytes", f"{len(content)}", f"{largest}")
     envelope = pb.Envelope()
     _parse(envelope, content)
     return envelope
@@ -41,18 +41,18 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
     _parse(request, body)
     kind = request.WhichOneof("kind")
     if request.version != PROTOCOL_VERSION:
-        raise refuse("version", str(request.version), str(PROTOCOL_VERSION))
+        raise PolicyRefusal.of("version", str(request.version), str(PROTOCOL_VERSION))
     if kind is None:
-        raise refuse("request", "no kind", "describe, reserve, train, contribute, evaluate or close")
+        raise PolicyRefusal.of("request", "no kind", "describe, reserve, train, contribute, evaluate or close")
     if kind != "describe" and request.silo_id != silo_id:
-        raise refuse("silo_id", request.silo_id, silo_id)
+        raise PolicyRefusal.of("silo_id", request.silo_id, silo_id)
     if kind != "describe" and not request.run_id:
-        raise refuse("run_id", "empty", "the run's name")
+        raise PolicyRefusal.of("run_id", "empty", "the run's name")
     for name, value in (("run_id", request.run_id), ("request_id", request.request_id)):
         if not value.isprintable():  # the steward has to see it as it is, and to name it
-            raise refuse(name, value, "characters that are shown as they are")
+            raise PolicyRefusal.of(name, value, "characters that are shown as they are")
     if request.expires < time.time():
-        raise refuse("expires", f"{request.expires}", "a time to come")
+        raise PolicyRefusal.of("expires", f"{request.expires}", "a time to come")
     return request
 
 
@@ -63,18 +63,18 @@ def check_sender(envelope: pb.Envelope, request: pb.Request, trusted: frozenset[
         PolicyRefusal: it has not.
     """
     if request.coordinator not in trusted:
-        raise refuse("coordinator", request.coordinator or "none", "a coordinator that the steward trusts")
+        raise PolicyRefusal.of("coordinator", request.coordinator or "none", "a coordinator that the steward trusts")
     if not request_holds(envelope, request.coordinator):
-        raise refuse("signature", "one that does not hold", "the coordinator's own over the whole request")
+        raise PolicyRefusal.of("signature", "one that does not hold", "the coordinator's own over the whole request")
 
 
 def _parse(message: Any, content: bytes) -> None:
     try:
         message.ParseFromString(content)
     except Exception as error:  # protobuf's DecodeError lives in an untyped module
-        raise refuse("request", type(error).__name__, f"a serialized {type(message).__name__}") from None
+        raise PolicyRefusal.of("request", type(error).__name__, f"a serialized {type(message).__name__}") from None
     if found := excess(message):
-        raise refuse(*found)
+        raise PolicyRefusal.of(*found)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -86,9 +86,9 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise refuse("plan", "not JSON", "a JSON object") from None
+        raise PolicyRefusal.of("plan", "not JSON", "a JSON object") from None
     if not isinstance(value, dict):
-        raise refuse("plan", type(value).__name__, "a JSON object")
+        raise PolicyRefusal.of("plan", type(value).__name__, "a JSON object")
     return value
 
 
@@ -101,11 +101,11 @@ def arrays(content: bytes, largest: float, rule: str = "adapter") -> Arrays:
     try:
         found = from_bytes(content)
     except ValueError as error:
-        raise refuse(rule, str(error), "float32 safetensors") from None
+        raise PolicyRefusal.of(rule, str(error), "float32 safetensors") from None
     for name, array in found.items():
         reached = np.abs(array).max(initial=0.0)
         if not reached <= largest:  # true for a NaN, too
-            raise refuse("max_adapter_value", f"{reached:g} in {rule} {name}", f"{largest:g}")
+            raise PolicyRefusal.of("max_adapter_value", f"{reached:g} in {rule} {name}", f"{largest:g}")
     return found
 
 
@@ -121,7 +121,7 @@ def correction_of(train: pb.Train, largest: float) -> Arrays:
     try:
         check_shapes(correction, arrays(train.adapter, largest))
     except ValueError as error:
-        raise refuse("correction", str(error), "arrays in the adapter's shapes") from None
+        raise PolicyRefusal.of("correction", str(error), "arrays in the adapter's shapes") from None
     return correction
 
 
@@ -134,7 +134,7 @@ def receipt_of(content: bytes) -> Receipt | None:
     try:
         return Receipt.from_bytes(content, "receipt") if content else None
     except InputError:
-        raise refuse("receipt", "something else", "a receipt of this silo, as it was sent") from None
+        raise PolicyRefusal.of("receipt", "something else", "a receipt of this silo, as it was sent") from None
 
 
 def refusal_message(refusal: PolicyRefusal) -> pb.Refusal:

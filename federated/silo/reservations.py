@@ -5,23 +5,20 @@ A run is the coordinator's that reserved it. Under another coordinator its name 
 
 from logging import Logger
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Lock
 
-from configs.errors import InputError, refuse
+from configs.errors import InputError, PolicyRefusal
 from configs.parse import parse
-from configs.schema.silo import SiloPolicy, load_silo
+from configs.schema.silo import SiloConfig, SiloPolicy, load_silo
 from federated.protocol import silo_pb2 as pb
+from federated.protocol.framing import QUEUE
 from federated.silo.policy import check_epsilon, check_new_plan, check_plan, plan_of
 from privacy.certificate.certificate import library_versions
 from privacy.ledger.chain import Budget
 from privacy.ledger.client_runs import entrust, entrusted
+from privacy.ledger.ledger import Ledger
 from privacy.ledger.limits import Limits
 from privacy.plan import PlanRequest, PrivacyPlan
-
-if TYPE_CHECKING:
-    from federated.silo.silo import Silo
-
-QUEUE = "queue"  # the rule of a refusal that says nothing but "later"
 
 
 def policy_now(file: Path, log: Logger) -> SiloPolicy:
@@ -34,7 +31,7 @@ def policy_now(file: Path, log: Logger) -> SiloPolicy:
         return load_silo(file).policy
     except InputError as error:
         log.error("everything is refused until this is mended: %s", error)
-        raise refuse("policy", "a request", "none until the silo's steward has mended its settings") from None
+        raise PolicyRefusal.of("policy", "a request", "none until the silo's steward has mended its settings") from None
 
 
 def budget_of(policy: SiloPolicy) -> Budget:
@@ -47,90 +44,97 @@ def limits_of(policy: SiloPolicy) -> Limits:
     return Limits(policy.max_epsilon_per_day, policy.max_runs_per_day, policy.max_open_runs)
 
 
-def account(silo: "Silo", request: pb.Request) -> None:
+def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_time: Lock, accounting: Lock) -> None:
     """Everything about a reservation that is cheap, then its epsilon, which the accountant remembers.
 
     So ``reserve`` waits for nothing while it holds the silo and its ledger; and what has no room costs no accounting.
     Of plans that take seconds no second one waits: it would hold a place that others' requests wait for.
 
+    Args:
+        ledger: the silo's.
+        config: the silo, with its policy of now.
+        request: a reservation.
+        one_at_a_time: held while the ledger is looked at.
+        accounting: held while epsilon is computed.
+
     Raises:
         PolicyRefusal: a rule of the policy, or no room; or another plan is being accounted for.
     """
-    policy = silo.config.policy
-    plan = check_new_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
+    policy = config.policy
+    plan = check_new_plan(plan_of(request.reserve.plan), policy, config.silo.public_record_count)
     if plan.request.unit == "record":
-        with silo.one_at_a_time:
-            silo.ledger.bind(budget_of(policy))
-            silo.ledger.check_room(request.run_id, plan.request, limits_of(policy), request.coordinator)
-    if not silo.accounting.acquire(blocking=False):
-        raise refuse(QUEUE, "a second plan at a time", "one; ask again later")
+        with one_at_a_time:
+            ledger.bind(budget_of(policy))
+            ledger.check_room(request.run_id, plan.request, limits_of(policy), request.coordinator)
+    if not accounting.acquire(blocking=False):
+        raise PolicyRefusal.of(QUEUE, "a second plan at a time", "one; ask again later")
     try:
         check_epsilon(plan.request.epsilon, policy)
     finally:
-        silo.accounting.release()
+        accounting.release()
 
 
-def reserve(silo: "Silo", request: pb.Request) -> pb.Reserved:
+def reserve(ledger: Ledger, config: SiloConfig, request: pb.Request) -> pb.Reserved:
     """Commits a run's whole schedule.
 
     Raises:
         PolicyRefusal: a rule of the policy, or no room.
     """
-    policy, coordinator = silo.config.policy, request.coordinator
-    plan = check_new_plan(plan_of(request.reserve.plan), policy, silo.config.silo.public_record_count)
+    policy, coordinator = config.policy, request.coordinator
+    plan = check_new_plan(plan_of(request.reserve.plan), policy, config.silo.public_record_count)
     check_epsilon(plan.request.epsilon, policy)
     if plan.request.unit == "client":  # its guarantee, and what it spends, are the aggregator's
-        entrust(silo.ledger.journal, request.run_id, plan.request, coordinator, limits_of(policy))
-        return pb.Reserved(receipt=silo.ledger.receipt(request.run_id, coordinator).to_bytes())
-    return pb.Reserved(receipt=silo.ledger.reserve(request.run_id, plan, limits_of(policy), coordinator).to_bytes())
+        entrust(ledger.journal, request.run_id, plan.request, coordinator, limits_of(policy))
+        return pb.Reserved(receipt=ledger.receipt(request.run_id, coordinator).to_bytes())
+    return pb.Reserved(receipt=ledger.reserve(request.run_id, plan, limits_of(policy), coordinator).to_bytes())
 
 
-def reserved_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> PrivacyPlan:
+def reserved_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan_digest: str) -> PrivacyPlan:
     """The plan that a run reserved, if the policy of today would still allow it.
 
     Raises:
         PolicyRefusal: it would not, or the run has reserved none.
     """
-    reservation = silo.ledger.reservation(request.run_id, request.coordinator)
+    reservation = ledger.reservation(request.run_id, request.coordinator)
     if reservation is None or reservation["plan_digest"] != plan_digest:
-        raise refuse("reservation", plan_digest or "no plan", "the plan that the run reserved")
+        raise PolicyRefusal.of("reservation", plan_digest or "no plan", "the plan that the run reserved")
     asked = parse(PlanRequest, reservation["plan"], "ledger")
-    check_plan(asked, silo.config.policy, silo.config.silo.public_record_count)
-    check_epsilon(reservation["epsilon"], silo.config.policy)
-    _check_budget(silo)
+    check_plan(asked, config.policy, config.silo.public_record_count)
+    check_epsilon(reservation["epsilon"], config.policy)
+    _check_budget(ledger, config.policy)
     return PrivacyPlan(request=asked, public_record_count=reservation["public_record_count"])
 
 
-def _check_budget(silo: "Silo") -> None:
+def _check_budget(ledger: Ledger, policy: SiloPolicy) -> None:
     """Refuses to go on where more is reserved than the steward allows today."""
-    budget = budget_of(silo.config.policy)
-    silo.ledger.bind(budget)
-    left = silo.ledger.left()
+    budget = budget_of(policy)
+    ledger.bind(budget)
+    left = ledger.left()
     for name in ("epsilon", "delta"):
         allowed, over = getattr(budget, name), -getattr(left, name)
         if over > 1e-9 * allowed:  # a sum's rounding is no breach
-            raise refuse(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
+            raise PolicyRefusal.of(f"budget_{name}", f"{allowed + over:.6g}, which is reserved,", f"{allowed:.6g}")
 
 
-def entrusted_plan(silo: "Silo", request: pb.Request, plan_digest: str) -> PlanRequest:
+def entrusted_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan_digest: str) -> PlanRequest:
     """The plan of a run that was entrusted with updates without noise, if the policy of today would still allow it.
 
     Raises:
         PolicyRefusal: it would not, or the run was not entrusted with any.
     """
-    run = entrusted(silo.ledger.journal, request.run_id, request.coordinator)
+    run = entrusted(ledger.journal, request.run_id, request.coordinator)
     if run is None or run["plan_digest"] != plan_digest:
-        raise refuse("reservation", plan_digest or "no plan", "the plan that the run was entrusted with")
+        raise PolicyRefusal.of("reservation", plan_digest or "no plan", "the plan that the run was entrusted with")
     asked = parse(PlanRequest, run["plan"], "ledger")
-    check_plan(asked, silo.config.policy, silo.config.silo.public_record_count)
-    check_epsilon(asked.epsilon, silo.config.policy)
+    check_plan(asked, config.policy, config.silo.public_record_count)
+    check_epsilon(asked.epsilon, config.policy)
     return asked
 
 
-def close(silo: "Silo", request: pb.Request) -> pb.Closed:
+def close(ledger: Ledger, config: SiloConfig, request: pb.Request) -> pb.Closed:
     """Ends a run, and states what it did."""
     run, coordinator = request.run_id, request.coordinator
-    receipt = silo.ledger.close(run, coordinator)
-    attests = silo.config.policy.attests_disjoint_units
-    statement = silo.ledger.statement(run, library_versions(), attests_disjoint_units=attests, coordinator=coordinator)
+    receipt = ledger.close(run, coordinator)
+    attests = config.policy.attests_disjoint_units
+    statement = ledger.statement(run, library_versions(), attests_disjoint_units=attests, coordinator=coordinator)
     return pb.Closed(receipt=receipt.to_bytes(), statement=statement.to_bytes() if statement else b"")

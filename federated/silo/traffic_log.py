@@ -1,7 +1,8 @@
-"""A silo's log of everything that came in and left, for its steward: a JSON line each, sizes and digests, no values.
+"""A silo's logs of everything that came in and left, for its steward: a JSON line each, sizes and digests, no values.
 
-A line is synced before what it tells of goes on: a request is written down before it is looked at, a reply before its
-first byte leaves.
+A line is synced before what it tells of goes on: a coordinator's request is written down before it is acted on, a reply
+before its first byte leaves. What no trusted coordinator has signed has a file of its own: files are rotated by size,
+so whoever reaches the silo could otherwise push out what tells of real requests.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 from configs.errors import SiloweaveError
 from configs.storage.files import digest_bytes
+from configs.storage.layout import SiloFiles
 from federated.silo.line_file import LineFile
 from privacy.ledger.limits import DAY_S
 
@@ -26,42 +28,50 @@ class UnloggedError(SiloweaveError):
 
 
 class AuditLog:
-    """``audit.jsonl`` in the silo's state directory."""
+    """``audit.jsonl`` in the silo's state directory, and ``strangers.jsonl`` beside it."""
 
     def __init__(self, state_dir: Path) -> None:
         self._lock = threading.Lock()
-        self._file = LineFile(state_dir / "audit.jsonl", self._head)
+        self._file = LineFile(SiloFiles(state_dir).traffic, self._head)
+        self._strangers = LineFile(SiloFiles(state_dir).strangers)
         self._accepted = _accepted(self._file)
 
-    def came_in(self, content: bytes) -> None:
-        """A request's envelope has arrived, whatever it is."""
-        self._write("in", bytes=len(content), digest=digest_bytes(content))
+    def accepted(self, content: bytes, coordinator: str, **public: Any) -> int:
+        """A request's envelope has arrived, and a trusted coordinator has signed it.
 
-    def accepted(self, coordinator: str, **public: Any) -> int:
-        """Its sender is trusted. Returns how many requests of his there were within 24 hours, this one included."""
-        now = self._write("accepted", coordinator=coordinator, **public)
+        Returns:
+            How many requests of his there were within 24 hours, this one included.
+        """
         with self._lock:
+            now = _append(self._file, "accepted", content, coordinator=coordinator, **public)
+            self._accepted[coordinator][int(now // 60)] += 1
             _forget(self._accepted, now)
             return sum(self._accepted[who].total() for who in {_NOBODY, coordinator} & self._accepted.keys())
 
-    def leaves(self, content: bytes, **public: Any) -> None:
-        """A reply's envelope is about to leave."""
-        self._write("out", bytes=len(content), digest=digest_bytes(content), **public)
-
-    def _write(self, direction: str, **values: Any) -> float:
-        now = round(time.time(), 3)
+    def leaves(self, reply: bytes, **public: Any) -> None:
+        """The envelope of a reply to an accepted request is about to leave."""
         with self._lock:
-            try:
-                self._file.append(json.dumps({"time": now, "direction": direction, **values}))
-            except SiloweaveError as error:
-                raise UnloggedError(str(error)) from error
-            if direction == "accepted":
-                self._accepted[values["coordinator"]][int(now // 60)] += 1
-        return now
+            _append(self._file, "out", reply, **public)
+
+    def turned_away(self, content: bytes, reply: bytes, **public: Any) -> None:
+        """An envelope has arrived, whatever it is, that was not accepted; its reply's envelope is about to leave."""
+        with self._lock:
+            _append(self._strangers, "in", content)
+            _append(self._strangers, "out", reply, **public)
 
     def _head(self) -> str:
         """A fresh file's first line: what the older ones say of the last day. They may be put elsewhere."""
         return json.dumps({"time": round(time.time(), 3), "direction": "rotated", "accepted": self._accepted})
+
+
+def _append(file: LineFile, direction: str, envelope: bytes, **public: Any) -> float:
+    now = round(time.time(), 3)
+    line = {"time": now, "direction": direction, "bytes": len(envelope), "digest": digest_bytes(envelope), **public}
+    try:
+        file.append(json.dumps(line))
+    except SiloweaveError as error:
+        raise UnloggedError(str(error)) from error
+    return now
 
 
 def _forget(accepted: _Counts, now: float) -> None:

@@ -4,10 +4,13 @@ import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from configs.errors import InputError
 from configs.schema.data import SourceSettings
 from configs.schema.silo import SiloConfig, SiloDataSettings
+from configs.storage.layout import SiloFiles
+from configs.storage.secrets import load_secret
 from trainer.data.deidentify import open_deidentifier
 from trainer.data.sources import ReadCounts, read_rows
 
@@ -52,6 +55,15 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
         is_held_out = _keyed_hash(split_key, unit) < config.data.held_out_fraction * 2**64
         (held_out if is_held_out else train).append(text)
     return Units(tuple(train), tuple(held_out), counts, dict(deidentifier.counts) if deidentifier else None)
+
+
+def units_of(config: SiloConfig) -> Units:
+    """The units of a silo that has been opened before: the split is that of its key.
+
+    Raises:
+        InputError: as ``load_units``, or the key is missing.
+    """
+    return load_units(config, load_secret(SiloFiles(Path(config.silo.state_dir)).split_key))
 
 
 @lru_cache(maxsize=1)

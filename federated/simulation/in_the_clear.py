@@ -13,17 +13,14 @@ from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import warm_model
+from federated.adapters.warm_model import put_on, warm_model
 from federated.coordinator import round_commits as commits
 from federated.coordinator.outcome import over_flower
-from federated.silo.units import load_units
+from federated.silo.units import units_of
 from federated.simulation.simulation import simulated_silos
-from privacy.signing import load_secret
 from trainer.data.sources import ReadCounts, read_rows
-from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import Score, score
-from trainer.models.adapters import load_adapter_weights
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import task_of
 
 BASE, PUBLIC, _SILOS = "base", "public", "silos"
 Scorer = Callable[[bytes | None, int], dict[str, Score]]  # of an adapter, None for the base model; on so many records
@@ -140,17 +137,17 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
             asked="exact figures",
             allowed="data declared public",
         )
-    units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
+    units = units_of(silo)
     texts = units.held_out[:limit]
     return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, texts, adapter)
 
 
 def _score(config: RunConfig, base_model: Path, key_file: str, texts: Sequence[str], adapter: bytes | None) -> Score:
-    task = CausalTask(load_tokenizer(base_model), config.model.context_length)
+    task = task_of(config.federated.task, base_model)
     model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha, key_file)
     records = [task.encode(text) for text in texts]
     if adapter is None:
         with model.disable_adapter():
             return score(model.eval(), task, records, config.federated.micro_batch_size)
-    load_adapter_weights(model, {key: torch.from_numpy(value) for key, value in from_bytes(adapter).items()})
+    put_on(model, from_bytes(adapter))
     return score(model.eval(), task, records, config.federated.micro_batch_size)

@@ -1,17 +1,24 @@
 """A silo of public data alone: no ledger, no charge, no noise."""
 
+from pathlib import Path
+
 from configs.errors import PolicyRefusal
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
+from configs.storage.layout import SiloFiles
+from configs.storage.secrets import load_or_create_secret, load_secret
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_reply
 from federated.protocol.framing import PROTOCOL_VERSION
+from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import public_update
 from federated.silo.requests import check_sender, decode, open_envelope
-from federated.silo.silo import Silo
+from federated.silo.units import load_units
+from federated.silo.workbench import Workbench, public_base_model
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanRequest
+from privacy.signing import Signer
 
 
 class PublicSilo:
@@ -19,6 +26,7 @@ class PublicSilo:
 
     Raises:
         PolicyRefusal: the data is not declared public.
+        InputError: the base model, the data or the silo's keys can't be used.
     """
 
     def __init__(self, config: SiloConfig, trusted: frozenset[str], plan: PlanRequest) -> None:
@@ -29,36 +37,49 @@ class PublicSilo:
                 asked="no DP",
                 allowed="data declared public",
             )
-        self._silo = Silo(config, trusted)  # for its data and model; its ledger is neither charged nor asked
+        self._config, self._trusted = config, trusted
+        files = SiloFiles(Path(config.silo.state_dir))
+        files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        split_key = _own_secret(files, files.split_key)
+        _own_secret(files, files.key)
+        self._signer = Signer(files.key)
+        self._log = private_log(files.directory)
+        self._workbench = Workbench(config, public_base_model(config), load_units(config, split_key), self._log)
         self._plan = plan.bind(config.silo.public_record_count)  # for its batches
 
     def close(self) -> None:
         """Closes the silo's files."""
-        self._silo.close()
+        close_log(self._log)
 
     def handle(self, content: bytes) -> bytes:
         """Answers like a silo, without receipts."""
-        silo = self._silo
-        envelope = open_envelope(content, silo.config.policy.max_request_bytes)
+        silo = self._config.silo
+        envelope = open_envelope(content, self._config.policy.max_request_bytes)
         digest = digest_bytes(envelope.body)
-        request = decode(envelope.body, silo.config.silo.id)
-        check_sender(envelope, request, silo.trusted())
+        request = decode(envelope.body, silo.id)
+        check_sender(envelope, request, self._trusted)
         kind = request.WhichOneof("kind")
-        reply = pb.Reply(version=PROTOCOL_VERSION, silo_id=silo.config.silo.id, request_digest=digest)
+        reply = pb.Reply(version=PROTOCOL_VERSION, silo_id=silo.id, request_digest=digest)
         if kind == "describe":
-            reply.described.CopyFrom(silo.describe())
+            count, key = silo.public_record_count, self._signer.public_key
+            reply.described.CopyFrom(
+                pb.Described(dataset_id=silo.dataset_id, public_key=key, public_record_count=count)
+            )
         elif kind == "reserve":
             reply.reserved.SetInParent()
         elif kind == "close":
             reply.closed.SetInParent()
         else:
             reply.trained.update = self._update(request.train, digest)
-        return seal_reply(silo.ledger.journal.signer, reply.SerializeToString(deterministic=True))
+        return seal_reply(self._signer, reply.SerializeToString(deterministic=True))
 
     def _update(self, train: pb.Train, digest: str) -> bytes:
-        silo = self._silo
-        streams = Streams(bytes(32), digest)  # nothing here is private, so the batches may be predictable
-        model, settings = silo.model(train), silo.local_settings(train)
-        return to_bytes(
-            public_update(self._plan, streams, model, silo.task, from_bytes(train.adapter), silo.records, settings)
-        )
+        bench, streams = self._workbench, Streams(bytes(32), digest)  # of public data batches may be predictable
+        model, settings = bench.model(train), bench.local_settings(train, self._config.policy)
+        adapter = from_bytes(train.adapter)
+        return to_bytes(public_update(self._plan, streams, model, bench.task, adapter, bench.records, settings))
+
+
+def _own_secret(files: SiloFiles, path: Path) -> bytes:
+    """One of the silo's keys, which it keeps for good once it has a ledger."""
+    return load_secret(path) if files.ledger.exists() else load_or_create_secret(path)

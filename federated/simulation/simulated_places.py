@@ -62,6 +62,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             budget_delta=privacy.budget_delta,
             max_epsilon_per_run=privacy.budget_epsilon,
             units=(privacy.unit,),
+            tasks=(config.federated.task,),
             releases_metrics=True,
             max_runs_per_day=MOST_SIMULATED_RUNS,
             max_open_runs=MOST_SIMULATED_RUNS,

@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket as socket_module
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,7 @@ from grpc_health.v1 import health_pb2
 from configs.errors import InputError
 from federated.protocol import silo_pb2 as pb
 from federated.protocol import silo_pb2_grpc
-from federated.protocol.framing import CHUNK_BYTES, SERVICE, chunks
-from federated.silo.reservations import QUEUE
-from federated.silo.silo import Silo
+from federated.protocol.framing import CHUNK_BYTES, QUEUE, SERVICE, chunks
 
 MAX_WAITING = 4  # whole requests that wait while one is answered; more are sent away
 MAX_TRANSFERS = 8  # requests and replies on their way at a time; a new one ends the one that has taken longest
@@ -91,11 +89,15 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
 
     A caller that gives up changes nothing: what is charged stays charged, and the stored reply waits for it. A place
     among the requests that wait is for those that have come whole.
+
+    Args:
+        handle: answers an envelope with one; what it raises means that no reply can leave.
+        max_request_bytes: of an envelope.
     """
 
-    def __init__(self, silo: Silo) -> None:
-        self._silo = silo
-        self._transfers = _Transfers(2 * silo.config.policy.max_request_bytes)
+    def __init__(self, handle: Callable[[bytes], bytes], max_request_bytes: int) -> None:
+        self._handle, self._max_request_bytes = handle, max_request_bytes
+        self._transfers = _Transfers(2 * max_request_bytes)
         self._places = threading.BoundedSemaphore(1 + MAX_WAITING)
         self._answers = True
 
@@ -125,11 +127,12 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
 
     def _received(self, parts: Iterator[pb.Chunk], context: Any) -> bytes:
         """The whole envelope; nobody makes the service hold more than the policy allows."""
-        largest, received = self._silo.config.policy.max_request_bytes, bytearray()
+        received = bytearray()
         for part in parts:
             received += part.data
-            if len(received) > largest:
-                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"max_request_bytes: allowed {largest}")
+            if len(received) > self._max_request_bytes:
+                allowed = f"max_request_bytes: allowed {self._max_request_bytes}"
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, allowed)
             self._transfers.holds(context, len(received))
         if not context.is_active():  # it has gone before anything was charged
             context.abort(grpc.StatusCode.CANCELLED, "the caller has gone")
@@ -138,7 +141,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
     def _answered(self, request: bytes, context: Any) -> bytes:
         reply = b""
         try:
-            reply = self._silo.handle(request)
+            reply = self._handle(request)
         except Exception:  # the audit log can't be written; and gRPC would send another exception's words
             self._answers = False
             context.abort(grpc.StatusCode.UNAVAILABLE, "no reply can leave now; ask again later")
@@ -183,11 +186,18 @@ def _status(reply: bytes) -> grpc.StatusCode | None:
     return grpc.StatusCode.RESOURCE_EXHAUSTED if used_up else grpc.StatusCode.PERMISSION_DENIED
 
 
-def serve(silo: Silo, address: str, tls: ServiceTls | None = None, mode: int = 0o600) -> tuple[grpc.Server, int]:
+def serve(
+    handle: Callable[[bytes], bytes],
+    max_request_bytes: int,
+    address: str,
+    tls: ServiceTls | None = None,
+    mode: int = 0o600,
+) -> tuple[grpc.Server, int]:
     """Starts the service.
 
     Args:
-        silo: answers.
+        handle: answers an envelope with one.
+        max_request_bytes: of an envelope.
         address: ``unix:PATH``, or ``HOST:PORT`` with ``tls``; port 0 takes a free one.
         tls: who may connect over the network.
         mode: permissions of the Unix socket, in force from its first moment on.
@@ -203,7 +213,7 @@ def serve(silo: Silo, address: str, tls: ServiceTls | None = None, mode: int = 0
         options=[("grpc.max_receive_message_length", 2 * CHUNK_BYTES)],
         maximum_concurrent_rpcs=10 * _THREADS,  # those that wait for a thread; none does for long
     )
-    servicer = SiloServicer(silo)
+    servicer = SiloServicer(handle, max_request_bytes)
     silo_pb2_grpc.add_SiloServicer_to_server(servicer, server)
     server.add_generic_rpc_handlers((_health(servicer),))
     if address.startswith("unix:"):

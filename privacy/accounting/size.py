@@ -121,6 +121,4 @@ def _gaussian(precision: float) -> float:
 
 
 def _refusal(asked: str, allowed: str, why: str) -> PolicyRefusal:
-    return PolicyRefusal(
-        f"accounting: {asked}, allowed {allowed}: {why}", rule="accounting", asked=asked, allowed=allowed
-    )
+    return PolicyRefusal.of("accounting", asked, allowed, f"{asked}, allowed {allowed}: {why}")

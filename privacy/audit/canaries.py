@@ -100,13 +100,11 @@ def probe_alone(plan: PrivacyPlan, streams: Streams, coins: npt.NDArray[np.bool_
     released = Released(optimizer, dict(probe.named_parameters()))
     PrivateTraining(
         plan,
-        streams,
         probe,
         optimizer,
-        np.flatnonzero(coins).tolist(),
         unit_losses=lambda batch: probe(torch.tensor(batch)),
         shape_of=lambda _: None,
         made_up=lambda _, number: range(number),
         synthetic=[0, 1, 2],
-    ).run()
+    ).run(streams, np.flatnonzero(coins).tolist())
     return gradient_scores(plan, released.gradients, "layer.weight")

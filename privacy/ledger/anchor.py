@@ -11,7 +11,7 @@ from pathlib import Path
 from configs.errors import InputError, SiloweaveError
 from configs.parse import parse
 from configs.storage.files import canonical_json, digest_bytes, write_atomic
-from privacy.ledger.chain import Entry, epoch, spends
+from privacy.ledger.chain import History
 from privacy.ledger.runs import Runs
 from privacy.ledger.statements import Receipt, Spend
 
@@ -47,14 +47,14 @@ class Anchor:
         return receipts
 
     def doubt(
-        self, path: Path, owner: tuple[str, str, str], entries: Callable[[], list[Entry]], *, expected: bool
+        self, path: Path, owner: tuple[str, str, str], history: Callable[[], History], *, expected: bool
     ) -> str | None:
         """Why a ledger may be an old one, in words for its steward; None where the anchor agrees with it.
 
         Args:
             path: the ledger, for the message.
             owner: its silo, dataset and public key.
-            entries: reads them; called after the anchor is read, so that a silo in service is never ahead of itself.
+            history: reads the entries; called after the anchor is read: a silo at work is never ahead of itself.
             expected: whether there has to be an anchor.
         """
         try:
@@ -68,7 +68,7 @@ class Anchor:
             return f"{self.path}: the anchor of silo {first.silo!r} and dataset {first.dataset!r}"
         if first.public_key != owner[2]:
             return f"{self.path}: the anchor was signed with another key than {path} is"
-        present = entries()
+        present = history()
         reasons = (against(receipt, present) for receipt in receipts)
         return next((f"{path}: {reason}" for reason in reasons if reason), None)
 
@@ -81,33 +81,33 @@ class Anchor:
         write_atomic(self.path, canonical_json([receipt.model_dump(mode="json") for receipt in receipts]), mode=0o600)
 
 
-def against(receipt: Receipt, entries: list[Entry]) -> str | None:
+def against(receipt: Receipt, history: History) -> str | None:
     """Why a genuine receipt of this ledger speaks against its entries; None where it doesn't.
 
     A head in the chain is no evidence. Nor is one from before the last reconciliation of which nothing is missing:
     every run that was open then was closed by it, so that nothing that it lost can be asked for again.
     """
-    if _in_chain(receipt, entries) or (receipt.epoch < epoch(entries) and not missing(receipt, entries)):
+    if _in_chain(receipt, history) or (receipt.epoch < history.epoch and not missing(receipt, history)):
         return None
     return f"entry {receipt.number} was signed and is not in the ledger: an old or other ledger was put back"
 
 
-def missing(receipt: Receipt, entries: list[Entry]) -> list[Spend]:
+def missing(receipt: Receipt, history: History) -> list[Spend]:
     """What a receipt proves to be spent, and the entries don't charge.
 
     A head that is not in the chain is one of another branch. A run that was reserved before the two parted and charged
     since may have released one round in both: its reservation counts once more, under a name of its own.
     """
-    if _in_chain(receipt, entries):
+    if _in_chain(receipt, history):
         return []
-    known = {spend.entry for spend in spends(entries)}
-    return [spend for spend in (*receipt.spends, *_in_both(receipt, entries)) if spend.entry not in known]
+    known = {spend.entry for spend in history.spends}
+    return [spend for spend in (*receipt.spends, *_in_both(receipt, history)) if spend.entry not in known]
 
 
-def _in_both(receipt: Receipt, entries: list[Entry]) -> list[Spend]:
-    shared, bodies = {spend.entry for spend in receipt.spends}, [json.loads(entry["body"]) for entry in entries]
-    hashes = {body["number"]: entry["hash"] for entry, body in zip(entries, bodies, strict=True)}
-    runs = [run for run in Runs(bodies) if hashes[run.opening["number"]] in shared]
+def _in_both(receipt: Receipt, history: History) -> list[Spend]:
+    shared = {spend.entry for spend in receipt.spends}
+    hashes = {entry["number"]: entry["hash"] for entry in history.entries}
+    runs = [run for run in Runs(history.bodies) if hashes[run.opening["number"]] in shared]
     parted = max((run.opening["number"] for run in runs), default=0)  # or later: nobody can tell
     return [
         Spend(
@@ -120,5 +120,6 @@ def _in_both(receipt: Receipt, entries: list[Entry]) -> list[Spend]:
     ]
 
 
-def _in_chain(receipt: Receipt, entries: list[Entry]) -> bool:
+def _in_chain(receipt: Receipt, history: History) -> bool:
+    entries = history.entries
     return receipt.number <= len(entries) and entries[receipt.number - 1]["hash"] == receipt.head

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,71 @@ class Budget:
     delta: float
 
 
-def read_entries(connection: sqlite3.Connection) -> list[Entry]:
-    """All entries of an open ledger file, oldest first."""
-    rows = connection.execute("SELECT number, body, previous, hash, signature FROM entries ORDER BY number").fetchall()
-    return [dict(zip(("number", "body", "previous", "hash", "signature"), row, strict=True)) for row in rows]
+@dataclass(frozen=True)
+class History:
+    """The entries of a ledger at one moment, oldest first, and what they say.
+
+    Attributes:
+        entries: {"number", "body", "previous", "hash", "signature"} each.
+        bodies: the decoded ``body`` of each.
+    """
+
+    entries: list[Entry]
+    bodies: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, entries: list[Entry]) -> "History":
+        """That of some entries."""
+        return cls(entries, [json.loads(entry["body"]) for entry in entries])
+
+    @property
+    def spends(self) -> tuple[Spend, ...]:
+        """Every spend under its own name: the reservations, and the lost ones that reconciliations took in again."""
+        found: list[Spend] = []
+        for entry, body in zip(self.entries, self.bodies, strict=True):
+            if body["kind"] == "reserve":
+                found.append(Spend(entry=entry["hash"], epsilon=body["epsilon"], delta=body["delta"]))
+            elif body["kind"] == "reconcile":
+                found.extend(Spend(**spend) for spend in body["spends"])
+        return tuple(found)
+
+    @property
+    def epoch(self) -> int:
+        """How often the ledger has been reconciled, counting what receipts of lost branches tell."""
+        return max((body["epoch"] for body in self.bodies if body["kind"] == "reconcile"), default=0)
+
+
+class Reader:
+    """Reads an open ledger file: each entry once, and then what was added since.
+
+    Entries are never changed or deleted, and each one's hash stands for all before it. So as long as the last one that
+    was read is in the file as it was, all before it are; where it isn't (an append was rolled back, or the file itself
+    was), everything is read anew.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+        self._known = History([], [])
+
+    def read(self) -> History:
+        """The entries that are there now. Nobody may change what the bodies say."""
+        with self._lock:
+            known, last = self._known, self._known.entries[-1:]
+            found = read_entries(self._connection, last[0]["number"] if last else 1)
+            if last and found[:1] != last:
+                known, last, found = History([], []), [], read_entries(self._connection)
+            new = History.of(found[len(last) :])
+            self._known = History(known.entries + new.entries, known.bodies + new.bodies)
+            return self._known
+
+
+def read_entries(connection: sqlite3.Connection, first: int = 1) -> list[Entry]:
+    """The entries of an open ledger file from a number on, oldest first."""
+    columns = ("number", "body", "previous", "hash", "signature")
+    rows = connection.execute(
+        "SELECT number, body, previous, hash, signature FROM entries WHERE number >= ? ORDER BY number", (first,)
+    )
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def entry_hash(previous: str, body: str) -> str:
@@ -77,24 +139,6 @@ def spent_since(bodies: list[dict[str, Any]], since: float) -> float:
         if body["kind"] in SPENDING and latest >= since:
             total += body["epsilon"]
     return total
-
-
-def spends(entries: list[Entry]) -> tuple[Spend, ...]:
-    """Every spend under its own name: the reservations, and the lost ones that reconciliations took in again."""
-    found: list[Spend] = []
-    for entry in entries:
-        body = json.loads(entry["body"])
-        if body["kind"] == "reserve":
-            found.append(Spend(entry=entry["hash"], epsilon=body["epsilon"], delta=body["delta"]))
-        elif body["kind"] == "reconcile":
-            found.extend(Spend(**spend) for spend in body["spends"])
-    return tuple(found)
-
-
-def epoch(entries: list[Entry]) -> int:
-    """How often the ledger has been reconciled, counting what receipts of lost branches tell."""
-    bodies = (json.loads(entry["body"]) for entry in entries)
-    return max((body["epoch"] for body in bodies if body["kind"] == "reconcile"), default=0)
 
 
 def verify_entries(entries: list[Entry], origin: str, public_key: str | None = None) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ plan that it took part in, and ``unnoised``, one for each update, before the fir
 
 from typing import Any
 
-from configs.errors import refusal
+from configs.errors import PolicyRefusal
 from privacy.ledger.journal import Journal
 from privacy.ledger.limits import Limits, check_runs
 from privacy.ledger.runs import Run, Runs, named
@@ -45,7 +45,7 @@ def entrust(journal: Journal, run_id: str, plan: PlanRequest, aggregator: str, l
             )
         elif (before.opening["kind"], before.opening["plan_digest"]) != (ENTRUST, plan.digest):
             reserved = before.opening["plan_digest"]
-            raise refusal("reservation", plan.digest, reserved, f"run {run_id} has another plan")
+            raise PolicyRefusal.of("reservation", plan.digest, reserved, f"run {run_id} has another plan")
 
 
 def entrusted(journal: Journal, run_id: str, aggregator: str) -> dict[str, Any] | None:
@@ -71,19 +71,27 @@ def record_update(
     with journal.transaction():
         run = _run(journal, run_id, aggregator)
         if run is None:
-            raise refusal("reservation", run_id, "an entrusted run", f"run {run_id} was not entrusted with updates")
+            raise PolicyRefusal.of(
+                "reservation", run_id, "an entrusted run", f"run {run_id} was not entrusted with updates"
+            )
         if run.closing is not None:
-            raise refusal("closed", run_id, "an open run", run.end)
+            raise PolicyRefusal.of("closed", run_id, "an open run", run.end)
         before = run.charge(request=request_id)
         if before is not None:
             if (before["digest"], before["round"]) != (request_digest, round_number):
-                raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
+                raise PolicyRefusal.of(
+                    "request_id", request_digest, before["digest"], f"request {request_id} was another one"
+                )
             return
         most = run.opening["plan"]["rounds"]
         if not 1 <= round_number <= most:
-            raise refusal("schedule", f"round {round_number}", f"1 to {most}", f"run {run_id} has {most} rounds")
+            raise PolicyRefusal.of(
+                "schedule", f"round {round_number}", f"1 to {most}", f"run {run_id} has {most} rounds"
+            )
         if run.charge(round=round_number) is not None:
-            raise refusal("schedule", f"round {round_number}", "a new one", f"its update of run {run_id} has left")
+            raise PolicyRefusal.of(
+                "schedule", f"round {round_number}", "a new one", f"its update of run {run_id} has left"
+            )
         journal.append(
             UNNOISED,
             run=run_id,

@@ -23,7 +23,6 @@ from configs.storage.sealing import (
 )
 from privacy.ledger.chain import Entry, read_entries
 
-LEDGER_FILE = "ledger.sqlite"
 # The same tables. Version 2 has an anchor, and may hold entries that tell of it; in version 3 a run's name is its
 # coordinator's own, and so two runs may have one name.
 UNANCHORED, ANCHORED, OWNED = 1, 2, 3

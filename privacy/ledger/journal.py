@@ -14,24 +14,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, SiloweaveError, refusal
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.storage.files import canonical_json
+from configs.storage.layout import SiloFiles
 from privacy.ledger.anchor import Anchor, against
 from privacy.ledger.chain import (
     GENESIS,
     Budget,
     Entry,
+    History,
+    Reader,
     entry_hash,
-    epoch,
     find,
     left,
     policy_budget,
-    read_entries,
-    spends,
 )
 from privacy.ledger.file import (
     ANCHORED,
-    LEDGER_FILE,
     SCHEMA_VERSION,
     connect,
     empty_write_ahead_log,
@@ -62,12 +61,14 @@ class Journal:
     def __init__(self, state_dir: Path, anchor_dir: Path, silo_id: str, dataset_id: str) -> None:
         state_dir.mkdir(parents=True, exist_ok=True)
         state_dir.chmod(0o700)
-        self.path, key = state_dir / LEDGER_FILE, state_dir / "silo.key"
+        files = SiloFiles(state_dir)
+        self.path, key = files.ledger, files.key
         if self.path.exists() and not key.exists():
             raise InputError(f"{key}: the key that signed {self.path} is missing; put its backup back")
         self.signer, self.anchor = Signer(key), Anchor(anchor_dir)
         self.silo_id, self.dataset_id = silo_id, dataset_id
         self.db = connect(self.path)
+        self._reader = Reader(self.db)
 
     # Transactions
 
@@ -138,20 +139,24 @@ class Journal:
         elif policy_budget(bodies) != budget:
             self.append("policy", **asdict(budget))
 
+    def history(self) -> History:
+        """All entries and what they say, at one moment: another process may append between two looks."""
+        return self._reader.read()
+
     def entries(self) -> list[Entry]:
-        """All entries, oldest first: {"number", "body", "previous", "hash", "signature"}."""
-        return read_entries(self.db)
+        """All entries, oldest first."""
+        return self.history().entries
 
     def bodies(self) -> list[dict[str, Any]]:
         """What the entries say, oldest first."""
-        return [json.loads(row[0]) for row in self.db.execute("SELECT body FROM entries ORDER BY number")]
+        return self.history().bodies
 
     # Against rollback
 
     def receipt(self, run_id: str = "", coordinator: str = "") -> Receipt:
         """The present head, signed, with what a coordinator's run has reserved and what is left."""
-        entries = self.entries()  # read once: another process may append between two looks
-        bodies = [json.loads(entry["body"]) for entry in entries]
+        history = self.history()
+        entries, bodies = history.entries, history.bodies
         remaining, run = left(bodies), Runs(bodies).of(run_id, coordinator)
         reservation = run.opening if run is not None and run.opening["kind"] == "reserve" else {}
         return Receipt(
@@ -161,14 +166,14 @@ class Journal:
             run=run_id,
             number=len(entries),
             head=entries[-1]["hash"],
-            epoch=epoch(entries),
+            epoch=history.epoch,
             plan_digest=reservation.get("plan_digest", ""),
             public_record_count=reservation.get("public_record_count", 0),
             epsilon_reserved=reservation.get("epsilon", 0.0),
             delta_reserved=reservation.get("delta", 0.0),
             epsilon_left=remaining.epsilon,
             delta_left=remaining.delta,
-            spends=spends(entries),
+            spends=history.spends,
         ).signed(self.signer)
 
     def is_own(self, receipt: Receipt) -> bool:
@@ -179,12 +184,12 @@ class Journal:
         """Why the file may be an old one, in words for the steward; None where anchor and file agree."""
         owner = (self.silo_id, self.dataset_id, self.signer.public_key)
         # Until its first anchor is written a file says so by its version: a crash before that is no doubt.
-        return self.anchor.doubt(self.path, owner, self.entries, expected=version_of(self.db) >= ANCHORED)
+        return self.anchor.doubt(self.path, owner, self.history, expected=version_of(self.db) >= ANCHORED)
 
     def refuse_doubt(self) -> None:
         """Raises a PolicyRefusal where anchor and file disagree. Its words name no place: they leave the silo."""
         if self.doubt() is not None:
-            raise refusal(
+            raise PolicyRefusal.of(
                 "rollback", "a request", "none", f"the silo's ledger is in doubt; its steward runs {RECONCILE}"
             )
 
@@ -204,8 +209,10 @@ class Journal:
             if receipt is None:
                 return
             if not self.is_own(receipt) or receipt.public_key != self.signer.public_key or not receipt.holds():
-                raise refusal("receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt")
-            if against(receipt, self.entries()) is not None:
+                raise PolicyRefusal.of(
+                    "receipt", "a receipt that this silo did not sign", "its own", "not this silo's receipt"
+                )
+            if against(receipt, self.history()) is not None:
                 self.anchor.write([self.receipt(), receipt])
                 self.refuse_doubt()
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, refusal
+from configs.errors import InputError, PolicyRefusal
 from configs.storage.files import digest_bytes
 from privacy.ledger.chain import Budget, left, policy_budget, releases, verify_entries
 from privacy.ledger.journal import RECONCILE, Journal, default_anchor_dir
+from privacy.ledger.kept_replies import gone, too_old
 from privacy.ledger.limits import Limits, check_runs, check_spend, check_unit
 from privacy.ledger.runs import Run, Runs, named
 from privacy.ledger.statements import Receipt, RunStatement
@@ -163,10 +164,10 @@ class Ledger:
                     delta=request.delta,
                 )
             elif before.opening["kind"] != "reserve":
-                raise refusal("reservation", run_id, "another run", f"run {run_id} was entrusted with updates")
+                raise PolicyRefusal.of("reservation", run_id, "another run", f"run {run_id} was entrusted with updates")
             elif before.opening["plan_digest"] != request.digest:
                 reserved = before.opening["plan_digest"]
-                raise refusal("reservation", request.digest, reserved, f"run {run_id} reserved another plan")
+                raise PolicyRefusal.of("reservation", request.digest, reserved, f"run {run_id} reserved another plan")
         return self.receipt(run_id, coordinator)
 
     def charge(
@@ -186,23 +187,48 @@ class Ledger:
             PolicyRefusal: no reservation of this coordinator's, closed, used id or round with another content, or no
                 such round in the plan.
         """
+        what = _what(number, metric)
         with self.journal.transaction():
-            run = _reserved(self.journal.bodies(), run_id, coordinator)
-            if run is None:
-                raise refusal("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
-            before = run.charge(request=request_id)
-            if before is None:
-                what = {"round": 0, "metric": metric, "metric_number": number} if metric else {"round": number}
-                _check_release(run, what)
+            charge = self._known(run_id, request_id, request_digest, what, coordinator)
+            if charge is None:
                 owner = named(coordinator)
                 charge = self._new_charge(request_digest, run=run_id, **owner, request=request_id, **what)
-            elif before["digest"] != request_digest:
-                raise refusal("request_id", request_digest, before["digest"], f"request {request_id} was another one")
-            else:
-                charge = self._stored(before["number"], run)
         if charge.reply is not None:
             self.journal.scrub()  # it may have failed when the reply was stored, and the seed may still be there
         return charge
+
+    def reply(
+        self, run_id: str, request_id: str, request_digest: str, number: int, metric: str = "", coordinator: str = ""
+    ) -> bytes | None:
+        """The reply that is stored for a request; None where ``charge`` would give a seed. Charges nothing.
+
+        Raises:
+            PolicyRefusal: as ``charge``.
+        """
+        with self.journal.transaction():
+            charge = self._known(run_id, request_id, request_digest, _what(number, metric), coordinator)
+        if charge is None or charge.reply is None:
+            return None
+        self.journal.scrub()
+        return charge.reply
+
+    def _known(
+        self, run_id: str, request_id: str, request_digest: str, what: dict[str, Any], coordinator: str
+    ) -> Charge | None:
+        """The charge of a request that was charged before; None for one that may be charged now."""
+        bodies = self.journal.bodies()
+        run = _reserved(bodies, run_id, coordinator)
+        if run is None:
+            raise PolicyRefusal.of("reservation", run_id, "a reserved run", f"run {run_id} has reserved nothing")
+        before = run.charge(request=request_id)
+        if before is None:
+            _check_release(run, what)
+            return None
+        if before["digest"] != request_digest:
+            raise PolicyRefusal.of(
+                "request_id", request_digest, before["digest"], f"request {request_id} was another one"
+            )
+        return self._stored(before["number"], run, bodies)
 
     def _new_charge(self, request_digest: str, **values: Any) -> Charge:
         number = self.journal.append("charge", **values, digest=request_digest, seed_source=self._seed_origin)
@@ -210,19 +236,17 @@ class Ledger:
         self.journal.db.execute("INSERT INTO seeds VALUES (?, ?)", (number, seed))
         return Charge(number, seed, None)
 
-    def _stored(self, number: int, run: Run) -> Charge:
+    def _stored(self, number: int, run: Run, bodies: list[dict[str, Any]]) -> Charge:
         reply = self.journal.db.execute("SELECT reply FROM replies WHERE charge = ?", (number,)).fetchone()
         if reply is not None:
             return Charge(number, None, reply[0])
         seed = self.journal.db.execute("SELECT seed FROM seeds WHERE charge = ?", (number,)).fetchone()
-        if run.closing is not None:
-            raise refusal("closed", run.name, "an open run", f"run {run.name} is closed and its replies are deleted")
-        if seed is None:  # a backup, which holds no seeds, was put back
-            raise refusal("seed", run.name, "a kept seed", f"charge {number} has lost its seed; it stays spent")
+        if seed is None:
+            raise gone(run, number, bodies)
         return Charge(number, seed[0], None)
 
     def release(self, number: int, run_id: str, reply: bytes) -> bytes:
-        """Stores a charge's reply and erases its seed.
+        """Stores a charge's reply and erases its seed; older replies of its run make room.
 
         Returns:
             The stored reply, which may be sent: another process may have answered the same request before.
@@ -235,13 +259,17 @@ class Ledger:
         return reply if stored is None else bytes(stored[0])
 
     def _store(self, number: int, run_id: str, reply: bytes) -> None:
-        if self.journal.db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
-            raise refusal("closed", run_id, "an open run", f"run {run_id} was closed before this reply was stored")
+        bodies, db = self.journal.bodies(), self.journal.db
+        run = next(run for run in Runs(bodies) if run.charge(number=number) is not None)
+        if db.execute("SELECT 1 FROM seeds WHERE charge = ?", (number,)).fetchone() is None:
+            raise gone(run, number, bodies)
         self.journal.append(
             "release", run=run_id, charge=number, reply_digest=digest_bytes(reply), reply_bytes=len(reply)
         )
-        self.journal.db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
-        self.journal.db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
+        db.execute("INSERT INTO replies VALUES (?, ?)", (number, reply))
+        db.execute("DELETE FROM seeds WHERE charge = ?", (number,))
+        older = [(charge,) for charge in too_old(run, self.journal.bodies())]
+        db.executemany("DELETE FROM replies WHERE charge = ?", older)
 
     def close(self, run_id: str, coordinator: str = "") -> Receipt:
         """Ends a run: nothing more can be charged to it, its seeds and stored replies are deleted. Refunds nothing."""
@@ -273,7 +301,7 @@ class Ledger:
             number=number,
             head=self.entries()[number - 1]["hash"],
             attests_disjoint_units=attests_disjoint_units,
-            seed_source=seed_source(run.charges),
+            seed_source=run.seed_source,
             versions=versions,
         ).signed(self.journal.signer)
 
@@ -292,21 +320,20 @@ def _check_new(
     check_spend(bodies, coordinator, epsilon, request.delta, limits)
 
 
+def _what(number: int, metric: str) -> dict[str, Any]:
+    """What a charge is for, as its entry says it."""
+    return {"round": 0, "metric": metric, "metric_number": number} if metric else {"round": number}
+
+
 def _check_release(run: Run, what: dict[str, Any]) -> None:
     if run.closing is not None:
-        raise refusal("closed", run.name, "an open run", run.end)
+        raise PolicyRefusal.of("closed", run.name, "an open run", run.end)
     metric, number = what.get("metric", ""), what.get("metric_number", what["round"])
     shown, most = f"{metric or 'round'} {number}", releases(run.opening["plan"], metric)
     if not 1 <= number <= most:
-        raise refusal("schedule", shown, f"1 to {most}", f"run {run.name} reserved {most} of them")
+        raise PolicyRefusal.of("schedule", shown, f"1 to {most}", f"run {run.name} reserved {most} of them")
     if run.charge(**what) is not None:
-        raise refusal("schedule", shown, "a new one", f"{shown} of {run.name} is charged")
-
-
-def seed_source(charges: list[dict[str, Any]]) -> Any:
-    """Where the seeds of some charges came from: the worst of them speaks for all."""
-    sources = {charge.get("seed_source", "not recorded") for charge in charges}
-    return next((source for source in ("injected", "not recorded") if source in sources), "operating system")
+        raise PolicyRefusal.of("schedule", shown, "a new one", f"{shown} of {run.name} is charged")
 
 
 def _refuse_old(journal: Journal) -> None:

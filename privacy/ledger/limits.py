@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from configs.errors import PolicyRefusal, refusal
+from configs.errors import PolicyRefusal
 from privacy.ledger.chain import Budget, left, spent_since
 from privacy.ledger.journal import Journal
 from privacy.ledger.runs import Runs
@@ -38,14 +38,14 @@ def check_runs(bodies: list[dict[str, Any]], coordinator: str, limits: Limits) -
     since = Journal.now(_latest(bodies)) - DAY_S
     today, open_now = sum(run.opening["time"] >= since for run in own), sum(run.closing is None for run in own)
     if limits.runs_per_day is not None and today >= limits.runs_per_day:
-        raise refusal(
+        raise PolicyRefusal.of(
             "max_runs_per_day",
             f"{today + 1}",
             f"{limits.runs_per_day}",
             f"{today} runs of this coordinator were opened within 24 hours; wait, or ask the steward to raise it",
         )
     if limits.open_runs is not None and open_now >= limits.open_runs:
-        raise refusal(
+        raise PolicyRefusal.of(
             "max_open_runs",
             f"{open_now + 1}",
             f"{limits.open_runs}",
@@ -75,7 +75,7 @@ def check_unit(bodies: list[dict[str, Any]], unit: str) -> None:
     """A ledger's sum is the spend of one unit: what records and clients spend has no sum."""
     units = {body["plan"].get("unit", "record") for body in bodies if body["kind"] == "reserve"}
     if units - {unit}:
-        raise refusal("unit", unit, ", ".join(units), "this ledger is of another unit")
+        raise PolicyRefusal.of("unit", unit, ", ".join(units), "this ledger is of another unit")
 
 
 def _latest(bodies: list[dict[str, Any]]) -> float:
@@ -85,12 +85,12 @@ def _latest(bodies: list[dict[str, Any]]) -> float:
 def _check_left(remaining: Budget, epsilon: float, delta: float) -> None:
     for name, asked, there in (("epsilon", epsilon, remaining.epsilon), ("delta", delta, remaining.delta)):
         if asked > there * (1 + 1e-12):
-            raise PolicyRefusal(
-                f"budget_{name}: the run needs {name} {asked:.4g} and this dataset has {max(there, 0):.4g} left; "
+            raise PolicyRefusal.of(
+                f"budget_{name}",
+                f"{asked:.6g}",
+                f"{max(there, 0):.6g}",
+                f"the run needs {name} {asked:.4g} and this dataset has {max(there, 0):.4g} left; "
                 f"lower privacy.{name}, or ask the steward to raise the budget",
-                rule=f"budget_{name}",
-                asked=f"{asked:.6g}",
-                allowed=f"{max(there, 0):.6g}",
             )
 
 
@@ -100,7 +100,7 @@ def _check_number(bodies: list[dict[str, Any]], coordinator: str) -> None:
     own = sum(body["kind"] == "reserve" and body.get("coordinator") == coordinator for body in bodies)
     for number, most, whose in ((spent, LARGEST_NUMBER_OF_SPENDS, ""), (own, LARGEST_SHARE, " of yours")):
         if number >= most:
-            raise refusal(
+            raise PolicyRefusal.of(
                 "max_reservations",
                 f"{number + 1}",
                 f"{most}",
@@ -123,7 +123,7 @@ def _check_day(bodies: list[dict[str, Any]], epsilon: float, limit: float | None
                 f"the ledger's last signed time is {ahead:.0f} days ahead of this machine's clock: ask the steward "
                 "to mend the clock, or to raise policy.max_epsilon_per_day"
             )
-        raise refusal(
+        raise PolicyRefusal.of(
             "max_epsilon_per_day",
             f"{epsilon:.6g}",
             f"{max(remaining, 0):.6g}",

@@ -13,9 +13,10 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.parse import parse
+from configs.storage.layout import SiloFiles
 from privacy.ledger.anchor import Anchor, against, missing
-from privacy.ledger.chain import Budget, epoch, left, policy_budget, verify_entries
-from privacy.ledger.file import ANCHORED, LEDGER_FILE, read_only, read_version
+from privacy.ledger.chain import Budget, left, policy_budget, verify_entries
+from privacy.ledger.file import ANCHORED, read_only, read_version
 from privacy.ledger.journal import Journal, default_anchor_dir
 from privacy.ledger.runs import Runs
 from privacy.ledger.statements import Receipt, Spend
@@ -74,17 +75,17 @@ def reconcile(journal: Journal, budget: Budget, receipts: list[Receipt]) -> Reco
 
 
 def _take_in(journal: Journal, doubt: str | None, receipts: list[Receipt]) -> Reconciled:
-    entries, bodies = journal.entries(), journal.bodies()
+    history = journal.history()
     if doubt is None:
-        return Reconciled(None, 0, (), 0, (), left(bodies))
-    lost = {spend.entry: spend for receipt in receipts for spend in missing(receipt, entries)}
+        return Reconciled(None, 0, (), 0, (), left(history.bodies))
+    lost = {spend.entry: spend for receipt in receipts for spend in missing(receipt, history)}
     proven = {spend.entry for receipt in receipts for spend in receipt.spends}
-    runs = Runs(bodies).open()
+    runs = Runs(history.bodies).open()
     for run in runs:
         journal.end(run)
     journal.append(
         "reconcile",
-        epoch=1 + max([epoch(entries), *(receipt.epoch for receipt in receipts)]),
+        epoch=1 + max([history.epoch, *(receipt.epoch for receipt in receipts)]),
         anchor=journal.anchored()[1],
         receipts=[{"number": receipt.number, "head": receipt.head} for receipt in receipts],
         spends=[spend.model_dump() for spend in lost.values()],
@@ -107,8 +108,8 @@ def _check_own(journal: Journal, receipt: Receipt, keys: set[str]) -> None:
 
 
 def _first_against(journal: Journal, receipts: list[Receipt]) -> str | None:
-    entries = journal.entries()
-    reasons = (against(receipt, entries) for receipt in receipts)
+    history = journal.history()
+    reasons = (against(receipt, history) for receipt in receipts)
     return next((f"{journal.path}: {reason}" for reason in reasons if reason), None)
 
 
@@ -148,7 +149,7 @@ def identity(state_dir: Path) -> tuple[str, str, Budget]:
     Raises:
         InputError: there is neither, or the anchor is not where one is found without the silo.toml.
     """
-    path, anchor = state_dir / LEDGER_FILE, Anchor(default_anchor_dir(state_dir))
+    path, anchor = SiloFiles(state_dir).ledger, Anchor(default_anchor_dir(state_dir))
     entries = read_only(path) if path.exists() else []
     anchored = anchor.read()
     if not entries:

@@ -52,6 +52,12 @@ class Run:
         """Rounds that may have been released."""
         return sum(body["round"] > 0 for body in self.charges)
 
+    @property
+    def seed_source(self) -> Any:
+        """Where the seeds of its charges came from: the worst of them speaks for all."""
+        sources = {body.get("seed_source", "not recorded") for body in self.charges}
+        return next((source for source in ("injected", "not recorded") if source in sources), "operating system")
+
     def charge(self, **values: Any) -> Body | None:
         """Its first charge with these values."""
         found = (body for body in self.charges if all(body.get(name) == value for name, value in values.items()))

@@ -31,12 +31,12 @@ _FARTHEST_NORM = 1000.0
 class PrivateTraining(Generic[Unit]):
     """The steps of one charge on the trainable parameters of a model.
 
+    All that needs neither private units nor the charge is here, and ``prove`` proves it: a caller can charge after it.
+
     Attributes:
         plan: everything the guarantee depends on.
-        streams: the charge's random streams.
         model: its trainable parameters belong to layers that the clipping method knows.
         optimizer: any torch optimizer over the trainable parameters.
-        units: the private units.
         unit_losses: loss of each unit, shape (B,), each a function of that unit alone; the units are of one shape.
         shape_of: everything about a unit that decides the shape of its computation: its padded length, for instance.
         made_up: so many made-up units of a shape, all different, to prove that they may be computed together.
@@ -47,10 +47,8 @@ class PrivateTraining(Generic[Unit]):
     """
 
     plan: PrivacyPlan
-    streams: Streams
     model: Any
     optimizer: torch.optim.Optimizer
-    units: Sequence[Unit]
     unit_losses: Callable[[Sequence[Unit]], torch.Tensor]
     shape_of: Callable[[Unit], Hashable]
     made_up: Callable[[Any, int], Sequence[Unit]]
@@ -58,56 +56,80 @@ class PrivateTraining(Generic[Unit]):
     micro_batch_size: int = 16
     method: ClippingMethod = "bookkeeping"
     steps_done: int = field(default=0, init=False)
+    _proved: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.max_grad_norm = self.plan.request.max_grad_norm
         self._parameters = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
-    def run(self, at_most: int | None = None) -> None:
-        """The steps that are left of this charge, or the next few of them.
-
-        Args:
-            at_most: stop after so many, to take a ``state_dict``.
+    def prove(self) -> None:
+        """The start-up proof, on made-up units: it counts for the next ``run``.
 
         Raises:
             InputError: the model has parameters whose per-record gradients are wrong or unknown.
         """
-        self.model.train()
-        automatic = self.plan.request.clipping_function == "automatic"
-        with clipping(self.model, self.max_grad_norm, self.method, automatic=automatic) as clipper:
+        with self._clipping() as clipper:
             probe(clipper, self.unit_losses, self.synthetic)
+        self._proved = True
+
+    def run(self, streams: Streams, units: Sequence[Unit], at_most: int | None = None) -> None:
+        """The steps that are left of this charge, or the next few of them. Proves first where nobody did.
+
+        Args:
+            streams: the charge's random streams.
+            units: the private units.
+            at_most: stop after so many, to take a ``state_dict``.
+
+        Raises:
+            InputError: as ``prove``.
+        """
+        if not self._proved:
+            self.prove()
+        self._proved = False  # the weights move on
+        with self._clipping() as clipper:
             together = Together(clipper, self.unit_losses, self.shape_of, self.made_up, self.micro_batch_size)
             left = range(self.steps_done, self.plan.request.steps_per_round)
             for step in left[:at_most]:
-                with _seeded(self.streams, step):
-                    self._step(clipper, together, step)
+                with _seeded(streams, step):
+                    self._step(clipper, together, streams, units, step)
 
-    def _step(self, clipper: Clipper, together: Together[Unit], step: int) -> None:
+    @contextmanager
+    def _clipping(self) -> Iterator[Clipper]:
+        self.model.train()
+        automatic = self.plan.request.clipping_function == "automatic"
+        with clipping(self.model, self.max_grad_norm, self.method, automatic=automatic) as clipper:
+            yield clipper
+
+    def _step(
+        self, clipper: Clipper, together: Together[Unit], streams: Streams, units: Sequence[Unit], step: int
+    ) -> None:
         plan = self.plan
         # 1. Every unit is in the batch with probability q; the batch may be empty.
-        batch = [self.units[index] for index in sample(plan, self.streams, step, len(self.units))]
+        batch = [units[index] for index in sample(plan, streams, step, len(units))]
         # 2. Forward, backward and clipping, of units together where none changes another one's bits.
         norms = [clipper.accumulate(self.unit_losses, units) for units in together.cut(batch)]
         # 3. Noise once on the sum, then the public normaliser.
         noise_std = plan.noise_std * self.max_grad_norm / plan.request.max_grad_norm
         for name, clipped_sum in clipper.take().items():
-            release = noised(clipped_sum, noise_std, self.streams, step, name)
+            release = noised(clipped_sum, noise_std, streams, step, name)
             parameter = self._parameters[name]
             parameter.grad = (release / plan.expected_batch_size).to(parameter.dtype)
         if plan.request.clipping_function == "quantile":
-            self.max_grad_norm = clipper.max_grad_norm = self._next_norm(norms, step)
+            self.max_grad_norm = clipper.max_grad_norm = self._next_norm(norms, streams, step)
         # 4. From here on only noised values are seen.
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done = step + 1
 
-    def _next_norm(self, norms: list[torch.Tensor], step: int) -> float:
+    def _next_norm(self, norms: list[torch.Tensor], streams: Streams, step: int) -> float:
         """The clipping norm after this step, by a noised count of the gradients that were not shortened."""
         below = sum(float((norms_B <= self.max_grad_norm).double().sub(0.5).sum()) for norms_B in norms)
         # A parameter's name is never empty: this stream is no parameter's.
-        count = noised(torch.tensor([below]), self.plan.count_noise_std, self.streams, step, "").item()
+        count = noised(torch.tensor([below]), self.plan.count_noise_std, streams, step, "").item()
         share = 0.5 + count / self.plan.expected_batch_size
-        moved = self.max_grad_norm * math.exp(-_NORM_RATE * (share - self.plan.request.target_quantile))
+        farther = -_NORM_RATE * (share - self.plan.request.target_quantile)
+        # Of a tiny expected batch the noised share has no bound, and exp has; what this cuts off is cut off below, too.
+        moved = self.max_grad_norm * math.exp(min(farther, 2 * math.log(_FARTHEST_NORM)))
         start = self.plan.request.max_grad_norm
         lowest, highest = max(start / _FARTHEST_NORM, SMALLEST_NORM), min(start * _FARTHEST_NORM, LARGEST_NORM)
         return min(max(moved, lowest), highest)
@@ -130,6 +152,7 @@ class PrivateTraining(Generic[Unit]):
         """
         if state["plan"] != self.plan.request.digest:
             raise InputError(f"state of plan {state['plan']}: this training has plan {self.plan.request.digest}")
+        self._proved = False
         self.steps_done, self.max_grad_norm = state["steps_done"], state["max_grad_norm"]
         self.optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():

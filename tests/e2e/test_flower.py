@@ -45,7 +45,7 @@ from configs.schema.schema import RunConfig
 from configs.schema.silo import load_silo
 from configs.storage.manifests import require_manifest
 from federated.adapters.arrays import to_bytes
-from federated.coordinator import server_app
+from federated.coordinator import rounds
 from federated.coordinator.parties import Parties
 from federated.coordinator.trusted_aggregator import FOLDER
 from federated.identity.keys import load_or_create_key
@@ -140,7 +140,7 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
         return Silo(load_silo(silo), injected_seed=SEED)
 
     with LocalGrid(shared_ray, open_silo, [NAME], workers=1, threads=1) as grid:
-        server_app.run_federation(grid, config, model, over_grid, parties, lambda _: None)
+        rounds.run_federation(grid, config, model, over_grid, parties, lambda _: None)
     assert adapter(over_flower, 0) == adapter(over_grid, 0)
     assert adapter(over_flower, 1) != adapter(over_flower, 0)
     assert adapter(over_flower, 1) == adapter(over_grid, 1)
@@ -224,7 +224,7 @@ def training(tiny_run, plan: PlanRequest) -> pb.Train:
         base_model_digest=require_manifest(tiny_run.model, "model", "export").content_digest,
         task="causal",
         adapter_spec=pb.AdapterSpec(rank=config.federated.lora_rank, alpha=config.federated.lora_alpha),
-        adapter=to_bytes(server_app.initial_adapter(config, tiny_run.model)),
+        adapter=to_bytes(rounds.initial_adapter(config, tiny_run.model)),
         learning_rate=0.01,
         optimizer="adam",
     )

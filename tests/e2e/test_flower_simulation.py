@@ -25,7 +25,7 @@ from ports import free_port
 from configs.load import load
 from configs.parse import to_toml
 from configs.schema.silo import load_silo
-from federated.coordinator import server_app
+from federated.coordinator import rounds
 from federated.coordinator.parties import Parties
 from federated.identity.trust import coordinator_signer, enrolled_silos
 from federated.silo.silo import Silo
@@ -89,7 +89,7 @@ def test_flowers_simulation_gives_the_bytes_of_the_local_grid(tiny_model, shared
         return Silo(load_silo(hosted[name]), injected_seed=SEED)
 
     with LocalGrid(shared_ray, open_silo, SILOS, workers=2, threads=1) as grid:
-        server_app.run_federation(grid, config, tiny_model, over_grid, parties, lambda _: None)
+        rounds.run_federation(grid, config, tiny_model, over_grid, parties, lambda _: None)
     assert adapter(over_flower, 1) != adapter(over_flower, 0)
     assert adapter(over_flower, 1) == adapter(over_grid, 1)
     certificate = json.loads((over_flower / "certificate.json").read_text())

@@ -1,4 +1,4 @@
-"""The README's commands as a user gives them, with `tiny` for `demo`."""
+"""The documents' commands as a user gives them, with `tiny` for `demo`."""
 
 import io
 import json
@@ -143,14 +143,15 @@ def test_the_certificate_says_of_which_model_it_speaks(tiny_run, siloweave, tmp_
     assert "WITHOUT differential privacy" in (tiny_run.directory / "federated-no-dp/adapter/README.md").read_text()
 
 
-def test_the_readmes_commands_run(tiny_run, siloweave, tmp_path):
-    """Every `siloweave ...` line of the README's code blocks, on a copy of the tiny run."""
-    root = tmp_path / "readme"
+def test_the_documents_commands_run(tiny_run, siloweave, tmp_path):
+    """Every `siloweave ...` line of the documents' shell blocks, in their order, on a copy of the tiny run."""
+    root = tmp_path / "documents"
     shutil.copytree(tiny_run.root, root)
-    blocks = re.findall(r"```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+    documents = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    blocks = re.findall(r"```sh\n(.*?)```", "\n".join(path.read_text() for path in documents), flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("siloweave ")]
-    assert len(commands) >= 8
+    assert len(commands) >= 19
     for arguments in commands:
         given = [argument.replace("demo", "tiny") for argument in arguments]
         if given[0] == "tiny":

@@ -14,6 +14,7 @@ from flwr.app import Error, Message
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
 from configs.storage.manifests import read_manifest
+from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes
 from federated.adapters.warm_model import warm_model
 from federated.coordinator import round_commits as commits
@@ -29,7 +30,6 @@ from federated.simulation.simulation import simulate
 from privacy.certificate.check import check_certificate
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.file import read_only
-from privacy.signing import load_secret
 from trainer.data.tokenizer import load_tokenizer
 from trainer.metrics.bits_per_char import Score
 from trainer.tasks.text import CausalTask

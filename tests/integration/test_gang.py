@@ -16,7 +16,7 @@ from ports import free_port
 
 from configs.events import read_events
 from trainer.checkpoints import checkpoints
-from trainer.data.packing import TokenFile
+from trainer.data.packing import TokenFile, stored_dtype
 from trainer.objectives.causal import next_token_nats
 
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
@@ -202,7 +202,9 @@ def test_the_export_is_a_hugging_face_directory(tiny_run):
 
     model = AutoModelForCausalLM.from_pretrained(tiny_run.model)
     tokenizer = AutoTokenizer.from_pretrained(tiny_run.model)
-    tokens = TokenFile(tiny_run.directory / "corpus" / "tokens-validation.bin", 64)
+    tokens = TokenFile(
+        tiny_run.directory / "corpus" / "tokens-validation.bin", 64, stored_dtype(tiny_run.directory / "corpus")
+    )
     batch = torch.from_numpy(tokens.windows(torch.arange(tokens.num_windows).numpy()))
     with torch.no_grad():
         loss = next_token_nats(model, batch).item() / batch[:, 1:].numel()

@@ -39,7 +39,7 @@ from federated.silo.silo import Silo
 from federated.transport.service import serve
 torch.set_num_threads(1)
 silo = Silo(load_silo(Path(sys.argv[1])), injected_seed=bytes.fromhex(sys.argv[3]))
-serve(silo, f"unix:{sys.argv[2]}")[0].wait_for_termination()
+serve(silo.handle, silo.config.policy.max_request_bytes, f"unix:{sys.argv[2]}")[0].wait_for_termination()
 """
 
 

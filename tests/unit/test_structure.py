@@ -3,8 +3,10 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,25 +20,97 @@ ALLOWED = {
     "federated": {"configs", "trainer", "privacy"},
     "cluster": {"configs", "trainer", "privacy", "federated"},
 }
+FLOORS = {
+    "configs": ("errors printing", "parse", "schema", "storage", "events", "load run_directory"),
+    "trainer": ("data models objectives rank", "tasks", "checkpoints metrics", "pretraining", "export generation"),
+    "privacy": (
+        "accounting clipping signing",
+        "plan",
+        "mechanism plan_from_settings",
+        "audit ledger",
+        "certificate",
+        "commands",
+    ),
+    "federated": (
+        "adapters identity protocol",
+        "aggregation evaluation transport",
+        "coordinator silo",
+        "deployment simulation",
+        "audit commands",
+    ),
+    "cluster": ("monitoring report runtime", "run", "checks", "pipeline", "tuning", "commands"),
+}
+"""The rooms of each package, from the ground up: one imports those below it, and no other one of its own floor."""
+LARGEST_ROOM = 12
+HEAVY = {"torch", "transformers", "deepspeed", "trainer", "privacy"}
 
 
 def sources(package):
     return [path for path in (REPOSITORY / package).rglob("*.py") if "app" not in path.parts[-2:-1]]
 
 
-def imported(path):
+def modules(path):
+    """Names that a file imports, as far as they can be modules: ``from a import b`` may mean ``a.b``."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (name.name.split(".")[0] for name in node.names)
+            yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module.split(".")[0]
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def room(package, module):
+    """What a module of a package belongs to: a folder below the package, or the module itself."""
+    return module.removeprefix(f"{package}.").split(".")[0]
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_imports_point_in_one_direction(package):
     for path in sources(package):
-        strangers = set(imported(path)) & set(PACKAGES) - ALLOWED[package] - {package}
+        strangers = {module.split(".")[0] for module in modules(path)} & set(PACKAGES) - ALLOWED[package] - {package}
         assert not strangers, f"{path} imports {strangers}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_import_only_what_lies_below_them(package):
+    floor = {name: number for number, names in enumerate(FLOORS[package]) for name in names.split()}
+    here = REPOSITORY / package
+    there = {path.stem for path in here.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(floor) == there - {"__init__", "app"}, "a room has no floor, or a floor has no such room"
+    for path in sources(package):
+        own = room(package, ".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+        for module in modules(path):
+            other = room(package, module) if module.startswith(f"{package}.") else own
+            assert other == own or floor[other] < floor[own], f"{path} imports {module}"
+
+
+def test_the_transport_knows_neither_models_nor_privacy():
+    for path in sources("federated/transport"):
+        for module in modules(path):
+            assert module.split(".")[0] not in HEAVY, f"{path} imports {module}"
+            if module.split(".")[0] == "configs":
+                assert module.startswith(("configs.errors.", "configs.printing.")), f"{path} imports {module}"
+
+
+def test_the_bundle_names_the_two_apps_alone():
+    (shim,) = (REPOSITORY / "federated" / "app").glob("*.py")
+    named = set(re.findall(r"federated[.\w]+", shim.read_text()))
+    assert named == {"federated.transport.client_app", "federated.coordinator.server_app"}
+
+
+def test_no_room_is_too_large_to_overlook():
+    for package in PACKAGES:
+        for folder in {path.parent for path in sources(package)}:
+            count = len([path for path in folder.glob("*.py") if path.name != "__init__.py"])
+            assert count <= LARGEST_ROOM, f"{folder} has {count} modules"
+            (purpose,) = ast.parse((folder / "__init__.py").read_text()).body
+            assert isinstance(purpose.value.value, str), f"{folder}/__init__.py: give its purpose alone"
+
+
+def test_every_folder_is_installed():
+    """An editable install has them anyway; a wheel would lack one that the settings of the build don't list."""
+    listed = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(REPOSITORY).parts) for package in PACKAGES for path in sources(package)}
+    assert found == set(listed)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -45,6 +119,11 @@ def test_packages_come_from_this_repository_and_every_module_imports(package):
     assert Path(found.__file__).parent == REPOSITORY / package
     for module in pkgutil.walk_packages(found.__path__, f"{package}."):
         importlib.import_module(module.name)
+
+
+def test_which_task_there_is_only_the_registry_knows():
+    for package in ("configs", "privacy", "federated", "cluster"):
+        assert [path for path in sources(package) if "CausalTask" in path.read_text()] == []
 
 
 def test_files_stay_readable():

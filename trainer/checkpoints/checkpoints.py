@@ -10,6 +10,7 @@ from configs.schema.data import corpora
 from configs.schema.schema import RunConfig
 from configs.storage.bucket import Bucket
 from configs.storage.files import digest_json
+from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest
 from configs.storage.sealing import MasterKey, read_sealed, seal
 from configs.storage.storage import Folder, Storage, committed, newest_commit
@@ -57,7 +58,7 @@ def storage(config: RunConfig, run_directory: Path) -> Storage:
         InputError: there is no such kind of store, or its package is not installed.
     """
     if config.run.url is None:
-        return Folder(run_directory / "pretrain" / "checkpoints")
+        return Folder(RunFiles(run_directory).checkpoints)
     return Bucket(f"{config.run.url}/pretrain/checkpoints", scratch_folder(config, run_directory) / "fetched")
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import SiloweaveError
+from configs.events import Listener
 from configs.schema.schema import RunConfig
 from configs.storage.manifests import Manifest
 from configs.storage.storage import COMMITTED, Storage, prune
@@ -54,7 +55,7 @@ class Committer:
         attempt: str,
         start: int,
         config_digest: str,
-        report: Callable[[dict[str, Any]], None],
+        report: Listener,
     ) -> None:
         self._storage, self._scratch, self._rank = storage, scratch / f"rank-{rank.rank}", rank
         self._attempt, self._config_digest, self._report = attempt, config_digest, report

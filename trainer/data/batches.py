@@ -12,7 +12,7 @@ from configs.schema.schema import RunConfig
 from configs.storage.files import digest_bytes
 from configs.storage.manifests import Manifest
 from trainer.data.order import Int64s, Order, SkippedData
-from trainer.data.packing import TokenFile, train_tokens
+from trainer.data.packing import TokenFile, stored_dtype, train_tokens
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,14 @@ class Batches:
         config: the run's settings.
         corpus: directory of the packed files.
         skipped: ranges of batches that are passed over.
+
+    Raises:
+        InputError: the corpus' tokens are of a type that this Siloweave does not know.
     """
 
     def __init__(self, config: RunConfig, corpus: Path, skipped: SkippedData = ()) -> None:
-        sources = corpora(config.data)
-        self._files = [TokenFile(corpus / train_tokens(name), config.model.context_length) for name in sources]
+        sources, dtype = corpora(config.data), stored_dtype(corpus)
+        self._files = [TokenFile(corpus / train_tokens(name), config.model.context_length, dtype) for name in sources]
         self._batch_size = config.pretrain.batch_size
         self._order = Order(
             [file.num_windows for file in self._files],

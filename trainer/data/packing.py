@@ -1,4 +1,4 @@
-"""Token files: windows of ``context_length`` tokens, little-endian uint16, read through a memory map.
+"""Token files: windows of ``context_length`` tokens, little-endian uint16 or uint32, read through a memory map.
 
 Two ways to fill the windows (``data.packing``). ``concatenate`` joins the documents by the end-of-text token and cuts
 the stream; what stands before a document's start in its window is visible to it. ``documents`` puts documents, or
@@ -10,20 +10,45 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from configs.errors import InputError
+from configs.storage.manifests import read_manifest
 
 VALIDATION_TOKENS = "tokens-validation.bin"
 
 
 Packing = Literal["concatenate", "documents"]
-TOKEN_DTYPE = np.dtype("<u2")
+DTYPE_FIELD = "token_dtype"  # in a corpus' metadata
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _POSITIONS, _TARGETS = ".positions", ".targets"
 _BUFFER_TOKENS = 2**22
 
-Ids = npt.NDArray[np.uint16]
+Ids = npt.NDArray[np.unsignedinteger[Any]]
+
+
+def token_dtype(entries: int) -> np.dtype[Any]:
+    """The smaller type that holds so many different tokens, or places in a window."""
+    return _DTYPES["uint16" if entries <= 2**16 else "uint32"]
+
+
+def stored_dtype(corpus: Path) -> np.dtype[Any]:
+    """The type of a corpus' tokens, by its manifest; before manifests named it, it was always uint16.
+
+    Raises:
+        InputError: it is one that only another Siloweave knows.
+    """
+    manifest = read_manifest(corpus, "corpus")
+    name = manifest.metadata.get(DTYPE_FIELD, "uint16") if manifest else None
+    if name not in tuple(_DTYPES):
+        raise InputError(
+            f"{corpus}: {DTYPE_FIELD} of its manifest is {name!r}, and this Siloweave reads {' and '.join(_DTYPES)}; "
+            f"upgrade Siloweave, or delete {corpus} and run `siloweave prepare` again"
+        )
+    return _DTYPES[name]
 
 
 class Document(NamedTuple):
@@ -38,8 +63,10 @@ class Document(NamedTuple):
     characters: int
 
 
-def pack(documents: Iterable[Document], path: Path, context_length: int, packing: Packing) -> dict[str, int]:
-    """Writes documents as windows.
+def pack(
+    documents: Iterable[Document], path: Path, context_length: int, packing: Packing, dtype: np.dtype[Any]
+) -> dict[str, int]:
+    """Writes documents as windows of tokens of a type that holds all of them.
 
     Returns:
         Counts: ``documents``, ``tokens``, ``characters``, ``windows``, and ``tokens_kept``: those inside windows.
@@ -51,7 +78,7 @@ def pack(documents: Iterable[Document], path: Path, context_length: int, packing
             counts["documents"] += 1
             counts["tokens"] += len(document.ids)
             counts["characters"] += document.characters
-            yield document.ids
+            yield document.ids.astype(dtype, casting="safe", copy=False)
 
     if packing == "concatenate":
         with path.open("wb") as file:
@@ -59,12 +86,12 @@ def pack(documents: Iterable[Document], path: Path, context_length: int, packing
                 ids.tofile(file)
         windows = counts["tokens"] // context_length
         return {**counts, "windows": windows, "tokens_kept": windows * context_length}
-    windows = _pack_whole(counted(), path, context_length)
+    windows = _pack_whole(counted(), path, context_length, dtype)
     return {**counts, "windows": windows, "tokens_kept": counts["tokens"]}
 
 
-def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int) -> int:
-    windows = 0
+def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int, dtype: np.dtype[Any]) -> int:
+    windows, place_dtype = 0, token_dtype(context_length)
     with (
         path.open("wb") as tokens,
         path.with_suffix(_POSITIONS).open("wb") as positions,
@@ -73,7 +100,7 @@ def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int) -> in
         for pieces in _buffers(documents, context_length):
             for window in best_fit([len(piece) for piece in pieces], context_length):
                 # Padding (any token) stands at position 0, each alone: nothing sees it, and position 0 is no target.
-                row, place = np.zeros((2, context_length), dtype=TOKEN_DTYPE)
+                row, place = np.zeros(context_length, dtype), np.zeros(context_length, place_dtype)
                 start = 0
                 for piece in (pieces[index] for index in window):
                     row[start : start + len(piece)] = piece
@@ -81,7 +108,7 @@ def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int) -> in
                     start += len(piece)
                 row.tofile(tokens)
                 place.tofile(positions)
-                np.asarray(np.count_nonzero(place), dtype=TOKEN_DTYPE).tofile(targets)
+                np.asarray(np.count_nonzero(place), dtype=place_dtype).tofile(targets)
                 windows += 1
     return windows
 
@@ -135,14 +162,14 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 class TokenFile:
     """A packed file's windows; of a concatenated one, the tail that fills no window is left out."""
 
-    def __init__(self, path: Path, context_length: int) -> None:
-        self._context_length = context_length
-        self._tokens = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
+    def __init__(self, path: Path, context_length: int, dtype: np.dtype[Any]) -> None:
+        self._context_length, place_dtype = context_length, token_dtype(context_length)
+        self._tokens = np.memmap(path, dtype=dtype, mode="r")
         self.num_windows = len(self._tokens) // context_length
         self._positions = self._targets = None
         if path.with_suffix(_POSITIONS).exists():
-            self._positions = np.memmap(path.with_suffix(_POSITIONS), dtype=TOKEN_DTYPE, mode="r")
-            self._targets = np.memmap(path.with_suffix(_TARGETS), dtype=TOKEN_DTYPE, mode="r")
+            self._positions = np.memmap(path.with_suffix(_POSITIONS), dtype=place_dtype, mode="r")
+            self._targets = np.memmap(path.with_suffix(_TARGETS), dtype=place_dtype, mode="r")
 
     def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens of the given windows, shape (len(indices), context_length)."""
@@ -161,7 +188,7 @@ class TokenFile:
             return len(indices) * (self._context_length - 1)
         return int(self._targets[indices].sum(dtype=np.int64))
 
-    def _rows(self, values: npt.NDArray[np.uint16], indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _rows(self, values: Ids, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         starts = indices[:, None] * self._context_length
         return np.asarray(values[starts + np.arange(self._context_length)], dtype=np.int64)
 

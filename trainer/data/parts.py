@@ -15,7 +15,7 @@ import numpy as np
 
 from configs.storage.files import canonical_json, write_atomic
 from trainer.data.cleaning import Candidate, CleaningCounts, Copies, candidates
-from trainer.data.packing import TOKEN_DTYPE, Document
+from trainer.data.packing import Document, token_dtype
 from trainer.data.tokenizer import load_tokenizer
 
 PART_ROWS = 2000
@@ -120,9 +120,10 @@ class Parts:
     def encode(self, number: int, *, tokenizer_directory: Path, held_out: Callable[[str], bool]) -> None:
         """Tokenises what is left of a part; every document is ended by the end-of-text token."""
         tokenizer = load_tokenizer(tokenizer_directory)
+        dtype = token_dtype(len(tokenizer))
         left = self._left(number)
         encoded = tokenizer.backend_tokenizer.encode_batch([text for _, text in left], add_special_tokens=False)
-        ids = [np.asarray([*item.ids, tokenizer.eos_token_id], dtype=TOKEN_DTYPE).tobytes() for item in encoded]
+        ids = [np.asarray([*item.ids, tokenizer.eos_token_id], dtype).tobytes() for item in encoded]
         _write(
             self.path("tokens", number),
             {
@@ -133,13 +134,14 @@ class Parts:
             },
         )
 
-    def encoded(self, count: int, corpus: str | None, *, held_out: bool) -> Iterator[Document]:
+    def encoded(self, count: int, corpus: str | None, *, held_out: bool, vocab_size: int) -> Iterator[Document]:
         """The tokenised documents of one corpus, or of all, on one side of the split."""
+        dtype = token_dtype(vocab_size)
         for number in range(count):
             rows = _read(self.path("tokens", number))
             for name, side, characters, ids in zip(*rows.values(), strict=True):
                 if side == held_out and corpus in (None, name):
-                    yield Document(np.frombuffer(ids, dtype=TOKEN_DTYPE), characters)
+                    yield Document(np.frombuffer(ids, dtype), characters)
 
 
 def _write(path: Path, columns: dict[str, Sequence[Any]], facts: Mapping[str, Any] | None = None) -> None:

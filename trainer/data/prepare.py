@@ -12,8 +12,9 @@ from configs.errors import InputError
 from configs.schema.data import PUBLIC, corpora, field_of
 from configs.schema.schema import RunConfig
 from configs.storage.files import canonical_json, digest_json, write_atomic, write_failure
+from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, finished
-from trainer.data.packing import VALIDATION_TOKENS, Document, pack, train_tokens
+from trainer.data.packing import DTYPE_FIELD, VALIDATION_TOKENS, pack, token_dtype, train_tokens
 from trainer.data.parts import Deidentify, MapParts, Parts, one_after_the_other
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import train_tokenizer
@@ -44,12 +45,13 @@ def prepare(
     """
     if config.data.deidentify.enabled and deidentify is None:
         raise ValueError("data.deidentify.enabled is true: give prepare() a deidentifier")
-    corpus, tokenizer_directory = run_directory / "corpus", run_directory / "tokenizer"
+    files = RunFiles(run_directory)
+    corpus, tokenizer_directory = files.corpus, files.tokenizer
     settings = digest_json([*_shaping(config), config.run.seed, *([deidentify.digest] if deidentify else [])])
     done = finished(corpus, "corpus", settings)
     if done is not None and finished(tokenizer_directory, "tokenizer", settings) is not None:
         return done
-    work = run_directory / "corpus-parts"
+    work = files.corpus_parts
     parts = Parts(_only(work, settings))
 
     # 1. Rows to parts; what was read before a kill counts only if all was.
@@ -69,21 +71,21 @@ def prepare(
     # 3. The tokenizer, from the training side alone.
     held_out = partial(is_held_out, fraction=config.data.validation_fraction, seed=config.run.seed)
     train = (text for text in parts.texts(count) if not held_out(text))
-    metadata["vocab_size"] = _tokenizer(config, tokenizer_directory, settings, train)
+    size = metadata["vocab_size"] = _tokenizer(config, tokenizer_directory, settings, train)
+    dtype = token_dtype(size)
+    metadata[DTYPE_FIELD] = dtype.name
     # 4. Tokens, and windows of them.
     each("tokens", partial(parts.encode, tokenizer_directory=tokenizer_directory, held_out=held_out))
     shutil.rmtree(corpus, ignore_errors=True)
     corpus.mkdir(parents=True)
 
-    def packed(documents: Iterable[Document], name: str) -> dict[str, int]:
-        return pack(documents, corpus / name, config.model.context_length, config.data.packing)
+    def packed(name: str, source: str | None, *, held_out: bool) -> dict[str, int]:
+        documents = parts.encoded(count, source, held_out=held_out, vocab_size=size)
+        return pack(documents, corpus / name, config.model.context_length, config.data.packing, dtype)
 
     try:
-        metadata["train"] = {
-            name: packed(parts.encoded(count, name, held_out=False), train_tokens(name))
-            for name in corpora(config.data)
-        }
-        metadata["validation"] = packed(parts.encoded(count, None, held_out=True), VALIDATION_TOKENS)
+        metadata["train"] = {name: packed(train_tokens(name), name, held_out=False) for name in corpora(config.data)}
+        metadata["validation"] = packed(VALIDATION_TOKENS, None, held_out=True)
     except OSError as error:
         raise write_failure(corpus, error) from error
     _check_size(config, metadata)

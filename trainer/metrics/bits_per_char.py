@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from trainer.tasks.task import Encoded, by_length
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task, by_length
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Score:
         return Score(self.nats + other.nats, self.characters + other.characters, self.records + other.records)
 
 
-def score(model: Any, task: CausalTask, records: Sequence[Encoded], micro_batch_size: int) -> Score:
+def score(model: Any, task: Task, records: Sequence[Encoded], micro_batch_size: int) -> Score:
     """Scores records one by one (no sequence crosses records); a truncated record counts as far as it was read."""
     nats = 0.0
     with torch.no_grad():

@@ -7,13 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainer.tasks.task import Encoded
-from trainer.tasks.text import CausalTask
+from trainer.tasks.task import Encoded, Task
 
 
-def record_losses(
-    model: Any, task: CausalTask, records: Sequence[Encoded], micro_batch_size: int
-) -> npt.NDArray[np.float64]:
+def record_losses(model: Any, task: Task, records: Sequence[Encoded], micro_batch_size: int) -> npt.NDArray[np.float64]:
     """Loss of each record in nats a token, (N,), in the records' order."""
     order = sorted(range(len(records)), key=lambda index: len(records[index].ids))
     losses = np.zeros(len(records))

@@ -5,9 +5,6 @@ from typing import Any
 
 import torch
 
-# All linear layers. The output head matters most: a new domain's words are the first thing to learn.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
-
 
 def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> Any:
     """Wraps a model with LoRA on all its linear layers (Hu et al. 2021; peft); only the adapter trains.
@@ -16,17 +13,35 @@ def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    targets = linear_names(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = get_peft_model(
             model,
-            LoraConfig(
-                r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), lora_dropout=0.0, task_type="CAUSAL_LM"
-            ),
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type=_task_type(model)),
         )
     # peft makes a set of them, and would save it in the order of the process: another digest at each save.
-    wrapped.peft_config["default"].target_modules = sorted(LORA_TARGETS)
+    wrapped.peft_config["default"].target_modules = targets
     return wrapped
+
+
+def linear_names(model: Any) -> list[str]:
+    """The own names of a model's linear layers, sorted: peft's "all-linear", and the output head.
+
+    The head matters most: a new domain's words are the first thing to learn. Where it shares the embedding's weight, it
+    has an adapter all the same, and the embedding none.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    linear = (torch.nn.Linear, Conv1D)
+    return sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, linear)})
+
+
+def _task_type(model: Any) -> str | None:
+    """The name that peft has for how a model is called; None for one that writes no text."""
+    if not model.can_generate():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def adapter_weights(model: Any) -> dict[str, torch.Tensor]:

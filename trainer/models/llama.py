@@ -47,10 +47,14 @@ def attention() -> str:
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
-def parameter_sizes(settings: ModelSettings, vocab_size: int) -> list[int]:
-    """Number of values of each parameter, without allocating them."""
+def empty_model(settings: ModelSettings, vocab_size: int) -> Any:
+    """A model whose parameters have shapes and no values, on torch's device ``meta``."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(settings, vocab_size))
-    return [parameter.numel() for parameter in model.parameters()]
+        return AutoModelForCausalLM.from_config(model_config(settings, vocab_size))
+
+
+def parameter_sizes(settings: ModelSettings, vocab_size: int) -> list[int]:
+    """Number of values of each parameter, without allocating them."""
+    return [parameter.numel() for parameter in empty_model(settings, vocab_size).parameters()]

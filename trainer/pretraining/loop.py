@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.events import Report
+from configs.events import Listener
 from configs.schema.schema import RunConfig
+from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.mirror import local_stage
 from configs.storage.sealing import load_key
@@ -53,7 +54,7 @@ def pretrain(
     config: RunConfig,
     run_directory: Path,
     rank: Rank,
-    report: Report,
+    report: Listener,
     enter: Enter,
     alive: Alive,
     skipped: SkippedData = (),
@@ -133,7 +134,7 @@ class _Begun(NamedTuple):
 
 
 def _begin(
-    config: RunConfig, run_directory: Path, rank: Rank, report: Report, enter: Enter, skipped: SkippedData
+    config: RunConfig, run_directory: Path, rank: Rank, report: Listener, enter: Enter, skipped: SkippedData
 ) -> _Begun:
     """Joins the gang, builds the engine, and goes to where the newest commit is."""
     begin = Start(enter)
@@ -144,7 +145,7 @@ def _begin(
     storage = checkpoints.storage(config, run_directory)
     attempt = prove_shared(storage, rank)
     begin.phase("corpus")
-    corpus = first_on_its_node(rank, config, lambda: local_stage(config, run_directory, "corpus"))
+    corpus = first_on_its_node(rank, config, lambda: local_stage(config, RunFiles(run_directory).corpus))
     manifest = require_manifest(corpus, "corpus", "prepare")
     digest = pretrain_digest(config, manifest.content_digest)
     begin.phase("build")
@@ -213,7 +214,7 @@ def _ignore(_: dict[str, Any]) -> None:
 
 
 def _resume(
-    engine: Any, config: RunConfig, storage: Storage, digest: str, rank: Rank, report: Report
+    engine: Any, config: RunConfig, storage: Storage, digest: str, rank: Rank, report: Listener
 ) -> dict[str, Any]:
     """Loads the newest commit, if there is one. Returns its metadata."""
 

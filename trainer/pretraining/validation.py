@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema.schema import RunConfig
-from trainer.data.packing import VALIDATION_TOKENS, TokenFile
+from trainer.data.packing import VALIDATION_TOKENS, TokenFile, stored_dtype
 from trainer.objectives.causal import next_token_nats
 from trainer.rank import Rank
 
@@ -19,7 +19,7 @@ def validate(engine: Any, config: RunConfig, corpus: Path, metadata: dict[str, A
     import torch
     from torch import distributed
 
-    tokens = TokenFile(corpus / VALIDATION_TOKENS, config.model.context_length)
+    tokens = TokenFile(corpus / VALIDATION_TOKENS, config.model.context_length, stored_dtype(corpus))
     # Equal numbers of batches on every rank: under ZeRO-3 each forward is a collective.
     share = math.ceil(tokens.num_windows / rank.world_size)
     totals = torch.zeros(2, device=engine.device, dtype=torch.float64)

@@ -11,7 +11,7 @@ from cluster.tuning.search_space import draw_trials, parse_parameters
 from configs.errors import InputError
 from configs.load import load
 
-README = REPOSITORY / "README.md"
+PAGE = REPOSITORY / "docs" / "tuning.md"
 BASE = load("tiny")
 LR = "pretrain.learning_rate=loguniform(1e-4,1e-2)"
 
@@ -136,8 +136,8 @@ def test_a_search_is_submitted_with_all_its_parameters():
     assert words == ["tune", f"--param={LR}", "--param=model.layers=choice(1,2)", "--trials=3"]
 
 
-def test_the_readmes_search_is_one():
-    (line,) = [line for line in README.read_text().splitlines() if line.startswith("$ siloweave tune ")]
+def test_the_documents_search_is_one():
+    (line,) = [line for line in PAGE.read_text().splitlines() if line.startswith("$ siloweave tune ")]
     words = shlex.split(line)
     texts = [words[at + 1] for at, word in enumerate(words) if word == "--param"]
     assert len(draw_trials(load("demo"), parse_parameters(texts), 8, "/trials")) == 8

@@ -163,7 +163,7 @@ def test_a_key_file_is_raw_hexadecimal_or_base64(tmp_path, content):
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o777])
 def test_a_key_that_others_can_reach_is_refused(tmp_path, mode):
-    with pytest.raises(InputError, match=r"key: mode 0... lets others at the key; `chmod 600"):
+    with pytest.raises(InputError, match=r"key: mode ... lets others read it or change it; `chmod 600`"):
         load_key(key_file(tmp_path, SECRET, mode))
 
 

@@ -435,6 +435,10 @@ def test_an_unused_direction_can_still_be_learned():
         ({"lora_ranks": {"east": 2}}, "factors of different ranks have no mean"),
         ({"adapters": "product", "lora_ranks": {"east": 99}}, "at most federated.lora_rank (16)"),
         ({"proximal_mu": float("nan")}, "proximal_mu"),
+        (
+            {"proximal_mu": 3.0, "learning_rate": 0.5},
+            "federated.proximal_mu is 3 and federated.learning_rate 0.5: their",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, expected):

@@ -74,5 +74,5 @@ def test_looking_at_the_runs_of_a_silo_that_has_not_started_makes_nothing(toml, 
     for arguments in ((), ("stop", "run-1")):
         failed = silo(toml, *arguments).exception
         assert isinstance(failed, InputError)
-        assert f"{tmp_path / 'state' / 'ledger.sqlite'}: no such ledger" in str(failed)
+        assert f"{tmp_path / 'state' / 'ledger.sqlite'}: no ledger yet" in str(failed)
     assert [path.name for path in tmp_path.iterdir()] == ["silo.toml"]

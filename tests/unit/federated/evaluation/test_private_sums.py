@@ -192,7 +192,7 @@ def evaluate(silo, adapter, number=1, request_id=None, **changes):
         "number": number,
         "metric": METRIC,
         "plan_digest": PLAN.digest,
-        "base_model_digest": silo.base_model.content_digest,
+        "base_model_digest": silo.workbench.base_model.content_digest,
         "task": "causal",
         "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0),
         "adapter": adapter,

@@ -74,7 +74,12 @@ def pki(tmp_path, monkeypatch):
 
 def ask(silo, pki, service, relay_folder):
     """A relay's question over TLS; the service shows the pair that is given."""
-    server, port = serve(silo, "127.0.0.1:0", ServiceTls(*service, pki.ours.path.read_bytes()))
+    server, port = serve(
+        silo.handle,
+        silo.config.policy.max_request_bytes,
+        "127.0.0.1:0",
+        ServiceTls(*service, pki.ours.path.read_bytes()),
+    )
     try:
         content = seal_request(COORDINATOR, BODY)
         answer = exchange(f"localhost:{port}", content, tls_folder=relay_folder, timeout_s=5)
@@ -128,7 +133,7 @@ def test_a_relay_tells_nothing_to_a_service_whose_certificate_is_not_good(silo, 
 
 def test_a_caller_without_a_certificate_or_without_tls_gets_nothing(silo, pki):
     tls = ServiceTls(*pki.issue("service", "server"), pki.ours.path.read_bytes())
-    server, port = serve(silo, "127.0.0.1:0", tls)
+    server, port = serve(silo.handle, silo.config.policy.max_request_bytes, "127.0.0.1:0", tls)
     try:
         credentials = grpc.ssl_channel_credentials(pki.ours.path.read_bytes())
         with grpc.secure_channel(f"localhost:{port}", credentials) as channel, pytest.raises(grpc.RpcError):

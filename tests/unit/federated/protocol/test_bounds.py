@@ -6,7 +6,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from silo_requests import COORDINATOR, body_of
 
-from configs.errors import InputError, PolicyRefusal, refuse
+from configs.errors import InputError, PolicyRefusal
 from configs.parse import parse
 from federated.coordinator.replies import Asked, opened
 from federated.identity.cards import CoordinatorCard, EnrolledSilo, RelayCard, TrustedCoordinator
@@ -62,7 +62,7 @@ def test_a_long_text_is_refused_whatever_the_request_asks_for():
 
 def test_what_a_silo_says_in_a_refusal_is_within_the_bounds():
     for text in ("a", "\x1b", "\U000e0001", "é"):
-        assert excess(refusal_message(refuse("rule", text * 10**6, text * 10**6))) is None
+        assert excess(refusal_message(PolicyRefusal.of("rule", text * 10**6, text * 10**6))) is None
 
 
 def test_a_reply_that_says_too_much_is_rejected_before_it_is_in_the_events():

@@ -13,6 +13,7 @@ from silo_requests import COORDINATOR, EXPIRES, TRUSTED, ask, body_of, opened, s
 
 from configs.errors import InputError, SiloweaveError
 from configs.schema.silo import SiloConfig
+from configs.storage.files import digest_bytes
 from federated.adapters.arrays import to_bytes
 from federated.coordinator.rounds import initial_adapter
 from federated.identity.cards import TrustedCoordinator
@@ -22,6 +23,7 @@ from federated.protocol import silo_pb2_grpc
 from federated.protocol.envelope import seal_request
 from federated.protocol.framing import CHUNK_BYTES
 from federated.silo.line_file import LineFile
+from federated.silo.local_training import PrivateUpdate
 from federated.silo.requests import check_sender, decode, open_envelope
 from federated.silo.silo import Silo
 from federated.silo.traffic_log import UnloggedError
@@ -71,7 +73,7 @@ def train(silo, content, **changes):
     values = {
         "round": 1,
         "plan_digest": PLAN.digest,
-        "base_model_digest": silo.base_model.content_digest,
+        "base_model_digest": silo.workbench.base_model.content_digest,
         "task": "causal",
         "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0),
         "adapter": content,
@@ -89,8 +91,9 @@ def reserve(silo):
     assert ask(silo, "reserve", reserve=pb.Reserve(plan=PLAN.model_dump_json()))[0].WhichOneof("kind") == "reserved"
 
 
-def audit(silo):
-    return [json.loads(line) for line in (silo.ledger.path.parent / "audit.jsonl").read_text().splitlines()]
+def audit(silo, name="audit.jsonl"):
+    path = silo.ledger.path.parent / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def test_only_a_trusted_coordinator_is_answered(open_silo):
@@ -230,17 +233,47 @@ def test_the_audit_log_tells_sizes_and_digests_of_everything(open_silo, adapter)
     ask(silo, "round-1", **train(silo, adapter))
     silo.handle(b"nonsense")
     lines = audit(silo)
-    assert [line["direction"] for line in lines] == ["in", "accepted", "out"] * 2 + ["in", "out"]
-    assert [line["outcome"] for line in lines if line["direction"] == "out"] == [
-        "answered",
-        "answered",
-        "refused: request",
-    ]
-    trained = lines[4]
+    assert [line["direction"] for line in lines] == ["accepted", "out"] * 2
+    assert [line["outcome"] for line in lines if line["direction"] == "out"] == ["answered", "answered"]
+    trained = lines[2]
     assert (trained["kind"], trained["run"], trained["request"]) == ("train", "run-1", "round-1")
-    assert all(len(line["digest"]) == 64 and line["bytes"] > 0 for line in lines if line["direction"] != "accepted")
+    assert all(len(line["digest"]) == 64 and line["bytes"] > 0 for line in lines)
     assert (silo.ledger.path.parent / "audit.jsonl").stat().st_mode & 0o077 == 0
     assert max(len(json.dumps(line)) for line in lines) < 1000  # no adapter and no plan is in it
+
+
+def test_what_no_trusted_coordinator_signed_is_recorded_apart(open_silo, monkeypatch):
+    """Whatever it is, and whatever goes wrong while it is looked at: what came and what left, in one of both files."""
+    from federated.silo import silo as module
+
+    silo = open_silo()
+    reserve(silo)
+    before = audit(silo)
+    body = body_of("close", close=pb.Close())
+    other = body_of("close", close=pb.Close(), coordinator=STRANGER.public_key)
+    late = seal_request(COORDINATOR, body_of("close", close=pb.Close(), expires=1))
+    sent = [b"", b"nonsense", seal_request(STRANGER, body), seal_request(STRANGER, other), late]
+    replies = [silo.handle(content) for content in sent]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "check_sender", lambda *_: 1 / 0)
+        sent.append(seal_request(COORDINATOR, body))
+        replies.append(silo.handle(sent[-1]))
+    lines = audit(silo, "strangers.jsonl")
+    assert [line["digest"] for line in lines if line["direction"] == "in"] == list(map(digest_bytes, sent))
+    assert [line["digest"] for line in lines if line["direction"] == "out"] == list(map(digest_bytes, replies))
+    refused = [f"refused: {rule}" for rule in ("version", "request", "signature", "coordinator", "expires")]
+    assert [line["outcome"] for line in lines if line["direction"] == "out"] == [*refused, "failed"]
+    assert audit(silo) == before
+    assert opened(silo.handle(seal_request(COORDINATOR, body)), silo).WhichOneof("kind") == "closed"
+    assert [line["direction"] for line in audit(silo)[len(before) :]] == ["accepted", "out"]
+
+
+def test_a_stranger_is_not_answered_where_its_line_cannot_be_written(open_silo, tmp_path):
+    silo = open_silo()
+    (tmp_path / "state" / "strangers.jsonl").mkdir()
+    with pytest.raises(UnloggedError):
+        silo.handle(b"nonsense")
+    assert "no reply to" in (tmp_path / "state" / "silo.log").read_text()
 
 
 def test_nothing_is_answered_where_the_audit_log_cannot_be_written(open_silo, tmp_path):
@@ -254,12 +287,11 @@ def test_nothing_is_answered_where_the_audit_log_cannot_be_written(open_silo, tm
 @pytest.mark.parametrize("broken", [False, True], ids=["an update", "a failure"])
 def test_no_reply_leaves_whose_line_was_not_written_and_the_next_try_gets_it(open_silo, adapter, monkeypatch, broken):
     """Before: the update left with a cut line or, where writing failed at once, a failure's reply without any."""
-    from federated.silo import silo as module
 
     silo = open_silo()
     reserve(silo)
     if broken:
-        monkeypatch.setattr(module, "private_update", lambda *_: 1 / 0)
+        monkeypatch.setattr(PrivateUpdate, "run", lambda *_: 1 / 0)
     envelope, append = seal_request(COORDINATOR, body_of("round-1", **train(silo, adapter))), LineFile.append
 
     def full_for_replies(file, line, **options):
@@ -315,7 +347,7 @@ def service(open_silo, tmp_path_factory):
     """A silo behind its Unix socket, and the channel's address."""
     silo = open_silo(max_request_bytes=4 * CHUNK_BYTES)
     address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
-    server, _ = serve(silo, address)
+    server, _ = serve(silo.handle, silo.config.policy.max_request_bytes, address)
     yield silo, address
     server.stop(grace=None).wait()
 
@@ -371,18 +403,16 @@ def test_two_gigabytes_are_cut_off_at_the_policys_limit(service):
 
 
 def test_a_caller_that_gives_up_changes_no_charge_and_finds_its_reply_later(service, adapter, monkeypatch):
-    from federated.silo import silo as module
-
     silo, address = service
     reserve(silo)
-    began, gone, private_update = threading.Event(), threading.Event(), module.private_update
+    began, gone, run = threading.Event(), threading.Event(), PrivateUpdate.run
 
     def slow(*arguments):
         began.set()
         assert gone.wait(60)
-        return private_update(*arguments)
+        return run(*arguments)
 
-    monkeypatch.setattr(module, "private_update", slow)
+    monkeypatch.setattr(PrivateUpdate, "run", slow)
     envelope = seal_request(COORDINATOR, body_of("round-1", **train(silo, adapter)))
     with grpc.insecure_channel(address) as channel:
         call = silo_pb2_grpc.SiloStub(channel).Exchange(iter([pb.Chunk(data=envelope)]))
@@ -434,4 +464,4 @@ def test_one_request_is_answered_at_a_time_and_few_wait(service, monkeypatch):
 
 def test_a_network_address_needs_tls(open_silo):
     with pytest.raises(InputError, match="anybody could read"):
-        serve(open_silo(), "127.0.0.1:0")
+        serve(open_silo().handle, 2**20, "127.0.0.1:0")

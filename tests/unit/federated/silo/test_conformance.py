@@ -52,7 +52,7 @@ def trained(silo, adapter, plan=PLAN):
     train = pb.Train(
         round=1,
         plan_digest=plan.digest,
-        base_model_digest=silo.base_model.content_digest,
+        base_model_digest=silo.workbench.base_model.content_digest,
         task="causal",
         adapter_spec=pb.AdapterSpec(rank=4, alpha=8.0),
         adapter=adapter,

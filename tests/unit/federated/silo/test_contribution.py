@@ -70,7 +70,7 @@ def train(silo, content, plan=CLIENTS, round_number=1):
     return pb.Train(
         round=round_number,
         plan_digest=plan.digest,
-        base_model_digest=silo.base_model.content_digest,
+        base_model_digest=silo.workbench.base_model.content_digest,
         task="causal",
         adapter_spec=pb.AdapterSpec(rank=4, alpha=8.0),
         adapter=content,

@@ -108,7 +108,7 @@ def asked(silo, adapter, number=1, plan=PLAN):
     return pb.Train(
         round=number,
         plan_digest=plan.digest,
-        base_model_digest=silo.base_model.content_digest,
+        base_model_digest=silo.workbench.base_model.content_digest,
         task="causal",
         adapter_spec=pb.AdapterSpec(rank=4, alpha=8.0),
         adapter=adapter,
@@ -210,7 +210,7 @@ def test_plans_that_are_slow_to_account_for_take_no_waiting_places(start, adapte
 
     monkeypatch.setattr(Schedule, "pld", slow)
     address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
-    server, _ = serve(silo, address)
+    server, _ = serve(silo.handle, silo.config.policy.max_request_bytes, address)
     first, replies = threading.Thread(target=lambda: replies.append(opened(exchange(address, sealed(0))))), []
     first.start()
     assert entered.wait(60)

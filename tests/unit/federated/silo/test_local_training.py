@@ -8,7 +8,7 @@ from cluster.checks.estimate import adapter_parameters
 from configs.load import load
 from configs.schema.pretrain import ModelSettings
 from federated.adapters.lora_factors import frozen
-from federated.silo.local_training import LocalSettings, private_update, public_update
+from federated.silo.local_training import LocalSettings, PrivateUpdate, public_update
 from privacy.mechanism.noise import noised
 from privacy.mechanism.sampler import poisson_sample
 from privacy.mechanism.streams import Streams
@@ -83,6 +83,10 @@ def by_hand(model, adapter, noise_std, rate, extra):
             release = noised(total, noise_std, STREAMS, step, name) if noise_std else total
             weights[name] = weights[name] - rate * (release / 10 + extra(name, weights[name]))
     return {name: (weights[name] - torch.from_numpy(adapter[name])).numpy() for name in weights}
+
+
+def private_update(plan, streams, model, task, adapter, records, settings):
+    return PrivateUpdate(plan, model, task, adapter, settings).run(streams, records)
 
 
 @pytest.mark.parametrize(("update", "noise_std"), [(private_update, PLAN.noise_std), (public_update, 0.0)])

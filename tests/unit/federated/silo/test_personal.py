@@ -15,7 +15,7 @@ from federated.adapters.arrays import to_bytes
 from federated.adapters.warm_model import warm_model
 from federated.coordinator.rounds import initial_adapter
 from federated.protocol import silo_pb2 as pb
-from federated.silo.personal import FOLDER, PersonalSettings, personalise
+from federated.silo.personal import PersonalSettings, personalise
 from federated.silo.silo import Silo
 from privacy.plan import PlanRequest
 
@@ -63,7 +63,7 @@ def round_of(silo, adapter, number):
     train = pb.Train(
         round=number,
         plan_digest=PLAN.digest,
-        base_model_digest=silo.base_model.content_digest,
+        base_model_digest=silo.workbench.base_model.content_digest,
         task="causal",
         adapter_spec=pb.AdapterSpec(rank=4, alpha=8.0),
         adapter=adapter,
@@ -104,7 +104,7 @@ def test_it_serves_its_silo_and_lies_there_privately(open_silo, tiny_run, silowe
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["personal_bits_per_char"] < found["shared_bits_per_char"] - 0.5  # 200 notes that differ by a number
-    folder = tmp_path / "north" / FOLDER
+    folder = tmp_path / "north" / "personal"
     assert found["folder"] == str(folder)
     assert (folder / WEIGHTS).is_file()
     assert all(path.stat().st_mode & 0o077 == 0 for path in (folder, *folder.iterdir()))
@@ -122,7 +122,7 @@ def test_the_saved_adapter_is_the_one_that_was_measured(open_silo, tiny_run):
     silo = open_silo("north")
     result = personalise(silo.config, shared_adapter(tiny_run), SETTINGS)
     model = PeftModel.from_pretrained(load_model(tiny_run.model), shared_adapter(tiny_run)).merge_and_unload()
-    held_out, task = silo.held_out, silo.task
+    held_out, task = silo.workbench.held_out, silo.workbench.task
     assert score(model, task, held_out, 4).bits_per_char == pytest.approx(result.shared_bits_per_char, rel=1e-6)
     model = PeftModel.from_pretrained(model, result.folder).eval()
     assert score(model, task, held_out, 4).bits_per_char == pytest.approx(result.personal_bits_per_char, rel=1e-6)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +13,21 @@ from silo_requests import COORDINATOR, TRUSTED, ask, opened
 from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
+from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.coordinator.rounds import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
+from federated.silo.local_training import PrivateUpdate
 from federated.silo.silo import FAILED, Silo
-from federated.silo.units import rows_of
+from federated.silo.units import rows_of, units_of
 from federated.simulation.public_silo import PublicSilo
 from privacy.accounting.truncation import units_for
+from privacy.ledger import kept_replies
 from privacy.ledger.journal import default_anchor_dir
 from privacy.ledger.statements import Receipt, RunStatement
+from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.plan import MetricRelease, PlanRequest
-from privacy.signing import load_secret
 
 PLAN = PlanRequest(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 SEED = bytes(range(32))
@@ -66,7 +70,7 @@ def train_kind(silo, content, round_number=1, **changes):
     values = {
         "round": round_number,
         "plan_digest": PLAN.digest,
-        "base_model_digest": silo.base_model.content_digest,
+        "base_model_digest": silo.workbench.base_model.content_digest,
         "task": "causal",
         "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0),
         "adapter": content,
@@ -119,6 +123,39 @@ def test_a_crash_before_the_release_repeats_the_same_noise(silo, adapter, monkey
     second, _ = ask(silo, "round-1", **request)
     assert first.trained.update == second.trained.update
     assert kinds(silo).count("charge") == 1
+
+
+def test_the_proof_runs_once_and_a_stored_reply_needs_none(silo, adapter, monkeypatch):
+    reserve(silo)
+    proofs, prove = [], PrivateTraining.prove
+
+    def counted(training):
+        proofs.append(kinds(silo).count("charge"))
+        prove(training)
+
+    monkeypatch.setattr(PrivateTraining, "prove", counted)
+    first, body = ask(silo, "round-1", **train_kind(silo, adapter))
+    assert proofs == [0]  # before the charge, and for the steps after it
+    monkeypatch.setattr(PrivateTraining, "prove", lambda _: (_ for _ in ()).throw(InputError("no proof any more")))
+    assert opened(silo.handle(seal_request(COORDINATOR, body)), silo) == first
+    refused, _ = ask(silo, "round-2", **train_kind(silo, adapter, 2))
+    assert refused.refusal.rule == "adapter"
+    assert "no proof any more" not in refused.refusal.message
+    assert kinds(silo) == ["open", "reserve", "charge", "release"]
+
+
+def test_a_reply_that_made_room_for_newer_ones_is_a_signed_refusal_and_no_second_release(silo, adapter, monkeypatch):
+    monkeypatch.setattr(kept_replies, "LEAST_KEPT", 1)
+    monkeypatch.setattr(kept_replies, "KEPT_BYTES", 0)
+    reserve(silo)
+    _, first = ask(silo, "round-1", **train_kind(silo, adapter))
+    second, body = ask(silo, "round-2", **train_kind(silo, adapter, 2))
+    before = kinds(silo)
+    refused = opened(silo.handle(seal_request(COORDINATOR, first)), silo).refusal
+    assert refused.rule == "reply"
+    assert refused.message.endswith("made room for newer ones; it stays spent, and is never computed again")
+    assert opened(silo.handle(seal_request(COORDINATOR, body)), silo) == second
+    assert kinds(silo) == before
 
 
 def test_two_requests_of_one_round_with_other_adapters_never_share_noise(tmp_path, tiny_model, adapter):
@@ -245,6 +282,20 @@ def test_values_beyond_the_policys_bound_are_refused_and_never_charged(silo, ada
     assert kinds(silo) == ["open", "reserve"]
 
 
+def test_an_adapter_with_which_the_proof_fails_is_refused_and_never_charged(silo, adapter):
+    """Before: values within the policy's bounds were charged, and then answered by FAILED."""
+    reserve(silo)
+    draw = np.random.default_rng(0)
+    values = {name: draw.choice([-1000.0, 1000.0], array.shape) for name, array in from_bytes(adapter).items()}
+    largest = to_bytes({name: array.astype("f4") for name, array in values.items()})
+    refusal = ask(silo, "round-1", **train_kind(silo, largest))[0].refusal
+    assert (refusal.rule, refusal.asked) == ("adapter", "values with which the start-up proof fails")
+    assert kinds(silo) == ["open", "reserve"]
+    assert "no proof with a request's adapter: parameter" in (silo.ledger.path.parent / "silo.log").read_text()
+    # The round is still there for an adapter that can be proved.
+    assert ask(silo, "round-1b", **train_kind(silo, adapter))[0].WhichOneof("kind") == "trained"
+
+
 @pytest.mark.parametrize("norm", [7e-44, 1e-5, 1e5, 6e36])
 def test_clipping_norms_beyond_the_policys_bounds_are_refused(silo, norm):
     assert reserve(silo, PLAN.model_copy(update={"max_grad_norm": norm})).refusal.rule == "max_grad_norm"
@@ -264,7 +315,7 @@ def test_other_versions_and_other_silos_are_refused(silo):
 
 def test_a_failure_leaves_as_one_constant_code(silo, adapter, monkeypatch):
     reserve(silo)
-    monkeypatch.setattr("federated.silo.silo.private_update", lambda *_: 1 / 0)
+    monkeypatch.setattr(PrivateUpdate, "run", lambda *_: 1 / 0)
     reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
     assert reply.failure == pb.Failure(code=FAILED)
     log = (silo.ledger.path.parent / "silo.log").read_text()
@@ -441,6 +492,18 @@ def test_training_without_dp_needs_public_data(tmp_path, tiny_model):
         PublicSilo(silo_config(tmp_path, tiny_model), TRUSTED, PLAN)
 
 
+def test_the_comparison_opens_no_ledger_and_never_draws_a_key_beside_one(tmp_path, tiny_model):
+    config = silo_config(tmp_path, tiny_model)
+    public = config.model_copy(update={"data": config.data.model_copy(update={"public": True})})
+    state = Path(config.silo.state_dir)
+    PublicSilo(public, TRUSTED, PLAN).close()
+    assert sorted(path.name for path in state.iterdir()) == ["silo.key", "silo.log", "split.key"]
+    Silo(config, TRUSTED).close()
+    (state / "split.key").unlink()
+    with pytest.raises(InputError, match=r"split\.key: no such key"):
+        PublicSilo(public, TRUSTED, PLAN)
+
+
 def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_path, tiny_model, adapter):
     config = silo_config(tmp_path, tiny_model)
     with (tmp_path / "data.jsonl").open("ab") as file:
@@ -451,7 +514,8 @@ def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_pat
     reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
     silo.close()
     log = (silo.ledger.path.parent / "silo.log").read_text()
-    expected = 1 if any("long story" in unit for unit in silo.units.train) else 0
-    assert f"{expected} of {len(silo.units.train)} training units were truncated" in log
+    train = units_of(silo.config).train
+    expected = 1 if any("long story" in unit for unit in train) else 0
+    assert f"{expected} of {len(train)} training units were truncated" in log
     assert "1 texts with invalid UTF-8 replaced" in log
     assert set(reply.trained.DESCRIPTOR.fields_by_name) == {"receipt", "update"}

@@ -34,13 +34,13 @@ def entries(folder):
 def test_a_line_that_does_not_fit_is_an_error_and_leaves_no_trace(tmp_path):
     """Before: no error, the reply left, 40 of its line's 133 bytes were there, and the next followed on it."""
     log = AuditLog(tmp_path)
-    log.came_in(b"one")
+    log.leaves(b"one")
     size = (tmp_path / "audit.jsonl").stat().st_size
     with largest_file(size + 40), pytest.raises(UnloggedError, match=r"audit\.jsonl: could not be written"):
         log.leaves(b"two")
     assert (tmp_path / "audit.jsonl").stat().st_size == size
     log.leaves(b"three")
-    assert [entry["direction"] for entry in entries(tmp_path)] == ["in", "out"]
+    assert [entry["direction"] for entry in entries(tmp_path)] == ["out", "out"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
@@ -52,10 +52,10 @@ def test_on_a_real_full_disk_every_line_is_whole(tmp_path):
         log, written = AuditLog(disk), 0
         with pytest.raises(UnloggedError, match="No space left"):
             for written in range(10_000):
-                log.came_in(b"x" * written)
+                log.leaves(b"x" * written)
         assert len(entries(disk)) == written > 100
         (disk / "audit.jsonl").write_text("")  # somebody makes room
-        log.came_in(b"")
+        log.leaves(b"")
         assert len(entries(disk)) == 1
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -63,13 +63,13 @@ def test_on_a_real_full_disk_every_line_is_whole(tmp_path):
 
 def test_a_line_that_a_kill_cut_short_stays_a_line_of_its_own(tmp_path):
     """Before: the next line was added to it, and a request after a restart was lost from the day's count."""
-    AuditLog(tmp_path).accepted("net")
+    AuditLog(tmp_path).accepted(b"", "net")
     with (tmp_path / "audit.jsonl").open("a") as file:
         file.write('{"time": 17')
-    assert AuditLog(tmp_path).accepted("net") == 2
+    assert AuditLog(tmp_path).accepted(b"", "net") == 2
     lines = (tmp_path / "audit.jsonl").read_text().splitlines()
     assert (len(lines), lines[1]) == (3, '{"time": 17')
-    assert AuditLog(tmp_path).accepted("net") == 3
+    assert AuditLog(tmp_path).accepted(b"", "net") == 3
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def small(monkeypatch):
 def test_files_rotate_and_a_restart_goes_on_counting(tmp_path, small):
     log = AuditLog(tmp_path)
     for number in range(1, 101):
-        assert log.accepted("net", run="x" * 100) == number
+        assert log.accepted(b"", "net", run="x" * 100) == number
         if number % 30 == 0:
             log = AuditLog(tmp_path)
     files = sorted(tmp_path.iterdir())
@@ -90,7 +90,24 @@ def test_files_rotate_and_a_restart_goes_on_counting(tmp_path, small):
     assert all(file.stat().st_size <= 2000 and file.stat().st_mode & 0o777 == 0o600 for file in files)
     for number in (1, 2, 3):
         (tmp_path / f"audit.jsonl.{number}").unlink()  # put elsewhere
-    assert AuditLog(tmp_path).accepted("net") == 101
+    assert AuditLog(tmp_path).accepted(b"", "net") == 101
+
+
+def test_strangers_push_no_line_of_a_real_request_away(tmp_path, small):
+    """Before: one file for all, and 272 MiB of anybody's nonsense were enough."""
+    log = AuditLog(tmp_path)
+    log.accepted(b"request", "net", run="real")
+    log.leaves(b"reply", outcome="answered")
+    before = (tmp_path / "audit.jsonl").read_bytes()
+    for number in range(50):
+        log.turned_away(b"x" * number, b"refusal", outcome="refused: coordinator")
+    assert (tmp_path / "audit.jsonl").read_bytes() == before
+    assert len(list(tmp_path.glob("audit.jsonl*"))) == 1
+    files = [tmp_path / "strangers.jsonl", *(tmp_path / f"strangers.jsonl.{number}" for number in (1, 2, 3))]
+    assert all(file.stat().st_size <= 2000 and file.stat().st_mode & 0o777 == 0o600 for file in files)
+    newest = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert [(line["direction"], line["bytes"]) for line in newest[-2:]] == [("in", 49), ("out", 7)]
+    assert AuditLog(tmp_path).accepted(b"", "net") == 2
 
 
 def test_requests_count_for_a_day_and_not_longer(tmp_path, small, monkeypatch):
@@ -98,26 +115,26 @@ def test_requests_count_for_a_day_and_not_longer(tmp_path, small, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now[0])
     log = AuditLog(tmp_path)
     for _ in range(50):
-        log.accepted("net", run="x" * 100)
+        log.accepted(b"", "net", run="x" * 100)
         now[0] += 60
     now[0] = 1_800_000_000.0 + 24 * 3600 - 1
-    assert log.accepted("net") == 51
+    assert log.accepted(b"", "net") == 51
     now[0] += 25 * 60
-    expected = log.accepted("net")
+    expected = log.accepted(b"", "net")
     assert expected == 28  # 24 minutes have passed as a whole
-    assert AuditLog(tmp_path).accepted("net") == expected + 1
+    assert AuditLog(tmp_path).accepted(b"", "net") == expected + 1
 
 
 def test_each_coordinator_has_a_count_of_its_own(tmp_path, small):
     """Before: one count for all, and a hostile coordinator's requests used up the others' day."""
     log = AuditLog(tmp_path)
     for number in range(1, 41):
-        assert log.accepted("hostile", run="x" * 100) == number
-    assert log.accepted("honest") == 1
+        assert log.accepted(b"", "hostile", run="x" * 100) == number
+    assert log.accepted(b"", "honest") == 1
     for number in (1, 2, 3):
         (tmp_path / f"audit.jsonl.{number}").unlink()  # the head alone tells of them
     log = AuditLog(tmp_path)
-    assert (log.accepted("honest"), log.accepted("hostile")) == (2, 41)
+    assert (log.accepted(b"", "honest"), log.accepted(b"", "hostile")) == (2, 41)
 
 
 def test_a_head_that_tells_no_coordinators_apart_counts_against_each(tmp_path):
@@ -127,18 +144,18 @@ def test_a_head_that_tells_no_coordinators_apart_counts_against_each(tmp_path):
     line = {"time": time.time(), "direction": "accepted", "coordinator": "one"}
     (tmp_path / "audit.jsonl").write_text(json.dumps(head) + "\n" + json.dumps(line) + "\n")
     log = AuditLog(tmp_path)
-    assert (log.accepted("one"), log.accepted("other"), log.accepted("one")) == (11, 10, 12)
+    assert (log.accepted(b"", "one"), log.accepted(b"", "other"), log.accepted(b"", "one")) == (11, 10, 12)
 
 
 def test_a_full_disk_loses_no_old_file(tmp_path, small):
     log = AuditLog(tmp_path)
     for _ in range(40):
-        log.accepted("net", run="x" * 100)
+        log.accepted(b"", "net", run="x" * 100)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with largest_file(20):
         for _ in range(10):
             with pytest.raises(UnloggedError):
-                log.accepted("net", run="x" * 2000)
+                log.accepted(b"", "net", run="x" * 2000)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -152,7 +169,7 @@ def test_a_kill_between_the_steps_of_a_rotation_loses_nothing(tmp_path, small, m
     """Renames and the link are the steps; the kill comes after so many of them."""
     log, left, counted = AuditLog(tmp_path), 10**6, 0
     while len(list(tmp_path.glob("audit*"))) < min(1 + rotations, 4):
-        counted = log.accepted("net", run="x" * 100)
+        counted = log.accepted(b"", "net", run="x" * 100)
 
     def step(call):
         def counting(*arguments):
@@ -170,12 +187,12 @@ def test_a_kill_between_the_steps_of_a_rotation_loses_nothing(tmp_path, small, m
         left = steps
         with contextlib.suppress(KilledError):
             for _ in range(15):  # rotates twice, and not thrice
-                counted = log.accepted("net", run="x" * 100)
+                counted = log.accepted(b"", "net", run="x" * 100)
     log = AuditLog(tmp_path)
-    assert log.accepted("net") == counted + 1
+    assert log.accepted(b"", "net") == counted + 1
     for _ in range(30):
-        counted = log.accepted("net", run="x" * 100)
-    assert AuditLog(tmp_path).accepted("net") == counted + 1
+        counted = log.accepted(b"", "net", run="x" * 100)
+    assert AuditLog(tmp_path).accepted(b"", "net") == counted + 1
 
 
 def test_silo_log_escapes_what_strangers_say_rotates_and_fails_in_silence(tmp_path, small, capsys):

@@ -48,7 +48,7 @@ def train(silo, adapter, request_id, round_number=1, spec=None, **changes):
     values = {
         "round": round_number,
         "plan_digest": PLAN.digest,
-        "base_model_digest": silo.base_model.content_digest,
+        "base_model_digest": silo.workbench.base_model.content_digest,
         "task": "causal",
         "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0, **(spec or {})),
         "adapter": to_bytes(adapter),
@@ -71,6 +71,8 @@ NAN = {"proximal_mu": float("nan")}
         ({"proximal_mu": -1.0}, "max_proximal_mu"),
         ({"proximal_mu": 101.0}, "max_proximal_mu"),
         (NAN, "max_proximal_mu"),
+        ({"proximal_mu": 1.01, "learning_rate": 1.0}, "proximal_mu"),
+        ({"proximal_mu": 100.0, "learning_rate": 0.02, "optimizer": "adam"}, "proximal_mu"),
         ({"correction": b"lies"}, "correction"),
         ({"correction": to_bytes({"other": np.zeros(3, dtype=np.float32)})}, "correction"),
         ({"spec": {"frozen_digest": "00" * 32, "frozen_seed": 0}}, "frozen_digest"),
@@ -80,6 +82,16 @@ def test_what_is_refused_is_never_charged(silo, adapter, changes, rule):
     before = charges(silo)
     assert train(silo, adapter, "refused", **changes).refusal.rule == rule
     assert charges(silo) == before
+
+
+def test_a_pull_that_overshoots_is_refused_by_the_product_of_both(silo, adapter):
+    """Before: charged, and after enough steps every value was infinite."""
+    refusal = train(silo, adapter, "refused", proximal_mu=4.0, learning_rate=0.5).refusal
+    assert refusal.message == (
+        "proximal_mu: asked learning_rate 0.5 times proximal_mu 4 is 2, allowed at most 1: a longer step overshoots"
+    )
+    # Up to the bound a step ends between where it began and the shared adapter.
+    assert train(silo, adapter, "pulled", 5, proximal_mu=100.0, learning_rate=0.01).WhichOneof("kind") == "trained"
 
 
 def test_a_correction_that_is_not_finite_is_refused(silo, adapter):

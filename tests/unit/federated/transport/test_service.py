@@ -3,7 +3,6 @@
 import contextlib
 import threading
 import time
-from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -23,7 +22,6 @@ class Answering:
     """What the service hands envelopes to: here one that answers with a reply of a chosen size, when it is let."""
 
     def __init__(self):
-        self.config = SimpleNamespace(policy=SimpleNamespace(max_request_bytes=4 * CHUNK_BYTES))
         self.size, self.handled, self.raised = 0, [], None
         self.free = threading.Event()
         self.free.set()
@@ -69,7 +67,7 @@ def transfers(monkeypatch):
 @pytest.fixture
 def address(silo, transfers, tmp_path_factory):
     address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
-    server, _ = serve(silo, address)
+    server, _ = serve(silo.handle, 4 * CHUNK_BYTES, address)
     yield address
     server.stop(grace=None).wait()
 

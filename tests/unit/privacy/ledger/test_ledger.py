@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import signal
 import sqlite3
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from privacy.ledger import journal as journal_module
+from privacy.ledger import chain, kept_replies
 from privacy.ledger.chain import Budget, left, verify_entries
 from privacy.ledger.file import read_only
 from privacy.ledger.ledger import Ledger
@@ -93,20 +94,55 @@ def test_a_receipt_never_grows_beyond_what_is_read(tmp_path):
 
 
 def test_a_receipt_is_of_one_instant(ledger, tmp_path, monkeypatch):
-    other, read = reopen(tmp_path), journal_module.read_entries
+    other, read = reopen(tmp_path), chain.read_entries
     appended = []
 
-    def reads(connection):
-        found = read(connection)
+    def reads(connection, first=1):
+        found = read(connection, first)
         if not appended:
             appended.append("run-1")
             other.reserve("run-1", PLAN)
         return found
 
-    monkeypatch.setattr(journal_module, "read_entries", reads)
+    monkeypatch.setattr(chain, "read_entries", reads)
     torn = ledger.receipt("run-1")
     assert (torn.number, torn.epsilon_left, torn.plan_digest, torn.spends) == (1, 20.0, "", ())
     other.close_file()
+
+
+def test_an_entry_is_read_once_by_whoever_asks(ledger, tmp_path):
+    """Before: a training request read and decoded the whole ledger eleven times."""
+    ledger.reserve("run-1", PLAN)
+    read = []
+    ledger.journal.db.set_trace_callback(read.append)
+    ledger.accept(ledger.receipt("run-1"))
+    charge = ledger.charge("run-1", "round-1", DIGEST, 1)
+    ledger.release(charge.number, "run-1", b"reply")
+    looks = [re.search(r"number >= (\d+)", statement) for statement in read if "FROM entries" in statement]
+    assert {int(look[1]) for look in looks if look} <= {2, 3, 4}  # the last that was known, and what follows it
+    other = reopen(tmp_path)
+    other.charge("run-1", "round-2", OTHER, 2)  # another process
+    assert ledger.entries() == other.entries() == read_only(ledger.path)
+    other.close_file()
+
+
+def test_entries_that_are_not_there_any_more_are_forgotten(ledger):
+    ledger.reserve("run-1", PLAN)
+
+    def dies(_):
+        assert len(ledger.entries()) == 3  # the charge is among them
+        raise RuntimeError
+
+    ledger._seed_source = dies
+    with pytest.raises(RuntimeError):
+        ledger.charge("run-1", "round-1", DIGEST, 1)
+    assert ledger.entries() == read_only(ledger.path)
+    assert len(ledger.entries()) == 2
+    ledger.journal.db.execute("DROP TRIGGER entries_stay")  # the file put back under a silo that has it open
+    ledger.journal.db.execute("DELETE FROM entries WHERE number = 2")
+    assert len(ledger.entries()) == 1
+    with pytest.raises(PolicyRefusal, match="rollback"):
+        ledger.reserve("run-2", PLAN)
 
 
 def test_a_request_is_charged_once_and_answered_alike(ledger):
@@ -166,10 +202,76 @@ def test_a_closed_run_keeps_its_spend_and_gives_nothing_more(ledger):
     for request, number in (("round-1", 1), ("round-2", 2), ("round-3", 3)):
         with pytest.raises(PolicyRefusal, match="closed"):
             ledger.charge("run-1", request, DIGEST, number)
-    with pytest.raises(PolicyRefusal, match="closed before this reply"):
+    with pytest.raises(PolicyRefusal, match="is closed"):
         ledger.release(pending.number, "run-1", b"late")
     ledger.close("run-1")
     assert sum(body["kind"] == "close" for body in bodies(ledger)) == 1
+
+
+LONG = REQUEST.model_copy(update={"rounds": 12, "noise_multiplier": 0.9}).bind(5000)
+
+
+def released(ledger, number, reply=b"reply", run="run-1"):
+    charge = ledger.charge(run, f"round-{number}", DIGEST, number)
+    return ledger.release(charge.number, run, reply)
+
+
+@pytest.mark.parametrize(("size", "kept"), [(2**30, 7), (36, 5), (0, 4)])
+def test_the_newest_replies_of_a_run_stay_and_one_that_is_gone_is_refused_for_good(ledger, monkeypatch, size, kept):
+    """At least two rounds and their evaluations, whatever their size; others while all together are small."""
+    monkeypatch.setattr(kept_replies, "KEPT_BYTES", size)
+    ledger.reserve("run-1", LONG)
+    ledger.reserve("run-2", REQUEST.model_copy(update={"noise_multiplier": 2.0}).bind(5000))
+    released(ledger, 1, run="run-2")
+    for number in range(1, 8):
+        released(ledger, number, b"reply %d" % (number % 10))
+        released(ledger, number, b"not this")  # asked for again at once
+    before = bodies(ledger)
+    for number in range(1, 8):
+        if number > 7 - kept:
+            assert ledger.charge("run-1", f"round-{number}", DIGEST, number).reply == b"reply %d" % number
+            continue
+        for ask in (ledger.charge, ledger.reply):  # the same request again, another one, another id
+            for request, digest, rule in (
+                (f"round-{number}", DIGEST, "reply"),
+                (f"round-{number}", OTHER, "request_id"),
+                ("another", DIGEST, "schedule"),
+            ):
+                with pytest.raises(PolicyRefusal) as caught:
+                    ask("run-1", request, digest, number)
+                assert caught.value.rule == rule
+        charge = next(
+            body for body in before if body["kind"] == "charge" and (body["run"], body["round"]) == ("run-1", number)
+        )
+        with pytest.raises(PolicyRefusal, match="never computed again"):  # a process that was slow to answer
+            ledger.release(charge["number"], "run-1", b"late")
+    assert ledger.charge("run-2", "round-1", DIGEST, 1).reply == b"reply"  # another run's are its own
+    assert bodies(ledger) == before
+    assert ledger.journal.db.execute("SELECT count(*) FROM seeds").fetchone() == (0,)
+    replay(before, "test")
+    ledger.close("run-1")
+    with pytest.raises(PolicyRefusal, match="is closed"):
+        ledger.charge("run-1", "round-1", DIGEST, 1)
+
+
+def test_a_reply_that_was_released_late_is_among_the_newest(ledger, monkeypatch):
+    monkeypatch.setattr(kept_replies, "KEPT_BYTES", 0)
+    ledger.reserve("run-1", LONG)
+    late = ledger.charge("run-1", "round-1", DIGEST, 1)  # and its process is killed
+    for number in range(2, 9):
+        released(ledger, number)
+    assert ledger.release(late.number, "run-1", b"late") == b"late"
+    assert ledger.charge("run-1", "round-1", DIGEST, 1).reply == b"late"
+
+
+def test_a_long_runs_replies_do_not_fill_the_disk(ledger, tmp_path, monkeypatch):
+    """Before: 12 of 12 stayed until the run was closed."""
+    monkeypatch.setattr(kept_replies, "KEPT_BYTES", 2**20)
+    ledger.reserve("run-1", LONG)
+    for number in range(1, 13):
+        released(ledger, number, bytes([number]) * 2**20)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 6 * 2**20
+    assert not any(b"\1" * 2**10 in path.read_bytes() for path in tmp_path.iterdir())
 
 
 def test_a_changed_policy_is_an_entry(ledger, tmp_path):
@@ -285,9 +387,10 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from privacy.ledger import journal as journal_module
+from privacy.ledger import kept_replies
 from privacy.ledger.chain import Budget
-from privacy.ledger.ledger import Ledger
 from privacy.ledger.file import read_only
+from privacy.ledger.ledger import Ledger
 from privacy.plan import PlanRequest
 plan = PlanRequest(**{plan!r}).bind(5000)
 ledger = Ledger.open(Path(sys.argv[1]), "north", "hospital-1", Budget(20.0, 3e-5))

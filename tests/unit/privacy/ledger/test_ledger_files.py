@@ -239,6 +239,45 @@ max_epsilon_per_run = 10.0
 """
 
 
+LOOKS = ("status -c silo.toml", "runs -c silo.toml", "runs stop run-1 -c silo.toml", "budget reconcile silo.toml")
+LOOKS_AT = (
+    "ledger show north",
+    "ledger verify north",
+    "ledger export north --to e.jsonl",
+    "ledger backup north --to b",
+)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["no folder", "an empty folder"])
+def test_commands_that_look_make_no_ledger_and_no_key(tmp_path, siloweave, there):
+    """Before: `silo status` and `silo budget reconcile` made both, as the user that asked, and said epsilon 20."""
+    state = tmp_path / "north"
+    state.mkdir() if there else None
+    (tmp_path / "silo.toml").write_text(SILO_TOML.format(state=state, more=""))
+    before = set(tmp_path.rglob("*"))
+    for command in (*(f"silo {look}" for look in LOOKS), "silo budget reconcile north", *LOOKS_AT):
+        done = siloweave(*command.split(), cwd=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), (command, done.stderr)
+        assert command.endswith("reconcile north") or "no ledger yet" in done.stderr or "no such ledger" in done.stderr
+        assert set(tmp_path.rglob("*")) == before, command
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_lost_ledger_is_looked_at_in_vain_and_mended_by_its_settings(ledger, state, tmp_path, siloweave, anchored):
+    (tmp_path / "receipt.json").write_bytes(ledger.receipt("run-1").to_bytes())
+    ledger.close_file()
+    if not anchored:  # the coordinator's receipt is all there is, and the key tells whose it is
+        (default_anchor_dir(state) / "ledger.anchor").unlink()
+    for path in state.glob("ledger.sqlite*"):
+        path.unlink()
+    (tmp_path / "silo.toml").write_text(SILO_TOML.format(state=state, more=""))
+    lost = siloweave("silo", "status", "-c", "silo.toml", cwd=tmp_path)
+    assert (lost.returncode, "silo budget reconcile" in lost.stderr) == (2, anchored)
+    assert not (state / "ledger.sqlite").exists()
+    done = siloweave("silo", "budget", "reconcile", "silo.toml", "receipt.json", "--json", cwd=tmp_path)
+    assert json.loads(done.stdout)["epsilon_left"] == pytest.approx(20 - REQUEST.epsilon), done.stderr
+
+
 def test_a_folder_whose_anchor_lies_elsewhere_is_not_reconciled(state, tmp_path, siloweave):
     ledger = Ledger.open(state, "north", "ward", BUDGET, anchor_dir=tmp_path / "elsewhere")
     ledger.reserve("run-1", PLAN)

@@ -74,13 +74,11 @@ PLAN = PlanRequest(
 ).bind(100)
 
 
-def training(model, records, plan=PLAN, seed=b"s" * 32, optimizer=torch.optim.Adam, **options):
+def training(model, plan=PLAN, optimizer=torch.optim.Adam, **options):
     return PrivateTraining(
         plan,
-        Streams(seed, DIGEST),
         model,
         optimizer(list(trainable(model).values()), lr=1e-2, **options),
-        records,
         unit_losses=lambda batch: losses(model, batch),
         shape_of=TASK.padded_length,
         made_up=TASK.made_up,
@@ -88,8 +86,11 @@ def training(model, records, plan=PLAN, seed=b"s" * 32, optimizer=torch.optim.Ad
     )
 
 
-def run(model, records, **options):
-    training(model, records, **options).run()
+STREAMS = Streams(b"s" * 32, DIGEST)
+
+
+def run(model, records, seed=b"s" * 32, **options):
+    training(model, **options).run(Streams(seed, DIGEST), records)
     return adapter_weights(model)
 
 
@@ -119,9 +120,9 @@ def test_the_micro_batch_size_changes_no_bit():
 
 
 def run_in(model, micro_batch_size):
-    steps = training(model, RECORDS)
+    steps = training(model)
     steps.micro_batch_size = micro_batch_size
-    steps.run()
+    steps.run(STREAMS, RECORDS)
     return adapter_weights(model)
 
 
@@ -152,20 +153,40 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(optimizer):
     options = {"optimizer": optimizer, **({"noise_std": PLAN.noise_std / 10} if optimizer is AdamBC else {})}
     whole = run(lora_model(), RECORDS, **options)
     torch.manual_seed(99)
-    first = training(lora_model(), RECORDS, **options)
-    first.run(2)
-    second = training(lora_model(), RECORDS, **options)
+    first = training(lora_model(), **options)
+    first.run(STREAMS, RECORDS, 2)
+    second = training(lora_model(), **options)
     second.load_state_dict(first.state_dict())
-    second.run()
+    second.run(STREAMS, RECORDS)
     found = adapter_weights(second.model)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("size", [1e12, 1e19, 1e30])
+def test_a_proof_whose_numbers_are_not_finite_is_none(size):
+    model = lora_model()
+    with torch.no_grad():
+        for value in trainable(model).values():
+            value.mul_(size)
+    with pytest.raises(InputError):
+        training(model).prove()
+
+
+def test_a_proof_counts_for_one_run(monkeypatch):
+    steps, proofs, prove = training(lora_model()), [], PrivateTraining.prove
+    monkeypatch.setattr(PrivateTraining, "prove", lambda self: proofs.append(self.steps_done) or prove(self))
+    steps.prove()
+    steps.run(STREAMS, RECORDS, 2)
+    assert proofs == [0]
+    steps.run(STREAMS, RECORDS)
+    assert proofs == [0, 2]
+
+
 def test_a_state_of_another_plan_is_refused():
-    state = training(lora_model(), RECORDS).state_dict()
+    state = training(lora_model()).state_dict()
     other = PLAN.request.model_copy(update={"noise_multiplier": 0.8}).bind(100)
     with pytest.raises(InputError, match="state of plan"):
-        training(lora_model(), RECORDS, plan=other).load_state_dict(state)
+        training(lora_model(), plan=other).load_state_dict(state)
 
 
 def test_adam_freed_of_the_noise_is_the_papers_formula():
@@ -213,8 +234,8 @@ QUANTILE = PlanRequest(
 
 
 def test_quantile_clipping_is_the_papers_rule_by_hand():
-    found = training(lora_model(), RECORDS, plan=QUANTILE)
-    found.run()
+    found = training(lora_model(), plan=QUANTILE)
+    found.run(STREAMS, RECORDS)
     model, streams, norm = lora_model(), Streams(b"s" * 32, DIGEST), 0.3
     optimizer = torch.optim.Adam(list(trainable(model).values()), lr=1e-2)
     for step in range(6):
@@ -243,8 +264,8 @@ def lengths(model, batch):
 def test_quantile_clipping_finds_the_norm_from_afar(start):
     """Most records are out of the sampler's reach of chance: the norm ends near the middle of their norms."""
     plan = QUANTILE.request.model_copy(update={"max_grad_norm": start, "steps_per_round": 150}).bind(64)
-    found = training(lora_model(), RECORDS * 2, plan=plan, optimizer=NoStep)
-    found.run()
+    found = training(lora_model(), plan=plan, optimizer=NoStep)
+    found.run(STREAMS, RECORDS * 2)
     middle = torch.tensor(list(lengths(lora_model(), RECORDS))).median().item()
     assert middle / 2 < found.max_grad_norm < middle * 2
 
@@ -257,11 +278,11 @@ class NoStep(torch.optim.SGD):
 
 
 def test_a_resumed_quantile_run_goes_on_with_its_norm():
-    whole, first, second = (training(lora_model(), RECORDS, plan=QUANTILE) for _ in range(3))
-    whole.run()
-    first.run(3)
+    whole, first, second = (training(lora_model(), plan=QUANTILE) for _ in range(3))
+    whole.run(STREAMS, RECORDS)
+    first.run(STREAMS, RECORDS, 3)
     second.load_state_dict(first.state_dict())
-    second.run()
+    second.run(STREAMS, RECORDS)
     assert second.max_grad_norm == whole.max_grad_norm
     expected, found = adapter_weights(whole.model), adapter_weights(second.model)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -15,6 +15,8 @@ from trainer.data.parts import Parts, one_after_the_other
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 
+DTYPE = np.dtype("<u2")
+
 
 def test_normalise():
     assert normalise("e\u0301\x00  a\t b \r\n\n\n\nend  ") == "\u00e9 a b\n\nend"
@@ -50,13 +52,13 @@ def encoded(documents, tokenizer):
 def tokens(tmp_path):
     documents = [f"document number {i} speaks of the number {i * i}" for i in range(60)]
     tokenizer = train_tokenizer(documents, 300, tmp_path / "tokenizer")
-    counts = pack(encoded(documents, tokenizer), tmp_path / "tokens.bin", 16, "concatenate")
+    counts = pack(encoded(documents, tokenizer), tmp_path / "tokens.bin", 16, "concatenate", DTYPE)
     return documents, tokenizer, counts, tmp_path
 
 
 def test_packed_tokens_read_back_as_the_documents(tokens):
     documents, tokenizer, counts, folder = tokens
-    file = TokenFile(folder / "tokens.bin", 16)
+    file = TokenFile(folder / "tokens.bin", 16, DTYPE)
     assert counts["tokens"] // 16 == file.num_windows == counts["windows"]
     assert counts["tokens"] - counts["tokens_kept"] < 16
     assert file.positions(np.arange(2)) is None
@@ -76,8 +78,8 @@ def test_the_tokenizer_is_byte_level(tokens):
 def test_documents_packed_whole_keep_every_token_and_know_their_places(tokens):
     documents, tokenizer, _, folder = tokens
     documents = [*documents, "one long document " * 30]
-    counts = pack(encoded(documents, tokenizer), folder / "whole.bin", 32, "documents")
-    file = TokenFile(folder / "whole.bin", 32)
+    counts = pack(encoded(documents, tokenizer), folder / "whole.bin", 32, "documents", DTYPE)
+    file = TokenFile(folder / "whole.bin", 32, DTYPE)
     everything = np.arange(file.num_windows)
     ids, positions = file.windows(everything), file.positions(everything)
     whole = [document.ids.tolist() for document in encoded(documents, tokenizer)]
@@ -188,7 +190,7 @@ def test_corpora_are_packed_apart_and_their_copies_dropped_together(corpus):
     assert set(counts) == {"public", "other"}
     assert manifest.metadata["cleaning"]["kept"] == 280
     for name, part in counts.items():
-        assert TokenFile(run / "corpus" / train_tokens(name), 32).num_windows == part["windows"]
+        assert TokenFile(run / "corpus" / train_tokens(name), 32, DTYPE).num_windows == part["windows"]
         assert part["tokens"] - part["tokens_kept"] < 32
 
 

@@ -1,0 +1,189 @@
+"""Where a run and a silo keep what: the one home of the names that lie on disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG, EVENTS, CERTIFICATE = "config.toml", "events.jsonl", "certificate.json"
+FEDERATED, NO_DP = "federated", "federated-no-dp"  # a federation's stage, and its folder
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files and folders of a run.
+
+    Attributes:
+        directory: the run's.
+    """
+
+    directory: Path
+
+    @property
+    def config(self) -> Path:
+        """The settings that it was started with."""
+        return self.directory / CONFIG
+
+    @property
+    def events(self) -> Path:
+        """One line an event. A federation's folder has a log of its own by this name."""
+        return self.directory / EVENTS
+
+    @property
+    def corpus_parts(self) -> Path:
+        """Parts of a corpus that is being prepared."""
+        return self.directory / "corpus-parts"
+
+    @property
+    def corpus(self) -> Path:
+        """The packed public text."""
+        return self.directory / "corpus"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that was trained on it."""
+        return self.directory / "tokenizer"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Pretraining's commits, where they don't go to an object store."""
+        return self.directory / "pretrain" / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The exported base model."""
+        return self.directory / "model"
+
+    @property
+    def federated(self) -> Path:
+        """The federation under DP."""
+        return self.directory / FEDERATED
+
+    @property
+    def no_dp(self) -> Path:
+        """The federation without DP, of a simulation with public silos."""
+        return self.directory / NO_DP
+
+    @property
+    def certificate(self) -> Path:
+        """What the federation under DP has spent and released."""
+        return self.federated / CERTIFICATE
+
+    @property
+    def evaluation(self) -> Path:
+        """Bits per character by round."""
+        return self.directory / "evaluation.json"
+
+    @property
+    def sample(self) -> Path:
+        """A text of the final model."""
+        return self.directory / "sample.txt"
+
+    @property
+    def report(self) -> Path:
+        """The report for machines; a run that has one is finished."""
+        return self.directory / "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The report for people."""
+        return self.directory / "report.html"
+
+    @property
+    def audit(self) -> Path:
+        """The newest audit's folder."""
+        return self.directory / "audit"
+
+    @property
+    def audit_report(self) -> Path:
+        """What it has found."""
+        return self.audit / "audit.json"
+
+    @property
+    def tune(self) -> Path:
+        """A search's folder."""
+        return self.directory / "tune"
+
+    @property
+    def tune_report(self) -> Path:
+        """What it knows of its trials."""
+        return self.tune / "tune.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Curves for TensorBoard."""
+        return self.directory / "tensorboard"
+
+    @property
+    def mlflow(self) -> Path:
+        """Which run of MLflow's this one is."""
+        return self.directory / "mlflow.json"
+
+
+@dataclass(frozen=True)
+class SiloFiles:
+    """The files and folders of a silo, or of the aggregator's ledger.
+
+    Attributes:
+        directory: the silo's ``state_dir``.
+    """
+
+    directory: Path
+
+    @property
+    def key(self) -> Path:
+        """Signs ledger entries and replies."""
+        return self.directory / "silo.key"
+
+    @property
+    def split_key(self) -> Path:
+        """Decides which units are held out."""
+        return self.directory / "split.key"
+
+    @property
+    def ledger(self) -> Path:
+        """What was spent."""
+        return self.directory / "ledger.sqlite"
+
+    @property
+    def log(self) -> Path:
+        """The silo's own log."""
+        return self.directory / "silo.log"
+
+    @property
+    def traffic(self) -> Path:
+        """Requests that were accepted, and their replies."""
+        return self.directory / "audit.jsonl"
+
+    @property
+    def strangers(self) -> Path:
+        """What else came in, and what was answered."""
+        return self.directory / "strangers.jsonl"
+
+    @property
+    def personal(self) -> Path:
+        """The personal adapter."""
+        return self.directory / "personal"
+
+    @property
+    def enrolment(self) -> Path:
+        """What coordinators get."""
+        return self.directory / "enrolment.json"
+
+    @property
+    def trusted(self) -> Path:
+        """A file for each coordinator that may ask."""
+        return self.directory / "trusted"
+
+    @property
+    def tls(self) -> Path:
+        """Authority, keys and certificates of service and relay."""
+        return self.directory / "tls"
+
+    @property
+    def service_key(self) -> Path:
+        """The service's private key for TLS."""
+        return self.tls / "service.key"
+
+    @property
+    def service_certificate(self) -> Path:
+        """The service's certificate for TLS."""
+        return self.tls / "service.crt"

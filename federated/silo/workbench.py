@@ -1,0 +1,121 @@
+"""What a silo computes with: its units, the warm model, the task. Knows no ledger, and decides nothing."""
+
+from functools import cached_property
+from logging import Logger
+from pathlib import Path
+from typing import Any
+
+from configs.errors import InputError, PolicyRefusal
+from configs.schema.silo import SiloConfig, SiloPolicy
+from configs.storage.manifests import Manifest, require_manifest
+from federated.adapters.arrays import Arrays
+from federated.adapters.lora_factors import frozen_digest
+from federated.adapters.warm_model import warm_model
+from federated.protocol import silo_pb2 as pb
+from federated.silo.local_training import LocalSettings
+from federated.silo.requests import arrays, correction_of
+from federated.silo.units import Units
+from trainer.models.adapters import shapes, trainable
+from trainer.tasks.task import Encoded, Task, task_of
+
+
+class Workbench:
+    """One silo's.
+
+    Args:
+        config: the silo. Its policy may change from request to request, and is given with each.
+        base_model: the manifest of ``silo.base_model``.
+        units: the silo's. Private.
+        log: the silo's own.
+    """
+
+    def __init__(self, config: SiloConfig, base_model: Manifest, units: Units, log: Logger) -> None:
+        self._config, self.base_model, self._units, self._log = config, base_model, units, log
+
+    @cached_property
+    def task(self) -> Task:
+        """What a record is to the model."""
+        return task_of(self._config.policy.tasks[0], Path(self._config.silo.base_model))
+
+    @cached_property
+    def records(self) -> list[Encoded]:
+        """The training units as tokens. Private; what was mended on the way is counted in the silo's own log."""
+        units = self._units
+        records = [self.task.encode(unit) for unit in units.train]
+        truncated = sum(record.truncated for record in records)
+        self._log.info("%d of %d training units were truncated to the context", truncated, len(records))
+        self._log.info(
+            "source: %d texts with invalid UTF-8 replaced, %d empty, %d left out without silo or unit",
+            units.counts.replaced_utf8,
+            units.counts.empty,
+            units.counts.without_unit,
+        )
+        if units.deidentified is not None:
+            self._log.info("spans de-identified, by kind: %s", units.deidentified)
+        return records
+
+    @property
+    def held_out_texts(self) -> tuple[str, ...]:
+        """The held-out units. Private."""
+        return self._units.held_out
+
+    @cached_property
+    def held_out(self) -> list[Encoded]:
+        """The held-out units as tokens. Private."""
+        return [self.task.encode(unit) for unit in self._units.held_out]
+
+    def model(self, asked: pb.Train | pb.Evaluate) -> Any:
+        """The warm base model with the adapter that a request describes.
+
+        Raises:
+            PolicyRefusal: another A is drawn here than the request's digest is of.
+        """
+        silo, spec = self._config.silo, asked.adapter_spec
+        seed = spec.frozen_seed if spec.frozen_digest else None
+        ours = silo.clipping == "bookkeeping"
+        model = warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file, seed, onednn=ours)
+        if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
+            drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
+            if drawn != spec.frozen_digest:
+                raise PolicyRefusal.of("frozen_digest", spec.frozen_digest, drawn)
+        return model
+
+    def fitted(self, asked: pb.Train | pb.Evaluate, policy: SiloPolicy) -> tuple[Any, Arrays]:
+        """The warm model and the request's adapter, which fits it.
+
+        Raises:
+            PolicyRefusal: it doesn't, or a value is beyond the policy's bound.
+        """
+        model, adapter = self.model(asked), arrays(asked.adapter, policy.max_adapter_value)
+        if shapes(trainable(model)) != shapes(adapter):
+            raise PolicyRefusal.of(
+                "adapter", "other names or shapes", "those of the adapter that adapter_spec describes"
+            )
+        return model, adapter
+
+    def local_settings(self, train: pb.Train, policy: SiloPolicy) -> LocalSettings:
+        """What the request says of the steps, and the silo of their speed."""
+        silo = self._config.silo
+        return LocalSettings(
+            train.learning_rate,
+            train.optimizer,
+            silo.micro_batch_size,
+            silo.clipping,
+            train.proximal_mu,
+            correction_of(train, policy.max_adapter_value),
+        )
+
+
+def public_base_model(config: SiloConfig) -> Manifest:
+    """The manifest of a silo's base model.
+
+    Raises:
+        InputError: there is none, or it does not say that only public text made the model.
+    """
+    found = require_manifest(Path(config.silo.base_model), "model", "export")
+    if found.metadata.get("trained_on") != "public":
+        raise InputError(
+            f"{config.silo.base_model}: its manifest does not say that it was trained on public text only; "
+            "give a base model that `siloweave export` made"
+        )
+    return found
