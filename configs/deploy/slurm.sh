@@ -1,7 +1,7 @@
 #!/bin/bash
 # Pretraining on a Slurm allocation: sbatch --nodes=4 configs/deploy/slurm.sh /shared/run.toml
 #
-# One Ray node a Slurm node; prepare, pretrain and export on them. run.storage must be a folder that all nodes share. A job
+# One Ray node per Slurm node; prepare, pretrain and export on them. run.storage must be a folder that all nodes share. A job
 # that was requeued or is submitted again continues from the last commit.
 #
 # NOT RUN under Slurm: it is checked by `bash -n`, and its commands and settings by tests/unit/cluster/test_deploy.py.

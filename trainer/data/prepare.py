@@ -54,7 +54,7 @@ def prepare(
     work = files.corpus_parts
     parts = Parts(_only(work, settings))
 
-    # 1. Rows to parts; what was read before a kill counts only if all was.
+    # 1. Rows to parts; what was read before a kill counts only if all of it was read.
     count, metadata = _read_public(config, parts)
 
     def each(step: str, function: Callable[[int], None]) -> None:
