@@ -1,4 +1,4 @@
-"""``siloweave audit``: canaries test the engine, at the run's plan and at a reference plan; attacks test what is released.
+"""``siloweave audit``: canaries test the engine at the run's plan and at a reference; attacks test what is released.
 
 Everything about an audit is fixed and written down before it starts. Its training reads public text and made-up
 canaries only, so that it costs no budget, and is charged to a ledger of its own; records of silos are read only where

@@ -236,7 +236,7 @@ def _message(found: Any) -> str:
 
 
 def exit_status(status: str, code: int | None) -> int | None:
-    """The exit status of a job as siloweave's: 0 to 3 as its command gave it, 1 for any other end, None before the end."""
+    """A job's exit status as siloweave's: 0 to 3 as its command gave it, 1 for any other end, None before the end."""
     if status in ("PENDING", "RUNNING"):
         return None
     if status == "SUCCEEDED":

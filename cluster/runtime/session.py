@@ -15,8 +15,8 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    # Without this, the agent of an embedded Ray looks at every process every 5 s, for a dashboard that nobody has: half of
-    # the agent's time.
+    # Without this, the agent of an embedded Ray looks at every process every 5 s, for a dashboard that nobody has: that
+    # is half of what the agent does.
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # what a rank's peers raise over its death is nothing for the user
     # Messages up to this size (Ray: 100 kB) travel in the call itself. One of 0.2 MB, a small adapter, takes 3 ms of

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from trainer.tasks.task import IGNORED, Encoded
 
-# Records are padded to multiples of so many tokens. It depends on a record's own length alone, gives many records one
-# shape, and fills whole vectors of the processor, in which no two records meet.
+# Records are padded to multiples of this many tokens. That depends on a record's own length alone, gives many records
+# one shape, and fills whole vectors of the processor, in which no two records meet.
 _BUCKET = 16
 
 
