@@ -23,7 +23,7 @@ address=$(hostname --ip-address | awk '{print $1}'):$port
 pids=()
 trap '((${#pids[@]} == 0)) || kill "${pids[@]}" 2>/dev/null || true' EXIT
 
-node() { # a Ray node on $1 Slurm nodes: the rest is srun's choice of them, then ray's options
+node() { # starts a Ray node on each of $1 Slurm nodes, which srun's option $2 chooses; the rest are ray's options
   local nodes=$1 choice=$2
   shift 2
   srun --overlap --nodes="$nodes" --ntasks="$nodes" "$choice" \
