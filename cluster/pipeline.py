@@ -112,7 +112,7 @@ def federate(run: Run) -> None:
 
 
 def _federation_event(run: Run, stage: str, event: dict[str, Any]) -> None:
-    """Rounds are pushed as they come. The last one may be missing: asked again, silos answer as they did."""
+    """Rounds are pushed as they come. A kill may lose the last one: asked again, silos answer as they did."""
     _forward(run.log, stage, event)
     if event["event"] == "round":
         run.push()

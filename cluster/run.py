@@ -27,7 +27,10 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage and says so in the events; how it failed as well, but not why: a message may quote a record."""
+        """Times a stage, and writes its start and end to the events.
+
+        A failure is written by its kind alone: its message may quote a record.
+        """
         self.log.emit(name, "start")
         began = time.perf_counter()
         try:

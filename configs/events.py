@@ -1,4 +1,4 @@
-"""``events.jsonl``: one line an event, appended as it happens; progress bars and the report read it."""
+"""``events.jsonl``: one line per event, appended as it happens; progress bars and the report read it."""
 
 import json
 import time

@@ -20,7 +20,7 @@ def json_object(content: bytes | str, origin: str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        InputError: it is none, or holds a name twice: readers would differ in which one they see.
+        InputError: the content is no JSON object, or holds a name twice: readers would differ in which one they see.
     """
     try:
         value = json.loads(content, object_pairs_hook=partial(_each_once, origin))

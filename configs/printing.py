@@ -1,7 +1,7 @@
 """The one place where lines are printed for people.
 
 Names of runs and silos, messages of refusals, words of a model: strangers choose them, and a terminal obeys what it is
-shown. So every line passes ``printable``. Nothing else prints, which a test over the source holds, but for the tables
+shown. So every line passes ``printable``. A test over the source checks that nothing else prints, except for the tables
 and bars of ``cluster/monitoring/console.py``.
 """
 
@@ -12,7 +12,7 @@ import typer
 
 
 def printable(text: str) -> str:
-    """The text with all that is not shown as itself escaped: control characters, line ends, marks of direction."""
+    """The text, with what is not shown as itself escaped: control characters, line ends, marks of direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -28,7 +28,7 @@ def say(*lines: str, err: bool = False) -> None:
 
 
 def _encodable(text: str, *, err: bool) -> str:
-    """The text with all that a terminal's encoding has no sign for escaped, too."""
+    """The text, with what the terminal's encoding can't express escaped, too."""
     encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -53,7 +53,8 @@ _MOVABLE = {
     "tune.reduction_factor",
 }
 
-# Settings that came later, each with what was so before: with it, a digest is what it was without the setting.
+# Settings that were added later, each with the value that stands for what was done before. At that value a setting is
+# left out of the digest, so that runs from before it keep theirs.
 _LATER = {"federated.task": "causal"}
 
 
@@ -66,7 +67,7 @@ def config_digest(config: RunConfig) -> str:
 def bind_run_directory(config: RunConfig) -> Path:
     """Creates the run's directory, or checks that it belongs to this configuration.
 
-    Where a run's storage is reached from may change between two starts; what shapes its results may not.
+    The run's storage and other settings in ``_MOVABLE`` may change between two starts; what shapes its results may not.
 
     Returns:
         The run's directory.

@@ -96,7 +96,7 @@ def _consolidated(folder: Path, settings: PretrainSettings, model: Any) -> dict[
 
 
 def _master_weights(states: dict[str, Any], settings: PretrainSettings, model: Any) -> dict[str, Any]:
-    """DeepSpeed saves ZeRO-0's without names, in the order of the optimizer's groups."""
+    """DeepSpeed saves the master weights of ZeRO-0 without names, in the order of the optimizer's groups."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = new_optimizer(settings, model).param_groups
     ordered = [names[parameter] for group in groups for parameter in group["params"]]

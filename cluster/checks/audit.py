@@ -1,4 +1,4 @@
-"""``siloweave audit``: what the engine shows of itself at the run's plan and at one where a run has power, and attacks.
+"""``siloweave audit``: canaries test the engine at the run's plan and at a reference; attacks test what is released.
 
 Everything about an audit is fixed and written down before it starts. Its training reads public text and made-up
 canaries only, so that it costs no budget, and is charged to a ledger of its own; records of silos are read only where
@@ -109,7 +109,7 @@ def _set_aside(directory: Path) -> int:
 def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, Any]:
     """Everything that is fixed before the first step: canaries, scores, guesses, claims."""
     claims = {}
-    # The run's claim, looked at in every way; and the engine where one run can prove something, with all error on one.
+    # The run's plan by every score; and a plan at which one audit can prove something, with all the error on one score.
     for name, request, examples in (("run", plan_terms(config), _EXAMPLE_CANARIES), ("reference", REFERENCE_PLAN, 0)):
         settings = AuditSettings(
             gradient_canaries=canaries,

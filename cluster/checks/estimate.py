@@ -15,7 +15,7 @@ from trainer.pretraining.memory import placed_bytes, state_bytes
 
 
 def estimate(config: RunConfig) -> dict[str, Any]:
-    """Parameters, bytes a rank by ZeRO stage, batch factorisation, steps, noise and epsilon.
+    """Parameters, bytes per rank by ZeRO stage, batch factorisation, steps, noise and epsilon.
 
     Raises:
         PolicyRefusal: a silo's rule for delta does not hold.

@@ -23,10 +23,10 @@ from configs.storage.manifests import require_manifest
 from trainer.checkpoints.checkpoints import step_name
 
 # Other ranks sum gradients in another order, each sum rounded to 24 bits, or to 8. Measured under bf16: 1e-4; 8e-3 or
-# more where a resize loses the moments. Whether master weights keep their last bits no loss shows: a test compares.
+# more where a resize loses the moments. No loss shows whether master weights keep their last bits: a test compares.
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-3}
 STEPS_A_LEG = 4
-_BEYOND = 2  # steps that a leg makes after its commit, at least, and loses
+_BEYOND = 2  # least steps that a leg makes after its commit, and loses when it is killed
 _HORIZON = 10_000  # of the learning rate's schedule; no run gets there
 _LAST_WRITES_S = 30.0
 
@@ -58,7 +58,7 @@ class Leg:
 
 @dataclass
 class _Listener:
-    """Takes down a gang's losses; ends it, as a kill would, at a step, once a commit before it stands."""
+    """Writes down a gang's losses; ends it, as a kill would, at a step, once a commit before it stands."""
 
     until: int
     commit: int
@@ -156,7 +156,7 @@ def _train(config: RunConfig, folder: Path, tell: Listener, sizes: Sequence[int]
     legs = []
     for number, ranks in enumerate(sizes):
         done = STEPS_A_LEG * (number + 1)
-        if number == 0 and ranks == 1:  # it has been there already
+        if number == 0 and ranks == 1:  # the uninterrupted run is this leg
             name = step_name(done)
             shutil.copytree(
                 RunFiles(folder / "single").checkpoints / name, RunFiles(folder / "legs").checkpoints / name
@@ -166,7 +166,7 @@ def _train(config: RunConfig, folder: Path, tell: Listener, sizes: Sequence[int]
         leg = _Listener(min(done + _BEYOND, last), done, tell)
         _gang(config, folder / "legs", ranks, leg)
         for path in RunFiles(folder / "legs").checkpoints.glob("step-*"):
-            if path.name > step_name(done):  # ranks don't stop at once: the next leg is to begin where it is said
+            if path.name > step_name(done):  # ranks don't stop at once; the next leg is to begin at this commit
                 shutil.rmtree(path)
         compared = {step: loss for step, loss in leg.losses.items() if step in alone.losses}
         deviation = max(abs(loss / alone.losses[step] - 1) for step, loss in compared.items())

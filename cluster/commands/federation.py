@@ -15,7 +15,7 @@ def run(
     config: Annotated[str, typer.Option("--config", "-c", help="A TOML file, or a preset's name.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="group.field=value; may be repeated.")] = None,
 ) -> None:
-    """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its status is the run's."""
+    """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its exit status is the run's."""
     from cluster.monitoring.listeners import listening
     from federated.deployment.federation_folder import FederationFolder
     from federated.deployment.served_run import run as run_rounds

@@ -48,7 +48,7 @@ def submit(
     jobs.check_movable(words[0], config)
     cluster = jobs.Jobs(address)
     job = cluster.submit(config, words, python)
-    say(f"job {job} at {cluster.address}: `siloweave job stop {job}` ends it, nothing here does", err=True)
+    say(f"job {job} at {cluster.address}: `siloweave job stop {job}` ends it, ending this command does not", err=True)
     if no_wait:
         say(to_json(cluster.details(job)) if as_json else job)
         return
@@ -71,7 +71,7 @@ def stop(job: JobArgument, address: ServerOption = "", as_json: stages.JsonOptio
 def logs(
     job: JobArgument,
     address: ServerOption = "",
-    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends; exit status is the job's.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until it ends; end with its exit status.")] = False,
     as_json: stages.JsonOption = False,
 ) -> None:
     """What a job has printed."""

@@ -35,7 +35,7 @@ class Terminal(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Every string, be it in a table, comes through here."""
+        """Every string comes through here, also those in a table."""
         return super().render_str(printable(text), **options)
 
 

@@ -1,6 +1,6 @@
 """A run's figures as Ray's Prometheus metrics, which every Ray node serves on its metrics port.
 
-The driver sets them from events, at most once a second: a gauge that is scraped every few seconds needs no more, and
+The driver sets them from events, at most once per second: a gauge that is scraped every few seconds needs no more, and
 training must not wait for it.
 """
 
@@ -40,7 +40,7 @@ class RayMetrics:
         self._last = 0.0
 
     def __call__(self, event: dict[str, Any]) -> None:
-        """Takes an event's figures; sets the newest ones, at once unless that was done a moment ago."""
+        """Takes an event's figures; sets the newest ones, at once unless that was done less than a second ago."""
         stage = event["stage"]
         for name, value in _figures(event).items():
             self._pending[stage, name] = float(value)

@@ -106,7 +106,7 @@ def _pretrain(config: RunConfig, files: RunFiles, events: list[dict[str, Any]]) 
         "validation_bits_per_char": checks[-1]["bits_per_char"] if checks else None,
         "last_commit_age_s": round(max(time.time() - commits[-1], 0), 1) if commits else None,
         "restarts": restarts,
-        # One more than the restarts where the last one was one too many.
+        # One more than the restarts where the last failure was one too many.
         "failures": restarts + sum((e["event"], e.get("error")) == ("failed", "SiloweaveError") for e in mine),
     }
 
@@ -136,7 +136,7 @@ def _federated(config: RunConfig, files: RunFiles, events: list[dict[str, Any]])
 
 
 def _silos(files: RunFiles, committed: int | None, rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each silo's newest receipt says, and its charged rounds: as it states itself, before that those it answered.
+    """What each silo's newest receipt says, and its charged rounds: as it states them, until then those it answered.
 
     A reservation is spent whole, whatever number of its rounds is charged: ledgers refund nothing.
     """

@@ -28,7 +28,7 @@ def _loss_plot(report: dict[str, Any]) -> str:
     figure, (axes,) = new_figure()
     losses = report["pretrain"]["losses"]
     axes.plot(range(1, len(losses) + 1), losses, color=INK, linewidth=1)
-    axes.set(title="Pretraining loss", xlabel="step", ylabel="nats a token")
+    axes.set(title="Pretraining loss", xlabel="step", ylabel="nats per token")
     return svg(figure)
 
 

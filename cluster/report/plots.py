@@ -28,7 +28,7 @@ def new_figure(width: float = 4.6, height: float = 3.0, panels: int = 1) -> tupl
 
 
 def svg(figure: Any) -> str:
-    """A figure as the ``<svg>`` element, and the figure closed. Equal data have equal text."""
+    """Closes the figure, and gives it as an ``<svg>`` element. Equal data have equal text."""
     from matplotlib import pyplot as plt
 
     buffer = io.StringIO()

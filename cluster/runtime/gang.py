@@ -1,4 +1,4 @@
-"""The gang: one Ray actor a rank, watched by the driver; a rank that fails means a restart from the last commit."""
+"""The gang: one Ray actor per rank, watched by the driver; a rank that fails means a restart from the last commit."""
 
 from pathlib import Path
 

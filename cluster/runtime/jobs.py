@@ -1,4 +1,4 @@
-"""Jobs of a Ray cluster: what is uploaded, what is refused before, and how a job is watched to its end.
+"""Jobs of a Ray cluster: what is uploaded, what is refused before that, and how a job is watched to its end.
 
 The cluster gets the code and one resolved configuration, nothing else of this machine: no data, no runs, no ledgers, no
 keys. What a job keeps lies in folders that its nodes share, so that a job submitted again continues.
@@ -238,7 +238,7 @@ def _message(found: Any) -> str:
 
 
 def exit_status(status: str, code: int | None) -> int | None:
-    """The exit status of a job as siloweave's: 0 to 3 as its command gave it, 1 for every other end, None before it."""
+    """A job's exit status as siloweave's: 0 to 3 as its command gave it, 1 for any other end, None before the end."""
     if status in ("PENDING", "RUNNING"):
         return None
     if status == "SUCCEEDED":

@@ -17,7 +17,7 @@ _SETTLE_S = 5.0  # a node that died may count as alive for a moment, and what a 
 def pick_device(config: RunConfig, gpus: float) -> str:
     """``cuda`` where it is asked for, or where the fewest ranks could each have one of the GPUs; else ``cpu``.
 
-    Asked once a run: a gang that loses a node's GPUs waits for others, and does not go on on CPUs.
+    Asked once per run: a gang that loses a node's GPUs waits for others, and does not continue on CPUs.
     """
     if config.cluster.device == "auto":
         return "cuda" if gpus >= config.world_sizes[-1] else "cpu"
@@ -133,6 +133,6 @@ def _not_placed(config: RunConfig, bundle: dict[str, int]) -> str:
 
     free = {name: ray.available_resources().get(name, 0.0) for name in ("CPU", "GPU")}
     return (
-        f"cluster.world_size {config.cluster.world_size}: Ray did not place {bundle} a rank within "
+        f"cluster.world_size {config.cluster.world_size}: Ray did not place {bundle} per rank within "
         f"{config.cluster.placement_timeout_s:g} s (free: {free}); wait for other jobs, or lower cluster.world_size"
     )

@@ -102,7 +102,7 @@ class Places:
         try:
             pid = ray.get(reference)
         except ray.exceptions.RayError as error:
-            # Another one would fail, too: none until the next restart.
+            # Another one would fail, too, so there is none until the next restart.
             self._standbys[index] = None
             self._report({"event": "standby_died", "rank": index, "cause": str(error).splitlines()[0]})
             return

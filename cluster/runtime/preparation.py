@@ -8,7 +8,7 @@ from configs.errors import SiloweaveError
 
 
 def ray_map(function: Callable[[int], object], numbers: Sequence[int]) -> Iterator[int]:
-    """``MapParts`` on the connected Ray, a task a part; the parts' folder must be shared by all nodes.
+    """``MapParts`` on the connected Ray, with one task per part; the parts' folder must be shared by all nodes.
 
     Raises:
         SiloweaveError: the function said what is wrong; parts that are done stay done.

@@ -23,7 +23,7 @@ class Beat:
         count: phases entered so far; every rank enters the same ones in the same order, so the lowest is behind.
         step: the step it works on.
         phase: what it does in that step.
-        alive: how often it said within the phase that what it waits for moves; says nothing on who is behind.
+        alive: how often it said that what it waits for in this phase moves; that does not tell who is behind.
     """
 
     count: int = 0

@@ -15,11 +15,12 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
-    # The agent of an embedded Ray looks at every process each 5 s, for a dashboard that nobody has: half its time.
+    # Without this, the agent of an embedded Ray looks at every process every 5 s, for a dashboard that nobody has: that
+    # is half of what the agent does.
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # what a rank's peers raise over its death is nothing for the user
-    # Messages up to this size (Ray: 100 kB) travel in the call itself: through the object store one of 0.2 MB, a small
-    # adapter, takes 11 ms of the processor there and back, in the call 3.
+    # Messages up to this size (Ray: 100 kB) travel in the call itself. One of 0.2 MB, a small adapter, takes 3 ms of
+    # processor time there and back in the call, and 11 ms through the object store.
     "RAY_max_direct_call_object_size": str(2**20),
 }
 
@@ -38,10 +39,11 @@ def unreachable(address: str) -> str | None:
 
 @contextmanager
 def _only_what_is_used() -> Iterator[None]:
-    """Leaves out processes that an embedded Ray starts and that nothing here asks: a second or two of every start.
+    """Leaves out processes that an embedded Ray starts and nothing here uses: they take a second or two of every start.
 
     They are the dashboard's server, for which ``ray.init`` waits even where ``include_dashboard`` is false, and the
-    monitors of autoscaling and of logs. Ray has no setting for it; versions that this was not tried with start all.
+    monitors of autoscaling and of logs. Ray has no setting for it; a version that this was not tried with starts
+    all of them.
     """
     import ray
     import ray._private.node
@@ -64,7 +66,7 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
     """A connected Ray: ``cluster.address``, else RAY_ADDRESS, else an embedded one with the CPUs that are needed.
 
     Args:
-        settings: address and CPUs a process.
+        settings: address and CPUs per process.
         processes: how many actors will run at once.
 
     Raises:

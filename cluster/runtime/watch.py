@@ -156,7 +156,7 @@ class Watch:
         if not still:
             return
         mute = [rank for rank in still if now - self._heard[rank].answered > self._hang_timeout_s / 2]
-        # Peers wait for the one that hangs inside a collective, a phase or more ahead of it.
+        # A rank that hangs is behind: its peers wait for it inside a collective, a phase or more ahead.
         rank = mute[0] if mute else min(still, key=lambda rank: self._heard[rank].beat.count)
         beat = self._heard[rank].beat
         raise RankFailed(
@@ -166,7 +166,7 @@ class Watch:
 
 
 def _is_echo(cause: str) -> bool:
-    """A death is none, whatever Ray quotes in its message."""
+    """Whether a cause echoes a peer's death. A death itself is no echo, whatever Ray quotes in its message."""
     return " raised " in cause and _ECHO.search(cause) is not None
 
 

@@ -40,7 +40,7 @@ class Kind:
     """What a trial is. Its functions are imported on the nodes by name.
 
     Attributes:
-        metrics: what may be minimised; the first is what is, unless another is asked for.
+        metrics: what may be minimised; the first one is, unless another is asked for.
         train: trains by a trial's settings, from where an earlier start came to, and passes every event on.
         points: what a trial has reached so far: ``step`` and each metric.
         last_step: the step at which a trial ends.
@@ -114,7 +114,7 @@ def run_trials(
 
 
 def _train(kind: Kind, config: RunConfig) -> None:
-    """In the trial's process: trains, and reports what the trial reaches, what an earlier start had reached first.
+    """Trains in the trial's process, and reports what the trial reaches, beginning with what an earlier start reached.
 
     Tune stops a trial inside of a report; what it started ends with its process.
     """
@@ -144,7 +144,7 @@ def _train(kind: Kind, config: RunConfig) -> None:
 
 
 def _failure(config: RunConfig) -> Path:
-    """Where a trial leaves why it failed: Tune knows it only after it has told that it did."""
+    """The file in which a trial leaves why it failed: Tune tells that it failed before it knows why."""
     return run_directory(config) / "failure.txt"
 
 
@@ -222,7 +222,7 @@ def _watcher(kind: Kind, trials: dict[int, RunConfig], on_outcome: Outcome) -> A
     from ray import tune
 
     class Watcher(tune.Callback):
-        """Passes on how trials end. Tune keeps a copy of its callbacks on disk: one that holds nothing."""
+        """Passes on how trials end. Tune keeps a copy of its callbacks on disk: that of this one holds nothing."""
 
         def __init__(self, kind: Kind, configs: dict[int, RunConfig], on_outcome: Outcome) -> None:
             self._kind, self._configs, self._on_outcome = kind, configs, on_outcome

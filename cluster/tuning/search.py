@@ -44,7 +44,7 @@ class Search:
             raise InputError(f"run.storage is {base.run.storage!r}: a search needs a folder that all nodes share")
         self.directory = RunFiles(run_directory(base)).tune
         self.parameters = [str(parameter) for parameter in parameters]
-        trials = with_values(base, {"evaluate.without_dp": False}, "tune")  # DP's price is another question
+        trials = with_values(base, {"evaluate.without_dp": False}, "tune")  # a search does not measure what DP costs
         self.trials = draw_trials(trials, parameters, count, str(self.directory / "trials"))
         self.reserved: dict[str, dict[str, float]] | None = None
         self._states: dict[int, dict[str, Any]] = self._stored()
@@ -119,7 +119,7 @@ def _check_metric(kind: tuning.Kind, metric: str, parameters: Sequence[Parameter
     shaping = [parameter.path for parameter in parameters if parameter.path.startswith(("tokenizer.", "data."))]
     if shaping and metric == "validation_loss":
         raise InputError(
-            f"--metric validation_loss: a loss a token can't be compared where {shaping[0]} differs; give "
+            f"--metric validation_loss: a loss per token can't be compared where {shaping[0]} differs; give "
             "--metric validation_bits_per_char"
         )
 

@@ -104,7 +104,7 @@ def _parameter(text: str) -> Parameter:
 def _check_path(path: str) -> None:
     group = path.split(".", maxsplit=1)[0]
     if path.startswith("data.private"):
-        raise InputError(f"--param {path}: whose records they are is no setting to search; search another one")
+        raise InputError(f"--param {path}: the private data are not a setting to search; search another one")
     speed = group in ("federated", "privacy") and path not in _FEDERATED
     if path in _FIXED or group in ("monitoring", "evaluate", "tune") or speed:
         raise InputError(f"--param {path}: it changes nothing about what is learned; search another setting")

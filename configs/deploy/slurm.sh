@@ -1,7 +1,7 @@
 #!/bin/bash
 # Pretraining on a Slurm allocation: sbatch --nodes=4 configs/deploy/slurm.sh /shared/run.toml
 #
-# One Ray node a Slurm node; prepare, pretrain and export on them. run.storage must be a folder that all nodes share. A job
+# One Ray node per Slurm node; prepare, pretrain and export on them. run.storage must be a folder that all nodes share. A job
 # that was requeued or is submitted again continues from the last commit.
 #
 # NOT RUN under Slurm: it is checked by `bash -n`, and its commands and settings by tests/unit/cluster/test_deploy.py.
@@ -23,7 +23,7 @@ address=$(hostname --ip-address | awk '{print $1}'):$port
 pids=()
 trap '((${#pids[@]} == 0)) || kill "${pids[@]}" 2>/dev/null || true' EXIT
 
-node() { # a Ray node on $1 Slurm nodes: the rest is srun's choice of them, then ray's options
+node() { # starts a Ray node on each of $1 Slurm nodes, which srun's option $2 chooses; the rest are ray's options
   local nodes=$1 choice=$2
   shift 2
   srun --overlap --nodes="$nodes" --ntasks="$nodes" "$choice" \

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# Of an adapter's values, and of what is added to its gradients: silos refuse more, coordinators send no more.
+# Bounds each value of an adapter, and of what is added to its gradients: silos refuse more, coordinators send no more.
 LARGEST_ADAPTER_VALUE = 1000.0
 Count = Annotated[int, Field(ge=1)]
 
@@ -21,7 +21,7 @@ def _two_or_more(labels: tuple[str, ...]) -> tuple[str, ...]:
 
 Label = Annotated[str, Field(pattern=r"^\w(.*\S)?$", max_length=100)]
 Labels = Annotated[tuple[Label, ...], Field(max_length=100), AfterValidator(_two_or_more)]
-"""The classes of a classification; none where there is none."""
+"""The classes of a classification; empty where nothing is classified."""
 
 
 class Settings(BaseModel):
@@ -32,10 +32,10 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Place:
-    """Says of a text in a silo's settings that it names a file or folder, which its relay must not change.
+    """Marks a text in a silo's settings as the name of a file or folder, which the silo's relay must not change.
 
     Attributes:
-        what: for people.
+        what: what the place holds, for messages.
         secret: whether the relay must not read it either.
         made: whether it is a folder that the silo makes.
     """
@@ -46,7 +46,7 @@ class Place:
 
 
 def named_places(settings: BaseModel) -> Iterator[tuple[Place, str]]:
-    """Every text that names a place, in all groups. A test over the schema holds that none is forgotten."""
+    """Every text that names a place, in all groups. A test over the schema checks that none is forgotten."""
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if isinstance(value, BaseModel):

@@ -61,7 +61,7 @@ class DeidentifySettings(Settings):
     """
 
     enabled: bool = False
-    """Treat the public corpus and the silos' records."""
+    """Replace identifiers in the public corpus and in the silos' records."""
     names_file: Annotated[str, Place("the names")] = ""
     """File of names, one per line, found as written and in capitals, in every Unicode form; empty: none."""
     spacy_model: Annotated[str, Place("the model that finds names", secret=False)] = ""
@@ -80,8 +80,8 @@ class DataSettings(Settings):
     corpora: dict[CorpusName, CorpusSettings] = Field(default_factory=dict)
     """Further public corpora by name; every batch mixes all of them by their weights."""
     workers: Count = 1
-    """Processes that clean and tokenise the public corpora. More than one are tasks of Ray Data; on a cluster all its
-    CPUs take part, and ``run.storage`` must be shared."""
+    """Processes that clean and tokenise the public corpora. With more than one, the work is done by tasks of Ray Data:
+    on a cluster all its CPUs take part, and ``run.storage`` must be shared."""
     packing: Literal["concatenate", "documents"] = "concatenate"
     """``concatenate`` fills windows across documents; ``documents`` keeps attention and loss inside a document."""
     private: PrivateSettings

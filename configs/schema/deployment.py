@@ -35,7 +35,7 @@ class RelayConfig(Settings):
     coordinator: str
     """The coordinator's ``coordinator.json``: its address, key and root certificate, all public."""
     coordinator_fingerprint: str
-    """Its fingerprint, as the coordinator's people confirmed it on another channel than the file came by."""
+    """Its fingerprint, as the coordinator's people confirmed it over another channel than the one the file came by."""
     silo_address: str
     """The silo service: ``unix:/run/siloweave/NAME/silo.sock``, or ``HOST:PORT`` with mutual TLS."""
     port: Port = 0

@@ -16,7 +16,7 @@ Aggregation = Literal[
 ADAPTIVE: tuple[Aggregation, ...] = ("fedadam", "fedyogi", "fedadagrad")
 ROBUST: tuple[Aggregation, ...] = ("median", "trimmed_mean", "krum")
 
-# Which settings an aggregation reads besides those that all do.
+# Settings that only some aggregations read, each with those that read it.
 _USED_BY: dict[str, tuple[Aggregation, ...]] = {
     "server_learning_rate": ("fedavg", "fedavgm", *ADAPTIVE, "scaffold"),
     "server_momentum": ("fedavgm", "fedadam", "fedyogi"),
@@ -25,7 +25,7 @@ _USED_BY: dict[str, tuple[Aggregation, ...]] = {
     "byzantine_silos": ("trimmed_mean", "krum"),
     "max_silos": ROBUST,
 }
-_LEAST_SILOS = {"trimmed_mean": 1, "krum": 3}  # besides two for each that may lie
+_LEAST_SILOS = {"trimmed_mean": 1, "krum": 3}  # updates needed, besides two for each silo that may lie
 
 
 class FederatedSettings(Settings):
@@ -40,7 +40,8 @@ class FederatedSettings(Settings):
     learning_rate: Positive = 5e-3
     """Learning rate inside a silo."""
     optimizer: Optimizer = "adam"
-    """Optimizer inside a silo, anew each round; ``adam_bc`` takes the noise's share off Adam's second moment."""
+    """Optimizer inside a silo, which starts anew each round; ``adam_bc`` takes the noise's share off Adam's second
+    moment."""
     proximal_mu: Annotated[float, Field(ge=0, le=100)] = 0.0
     """FedProx: how strongly a silo's steps are drawn back to the shared adapter; 0: not at all."""
     aggregation: Aggregation = "fedavg"
@@ -57,8 +58,8 @@ class FederatedSettings(Settings):
     server_tau: Positive = 1e-3
     """Tau of the adaptive optimizers: updates well below it are not scaled up."""
     byzantine_silos: Annotated[int, Field(ge=0)] = 0
-    """Silos that may send anything: ``trimmed_mean`` leaves out so many at each end of every coordinate, ``krum`` takes
-    the update that is nearest to all but so many others."""
+    """Silos that may send anything: ``trimmed_mean`` leaves out that many values at each end of every coordinate,
+    ``krum`` takes the update that is nearest to all but that many others."""
     max_silos: Count = 100
     """Most silos of ``median``, ``trimmed_mean`` and ``krum``, which hold all updates of a round at once."""
     adapters: Literal["average", "ffa", "product"] = "average"
@@ -79,7 +80,7 @@ class FederatedSettings(Settings):
     min_silos: Count = 1
     """Silos that must answer for a round to count."""
     enough_silos: Annotated[int, Field(ge=0)] = 0
-    """Replies with which a round ends before its deadline; 0: those of all silos that are there."""
+    """Number of replies with which a round ends before its deadline; 0: one from every silo that is there."""
     run_lifetime_h: Positive = 720
     """Hours from a run's first start for which its requests are valid; a silo refuses them later."""
     round_timeout_s: Positive = 3600

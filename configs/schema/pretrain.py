@@ -70,7 +70,7 @@ class PretrainSettings(Settings):
     """Arithmetic of forward and backward; master weights stay float32. fp16 needs GPUs."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Where master weights and optimizer state live instead of the device: ``cpu`` from ZeRO stage 1 on, ``nvme`` at
-    3."""
+    stage 3."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where a rank's share of the weights lives instead of the device, at ZeRO stage 3."""
     offload_folder: str = ""
@@ -82,12 +82,12 @@ class PretrainSettings(Settings):
     commit_every: Count = 100
     """Steps between committed checkpoints."""
     keep_commits: Annotated[int, Field(ge=2)] = 2
-    """Committed checkpoints kept; two at least, so that a damaged newest has one before it."""
+    """Committed checkpoints kept; two at least, so that there is one before a damaged newest one."""
     validate_every: Count = 200
     """Steps between validations."""
     spike_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     """A loss above this multiple of the median of the last 32 steps' is a spike: training goes back to the last commit
-    and skips the data since, as it does where something is not finite. 0: spikes are not looked for."""
+    and skips the data since then, as it does where something is not finite. 0: spikes are not looked for."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
     """How often a run may roll back before it ends with the cause."""
 
@@ -161,7 +161,7 @@ class ClusterSettings(Settings):
     hang_timeout_s: Positive = 300
     """Seconds without a new phase (data, forward, backward, step, commit, ...) after which a rank counts as failed;
     more than the slowest phase takes. A rank that waits for its commit's copy counts as failed only once no part of it
-    has arrived for so long: parts are 1 MiB in a folder, 50 MiB in S3, whole files where a store tells no more."""
+    has arrived for so long: parts are 1 MiB in a folder, 50 MiB in S3, whole files where a store reports no parts."""
     scratch_dir: str = ""
     """Folder of each node where its ranks write a checkpoint before it is copied to ``run.storage`` in the background,
     and where one from an object store is fetched to: room for two checkpoints; empty: below TMPDIR."""

@@ -27,7 +27,7 @@ class RunSettings(Settings):
     """Seed of everything public: tokenizer, initial weights, order of the public data. Never of privacy noise."""
     encryption_key_file: str = ""
     """File of the key that encrypts checkpoints, base model and adapters on disk; ``env:`` takes the key from
-    SILOWEAVE_ENCRYPTION_KEY, and a set SILOWEAVE_ENCRYPTION_KEY does so by itself; empty: nothing is encrypted."""
+    SILOWEAVE_ENCRYPTION_KEY. Empty means ``env:`` where that variable is set, and no encryption where it is not."""
 
     @model_validator(mode="after")
     def _storage_lasts(self) -> "RunSettings":
@@ -53,9 +53,10 @@ class PrivacySettings(Settings):
 
     unit: Literal["record", "client"] = "record"
     """What is protected. ``record``: one unit of one silo (see ``data.private.unit``), by noise that the silo adds.
-    ``client``: all of a silo, by noise that the aggregator adds, which sees the updates and has to be trusted."""
+    ``client``: all of a silo, by noise that the aggregator adds; it sees the updates and has to be trusted."""
     num_clients: Annotated[int, Field(ge=0)] = 0
-    """With unit ``client``: the constant that divides the sum of updates, and the most silos that take part; else 0."""
+    """With unit ``client``: the constant that divides the sum of updates, and the most silos that take part. With
+    unit ``record``: 0."""
     epsilon: Positive = 8.0
     """Epsilon of this run for one silo; the noise multiplier is calibrated to it."""
     delta: Annotated[float, Field(gt=0, le=1e-5)] = 1e-5
@@ -74,12 +75,13 @@ class PrivacySettings(Settings):
     """``fixed`` shortens longer gradients to C, ``automatic`` brings all to just below C, ``quantile`` moves C to where
     ``target_quantile`` of a batch is not shortened, by a noised count that is paid from the same epsilon."""
     target_quantile: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of gradients that ``quantile`` leaves unshortened, 0.5 for instance; 0 with the others."""
+    """Share of gradients that ``quantile`` leaves unshortened, 0.5 for instance; 0 with the other functions."""
     evaluations: Annotated[int, Field(ge=0)] = 0
-    """Private evaluations on the silos' held-out units: one after the last round; of several the first is of the base
-    model, and the others are spread evenly over the rounds. Their noise is paid from the same epsilon. 0: none."""
+    """Number of private evaluations on the silos' held-out units. A single one follows the last round; of several, the
+    first is of the base model, and the others are spread evenly over the rounds. Their noise is paid from the same
+    epsilon. 0: none."""
     evaluation_noise_multiplier: Positive = 5.0
-    """Noise of a private evaluation's sums, over the most that one unit can move them."""
+    """Noise of a private evaluation's sums, as a multiple of the most that one unit can move them."""
     evaluation_labels: Labels = ()
     """Classes of the private evaluation, for F1: a held-out unit whose text ends in one of them is an example of it.
     The silos' ``policy.label_sets`` has to list them. Empty: no F1."""
@@ -87,7 +89,7 @@ class PrivacySettings(Settings):
     """Epsilon that a silo's dataset may ever spend (the simulated steward's policy); with unit ``client``, what the
     aggregator's ledger may spend on the same clients."""
     budget_delta: Probability = 1e-4
-    """Delta that it may ever spend, likewise."""
+    """Delta that may ever be spent, counted by the same ledgers as ``budget_epsilon``."""
 
     @model_validator(mode="after")
     def _labels_are_read(self) -> "PrivacySettings":
@@ -131,7 +133,7 @@ class TuneSettings(Settings):
     grace_steps: Annotated[int, Field(ge=0)] = 0
     """No trial is stopped before this step; 0: ``pretrain.validate_every``."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """Of the trials that reach a rung (the grace steps times a power of this), the best one in so many goes on."""
+    """Of the trials that reach a rung (the grace steps times a power of this), the best one in this many goes on."""
 
 
 class MonitoringSettings(Settings):
@@ -145,7 +147,7 @@ class MonitoringSettings(Settings):
     mlflow_experiment: str = "siloweave"
     """MLflow experiment that holds the run."""
     ray_metrics: bool = True
-    """Set Ray's Prometheus metrics (``ray_siloweave_...``, by run), at most once a second."""
+    """Set Ray's Prometheus metrics (``ray_siloweave_...``, by run), at most once per second."""
 
     @model_validator(mode="after")
     def _no_secret(self) -> "MonitoringSettings":

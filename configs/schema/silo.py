@@ -10,7 +10,7 @@ from configs.schema.base import LARGEST_ADAPTER_VALUE, Count, Labels, Place, Pos
 from configs.schema.data import DeidentifySettings, SourceSettings
 from configs.schema.federated import ClippingMethod, TaskName
 
-MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # whoever simulates asks nobody but himself
+MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # the requests of a simulation come from its own user
 
 
 class SiloSettings(Settings):
@@ -62,9 +62,10 @@ class SiloPolicy(Settings):
 
     units: Annotated[tuple[Literal["record", "client"], ...], Field(min_length=1)] = ("record",)
     """What a run may protect. ``record``: this silo adds the noise, and need not trust whoever asks. Whoever adds
-    ``client`` trusts the coordinators: they get this silo's updates without noise, and add it to the sum."""
+    ``client`` trusts the coordinators: they get this silo's updates without noise, and add the noise to the sum."""
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=1)] = ("causal",)
-    """What may be trained and evaluated: ``causal``, the text token by token. One, which the records are read for."""
+    """What may be trained and evaluated: ``causal``, the text token by token. Exactly one, since the records are read
+    for one task."""
     budget_epsilon: Positive
     """Epsilon that the dataset may ever spend."""
     budget_delta: Probability
@@ -80,8 +81,8 @@ class SiloPolicy(Settings):
     max_steps_per_round: Count = 1000
     """Most steps of one round."""
     max_rounds_per_run: Count = 1000
-    """Most rounds of one run, and one more of its private evaluations. Each is an entry that every later request reads
-    again."""
+    """Most rounds of one run; its private evaluations may be one more. Each adds entries to the ledger for good, and
+    every start of the silo verifies all of them."""
     min_grad_norm: Positive = 1e-4
     """Smallest norm to which a unit is clipped."""
     max_grad_norm: Positive = 1e4

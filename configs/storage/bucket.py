@@ -1,4 +1,4 @@
-"""An object store, through fsspec: nothing of its own on disk but what ``fetch`` and ``get`` bring."""
+"""An object store, through fsspec. Only ``fetch`` and ``get`` put files on this machine's disk."""
 
 import errno
 import hashlib
@@ -14,7 +14,7 @@ from configs.storage.files import write_atomic, write_failure
 from configs.storage.manifests import Manifest, damaged_file
 from configs.storage.storage import COMMITTED
 
-_LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of this machine's disk, not of a store
+_LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # errors of this machine's disk, not of a store
 
 
 class Bucket:
@@ -22,7 +22,7 @@ class Bucket:
 
     Args:
         url: what fsspec understands.
-        local: where ``fetch`` puts a commit; of this machine, and nobody else's.
+        local: where ``fetch`` puts a commit: a folder of this machine that nobody else uses.
 
     Raises:
         InputError: fsspec doesn't know the protocol, or its package is not installed.
@@ -93,14 +93,17 @@ class Bucket:
             self._fs.pipe_file(self._path(name), content)
 
     def put(self, source: Path, name: str, moved: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """See ``Storage``. fsspec says which parts have arrived: s3fs of 50 MiB, and a file below 100 MiB is one."""
+        """See ``Storage``. fsspec says which parts have arrived.
+
+        Those of s3fs have 50 MiB; a file below 100 MiB is a single part.
+        """
         from fsspec.callbacks import Callback
 
         told = Callback(hooks={"moved": lambda *_, **__: moved()})
         with self._asking(name), source.open("rb") as file:
             entry = {"size_bytes": source.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
             self._fs.put_file(str(source), self._path(name), callback=told)
-        moved()  # some of its stores say nothing
+        moved()  # some stores report no parts
         return entry
 
     def get(self, name: str, target: Path) -> bool:
@@ -137,7 +140,7 @@ class Bucket:
             self._fs.rm_file(self._path(name))
 
     def fetch(self, folder: str, manifest: Manifest) -> Path:
-        """See ``Storage``. What was fetched before makes room."""
+        """See ``Storage``. What was fetched before is removed, to make room."""
         target, content = self.local / folder, manifest.encode()
         there = target / COMMITTED
         if there.exists() and there.read_bytes() == content and damaged_file(target, manifest) is None:

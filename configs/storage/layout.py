@@ -24,7 +24,7 @@ class RunFiles:
 
     @property
     def events(self) -> Path:
-        """One line an event. A federation's folder has a log of its own by this name."""
+        """One line per event. A federation's folder has a log of its own by this name."""
         return self.directory / EVENTS
 
     @property
@@ -39,7 +39,7 @@ class RunFiles:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer that was trained on it."""
+        """The tokenizer that was trained on the public text."""
         return self.directory / "tokenizer"
 
     @property
@@ -94,7 +94,7 @@ class RunFiles:
 
     @property
     def audit_report(self) -> Path:
-        """What it has found."""
+        """What the newest audit has found."""
         return self.audit / "audit.json"
 
     @property
@@ -104,7 +104,7 @@ class RunFiles:
 
     @property
     def tune_report(self) -> Path:
-        """What it knows of its trials."""
+        """What the search knows of its trials."""
         return self.tune / "tune.json"
 
     @property
@@ -114,7 +114,7 @@ class RunFiles:
 
     @property
     def mlflow(self) -> Path:
-        """Which run of MLflow's this one is."""
+        """The id that this run has in MLflow."""
         return self.directory / "mlflow.json"
 
 
@@ -140,7 +140,7 @@ class SiloFiles:
 
     @property
     def ledger(self) -> Path:
-        """What was spent."""
+        """The ledger: what was spent."""
         return self.directory / "ledger.sqlite"
 
     @property
@@ -155,7 +155,7 @@ class SiloFiles:
 
     @property
     def strangers(self) -> Path:
-        """What else came in, and what was answered."""
+        """What came in without a trusted coordinator's signature, and what was answered."""
         return self.directory / "strangers.jsonl"
 
     @property

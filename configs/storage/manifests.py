@@ -111,7 +111,7 @@ def parse_manifest(content: bytes, directory: str, name: str, kind: str) -> Mani
 
 
 def _check_types(manifest: Manifest) -> None:
-    """Raises a TypeError where a manifest that came from elsewhere holds something else than ours do."""
+    """Raises a TypeError where a field of a manifest that came from elsewhere is of another type than in ours."""
     entries = manifest.files.values() if isinstance(manifest.files, dict) else [None]
     listed = all(
         isinstance(entry, dict) and isinstance(entry.get("size_bytes"), int) and isinstance(entry.get("sha256"), str)

@@ -2,10 +2,10 @@
 
 A sealed file is a header (magic, version, id of the key, salt, what the file is), then chunks of 1 MiB, each with its
 tag. The chunks follow the STREAM construction (Hoang, Reyhanitabar, Rogaway, Vizar 2015): a chunk's nonce holds its
-number and whether it is the last, so that a chunk cut off, moved or doubled is found. What the file is, its context,
-names the run or the settings that it belongs to and its place among their files. Every file has a key of its own,
-derived by HKDF-SHA256 from the user's key and 32 random bytes: no two files share a (key, nonce), however many are
-written. The header is every chunk's associated data.
+number and whether it is the last, so that a chunk cut off, moved or doubled is found. The header's last field, the
+context, says what the file is: the run or the settings that it belongs to, and its place among their files. Every file
+has a key of its own, derived by HKDF-SHA256 from the user's key and 32 random bytes: no two files share a (key, nonce),
+however many are written. The header is every chunk's associated data.
 
 What it doesn't do: an older sealed file of the same settings put back in the place of a newer one of the same name is
 not noticed.
@@ -131,7 +131,7 @@ def unseal(sealed: bytes, key: MasterKey, context: str | None, origin: str, olde
         key: the user's key.
         context: what the file must be; None takes whatever it is.
         origin: the file's name, for messages.
-        older: what a file of version 1 was sealed as, where that is something else.
+        older: what a file of version 1 was sealed as, where that differs from ``context``.
 
     Raises:
         InputError: it was sealed with another key or as something else, or it was changed or cut.
@@ -205,8 +205,8 @@ def read_sealed(path: Path, key: MasterKey | None, context: str | None, older: s
     """Reads what ``write_sealed`` wrote with the same key.
 
     Raises:
-        InputError: see ``unseal``; or the file is sealed and there is no key; or there is a key and it is not sealed,
-            which somebody may have put there who doesn't have the key.
+        InputError: see ``unseal``; or the file is sealed and there is no key; or there is a key and the file is not
+            sealed: somebody without the key may have put it there.
     """
     _check_form(path, key)
     content = path.read_bytes()

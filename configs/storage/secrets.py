@@ -1,7 +1,8 @@
-"""Secrets in files: drawn once, mode 0600, and refused where others than their owner can reach them.
+"""Secrets in files: drawn once, mode 0600, and refused where anyone but their owner can reach them.
 
-A link is followed, since a key may be mounted or shared by one; it is the file behind it that is looked at. Who owns it
-is not: a container's root reads the key of the user who mounts it, and the mode lets only the owner and root read it.
+A link is followed, since a key may be mounted or shared by one, and the mode of the file behind it is checked. Its
+owner is not: a container's root reads the key of the user who mounts it, and the mode lets only the owner and root read
+it.
 """
 
 import contextlib
@@ -45,14 +46,14 @@ def _of_length(path: Path, content: bytes) -> bytes:
 
 
 def load_or_draw(path: Path, draw: Callable[[], bytes]) -> bytes:
-    """A secret's file, written with what ``draw`` returns where there is none; of several at once, one wins for all.
+    """A secret's file, written with what ``draw`` returns where there is none; all who draw at once get the same one.
 
     Raises:
         InputError: see ``read_secret``.
         SiloweaveError: it can't be written.
     """
     if not os.path.lexists(path):  # a link that leads nowhere is a lost secret
-        with contextlib.suppress(FileExistsError):  # another was first: its secret is the secret
+        with contextlib.suppress(FileExistsError):  # another process was first: its secret counts
             write_new(path, draw(), mode=0o600)
     return read_secret(path)
 
@@ -76,7 +77,7 @@ def read_secret(path: Path, missing: str = _LOST) -> bytes:
         raise InputError(unreadable(path)) from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}); put the key's file there") from None
-    try:  # what is looked at is what is read, whatever the name stands for meanwhile
+    try:  # the file that is checked is the one that is read, even if the name leads elsewhere by now
         _check_private(path, os.fstat(handle).st_mode)
         content = os.read(handle, LARGEST_SECRET_BYTES + 1)
     finally:

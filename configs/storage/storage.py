@@ -88,7 +88,7 @@ class Folder:
                     digest.update(chunk)
                     writing.write(chunk)
                     size += len(chunk)
-                    if size % _SYNC_BYTES == 0:  # else the last call waits for a slow disk, and nothing moves
+                    if size % _SYNC_BYTES == 0:  # else the sync at the end may be so long that it seems to hang
                         writing.flush()
                         os.fsync(writing.fileno())
                     moved()

@@ -1,8 +1,8 @@
 """Commits in the background: a rank writes its shards to scratch and trains on, while a thread copies them to storage.
 
-1. Every rank: ``engine.save_checkpoint`` into scratch of its own. Training goes on.
-2. Every rank's thread: its files to ``step-N/``, then ``rank-R.json`` with their sizes and digests.
-3. Rank 0's thread: once every rank's list of this gang is there, ``COMMITTED`` with all of them; then pruning.
+1. Every rank saves (``engine.save_checkpoint``) into scratch of its own, and trains on.
+2. Every rank's thread copies its files to ``step-N/``, then writes ``rank-R.json`` with their sizes and digests.
+3. Rank 0's thread waits for every rank's list of this gang, writes ``COMMITTED`` with all of them, and prunes.
 
 No rank waits for another by a collective in the background, so a rank that dies in between leaves nothing but a folder
 without ``COMMITTED``. At most one copy is under way: the next commit waits for it, every rank for its own part for as
@@ -29,14 +29,14 @@ from trainer.rank import Rank
 
 _WRITE_ERROR = re.compile("PytorchStreamWriter|inline_container|No space left|File too large")
 _POLL_S, _SLOWEST_POLL_S = 0.01, 0.5
-_LOOK_S = 0.2  # how often a rank that waits says that its part moves, at most
+_LOOK_S = 0.2  # a waiting rank says at most this often that its part moves
 
 
 class Committer:
     """The commits of one rank, from its start to its end.
 
     Args:
-        config: how many commits are kept, and how long rank 0 looks for parts that all say are there.
+        config: how many commits are kept, and how long rank 0 looks for parts that every rank has said are there.
         storage: where the checkpoints are.
         scratch: the run's folder on this machine; what an earlier start left there is removed.
         rank: this process's place in the gang.
@@ -76,7 +76,7 @@ class Committer:
             engine: DeepSpeed's.
             step: steps done.
             metadata: what the manifest keeps besides.
-            asked: when waiting for the commit before began, by ``time.perf_counter``; none: now.
+            asked: when the wait for the commit before began, by ``time.perf_counter``; None: now.
 
         Raises:
             SiloweaveError: this commit can't be written to scratch, or the one before could not be copied; earlier
@@ -122,7 +122,7 @@ class Committer:
         self.check()
 
     def finish(self) -> None:
-        """Waits for the commit under way, on rank 0 for ``COMMITTED``; every rank's ``await_part`` has returned."""
+        """Waits for the commit under way, on rank 0 for ``COMMITTED``; call it after every rank's ``await_part``."""
         if self._flight is not None:
             self._deadline = time.monotonic() + self._patience_s
             self._flight.join()
@@ -162,7 +162,7 @@ class Committer:
             there = self._storage.names(name)
             for rank in [rank for rank in missing if _list_name(rank) in there]:
                 value = json.loads(self._storage.read(f"{name}/{_list_name(rank)}") or b"{}")
-                if value.get("attempt") == self._attempt:  # else of a gang that was killed over it
+                if value.get("attempt") == self._attempt:  # else it is of a gang that was killed over it
                     files |= value["files"]
                     missing.remove(rank)
             if not missing:

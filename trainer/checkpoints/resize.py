@@ -1,9 +1,9 @@
 """A commit of one number of ranks, loaded by another: every rank takes its share of each parameter's state.
 
-ZeRO cuts the flattened optimizer state into one partition a rank. Which parts of which parameter lie where follows from
-the number of ranks alone, so the ranks of another number read their parts straight out of the old shards and hand
+ZeRO cuts the flattened optimizer state into one partition per rank. Which parts of which parameter lie where follows
+from the number of ranks alone, so the ranks of another number read their parts straight out of the old shards and hand
 DeepSpeed the state that a commit of their own number would hold. Nothing is converted on disk: no copy in the clear
-beside an encrypted run, and nothing to clean up. An optimizer's state may be a value an element, or one for all.
+beside an encrypted run, and nothing to clean up. An optimizer's state may be one value per element, or one for all.
 """
 
 from collections import defaultdict
@@ -167,7 +167,7 @@ def collect(
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An optimizer's state of one flat partition: what has a value an element, and what has one for all."""
+    """An optimizer's state of one flat partition: what has a value per element, and what has one for all."""
     import torch
 
     flat = {key: value for key, value in state.items() if torch.is_tensor(value) and value.ndim == 1}
@@ -177,7 +177,7 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class _Stage12:
-    """One flat partition a parameter group; a parameter may be cut anywhere."""
+    """One flat partition per parameter group; a parameter may be cut anywhere."""
 
     def __init__(self, optimizer: Any) -> None:
         if not hasattr(optimizer, "round_robin_bit16_padding"):  # DeepSpeed has another class for some settings
@@ -209,7 +209,7 @@ class _Stage12:
             **content,
             "single_partition_of_fp32_groups": [state.pop(_WEIGHTS) for state in states],
             "base_optimizer_state": {**content["base_optimizer_state"], "state": _numbered(states, scalars)},
-            # Between parameters there is none in either; what DeepSpeed adds at a partition's end depends on the size.
+            # There is no padding between parameters; what DeepSpeed adds at a partition's end depends on the size.
             "param_alignment_paddings": self._optimizer.round_robin_bit16_padding,
         }
 

@@ -1,6 +1,6 @@
 """Node-local scratch: where a rank puts a checkpoint before it is copied, and where fetched ones lie.
 
-Below ``cluster.scratch_dir`` a folder of this user that nobody else can write to, in it one of each run and machine.
+It is below ``cluster.scratch_dir``, in a folder of this user that nobody else can write to: one per run and machine.
 """
 
 import os

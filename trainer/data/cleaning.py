@@ -1,7 +1,7 @@
 """Cleaning of PUBLIC text: normalisation, exact and near duplicates.
 
 None of this may touch private records: whether a record is a duplicate depends on other records, which no
-record-level guarantee allows (``privacy`` design, "Words").
+record-level guarantee allows.
 """
 
 import re
@@ -47,7 +47,7 @@ class Candidate:
     """A document that may be worth training on.
 
     Attributes:
-        place: among the texts it was read with.
+        place: its number among the texts it was read with.
         text: normalised.
         sketch: a serialized MinHash of its 5-word shingles.
     """

@@ -5,7 +5,7 @@ or a spaCy model that the user has. Each text is treated alone: what another rec
 ever downloaded, and what Presidio would pass over (a pattern that takes too long) ends the run.
 
 Presidio's work grows with the square of a text's length on text that is made for it, and often on text that isn't. So
-a long text is read through windows of a fixed size, each a little back into the last one.
+a long text is read through windows of a fixed size, each of which begins a little before the last one's end.
 """
 
 import logging
@@ -23,9 +23,9 @@ from configs.schema.data import DeidentifySettings
 from configs.storage.files import digest_bytes, digest_json
 
 MIN_SCORE = 0.4
-WINDOW, LOOK_BACK = 2048, 256  # characters that one call of Presidio sees anew, and once more
-LONGEST = 256  # what is longer is found too, but may go on to the next space
-_RULES = 2  # what this file finds: another number where it finds something else
+WINDOW, LOOK_BACK = 2048, 256  # characters that a call of Presidio sees for the first time, and for the second
+LONGEST = 256  # characters; a longer identifier is found too, but its span may go on to the next space
+_RULES = 2  # version of what this file finds; raise it where it finds something else
 _LANGUAGE = "en"
 _MONTH = (
     "(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t(?:ember)?)?|Oct(?:ober)?|"
@@ -42,7 +42,7 @@ _URLS = (
     r"\bwww\d{0,3}\.[\w.-]+\.[a-z]{2,}(?:/[^\s()<>\"']*)?(?<![.,;:!?])",
     r"\b(?:[a-z0-9-]+\.)+[a-z]{2,}/[^\s()<>\"']*(?<![.,;:!?])",
 )
-# In a name: apostrophes and hyphens of typesetters, and what is not seen.
+# What may stand in a written name: typesetters' apostrophes and hyphens, and characters that are not seen.
 _TYPEWRITER = str.maketrans(
     dict.fromkeys("\u2018\u2019\u201b\u02bc\u02b9\u2032\u00b4`", "'")
     | dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-")
@@ -127,8 +127,9 @@ class Deidentifier:
 def _stop(text: str, end: int, found: Sequence[tuple[int, int]]) -> int:
     """Where the treatment of a window that ends at ``end`` stops, so that no identifier is cut in two.
 
-    That is a space in no finding, and so far before the end that an identifier that holds it would have been found.
-    Where a finding leaves no such place, its end is the place; where it reaches the window's end, the next space is.
+    That is a place inside no finding, a space if there is one, and so far before the end that an identifier around it
+    would have been found. Where findings leave no such place, the end of the last of them is taken; where that is the
+    window's end, the next space after it is.
     """
     if end == len(text):
         return end
@@ -191,7 +192,7 @@ def _raise_on_timeout(record: logging.LogRecord) -> bool:
 
 
 def _read_names(file: str) -> list[str]:
-    """Names, one a line, longest first: a regular expression takes the first that fits."""
+    """Names, one per line, longest first: a regular expression takes the first that fits."""
     if not file:
         return []
     try:
@@ -200,7 +201,7 @@ def _read_names(file: str) -> list[str]:
         raise InputError(f"data.deidentify.names_file {file}: can't be read ({error})") from None
     names = {line.strip() for line in lines if line.strip()}
     if not names:
-        raise InputError(f"data.deidentify.names_file {file}: holds no name; give one a line")
+        raise InputError(f"data.deidentify.names_file {file}: holds no name; give one per line")
     return sorted(names, key=lambda name: (-len(name), name))
 
 
@@ -215,7 +216,7 @@ def _nlp_engine(model: str) -> tuple[Any, str]:
             'downloaded by Siloweave), or set it to ""'
         )
     pipeline = spacy.load(model) if model else spacy.blank(_LANGUAGE)
-    pipeline.max_length = 2**40  # the limit is for models that hold a whole text in memory: ours is to refuse nothing
+    pipeline.max_length = 2**40  # spaCy's limit is for models that hold a text in memory; no text is refused here
     engine = SpacyNlpEngine(models=[{"lang_code": _LANGUAGE, "model_name": model}])
     engine.nlp = {_LANGUAGE: pipeline}
     return engine, f"{pipeline.meta['name']} {pipeline.meta['version']}" if model else ""

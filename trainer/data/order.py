@@ -18,12 +18,12 @@ _ROUNDS = 6
 
 
 class Order:
-    """The order of the samples: corpora interleaved by weight, each one in a fresh permutation an epoch.
+    """The order of the samples: corpora interleaved by weight, each one in a fresh permutation per epoch.
 
     Args:
         num_windows: windows of each corpus.
         weights: share of each corpus in the samples, up to a factor.
-        batch_size: samples a step.
+        batch_size: samples per step.
         seed: of the permutations.
         skipped: ranges [first, end) of batches that are passed over.
     """

@@ -31,7 +31,7 @@ Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def token_dtype(entries: int) -> np.dtype[Any]:
-    """The smaller type that holds so many different tokens, or places in a window."""
+    """The smaller of the types that hold that many different tokens, or places in a window."""
     return _DTYPES["uint16" if entries <= 2**16 else "uint32"]
 
 
@@ -99,7 +99,7 @@ def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int, dtype
     ):
         for pieces in _buffers(documents, context_length):
             for window in best_fit([len(piece) for piece in pieces], context_length):
-                # Padding (any token) stands at position 0, each alone: nothing sees it, and position 0 is no target.
+                # Each padding token is a piece of its own at position 0: nothing attends to it, and it is no target.
                 row, place = np.zeros(context_length, dtype), np.zeros(context_length, place_dtype)
                 start = 0
                 for piece in (pieces[index] for index in window):

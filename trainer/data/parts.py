@@ -24,18 +24,18 @@ MapParts = Callable[[Callable[[int], object], Sequence[int]], Iterator[int]]
 
 
 class Deidentify(Protocol):
-    """What replaces identifiers in a text; lives in ``privacy``, which nothing here may import. Can be pickled."""
+    """What replaces identifiers in a text, as ``Deidentifier`` in ``deidentify.py`` does. It can be pickled."""
 
     @property
     def digest(self) -> str:
-        """Of everything that shapes its results."""
+        """Digest of everything that shapes its results."""
 
     @property
     def counts(self) -> Mapping[str, int]:
         """Spans replaced so far, by kind."""
 
     def __call__(self, text: str, /) -> str:
-        """The text without them."""
+        """The text without its identifiers."""
 
 
 def one_after_the_other(function: Callable[[int], object], numbers: Sequence[int]) -> Iterator[int]:

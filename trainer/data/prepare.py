@@ -54,7 +54,7 @@ def prepare(
     work = files.corpus_parts
     parts = Parts(_only(work, settings))
 
-    # 1. Rows to parts; what was read before a kill counts only if all was.
+    # 1. Rows to parts; what was read before a kill counts only if all of it was read.
     count, metadata = _read_public(config, parts)
 
     def each(step: str, function: Callable[[int], None]) -> None:
@@ -159,7 +159,7 @@ def is_held_out(text: str, fraction: float, seed: int) -> bool:
 
 
 def _check_size(config: RunConfig, metadata: dict[str, Any]) -> None:
-    """Every corpus fills a window, all together a batch, and there is something to validate on."""
+    """Every corpus fills a window, one that is alone fills a batch, and there is something to validate on."""
     found = {field_of(name): (counts["windows"], 1) for name, counts in metadata["train"].items()}
     found["validation text of the public corpora"] = (metadata["validation"]["windows"], 1)
     if len(metadata["train"]) == 1:

@@ -146,7 +146,7 @@ def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[Row]:
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}: line {number} is not JSON ({error.msg})") from None
             if not isinstance(row, dict):
-                raise InputError(f"{path}: line {number} is not a JSON object; write one object a line")
+                raise InputError(f"{path}: line {number} is not a JSON object; write one object per line")
             yield row
 
 

@@ -11,7 +11,7 @@ from trainer.tasks.task import Encoded, Task
 
 
 def record_losses(model: Any, task: Task, records: Sequence[Encoded], micro_batch_size: int) -> npt.NDArray[np.float64]:
-    """Loss of each record in nats a token, (N,), in the records' order."""
+    """Loss of each record in nats per token, (N,), in the records' order."""
     order = sorted(range(len(records)), key=lambda index: len(records[index].ids))
     losses = np.zeros(len(records))
     with torch.no_grad():

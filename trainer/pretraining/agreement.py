@@ -1,4 +1,4 @@
-"""What the ranks settle about their common storage before they train."""
+"""What the ranks agree on about their common storage before they train."""
 
 import uuid
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def prove_shared(storage: Storage, rank: Rank) -> str:
         A name of this start of the gang: all its ranks know it, and no other start has it.
 
     Raises:
-        InputError: this rank does not see it.
+        InputError: this rank does not see rank 0's file.
         SiloweaveError: the storage does not answer.
     """
     from torch import distributed

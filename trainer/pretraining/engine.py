@@ -49,7 +49,7 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
 
 
 def products(config: RunConfig, rank: Rank) -> Products:
-    """What computes the linear layers, on all ranks alike: they are asked together.
+    """What computes the linear layers: the same on all ranks, which decide together.
 
     Lower precisions go to oneDNN anyway, and the compiler brings products of its own.
     """

@@ -32,7 +32,7 @@ from trainer.rank import Rank, join_process_group
 
 Enter = Callable[[int, str], None]
 Alive = Callable[[], None]
-_ORPHANED_S = 24 * 3600  # longer than ranks whose parts are copied wait for the slowest one's
+_ORPHANED_S = 24 * 3600  # longer than ranks whose own parts are copied wait for the slowest rank's part
 
 
 def warm_up(config: RunConfig) -> None:
@@ -64,7 +64,7 @@ def pretrain(
         config: the run's settings.
         run_directory: holds ``corpus/``; receives ``pretrain/checkpoints/``.
         rank: this process's place in the gang; its environment is already prepared.
-        report: receives one dict an event (rank 0 only).
+        report: receives one dict per event (rank 0 only).
         enter: called with step and name at the start of every phase, on every rank alike.
         alive: called within a phase while the rank waits for something that moves.
         skipped: ranges of batches to pass over, besides those that the checkpoint knows.
@@ -135,11 +135,11 @@ class _Begun(NamedTuple):
 def _begin(
     config: RunConfig, run_directory: Path, rank: Rank, report: Listener, enter: Enter, skipped: SkippedData
 ) -> _Begun:
-    """Joins the gang, builds the engine, and goes to where the newest commit is."""
+    """Joins the gang, builds the engine, and continues from the newest commit."""
     begin = Start(enter)
     begin.imports()
     begin.phase("join")
-    # The driver notices a hang; this is for a rank that has no driver any more.
+    # The driver notices a hang; this timeout is for a rank that has no driver any more.
     join_process_group(rank, max(_ORPHANED_S, 2 * config.cluster.hang_timeout_s))
     storage = checkpoints.storage(config, run_directory)
     attempt = prove_shared(storage, rank)
@@ -163,7 +163,7 @@ def _begin(
 
 
 def _prove_shares(batches: Batches, step: int, rank: Rank) -> None:
-    """All ranks compare what they are about to train on first."""
+    """All ranks compare the samples that they are about to train on in their first step."""
     from torch import distributed
 
     mine = batches.share(step, rank.rank, rank.world_size).digests()
@@ -187,7 +187,7 @@ def _step_event(config: RunConfig, done: int, loss: float, seconds: float, rates
 
 
 def _finish(commits: Committer, enter: Callable[[str], None], alive: Alive) -> None:
-    """The commit under way: first each rank's part, for which the others wait a phase ahead, then all of it."""
+    """Waits for the commit under way: for this rank's part; a phase later, for the others'; then for all of it."""
     from torch import distributed
 
     commits.await_part(alive)

@@ -53,7 +53,7 @@ def _buffers(settings: PretrainSettings, sizes: Sequence[int], stage: int, world
     if stage == 3:
         # The bucket is always there; small parameters are whole until the step.
         return bucket + kept + max(stepping, _small_bytes(sizes, world_size, width))
-    if offloads:  # a copy of the new weights on their way back, and a gradient at a time on its way out, at both ends
+    if offloads:  # a copy of the new weights on their way back, and one at each end of a gradient on its way out
         kept += shared * width + 2 * max(sizes) * width
     # Gradients that wait while others fill the bucket: all of them, or this rank's share of the micro-batches before.
     repeats = settings.batch_size > world_size * settings.micro_batch_size

@@ -1,8 +1,8 @@
 """Linear layers computed by oneDNN where that is faster than torch's own float32 products.
 
 torch multiplies them with MKL, which takes AVX-512 on Intel's processors only. oneDNN, which torch ships for other
-precisions, takes it wherever it is: a whole step is half as fast again on some machines, and no faster on others of the
-same maker (``benchmarks/pretrain.py``). So both are timed before they are chosen from.
+precisions, takes it wherever it is: a whole step is 1.5 times as fast on some machines, and no faster on others of the
+same maker (``benchmarks/pretrain.py``). So both are timed before one of them is chosen.
 """
 
 import time
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-_ROWS, _COLUMNS = 512, 512  # of a product of 0.27 GFLOP: one takes 1 to 5 milliseconds a core
+_ROWS, _COLUMNS = 512, 512  # of a product of 0.27 GFLOP: one takes 1 to 5 milliseconds on a core
 _TURNS = 10
 _LEAST_GAIN = 1.15  # less is within what timings differ by, and a run's processes should all choose alike
 
@@ -37,7 +37,7 @@ TORCH = Products(onednn=False, gain=0.0)
 
 @lru_cache(maxsize=1)
 def fastest_products() -> Products:
-    """Times both, in turns, for some tens of milliseconds; once a process."""
+    """Times both, in turns, for some tens of milliseconds; once per process."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return TORCH
     x, weight = torch.ones(_ROWS, _COLUMNS), torch.ones(_COLUMNS, _COLUMNS)

@@ -5,7 +5,7 @@ from typing import Any
 
 from configs.schema.pretrain import PretrainSettings
 
-# Values of a parameter's size that each optimizer keeps, in float32.
+# How many float32 values each optimizer keeps for each value of a parameter.
 MOMENTS = {"adamw": 2, "adam": 2, "momentum": 1, "sgd": 0}
 
 

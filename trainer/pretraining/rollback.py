@@ -1,6 +1,6 @@
 """When a step is not worth keeping: training goes back to the last commit and passes over the data since then.
 
-What Chowdhery et al. 2022 (PaLM, section 5.1) did by hand against loss spikes.
+Chowdhery et al. 2022 (PaLM, section 5.1) did this by hand against loss spikes.
 """
 
 import math
@@ -32,7 +32,7 @@ class RollBack(Exception):
 
 
 class Progress:
-    """What decides whether a step is kept, beside the weights: it is committed with them.
+    """What decides, besides the weights, whether a step is kept; it is committed with them.
 
     Args:
         settings: what a spike is, and how often to roll back.

@@ -35,24 +35,24 @@ class Start:
         self._began: list[tuple[str, float]] = []
 
     def imports(self) -> None:
-        """The first phase."""
+        """Runs the first phase, the imports."""
         self.phase("import")
         import_libraries()
 
     def phase(self, name: str) -> None:
-        """The next phase begins."""
+        """Begins the next phase."""
         self._enter(0, name)
         self._began.append((name, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Of each phase, up to now."""
+        """How long each phase took, the last one up to now."""
         ends = [*(began for _, began in self._began[1:]), time.perf_counter()]
         return {name: end - began for (name, began), end in zip(self._began, ends, strict=True)}
 
 
 @contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """Importing the module fails, as if it were not installed."""
+    """Inside the context, importing the module fails, as if it were not installed."""
     if module in sys.modules:
         yield
         return
@@ -65,7 +65,7 @@ def _hidden(module: str) -> Iterator[None]:
 
 @contextmanager
 def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Another value for a module's or a class's attribute, inside the context."""
+    """Gives an attribute of a module or a class another value, inside the context."""
     before = getattr(module, name)
     setattr(module, name, value)
     try:

@@ -1,6 +1,6 @@
-"""What a step achieved: tokens and floating-point operations a second, their share of the peak, and memory.
+"""What a step achieved: tokens and floating-point operations per second, their share of the peak, and memory.
 
-Operations are the model's own: two a weight and token forward, four backward, and the two matrix products of attention
+Operations are the model's own: two per weight and token forward, four backward, and attention's two matrix products
 (Chowdhery et al. 2022, PaLM, appendix B; the 6 N D of Hoffmann et al. 2022, Chinchilla, appendix F, with its attention
 term). What is done twice, as activation checkpointing does, is not counted twice.
 """

@@ -11,9 +11,9 @@ from trainer.rank import Rank
 
 
 def validate(engine: Any, config: RunConfig, corpus: Path, metadata: dict[str, Any], rank: Rank) -> dict[str, float]:
-    """Validation loss (nats a token) and bits per character, over all windows of the validation file.
+    """Validation loss (nats per token) and bits per character, over all windows of the validation file.
 
-    Bits per character don't depend on the tokenizer: bits a token times tokens a character of the held-out text.
+    Bits per character don't depend on the tokenizer: bits per token times tokens per character of the held-out text.
     """
     import numpy as np
     import torch

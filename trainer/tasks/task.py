@@ -60,7 +60,7 @@ class Task(Protocol):
         """Negative log-likelihood of each record in nats, shape (B,)."""
 
     def record_scores(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Of each record: nats, predictions that are right, predictions. Shape (B, 3), float64."""
+        """For each record: nats, number of right predictions, number of predictions. Shape (B, 3), float64."""
 
     def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Training loss of each record, shape (B,)."""

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from trainer.tasks.task import IGNORED, Encoded
 
-# Records are padded to multiples of so many tokens. It depends on a record's own length alone, gives many records one
-# shape, and fills whole vectors of the processor, in which no two records meet.
+# Records are padded to multiples of this many tokens. That depends on a record's own length alone, gives many records
+# one shape, and fills whole vectors of the processor, in which no two records meet.
 _BUCKET = 16
 
 
@@ -69,14 +69,14 @@ class CausalTask:
         return _nats(model(input_ids=batch["input_ids"]).logits.float(), batch["targets"])
 
     def record_scores(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Of each record: nats, tokens that the model holds likeliest, tokens. Shape (B, 3), float64."""
+        """For each record: nats, number of tokens that were the likeliest, number of tokens. Shape (B, 3), float64."""
         logits_BTV, targets = model(input_ids=batch["input_ids"]).logits.float(), batch["targets"]
         correct = (logits_BTV.argmax(dim=2) == targets).sum(dim=1)
         tokens = (targets != IGNORED).sum(dim=1)
         return torch.stack([_nats(logits_BTV, targets).double(), correct.double(), tokens.double()], dim=1)
 
     def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Training loss of each record, shape (B,): nats a token, a function of that record alone."""
+        """Training loss of each record, shape (B,): nats per token, a function of that record alone."""
         return self.record_nats(model, batch) / (batch["targets"] != IGNORED).sum(dim=1)
 
 

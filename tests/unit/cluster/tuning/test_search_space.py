@@ -67,7 +67,7 @@ def test_no_two_trials_are_equal():
         (["model.layers=choice()"], "at least one value"),
         (["model.layers=choice(1,,2)"], "separate them with commas"),
         ([LR, LR], "given 2 times"),
-        (["data.private.source=choice(a,b)"], "whose records they are is no setting to search"),
+        (["data.private.source=choice(a,b)"], "the private data are not a setting to search"),
         (["privacy.budget_epsilon=choice(1,8)"], "it changes nothing about what is learned"),
         (["federated.workers=choice(1,2)"], "it changes nothing about what is learned"),
         (["run.name=choice(a,b)"], "it changes nothing about what is learned"),
