@@ -49,15 +49,15 @@ class AuditSettings:
     learning_rate: float
     micro_batch_size: int
 
-    def modes(self, request: PlanTerms) -> dict[str, tuple[int, float]]:
+    def modes(self, terms: PlanTerms) -> dict[str, tuple[int, float]]:
         """The scores that will be tried, each with its number of guesses and its share of the allowed error.
 
         Gradient canaries show most, and a run at 99.9% has no error to give away: they get nine tenths of it.
         """
-        gradient = num_guesses(request, self.gradient_canaries)
+        gradient = num_guesses(terms, self.gradient_canaries)
         if not self.example_canaries:
             return {GRADIENT: (gradient, 1.0)}
-        examples = num_guesses(request, self.example_canaries)
+        examples = num_guesses(terms, self.example_canaries)
         return {GRADIENT: (gradient, 0.9), WHITE_BOX: (examples, 0.05), BLACK_BOX: (examples, 0.05)}
 
 
@@ -66,7 +66,7 @@ class AuditTraining:
     """One audit's training and what was released by it.
 
     Args:
-        request: the plan whose claim is audited.
+        terms: the plan whose claim is audited.
         settings: canaries and speed.
         model: base model with a fresh adapter; is trained in place.
         task: makes records of tokens and losses of records.

@@ -76,7 +76,7 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
 
 
 def _accountable(plan: PlanTerms, origin: str) -> PlanTerms:
-    """A stranger's plan, before it is accounted for."""
+    """Refuses a stranger's plan that is too large to account for, before it is accounted for."""
     try:
         check_size(plan.schedule)
     except PolicyRefusal as refusal:
@@ -87,7 +87,7 @@ def _accountable(plan: PlanTerms, origin: str) -> PlanTerms:
 def _model(
     document: Mapping[str, Any], ledgers: Mapping[str, Mapping[str, Any]], plan: PlanTerms, where: str
 ) -> ModelDigests | None:
-    """What the document says of its model. No ledger may be missing here whose release went into it."""
+    """What the document says of its model. Every ledger whose release went into it must be in the certificate."""
     found = document.get("model")
     if found is None and any("audit" in ledger for ledger in ledgers.values()):
         return None  # an audit publishes none

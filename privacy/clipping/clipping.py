@@ -26,8 +26,8 @@ Losses = Callable[[Sequence[Unit]], torch.Tensor]
 
 SMALLEST_NORM, LARGEST_NORM = 1e-9, 1e9
 _STABILITY = 0.01  # gamma of Bu et al. 2022
-_ROUNDING = 2.0**-20  # more than float32 rounds up, of a norm and of a product
-MOST_AT_ONCE = 16  # far fewer than 32 bits hold the sum of
+_ROUNDING = 2.0**-20  # more than float32 rounds a norm and a product up by
+MOST_AT_ONCE = 16  # units; the sum of far more still fits 32 bits
 _GRID_BITS = 23  # C is at most 2^24 steps of the grid: what float32 tells apart
 
 
@@ -103,9 +103,9 @@ class Clipper:
         return norms_B[finite_B]
 
     def _factors(self, norms_B: torch.Tensor) -> torch.Tensor:
-        """What brings gradients to length C at most, in units of the grid; float32.
+        """Factors that bring gradients to length C at most, in units of the grid; float32.
 
-        Automatic: all to just below C (Bu et al. 2022).
+        Automatic clipping brings all of them to just below C (Bu et al. 2022).
         """
         norm = self.max_grad_norm * (1 - _ROUNDING) - self._spacing * self._farthest
         lengths_B = norms_B + _STABILITY if self._automatic else norms_B.clamp(min=norm)

@@ -38,7 +38,7 @@ class History:
 
     @classmethod
     def of(cls, entries: list[Entry]) -> "History":
-        """That of some entries."""
+        """The history that these entries make."""
         return cls(entries, [json.loads(entry["body"]) for entry in entries])
 
     @property
