@@ -104,8 +104,8 @@ class _Pull:
             self.done.set()
 
     def _bounded(self) -> Nodes:
-        """Flower's grid as it is, but for the bytes of objects; a simulation's has no such objects."""
-        from flwr.superlink.grid.http_grid import HttpGrid  # it takes a while, and a run without Flower needs it not
+        """Flower's grid with a bound on the bytes of a reply's objects; a simulation's grid has no such objects."""
+        from flwr.superlink.grid.http_grid import HttpGrid  # slow to import, and not needed without Flower
 
         if not isinstance(self.grid, HttpGrid):
             return self.grid
@@ -178,7 +178,7 @@ class OneByOne:
 
 
 def _unreadable(message_id: str, reason: str) -> Message:
-    """Made as Flower makes the message of a reply that never arrived whole: from nobody, in answer to this one."""
+    """An error message like Flower's own for a reply that never arrived whole: from nobody, in answer to this one."""
     metadata = Metadata(
         run_id=0,
         message_id="",

@@ -48,7 +48,7 @@ class Coordinator:
         base_model: exported model directory.
         directory: receives the rounds' commits, the certificate and the final adapter.
         parties: the coordinator's key, and the silos.
-        log: receives one event a round, refusal or rejected reply.
+        log: receives one event per round, refusal or rejected reply.
         certify: write a certificate; False for the comparison without DP.
         aggregator: with clients as units, adds the noise.
     """
@@ -225,7 +225,7 @@ class Coordinator:
             kind = self._training(self._train(round_number, sent, adapters[sent.rank], frozen))
             return self.exchange.body(f"round-{round_number}", silo, **kind), adapters[sent.rank]
 
-        # With clients as units no more than the plan's number; by name, since who is asked must not depend on data.
+        # With clients as units at most the plan's number are asked, chosen by name: the choice must not depend on data.
         silos = self._present()[: self.config.privacy.num_clients or None]
         return self.exchange.collect(
             Bodies(silos, body), TRAIN, str(round_number), "trained", fold, enough=self.config.federated.enough_silos

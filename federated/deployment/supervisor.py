@@ -1,7 +1,7 @@
 """One small supervisor: starts processes in order, waits for their health, restarts what dies, stops all of it.
 
-For SuperLink and proxy at the coordinator and for the SuperNode at a silo. Where systemd is there it keeps the
-supervisor alive; where it is not, a killed supervisor's processes are ended by the next start.
+It keeps SuperLink and proxy running at the coordinator, and the SuperNode at a silo. Where systemd is there it keeps
+the supervisor alive; where it is not, a killed supervisor's processes are ended by the next start.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """X.509 for TLS: each coordinator and each silo has a small authority of its own, and trusts no other.
 
-Authorities hold ten years, what they sign a bit more than one; ``issue`` is called at every start and renews in time.
+An authority is valid for ten years, what it signs for a bit more than one; ``issue`` is called at every start and
+renews in time.
 """
 
 import ipaddress

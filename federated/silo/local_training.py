@@ -1,6 +1,6 @@
 """One silo's local steps of one round, from the shared adapter to an update.
 
-With DP for a silo; without for the comparison on public data, and where an aggregator adds the noise.
+They are taken with DP, or without it for the comparison on public data and where an aggregator adds the noise.
 """
 
 from collections.abc import Iterable, Sequence
@@ -99,7 +99,7 @@ def plain_update(
     adapter: Arrays,
     settings: LocalSettings,
 ) -> Arrays:
-    """Ordinary steps, one a batch: what comes out is not private."""
+    """Ordinary steps, one per batch: what comes out is not private."""
     before = put_on(model, adapter)
     optimizer = _optimizer(settings, model, before, noise_std=0.0)
     model.train()

@@ -33,7 +33,7 @@ class PersonalSettings:
 
     Attributes:
         steps: of AdamW.
-        batch_size: training units a step.
+        batch_size: training units per step.
         learning_rate: constant.
         rank: of the personal adapter.
         alpha: its scale.

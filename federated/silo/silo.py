@@ -105,7 +105,7 @@ class Silo:
                 receipt); and the coordinator's signature over both.
 
         Raises:
-            UnloggedError: the audit log can't be written, and so nothing may leave. A stored reply waits.
+            UnloggedError: the traffic log can't be written, and so nothing may leave. A stored reply waits.
         """
         try:
             return self._exchanged(content)

@@ -142,7 +142,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         reply = b""
         try:
             reply = self._handle(request)
-        except Exception:  # the audit log can't be written; and gRPC would send another exception's words
+        except Exception:  # the traffic log can't be written; and gRPC would send another exception's words
             self._answers = False
             context.abort(grpc.StatusCode.UNAVAILABLE, "no reply can leave now; ask again later")
         self._answers = True

@@ -115,11 +115,11 @@ class Reach:
                     self.check(what, Path(entry.path), secret=secret)
                 elif entry.is_dir(follow_symlinks=False):
                     self._check_tree(what, Path(entry.path), secret=secret)
-                else:  # an installation has a hundred thousand
+                else:  # the short way: an installation has a hundred thousand files
                     self._check_entry(what, entry.path, entry.stat(follow_symlinks=False), secret=secret)
 
     def _check_entry(self, what: str, path: str | Path, status: os.stat_result, *, secret: bool = False) -> None:
-        """A file, or a folder by itself. A folder may be entered where the files in it are closed, but not listed."""
+        """Checks a file, or a folder by itself: one may be entered where the files in it are closed, but not listed."""
         if self._relay.uid == status.st_uid:
             self._refuse(what, Path(path), "change the mode of")
         if self._relay.is_given(path, status, WRITE):
