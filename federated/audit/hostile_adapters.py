@@ -70,7 +70,7 @@ def underflow(weights: Weights, scale: float = 3e18) -> None:
 
 
 def ordinary(weights: Weights, scale: float = 1.0) -> None:
-    """As adapters are after some training."""
+    """Weights such as an adapter has after some training."""
     for value in weights.values():
         value.copy_(scale * _normal(value))
 

@@ -1,4 +1,4 @@
-"""How a coordinator's ServerApp ended, in a file of the run: `flwr run` says that all is well whatever happens."""
+"""How a coordinator's ServerApp ended, in a file of the run: `flwr run` reports success whatever happens."""
 
 import fcntl
 import json

@@ -31,7 +31,7 @@ class SiloRecords:
 
     Args:
         run_id: the run.
-        plan: that each silo reserves; with clients as units, that it was entrusted with.
+        plan: what each silo reserves; with clients as units, what it is entrusted with.
         signed: False for the comparison without DP, where silos sign nothing.
     """
 
@@ -42,7 +42,7 @@ class SiloRecords:
     def restore(self, silos: dict[str, dict[str, Any]], origin: str) -> None:
         """Takes up what was committed: who has spent or stated stays in the certificate, whoever is there today.
 
-        Of a silo that was restored before, from the newest round, it keeps what goes with the newer receipt.
+        Where a silo was restored before, from the newest round, what goes with the newer of both receipts is kept.
 
         Args:
             silos: as ``silos`` was.

@@ -121,7 +121,7 @@ class Child:
         self._failures += 1
 
     def describe(self) -> dict[str, Any]:
-        """For the state file."""
+        """What the state file says of this process."""
         running = None if self.process is None else {"pid": self.process.pid, "created": self.process.create_time()}
         return {
             "process": running,

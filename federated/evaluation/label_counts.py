@@ -113,5 +113,5 @@ def _f1(counts: npt.NDArray[np.float64], error: float) -> tuple[float | None, fl
     if below <= math.sqrt(6) * error:  # its own standard error
         return None, None
     f1 = 2 * true_positives / below
-    # By true positives the derivative is 2 (1 - F1) / below; by either of the others -F1 / below.
+    # The derivative by true positives is 2 (1 - F1) / below, by either of the others -F1 / below.
     return float(f1), float(error * math.sqrt(4 * (1 - f1) ** 2 + 2 * f1**2) / below)

@@ -46,7 +46,7 @@ class LocalSettings:
 
 
 class PrivateUpdate:
-    """The clipped, noised update of one round, made ready: whatever can fail without private records has not failed.
+    """The clipped, noised update of one round, made ready: what can fail without private records is done.
 
     Raises:
         InputError: with this adapter the model's per-record gradients can't be proved.

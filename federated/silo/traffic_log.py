@@ -1,8 +1,8 @@
-"""A silo's logs of everything that came in and left, for its steward: a JSON line each, sizes and digests, no values.
+"""A silo's logs of all that came in and left, for its steward: one JSON line per message, of sizes and digests.
 
-A line is synced before what it tells of goes on: a coordinator's request is written down before it is acted on, a reply
-before its first byte leaves. What no trusted coordinator has signed has a file of its own: files are rotated by size,
-so whoever reaches the silo could otherwise push out what tells of real requests.
+A line holds no values, and is synced before what it tells of goes on: a coordinator's request is written down before it
+is acted on, a reply before its first byte leaves. What no trusted coordinator has signed has a file of its own: files
+are rotated by size, so whoever reaches the silo could otherwise push out what tells of real requests.
 """
 
 import json

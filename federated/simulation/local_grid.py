@@ -170,7 +170,7 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages that have come; where there is none yet, waits a moment for one.
+        """The replies to these messages that have come; waits a moment where none has come yet.
 
         Args:
             message_ids: all that are still waited for. Replies to others, of a step that had enough, are dropped.

@@ -81,9 +81,9 @@ class Schedule:
         import dp_accounting as dp
 
         # With fewer than a full batch of others a unit adds itself: a Poisson step. With a full batch it takes the
-        # place of another: twice the sensitivity, at a rate never above q. The second is the worse of the two and the
-        # likelier the more units there are; so this holds for every dataset of up to max_units units, while
-        # dp-accounting's own event, which takes the exact rate, holds for one size (arXiv:2508.15089).
+        # place of another: twice the sensitivity, at a rate never above q. The second case is the worse one, and is
+        # likelier with more units; so this holds for every dataset of up to max_units units, while dp-accounting's own
+        # event, which takes the exact rate, holds for one size (arXiv:2508.15089).
         swap = _gaussian(
             self.noise_multiplier / 2,
             pessimistic,

@@ -2,7 +2,8 @@
 
 What one record adds to the sum is bounded in exact arithmetic: its gradient times its factor is rounded to whole steps
 of a public grid, whose squares are added exactly and compared with C; only then are they added, and a sum of whole
-numbers depends on no order. That a record's gradient depends on no other one is for ``privacy.clipping.independence``.
+numbers depends on no order. That a record's gradient depends on no other one is proved in
+``privacy.clipping.independence``.
 """
 
 import math
@@ -35,7 +36,7 @@ class GradientSource(Protocol):
     """Gives per-record gradients of a model."""
 
     def per_record(self, losses: Callable[[], torch.Tensor], num_records: int, /) -> ByParameter:
-        """One forward and backward of B losses."""
+        """Runs one forward and one backward pass of B losses."""
 
     def close(self) -> None:
         """Leaves nothing on the model."""
@@ -50,14 +51,14 @@ class Clipper:
     def __init__(self, source: GradientSource, model: Any, max_grad_norm: float, *, automatic: bool) -> None:
         self.source, self.model, self._automatic = source, model, automatic
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        # Rounding to whole steps moves a gradient by this many of them at most.
+        # Rounding to whole steps of the grid moves a gradient by this many steps at most.
         self._farthest = math.sqrt(sum(value.numel() for value in self.parameters.values())) / 2
         self.max_grad_norm = max_grad_norm
         self._sums: dict[str, torch.Tensor] = {}
 
     @property
     def max_grad_norm(self) -> float:
-        """C, of one record's gradient over all trainable parameters together."""
+        """C, which bounds one record's gradient over all trainable parameters together."""
         return self._max_grad_norm
 
     @max_grad_norm.setter

@@ -24,7 +24,7 @@ def entrust(journal: Journal, run_id: str, plan: PlanTerms, aggregator: str, lim
     Args:
         journal: the silo's.
         run_id: the run.
-        plan: with clients as units.
+        plan: the run's, with clients as units.
         aggregator: the public key of whoever gets the updates, and whose run it is.
         limits: of the policy.
 

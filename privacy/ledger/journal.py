@@ -217,7 +217,7 @@ class Journal:
                 self.refuse_doubt()
 
     def move_anchor(self) -> None:
-        """Anchors the present head. Under the file's lock, so that an anchor never goes back."""
+        """Anchors the present head, under the file's lock, so that a newer anchor is never replaced by an older one."""
         with self.locked():
             self.refuse_doubt()
             self.write_anchor()

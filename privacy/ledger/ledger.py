@@ -147,7 +147,7 @@ class Ledger:
                 than is left, or for today.
         """
         terms = plan.terms
-        epsilon = terms.epsilon  # which may take seconds: before the file is locked
+        epsilon = terms.epsilon  # may take seconds, so it is computed before the file is locked
         with self.journal.transaction():
             bodies = self.journal.bodies()
             before = Runs(bodies).of(run_id, coordinator)

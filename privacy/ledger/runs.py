@@ -43,7 +43,7 @@ class Run:
 
     @property
     def end(self) -> str:
-        """How it ended, in words for whoever goes on asking."""
+        """How it ended, in words for a coordinator that still asks."""
         how = "was stopped by the silo's steward" if self.stopped else "is closed"
         return f"run {self.name} {how}"
 

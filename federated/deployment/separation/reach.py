@@ -13,11 +13,11 @@ from configs.errors import InputError
 from configs.storage.files import unreadable
 from federated.deployment.separation.account import ENTER, READ, WRITE, Account, is_sticky
 
-_MOST_LINKS = 40  # as the system follows
+_MOST_LINKS = 40  # links on one path: as many as the system follows
 
 
 class Reach:
-    """What a relay's user can do to files. Whatever it should not is an InputError, which names it."""
+    """What a relay's user can do to files. What it must not be able to do is an InputError, which names the file."""
 
     def __init__(self, relay: Account) -> None:
         self._relay = relay
@@ -25,7 +25,7 @@ class Reach:
         self._seen: set[tuple[Path, bool]] = set()
 
     def check(self, what: str, path: Path, *, secret: bool) -> None:
-        """Refuses a relay that can change a file or folder, what is in it, or the way to it; with secret: read it.
+        """Refuses a relay that can change a file or folder, what is in it, or the way to it; or can read a secret one.
 
         Args:
             what: for the message.
