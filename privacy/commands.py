@@ -185,7 +185,7 @@ def _which_model(document: dict[str, Any], folder: Path, key_file: str, origin: 
     from privacy.ledger.file import given_key
 
     if document.get("model") is None:
-        raise InputError(f"{origin}: version {document['version']} speaks of no model; nothing can be said of {folder}")
+        raise InputError(f"{origin}: version {document['version']} names no model; nothing can be said of {folder}")
     return which_model(ModelDigests.model_validate(document["model"]), folder, given_key(key_file))
 
 
@@ -208,7 +208,7 @@ def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | Non
         lines.append(f"{certificate}: {holds}; {spent}")
     if unrecorded := results.get("rounds_without_releases"):
         rounds = ", ".join(map(str, unrecorded))
-        lines.append(f"{certificate}: of rounds {rounds} it doesn't say whose releases went into the model")
+        lines.append(f"{certificate}: it doesn't say whose releases went into the model in rounds {rounds}")
     if "silo" in results:
         lines.append(f"{ledger}: the run of {results['silo']} is in its chain as it was stated")
     return lines

@@ -1,4 +1,4 @@
-"""``siloweave federation``: what a coordinator's people run; the rounds themselves are ``cluster``'s to show."""
+"""``siloweave federation``: what a coordinator's people run, but for ``run``, which is in ``cluster/commands``."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -99,7 +99,7 @@ def save_closing(directory: Path, config_digest: str, silos: dict[str, dict[str,
 def closing(
     directory: Path, config_digest: str, run_id: str, damaged: Callable[[str], None]
 ) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """What the silos had stated when the run came to its end before, and where that is; nothing where it has not.
+    """What the silos had stated when the run ended an earlier time, and where that is; nothing where it never has.
 
     Where no commit has it the certificate does: an earlier version of Siloweave made no such commit.
 

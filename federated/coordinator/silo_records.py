@@ -70,7 +70,7 @@ class SiloRecords:
         return receipt
 
     def describe(self, silo: str, described: pb.Described) -> None:
-        """Takes a silo's description in. Once it has signed a receipt, it stays who and how large it was.
+        """Takes a silo's description in. Once it has signed a receipt, its description stays as it was.
 
         Raises:
             ValueError: its key or its dataset is another than that of its receipts.
@@ -124,7 +124,7 @@ class SiloRecords:
         statement = RunStatement.from_bytes(content, where)
         self._check_statement(silo, self.silos[silo], statement, held, where)
         if statement.rounds_charged < rounds:
-            raise InputError(f"{where}.rounds_charged is {statement.rounds_charged}, it has released {rounds}")
+            raise InputError(f"{where}.rounds_charged is {statement.rounds_charged}, but it has released {rounds}")
         self.silos[silo]["statement"] = statement.model_dump(mode="json")
 
     def held(self, silo: str) -> bytes:

@@ -165,7 +165,7 @@ def check_x509(
         ) from None
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         raise InputError(
-            f"{origin}: the certificate holds from {certificate.not_valid_before_utc:%Y-%m-%d} to "
+            f"{origin}: the certificate is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
             f"{certificate.not_valid_after_utc:%Y-%m-%d}, and it is {now:%Y-%m-%d}; "
             "renew it, or set this machine's clock"
         )

@@ -89,7 +89,7 @@ def _append_whole(descriptor: int, content: bytes) -> None:
 
 
 class PrivateLog(logging.Handler):
-    """``silo.log``: what its service says to the steward, strangers' words escaped; further lines of one are indented.
+    """``silo.log``: what its service says to the steward, strangers' words escaped; a message's further lines indented.
 
     Where it can't be written it is silent: what it would tell must appear nowhere else.
     """

@@ -45,7 +45,7 @@ def limits_of(policy: SiloPolicy) -> Limits:
 
 
 def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_time: Lock, accounting: Lock) -> None:
-    """Everything about a reservation that is cheap, then its epsilon, which the accountant remembers.
+    """Checks all about a reservation that is cheap, then computes its epsilon, which the accountant remembers.
 
     So ``reserve`` waits for nothing while it holds the silo and its ledger; and what has no room costs no accounting.
     While one plan is accounted for, which may take seconds, a second one is refused: it would hold a place that others'

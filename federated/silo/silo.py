@@ -87,7 +87,7 @@ class Silo:
         return trusted_coordinators(self._state_dir) if self._trusted is None else self._trusted
 
     def _split_key(self, path: Path) -> bytes:
-        """Drawn before anything is charged, and never again: a new one would train on what was held out."""
+        """The key of the split, drawn before any charge and never again: a new one would train on what was held out."""
         charged = any(body["kind"] in ("charge", UNNOISED) for body in self.ledger.journal.bodies())
         return load_secret(path) if charged else load_or_create_secret(path)
 

@@ -248,7 +248,7 @@ def _clear(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_socket():
-        raise InputError(f"{path}: is there, and is no socket; give another path for the socket")
+        raise InputError(f"{path}: exists, and is no socket; give another path for the socket")
     with socket_module.socket(socket_module.AF_UNIX) as probe:
         if probe.connect_ex(str(path)) == 0:
             raise InputError(f"{path}: another service listens there; end it, or give another path for the socket")

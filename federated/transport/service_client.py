@@ -12,7 +12,7 @@ from federated.protocol import silo_pb2_grpc
 from federated.protocol.framing import CHUNK_BYTES, chunks
 
 LONGEST_TRAINING_S = 24 * 3600.0
-# With these codes the silo sends its signed refusal as well.
+# With these codes a call ends after the silo's signed refusal has been sent.
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED)
 # After these codes the same request is sent again; where a code alone doesn't decide, its details have to begin so.
 # That is safe: a silo charges a request once at most, and gives the reply that it has stored, or computes it again with

@@ -126,7 +126,7 @@ class Schedule:
 
 
 def _composed(releases: tuple[tuple[float, int], ...]) -> float:
-    """Gaussian releases compose exactly, into one whose noise multiplier this is."""
+    """Noise multiplier of the one Gaussian release that these compose into, exactly."""
     return float(sum(count / sigma**2 for sigma, count in releases) ** -0.5)
 
 

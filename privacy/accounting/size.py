@@ -34,7 +34,7 @@ def check_size(schedule: Schedule, width: float | None = None, *, new: bool = Fa
         if not _SIGMAS[0] <= sigma <= _SIGMAS[1]:
             raise _refusal(f"noise multiplier {sigma:g}", f"{_SIGMAS[0]:g} to {_SIGMAS[1]:g}", "give one in between")
     needed = 0.0 if schedule.hopeless else bins(schedule, width or schedule.width())
-    # Old plans are still read, and have narrow bins; a new one takes as long as another may.
+    # Plans of version 1 are still read; their narrow bins may be more than those of a plan that is new.
     allowed = LARGEST_BINS * (2 if schedule.fixed_bins and not new else 1)
     if needed > allowed:
         raise _refusal(

@@ -94,7 +94,7 @@ def against(receipt: Receipt, history: History) -> str | None:
 
 
 def missing(receipt: Receipt, history: History) -> list[Spend]:
-    """What a receipt proves to be spent, and the entries don't charge.
+    """The spends that a receipt proves and that the entries don't charge.
 
     A head that is not in the chain is one of another branch. A run that was reserved before the two parted and charged
     since may have released one round in both: its reservation counts once more, under a name of its own.

@@ -131,7 +131,7 @@ class Journal:
                 )
 
     def bind(self, budget: Budget) -> None:
-        """Opens the chain for its silo and dataset; a changed policy is an entry."""
+        """Opens the chain for its silo and dataset, and records a changed policy as an entry."""
         bodies = self.bodies()
         if not bodies:
             key = self.signer.public_key

@@ -117,7 +117,7 @@ class Ledger:
         return None if run is None else run.opening
 
     def bind(self, budget: Budget) -> None:
-        """Takes in the policy's budget as it is now; a changed one is an entry."""
+        """Takes in the policy's budget as it is now, and records a changed one as an entry."""
         if policy_budget(self.journal.bodies()) == budget:
             return
         with self.journal.transaction():

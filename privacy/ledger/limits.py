@@ -72,7 +72,7 @@ def check_spend(bodies: list[dict[str, Any]], coordinator: str, epsilon: float, 
 
 
 def check_unit(bodies: list[dict[str, Any]], unit: str) -> None:
-    """A ledger's sum is the spend of one unit: what records and clients spend has no sum."""
+    """A ledger is about one kind of unit: what is spent on records and on clients doesn't add up."""
     units = {body["plan"].get("unit", "record") for body in bodies if body["kind"] == "reserve"}
     if units - {unit}:
         raise PolicyRefusal.of("unit", unit, ", ".join(units), "this ledger is of another unit")

@@ -125,7 +125,7 @@ def _libraries() -> Iterator[tuple[str, Path]]:
     for name, between in _LIBRARIES.items():
         value = os.environ.get(name, "")
         if "$" in value:
-            raise InputError(f"{name}: is {value!r}, and what $ stands for is the system's; give folders in full")
+            raise InputError(f"{name}: is {value!r}, and the system replaces what begins with $; give folders in full")
         for part in re.split(between, value) if value else ():
             if "/" in part or name == "LD_LIBRARY_PATH":  # a name without / is looked for in LD_LIBRARY_PATH
                 yield name, Path(part)  # empty: the current folder
