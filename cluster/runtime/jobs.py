@@ -147,7 +147,9 @@ class Jobs:
         """
         run = config.run.url or str(run_directory(config))
         self._refuse_second(run)
-        entrypoint = shlex.join([python, "-m", "siloweave", *command, "--config", CONFIG])
+        # Ray gives this to a shell. Without `exec`, a stop that comes while the shell starts ends the shell alone: its
+        # command goes on in a job that is said to be stopped, beside the next one that writes to this run.
+        entrypoint = "exec " + shlex.join([python, "-m", "siloweave", *command, "--config", CONFIG])
         job = f"siloweave-{uuid.uuid4().hex[:12]}"  # our own id: asked twice, it can't start twice
         with tempfile.TemporaryDirectory(prefix="siloweave-upload-") as folder, self._asking():
             stage_upload(config, Path(folder))
@@ -184,7 +186,7 @@ class Jobs:
             "job": job,
             "address": self.address,
             "status": found.status.value,
-            "command": found.entrypoint,
+            "command": found.entrypoint.removeprefix("exec "),
             "run": (found.metadata or {}).get("run"),
             "started": found.start_time and found.start_time / 1000,
             "ended": found.end_time and found.end_time / 1000,

@@ -18,7 +18,8 @@ import psutil
 import pytest
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
-from deployment import BIN, Deployment, free_port, users, why_not_two_users
+from deployment import BIN, Deployment, users, why_not_two_users
+from ports import free_port
 
 from configs.storage.manifests import require_manifest
 from federated.deployment.federation_folder import FederationFolder
@@ -86,7 +87,7 @@ def ask(deployment: Deployment, line: bytes, *, port: int | None = None, size_by
     """
     context = ssl.create_default_context(cafile=str(deployment.folder / "certificates" / "ca.pem"))
     with (
-        socket.create_connection(("127.0.0.1", port or deployment.port), timeout=10) as plain,
+        socket.create_connection(("127.0.0.1", port or deployment.port), timeout=60) as plain,
         context.wrap_socket(plain, server_hostname="localhost") as connection,
     ):
         head = b"%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
@@ -179,7 +180,7 @@ def test_flwr_run_and_register_work_on_loopback_only(coordinator, tmp_path):
 
 def test_plain_http_and_plaintext_grpc_get_nothing(coordinator):
     for port in (coordinator.port, superlink_port(coordinator)):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(b"POST /v1/fleet/pull-messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
             with contextlib.suppress(ConnectionResetError):
                 answer = connection.recv(1000)

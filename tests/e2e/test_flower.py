@@ -29,13 +29,13 @@ from flower_processes import (
     Processes,
     adapter,
     federation,
-    free_port,
     is_serving,
     listens,
     silo_toml,
 )
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from ports import free_port
 from repository import found_below
 from silo_requests import body_of, opened
 
@@ -84,7 +84,7 @@ def socket_path() -> Iterator[Path]:
 
 def start_flower(processes: Processes, silo_address: str) -> None:
     """SuperLink and SuperNode on loopback, over TLS; `flwr run APP local` reaches them."""
-    port, node_port = free_port(), free_port()
+    port, node_port = str(free_port()), str(free_port())
     home = Path(processes.environment["FLWR_HOME"])
     home.mkdir()
     files = {name: str(home / name) for name in ("ca.key", "ca.pem", "server.key", "server.pem")}

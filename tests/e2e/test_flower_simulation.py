@@ -16,11 +16,11 @@ from flower_processes import (
     Processes,
     adapter,
     federation,
-    free_port,
     is_serving,
     listens,
     silo_toml,
 )
+from ports import free_port
 
 from configs.load import load
 from configs.parse import to_toml
@@ -46,7 +46,7 @@ def serve_silos(processes: Processes, settings: dict[str, Path], sockets: Path) 
 
 def run_flower(processes: Processes, given: dict[str, object]) -> None:
     """`flwr run` on a SuperLink that simulates two nodes."""
-    port, home = free_port(), Path(processes.environment["FLWR_HOME"])
+    port, home = str(free_port()), Path(processes.environment["FLWR_HOME"])
     home.mkdir()
     link = {"superlink": {"local": {"address": f"127.0.0.1:{port}", "insecure": True}}}
     (home / "config.toml").write_text(tomli_w.dumps(link), encoding="utf-8")

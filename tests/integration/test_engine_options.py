@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 from engine_pair import SAVED, STEPS, VOCABULARY, batch, settings
+from ports import free_port
 from repository import SUPPORT
 
 from trainer.models.llama import new_model
@@ -44,13 +44,10 @@ def run_pair(kinds, folder):
     """What one pair of processes finds for all combinations, by kind and options."""
     cases, errors = folder / "cases.json", folder / "errors"
     cases.write_text(json.dumps([[kind, named(options)] for kind, options in kinds]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with errors.open("wb") as log:
         ranks = [
             subprocess.Popen(
-                [sys.executable, PAIR, str(rank), "2", str(port), cases],
+                [sys.executable, PAIR, str(rank), "2", str(free_port()), cases],
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stderr=log,
                 text=True,

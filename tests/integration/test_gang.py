@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import torch
 from plain_training import plain_losses
+from ports import free_port
 
 from configs.events import read_events
 from trainer.checkpoints import checkpoints
@@ -31,7 +31,7 @@ def losses(run):
     return {event["step"]: event["loss"] for event in events(run, "step")}
 
 
-def wait_for(condition, seconds=120.0):
+def wait_for(condition, seconds=240.0):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -168,12 +168,6 @@ def test_a_full_disk_leaves_the_last_commit_intact(tmp_path):
     assert not (root / "step-00000002").exists()
     found = checkpoints.newest(root, "digest", pytest.fail)
     assert (found.step, found.manifest.metadata["world_size"]) == (1, 1)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_more_ranks_than_the_cluster_has_is_said_before_anything_starts(prepared, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,21 +11,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from cluster.runtime import jobs
 from configs.errors import InputError, SiloweaveError
 from configs.load import load
-
-
-def free_ports(number):
-    """Ports that nobody listens on now, all different."""
-    sockets = [socket.socket() for _ in range(number)]
-    for probe in sockets:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in sockets]
-    for probe in sockets:
-        probe.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +32,7 @@ def server():
 @contextmanager
 def ray_head():
     """A head on ports of its own, so that another Ray may be here."""
-    gcs, jobs_port, agent, client = free_ports(4)
+    gcs, jobs_port, agent, client = (free_port() for _ in range(4))
     options = {
         "--node-ip-address": "127.0.0.1",
         "--port": gcs,
@@ -96,7 +85,13 @@ def job_ids(server):
 
 
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(siloweave, server, tmp_path):
-    started = submit(siloweave, server, tmp_path, "prepare", "-c", "tiny", options=["--no-wait"])
+    # It does nothing before it is stopped, however late that comes.
+    interpreter, go_on = tmp_path / "interpreter", tmp_path / "go on"
+    interpreter.write_text(f"#!/bin/sh\nwhile [ ! -e '{go_on}' ]; do sleep 0.1; done\nexec {sys.executable} \"$@\"\n")
+    interpreter.chmod(0o755)
+    started = submit(
+        siloweave, server, tmp_path, "prepare", "-c", "tiny", options=["--no-wait"], python=str(interpreter)
+    )
     assert started.returncode == 0, started.stderr
     job = json.loads(started.stdout)["job"]
     # Two drivers must never write to one run.
@@ -107,6 +102,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(siloweave, server, tmp
     manifest = tmp_path / "runs" / "tiny" / "corpus" / "manifest.json"
     assert not manifest.exists()
 
+    go_on.touch()
     again = submit(siloweave, server, tmp_path, "prepare", "-c", "tiny", "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["status"] == "SUCCEEDED"
@@ -135,6 +131,17 @@ def test_an_interpreter_that_the_nodes_lack(siloweave, server, tmp_path):
     done = submit(siloweave, server, tmp_path, "plan", "-c", "tiny", python="/nowhere/python")
     assert done.returncode == 1
     assert json.loads(done.stdout)["message"] == "the nodes have no such interpreter; give theirs with --python"
+
+
+def test_a_jobs_command_has_no_shell_above_it(siloweave, server, tmp_path):
+    """Before: of 25 jobs that were stopped as they started 2 went on, beside the next one that wrote to their run."""
+    interpreter, seen = tmp_path / "interpreter", tmp_path / "parent"
+    interpreter.write_text(f"#!/bin/sh\ncat /proc/$PPID/cmdline > {seen}\n")
+    interpreter.chmod(0o755)
+    done = submit(siloweave, server, tmp_path, "plan", "-c", "tiny", python=str(interpreter))
+    assert done.returncode == 0, done.stderr
+    assert seen.read_bytes().startswith(b"ray::JobSupervisor")  # which is what Ray signals when a job is stopped
+    assert json.loads(done.stdout)["command"].startswith(f"{interpreter} -m siloweave plan")
 
 
 def test_unknown_jobs_are_one_clear_line(siloweave, server, tmp_path):

@@ -14,7 +14,7 @@ def scrape(ray):
     found = {}
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        text = urllib.request.urlopen(url, timeout=10).read().decode()
+        text = urllib.request.urlopen(url, timeout=60).read().decode()
         lines = [line for line in text.splitlines() if line.startswith("ray_siloweave_")]
         found.update((line.rpartition(" ")[0], float(line.rpartition(" ")[2])) for line in lines)
     return found

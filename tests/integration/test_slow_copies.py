@@ -10,7 +10,7 @@ from repository import SUPPORT
 
 from trainer.checkpoints import checkpoints
 
-HANG_S = 4
+HANG_S = 8  # a busy machine may keep a rank waiting for some seconds
 SETTINGS = (
     "pretrain.steps=2",
     "pretrain.warmup_steps=1",

@@ -8,12 +8,12 @@ python bf16_gangs.py FOLDER
 
 import logging
 import multiprocessing
-import socket
 import sys
 import warnings
 from pathlib import Path
 
 from engine_pair import SAVED, STEPS, VOCABULARY, settings, train
+from ports import free_port
 
 from configs.storage.manifests import Manifest, commit_manifest
 from configs.storage.storage import COMMITTED, Folder
@@ -107,9 +107,7 @@ def main():
     # 2. The gangs.
     fork = multiprocessing.get_context("fork")
     for gang, size in GANGS.items():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         places = [(gang, number, port, Path(sys.argv[1])) for number in range(size)]
         ranks = [fork.Process(target=run_rank, args=place, daemon=True) for place in places]
         for rank in ranks:

@@ -6,7 +6,6 @@ import json
 import os
 import pwd
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from ports import free_port
 
 from configs.load import load
 from configs.parse import to_toml
@@ -27,12 +27,6 @@ from federated.transport.health import is_serving
 BIN = Path(sys.executable).parent
 START_S, COMMAND_S = 120.0, 120.0
 PRIVATE_RECORDS = 300
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

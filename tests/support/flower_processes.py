@@ -28,7 +28,7 @@ SEED, SPLIT_KEY = bytes(range(32)), bytes(range(32, 64))
 BIN = Path(sys.executable).parent
 APP = REPOSITORY / "federated" / "app"
 EXPIRES = int(time.time()) + 3600
-START_S, RUN_S, END_S = 60, 150, 10
+START_S, RUN_S, END_S = 120, 300, 30
 # A service never injects a seed, so the one whose bytes are compared is not the command's.
 SEEDED_SERVICE = """
 import sys
@@ -80,12 +80,6 @@ class Processes:
 
     def end(self) -> None:
         end_tree(self._started, END_S)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def listens(port: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-PIECES, PIECE_S = 40, 0.25
+PIECES, PIECE_S = 80, 0.25
 
 
 class SlowStore(LocalFileSystem):

@@ -39,6 +39,7 @@ ON_DISK = {
         "ledger": "ledger.sqlite",
         "log": "silo.log",
         "traffic": "audit.jsonl",
+        "strangers": "strangers.jsonl",
         "personal": "personal",
         "enrolment": "enrolment.json",
         "trusted": "trusted",

@@ -1,13 +1,13 @@
 """An audit's training on a real base model: what canaries touch, what is scored, and that a broken engine shows."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
 import torch
 
 from configs.errors import PolicyRefusal, SiloweaveError
+from federated.audit import canary_training
 from federated.audit.canary_training import BLACK_BOX, GRADIENT, WHITE_BOX, AuditSettings, AuditTraining
 from federated.audit.membership import infer_membership
 from privacy.audit.bound import REFERENCE_PLAN, overall
@@ -30,6 +30,14 @@ SETTINGS = AuditSettings(
 )
 
 
+@pytest.fixture(autouse=True)
+def certain(monkeypatch):
+    """Coins and canaries that are the same in every session: an honest engine is warned of once in 30,000 audits."""
+    drawn, generator = np.random.default_rng(1), np.random.default_rng
+    monkeypatch.setattr(canary_training, "fair_coins", lambda count: drawn.random(count) < 0.5)
+    monkeypatch.setattr(np.random, "default_rng", lambda *seed: generator(*seed) if seed else drawn)
+
+
 def training(model, settings=SETTINGS, **changes):
     task = CausalTask(load_tokenizer(model), 64)
     background = [task.encode(f"a public sentence, number {number}") for number in range(100)]
@@ -39,7 +47,7 @@ def training(model, settings=SETTINGS, **changes):
 
 def run(audit):
     steps = []
-    audit.train(lambda: steps.append(1), lambda _: os.urandom(SEED_BYTES))
+    audit.train(lambda: steps.append(1), lambda number: bytes([number]) * SEED_BYTES)
     assert len(steps) == audit.terms.steps
     return audit.findings()
 

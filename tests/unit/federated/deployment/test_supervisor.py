@@ -38,7 +38,7 @@ class Running:
         self.ticks = 0
         self.thread = threading.Thread(target=self._run, args=(Supervisor(folder, programs),))
         self.thread.start()
-        assert self.ready.wait(30)
+        assert self.ready.wait(60)
 
     def _run(self, supervisor):
         supervisor.run(self.ended, self.ready.set, self._tick)
@@ -61,7 +61,7 @@ class Running:
         assert not self.thread.is_alive()
 
 
-def wait_until(holds, timeout_s=30):
+def wait_until(holds, timeout_s=60):
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline

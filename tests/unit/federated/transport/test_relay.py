@@ -184,9 +184,11 @@ def test_a_message_without_an_envelope_is_one_line():
     assert relayed(RecordDict(), **{"silo-address": "unix:/none"}) == "the message holds no siloweave envelope"
 
 
-def test_the_time_that_is_left_is_the_messages_whatever_the_clocks_say():
+def test_the_time_that_is_left_is_the_messages_whatever_the_clocks_say(monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     message = Message(pack(b"it"), 1, "train", ttl=600.0)
     for age_s, left_s in ((0, 598), (100, 498), (597, 1), (599.5, 0), (700, 598), (-50, 598)):
-        message.metadata.created_at = time.time() - age_s
-        assert seconds_left(message) == pytest.approx(left_s, abs=0.5)
+        message.metadata.created_at = now - age_s
+        assert seconds_left(message) == pytest.approx(left_s, abs=0.001)

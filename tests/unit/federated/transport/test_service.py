@@ -1,5 +1,6 @@
 """Callers who take their time: nobody holds the silo's service up, and its health says what is so."""
 
+import contextlib
 import threading
 import time
 
@@ -26,7 +27,7 @@ class Answering:
         self.free.set()
 
     def handle(self, content):
-        self.free.wait(30)
+        self.free.wait(120)
         self.handled.append(len(content))
         if self.raised:
             raise self.raised
@@ -39,8 +40,32 @@ def silo():
     return Answering()
 
 
+class Counting(silo_service._Transfers):
+    """Counts the messages that have begun to come, and has them counted by tests."""
+
+    came = 0
+
+    @contextlib.contextmanager
+    def one(self, context):
+        with super().one(context):
+            Counting.came += 1
+            yield
+
+    def holds(self, context, size_bytes):
+        super().holds(context, size_bytes)
+        Counting.held_bytes = sum(self._held.values())
+
+
 @pytest.fixture
-def address(silo, tmp_path_factory):
+def transfers(monkeypatch):
+    """What the service of a test has let in."""
+    monkeypatch.setattr(silo_service, "_Transfers", Counting)
+    Counting.came = Counting.held_bytes = 0
+    return Counting
+
+
+@pytest.fixture
+def address(silo, transfers, tmp_path_factory):
     address = f"unix:{tmp_path_factory.mktemp('s')}/silo.sock"
     server, _ = serve(silo.handle, 4 * CHUNK_BYTES, address)
     yield address
@@ -56,7 +81,7 @@ def slow(address):
     def start(number, first=b"x"):
         def parts():
             yield pb.Chunk(data=first)
-            over.wait(60)
+            over.wait(120)
 
         calls = []
         for _ in range(number):
@@ -70,7 +95,7 @@ def slow(address):
         channel.close()
 
 
-def eventually(true, seconds=20):
+def eventually(true, seconds=60):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -78,15 +103,15 @@ def eventually(true, seconds=20):
 
 
 @pytest.mark.parametrize("number", [MAX_WAITING + 1, 60])
-def test_callers_that_send_one_byte_hold_nothing_up(silo, address, slow, number):
+def test_callers_that_send_one_byte_hold_nothing_up(silo, address, slow, transfers, number):
     """Before: five of them, and everybody else was sent away for ever while the health service said SERVING."""
     calls = slow(number)
-    time.sleep(0.3)
+    eventually(lambda: transfers.came == number)
     for _ in range(3):
         assert is_serving(address, SERVICE)
-        assert ask_service(address, b"honest", timeout_s=10)
+        assert ask_service(address, b"honest", timeout_s=60)
     assert silo.handled == [6] * 3
-    assert sum(call.is_active() for call in calls) == min(number, MAX_TRANSFERS - 1)
+    eventually(lambda: sum(call.is_active() for call in calls) == min(number, MAX_TRANSFERS - 1))
 
 
 def test_a_request_that_never_comes_whole_ends_in_time_and_is_never_looked_at(silo, address, slow, monkeypatch):
@@ -98,32 +123,34 @@ def test_a_request_that_never_comes_whole_ends_in_time_and_is_never_looked_at(si
     assert silo.handled == []
 
 
-def test_of_many_the_one_that_has_taken_longest_makes_room(address, slow):
+def test_of_many_the_one_that_has_taken_longest_makes_room(address, slow, transfers):
     calls = slow(1)
-    time.sleep(0.2)
+    eventually(lambda: transfers.came == 1)
     calls += slow(MAX_TRANSFERS)
     eventually(lambda: not calls[0].is_active())
     assert calls[0].code() == grpc.StatusCode.CANCELLED
     assert sum(call.is_active() for call in calls) == MAX_TRANSFERS
 
 
-def test_half_requests_share_a_bounded_memory(address, slow):
+def test_half_requests_share_a_bounded_memory(address, slow, transfers):
     """Twice the largest request, whoever holds it: before, each of eight could hold one of 256 MiB for ever."""
     largest = 4 * CHUNK_BYTES
 
     def parts(over):
         for _ in range(largest // CHUNK_BYTES):
             yield pb.Chunk(data=bytes(CHUNK_BYTES))
-        over.wait(60)
+        over.wait(120)
 
     over, calls = threading.Event(), []
     with grpc.insecure_channel(address) as channel:
-        for _ in range(3):
+        for number in (1, 2, 2):
+            before = transfers.came
             calls.append(silo_pb2_grpc.SiloStub(channel).Exchange(parts(over)))
-            time.sleep(0.3)
+            eventually(lambda before=before: transfers.came == before + 1)
+            eventually(lambda number=number: transfers.held_bytes == number * largest)
         eventually(lambda: sum(call.is_active() for call in calls) == 2)
         assert not calls[0].is_active()
-        assert ask_service(address, b"honest", timeout_s=10)
+        assert ask_service(address, b"honest", timeout_s=60)
         over.set()
 
 
@@ -138,7 +165,7 @@ def test_callers_that_fetch_no_reply_hold_nothing_up(silo, address):
         eventually(lambda number=number: len(silo.handled) == number)
     silo.size = 0
     assert is_serving(address, SERVICE)
-    assert ask_service(address, b"honest", timeout_s=10)
+    assert ask_service(address, b"honest", timeout_s=60)
     with pytest.raises(grpc.RpcError):  # the oldest made room, and can't be fetched any more
         list(calls[0])
     assert calls[0].code() == grpc.StatusCode.CANCELLED
@@ -152,7 +179,7 @@ def test_questions_about_health_that_never_come_hold_nothing_up(address):
     over, channels = threading.Event(), []
 
     def never():
-        over.wait(60)
+        over.wait(120)
         yield from ()
 
     for _ in range(60):
@@ -160,7 +187,7 @@ def test_questions_about_health_that_never_come_hold_nothing_up(address):
         channels[-1].stream_stream("/grpc.health.v1.Health/Check")(never())
     time.sleep(0.3)
     assert is_serving(address, SERVICE)
-    assert ask_service(address, b"honest", timeout_s=10)
+    assert ask_service(address, b"honest", timeout_s=60)
     over.set()
     for channel in channels:
         channel.close()
@@ -183,7 +210,7 @@ def test_health_tells_that_the_queue_is_full_and_again_when_it_is_not(silo, addr
         thread.start()
     eventually(lambda: not is_serving(address, SERVICE))
     with pytest.raises(grpc.RpcError) as error:
-        ask_service(address, b"one more", timeout_s=10)
+        ask_service(address, b"one more", timeout_s=60)
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     silo.free.set()
     for thread in threads:
@@ -195,12 +222,12 @@ def test_without_an_audit_log_the_caller_gets_a_code_and_health_says_so(silo, ad
     for raised in (UnloggedError("/srv/silo/state: no space"), ZeroDivisionError("patient 7")):
         silo.raised = raised
         with pytest.raises(grpc.RpcError) as error:
-            ask_service(address, b"x", timeout_s=10)
+            ask_service(address, b"x", timeout_s=60)
         assert error.value.code() == grpc.StatusCode.UNAVAILABLE
         assert error.value.details() == "no reply can leave now; ask again later"
         assert not is_serving(address, SERVICE)
     silo.raised = None
-    assert ask_service(address, b"x", timeout_s=10)
+    assert ask_service(address, b"x", timeout_s=60)
     assert is_serving(address, SERVICE)
 
 
@@ -208,7 +235,7 @@ def test_health_is_asked_by_check_for_the_server_and_the_service(address):
     assert is_serving(address)
     assert not is_serving(address, "another.Service")
     with grpc.insecure_channel(address) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=60)
         with pytest.raises(grpc.RpcError) as error:
             next(watch)
     assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,6 +66,13 @@ def commit(storage, tmp_path, *steps, **arguments):
     for step in steps:
         commits.commit(Engine(), step, {})
     commits.finish()
+
+
+def eventually(true, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def in_a_process(work):
@@ -149,23 +157,31 @@ def test_a_kill_inside_a_removal_leaves_garbage_and_no_damaged_commit(tmp_path):
         assert not storage.children().get("step-00000001")
 
 
-def test_training_goes_on_during_a_copy_and_the_next_commit_waits_for_it(tmp_path):
-    events, storage, go_on = [], folder(tmp_path), threading.Event()
+def test_training_goes_on_during_a_copy_and_the_next_commit_waits_for_it(tmp_path, monkeypatch):
+    events, storage, go_on, asked = [], folder(tmp_path), threading.Event(), []
     put = storage.put
     storage.put = lambda *arguments: go_on.wait(60) and put(*arguments)
+
+    def clock():
+        """Stands until the second commit has asked when its waiting begins; then the first one's copy may go on."""
+        asked.append(1)
+        if len(asked) == 4:
+            go_on.set()
+        return 0.5 * (len(asked) > 4)
+
+    monkeypatch.setattr("trainer.checkpoints.committer.time", SimpleNamespace(perf_counter=clock, monotonic=clock))
     commits = committer(storage, tmp_path, events=events)
     commits.commit(Engine(), 1, {})  # returns though nothing is copied
     commits.check()
     assert events == []
     assert checkpoints.newest(storage, "digest", pytest.fail) is None
-    threading.Timer(0.5, go_on.set).start()
+    assert len(asked) == 3
     commits.commit(Engine(), 2, {})
     assert [event["step"] for event in events[:1]] == [1]  # the first stands before the second begins
     commits.finish()
     assert [event["step"] for event in events] == [1, 2]
-    assert events[0]["waited_s"] < 0.1
-    assert events[1]["waited_s"] > 0.4
-    assert events[0]["blocked_s"] < 0.4 < events[0]["seconds"]
+    assert [(event["waited_s"], event["blocked_s"]) for event in events] == [(0, 0), (0.5, 0.5)]
+    assert events[0]["seconds"] == 0.5
     assert events[0]["size_bytes"] == SHARD_BYTES
     assert not any((tmp_path / "scratch" / "rank-0").iterdir())
 
@@ -175,9 +191,10 @@ def test_waiting_for_a_part_is_alive_while_the_storage_takes_it_and_no_longer(tm
     put = storage.put
 
     def slow(source, name, moved):
-        for _ in range(5):
-            time.sleep(0.25)
+        for number in range(1, 6):
             moved()
+            eventually(lambda number=number: len(alive) == number)
+        stands.set()
         go_on.wait(60)
         return put(source, name, moved)
 
@@ -185,11 +202,14 @@ def test_waiting_for_a_part_is_alive_while_the_storage_takes_it_and_no_longer(tm
     commits = committer(storage, tmp_path)
     commits.await_part(lambda: pytest.fail("nothing is under way"))
     commits.commit(Engine(), 1, {})
-    waiting = threading.Thread(target=lambda: commits.await_part(lambda: alive.append(time.monotonic())))
+    copied, looks, stands = commits._copied.wait, [], threading.Event()
+    commits._copied.wait = lambda _: looks.append(1) or copied(0.01)
+    waiting = threading.Thread(target=lambda: commits.await_part(lambda: alive.append(1)))
     waiting.start()
-    time.sleep(2)
-    assert 3 <= len(alive) <= 6
-    assert time.monotonic() - alive[-1] > 0.4  # it has stood still since
+    assert stands.wait(60)
+    before = len(looks)
+    eventually(lambda: len(looks) >= before + 5)
+    assert len(alive) == 5  # it has stood still since
     assert waiting.is_alive()
     go_on.set()
     waiting.join(60)
