@@ -1,1 +1,1 @@
-"""Settings of a run, and the contracts that every room shares: errors, manifests, events."""
+"""The settings of a run, and what all packages share: errors, names of files, storage, events."""

@@ -1,1 +1,1 @@
-"""Silos, their service, the rounds, and the local grid."""
+"""The federation: silos and their service, the rounds of the coordinator, and the local grid of a simulation."""

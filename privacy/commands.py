@@ -57,8 +57,8 @@ def verify(
 ) -> None:
     """Replays numbers, chain, signatures and claims of a ledger or a certificate. Exit status 2 if one doesn't hold.
 
-    With both, the certificate's run has to be in the ledger as its silo stated it, and what the ledger has released as
-    the certificate's model has it. A folder has to be the certificate's model, byte for byte.
+    With both, the ledger has to hold the certificate's run as its silo stated it, and every release of that silo that
+    the certificate's model was made of. A folder has to be the certificate's model, byte for byte.
     """
     if ledger is None and certificate is None:
         raise InputError("ledger verify: nothing to verify; give a ledger, --certificate FILE, or both")
@@ -96,7 +96,7 @@ def export(ledger: LedgerArgument, to: ToOption, key_file: KeyOption = "", as_js
 
 @ledger_app.command()
 def backup(ledger: LedgerArgument, to: ToOption, as_json: JsonOption = False) -> None:
-    """Copies a ledger in use, whole: a plain copy of the file may lack its last entries. Without keys and seeds."""
+    """Copies a ledger in use, whole: a plain copy of the file may lack its last entries. Keys and seeds stay out."""
     from privacy.ledger.file import backup as write
 
     _written(write(_file(ledger), to), to, as_json)
@@ -185,7 +185,7 @@ def _which_model(document: dict[str, Any], folder: Path, key_file: str, origin: 
     from privacy.ledger.file import given_key
 
     if document.get("model") is None:
-        raise InputError(f"{origin}: version {document['version']} speaks of no model; nothing can be said of {folder}")
+        raise InputError(f"{origin}: version {document['version']} names no model; nothing can be said of {folder}")
     return which_model(ModelDigests.model_validate(document["model"]), folder, given_key(key_file))
 
 
@@ -208,7 +208,7 @@ def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | Non
         lines.append(f"{certificate}: {holds}; {spent}")
     if unrecorded := results.get("rounds_without_releases"):
         rounds = ", ".join(map(str, unrecorded))
-        lines.append(f"{certificate}: of rounds {rounds} it doesn't say whose releases went into the model")
+        lines.append(f"{certificate}: it doesn't say whose releases went into the model in rounds {rounds}")
     if "silo" in results:
         lines.append(f"{ledger}: the run of {results['silo']} is in its chain as it was stated")
     return lines

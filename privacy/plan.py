@@ -45,7 +45,7 @@ class MetricRelease(BaseModel):
     Attributes:
         name: what is measured.
         noise_multiplier: standard deviation of the noise over the most that one unit can move the vector (2-norm).
-        releases: how often in the whole run.
+        releases: how often it is released in the whole run.
         labels: public classes whose counts are part of the vector: they decide its length, and how far a unit moves it.
     """
 
@@ -71,8 +71,8 @@ class PlanTerms(BaseModel):
         unit: what is protected: a ``record`` of a silo, or a whole ``client``.
         relation: neighbouring datasets differ by adding or removing one record; by zeroing out one client.
         sampler: ``poisson``: each unit is in a step's batch independently with ``sampling_rate``;
-            ``truncated_poisson``: and of more than ``max_batch_size`` units a random subset of that size is kept;
-            ``all``: every client is in every round, present or not.
+            ``truncated_poisson``: the same, but of more than ``max_batch_size`` units a random subset of that size is
+            kept; ``all``: every client is in every round, present or not.
         sampling_rate: probability q.
         max_grad_norm: norm C to which a record's gradient, over all trainable parameters together, or a client's update
             is clipped; with ``quantile`` clipping the norm that a round starts with.
@@ -234,7 +234,7 @@ class PlanTerms(BaseModel):
         return schedule_epsilon(self.schedule, self.delta)
 
     def guarantee(self) -> Guarantee:
-        """The same with the other accountants beside it; slower."""
+        """The whole schedule's guarantee, with the other accountants' epsilons for comparison; slower."""
         from privacy.accounting.accountant import guarantee
 
         return guarantee(self.schedule, self.delta)
@@ -254,7 +254,7 @@ class PlanTerms(BaseModel):
         return noised_size <= self.max_units - size_margin(self.rounds, self.delta)
 
     def bind(self, public_record_count: int) -> PrivacyPlan:
-        """A silo's own plan.
+        """Binds the terms to a silo's declared size.
 
         Raises:
             PolicyRefusal: delta is above 0.1 / public_record_count, the plan is not about records, or it is for smaller
@@ -278,7 +278,7 @@ class PlanTerms(BaseModel):
         return plan
 
     def for_clients(self) -> PrivacyPlan:
-        """The aggregator's own plan, with clients as units: the size is their public number.
+        """Binds the terms for the aggregator, with clients as units: the size is their public number.
 
         Raises:
             PolicyRefusal: the plan is about records, or asks for what no aggregator does.
@@ -298,7 +298,7 @@ def _refusal(rule: str, asked: str, allowed: str, why: str) -> PolicyRefusal:
 
 
 class PrivacyPlan(BaseModel):
-    """A request bound to a silo's declared size, or to the number of clients; never to a size computed from data."""
+    """Terms bound to a silo's declared size, or to the number of clients; never to a size computed from data."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""From a run's settings to the plan that they ask for."""
+"""Makes the plan that a run's settings ask for."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from configs.schema.schema import RunConfig
 from privacy.accounting.truncation import units_for
 from privacy.plan import METRIC, PlanTerms
 
-# A client's whole update is one vector of a round; who takes part is not secret, and so nothing amplifies.
+# A client's whole update is one vector of a round; who takes part is not secret, and so sampling would not amplify.
 _WHOLE_CLIENTS: dict[str, Any] = {"relation": "zero_out", "sampler": "all", "sampling_rate": 1, "steps_per_round": 1}
 
 

@@ -1,1 +1,1 @@
-"""Text to tokens to a pretrained model: data, ZeRO training, checkpoints, export, evaluation, generation."""
+"""From text to a pretrained model: data, training with ZeRO, checkpoints, export, metrics, generation."""

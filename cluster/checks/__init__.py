@@ -1,1 +1,1 @@
-"""What is looked at before or beside a run: the machine, the cost, the resume, the audit."""
+"""Checks before or beside a run: the machine, the cost, the exact resume, the privacy audit."""

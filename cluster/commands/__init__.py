@@ -1,1 +1,1 @@
-"""The command line of a run, one file a family of commands."""
+"""The command line of a run: one file per family of commands."""

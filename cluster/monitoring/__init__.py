@@ -1,1 +1,1 @@
-"""Whoever listens to events: bars, TensorBoard, MLflow, Prometheus, status."""
+"""The listeners to a run's events: bars, TensorBoard, MLflow, Prometheus, status."""

@@ -1,1 +1,1 @@
-"""Everything that talks to Ray."""
+"""Jobs, gangs of ranks and their placement on Ray."""

@@ -1,1 +1,1 @@
-"""A search over settings, from parameters to Ray Tune to the picture."""
+"""A search over settings: its parameters, its trials under Ray Tune, its plot."""

@@ -1,1 +1,1 @@
-"""Every setting, one file a group."""
+"""Every setting: one file per group of settings."""

@@ -1,1 +1,1 @@
-"""How bytes last: atomic files, manifests, commits, folders and buckets, sealing."""
+"""Durable storage: atomic files, manifests, commits, folders and buckets, encryption."""

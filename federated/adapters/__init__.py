@@ -1,1 +1,1 @@
-"""The adapter: as bytes, as LoRA factors, on the warm base model."""
+"""LoRA adapters: as bytes, as factors, and on the warm base model."""

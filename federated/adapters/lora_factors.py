@@ -56,7 +56,7 @@ def factored(wholes: Arrays, rank: int) -> Arrays:
     adapter: Arrays = {}
     for name, whole in wholes.items():
         left, sizes, right = np.linalg.svd(whole.astype(np.float64), full_matrices=False)
-        signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])  # a library's choice, made ours
+        signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])  # fixed: libraries differ
         b, a = left * sizes * signs / _START_NORM, right * signs[:, None] * _START_NORM
         missing = max(0, rank - len(sizes))  # a rank beyond the layer's own width adds nothing
         adapter[_b_of(name)] = np.pad(b[:, :rank], ((0, 0), (0, missing))).astype(np.float32)

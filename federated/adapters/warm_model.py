@@ -1,4 +1,4 @@
-"""The base model with an adapter, kept warm: once a process, for the silos that it hosts and for whoever scores."""
+"""The base model with an adapter, kept warm once per process, for the silos that it hosts and for whoever scores."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -24,14 +24,14 @@ def warm_model(
     *,
     onednn: bool = True,
 ) -> Any:
-    """The base model with an adapter, once a process, shared by the silos that it hosts (one trains at a time).
+    """The base model with an adapter, one per process, shared by the silos that it hosts (one trains at a time).
 
     Args:
         directory: of the base model.
         rank: of the adapter.
         alpha: its scale.
         key_file: of the base model's key.
-        frozen_seed: what A is drawn from; it doesn't train then.
+        frozen_seed: the seed that A is drawn from where it doesn't train (FFA-LoRA); None where it does.
         onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
     """
     model = add_adapter(load_model(directory, load_key(key_file)), rank, alpha, frozen_seed or 0)

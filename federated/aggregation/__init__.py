@@ -1,1 +1,1 @@
-"""What becomes of a round's updates; one file a rule."""
+"""How a round's updates are aggregated: one file per rule."""

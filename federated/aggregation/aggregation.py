@@ -128,7 +128,7 @@ class RoundAggregation:
 
 
 def _sendable(adapter: Arrays) -> Arrays:
-    """The adapter within what silos take: one that lies about its update must not end the run for all others."""
+    """Cuts an adapter to values that silos accept: one silo's false update must not end the run for all others."""
     return {name: array.clip(-LARGEST_ADAPTER_VALUE, LARGEST_ADAPTER_VALUE) for name, array in adapter.items()}
 
 

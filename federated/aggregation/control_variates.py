@@ -1,8 +1,8 @@
 """SCAFFOLD (Karimireddy et al. 2020), option II, at the coordinator: nothing of it persists at a silo.
 
 A silo's variate is the mean gradient of its steps in a round, which follows from the update that it released. So the
-coordinator computes it, and sends the silo the difference to the mean variate of all, which the silo adds to each
-noised gradient. Both are made of released values alone: nothing here is charged.
+coordinator computes it, and sends the silo the difference between the mean variate of all and its own, which the silo
+adds to each noised gradient. Both are made of released values alone: nothing here is charged.
 """
 
 import numpy as np

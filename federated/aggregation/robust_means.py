@@ -73,7 +73,7 @@ def krum(updates: list[Arrays], byzantine: int) -> Arrays:
     """
     nearest = len(updates) - byzantine - 2
     if len(updates) < 2 * byzantine + 3:
-        raise ValueError(f"{len(updates)} updates: Krum with {byzantine} that may lie needs {2 * byzantine + 3}")
+        raise ValueError(f"{len(updates)} updates: Krum with {byzantine} silos that may lie needs {2 * byzantine + 3}")
     ordered = sorted(updates, key=to_bytes)
     flat = np.stack([np.concatenate([one[name].ravel() for name in sorted(one)]) for one in ordered]).astype(np.float64)
     # Row by row instead of by inner products: no cancellation, and a distance is the same from both ends.

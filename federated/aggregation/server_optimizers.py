@@ -1,8 +1,8 @@
 """What the mean update of a round does to the shared weights (Reddi et al. 2021, "Adaptive Federated Optimization").
 
-Written here because Flower's strategies neither save their moments nor start at a later round. They depart from the
-paper: FedAdam corrects the moments' bias, by the power of one round too many, and the second moment starts at 0 instead
-of tau^2. A test takes both back and compares.
+Written here because Flower's strategies neither save their moments nor start at a later round. Flower's also depart
+from the paper: its FedAdam corrects the moments' bias, by the power of one round too many, and its second moments start
+at 0 instead of tau^2. A test undoes both and compares.
 """
 
 import numpy as np

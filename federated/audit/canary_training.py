@@ -1,7 +1,7 @@
 """An audit's training run: canaries among public text, through the engine that the silos use. No private data is read.
 
-Three ways to look at it, each from released values alone: the noised gradients of the probe, the noised gradients of
-the adapter, and the final model's losses.
+Three ways to look at it, each from released values alone: the noised gradients of the canary layer, those of the
+adapter, and the final model's losses.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,15 +49,15 @@ class AuditSettings:
     learning_rate: float
     micro_batch_size: int
 
-    def modes(self, request: PlanTerms) -> dict[str, tuple[int, float]]:
+    def modes(self, terms: PlanTerms) -> dict[str, tuple[int, float]]:
         """The scores that will be tried, each with its number of guesses and its share of the allowed error.
 
-        Gradient canaries show most, and a run at 99.9% has no error to give away: they get nine tenths of it.
+        Gradient canaries show most, and at 99.9% confidence there is little error to share: they get nine tenths of it.
         """
-        gradient = num_guesses(request, self.gradient_canaries)
+        gradient = num_guesses(terms, self.gradient_canaries)
         if not self.example_canaries:
             return {GRADIENT: (gradient, 1.0)}
-        examples = num_guesses(request, self.example_canaries)
+        examples = num_guesses(terms, self.example_canaries)
         return {GRADIENT: (gradient, 0.9), WHITE_BOX: (examples, 0.05), BLACK_BOX: (examples, 0.05)}
 
 
@@ -66,7 +66,7 @@ class AuditTraining:
     """One audit's training and what was released by it.
 
     Args:
-        request: the plan whose claim is audited.
+        terms: the plan whose claim is audited.
         settings: canaries and speed.
         model: base model with a fresh adapter; is trained in place.
         task: makes records of tokens and losses of records.
@@ -112,7 +112,7 @@ class AuditTraining:
         for number in range(1, self.terms.rounds + 1):
             parameters = trainable(self._whole)
             optimizer = torch.optim.Adam(list(parameters.values()), lr=self.settings.learning_rate)
-            # Without example canaries only the probe is looked at: a large adapter's steps need not be kept.
+            # Without example canaries only the canary layer is looked at: a large adapter's steps need not be kept.
             kept = parameters if self.settings.example_canaries else {_PROBE: parameters[_PROBE]}
             released = Released(optimizer, kept)
             optimizer.register_step_pre_hook(lambda *_: on_step())
@@ -132,7 +132,8 @@ class AuditTraining:
     def _losses(self, units: Sequence[tuple[Encoded, int]]) -> torch.Tensor:
         canaries_B = torch.tensor([canary for _, canary in units])
         text_B = self.task.record_losses(self.model, self.task.collate([record for record, _ in units]))
-        # A gradient canary's stand-in text counts for nothing: its gradient is the probe's coordinate alone.
+        # A gradient canary's stand-in text counts for nothing: its gradient is one coordinate of the canary layer
+        # alone.
         losses_B: torch.Tensor = text_B * (canaries_B == NO_CANARY) + self._probe(canaries_B)
         return losses_B
 
@@ -140,7 +141,8 @@ class AuditTraining:
         """What each way of looking shows about the plan's claim.
 
         Raises:
-            SiloweaveError: the training diverged; a canary of a loss that isn't finite adds nothing, and hides.
+            SiloweaveError: the training diverged. A canary whose loss isn't finite adds nothing to a step, and so would
+                go unseen.
         """
         if not np.isfinite(self.losses([self._stand_in])).all():
             raise SiloweaveError("audit: its training diverged, and so it shows nothing; lower federated.learning_rate")
@@ -168,7 +170,7 @@ class AuditTraining:
         return scores
 
     def _slopes(self, weights: dict[str, torch.Tensor], direction: dict[str, torch.Tensor]) -> npt.NDArray[np.float64]:
-        """Change of each canary's loss along a direction: one forward-mode pass instead of a gradient a canary."""
+        """Change of each canary's loss along a direction: one forward-mode pass, not a gradient per canary."""
         slopes = []
         for start in range(0, len(self._examples), _SCORED_AT_ONCE):
             batch = self.task.collate(self._examples[start : start + _SCORED_AT_ONCE])

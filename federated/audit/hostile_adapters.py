@@ -1,7 +1,7 @@
 """Adapters that a hostile coordinator would send, and how far one record then moves the sum of clipped gradients.
 
-Each one makes arithmetic say something else of a record beside others than of the record alone, or of its norm than of
-its gradient. A record may add a vector no longer than C, whatever the adapter is, and nothing else may move.
+Under each one floating-point arithmetic may give a record another gradient beside others than alone, or a norm that is
+not its gradient's. Whatever the adapter is, a record must not add a vector longer than C, nor move anything else.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ class Movement:
 
     Attributes:
         adapter: the name of the adapter.
-        moved: length of the difference between the sum with the record and without it; at most 1 holds.
-        beside_its_own: length of what is left of that difference without what the record adds alone; only 0 holds.
+        moved: length of the difference between the sum with the record and without it; it has to be at most 1.
+        beside_its_own: length of what is left of that difference without what the record adds alone; it has to be 0.
     """
 
     adapter: str
@@ -70,7 +70,7 @@ def underflow(weights: Weights, scale: float = 3e18) -> None:
 
 
 def ordinary(weights: Weights, scale: float = 1.0) -> None:
-    """As adapters are after some training."""
+    """Weights such as an adapter has after some training."""
     for value in weights.values():
         value.copy_(scale * _normal(value))
 
@@ -85,7 +85,7 @@ ADAPTERS: dict[str, tuple[Callable[[Weights], None], float]] = {
 
 
 def movements(model: Any, task: Task, total: Total | None = None) -> list[Movement]:
-    """What a long record adds to a sum of short ones under each adapter; made-up records, and the weights as they were.
+    """What a long made-up record adds to a sum of short ones, under each adapter; the weights are put back.
 
     Args:
         model: with an adapter; its layers are those of a Llama.

@@ -1,1 +1,1 @@
-"""Siloweave silo, siloweave federation."""
+"""The commands ``siloweave silo`` and ``siloweave federation``."""

@@ -1,4 +1,4 @@
-"""``siloweave federation``: what a coordinator's people run; the rounds themselves are ``cluster``'s to show."""
+"""``siloweave federation``: what a coordinator's people run, but for ``run``, which is in ``cluster/commands``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,22 +46,22 @@ def enrol(
     folder: Folder,
     enrolment: Annotated[Path, typer.Argument(help="The enrolment.json that the silo sent.")],
     fingerprint: Annotated[
-        str | None, typer.Option(help="As its steward read it out; without it you are asked.")
+        str | None, typer.Option(help="The fingerprint that its steward read out; without it you are asked.")
     ] = None,
 ) -> None:
-    """Takes a silo in; nothing has to be restarted."""
+    """Enrols a silo; nothing has to be restarted."""
     from federated.deployment.federation_folder import FederationFolder
     from federated.identity.cards import EnrolledSilo, confirm, read_document
 
     card = read_document(EnrolledSilo, enrolment)
     confirm(card, fingerprint, str(enrolment), confirmed)
     FederationFolder(folder).enrol(card)
-    say(f"silo {card.silo}: enrolled; runs ask it from their next round on")
+    say(f"silo {card.silo}: enrolled; it takes part from a run's next round on")
 
 
 @federation_app.command()
 def revoke(folder: Folder, silo: Annotated[str, typer.Argument(help="The silo's name.")]) -> None:
-    """Takes a silo out; nothing has to be restarted."""
+    """Removes a silo; nothing has to be restarted."""
     from federated.deployment.federation_folder import FederationFolder
 
     FederationFolder(folder).revoke(silo)

@@ -55,7 +55,7 @@ def trust(
     config: SiloToml,
     coordinator: Annotated[Path, typer.Argument(help="The coordinator.json that the coordinator sent.")],
     fingerprint: Annotated[
-        str | None, typer.Option(help="As its people read it out; without it you are asked.")
+        str | None, typer.Option(help="The fingerprint that its people read out; without it you are asked.")
     ] = None,
 ) -> None:
     """Answers this coordinator's requests from now on."""
@@ -70,7 +70,10 @@ def trust(
 
 
 @silo_app.command()
-def distrust(config: SiloToml, name: Annotated[str, typer.Argument(help="As `silo status` shows it.")]) -> None:
+def distrust(
+    config: SiloToml,
+    name: Annotated[str, typer.Argument(help="The coordinator's name, as `silo status` shows it.")],
+) -> None:
     """Refuses this coordinator's requests from now on. What was charged stays charged."""
     from configs.schema.silo import load_silo
     from federated.deployment.silo_site import distrust as leave_out
@@ -179,7 +182,7 @@ def reconcile(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Makes a ledger usable again that was put back: charges every spend that anchor and receipts prove and it lacks.
+    """Makes a ledger that was put back usable again: charges all that anchor and receipts prove and that it lacks.
 
     Runs that are open are closed, because their lost charges are not known. Give the receipts of every coordinator:
     what nobody shows can't be charged. A run that is charged here and was reserved before the ledgers parted is charged
@@ -232,9 +235,9 @@ def personalise(
     config: Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")],
     adapter: Annotated[Path, typer.Option(help="The shared adapter: the folder adapter/ of a finished federation.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Training units a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Training units per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-3,
-    rank: Annotated[int, typer.Option(min=1, help="Of the personal adapter.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the personal adapter.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Trains an adapter for this silo alone, on top of the shared one.

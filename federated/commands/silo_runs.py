@@ -46,7 +46,7 @@ def stop(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ends a run, while the service runs, too: nothing more is released to it. What it reserved stays spent."""
+    """Ends a run, even while the service is running: nothing more is released to it. What it reserved stays spent."""
     wanted = entry if run is None else run
     if wanted is None or None not in (run, entry):
         raise InputError("silo runs stop: give the run's name, or --entry with the number that `silo runs` shows")
@@ -101,7 +101,7 @@ def journal_of(settings: "SiloConfig") -> "Journal":
 
 
 def found_journal(settings: "SiloConfig", *, mend: bool = False) -> "Journal":
-    """The ledger file of a silo that has one. Whoever only looks must not make it, nor its key, as the user they are.
+    """The ledger file of a silo that has one. A command that only looks must make neither it nor its key.
 
     Args:
         settings: the silo's.
@@ -144,7 +144,7 @@ def _names(settings: "SiloConfig") -> dict[str, str]:
 
 
 def _called(run: "Run", names: dict[str, str]) -> tuple[str, ...]:
-    """By what a steward may call a run's coordinator: its name, where it is trusted, and its key's beginning."""
+    """How a steward may call a run's coordinator: by its name, where it is trusted, and by its key's beginning."""
     if not run.coordinator:
         return ("not named",)
     key = run.coordinator[:_KEY_SHOWN]

@@ -1,1 +1,1 @@
-"""The side that leads: rounds, exchange with silos, commits, the trusted aggregator, which never imports silo/."""
+"""The coordinator's side: rounds, requests to silos, commits, the trusted aggregator. It never imports silo/."""

@@ -37,7 +37,7 @@ TRAIN, QUERY = "train", "query"
 
 @dataclass(frozen=True)
 class Bodies:
-    """Requests to some silos. Each is made when it is sent: all at once would hold a copy of the adapter per silo.
+    """Requests to some silos, each made when it is sent: all at once they would hold a copy of the adapter per silo.
 
     Attributes:
         silos: who is asked.
@@ -52,18 +52,18 @@ class Bodies:
 
 @dataclass
 class SiloExchange:
-    """Messages of one run.
+    """One run's requests to the silos, and their checked replies.
 
     Attributes:
         grid: reaches the silos' nodes.
-        run: under which id, and until when, silos take its requests.
+        run: the id under which silos take its requests, and until when.
         parties: the coordinator's key, and who is enrolled.
-        settings: deadline, and how many silos a step needs.
+        settings: the deadline of a step, and how many silos it needs.
         log: receives refusals, rejected replies and time-outs.
         receipt_of: gives the last signed receipt of a silo; nothing where there is none.
         nodes: node of each silo that is there.
         keys: public key of each silo that has ever answered.
-        bytes_moved: requests and replies, since it was set to zero.
+        bytes_moved: bytes of requests and replies since it was set to zero.
     """
 
     grid: Nodes
@@ -146,7 +146,7 @@ class SiloExchange:
         """Sends the requests and accepts each sound reply as it comes; the others are recorded and passed over.
 
         Args:
-            bodies: a request a silo; none is also fine.
+            bodies: one request per silo; there may be none.
             kind: Flower's message type.
             group: the step, for the events.
             expected: kind of a reply.
@@ -222,7 +222,7 @@ class SiloExchange:
             self.bytes_moved += len(envelope)
             # A node that is away must not find the message when it is back: its round is over by then.
             messages.append(Message(pack(envelope, shared), node, kind, group_id=group, ttl=timeout_s))
-        # By the message that is answered: what a reply says of its sender is the sender's own word.
+        # The silo is known by the message that is answered: what a reply says of its sender is the sender's own word.
         sent = zip_longest(self.grid.push_messages(messages) if messages else (), messages)
         waiting = {name or f"unsent {at}": message.metadata.dst_node_id for at, (name, message) in enumerate(sent)}
         del messages

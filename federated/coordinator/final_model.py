@@ -57,7 +57,7 @@ def save_peft(config: RunConfig, base_model: Path, federation: Path) -> dict[str
 
 
 def write_card(federation: Path, certificate: dict[str, Any] | None) -> None:
-    """Writes the adapter's model card: which certificate speaks of it, and how anybody checks that it does."""
+    """Writes the adapter's model card: which certificate is about it, and how anybody can check that."""
     text = _WITHOUT_DP if certificate is None else _certified(certificate)
     write_atomic(federation / ADAPTER / "README.md", f"{_HEAD}{text}".encode())
 

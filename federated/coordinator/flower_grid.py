@@ -1,4 +1,4 @@
-"""Flower's grid over the network, where a reply that Flower itself can't take is lost alone.
+"""Flower's grid over the network, wrapped so that a reply which Flower can't read is lost alone.
 
 Flower's grid takes replies off the SuperLink first and fetches and reads their objects then; one that it can't read
 raises, and takes with it all that came beside it. A SuperNode chooses every byte of what is read there, how many there
@@ -66,13 +66,13 @@ class _Pull:
     The thread is a daemon, and none of an executor's, which the interpreter would wait for at its end.
 
     Attributes:
-        message_id: what is answered.
+        message_id: the message that is answered.
         grid: Flower's.
-        most_bytes: all the reply's objects may have.
-        over: nobody waits for the reply any more.
-        done: what follows is there.
+        most_bytes: the most that all the reply's objects may have together.
+        over: set when nobody waits for the reply any more.
+        done: set when ``replies`` and ``error`` are final.
         replies: what has come; nothing where none has.
-        error: what ends the run.
+        error: what ends the run; None where nothing does.
     """
 
     message_id: str
@@ -98,14 +98,14 @@ class _Pull:
         except Exception as error:
             reason = f"Flower can't read its reply ({type(error).__name__}: {error})"
             self.replies = [_unreadable(self.message_id, reason)]
-        except BaseException as error:  # Flower's word that the run was stopped is one of these
+        except BaseException as error:  # so Flower says that the run was stopped
             self.error = error
         finally:
             self.done.set()
 
     def _bounded(self) -> Nodes:
-        """Flower's grid as it is, but for the bytes of objects; a simulation's has no such objects."""
-        from flwr.superlink.grid.http_grid import HttpGrid  # it takes a while, and a run without Flower needs it not
+        """Flower's grid with a bound on the bytes of a reply's objects; a simulation's grid has no such objects."""
+        from flwr.superlink.grid.http_grid import HttpGrid  # slow to import, and not needed without Flower
 
         if not isinstance(self.grid, HttpGrid):
             return self.grid
@@ -178,7 +178,7 @@ class OneByOne:
 
 
 def _unreadable(message_id: str, reason: str) -> Message:
-    """Made as Flower makes the message of a reply that never arrived whole: from nobody, in answer to this one."""
+    """An error message like Flower's own for a reply that never arrived whole: from nobody, in answer to this one."""
     metadata = Metadata(
         run_id=0,
         message_id="",

@@ -1,4 +1,4 @@
-"""How a coordinator's ServerApp ended, in a file of the run: `flwr run` says that all is well whatever happens."""
+"""How a coordinator's ServerApp ended, in a file of the run: `flwr run` reports success whatever happens."""
 
 import fcntl
 import json
@@ -30,9 +30,9 @@ class Outcome:
 
 @contextmanager
 def recorded(directory: Path, flower_run: int) -> Iterator[None]:
-    """Works on a run's directory alone and leaves how that ended.
+    """Holds a run's directory while a ServerApp works there, and leaves how that ended.
 
-    Waits for another one that still works there: a ServerApp outlives a SuperLink that was killed by some seconds.
+    Waits for an earlier one that still works there: a ServerApp lives for some seconds after its SuperLink was killed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("ab") as lock:

@@ -19,7 +19,7 @@ from federated.protocol.bounds import excess
 from federated.protocol.envelope import reply_holds
 from federated.transport.flower_messages import unpack
 
-LARGEST_EXTRA_BYTES = 2**22  # that a reply has more than its request: a receipt, a statement and room for their frames
+LARGEST_EXTRA_BYTES = 2**22  # of a reply beyond its request's: a receipt, a statement, their frames
 _LARGEST_NAME, _LARGEST_DATASET, _LARGEST_REASON, _LARGEST_COUNT = 100, 255, 500, 10**12
 
 
@@ -29,14 +29,14 @@ class UnsoundReply(ValueError):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as its reply has to fit it; the request itself may hold an adapter."""
+    """What a reply has to fit. The request itself may hold an adapter, and so is not kept."""
 
     digest: str
     size_bytes: int
 
     @classmethod
     def of(cls, body: bytes) -> "Asked":
-        """Of a request's bytes."""
+        """What the reply to these bytes has to fit."""
         return cls(digest_bytes(body), len(body))
 
 

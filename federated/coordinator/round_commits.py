@@ -1,7 +1,7 @@
 """Committed rounds: ``round-N/`` with the adapter after it and the silos' receipts; ``COMMITTED`` comes last.
 
-What silos have stated after the last round is committed in ``closing-N/``, one more each time that it is more: what was
-committed is never written again.
+What silos have stated after the last round is committed in ``closing-N/``, a new one whenever there is more of it: what
+was committed is never written again.
 """
 
 import json
@@ -99,9 +99,9 @@ def save_closing(directory: Path, config_digest: str, silos: dict[str, dict[str,
 def closing(
     directory: Path, config_digest: str, run_id: str, damaged: Callable[[str], None]
 ) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """What the silos had stated when the run came to its end before, and where that is; nothing where it has not.
+    """What the silos had stated when the run ended an earlier time, and where that is; nothing where it never has.
 
-    Where no commit has it the certificate does: an earlier version committed nothing then.
+    Where no commit has it the certificate does: an earlier version of Siloweave made no such commit.
 
     Raises:
         InputError: there is only a certificate, and it can't be read.
@@ -188,5 +188,5 @@ def _json(path: Path) -> Any:
 
 
 def _context(target: Path, run_id: str, name: str) -> str:
-    """One round's file can't stand in for another's, nor for one of the federation without DP or of another run."""
+    """Binds a sealed file to its place: it can't stand in for another round's, run's, or federation's without DP."""
     return f"{run_id}/{target.parent.name}/{target.name}/{name}"

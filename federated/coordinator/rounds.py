@@ -48,9 +48,9 @@ class Coordinator:
         base_model: exported model directory.
         directory: receives the rounds' commits, the certificate and the final adapter.
         parties: the coordinator's key, and the silos.
-        log: receives one event a round, refusal or rejected reply.
+        log: receives one event per round, refusal or rejected reply.
         certify: write a certificate; False for the comparison without DP.
-        aggregator: with clients as units, adds the noise.
+        aggregator: adds the noise, with clients as units; None with records.
     """
 
     grid: Nodes
@@ -143,7 +143,7 @@ class Coordinator:
         return document
 
     def _wait_for_silos(self, number: int, fewest: int) -> None:
-        """Until so many have connected; at the deadline those that are there are enough, if enough for a round."""
+        """Waits until so many have connected, or until the deadline, if those that are there are enough for a round."""
         deadline = time.monotonic() + self.config.federated.round_timeout_s
         while (found := len(list(self.grid.get_node_ids()))) < number:
             if time.monotonic() > deadline:
@@ -153,7 +153,7 @@ class Coordinator:
             time.sleep(1)
 
     def _meet(self, number: int, done: int) -> None:
-        """Who is there now; one that is new reserves the whole schedule before it is asked for anything.
+        """Looks who is there now; a new silo reserves the whole schedule before it is asked for anything.
 
         Args:
             number: silos to wait for.
@@ -176,7 +176,8 @@ class Coordinator:
     def _patience_s(self) -> float:
         """How long to wait for what needs no training: not for long where there are silos enough for a round.
 
-        Otherwise one that never answers would hold up every round; one that is late is asked again after the round.
+        With a longer wait a silo that never answers would hold up every round. One that is late is asked again after
+        the round.
         """
         federated = self.config.federated
         enough = len(self._present()) >= max(federated.min_silos, federated.enough_silos)
@@ -225,7 +226,7 @@ class Coordinator:
             kind = self._training(self._train(round_number, sent, adapters[sent.rank], frozen))
             return self.exchange.body(f"round-{round_number}", silo, **kind), adapters[sent.rank]
 
-        # With clients as units no more than the plan's number; by name, since who is asked must not depend on data.
+        # With clients as units at most the plan's number are asked, chosen by name: the choice must not depend on data.
         silos = self._present()[: self.config.privacy.num_clients or None]
         return self.exchange.collect(
             Bodies(silos, body), TRAIN, str(round_number), "trained", fold, enough=self.config.federated.enough_silos

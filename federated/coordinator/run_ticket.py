@@ -16,7 +16,7 @@ class RunTicket:
     """One run.
 
     Attributes:
-        id: under which silos reserve and charge.
+        id: the id under which silos reserve and charge.
         expires: Unix seconds after which silos refuse its requests; part of each request, and so never moved.
     """
 

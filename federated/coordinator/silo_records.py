@@ -31,7 +31,7 @@ class SiloRecords:
 
     Args:
         run_id: the run.
-        plan: that each silo reserves; with clients as units, that it was entrusted with.
+        plan: what each silo reserves; with clients as units, what it is entrusted with.
         signed: False for the comparison without DP, where silos sign nothing.
     """
 
@@ -42,7 +42,7 @@ class SiloRecords:
     def restore(self, silos: dict[str, dict[str, Any]], origin: str) -> None:
         """Takes up what was committed: who has spent or stated stays in the certificate, whoever is there today.
 
-        Of a silo that was restored before, from the newest round, it keeps what goes with the newer receipt.
+        Where a silo was restored before, from the newest round, what goes with the newer of both receipts is kept.
 
         Args:
             silos: as ``silos`` was.
@@ -70,7 +70,7 @@ class SiloRecords:
         return receipt
 
     def describe(self, silo: str, described: pb.Described) -> None:
-        """Takes a silo's description in. Once it has signed a receipt, it stays who and how large it was.
+        """Takes a silo's description in. Once it has signed a receipt, its description stays as it was.
 
         Raises:
             ValueError: its key or its dataset is another than that of its receipts.
@@ -124,7 +124,7 @@ class SiloRecords:
         statement = RunStatement.from_bytes(content, where)
         self._check_statement(silo, self.silos[silo], statement, held, where)
         if statement.rounds_charged < rounds:
-            raise InputError(f"{where}.rounds_charged is {statement.rounds_charged}, it has released {rounds}")
+            raise InputError(f"{where}.rounds_charged is {statement.rounds_charged}, but it has released {rounds}")
         self.silos[silo]["statement"] = statement.model_dump(mode="json")
 
     def held(self, silo: str) -> bytes:

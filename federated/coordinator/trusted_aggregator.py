@@ -123,19 +123,19 @@ class TrustedAggregator:
         }
 
 
-def new_aggregator(parties: Parties, run_id: str, request: PlanTerms) -> TrustedAggregator | None:
+def new_aggregator(parties: Parties, run_id: str, terms: PlanTerms) -> TrustedAggregator | None:
     """The aggregator of a run with clients as units; None where records are, whose noise the silos add.
 
     Raises:
         InputError: there are more silos than the plan has clients, or no ledger.
         PolicyRefusal: the run asks for more than the clients have left.
     """
-    if request.unit == "record":
+    if terms.unit == "record":
         return None
-    if parties.num_silos > request.num_clients:
+    if parties.num_silos > terms.num_clients:
         raise InputError(
-            f"privacy.num_clients is {request.num_clients}: there are {parties.num_silos} silos; give at least that"
+            f"privacy.num_clients is {terms.num_clients}: there are {parties.num_silos} silos; give at least that"
         )
     if parties.open_ledger is None:
         raise InputError("privacy.unit is 'client': this coordinator has no ledger; give 'record'")
-    return TrustedAggregator(parties.open_ledger(), run_id, request.for_clients())
+    return TrustedAggregator(parties.open_ledger(), run_id, terms.for_clients())

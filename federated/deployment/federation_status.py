@@ -81,7 +81,8 @@ def _run(name: str, directory: Path) -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
-    text = [f"{found['federation']} at {found['address']}; its certificate holds {found['certificate_days_left']} days"]
+    days = found["certificate_days_left"]
+    text = [f"{found['federation']} at {found['address']}; its certificate is valid for {days} days"]
     for name, process in found["processes"].items():
         text.append(f"  {name}: {'healthy' if process['healthy'] else 'not healthy'}, {process['restarts']} restarts")
     if not found["processes"]:

@@ -9,7 +9,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """Flower's own switches: no telemetry, no update check, its settings below our folder, its helpers found."""
+    """Variables for Flower's programs: no telemetry, no update check, settings in our folder, helpers on the PATH."""
     return {
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_HOME": str(home),

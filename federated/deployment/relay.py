@@ -32,7 +32,7 @@ def make_keys(config: RelayConfig) -> RelayCard:
     supernode = load_or_create_key(folder / "supernode.ssh", SUPERNODE_CURVE)
     tls = load_or_create_key(folder / KEY, CURVE)
     card = RelayCard(supernode_key=ssh_public_key(supernode), certificate_request=certificate_request(tls, "relay"))
-    if not (folder / "relay.json").exists():  # a request's signature is another one each time
+    if not (folder / "relay.json").exists():  # signing the same request again gives other bytes
         write_document(folder / "relay.json", card)
     return read_document(RelayCard, folder / "relay.json")
 

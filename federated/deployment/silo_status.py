@@ -57,7 +57,7 @@ def relay_status(path: Path) -> dict[str, Any]:
 
 
 def _refusals(log: Path) -> list[str]:
-    """The newest, of older files too; a further line of another message is indented, and is none."""
+    """The newest refusals, in older files too; an indented line goes on with another message, and is none."""
     found: list[str] = []
     for path in LineFile(log).newest_first():
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -68,7 +68,7 @@ def _refusals(log: Path) -> list[str]:
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The same for people: one line a fact, one line an entry of what there may be several of."""
+    """The same for people: one line per fact, or per entry where there may be several."""
     text = []
     for name, value in found.items():
         label = name.replace("_", " ")

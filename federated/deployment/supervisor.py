@@ -1,7 +1,7 @@
 """One small supervisor: starts processes in order, waits for their health, restarts what dies, stops all of it.
 
-For SuperLink and proxy at the coordinator and for the SuperNode at a silo. Where systemd is there it keeps the
-supervisor alive; where it is not, a killed supervisor's processes are ended by the next start.
+It keeps SuperLink and proxy running at the coordinator, and the SuperNode at a silo. Where systemd is there it keeps
+the supervisor alive; where it is not, a killed supervisor's processes are ended by the next start.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ class Child:
         self._failures += 1
 
     def describe(self) -> dict[str, Any]:
-        """For the state file."""
+        """What the state file says of this process."""
         running = None if self.process is None else {"pid": self.process.pid, "created": self.process.create_time()}
         return {
             "process": running,

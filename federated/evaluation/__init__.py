@@ -1,1 +1,1 @@
-"""Metrics as bounded, noised sums: one vector that both ends must read alike."""
+"""Private metrics as bounded, noised sums: one vector, which silo and coordinator must read alike."""

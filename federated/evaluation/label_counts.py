@@ -34,7 +34,7 @@ class Example:
 
 
 def examples_of(task: Task, texts: Sequence[str], labels: Sequence[str]) -> list[Example]:
-    """The units that are examples of a label: at most one example a unit.
+    """The units that are examples of a label: at most one example per unit.
 
     A text ends in a label when the label stands last, white space after it aside, and is no part of a longer word. Text
     and label are tokenised together, as in training. A unit that would be truncated with one of them is no example.
@@ -61,7 +61,7 @@ def label_counts(model: Any, task: Task, examples: Sequence[Example], num_labels
     """True positives, false positives and false negatives of each label, shape (3, L).
 
     Each example is scored by itself: beside others its likelihoods would be rounded differently, and one unit could
-    turn another one's answer.
+    change another one's answer.
     """
     counts = np.zeros((len(KINDS), num_labels))
     for example in examples:
@@ -75,9 +75,10 @@ def label_counts(model: Any, task: Task, examples: Sequence[Example], num_labels
 
 
 def _answer(model: Any, task: Task, example: Example) -> int:
-    """The label with which the whole text is likeliest; of several the first. One that is not finite never is.
+    """The label with which the whole text is likeliest; of several the first.
 
-    One ending at a time: how many are computed at once would decide where likelihoods are nearly equal.
+    A likelihood that is not finite counts as the smallest. Endings are computed one at a time: how many are computed at
+    once would decide where likelihoods are nearly equal.
     """
     with torch.no_grad():
         nats = [task.record_nats(model, task.collate([ending])).item() for ending in example.endings]
@@ -112,5 +113,5 @@ def _f1(counts: npt.NDArray[np.float64], error: float) -> tuple[float | None, fl
     if below <= math.sqrt(6) * error:  # its own standard error
         return None, None
     f1 = 2 * true_positives / below
-    # By true positives the derivative is 2 (1 - F1) / below; by either of the others -F1 / below.
+    # The derivative by true positives is 2 (1 - F1) / below, by either of the others -F1 / below.
     return float(f1), float(error * math.sqrt(4 * (1 - f1) ** 2 + 2 * f1**2) / below)

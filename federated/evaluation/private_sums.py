@@ -1,9 +1,10 @@
-"""Private evaluation: a silo scores its held-out units and releases noised sums of bounded values, one vector a unit.
+"""Private evaluation: a silo scores its held-out units and releases noised sums of its units' bounded values.
 
-Each unit gives four values from 0 to 1: clipped nats, clipped characters, tokens that the model holds likeliest, and
-tokens, each over a public bound. So adding or removing a unit moves the vector of sums by at most 2 (2-norm). Where the
-plan names labels, their counts (``label_counts.py``) are part of the vector, and a unit moves it by at most the square
-root of 6. The Gaussian noise is the plan's multiple of that. Bits per character, accuracy and F1 are post-processing.
+Each unit gives a vector of four values from 0 to 1: clipped nats, clipped characters, tokens that the model holds
+likeliest, and tokens, each over a public bound. So adding or removing a unit moves the vector of sums by at most 2
+(2-norm). Where the plan names labels, their counts (``label_counts.py``) are part of the vector, and a unit moves it by
+at most the square root of 6. The Gaussian noise is the plan's multiple of that. Bits per character, accuracy and F1 are
+post-processing.
 """
 
 import math
@@ -26,8 +27,8 @@ from privacy.plan import METRIC
 from trainer.tasks.task import Encoded, Task
 
 _VALUES = ("nats", "characters", "correct tokens", "tokens")
-_NATS_A_TOKEN = 8.0  # a unit's mean above this counts as this: a uniform guess among 3,000 tokens
-_CHARACTERS_A_TOKEN = 8.0
+_NATS_PER_TOKEN = 8.0  # a unit's mean above this counts as this: a uniform guess among 3,000 tokens
+_CHARACTERS_PER_TOKEN = 8.0
 _LARGEST_SUM = 2.0**40  # of 2^33 units at most, and noise; so that no figure made of sums overflows
 _STEP = 2.0**-20  # values are whole multiples of it, so that float64 sums of up to 2^33 units are exact
 
@@ -47,7 +48,7 @@ class Bounds:
     @property
     def scale(self) -> npt.NDArray[np.float64]:
         """What a value of 1 stands for, in the order of the first four sums."""
-        return self.context_length * np.array([_NATS_A_TOKEN, _CHARACTERS_A_TOKEN, 1.0, 1.0])
+        return self.context_length * np.array([_NATS_PER_TOKEN, _CHARACTERS_PER_TOKEN, 1.0, 1.0])
 
     @property
     def num_sums(self) -> int:
@@ -111,9 +112,10 @@ def private_sums(
 
 
 def _unit_values(model: Any, task: Task, unit: Encoded, bounds: Bounds) -> npt.NDArray[np.float64]:
-    """A unit's four values, from 0 to 1. One whose loss is not finite counts as the worst.
+    """A unit's four values, from 0 to 1. A unit whose loss is not finite counts as the worst.
 
-    It is scored by itself: beside others its values would be rounded differently, and one unit could move others'.
+    The unit is scored by itself: beside others its values would be rounded differently, and one unit could move another
+    one's values.
     """
     with torch.no_grad():
         nats, correct, tokens = task.record_scores(model, task.collate([unit])).numpy()[0]
@@ -138,7 +140,7 @@ def figures(sums: Sequence[Sequence[float]], bounds: Bounds, noise_multiplier: f
     """Bits per character, next-token accuracy and F1 over all silos, with the standard errors due to the noise.
 
     Args:
-        sums: a silo's noised sums each.
+        sums: the noised sums of each silo.
         bounds: as the silos used them.
         noise_multiplier: of the plan's release.
 

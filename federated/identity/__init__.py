@@ -1,1 +1,1 @@
-"""Who is who: private keys, public cards, trust, X.509."""
+"""Identities: private keys, public cards, the parties that each side trusts, and X.509 certificates."""

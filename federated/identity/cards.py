@@ -1,4 +1,8 @@
-"""The public documents that coordinator and silos exchange and keep: small JSON files."""
+"""The public documents that coordinator and silos exchange and keep: small JSON files.
+
+A document has a fingerprint over everything in it. Whoever takes one in compares the fingerprint with what the other
+side's people read out over another channel, such as the telephone.
+"""
 
 import json
 from collections.abc import Callable

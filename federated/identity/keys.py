@@ -1,8 +1,4 @@
-"""Private keys, made where they are used, and the public halves that coordinator and silos exchange.
-
-A public document has a fingerprint over everything in it. Whoever takes one in compares the fingerprint with what the
-other side's people read out, on another way than the file came.
-"""
+"""Private keys, made where they are used, and the public half of one in OpenSSH's format."""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 """X.509 for TLS: each coordinator and each silo has a small authority of its own, and trusts no other.
 
-Authorities hold ten years, what they sign a bit more than one; ``issue`` is called at every start and renews in time.
+An authority is valid for ten years, what it signs for a bit more than one; ``issue`` is called at every start and
+renews in time.
 """
 
 import ipaddress
@@ -164,7 +165,7 @@ def check_x509(
         ) from None
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         raise InputError(
-            f"{origin}: the certificate holds from {certificate.not_valid_before_utc:%Y-%m-%d} to "
+            f"{origin}: the certificate is valid from {certificate.not_valid_before_utc:%Y-%m-%d} to "
             f"{certificate.not_valid_after_utc:%Y-%m-%d}, and it is {now:%Y-%m-%d}; "
             "renew it, or set this machine's clock"
         )

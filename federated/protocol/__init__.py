@@ -1,1 +1,1 @@
-"""What crosses the boundary: messages, framing, signed envelopes."""
+"""What crosses a silo's boundary: messages, their framing, signed envelopes."""

@@ -1,6 +1,6 @@
 """Signed envelopes: a coordinator's around a request and the silo's last receipt, a silo's around its reply.
 
-A signature is over digests under a name of its own, so that none can stand for another kind of message.
+A signature covers digests under a label for the kind of message, so that none can stand for another kind.
 """
 
 from configs.storage.files import digest_bytes

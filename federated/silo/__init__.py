@@ -1,1 +1,1 @@
-"""The side that owns data: admission, policy, charge, compute, release, which never imports coordinator/."""
+"""The side that owns the data: admission, policy, charge, computation, release. It never imports coordinator/."""

@@ -31,7 +31,7 @@ def contribution(
         workbench: the silo's.
         journal: of its ledger, which records the update before it is computed.
         config: the silo, with its policy of now.
-        plan: that the run was entrusted with.
+        plan: what the run was entrusted with.
         request: of a round.
         digest: of its body.
 
@@ -44,7 +44,7 @@ def contribution(
     check_optimizer(asked.train, policy)
     model, adapter = workbench.fitted(asked.train, policy)
     settings = workbench.local_settings(asked.train, policy)
-    # Signed before anything is computed, as a charge is: an entry too many tells of less privacy than there is.
+    # Signed before anything is computed, as a charge is: an entry too many claims less privacy than there is.
     run, coordinator = request.run_id, request.coordinator
     record_update(journal, run, coordinator, request.request_id, digest, asked.train.round)
     streams, records = Streams(bytes(SEED_BYTES), digest), workbench.records

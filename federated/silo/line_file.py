@@ -1,4 +1,4 @@
-"""A silo's files of lines, for its steward: a line is there whole or not at all, and the file never grows for ever."""
+"""A silo's files of lines, for its steward: a line is there whole or not at all, and no file grows without bound."""
 
 import contextlib
 import logging
@@ -33,7 +33,7 @@ class LineFile:
         self.path, self._head = path, head
 
     def append(self, line: str, *, sync: bool = True) -> None:
-        """Writes one line, and syncs it where it has to outlive the machine's next second.
+        """Writes one line, and syncs it where it has to survive a crash of the machine.
 
         Raises:
             SiloweaveError: the disk is full or not writable; nothing of the line is there then.
@@ -89,7 +89,7 @@ def _append_whole(descriptor: int, content: bytes) -> None:
 
 
 class PrivateLog(logging.Handler):
-    """``silo.log``: what its service says to the steward, strangers' words escaped; further lines of one are indented.
+    """``silo.log``: what its service says to the steward, strangers' words escaped; a message's further lines indented.
 
     Where it can't be written it is silent: what it would tell must appear nowhere else.
     """

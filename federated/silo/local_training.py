@@ -1,6 +1,6 @@
 """One silo's local steps of one round, from the shared adapter to an update.
 
-With DP for a silo; without for the comparison on public data, and where an aggregator adds the noise.
+They are taken with DP, or without it for the comparison on public data and where an aggregator adds the noise.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,7 +46,7 @@ class LocalSettings:
 
 
 class PrivateUpdate:
-    """The clipped, noised update of one round, made ready: whatever can fail without private records has not failed.
+    """The clipped, noised update of one round, made ready: what can fail without private records is done.
 
     Raises:
         InputError: with this adapter the model's per-record gradients can't be proved.
@@ -99,7 +99,7 @@ def plain_update(
     adapter: Arrays,
     settings: LocalSettings,
 ) -> Arrays:
-    """Ordinary steps, one a batch: what comes out is not private."""
+    """Ordinary steps, one per batch: what comes out is not private."""
     before = put_on(model, adapter)
     optimizer = _optimizer(settings, model, before, noise_std=0.0)
     model.train()

@@ -33,7 +33,7 @@ class PersonalSettings:
 
     Attributes:
         steps: of AdamW.
-        batch_size: training units a step.
+        batch_size: training units per step.
         learning_rate: constant.
         rank: of the personal adapter.
         alpha: its scale.
@@ -50,7 +50,7 @@ class PersonalSettings:
 
 @dataclass(frozen=True)
 class PersonalResult:
-    """For the steward's eyes: exact figures of private records.
+    """Exact figures of private records, for the steward's eyes alone.
 
     Attributes:
         folder: where the adapter lies, as peft's ``PeftModel.from_pretrained`` loads it onto base plus shared adapter.

@@ -25,7 +25,7 @@ def plan_of(text: str) -> PlanTerms:
         raise PolicyRefusal.of("plan", "an inconsistent plan", str(error)) from None
 
 
-def check_plan(request: PlanTerms, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
+def check_plan(terms: PlanTerms, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
     """Every rule for a plan but those for its epsilon.
 
     Returns:
@@ -34,38 +34,38 @@ def check_plan(request: PlanTerms, policy: SiloPolicy, public_record_count: int)
     Raises:
         PolicyRefusal: a rule of the policy, with the value asked for and the value allowed.
     """
-    if request.unit not in policy.units:
-        raise PolicyRefusal.of("units", request.unit, ", ".join(policy.units))
-    plan = request.bind(public_record_count) if request.unit == "record" else request.for_clients()
-    if not policy.min_grad_norm <= request.max_grad_norm <= policy.max_grad_norm:
+    if terms.unit not in policy.units:
+        raise PolicyRefusal.of("units", terms.unit, ", ".join(policy.units))
+    plan = terms.bind(public_record_count) if terms.unit == "record" else terms.for_clients()
+    if not policy.min_grad_norm <= terms.max_grad_norm <= policy.max_grad_norm:
         bounds = f"{policy.min_grad_norm:g} to {policy.max_grad_norm:g}"
-        raise PolicyRefusal.of("max_grad_norm", f"{request.max_grad_norm:g}", bounds)
-    if request.noise_multiplier < policy.min_noise_multiplier:
+        raise PolicyRefusal.of("max_grad_norm", f"{terms.max_grad_norm:g}", bounds)
+    if terms.noise_multiplier < policy.min_noise_multiplier:
         raise PolicyRefusal.of(
-            "min_noise_multiplier", f"{request.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}"
+            "min_noise_multiplier", f"{terms.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}"
         )
-    if request.unit == "record":  # with clients as units each request says how it samples, and how long it trains
-        _check_steps(request.sampling_rate, request.steps_per_round, policy)
-    weakest = min((metric.noise_multiplier for metric in request.metric_releases), default=math.inf)
+    if terms.unit == "record":  # with clients as units each request says how it samples, and how long it trains
+        _check_steps(terms.sampling_rate, terms.steps_per_round, policy)
+    weakest = min((metric.noise_multiplier for metric in terms.metric_releases), default=math.inf)
     if weakest < policy.min_noise_multiplier:
         raise PolicyRefusal.of("min_noise_multiplier", f"{weakest:g} for a metric", f"{policy.min_noise_multiplier:g}")
-    names = sorted({metric.name for metric in request.metric_releases})
+    names = sorted({metric.name for metric in terms.metric_releases})
     allowed = [METRIC] if policy.releases_metrics else []
     if not set(names) <= set(allowed):
         raise PolicyRefusal.of("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
-    _check_labels(request, policy)
-    _check_rounds(request, policy)
+    _check_labels(terms, policy)
+    _check_rounds(terms, policy)
     return plan
 
 
-def check_new_plan(request: PlanTerms, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
+def check_new_plan(terms: PlanTerms, policy: SiloPolicy, public_record_count: int) -> PrivacyPlan:
     """Every rule for a plan that is to be reserved, and a bound on the seconds that computing its epsilon takes.
 
     Raises:
         PolicyRefusal: as ``check_plan``; or it takes too much to account for.
     """
-    plan = check_plan(request, policy, public_record_count)
-    check_size(request.schedule, new=True)
+    plan = check_plan(terms, policy, public_record_count)
+    check_size(terms.schedule, new=True)
     return plan
 
 
@@ -86,11 +86,11 @@ def _check_steps(sampling_rate: float, steps: int, policy: SiloPolicy) -> None:
         raise PolicyRefusal.of("max_steps_per_round", f"{steps}", f"{policy.max_steps_per_round}")
 
 
-def _check_rounds(request: PlanTerms, policy: SiloPolicy) -> None:
+def _check_rounds(terms: PlanTerms, policy: SiloPolicy) -> None:
     """Each release is an entry of the ledger; an evaluation may follow each round, and come before the first."""
-    most, evaluations = policy.max_rounds_per_run, sum(metric.releases for metric in request.metric_releases)
-    if request.rounds > most:
-        raise PolicyRefusal.of("max_rounds_per_run", f"{request.rounds}", f"{most}")
+    most, evaluations = policy.max_rounds_per_run, sum(metric.releases for metric in terms.metric_releases)
+    if terms.rounds > most:
+        raise PolicyRefusal.of("max_rounds_per_run", f"{terms.rounds}", f"{most}")
     if evaluations > most + 1:
         raise PolicyRefusal.of("max_rounds_per_run", f"{evaluations} evaluations", f"{most + 1}")
 
@@ -108,10 +108,10 @@ def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:
     _check_steps(asked.sampling_rate, asked.local_steps, policy)
 
 
-def _check_labels(request: PlanTerms, policy: SiloPolicy) -> None:
+def _check_labels(terms: PlanTerms, policy: SiloPolicy) -> None:
     """The sets that the steward lists, as sets: their order decides nothing but ties."""
     allowed = [set(labels) for labels in policy.label_sets]
-    for metric in request.metric_releases:
+    for metric in terms.metric_releases:
         if metric.labels and set(metric.labels) not in allowed:
             listed = "; ".join(", ".join(labels) for labels in policy.label_sets)
             raise PolicyRefusal.of("label_sets", ", ".join(metric.labels), listed or "none")

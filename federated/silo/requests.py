@@ -15,7 +15,7 @@ from federated.protocol.envelope import request_holds
 from federated.protocol.framing import PROTOCOL_VERSION
 from privacy.ledger.statements import Receipt
 
-LARGEST_TEXT = 2000  # characters of what else it says
+LARGEST_TEXT = 2000  # characters of a refusal's message, and of what it says is allowed
 
 
 def open_envelope(content: bytes, largest: int) -> pb.Envelope:

@@ -1,6 +1,6 @@
 """A silo's runs: reserving one, drawing on it, ending it, each under the steward's policy as it is now.
 
-A run is the coordinator's that reserved it. Under another coordinator its name is another run, or none.
+A run belongs to the coordinator that reserved it. Under another coordinator its name is another run, or none.
 """
 
 from logging import Logger
@@ -45,10 +45,11 @@ def limits_of(policy: SiloPolicy) -> Limits:
 
 
 def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_time: Lock, accounting: Lock) -> None:
-    """Everything about a reservation that is cheap, then its epsilon, which the accountant remembers.
+    """Checks all about a reservation that is cheap, then computes its epsilon, which the accountant remembers.
 
     So ``reserve`` waits for nothing while it holds the silo and its ledger; and what has no room costs no accounting.
-    Of plans that take seconds no second one waits: it would hold a place that others' requests wait for.
+    While one plan is accounted for, which may take seconds, a second one is refused: it would hold a place that others'
+    requests wait for.
 
     Args:
         ledger: the silo's.

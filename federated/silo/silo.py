@@ -78,7 +78,7 @@ class Silo:
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
         units = load_units(config, self._split_key(SiloFiles(self._state_dir).split_key))
-        self._log, self._audit = private_log(self._state_dir), TrafficLog(self._state_dir)
+        self._log, self._traffic = private_log(self._state_dir), TrafficLog(self._state_dir)
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
 
@@ -87,7 +87,7 @@ class Silo:
         return trusted_coordinators(self._state_dir) if self._trusted is None else self._trusted
 
     def _split_key(self, path: Path) -> bytes:
-        """Drawn before anything is charged, and never again: a new one would train on what was held out."""
+        """The key of the split, drawn before any charge and never again: a new one would train on what was held out."""
         charged = any(body["kind"] in ("charge", UNNOISED) for body in self.ledger.journal.bodies())
         return load_secret(path) if charged else load_or_create_secret(path)
 
@@ -105,7 +105,7 @@ class Silo:
                 receipt); and the coordinator's signature over both.
 
         Raises:
-            UnloggedError: the audit log can't be written, and so nothing may leave. A stored reply waits.
+            UnloggedError: the traffic log can't be written, and so nothing may leave. A stored reply waits.
         """
         try:
             return self._exchanged(content)
@@ -137,9 +137,9 @@ class Silo:
             body, outcome = _serialized(self._reply(digest, failure=pb.Failure(code=FAILED))), "failed"
         reply, public = seal_reply(self.ledger.journal.signer, body), {"request_digest": digest, "outcome": outcome}
         if accepted:
-            self._audit.leaves(reply, **public)
+            self._traffic.leaves(reply, **public)
         else:
-            self._audit.turned_away(content, reply, **public)
+            self._traffic.turned_away(content, reply, **public)
         return reply
 
     def _answer(self, request: pb.Request, receipt: bytes, digest: str) -> bytes:
@@ -154,7 +154,7 @@ class Silo:
 
     def _count(self, request: pb.Request, content: bytes, digest: str) -> None:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}
-        number = self._audit.accepted(content, request.coordinator, request_digest=digest, **names)
+        number = self._traffic.accepted(content, request.coordinator, request_digest=digest, **names)
         if number > self.config.policy.max_requests_per_day:
             raise PolicyRefusal.of("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
 
@@ -227,7 +227,7 @@ class Silo:
             ) from None
 
     def _evaluate(self, request: pb.Request, digest: str) -> bytes:
-        """As a round of training, in the same order; what is read are the held-out units."""
+        """Answers like ``_train``, in the same order; what is read are the held-out units."""
         asked = request.evaluate
         plan = reserved_plan(self.ledger, self.config, request, asked.plan_digest)
         release = next((metric for metric in plan.terms.metric_releases if metric.name == asked.metric), None)

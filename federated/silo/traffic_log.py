@@ -1,8 +1,8 @@
-"""A silo's logs of everything that came in and left, for its steward: a JSON line each, sizes and digests, no values.
+"""A silo's logs of all that came in and left, for its steward: one JSON line per message, of sizes and digests.
 
-A line is synced before what it tells of goes on: a coordinator's request is written down before it is acted on, a reply
-before its first byte leaves. What no trusted coordinator has signed has a file of its own: files are rotated by size,
-so whoever reaches the silo could otherwise push out what tells of real requests.
+A line holds no values, and is synced before what it tells of goes on: a coordinator's request is written down before it
+is acted on, a reply before its first byte leaves. What no trusted coordinator has signed has a file of its own: files
+are rotated by size, so whoever reaches the silo could otherwise push out what tells of real requests.
 """
 
 import json
@@ -24,7 +24,7 @@ _Counts = defaultdict[str, Counter[int]]  # requests by coordinator and minute
 
 
 class UnloggedError(SiloweaveError):
-    """The audit log can't be written. Nothing may leave the silo, be it a refusal; what was charged stays charged."""
+    """The traffic log can't be written. Nothing may leave the silo, not even a refusal; what is charged stays so."""
 
 
 class TrafficLog:
@@ -40,7 +40,7 @@ class TrafficLog:
         """A request's envelope has arrived, and a trusted coordinator has signed it.
 
         Returns:
-            How many requests of his there were within 24 hours, this one included.
+            How many requests of this coordinator there were within 24 hours, this one included.
         """
         with self._lock:
             now = _append(self._file, "accepted", content, coordinator=coordinator, **public)
@@ -60,7 +60,7 @@ class TrafficLog:
             _append(self._strangers, "out", reply, **public)
 
     def _head(self) -> str:
-        """A fresh file's first line: what the older ones say of the last day. They may be put elsewhere."""
+        """A fresh file's first line: what the older ones say of the last day, since those may be moved elsewhere."""
         return json.dumps({"time": round(time.time(), 3), "direction": "rotated", "accepted": self._accepted})
 
 

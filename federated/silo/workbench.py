@@ -20,7 +20,7 @@ from trainer.tasks.task import Encoded, Task, task_of
 
 
 class Workbench:
-    """One silo's.
+    """What one silo computes with.
 
     Args:
         config: the silo. Its policy may change from request to request, and is given with each.

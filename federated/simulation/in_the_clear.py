@@ -39,8 +39,8 @@ def evaluate_rounds(
     before the last are read on a quarter of the records: they are for a plot.
 
     Returns:
-        {"simulation_only": True, "base": by silo, federation: [by silo, a round]}; without these, and with the reason,
-        where the silos can't be read. Under "public" the same of the public text, where there is one.
+        {"simulation_only": True, "base": by silo, federation: [by silo, for each round]}; without these, and with the
+        reason, where the silos can't be read. Under "public" the same of the public text, where there is one.
     """
     limit = config.evaluate.max_records_per_silo
     models: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]

@@ -21,10 +21,10 @@ from federated.transport.flower_messages import size_bytes
 _RUN_ID, _SERVER_NODE, _TASK_ID = 1, 1, 1
 _FIRST_NODE = 1000
 _SILO = "silo"
-_WARM_SILOS = 64  # a process keeps open at most
+_WARM_SILOS = 64  # silos that a process keeps open at most
 _AHEAD = 2  # calls that a process holds at most: the one it works on, and the next
-_CALL_S = 0.02  # work that a call of several messages holds: far more than the millisecond of the processor it costs
-_CALL_BYTES = 15 * 2**16  # of replies in such a call: with more it would leave Ray's call for the dearer object store
+_CALL_S = 0.02  # seconds of work in a call of several messages, which itself costs about a millisecond
+_CALL_BYTES = 15 * 2**16  # of replies in such a call: Ray would put more into its object store, which is slower
 _LOOK_AHEAD = 64  # waiting messages among which a process looks for those of silos that it holds
 _WAIT_S = 0.5
 
@@ -62,7 +62,7 @@ class SiloHost:
         return self._silos[name].handle
 
     def handle(self, messages: list[Message], silos: list[str]) -> tuple[list[Message], float]:
-        """Messages, one after another, through the relay to their silos, until they have taken what a call may take.
+        """Passes messages through the relay to their silos, one by one, until they have taken what a call may take.
 
         Returns:
             the replies to the first ones, one at least; and what these took, as a part of what a call may take.
@@ -101,10 +101,10 @@ class _Worker:
 class LocalGrid(Grid):
     """The silos of a simulation as Flower nodes; a free worker takes the next messages.
 
-    A worker prefers the silos that it answered for last, which are warm there, and has its next call before it has
-    answered one; but the last messages of a step go to whoever is free first. A call has one message, or several that
-    are short work: as many as the last of their type let expect, and at most a worker's part of those that wait. What
-    a call doesn't come to waits again.
+    A worker prefers the silos that it answered for last, which are warm there, and is given its next call before it has
+    answered one; but the last messages of a step go to whichever is free first. A call holds one message, or several
+    that take little work: as many as fit, by what the last messages of their type took, and at most a worker's share of
+    those that wait. Messages that a call has no time for wait again.
 
     Args:
         ray: a running Ray.
@@ -141,7 +141,7 @@ class LocalGrid(Grid):
             self._ray.kill(worker.actor, no_restart=True)
 
     def set_run(self, run: Run) -> None:
-        """There is one run a grid."""
+        """Does nothing: a grid has one run."""
 
     @property
     def run(self) -> Run:
@@ -155,7 +155,7 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """One node a silo, in the order of the silos' names."""
+        """One node per silo, in the order of the silos' names."""
         return list(self._silo_of)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -170,7 +170,7 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to these messages that have come; where there is none yet, waits a moment for one.
+        """The replies to these messages that have come; waits a moment where none has come yet.
 
         Args:
             message_ids: all that are still waited for. Replies to others, of a step that had enough, are dropped.

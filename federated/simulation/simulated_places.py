@@ -17,7 +17,7 @@ from federated.coordinator.trusted_aggregator import FOLDER
 
 
 def simulated_ledger(config: RunConfig) -> Path:
-    """Folder of a simulated aggregator's ledger, one a dataset; the sign keeps it from being any dataset's own."""
+    """Folder of a simulated aggregator's ledger, one per dataset; the + keeps it apart from any dataset's own."""
     return Path(config.federated.state_dir) / f"+{FOLDER}" / config.data.private.dataset_id
 
 

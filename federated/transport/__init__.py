@@ -1,1 +1,1 @@
-"""Carries envelopes: Flower messages, relay, gRPC, and imports neither torch nor trainer nor privacy."""
+"""The way of an envelope: Flower messages, relay, gRPC. It imports neither torch nor trainer nor privacy."""

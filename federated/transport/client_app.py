@@ -19,7 +19,7 @@ Connect = Callable[[Context, float], Handler]
 
 
 def make_app(connect: Connect) -> ClientApp:
-    """A ClientApp that hands every message to the silo that ``connect`` finds for its context, and the seconds left."""
+    """A ClientApp that hands each message to the silo that ``connect`` finds by its context, in the seconds left."""
     app = ClientApp()
 
     def relay(message: Message, context: Context) -> Message:
@@ -35,7 +35,7 @@ def make_app(connect: Connect) -> ClientApp:
 
 
 def seconds_left(message: Message) -> float:
-    """Until a message's sender stops waiting for the reply.
+    """Seconds until a message's sender stops waiting for the reply.
 
     Flower delivers no message after its time. So one that seems over, or not begun, was sent by another clock, and
     its time is counted from now.

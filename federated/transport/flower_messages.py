@@ -4,7 +4,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 RECORD, SHARED = "siloweave", "shared"
 HEAD, CONTENT, TAIL = "head", "content", "tail"
-_MARK = 64  # bytes: a search for all of an adapter at once is prepared for longer than all else that a message takes
+_MARK = 64  # bytes to search for first: preparing the search for a whole adapter would take longest of all
 
 
 class NoEnvelopeError(ValueError):
@@ -17,7 +17,7 @@ def pack(envelope: bytes, shared: bytes = b"") -> RecordDict:
     Args:
         envelope: the bytes.
         shared: a part of it that other messages of the same step have, too, such as the adapter. It is a record of its
-            own, so that the sender holds it, and Flower stores it, once a step and not once a silo.
+            own, so that the sender holds it, and Flower stores it, once per step and not once per silo.
     """
     at = envelope.find(shared[:_MARK])
     while at >= 0 and not envelope.startswith(shared, at):

@@ -142,7 +142,7 @@ class SiloServicer(silo_pb2_grpc.SiloServicer):
         reply = b""
         try:
             reply = self._handle(request)
-        except Exception:  # the audit log can't be written; and gRPC would send another exception's words
+        except Exception:  # the traffic log can't be written; and gRPC would send another exception's words
             self._answers = False
             context.abort(grpc.StatusCode.UNAVAILABLE, "no reply can leave now; ask again later")
         self._answers = True
@@ -248,7 +248,7 @@ def _clear(path: Path) -> None:
     if not path.exists():
         return
     if not path.is_socket():
-        raise InputError(f"{path}: is there, and is no socket; give another path for the socket")
+        raise InputError(f"{path}: exists, and is no socket; give another path for the socket")
     with socket_module.socket(socket_module.AF_UNIX) as probe:
         if probe.connect_ex(str(path)) == 0:
             raise InputError(f"{path}: another service listens there; end it, or give another path for the socket")

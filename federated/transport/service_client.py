@@ -12,10 +12,11 @@ from federated.protocol import silo_pb2_grpc
 from federated.protocol.framing import CHUNK_BYTES, chunks
 
 LONGEST_TRAINING_S = 24 * 3600.0
-# Beside these codes the silo has sent its signed refusal.
+# With these codes a call ends after the silo's signed refusal has been sent.
 REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED)
-# After these the same question may be answered; by its details, where a code alone doesn't say so. A silo has charged
-# it once at most, and gives the reply that it has stored, or computes it again with the same noise.
+# After these codes the same request is sent again; where a code alone doesn't decide, its details have to begin so.
+# That is safe: a silo charges a request once at most, and gives the reply that it has stored, or computes it again with
+# the same noise.
 _AGAIN = {
     grpc.StatusCode.UNAVAILABLE: "",  # not there, or gone while it answered
     grpc.StatusCode.CANCELLED: "",  # the service was stopped

@@ -1,1 +1,1 @@
-"""From a schedule to epsilon."""
+"""Accounting: from the schedule of a run's releases to epsilon."""

@@ -1,4 +1,4 @@
-"""From a schedule to epsilon. dp-accounting's PLD, pessimistic, decides; RDP and Opacus' PRV stand beside it."""
+"""From a schedule to epsilon. The pessimistic PLD of dp-accounting decides; RDP and PRV are for comparison."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ class Guarantee:
 
     Attributes:
         epsilon: the claim: pessimistic PLD.
-        delta: at this delta.
+        delta: the delta at which all these epsilons hold.
         epsilon_optimistic: PLD's lower estimate; never above ``epsilon``.
         epsilon_rdp: Renyi accounting, for comparison; None where it is not available.
         epsilon_prv: Opacus' PRV accountant (upper bound), for comparison; None where it is not available.
@@ -36,7 +36,7 @@ class Guarantee:
     epsilon_prv: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For reports."""
+        """The attributes by name, for reports."""
         return asdict(self)
 
 
@@ -65,7 +65,7 @@ def schedule_epsilon(
     pld = schedule.pld(pessimistic=pessimistic, width=width or schedule.width())
     try:
         return float(pld.get_epsilon_for_delta(schedule.accounted_delta(delta)))
-    except OverflowError:  # it has come to losses below -709 without an answer
+    except OverflowError:  # the search has come to losses below -709, without an answer
         return unknown
 
 
@@ -112,7 +112,7 @@ def _prv_epsilon(schedule: Schedule, delta: float) -> float | None:
     from opacus.accountants import PRVAccountant
 
     class Bounded(PRVAccountant):  # type: ignore[misc]
-        """Its bins are its own, and no bound on ours bounds them."""
+        """Chooses its own number of bins, which ``check_size`` doesn't bound: so it is bounded here."""
 
         def _get_domain(self, *args: Any, **options: Any) -> Any:
             domain = super()._get_domain(*args, **options)

@@ -81,9 +81,9 @@ class Schedule:
         import dp_accounting as dp
 
         # With fewer than a full batch of others a unit adds itself: a Poisson step. With a full batch it takes the
-        # place of another: twice the sensitivity, at a rate never above q. The second is the worse of the two and the
-        # likelier the more units there are; so this holds for every dataset of up to max_units units, while
-        # dp-accounting's own event, which takes the exact rate, holds for one size (arXiv:2508.15089).
+        # place of another: twice the sensitivity, at a rate never above q. The second case is the worse one, and is
+        # likelier with more units; so this holds for every dataset of up to max_units units, while dp-accounting's own
+        # event, which takes the exact rate, holds for one size (arXiv:2508.15089).
         swap = _gaussian(
             self.noise_multiplier / 2,
             pessimistic,
@@ -96,9 +96,9 @@ class Schedule:
     def width(self) -> float:
         """Width of bins that costs less than a part in a thousand of epsilon.
 
-        Connecting the dots adds at most width^2/4 a step to the variance of the privacy loss. A twelfth of its
-        deviation adds two parts in a thousand to the variance, and half of that to epsilon. The width is a power of
-        two, so that schedules that differ little have the same.
+        Connecting the dots adds at most width^2/4 per step to the variance of the privacy loss. A width of a twelfth of
+        the loss' deviation adds two parts in a thousand to the variance, and half of that to epsilon. The width is a
+        power of two, so that schedules that differ little have the same.
         """
         if self.fixed_bins:
             return min(1e-3, max(1e-4, 0.1 / self.steps))
@@ -110,7 +110,7 @@ class Schedule:
 
     @property
     def _chi_square(self) -> float:
-        """Of one step with a unit against the same without it; bounds the loss' variance, and its mean by log1p."""
+        """Chi-square of one step with a unit from one without it: bounds the loss' variance and, by log1p, its mean."""
         return float(self.sampling_rate**2 * math.expm1(min(self.noise_multiplier**-2, 500.0)))
 
     @property
@@ -120,18 +120,18 @@ class Schedule:
 
     @property
     def loss_bound(self) -> float:
-        """At least the steps' expected privacy loss, in nats."""
+        """An upper bound on the steps' expected privacy loss, in nats."""
         a_step = min(math.log1p(self._chi_square), self.sampling_rate * self.noise_multiplier**-2 / 2)
         return self.steps * a_step
 
 
 def _composed(releases: tuple[tuple[float, int], ...]) -> float:
-    """Gaussian releases compose exactly, into one whose noise multiplier this is."""
+    """Noise multiplier of the one Gaussian release that these compose into, exactly."""
     return float(sum(count / sigma**2 for sigma, count in releases) ** -0.5)
 
 
 def _self_composed(pld: Any, times: int) -> Any:
-    """Composes very many steps in two goes, since dp-accounting's bound on the tails is poor for a single one."""
+    """Composes very many steps in stages, since dp-accounting's bound on the tails is poor for a single one."""
     if times <= AT_ONCE:
         return pld.self_compose(times)
     goes, rest = divmod(times, AT_ONCE)

@@ -1,6 +1,6 @@
 """How large a schedule's privacy-loss distribution would get, bounded before anything is built.
 
-dp-accounting keeps one number a bin, and its Fourier transforms some ten times that. How many bins a composition has
+dp-accounting keeps one number per bin, and its Fourier transforms some ten per bin. How many bins a composition has
 is decided by three numbers of one step: the range of its privacy loss, the loss' variance, and the width of the bins.
 A plan comes from elsewhere, so the bound takes constant time and memory, whatever the plan says.
 """
@@ -15,8 +15,8 @@ LARGEST_BINS = 2**23  # at most 2 GiB and some seconds
 _SIGMAS = (1e-3, 1e12)
 _TAIL = 9.8  # deviations at which dp-accounting cuts the noise off: a mass of exp(-50)
 _LOG_TRUNCATED = math.log(2 / 1e-15)  # what it cuts off of each tail of a composition
-_ORDERS = range(1, 21)  # of its Chernoff bounds, over the number of bins
-_ROUNDING = 1e-16  # in each bin
+_ORDERS = range(1, 21)  # orders of its Chernoff bounds, over the number of bins
+_ROUNDING = 1e-16  # error in each bin
 
 
 def check_size(schedule: Schedule, width: float | None = None, *, new: bool = False) -> None:
@@ -34,7 +34,7 @@ def check_size(schedule: Schedule, width: float | None = None, *, new: bool = Fa
         if not _SIGMAS[0] <= sigma <= _SIGMAS[1]:
             raise _refusal(f"noise multiplier {sigma:g}", f"{_SIGMAS[0]:g} to {_SIGMAS[1]:g}", "give one in between")
     needed = 0.0 if schedule.hopeless else bins(schedule, width or schedule.width())
-    # Old plans are still read, and have narrow bins; a new one takes as long as another may.
+    # Plans of version 1 are still read; their narrow bins may be more than those of a plan that is new.
     allowed = LARGEST_BINS * (2 if schedule.fixed_bins and not new else 1)
     if needed > allowed:
         raise _refusal(
@@ -51,7 +51,7 @@ def bins(schedule: Schedule, width: float) -> float:
     if schedule.sampling_rate == 1:
         return _gaussian(_precision(((schedule.noise_multiplier, schedule.steps), *schedule.releases))) / width
     rounding = _ROUNDING * (1 + 1 / width)  # a bin is a difference of deltas, over the width
-    variance = _variance(schedule) / width**2 + 1 / 4  # what the bins add to it
+    variance = _variance(schedule) / width**2 + 1 / 4  # 1/4: what rounding to bins adds
     step = _Loss(_span(schedule) / width + 3, variance, rounding)
     one_by_one = schedule.truncation is not None  # those bins are computed in Python, not by numpy
     total, loss, steps = (4 if one_by_one else 1) * step.bins, step, schedule.steps
@@ -70,7 +70,7 @@ class _Loss:
     rounding: float
 
     def composed(self, times: int) -> "_Loss":
-        """Of several: the Chernoff bounds of dp-accounting, with Bennett's bound for the unknown moments."""
+        """The sum of several losses: dp-accounting's Chernoff bounds, with Bennett's bound for the unknown moments."""
         spans = (self._chernoff(order, times) for order in _ORDERS)
         return _Loss(min(times * self.bins, *spans) + 2, times * self.variance, _ROUNDING)
 
@@ -81,7 +81,7 @@ class _Loss:
 
 
 def _span(schedule: Schedule) -> float:
-    """Of a step's privacy loss, in nats, from one of the noise's cut-off tails to the other."""
+    """Range of a step's privacy loss, in nats, from one of the noise's cut-off tails to the other."""
     if schedule.truncation is None:
         return _one_sided(schedule.sampling_rate, schedule.noise_multiplier)
     return 2 * _one_sided(schedule.sampling_rate, schedule.noise_multiplier / 2)
@@ -93,14 +93,14 @@ def _one_sided(q: float, sigma: float) -> float:
 
 
 def _log_mean_exp(q: float, loss: float) -> float:
-    """At least log(1 - q + q exp(loss))."""
+    """An upper bound on log(1 - q + q exp(loss))."""
     return math.log1p(q * math.expm1(loss)) if loss < 500 else max(0.0, math.log(q) + loss) + math.log(2)
 
 
 def _variance(schedule: Schedule) -> float:
-    """At least that of a step's privacy loss, in squared nats.
+    """An upper bound on the variance of a step's privacy loss, in squared nats.
 
-    With r the ratio of the densities log(r)^2 is at most (r-1)^2 / r, which gives the first bound; for r above 1 it is
+    With r the ratio of the densities, log(r)^2 is at most (r-1)^2 / r, which gives the first bound; for r above 1 it is
     at most r - 1, which gives the second; and sampling moves no loss away from zero, which gives the third.
     """
     q, sigma = schedule.sampling_rate, schedule.noise_multiplier / (1 if schedule.truncation is None else 2)

@@ -42,7 +42,7 @@ def size_noise(rounds: int) -> float:
 
 
 def size_margin(rounds: int, delta: float) -> int:
-    """How far below ``max_units`` a noised size must be: with more units no round passes, but for a share of delta."""
+    """How far below ``max_units`` a noised size must be: more units pass in a round only with a share of delta."""
     return math.ceil(-size_noise(rounds) * NormalDist().inv_cdf(FAILURE_SHARE * delta / rounds))
 
 

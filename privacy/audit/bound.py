@@ -79,7 +79,7 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
     if not refuted(0.0):
         return 0.0
     low, high = 0.0, 0.0
-    while high < _LARGEST_EPSILON and refuted(high):  # upwards from zero: below the first that holds all are refuted
+    while high < _LARGEST_EPSILON and refuted(high):  # upwards from 0: all below the first unrefuted one are refuted
         low, high = high, high + 0.25
     while high - low > _EPSILON_TOLERANCE:
         middle = (low + high) / 2
@@ -88,10 +88,10 @@ def epsilon_lower_bound(canaries: int, guesses: int, correct: int, delta: float,
 
 
 def fair_coins(count: int) -> npt.NDArray[np.bool_]:
-    """Which canaries are in, from the operating system.
+    """Which canaries are in: one coin per canary, from the operating system's randomness.
 
-    Never from the charge's streams: sampling and noise come from those, and the coins have to be independent of both
-    even where the streams are what is broken.
+    The coins are never drawn from the charge's streams: sampling and noise come from those, and the coins have to be
+    independent of both even where the streams are what is broken.
     """
     return np.unpackbits(np.frombuffer(os.urandom(-(-count // 8)), dtype=np.uint8))[:count].astype(np.bool_)
 
@@ -141,7 +141,7 @@ class Finding:
         return "warn" if self.bound(WARN_CONFIDENCE) > self.epsilon else "pass"
 
     def as_dict(self) -> dict[str, Any]:
-        """For reports."""
+        """The attributes, bounds and verdict, for reports."""
         return {
             **vars(self),
             "epsilon_lower_bound": self.bound(WARN_CONFIDENCE),
@@ -179,7 +179,7 @@ def judge(
     """
     if scores.shape != coins.shape or scores.ndim != 1 or coins.dtype != np.bool_:
         raise InputError(
-            f"audit: scores {scores.shape} and coins {coins.shape} of {coins.dtype}; give one of each a canary"
+            f"audit: scores {scores.shape} and coins {coins.shape} of {coins.dtype}; give one of each per canary"
         )
     if not (0 < guesses <= len(coins) and 0 < share <= 1):
         raise InputError(

@@ -24,7 +24,7 @@ _CLIPPED_FROM = 10.0
 
 
 class CanaryLayer(nn.Module):
-    """One weight a canary; a canary's loss has a gradient of ten times the clipping norm on its weight.
+    """One weight per canary; a canary's loss has a gradient of ten times the clipping norm on its weight.
 
     So clipping has to bring it down to the norm; without clipping it shows ten times as much.
     """
@@ -62,7 +62,7 @@ class Released:
 def gradient_scores(
     plan: PrivacyPlan, gradients: Iterable[dict[str, torch.Tensor]], name: str
 ) -> npt.NDArray[np.float64]:
-    """How much each gradient canary looks like one that batches held, from the released gradients of the probe.
+    """How much each gradient canary looks like one that batches held, from the layer's released gradients.
 
     The log-likelihood ratio of "in by Poisson sampling" against "out", summed over steps. It supposes a quarter of the
     plan's noise: an auditor's score should be at its best where the mechanism is broken.
@@ -70,7 +70,7 @@ def gradient_scores(
     Args:
         plan: the plan of the run.
         gradients: of every step, by parameter name.
-        name: the probe's weight.
+        name: the name of the canary layer's weight.
 
     Returns:
         (M,)

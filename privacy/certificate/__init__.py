@@ -1,1 +1,1 @@
-"""The claim of a run, and its offline check."""
+"""The certificate: what a run claims, and the offline check of that claim."""

@@ -1,6 +1,6 @@
 """The certificate: what a run claims, in one document that can be checked offline.
 
-It is a pure function of the plan and of what the silos signed. Checking it (``certificate_check.py``) makes it again.
+It is a pure function of the plan and of what the silos signed. Checking it (``check.py``) makes it again.
 """
 
 from collections.abc import Mapping
@@ -111,7 +111,7 @@ def ledgers_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _signed_by(plan: PlanTerms, ledgers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Under names of their own, so that neither kind of certificate can be read as the other."""
+    """The signed parts, under names of their own: neither kind of certificate can be read as the other."""
     if plan.unit == "record":
         return {"silos": {name: dict(silo) for name, silo in ledgers.items()}}
     if list(ledgers) != [AGGREGATOR]:
@@ -155,7 +155,7 @@ def _audited(plan: PlanTerms, epsilon: float, ledgers: Mapping[str, Mapping[str,
 
 
 def library_versions() -> dict[str, str]:
-    """What samples, clips, adds noise and accounts."""
+    """Versions of the libraries that sample, clip, add noise and account."""
     return {name: version(name) for name in _LIBRARIES}
 
 
@@ -172,7 +172,7 @@ def _left_each_silo(plan: PlanTerms) -> str:
 
 
 def _seeds(silos: Mapping[str, Any], statements: Mapping[str, Mapping[str, Any]]) -> str:
-    """An injected seed voids the guarantee against whoever knows it, and is said first."""
+    """Where the seeds came from. An injected seed, whose owner can remove the noise, is named first."""
     injected = sorted(name for name, statement in statements.items() if statement["seed_source"] == "injected")
     if injected:
         return f"INJECTED in {', '.join(injected)}: whoever knows the seed can remove the noise"

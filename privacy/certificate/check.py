@@ -76,7 +76,7 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
 
 
 def _accountable(plan: PlanTerms, origin: str) -> PlanTerms:
-    """A stranger's plan, before it is accounted for."""
+    """Refuses a stranger's plan that is too large to account for, before it is accounted for."""
     try:
         check_size(plan.schedule)
     except PolicyRefusal as refusal:
@@ -87,7 +87,7 @@ def _accountable(plan: PlanTerms, origin: str) -> PlanTerms:
 def _model(
     document: Mapping[str, Any], ledgers: Mapping[str, Mapping[str, Any]], plan: PlanTerms, where: str
 ) -> ModelDigests | None:
-    """What the document says of its model. No ledger may be missing here whose release went into it."""
+    """What the document says of its model. Every ledger whose release went into it must be in the certificate."""
     found = document.get("model")
     if found is None and any("audit" in ledger for ledger in ledgers.values()):
         return None  # an audit publishes none
@@ -186,7 +186,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _check_releases(model: ModelDigests, name: str, bodies: list[dict[str, Any]], run: Run, origin: str) -> None:
-    """What went into the model is what the ledger has released. It may have released more, too late for its round."""
+    """Checks that the ledger released what went into the model. It may have released more, too late for its round."""
     replies = {body["charge"]: body["reply_digest"] for body in bodies if body["kind"] == "release"}
     for number, digest in model.rounds_of(name).items():
         released = [
@@ -205,7 +205,7 @@ def _check_audit(silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, 
     del expected["public_record_count"]
     expect(audit, expected, where)
     if "statement" not in silo:
-        raise InputError(f"{where}: of a run that is not closed; the certificate was edited")
+        raise InputError(f"{where}: is of a run that is not closed; the certificate was edited")
     if sum(score.share for score in audit.scores) > 1 + TOLERANCE:
         raise InputError(f"{where}.scores: their shares of the allowed error add up to more than 1; do not trust it")
     for score in audit.scores:
@@ -215,7 +215,7 @@ def _check_audit(silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, 
 
 
 def _compare(claimed: Any, again: Any, path: str, origin: str) -> None:
-    """Part by part, never by dotted names: a key may itself hold a dot."""
+    """Compares part by part, never by dotted names: a key may itself hold a dot."""
     if isinstance(again, Mapping) and isinstance(claimed, Mapping):
         for key in sorted({*claimed, *again}):
             inside = f"{path}.{key}" if path else key

@@ -18,7 +18,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _of_all_files(digests: dict[str, str]) -> dict[str, str]:
-    """Names in a stranger's certificate are no paths to look at, and one left out would not be compared."""
+    """Requires all names and no others: a stranger's are no paths to look at, one left out would not be compared."""
     if set(digests) != set(ADAPTER_FILES):
         found = ", ".join(sorted(digests))[:100] or "no file"
         raise ValueError(f"model.adapter has {found}: expected {' and '.join(ADAPTER_FILES)}, and nothing else")
@@ -26,7 +26,7 @@ def _of_all_files(digests: dict[str, str]) -> dict[str, str]:
 
 
 class RoundDigests(BaseModel):
-    """One round's.
+    """The digests of one round.
 
     Attributes:
         adapter: of the shared adapter after the round, safetensors.
@@ -41,7 +41,7 @@ class RoundDigests(BaseModel):
 
 
 class ModelDigests(BaseModel):
-    """A certificate's.
+    """The digests in one certificate.
 
     Attributes:
         base_model: content digest of the base model's manifest, which requests and policies name.
@@ -74,7 +74,7 @@ def which_model(digests: ModelDigests, folder: Path, key: MasterKey | None) -> s
     """Says which part of a certificate's model a folder is: its final adapter or its base model.
 
     Args:
-        digests: the certificate's.
+        digests: those in the certificate.
         folder: an adapter as peft writes it, encrypted or not, or an exported base model with its manifest.
         key: of an encrypted adapter.
 
@@ -104,7 +104,7 @@ def which_model(digests: ModelDigests, folder: Path, key: MasterKey | None) -> s
 
 
 def _nothing_else(folder: Path, named: set[str]) -> None:
-    """A library may read a file more, and then it is another model."""
+    """Refuses any other file: a library may read it, and then this is another model."""
     there = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if not path.is_dir())
     for name in there:
         if name not in named:

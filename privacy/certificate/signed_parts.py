@@ -18,7 +18,7 @@ def in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms) -> di
         silo: what the ledger's owner has told of itself: ``dataset_id``, ``public_key``, ``public_record_count``.
         name: the ledger's.
         run: the run.
-        plan: that was reserved.
+        plan: the plan that was reserved.
     """
     return {
         "silo": name,
@@ -31,10 +31,11 @@ def in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms) -> di
 
 
 def check_receipt(receipt: Receipt, silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str) -> None:
-    """Every field of a receipt that is known from elsewhere; see ``in_both``.
+    """Checks every field of a receipt that is known from elsewhere; see ``in_both``.
 
     Raises:
-        InputError: one is another, it doesn't count the run among its spends, or the signature doesn't hold.
+        InputError: a field is not as expected, it doesn't count the run among its spends, or the signature doesn't
+            hold.
     """
     spent = {"epsilon_reserved": plan.epsilon, "delta_reserved": plan.delta}
     expect(receipt, {**in_both(silo, name, run, plan), **spent}, where)
@@ -46,10 +47,10 @@ def check_receipt(receipt: Receipt, silo: Mapping[str, Any], name: str, run: str
 def check_statement(
     statement: RunStatement, silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str
 ) -> None:
-    """Every field of a statement that is known from elsewhere; see ``in_both``.
+    """Checks every field of a statement that is known from elsewhere; see ``in_both``.
 
     Raises:
-        InputError: one is another, or the signature doesn't hold.
+        InputError: a field is not as expected, or the signature doesn't hold.
     """
     spent = {"epsilon": plan.epsilon, "delta": plan.delta}
     expect(statement, {**in_both(silo, name, run, plan), **spent}, where)
@@ -65,7 +66,7 @@ def check_history(held: Receipt, receipt: Receipt, where: str) -> None:
     """
     older, newer = sorted((held, receipt), key=position)
     if position(older) == position(newer) and older != newer:
-        raise InputError(f"{where}.head: another receipt of entry {receipt.number} says otherwise")
+        raise InputError(f"{where}.head: another receipt of entry {receipt.number} differs from it")
     if not set(older.spends) <= set(newer.spends):
         raise InputError(f"{where}.spends: one of an older receipt is missing in the newer one")
 
@@ -88,7 +89,7 @@ def position(receipt: Receipt) -> tuple[int, int]:
 
 
 def expect(signed: Receipt | RunStatement | AuditStatement, expected: Mapping[str, Any], where: str) -> None:
-    """The fields that are known from elsewhere first, since they can be named; then the signature over all of them."""
+    """Checks the fields that are known from elsewhere first, since they can be named; then the signature over all."""
     for field, value in expected.items():
         found = getattr(signed, field)
         if not same(found, value):

@@ -61,7 +61,7 @@ class BookKeeper:
             )
 
     def per_record(self, losses: Callable[[], torch.Tensor], num_records: int) -> ByParameter:
-        """One forward and one backward.
+        """Runs one forward and one backward pass.
 
         Args:
             losses: runs the forward pass and gives each record's loss, shape (B,).
@@ -80,16 +80,16 @@ class BookKeeper:
                 raise InputError(
                     "clipping: gradients are asked of the model's inputs; switch enable_input_require_grads off"
                 )
-            # Only as far as the layers' outputs: no parameter accumulates anything.
+            # Backward goes only as far as the layers' outputs: no parameter accumulates anything.
             torch.autograd.grad(total, book.outputs, allow_unused=True)
         return ByParameter({name: combine(found, self._parameters[name]) for name, found in book.close().items()})
 
     def close(self) -> None:
-        """Nothing stays on the model between passes."""
+        """Has nothing to do: nothing stays on the model between passes."""
 
     @contextmanager
     def _listening(self, book: _Book) -> Iterator[None]:
-        """Hooks on, parameters out of autograd; and everything as it was afterwards."""
+        """Sets the hooks and takes the parameters out of autograd, and puts all back afterwards."""
         with ExitStack() as stack:
             for parameter in self._parameters.values():
                 parameter.requires_grad_(False)

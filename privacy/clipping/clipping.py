@@ -2,7 +2,8 @@
 
 What one record adds to the sum is bounded in exact arithmetic: its gradient times its factor is rounded to whole steps
 of a public grid, whose squares are added exactly and compared with C; only then are they added, and a sum of whole
-numbers depends on no order. That a record's gradient depends on no other one is for ``privacy.clipping.independence``.
+numbers depends on no order. That a record's gradient depends on no other one is proved in
+``privacy.clipping.independence``.
 """
 
 import math
@@ -26,8 +27,8 @@ Losses = Callable[[Sequence[Unit]], torch.Tensor]
 
 SMALLEST_NORM, LARGEST_NORM = 1e-9, 1e9
 _STABILITY = 0.01  # gamma of Bu et al. 2022
-_ROUNDING = 2.0**-20  # more than float32 rounds up, of a norm and of a product
-MOST_AT_ONCE = 16  # far fewer than 32 bits hold the sum of
+_ROUNDING = 2.0**-20  # more than float32 rounds a norm and a product up by
+MOST_AT_ONCE = 16  # units; the sum of far more still fits 32 bits
 _GRID_BITS = 23  # C is at most 2^24 steps of the grid: what float32 tells apart
 
 
@@ -35,7 +36,7 @@ class GradientSource(Protocol):
     """Gives per-record gradients of a model."""
 
     def per_record(self, losses: Callable[[], torch.Tensor], num_records: int, /) -> ByParameter:
-        """One forward and backward of B losses."""
+        """Runs one forward and one backward pass of B losses."""
 
     def close(self) -> None:
         """Leaves nothing on the model."""
@@ -50,14 +51,14 @@ class Clipper:
     def __init__(self, source: GradientSource, model: Any, max_grad_norm: float, *, automatic: bool) -> None:
         self.source, self.model, self._automatic = source, model, automatic
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        # Rounding to whole steps moves a gradient by this many of them at most.
+        # Rounding to whole steps of the grid moves a gradient by this many steps at most.
         self._farthest = math.sqrt(sum(value.numel() for value in self.parameters.values())) / 2
         self.max_grad_norm = max_grad_norm
         self._sums: dict[str, torch.Tensor] = {}
 
     @property
     def max_grad_norm(self) -> float:
-        """C, of one record's gradient over all trainable parameters together."""
+        """C, which bounds one record's gradient over all trainable parameters together."""
         return self._max_grad_norm
 
     @max_grad_norm.setter
@@ -103,9 +104,9 @@ class Clipper:
         return norms_B[finite_B]
 
     def _factors(self, norms_B: torch.Tensor) -> torch.Tensor:
-        """What brings gradients to length C at most, in units of the grid; float32.
+        """Factors that bring gradients to length C at most, in units of the grid; float32.
 
-        Automatic: all to just below C (Bu et al. 2022).
+        Automatic clipping brings all of them to just below C (Bu et al. 2022).
         """
         norm = self.max_grad_norm * (1 - _ROUNDING) - self._spacing * self._farthest
         lengths_B = norms_B + _STABILITY if self._automatic else norms_B.clamp(min=norm)

@@ -1,8 +1,8 @@
 """Per-record gradients of one parameter, as float32 numbers, and what of them is added to a sum of many records.
 
-A layer's weight gradient for record b is a product ``left[b]^T right[b]`` over its positions: for a linear layer of
-output gradients and inputs, for an embedding of one-hot rows and output gradients. The product is formed for each
-record by itself (book-keeping, Bu et al. 2023), so that what is measured and what is added are the same numbers.
+A layer's weight gradient for record b is a product ``left[b]^T right[b]`` over its positions. For a linear layer the
+factors are output gradients and inputs, for an embedding one-hot rows and output gradients. The product is formed for
+each record by itself (book-keeping, Bu et al. 2023), so that what is measured and what is added are the same numbers.
 
 Shape suffixes: B records, T positions, M rows and N columns of the weight.
 """
@@ -20,7 +20,7 @@ class Whole:
     """Whole numbers that stand for clipped gradients in units of the sum's grid.
 
     Attributes:
-        squares: squared length of each record's, (B,) float64, exact below 2^51.
+        squares: squared length of each record's numbers, (B,) float64, exact below 2^51.
         total: sum over the records, int32, of the parameter's shape, or its ``rows`` alone; each below 2^31.
         rows: numbers of the rows that ``total`` holds, each any number of times; None: all of them, in order.
     """
@@ -44,11 +44,11 @@ class Dense:
     gradient: torch.Tensor
 
     def squared_norms(self) -> torch.Tensor:
-        """(B,) float64, where no float32 number's square is too small or too large."""
+        """Squared norms, (B,) float64, which holds the square of every float32 number."""
         return _squares(self.gradient.flatten(1))
 
     def without(self, bad_B: torch.Tensor) -> Dense:
-        """Zeros for some records."""
+        """The same with zeros for some records."""
         return Dense(self.gradient.masked_fill(_like(bad_B, self.gradient), 0.0))
 
     def whole(self, factors_B: torch.Tensor) -> Whole:
@@ -86,7 +86,7 @@ class Rows:
         return _squares([block.flatten() for block in self.values.split(rows)])
 
     def without(self, bad_B: torch.Tensor) -> Rows:
-        """Zeros for some records."""
+        """The same with zeros for some records."""
         values = self.values.masked_fill(bad_B[self.record_of][:, None], 0.0)
         return Rows(self.record_of, self.row_of, values, self.records)
 
@@ -101,7 +101,7 @@ class Rows:
         return torch.zeros_like(like, dtype=torch.float32).index_add_(0, self.row_of[own], self.values[own])
 
     def dense(self, rows: int) -> torch.Tensor:
-        """(B, rows, N)."""
+        """The same with all rows, (B, rows, N)."""
         gradient = self.values.new_zeros((self.records, rows, self.values.shape[1]))
         gradient[self.record_of, self.row_of] = self.values
         return gradient
@@ -116,11 +116,11 @@ _LARGE = 64
 
 
 def product(left_BTM: torch.Tensor, right_BTN: torch.Tensor, multiply: Multiply | None) -> Dense:
-    """Of a layer's factors, record by record.
+    """Per-record gradients: the product of a layer's two factors, record by record.
 
     Args:
-        left_BTM: one.
-        right_BTN: the other.
+        left_BTM: the left factor.
+        right_BTN: the right factor.
         multiply: the layer's own product of (M, T) and (N, T), where it has one that is faster for large ones.
     """
     left_BMT, right_BTN = left_BTM.float().transpose(1, 2), right_BTN.float()
@@ -131,7 +131,7 @@ def product(left_BTM: torch.Tensor, right_BTN: torch.Tensor, multiply: Multiply 
 
 
 def rows(ids_BT: torch.Tensor, right_BTN: torch.Tensor) -> Rows:
-    """Of one-hot rows: positions of one record that name the same row are added, in their order."""
+    """Per-record gradients of an embedding: positions of a record that name the same row are added, in order."""
     records, width = len(ids_BT), int(ids_BT.max()) + 1 if ids_BT.numel() else 1
     named = ids_BT + width * torch.arange(records, device=ids_BT.device)[:, None]
     distinct, place = torch.unique(named, return_inverse=True)
@@ -160,7 +160,7 @@ class ByParameter:
         return sum(others, start=first)  # one after the other, in the same order for any number of records
 
     def without(self, bad_B: torch.Tensor) -> ByParameter:
-        """Zeros for some records."""
+        """The same with zeros for some records."""
         return ByParameter({name: gradient.without(bad_B) for name, gradient in self._gradients.items()})
 
     def whole(self, factors_B: torch.Tensor) -> dict[str, Whole]:
@@ -178,13 +178,13 @@ class ByParameter:
 
 
 def _squares(records: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Squared length of each record's numbers, a vector each: one by one, for sums are cut by how many there are."""
+    """Squared length of each record's vector, one by one: how many there are would decide how torch cuts the sum."""
     norms = [torch.linalg.vector_norm(values, dtype=torch.float64) for values in records]
     return torch.stack(norms).square()
 
 
 def _exact_squares(numbers: torch.Tensor) -> torch.Tensor:
-    """Squared length of each first index' whole numbers, float64: the root's rounding is undone."""
+    """Squared length of each record's whole numbers, float64: rounding undoes the error of the square root."""
     squares: torch.Tensor = torch.linalg.vector_norm(numbers.flatten(1).double(), dim=1).square().round()
     return squares
 

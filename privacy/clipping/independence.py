@@ -1,15 +1,16 @@
 """Which units may be computed together: those of one shape, where it is proved that none changes another one's bits.
 
 A library may choose another kernel for another number of rows, and a row's last bits then depend on its neighbours. An
-adapter that was made for it turns last bits into another gradient. So units are computed together only if all that
-decides which instructions run is the same for them (their shape, and how many they are), and if on this machine made-up
-units give the same bits together as each alone; everything else is computed one unit at a time.
+adapter that was made to exploit this turns last bits into another gradient. So units are computed together only if all
+that decides which instructions run is the same for them (their shape, and how many they are), and if on this machine
+made-up units give the same bits together as each alone; everything else is computed one unit at a time.
 
 The order of a kernel's instructions depends on shapes, never on values, which is what lets made-up units speak for
-private ones. But few numbers may tell: an elementwise operation is cut into shares for threads, and the last numbers of
-a share are computed by other code than the rest, which rounds an exponential differently once in a while. So the proof
-also looks at which operations the pass is made of. Only those are let through that work row by row or round each number
-correctly, whatever code computes it; others must see one unit at a time, as activations do here.
+private ones. But a difference may show in few numbers alone: an elementwise operation is cut into shares for threads,
+and the last numbers of a share are computed by other code than the rest, which rounds an exponential differently once
+in a while. So the proof also looks at which operations the pass is made of. Only those are let through that work row by
+row or round each number correctly, whatever code computes it; others must see one unit at a time, as activations do
+here.
 """
 
 from collections import defaultdict
@@ -39,7 +40,7 @@ rsqrt scalar_tensor select select_backward slice slice_backward split split_with
 threshold_backward transpose unbind unsqueeze view where zeros zeros_like
 """
 _BY_ROW = {*(f"aten.{name}" for name in _NAMES.split()), "mkldnn._linear_pointwise"}
-# By model, for as long as it lives: a silo proves once what all its charges need.
+# Proofs by model, kept for as long as it lives: a silo proves once what all its charges need.
 _PROVED: MutableMapping[Any, dict[Hashable, bool]] = WeakKeyDictionary()
 
 
@@ -50,7 +51,7 @@ class Together(Generic[Unit]):
         clipper: of the model.
         unit_losses: losses of units of one shape, shape (B,).
         shape_of: everything about a unit that decides the shape of its computation.
-        made_up: so many made-up units of a shape, all different.
+        made_up: gives so many made-up units of a shape, all different.
         micro_batch_size: most units at once; changes no bit of the result.
     """
 
@@ -89,7 +90,7 @@ class Together(Generic[Unit]):
         return self._proved[key]
 
     def _same_bits(self, shape: Hashable, size: int, scale: float) -> bool:
-        """Whether made-up units have the same bits together as alone. What shows nothing proves nothing."""
+        """Whether made-up units have the same bits together as alone. Gradients of zero alone prove nothing."""
         units = self._made_up(shape, size)
         if any(self._shape_of(unit) != shape for unit in units):
             return False
@@ -109,7 +110,7 @@ class Together(Generic[Unit]):
         )
 
     def _gradients(self, units: Sequence[Unit]) -> list[dict[str, torch.Tensor]]:
-        """Of each unit: its gradient by parameter, and under no parameter's name its squared norm."""
+        """Each unit's gradient by parameter and, under the empty name, which no parameter has, its squared norm."""
         found = self._clipper.source.per_record(lambda: self._unit_losses(units), len(units))
         squares_B = found.squared_norms()
         return [{**found.of(record, self._clipper.parameters), "": squares_B[record]} for record in range(len(units))]

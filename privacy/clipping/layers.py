@@ -15,7 +15,7 @@ from torch.nn import functional
 from configs.errors import InputError
 from privacy.clipping.gradients import Dense, PerRecord, Rows, product, rows
 
-_CONV1D, _ONEDNN = "Conv1D", "OneDnnLinear"  # of transformers, of trainer.pretraining.onednn
+_CONV1D, _ONEDNN = "Conv1D", "OneDnnLinear"  # classes of transformers and of trainer.pretraining.onednn
 # (layer, input, output gradient, own parameters that train) -> (own parameter, what this call adds to its gradients)
 Rule = Callable[[Any, torch.Tensor, torch.Tensor, Collection[str]], Iterator[tuple[str, PerRecord]]]
 

@@ -12,7 +12,7 @@ _MOST_KEPT = 2**30  # bytes
 def keep_freed_memory() -> None:
     """Has glibc keep what one step frees for the next one, as long as the process lives; elsewhere nothing.
 
-    By itself it gives large blocks back, and each step pays for new pages, which the system fills with zeros. What a
+    By itself glibc gives large blocks back, and each step pays for new pages, which the system fills with zeros. What a
     private step holds beside a plain one, the factors of the per-record gradients, is all of that size.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,7 +1,7 @@
 """Opacus' own ways to per-record gradients, behind the same interface as book-keeping.
 
-Slower or hungrier on our models, and the oracle that book-keeping is tested against. Ghost clipping is not among them:
-it never forms a record's gradient, and so nobody could look at what is added.
+They are slower or take more memory on our models, and are the oracle that book-keeping is tested against. Ghost
+clipping is not among them: it never forms a record's gradient, and so nobody could look at what is added.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def _compare(clipper: Clipper, alone: list[Gradients], found: list[Gradients], s
     tolerance = _TOLERANCE if exact else _TOLERANCE_BF16
     for name in clipper.parameters:
         expected, given = (torch.stack([record[name] for record in records]) for records in (alone, found))
-        # Beside the whole gradient, which is what is clipped: one that cancels to nothing is all rounding.
+        # Relative to the whole gradient, which is what is clipped: a parameter's gradient that cancels to nothing is
+        # all rounding.
         scale = torch.maximum(expected.norm(), _SMALL_SHARE * norms_B.norm())
         _check(f"parameter {name}", (given - expected).norm() / scale, tolerance)
     _check("the norms over all parameters", (squares_B.sqrt() - norms_B).norm() / norms_B.norm(), tolerance)
@@ -84,7 +85,7 @@ def _check(what: str, error: torch.Tensor, tolerance: float) -> None:
 
 @contextmanager
 def _moved(clipper: Clipper) -> Iterator[None]:
-    """Trainable weights a little away from where they are."""
+    """Moves the trainable weights a little, for as long as the context lasts."""
     before = {name: value.detach().clone() for name, value in clipper.parameters.items()}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -102,7 +103,7 @@ def _moved(clipper: Clipper) -> Iterator[None]:
 
 @contextmanager
 def _same_buffers(model: Any) -> Iterator[None]:
-    """Whatever a forward pass leaves in a buffer (running statistics) would be released without noise."""
+    """Refuses a forward pass that changes a buffer: running statistics would be released without noise."""
     before = {name: value.clone() for name, value in model.named_buffers()}
     yield
     for name, value in model.named_buffers():

@@ -54,7 +54,8 @@ class Anchor:
         Args:
             path: the ledger, for the message.
             owner: its silo, dataset and public key.
-            history: reads the entries; called after the anchor is read: a silo at work is never ahead of itself.
+            history: reads the entries; called after the anchor is read, so that the anchor of a silo at work is never
+                newer than what it gives.
             expected: whether there has to be an anchor.
         """
         try:
@@ -65,7 +66,7 @@ class Anchor:
             return f"{self.path}: the anchor is missing" if expected else None
         first = receipts[0]
         if any((receipt.silo, receipt.dataset) != owner[:2] for receipt in receipts):
-            return f"{self.path}: the anchor of silo {first.silo!r} and dataset {first.dataset!r}"
+            return f"{self.path}: is the anchor of silo {first.silo!r} and dataset {first.dataset!r}"
         if first.public_key != owner[2]:
             return f"{self.path}: the anchor was signed with another key than {path} is"
         present = history()
@@ -93,7 +94,7 @@ def against(receipt: Receipt, history: History) -> str | None:
 
 
 def missing(receipt: Receipt, history: History) -> list[Spend]:
-    """What a receipt proves to be spent, and the entries don't charge.
+    """The spends that a receipt proves and that the entries don't charge.
 
     A head that is not in the chain is one of another branch. A run that was reserved before the two parted and charged
     since may have released one round in both: its reservation counts once more, under a name of its own.

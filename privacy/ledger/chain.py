@@ -38,7 +38,7 @@ class History:
 
     @classmethod
     def of(cls, entries: list[Entry]) -> "History":
-        """That of some entries."""
+        """The history that these entries make."""
         return cls(entries, [json.loads(entry["body"]) for entry in entries])
 
     @property
@@ -71,7 +71,7 @@ class Reader:
         self._known = History([], [])
 
     def read(self) -> History:
-        """The entries that are there now. Nobody may change what the bodies say."""
+        """The entries that are there now. Callers share the bodies, and must not change them."""
         with self._lock:
             known, last = self._known, self._known.entries[-1:]
             found = read_entries(self._connection, last[0]["number"] if last else 1)

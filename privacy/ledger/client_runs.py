@@ -1,8 +1,9 @@
 """What a silo's ledger says of a run with clients as units: that updates left it without noise of its own.
 
 Such a run spends nothing of the silo's budget, which is about records, and gives no guarantee against the aggregator,
-who sees the updates. So that the steward can see it afterwards, the silo signs, beside what it spends: ``entrust``, the
-plan that it took part in, and ``unnoised``, one for each update, before the first byte of it is sent.
+who sees the updates. So that the steward can see it afterwards, the silo signs two more kinds of entries beside those
+of what it spends: ``entrust``, with the plan that it took part in, and ``unnoised``, one for each update, before the
+first byte of it is sent.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ def entrust(journal: Journal, run_id: str, plan: PlanTerms, aggregator: str, lim
     Args:
         journal: the silo's.
         run_id: the run.
-        plan: with clients as units.
+        plan: the run's, with clients as units.
         aggregator: the public key of whoever gets the updates, and whose run it is.
         limits: of the policy.
 

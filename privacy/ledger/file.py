@@ -23,8 +23,8 @@ from configs.storage.sealing import (
 )
 from privacy.ledger.chain import Entry, read_entries
 
-# The same tables. Version 2 has an anchor, and may hold entries that tell of it; in version 3 a run's name is its
-# coordinator's own, and so two runs may have one name.
+# All versions have the same tables. Version 2 has an anchor, and may hold entries that tell of it; in version 3 a run's
+# name is its coordinator's own, and so two runs may have one name.
 UNANCHORED, ANCHORED, OWNED = 1, 2, 3
 SCHEMA_VERSION = OWNED
 LOCK_TIMEOUT_S = 60

@@ -120,18 +120,18 @@ class Journal:
         opening = find(self.bodies(), "open")
         if opening is not None and (opening["silo"], opening["dataset"]) != (self.silo_id, self.dataset_id):
             raise InputError(
-                f"{self.path}: the ledger of silo {opening['silo']!r} and dataset {opening['dataset']!r}, not of "
+                f"{self.path}: is the ledger of silo {opening['silo']!r} and dataset {opening['dataset']!r}, not of "
                 f"{self.silo_id!r} and {self.dataset_id!r}; give each dataset a state_dir of its own"
             )
         for receipt in self.anchored()[0]:
             if not self.is_own(receipt):
                 raise InputError(
-                    f"{self.anchor.path}: the anchor of silo {receipt.silo!r} and dataset {receipt.dataset!r}; give "
+                    f"{self.anchor.path}: is the anchor of silo {receipt.silo!r} and dataset {receipt.dataset!r}; give "
                     "each dataset an anchor_dir of its own"
                 )
 
     def bind(self, budget: Budget) -> None:
-        """Opens the chain for its silo and dataset; a changed policy is an entry."""
+        """Opens the chain for its silo and dataset, and records a changed policy as an entry."""
         bodies = self.bodies()
         if not bodies:
             key = self.signer.public_key
@@ -187,7 +187,7 @@ class Journal:
         return self.anchor.doubt(self.path, owner, self.history, expected=version_of(self.db) >= ANCHORED)
 
     def refuse_doubt(self) -> None:
-        """Raises a PolicyRefusal where anchor and file disagree. Its words name no place: they leave the silo."""
+        """Raises a PolicyRefusal where anchor and file disagree. Its words leave the silo, so they name no path."""
         if self.doubt() is not None:
             raise PolicyRefusal.of(
                 "rollback", "a request", "none", f"the silo's ledger is in doubt; its steward runs {RECONCILE}"
@@ -217,7 +217,7 @@ class Journal:
                 self.refuse_doubt()
 
     def move_anchor(self) -> None:
-        """Anchors the present head. Under the file's lock, so that an anchor never goes back."""
+        """Anchors the present head, under the file's lock, so that a newer anchor is never replaced by an older one."""
         with self.locked():
             self.refuse_doubt()
             self.write_anchor()
@@ -231,7 +231,7 @@ class Journal:
             set_version(self.db, SCHEMA_VERSION)
 
     def anchored(self) -> tuple[list[Receipt], str]:
-        """The anchor's receipts, and whether it is "sound", "missing" or "damaged": then it proves nothing."""
+        """The anchor's receipts, and whether it is "sound", "missing" or "damaged"; a damaged one proves nothing."""
         try:
             found = self.anchor.read()
         except InputError:
@@ -265,6 +265,6 @@ class Journal:
 
 
 def default_anchor_dir(state_dir: Path) -> Path:
-    """Beside the state directory, never in it: a backup of the one that is put back leaves the other alone."""
+    """The anchor's folder, beside the state directory: a backup of the latter that is put back leaves it alone."""
     place = state_dir.absolute()
     return place.with_name(f"{place.name}.anchor")

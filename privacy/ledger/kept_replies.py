@@ -12,11 +12,11 @@ from configs.errors import PolicyRefusal
 from privacy.ledger.runs import Body, Run
 
 LEAST_KEPT = 4  # two rounds, each with its evaluation
-KEPT_BYTES = 2**30  # of a run's replies, the least that are kept among them
+KEPT_BYTES = 2**30  # bytes of a run's replies, the LEAST_KEPT newest among them
 
 
 def too_old(run: Run, bodies: Iterable[Body]) -> list[int]:
-    """The charges of a run whose replies go, by its releases: what was released last is newest."""
+    """The charges of a run whose stored replies are deleted. The reply that was released last is the newest."""
     charges = {body["number"] for body in run.charges}
     releases = [body for body in bodies if body["kind"] == "release" and body["charge"] in charges]
     found, size_bytes = [], 0

@@ -117,13 +117,13 @@ class Ledger:
         return None if run is None else run.opening
 
     def bind(self, budget: Budget) -> None:
-        """Takes in the policy's budget as it is now; a changed one is an entry."""
+        """Takes in the policy's budget as it is now, and records a changed one as an entry."""
         if policy_budget(self.journal.bodies()) == budget:
             return
         with self.journal.transaction():
             self.journal.bind(budget)
 
-    def check_room(self, run_id: str, request: PlanTerms, limits: Limits, coordinator: str = "") -> None:
+    def check_room(self, run_id: str, terms: PlanTerms, limits: Limits, coordinator: str = "") -> None:
         """Refuses a new run that would be refused whatever its epsilon is, before that is computed.
 
         Raises:
@@ -131,7 +131,7 @@ class Ledger:
         """
         bodies = self.journal.bodies()
         if Runs(bodies).of(run_id, coordinator) is None:
-            _check_new(bodies, request, 0.0, limits, coordinator)
+            _check_new(bodies, terms, 0.0, limits, coordinator)
 
     def reserve(self, run_id: str, plan: PrivacyPlan, limits: Limits = NO_LIMITS, coordinator: str = "") -> Receipt:
         """Commits a run's whole schedule. The same run and plan again change nothing.
@@ -146,28 +146,28 @@ class Ledger:
             PolicyRefusal: the run reserved another plan before, the ledger is of another unit, or more is asked for
                 than is left, or for today.
         """
-        request = plan.terms
-        epsilon = request.epsilon  # which may take seconds: before the file is locked
+        terms = plan.terms
+        epsilon = terms.epsilon  # may take seconds, so it is computed before the file is locked
         with self.journal.transaction():
             bodies = self.journal.bodies()
             before = Runs(bodies).of(run_id, coordinator)
             if before is None:
-                _check_new(bodies, request, epsilon, limits, coordinator)
+                _check_new(bodies, terms, epsilon, limits, coordinator)
                 self.journal.append(
                     "reserve",
                     run=run_id,
                     **named(coordinator),
-                    plan=request.model_dump(),
-                    plan_digest=request.digest,
+                    plan=terms.model_dump(),
+                    plan_digest=terms.digest,
                     public_record_count=plan.public_record_count,
                     epsilon=epsilon,
-                    delta=request.delta,
+                    delta=terms.delta,
                 )
             elif before.opening["kind"] != "reserve":
                 raise PolicyRefusal.of("reservation", run_id, "another run", f"run {run_id} was entrusted with updates")
-            elif before.opening["plan_digest"] != request.digest:
+            elif before.opening["plan_digest"] != terms.digest:
                 reserved = before.opening["plan_digest"]
-                raise PolicyRefusal.of("reservation", request.digest, reserved, f"run {run_id} reserved another plan")
+                raise PolicyRefusal.of("reservation", terms.digest, reserved, f"run {run_id} reserved another plan")
         return self.receipt(run_id, coordinator)
 
     def charge(
@@ -184,8 +184,8 @@ class Ledger:
             coordinator: who asks; see ``reserve``.
 
         Raises:
-            PolicyRefusal: no reservation of this coordinator's, closed, used id or round with another content, or no
-                such round in the plan.
+            PolicyRefusal: this coordinator's run has no reservation or is closed, the id or the round was used with
+                another content, or the plan has no such round.
         """
         what = _what(number, metric)
         with self.journal.transaction():
@@ -313,11 +313,11 @@ def _reserved(bodies: list[dict[str, Any]], run_id: str, coordinator: str) -> Ru
 
 
 def _check_new(
-    bodies: list[dict[str, Any]], request: PlanTerms, epsilon: float, limits: Limits, coordinator: str
+    bodies: list[dict[str, Any]], terms: PlanTerms, epsilon: float, limits: Limits, coordinator: str
 ) -> None:
-    check_unit(bodies, request.unit)
+    check_unit(bodies, terms.unit)
     check_runs(bodies, coordinator, limits)
-    check_spend(bodies, coordinator, epsilon, request.delta, limits)
+    check_spend(bodies, coordinator, epsilon, terms.delta, limits)
 
 
 def _what(number: int, metric: str) -> dict[str, Any]:

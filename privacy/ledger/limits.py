@@ -1,4 +1,4 @@
-"""What a new run has to fit into: the dataset's budget, a day, a coordinator's share; by the ledger's entries alone."""
+"""What a new run has to fit into: the dataset's budget, a day, a coordinator's share, all by the ledger's entries."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +15,12 @@ LARGEST_SHARE = 1000  # of them, for one coordinator
 
 @dataclass(frozen=True)
 class Limits:
-    """What the policy in force allows beside the budget; None: any.
+    """What the policy in force allows beside the budget; None is no limit.
 
     Attributes:
-        epsilon_per_day: of all reservations of 24 hours.
-        runs_per_day: that one coordinator opens in 24 hours.
-        open_runs: of one coordinator.
+        epsilon_per_day: the epsilon of all reservations within 24 hours.
+        runs_per_day: the runs that one coordinator opens within 24 hours.
+        open_runs: the open runs of one coordinator.
     """
 
     epsilon_per_day: float | None = None
@@ -59,12 +59,12 @@ def check_spend(bodies: list[dict[str, Any]], coordinator: str, epsilon: float, 
     Args:
         bodies: the ledger's entries.
         coordinator: who asks.
-        epsilon: of the run; 0 before it is known refuses what would be refused whatever it is.
+        epsilon: of the run; 0 before it is known, which refuses a run that would be refused at any epsilon.
         delta: of the run.
         limits: of the policy.
 
     Raises:
-        PolicyRefusal: one of them has none.
+        PolicyRefusal: one of them has no room.
     """
     _check_left(left(bodies), epsilon, delta)
     _check_number(bodies, coordinator)
@@ -72,7 +72,7 @@ def check_spend(bodies: list[dict[str, Any]], coordinator: str, epsilon: float, 
 
 
 def check_unit(bodies: list[dict[str, Any]], unit: str) -> None:
-    """A ledger's sum is the spend of one unit: what records and clients spend has no sum."""
+    """A ledger is about one kind of unit: what is spent on records and on clients doesn't add up."""
     units = {body["plan"].get("unit", "record") for body in bodies if body["kind"] == "reserve"}
     if units - {unit}:
         raise PolicyRefusal.of("unit", unit, ", ".join(units), "this ledger is of another unit")

@@ -1,8 +1,8 @@
 """Takes what receipts prove was spent into a ledger that was put back, so that it may be used again.
 
 What is lost is known from two sides: the anchor, which is the silo's own last receipt, and the receipts that
-coordinators hold. Every spend in them that the file doesn't know is charged, once; and once more every reservation
-whose run may have released rounds both in the file and in the branch that is lost. Lost charges can't be told from
+coordinators hold. Every spend in them that the file doesn't know is charged, once. Every reservation whose run may have
+released rounds both in the file and in the branch that is lost is charged once more. Lost charges can't be told from
 charges that never were: so every run that is open is closed, and nothing can be asked for again under its reservation.
 """
 

@@ -58,7 +58,7 @@ class _State:
     opened: bool = False
 
     def repeats(self, body: Body) -> bool:
-        """Whether the run is there that an entry opens."""
+        """Whether the run that an entry opens is there already."""
         return self.runs.of(body["run"], coordinator_of(body)) is not None
 
     def open(self, body: Body) -> int:
@@ -107,7 +107,7 @@ def _bound(plan: PlanTerms, public_record_count: int) -> PrivacyPlan:
 
 
 def _overspent(bodies: list[Body]) -> str:
-    """Only a new reservation has to fit: a policy may be lowered, and a reconciliation charge more than is left."""
+    """Only a new reservation has to fit: a policy may be lowered, and a reconciliation may charge more than is left."""
     remaining = left(bodies)
     if remaining.epsilon < -_TOLERANCE * bodies[-1]["epsilon"] or remaining.delta < -_TOLERANCE * bodies[-1]["delta"]:
         return f"reserves more than was left: epsilon {remaining.epsilon:.4g} and delta {remaining.delta:.3g} after it"

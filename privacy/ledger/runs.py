@@ -1,7 +1,7 @@
 """The runs of a ledger: whose each is, what it has charged, and how it ended.
 
 A run belongs to the coordinator that opened it: the same name under another coordinator is another run, so that nobody
-can continue, close or block what is another's. Entries of before version 3 name no coordinator. Such a run belongs to
+can continue, close or block what is another's. Entries from before version 3 name no coordinator. Such a run belongs to
 the first that charges or closes it under version 3. In a ledger that only its owner asks (an aggregator's, an audit's)
 no entry names one.
 """
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def end(self) -> str:
-        """How it ended, in words for whoever goes on asking."""
+        """How it ended, in words for a coordinator that still asks."""
         how = "was stopped by the silo's steward" if self.stopped else "is closed"
         return f"run {self.name} {how}"
 
@@ -82,7 +82,7 @@ class Runs:
         return self._by_key.get((coordinator, name)) or self._by_key.get(("", name))
 
     def open(self) -> list[Run]:
-        """Those that are not closed."""
+        """The runs that are not closed."""
         return [run for run in self._all if run.closing is None]
 
     def add(self, body: Body) -> Run | None:

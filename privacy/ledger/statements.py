@@ -79,7 +79,8 @@ class Receipt(Signed):
         number: the newest entry.
         head: hash of that entry.
         epoch: how often the ledger has been reconciled.
-        plan_digest: of the plan that the run reserved; empty where it has not, as the next three are zero.
+        plan_digest: of the plan that the run reserved; empty where it has reserved none, and then the next three are
+            zero.
         public_record_count: what the steward declared then.
         epsilon_reserved: of the run.
         delta_reserved: of the run.
@@ -135,7 +136,7 @@ class RunStatement(Signed):
 
 
 class AuditedScore(BaseModel):
-    """How often one way of looking guessed right; see ``privacy.audit.Finding``."""
+    """How often one way of looking guessed right; see ``privacy.audit.bound.Finding``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

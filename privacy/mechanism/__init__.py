@@ -1,1 +1,1 @@
-"""What a guarantee rests on at run time: streams, sampling, noise; by record (dp_sgd) and by client (client_sum)."""
+"""What a guarantee rests on at run time: random streams, sampling, noise, and the sums over records or clients."""

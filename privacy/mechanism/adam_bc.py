@@ -1,8 +1,8 @@
 """Adam whose second moment is freed of the noise's share (Tang, Shpilevskiy, Lécuyer 2023, "DP-AdamBC").
 
 Noise of variance v in every gradient adds v to Adam's second moment, and where gradients are small it is all that is
-there: steps then have the size of noise over noise. The variance is public, and so can be taken off again. Works on
-noised values only.
+there: steps then have the size of noise over noise. The variance is public, and so it can be subtracted. All this works
+on noised values only.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,7 +1,8 @@
 """The sum of clients' clipped updates, exact, and its release: noise on the sum, then a constant divisor.
 
 One client moves the sum by C at most, whatever it sends: its update is clipped here, in float64, whether it was clipped
-before or not; what is not finite is nothing; and nobody counts twice. Rounding never makes a vector longer.
+before or not; an update with a value that is not finite counts as zeros; and no client counts twice. Rounding never
+makes a vector longer.
 """
 
 import math
@@ -32,7 +33,7 @@ def clipped(update: Mapping[str, npt.NDArray[np.float32]], max_norm: float) -> V
 
 
 class ClippedSum:
-    """Folds the clients' updates of one round; their order doesn't matter, and of each client its name is kept.
+    """Folds the clients' updates of one round in any order; all that is kept of each client is its name.
 
     Args:
         template: the arrays that are trained.

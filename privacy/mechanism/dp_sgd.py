@@ -37,7 +37,7 @@ class PrivateTraining(Generic[Unit]):
         optimizer: any torch optimizer over the trainable parameters.
         unit_losses: loss of each unit, shape (B,), each a function of that unit alone; the units are of one shape.
         shape_of: everything about a unit that decides the shape of its computation: its padded length, for instance.
-        made_up: so many made-up units of a shape, all different, to prove that they may be computed together.
+        made_up: gives so many made-up units of a shape, all different, to prove that they may be computed together.
         synthetic: made-up units of several shapes for the start-up proof that per-record gradients are right.
         micro_batch_size: most units at once, for memory and speed; changes no bit of the result.
         method: how per-record gradients are formed.
@@ -121,7 +121,8 @@ class PrivateTraining(Generic[Unit]):
         count = noised(torch.tensor([below]), self.plan.count_noise_std, streams, step, "").item()
         share = 0.5 + count / self.plan.expected_batch_size
         farther = -_NORM_RATE * (share - self.plan.terms.target_quantile)
-        # Of a tiny expected batch the noised share has no bound, and exp has; what this cuts off is cut off below, too.
+        # With a tiny expected batch the noised share may be of any size, and exp would overflow; what min cuts off here
+        # is beyond the bounds below, too.
         moved = self.max_grad_norm * math.exp(min(farther, 2 * math.log(_FARTHEST_NORM)))
         start = self.plan.terms.max_grad_norm
         lowest, highest = max(start / _FARTHEST_NORM, SMALLEST_NORM), min(start * _FARTHEST_NORM, LARGEST_NORM)
@@ -130,7 +131,7 @@ class PrivateTraining(Generic[Unit]):
 
 @contextmanager
 def _seeded(streams: Streams, step: int) -> Iterator[None]:
-    """Chance in a forward pass, if any, is the same when a request is repeated: the same noise covers the same sum."""
+    """Seeds torch: a repeated request sees the same chance in its forward passes, so its noise covers the same sum."""
     with torch.random.fork_rng():
         torch.manual_seed(int(streams.generator("torch", step).integers(2**63)))
         yield

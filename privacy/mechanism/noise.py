@@ -16,7 +16,7 @@ import torch
 from privacy.mechanism.streams import Streams
 
 _GRID_BITS = 20
-_BLOCK = 2**16  # elements with a stream of their own: small enough for the cache, and threads share the blocks
+_BLOCK = 2**16  # elements per stream: a block that fits the processor's cache; threads share the blocks out
 _TILE = 2**13
 
 

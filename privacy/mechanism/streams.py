@@ -32,7 +32,7 @@ class Streams:
 
 
 def injected_seeds(secret: bytes | None, owner: str) -> Callable[[str], bytes] | None:
-    """For tests: a seed for each request's digest from a secret that is known; None draws from the operating system."""
+    """For tests: makes each request's seed from its digest and a known secret; None draws from the operating system."""
     if secret is None:
         return None
     return lambda digest: hmac.digest(secret, f"{owner}/{digest}".encode(), "sha256")[:SEED_BYTES]

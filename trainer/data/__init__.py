@@ -1,1 +1,1 @@
-"""Sources, cleaning, tokenizer and packed token files."""
+"""From sources to packed token files: reading, cleaning, de-identification, tokenizer, packing, order."""

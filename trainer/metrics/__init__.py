@@ -1,1 +1,1 @@
-"""Figures of a model on records; one file a kind."""
+"""Measures of a model on records: one file per metric."""

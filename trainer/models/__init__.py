@@ -1,1 +1,1 @@
-"""One file a family; load; LoRA adapters."""
+"""Model families (one file each), their loading, and LoRA adapters."""

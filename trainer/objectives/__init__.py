@@ -1,1 +1,1 @@
-"""What pretraining minimises; one file an objective."""
+"""What pretraining minimises: one file per objective."""

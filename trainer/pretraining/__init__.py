@@ -1,1 +1,1 @@
-"""One rank's loop and all that it needs of DeepSpeed."""
+"""The training loop of one rank, and all that it needs of DeepSpeed."""

@@ -1,1 +1,1 @@
-"""What a record is to the model; one file a task."""
+"""What a record is to the model: one file per task."""

@@ -1,1 +1,1 @@
-"""Checks that a relay's user can read, change and stop nothing of a silo's."""
+"""Checks that a relay's user can neither read what a silo keeps nor change what it keeps or runs."""

@@ -60,7 +60,7 @@ class Account:
         group, others = status.st_mode >> 3 & 7, status.st_mode & 7
         if not (group | others) & wanted:
             return False
-        if _has_access_list(path):  # its mask, the most that anybody named in it has, is where the group's bits were
+        if _has_access_list(path):  # the group's bits are then its mask: the most that it gives anybody
             return True
         return bool((group if status.st_gid in self.gids else others) & wanted)
 

@@ -13,11 +13,11 @@ from configs.errors import InputError
 from configs.storage.files import unreadable
 from federated.deployment.separation.account import ENTER, READ, WRITE, Account, is_sticky
 
-_MOST_LINKS = 40  # as the system follows
+_MOST_LINKS = 40  # links on one path: as many as the system follows
 
 
 class Reach:
-    """What a relay's user can do to files. Whatever it should not is an InputError, which names it."""
+    """What a relay's user can do to files. What it must not be able to do is an InputError, which names the file."""
 
     def __init__(self, relay: Account) -> None:
         self._relay = relay
@@ -25,7 +25,7 @@ class Reach:
         self._seen: set[tuple[Path, bool]] = set()
 
     def check(self, what: str, path: Path, *, secret: bool) -> None:
-        """Refuses a relay that can change a file or folder, what is in it, or the way to it; with secret: read it.
+        """Refuses a relay that can change a file or folder, what is in it, or the way to it; or can read a secret one.
 
         Args:
             what: for the message.
@@ -115,11 +115,11 @@ class Reach:
                     self.check(what, Path(entry.path), secret=secret)
                 elif entry.is_dir(follow_symlinks=False):
                     self._check_tree(what, Path(entry.path), secret=secret)
-                else:  # an installation has a hundred thousand
+                else:  # the short way: an installation has a hundred thousand files
                     self._check_entry(what, entry.path, entry.stat(follow_symlinks=False), secret=secret)
 
     def _check_entry(self, what: str, path: str | Path, status: os.stat_result, *, secret: bool = False) -> None:
-        """A file, or a folder by itself. A folder may be entered where the files in it are closed, but not listed."""
+        """Checks a file, or a folder by itself: one may be entered where the files in it are closed, but not listed."""
         if self._relay.uid == status.st_uid:
             self._refuse(what, Path(path), "change the mode of")
         if self._relay.is_given(path, status, WRITE):

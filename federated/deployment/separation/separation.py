@@ -17,7 +17,7 @@ from federated.deployment.separation.reach import Reach
 from privacy.ledger.journal import default_anchor_dir
 
 _PACKAGES = ("configs", "trainer", "privacy", "federated", "cluster", "siloweave")
-# By these the system finds libraries before all others; between their parts is one of these characters.
+# Variables by which the system finds libraries before all others, and the characters that separate their parts.
 _LIBRARIES = {"LD_LIBRARY_PATH": "[:;]", "LD_PRELOAD": "[: ]", "LD_AUDIT": ":"}
 
 
@@ -97,10 +97,10 @@ def _copies() -> list[Path]:
 
 
 def _check_code(reach: Reach) -> None:
-    """All that the service may import, and what it is run by; the standard library and what is installed file by file.
+    """Checks all that the service may import, and what it is run by.
 
-    Of other folders that code is looked for in, such as the current one, what is right in them, and what is in those
-    whose names an import may have.
+    The standard library and what is installed are checked file by file. Of other folders that code is looked for in,
+    such as the current one, what is right in them is checked, and what is in those whose names an import may have.
     """
     what = "the installed code"
     reach.check(what, Path(sys.executable), secret=False)
@@ -125,9 +125,9 @@ def _libraries() -> Iterator[tuple[str, Path]]:
     for name, between in _LIBRARIES.items():
         value = os.environ.get(name, "")
         if "$" in value:
-            raise InputError(f"{name}: is {value!r}, and what $ stands for is the system's; give folders in full")
+            raise InputError(f"{name}: is {value!r}, and the system replaces what begins with $; give folders in full")
         for part in re.split(between, value) if value else ():
-            if "/" in part or name == "LD_LIBRARY_PATH":  # others without one are looked for where that says
+            if "/" in part or name == "LD_LIBRARY_PATH":  # a name without / is looked for in LD_LIBRARY_PATH
                 yield name, Path(part)  # empty: the current folder
 
 
