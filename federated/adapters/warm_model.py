@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from configs.schema.schema import RunConfig
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen
-from trainer.models.adapters import add_adapter, load_adapter_weights, trainable
+from trainer.models.adapters import adapter_weights, add_adapter, load_adapter_weights, trainable
 from trainer.models.load import load_model
 from trainer.pretraining.onednn import fastest_products, use_onednn
 
@@ -40,6 +41,14 @@ def warm_model(
     if onednn and fastest_products().onednn:
         use_onednn(model)
     return model
+
+
+def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
+    """The adapter before the first round: A at random from the run's seed, B zero."""
+    federated = config.federated
+    base = load_model(base_model, load_key(config.run.encryption_key_file))
+    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, config.run.seed)
+    return {name: weight.numpy() for name, weight in adapter_weights(model).items()}
 
 
 def put_on(model: Any, adapter: Arrays) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen_digest
+from federated.adapters.warm_model import initial_adapter
 from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
 from federated.coordinator import round_commits as commits
 from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange
@@ -63,7 +64,7 @@ class Coordinator:
     exchange: SiloExchange = field(init=False)
     plan: PlanTerms = field(init=False)
     base: Manifest = field(init=False)
-    accounts: SiloRecords = field(init=False)
+    silo_records: SiloRecords = field(init=False)
     aggregator: TrustedAggregator | None = field(init=False)
     reserved: set[str] = field(default_factory=set)
     released: dict[str, str] = field(default_factory=dict)
@@ -74,8 +75,10 @@ class Coordinator:
         check_size(self.config.federated, self.parties.num_silos)
         run = open_run(self.directory, self.config.federated.run_lifetime_h)
         self.plan = plan_terms(self.config)
-        self.accounts = SiloRecords(run.id, self.plan, signed=self.certify)
-        self.exchange = SiloExchange(self.grid, run, self.parties, self.config.federated, self.log, self.accounts.held)
+        self.silo_records = SiloRecords(run.id, self.plan, signed=self.certify)
+        self.exchange = SiloExchange(
+            self.grid, run, self.parties, self.config.federated, self.log, self.silo_records.held
+        )
         self.base = require_manifest(self.base_model, "model", "export")
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
 
@@ -94,9 +97,9 @@ class Coordinator:
             start = commits.Round(0, to_bytes(initial_adapter()), {})
             commit = commits.save(self.directory, digest, start, run_id, key)
         self.digests = commits.digests(self.directory, commit, key)
-        self.accounts.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
+        self.silo_records.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
         place, stated = commits.closing(self.directory, digest, run_id, lambda line: say(message=line))
-        self.accounts.restore(stated, str(place))
+        self.silo_records.restore(stated, str(place))
         self._meet(self.parties.num_silos, commit.round_number)
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
@@ -114,10 +117,10 @@ class Coordinator:
                 answered=answered,
                 bytes=self.exchange.bytes_moved,
                 seconds=time.perf_counter() - began,
-                epsilon_left=self.accounts.epsilon_left(),
+                epsilon_left=self.silo_records.epsilon_left(),
             )
             state = to_bytes(self.server_state) if self.server_state else b""
-            silos, content = self.accounts.silos, to_bytes(adapter)
+            silos, content = self.silo_records.silos, to_bytes(adapter)
             done = commits.Round(round_number, content, silos, state, self.released, self.digests)
             commits.save(self.directory, digest, done, run_id, key)
             self.digests = (*self.digests, done.digests)
@@ -137,7 +140,7 @@ class Coordinator:
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
             reserved = {AGGREGATOR: self.aggregator.close()}
         else:
-            reserved = self.accounts.for_certificate(model.contributors())
+            reserved = self.silo_records.for_certificate(model.contributors())
         document = certificate(self.exchange.run.id, self.plan, reserved, model)
         write_atomic(self.directory / CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
         return document
@@ -162,7 +165,7 @@ class Coordinator:
         """
         fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
         self._wait_for_silos(number, fewest)
-        self.exchange.meet(self.accounts.describe, self._patience_s)
+        self.exchange.meet(self.silo_records.describe, self._patience_s)
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
         bodies = Bodies(
@@ -184,12 +187,12 @@ class Coordinator:
         return min(federated.round_timeout_s, LONGEST_QUERY_S) if enough else federated.round_timeout_s
 
     def _take_reservation(self, answer: Answer) -> None:
-        self.accounts.take_receipt(answer.silo, answer.reply.reserved.receipt)
+        self.silo_records.take_receipt(answer.silo, answer.reply.reserved.receipt)
         self.reserved.add(answer.silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
         federated, clients = self.config.federated, self.aggregator.plan if self.aggregator else None
-        aggregation = RoundAggregation(federated, adapter, self.server_state, len(self.accounts.silos), clients)
+        aggregation = RoundAggregation(federated, adapter, self.server_state, len(self.silo_records.silos), clients)
         self.released = {}
         if self.aggregator is None:
             answered = self._ask(round_number, aggregation, adapter)
@@ -213,7 +216,7 @@ class Coordinator:
 
         def fold(answer: Answer) -> None:
             trained = answer.reply.trained
-            self.accounts.take_receipt(answer.silo, trained.receipt)  # without a sound one an update is not folded
+            self.silo_records.take_receipt(answer.silo, trained.receipt)  # without a sound one an update is not folded
             aggregation.add(answer.silo, from_bytes(trained.update))
             self.released[answer.silo] = answer.digest
 
@@ -272,7 +275,7 @@ class Coordinator:
         bounds = bounds_of(self.base, self.config.privacy.evaluation_labels)
 
         def take(answer: Answer) -> None:
-            self.accounts.take_receipt(answer.silo, answer.reply.evaluated.receipt)
+            self.silo_records.take_receipt(answer.silo, answer.reply.evaluated.receipt)
             sums[answer.silo] = checked_sums(answer.reply.evaluated.sums, bounds)
 
         bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
@@ -300,12 +303,14 @@ class Coordinator:
 
         def take(answer: Answer) -> None:
             closed, silo = answer.reply.closed, answer.silo
-            self.accounts.take_receipt(silo, closed.receipt)
-            self.accounts.take_statement(silo, closed.statement, released[silo])
+            self.silo_records.take_receipt(silo, closed.receipt)
+            self.silo_records.take_statement(silo, closed.statement, released[silo])
 
         bodies = self._bodies("close", close=pb.Close())
         if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
-            commits.save_closing(self.directory, config_digest(self.config), self.accounts.silos, self.exchange.run.id)
+            commits.save_closing(
+                self.directory, config_digest(self.config), self.silo_records.silos, self.exchange.run.id
+            )
 
 
 def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
@@ -337,14 +342,3 @@ def run_federation(
     coordinator.run(lambda: initial_adapter(config, base_model))
     adapter = save_peft(config, base_model, directory)
     write_card(directory, coordinator.certify_model(adapter) if certify else None)
-
-
-def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
-    """The adapter before the first round: A at random from the run's seed, B zero."""
-    from trainer.models.adapters import adapter_weights, add_adapter
-    from trainer.models.load import load_model
-
-    federated = config.federated
-    base = load_model(base_model, load_key(config.run.encryption_key_file))
-    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, config.run.seed)
-    return {name: weight.numpy() for name, weight in adapter_weights(model).items()}

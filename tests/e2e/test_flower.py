@@ -45,6 +45,7 @@ from configs.schema.schema import RunConfig
 from configs.schema.silo import load_silo
 from configs.storage.manifests import require_manifest
 from federated.adapters.arrays import to_bytes
+from federated.adapters.warm_model import initial_adapter
 from federated.coordinator import rounds
 from federated.coordinator.parties import Parties
 from federated.coordinator.trusted_aggregator import FOLDER
@@ -224,7 +225,7 @@ def training(tiny_run, plan: PlanTerms) -> pb.Train:
         base_model_digest=require_manifest(tiny_run.model, "model", "export").content_digest,
         task="causal",
         adapter_spec=pb.AdapterSpec(rank=config.federated.lora_rank, alpha=config.federated.lora_alpha),
-        adapter=to_bytes(rounds.initial_adapter(config, tiny_run.model)),
+        adapter=to_bytes(initial_adapter(config, tiny_run.model)),
         learning_rate=0.01,
         optimizer="adam",
     )

@@ -166,7 +166,7 @@ def test_no_silo_with_an_update_in_the_model_can_be_left_out(tmp_path):
     del document["silos"]["bad"]
     with pytest.raises(InputError, match=r"has a release of 'bad', which the certificate leaves out"):
         check_certificate(document, "test")
-    del one.accounts.silos["bad"]["receipt"]
+    del one.silo_records.silos["bad"]["receipt"]
     with pytest.raises(SiloweaveError, match="updates of bad and no receipt"):
         one.certify_model(FILES)
 

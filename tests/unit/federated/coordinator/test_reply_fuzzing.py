@@ -57,9 +57,9 @@ def test_ten_thousand_mutated_replies_and_every_round_goes_on(fuzzed, seed):
     made, answered = one._round(1, adapter())
     assert "good" in answered
     assert all(np.isfinite(array).all() for array in made.values())
-    certified = one.accounts.for_certificate(answered)
+    certified = one.silo_records.for_certificate(answered)
     assert all(sound(one, name, silo) for name, silo in certified.items())
-    canonical_json(one.accounts.silos)
+    canonical_json(one.silo_records.silos)
 
 
 def sound(one, name, silo):

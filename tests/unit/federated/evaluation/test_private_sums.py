@@ -11,8 +11,7 @@ from silo_requests import COORDINATOR, TRUSTED, ask
 from configs.schema.silo import SiloConfig
 from federated.adapters.arrays import to_bytes
 from federated.adapters.lora_factors import frozen_digest
-from federated.adapters.warm_model import warm_model
-from federated.coordinator.rounds import initial_adapter
+from federated.adapters.warm_model import initial_adapter, warm_model
 from federated.evaluation.private_sums import Bounds, checked_sums, evaluated, figures, private_sums
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo

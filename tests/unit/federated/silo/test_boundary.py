@@ -15,7 +15,7 @@ from configs.errors import InputError, SiloweaveError
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from federated.adapters.arrays import to_bytes
-from federated.coordinator.rounds import initial_adapter
+from federated.adapters.warm_model import initial_adapter
 from federated.identity.cards import TrustedCoordinator
 from federated.identity.trust import trust
 from federated.protocol import silo_pb2 as pb

@@ -9,8 +9,7 @@ from silo_requests import TRUSTED, ask
 
 from configs.schema.silo import SiloConfig
 from federated.adapters.arrays import from_bytes, to_bytes
-from federated.adapters.warm_model import warm_model
-from federated.coordinator.rounds import initial_adapter
+from federated.adapters.warm_model import initial_adapter, warm_model
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
 from federated.silo.units import rows_of

@@ -12,7 +12,7 @@ from configs.errors import InputError
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from federated.adapters.arrays import from_bytes, to_bytes
-from federated.coordinator.rounds import initial_adapter
+from federated.adapters.warm_model import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.silo.silo import Silo

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from configs.schema.silo import load_silo
 from federated.adapters.arrays import to_bytes
+from federated.adapters.warm_model import initial_adapter
 from federated.commands.silo import silo_app
-from federated.coordinator.rounds import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.protocol.framing import SERVICE

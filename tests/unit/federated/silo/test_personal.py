@@ -12,8 +12,7 @@ from configs.parse import to_toml
 from configs.schema.silo import SiloConfig
 from configs.storage.sealing import MasterKey, write_sealed
 from federated.adapters.arrays import to_bytes
-from federated.adapters.warm_model import warm_model
-from federated.coordinator.rounds import initial_adapter
+from federated.adapters.warm_model import initial_adapter, warm_model
 from federated.protocol import silo_pb2 as pb
 from federated.silo.personal import PersonalSettings, personalise
 from federated.silo.silo import Silo

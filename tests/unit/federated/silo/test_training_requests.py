@@ -9,7 +9,7 @@ from silo_requests import TRUSTED, ask
 from configs.schema.silo import SiloConfig
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen, frozen_digest
-from federated.coordinator.rounds import initial_adapter
+from federated.adapters.warm_model import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
 from privacy.plan import PlanTerms
