@@ -64,8 +64,10 @@ class Watch:
         try:
             while self._runs:
                 self._next()
-        finally:
-            self._last_events()
+        except (RankFailed, RollBack, SiloweaveError):
+            self._last_events(_ECHO_WAIT_S)
+            raise
+        self._last_events(self._hang_timeout_s)
 
     def _next(self) -> None:
         import ray
@@ -81,12 +83,12 @@ class Watch:
                 self._places.standby_changed(reference)
         self._check_hang(time.monotonic())
 
-    def _last_events(self) -> None:
+    def _last_events(self, timeout_s: float) -> None:
         """What rank 0 has not told yet: without it, steps that are in the newest commit would be in no event."""
         import ray
 
         try:
-            news: News = ray.get(self._listen(0, quiet_s=0), timeout=_ECHO_WAIT_S)
+            news: News = ray.get(self._listen(0, quiet_s=0), timeout=timeout_s)
         except ray.exceptions.RayError:
             return  # a process that is gone, or that does not answer: its last half second is lost
         self._pass_on(news)

@@ -12,7 +12,6 @@ from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
-from configs.storage.secrets import load_or_create_secret, load_secret
 from federated.adapters.arrays import Arrays, to_bytes
 from federated.evaluation.label_counts import examples_of
 from federated.evaluation.private_sums import bounds_of, evaluated, private_sums
@@ -33,9 +32,8 @@ from federated.silo.requests import (
 )
 from federated.silo.reservations import account, budget_of, close, entrusted_plan, policy_now, reserve, reserved_plan
 from federated.silo.traffic_log import TrafficLog, UnloggedError
-from federated.silo.units import load_units
+from federated.silo.units import load_units, split_key
 from federated.silo.workbench import Workbench, public_base_model
-from privacy.ledger.client_runs import UNNOISED
 from privacy.ledger.ledger import Charge, Ledger
 from privacy.mechanism.streams import Streams, injected_seeds
 from privacy.plan import METRIC, PrivacyPlan
@@ -77,7 +75,8 @@ class Silo:
             injected_seeds(injected_seed, config.silo.id),
             Path(config.silo.anchor_dir) if config.silo.anchor_dir else None,
         )
-        units = load_units(config, self._split_key(SiloFiles(self._state_dir).split_key))
+        key = split_key(SiloFiles(self._state_dir), self.ledger.journal.bodies())
+        units = load_units(config, key)
         self._log, self._traffic = private_log(self._state_dir), TrafficLog(self._state_dir)
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
@@ -85,11 +84,6 @@ class Silo:
     def trusted(self) -> frozenset[str]:
         """Public keys of the coordinators that may ask now."""
         return trusted_coordinators(self._state_dir) if self._trusted is None else self._trusted
-
-    def _split_key(self, path: Path) -> bytes:
-        """The key of the split, drawn before any charge and never again: a new one would train on what was held out."""
-        charged = any(body["kind"] in ("charge", UNNOISED) for body in self.ledger.journal.bodies())
-        return load_secret(path) if charged else load_or_create_secret(path)
 
     def close(self) -> None:
         """Closes the files of ledger and log. A host of many silos keeps few open."""
@@ -122,14 +116,15 @@ class Silo:
             digest = digest_bytes(envelope.body)
             request = decode(envelope.body, self.config.silo.id)
             check_sender(envelope, request, self.trusted())
-            accepted = True
             self._count(request, content, digest)
+            accepted = True
             body, outcome = self._answer(request, envelope.receipt, digest), "answered"
         except UnloggedError:
             raise
         except PolicyRefusal as refusal:
             shown = refusal_message(refusal)
-            self._log.warning("refused %s: %s", digest, shown.message)
+            if accepted:  # else whoever reaches the silo could push out what this log says of others
+                self._log.warning("refused %s: %s", digest, shown.message)
             body, outcome = _serialized(self._reply(digest, refusal=shown)), f"refused: {shown.rule}"
         except Exception:
             # Whatever failed may depend on the data: one constant code leaves, the details stay here.
@@ -154,9 +149,8 @@ class Silo:
 
     def _count(self, request: pb.Request, content: bytes, digest: str) -> None:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}
-        number = self._traffic.accepted(content, request.coordinator, request_digest=digest, **names)
-        if number > self.config.policy.max_requests_per_day:
-            raise PolicyRefusal.of("max_requests_per_day", f"{number}", f"{self.config.policy.max_requests_per_day}")
+        most = self.config.policy.max_requests_per_day
+        self._traffic.accepted(content, request.coordinator, most, request_digest=digest, **names)
 
     def _dispatch(self, request: pb.Request, digest: str) -> bytes:
         kind = request.WhichOneof("kind")
@@ -218,8 +212,9 @@ class Silo:
 
     def _proved(self, plan: PrivacyPlan, model: Any, adapter: Arrays, settings: LocalSettings) -> PrivateUpdate:
         """A round's steps, ready to be charged: all that a request alone can make fail lies behind."""
+        task = self.workbench.task  # what fails there is the silo's own fault
         try:
-            return PrivateUpdate(plan, model, self.workbench.task, adapter, settings)
+            return PrivateUpdate(plan, model, task, adapter, settings)
         except InputError as error:
             self._log.warning("no proof with a request's adapter: %s", error)
             raise PolicyRefusal.of(

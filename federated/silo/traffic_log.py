@@ -1,8 +1,9 @@
 """A silo's logs of all that came in and left, for its steward: one JSON line per message, of sizes and digests.
 
 A line holds no values, and is synced before what it tells of goes on: a coordinator's request is written down before it
-is acted on, a reply before its first byte leaves. What no trusted coordinator has signed has a file of its own: files
-are rotated by size, so whoever reaches the silo could otherwise push out what tells of real requests.
+is acted on, a reply before its first byte leaves. What was not accepted (no trusted coordinator has signed it, it has
+expired, or it is more than a coordinator may send in a day) has a file of its own: files are rotated by size, so
+whoever reaches the silo could otherwise push out what tells of real requests.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from configs.errors import SiloweaveError
+from configs.errors import PolicyRefusal, SiloweaveError
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
 from federated.silo.line_file import LineFile
@@ -36,17 +37,30 @@ class TrafficLog:
         self._strangers = LineFile(SiloFiles(state_dir).strangers)
         self._accepted = _accepted(self._file)
 
-    def accepted(self, content: bytes, coordinator: str, **public: Any) -> int:
+    def accepted(self, content: bytes, coordinator: str, most: int, **public: Any) -> int:
         """A request's envelope has arrived, and a trusted coordinator has signed it.
 
+        Args:
+            content: the envelope.
+            coordinator: its public key.
+            most: requests that it may send within 24 hours. One more is not accepted: a request that is sent over and
+                over, by whoever has once seen it, would push out the lines of all others.
+            public: what else the line says.
+
         Returns:
-            How many requests of this coordinator there were within 24 hours, this one included.
+            How many it has sent within 24 hours, this one included.
+
+        Raises:
+            PolicyRefusal: it has sent as many.
         """
         with self._lock:
+            _forget(self._accepted, time.time())
+            sent = sum(self._accepted[who].total() for who in {_NOBODY, coordinator} & self._accepted.keys())
+            if sent >= most:
+                raise PolicyRefusal.of("max_requests_per_day", f"{sent + 1}", f"{most}")
             now = _append(self._file, "accepted", content, coordinator=coordinator, **public)
             self._accepted[coordinator][int(now // 60)] += 1
-            _forget(self._accepted, now)
-            return sum(self._accepted[who].total() for who in {_NOBODY, coordinator} & self._accepted.keys())
+            return sent + 1
 
     def leaves(self, reply: bytes, **public: Any) -> None:
         """The envelope of a reply to an accepted request is about to leave."""

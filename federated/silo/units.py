@@ -5,12 +5,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from configs.errors import InputError
 from configs.schema.data import SourceSettings
 from configs.schema.silo import SiloConfig, SiloDataSettings
 from configs.storage.layout import SiloFiles
-from configs.storage.secrets import load_secret
+from configs.storage.secrets import load_or_create_secret, load_secret
+from privacy.ledger.client_runs import UNNOISED
 from trainer.data.deidentify import open_deidentifier
 from trainer.data.sources import ReadCounts, read_rows
 
@@ -64,6 +66,21 @@ def units_of(config: SiloConfig) -> Units:
         InputError: as ``load_units``, or the key is missing.
     """
     return load_units(config, load_secret(SiloFiles(Path(config.silo.state_dir)).split_key))
+
+
+def split_key(files: SiloFiles, bodies: list[dict[str, Any]]) -> bytes:
+    """The key of the split, drawn before any charge and never again: a new one would train on what was held out.
+
+    Args:
+        files: the silo's.
+        bodies: what its ledger's entries say. One that was lost and reconciled has no charge, and its dataset may have
+            been trained on all the same.
+
+    Raises:
+        InputError: the key is lost, or others may read it.
+    """
+    trained = any(body["kind"] in ("charge", UNNOISED, "reconcile") for body in bodies)
+    return load_secret(files.split_key) if trained else load_or_create_secret(files.split_key)
 
 
 @lru_cache(maxsize=1)

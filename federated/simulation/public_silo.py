@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from configs.errors import PolicyRefusal
+from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
-from configs.storage.secrets import load_or_create_secret, load_secret
+from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_reply
@@ -14,8 +14,12 @@ from federated.protocol.framing import PROTOCOL_VERSION
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import public_update
 from federated.silo.requests import check_sender, decode, open_envelope
-from federated.silo.units import load_units
+from federated.silo.units import load_units, split_key
 from federated.silo.workbench import Workbench, public_base_model
+from privacy.ledger.anchor import Anchor
+from privacy.ledger.chain import History
+from privacy.ledger.file import read_only
+from privacy.ledger.journal import RECONCILE, default_anchor_dir
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms
 from privacy.signing import Signer
@@ -38,13 +42,9 @@ class PublicSilo:
                 allowed="data declared public",
             )
         self._config, self._trusted = config, trusted
-        files = SiloFiles(Path(config.silo.state_dir))
-        files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        split_key = _own_secret(files, files.split_key)
-        _own_secret(files, files.key)
-        self._signer = Signer(files.key)
-        self._log = private_log(files.directory)
-        self._workbench = Workbench(config, public_base_model(config), load_units(config, split_key), self._log)
+        self._signer, key = _own_keys(config)
+        self._log = private_log(Path(config.silo.state_dir))
+        self._workbench = Workbench(config, public_base_model(config), load_units(config, key), self._log)
         self._plan = plan.bind(config.silo.public_record_count)  # for its batches
 
     def close(self) -> None:
@@ -80,6 +80,18 @@ class PublicSilo:
         return to_bytes(public_update(self._plan, streams, model, bench.task, adapter, bench.records, settings))
 
 
-def _own_secret(files: SiloFiles, path: Path) -> bytes:
-    """One of the silo's keys, which it keeps for good once it has a ledger."""
-    return load_secret(path) if files.ledger.exists() else load_or_create_secret(path)
+def _own_keys(config: SiloConfig) -> tuple[Signer, bytes]:
+    """The silo's signing key, and that of its split, which it keeps for good once it has a ledger.
+
+    Raises:
+        InputError: one of them is lost, or its ledger is.
+    """
+    files = SiloFiles(Path(config.silo.state_dir))
+    files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    anchor = Path(config.silo.anchor_dir) if config.silo.anchor_dir else default_anchor_dir(files.directory)
+    if files.ledger.exists():
+        load_secret(files.key)  # never a new one beside it
+    elif Anchor(anchor).path.exists():
+        raise InputError(f"{files.ledger}: missing, and {anchor} tells of it; put its backup back, or run {RECONCILE}")
+    bodies = History.of(read_only(files.ledger)).bodies if files.ledger.exists() else []
+    return Signer(files.key), split_key(files, bodies)

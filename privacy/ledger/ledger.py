@@ -241,7 +241,7 @@ class Ledger:
         if reply is not None:
             return Charge(number, None, reply[0])
         seed = self.journal.db.execute("SELECT seed FROM seeds WHERE charge = ?", (number,)).fetchone()
-        if seed is None:
+        if seed is None or run.closing is not None:
             raise gone(run, number, bodies)
         return Charge(number, seed[0], None)
 

@@ -180,7 +180,7 @@ def test_the_policy_bounds_how_much_and_how_often(open_silo, adapter, tmp_path):
         assert ask(silo, "close", close=pb.Close())[0].WhichOneof("kind") == "closed"
     assert ask(silo, "close", close=pb.Close())[0].refusal.rule == "max_requests_per_day"
     silo.close()
-    again = open_silo(max_requests_per_day=5)  # a restart forgets nothing
+    again = open_silo(max_requests_per_day=4)  # a restart forgets nothing
     assert ask(again, "close", close=pb.Close())[0].WhichOneof("kind") == "closed"
     assert ask(again, "close", close=pb.Close())[0].refusal.rule == "max_requests_per_day"
     # A stranger's requests don't use up the coordinators' share.

@@ -492,15 +492,24 @@ def test_training_without_dp_needs_public_data(tmp_path, tiny_model):
         PublicSilo(silo_config(tmp_path, tiny_model), TRUSTED, PLAN)
 
 
-def test_the_comparison_opens_no_ledger_and_never_draws_a_key_beside_one(tmp_path, tiny_model):
+def test_the_comparison_opens_no_ledger_and_never_draws_a_key_beside_one(tmp_path, tiny_model, adapter):
     config = silo_config(tmp_path, tiny_model)
     public = config.model_copy(update={"data": config.data.model_copy(update={"public": True})})
     state = Path(config.silo.state_dir)
     PublicSilo(public, TRUSTED, PLAN).close()
     assert sorted(path.name for path in state.iterdir()) == ["silo.key", "silo.log", "split.key"]
-    Silo(config, TRUSTED).close()
+    silo = Silo(config, TRUSTED)
     (state / "split.key").unlink()
-    with pytest.raises(InputError, match=r"split\.key: no such key"):
+    PublicSilo(public, TRUSTED, PLAN).close()  # nothing is charged: a new one takes nothing from anybody
+    reserve(silo)
+    ask(silo, "round-1", **train_kind(silo, adapter))
+    silo.close()
+    (state / "split.key").unlink()
+    for opens in (lambda: PublicSilo(public, TRUSTED, PLAN), lambda: Silo(config, TRUSTED)):
+        with pytest.raises(InputError, match=r"split\.key: no such key"):
+            opens()
+    shutil.rmtree(state)
+    with pytest.raises(InputError, match=r"ledger\.sqlite: missing, and .* tells of it"):
         PublicSilo(public, TRUSTED, PLAN)
 
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from configs.errors import SiloweaveError
+from configs.errors import PolicyRefusal, SiloweaveError
 from federated.silo import line_file
 from federated.silo.line_file import LineFile, PrivateLog
 from federated.silo.traffic_log import TrafficLog, UnloggedError
@@ -25,6 +25,9 @@ def largest_file(size_bytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+MANY = 10**6
 
 
 def entries(folder):
@@ -63,13 +66,13 @@ def test_on_a_real_full_disk_every_line_is_whole(tmp_path):
 
 def test_a_line_that_a_kill_cut_short_stays_a_line_of_its_own(tmp_path):
     """Before: the next line was added to it, and a request after a restart was lost from the day's count."""
-    TrafficLog(tmp_path).accepted(b"", "net")
+    TrafficLog(tmp_path).accepted(b"", "net", MANY)
     with (tmp_path / "audit.jsonl").open("a") as file:
         file.write('{"time": 17')
-    assert TrafficLog(tmp_path).accepted(b"", "net") == 2
+    assert TrafficLog(tmp_path).accepted(b"", "net", MANY) == 2
     lines = (tmp_path / "audit.jsonl").read_text().splitlines()
     assert (len(lines), lines[1]) == (3, '{"time": 17')
-    assert TrafficLog(tmp_path).accepted(b"", "net") == 3
+    assert TrafficLog(tmp_path).accepted(b"", "net", MANY) == 3
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def small(monkeypatch):
 def test_files_rotate_and_a_restart_goes_on_counting(tmp_path, small):
     log = TrafficLog(tmp_path)
     for number in range(1, 101):
-        assert log.accepted(b"", "net", run="x" * 100) == number
+        assert log.accepted(b"", "net", MANY, run="x" * 100) == number
         if number % 30 == 0:
             log = TrafficLog(tmp_path)
     files = sorted(tmp_path.iterdir())
@@ -90,13 +93,26 @@ def test_files_rotate_and_a_restart_goes_on_counting(tmp_path, small):
     assert all(file.stat().st_size <= 2000 and file.stat().st_mode & 0o777 == 0o600 for file in files)
     for number in (1, 2, 3):
         (tmp_path / f"audit.jsonl.{number}").unlink()  # put elsewhere
-    assert TrafficLog(tmp_path).accepted(b"", "net") == 101
+    assert TrafficLog(tmp_path).accepted(b"", "net", MANY) == 101
+
+
+def test_one_more_than_a_coordinator_may_send_writes_no_line_among_the_accepted(tmp_path):
+    """Before: one signed request that was sent over and over pushed out what told of all others."""
+    log = TrafficLog(tmp_path)
+    for number in range(1, 4):
+        assert log.accepted(b"request", "net", 3) == number
+    before = (tmp_path / "audit.jsonl").read_bytes()
+    for _ in range(50):
+        with pytest.raises(PolicyRefusal, match="max_requests_per_day: asked 4, allowed 3"):
+            log.accepted(b"request", "net", 3)
+    assert (tmp_path / "audit.jsonl").read_bytes() == before
+    assert log.accepted(b"request", "other", 3) == 1
 
 
 def test_strangers_push_no_line_of_a_real_request_away(tmp_path, small):
     """Before: one file for all, and 272 MiB of anybody's nonsense were enough."""
     log = TrafficLog(tmp_path)
-    log.accepted(b"request", "net", run="real")
+    log.accepted(b"request", "net", MANY, run="real")
     log.leaves(b"reply", outcome="answered")
     before = (tmp_path / "audit.jsonl").read_bytes()
     for number in range(50):
@@ -107,7 +123,7 @@ def test_strangers_push_no_line_of_a_real_request_away(tmp_path, small):
     assert all(file.stat().st_size <= 2000 and file.stat().st_mode & 0o777 == 0o600 for file in files)
     newest = [json.loads(line) for line in files[0].read_text().splitlines()]
     assert [(line["direction"], line["bytes"]) for line in newest[-2:]] == [("in", 49), ("out", 7)]
-    assert TrafficLog(tmp_path).accepted(b"", "net") == 2
+    assert TrafficLog(tmp_path).accepted(b"", "net", MANY) == 2
 
 
 def test_requests_count_for_a_day_and_not_longer(tmp_path, small, monkeypatch):
@@ -115,26 +131,26 @@ def test_requests_count_for_a_day_and_not_longer(tmp_path, small, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now[0])
     log = TrafficLog(tmp_path)
     for _ in range(50):
-        log.accepted(b"", "net", run="x" * 100)
+        log.accepted(b"", "net", MANY, run="x" * 100)
         now[0] += 60
     now[0] = 1_800_000_000.0 + 24 * 3600 - 1
-    assert log.accepted(b"", "net") == 51
+    assert log.accepted(b"", "net", MANY) == 51
     now[0] += 25 * 60
-    expected = log.accepted(b"", "net")
+    expected = log.accepted(b"", "net", MANY)
     assert expected == 28  # 24 minutes have passed as a whole
-    assert TrafficLog(tmp_path).accepted(b"", "net") == expected + 1
+    assert TrafficLog(tmp_path).accepted(b"", "net", MANY) == expected + 1
 
 
 def test_each_coordinator_has_a_count_of_its_own(tmp_path, small):
     """Before: one count for all, and a hostile coordinator's requests used up the others' day."""
     log = TrafficLog(tmp_path)
     for number in range(1, 41):
-        assert log.accepted(b"", "hostile", run="x" * 100) == number
-    assert log.accepted(b"", "honest") == 1
+        assert log.accepted(b"", "hostile", MANY, run="x" * 100) == number
+    assert log.accepted(b"", "honest", MANY) == 1
     for number in (1, 2, 3):
         (tmp_path / f"audit.jsonl.{number}").unlink()  # the head alone tells of them
     log = TrafficLog(tmp_path)
-    assert (log.accepted(b"", "honest"), log.accepted(b"", "hostile")) == (2, 41)
+    assert (log.accepted(b"", "honest", MANY), log.accepted(b"", "hostile", MANY)) == (2, 41)
 
 
 def test_a_head_that_tells_no_coordinators_apart_counts_against_each(tmp_path):
@@ -144,18 +160,22 @@ def test_a_head_that_tells_no_coordinators_apart_counts_against_each(tmp_path):
     line = {"time": time.time(), "direction": "accepted", "coordinator": "one"}
     (tmp_path / "audit.jsonl").write_text(json.dumps(head) + "\n" + json.dumps(line) + "\n")
     log = TrafficLog(tmp_path)
-    assert (log.accepted(b"", "one"), log.accepted(b"", "other"), log.accepted(b"", "one")) == (11, 10, 12)
+    assert (log.accepted(b"", "one", MANY), log.accepted(b"", "other", MANY), log.accepted(b"", "one", MANY)) == (
+        11,
+        10,
+        12,
+    )
 
 
 def test_a_full_disk_loses_no_old_file(tmp_path, small):
     log = TrafficLog(tmp_path)
     for _ in range(40):
-        log.accepted(b"", "net", run="x" * 100)
+        log.accepted(b"", "net", MANY, run="x" * 100)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with largest_file(20):
         for _ in range(10):
             with pytest.raises(UnloggedError):
-                log.accepted(b"", "net", run="x" * 2000)
+                log.accepted(b"", "net", MANY, run="x" * 2000)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
@@ -169,7 +189,7 @@ def test_a_kill_between_the_steps_of_a_rotation_loses_nothing(tmp_path, small, m
     """Renames and the link are the steps; the kill comes after so many of them."""
     log, left, counted = TrafficLog(tmp_path), 10**6, 0
     while len(list(tmp_path.glob("audit*"))) < min(1 + rotations, 4):
-        counted = log.accepted(b"", "net", run="x" * 100)
+        counted = log.accepted(b"", "net", MANY, run="x" * 100)
 
     def step(call):
         def counting(*arguments):
@@ -187,12 +207,12 @@ def test_a_kill_between_the_steps_of_a_rotation_loses_nothing(tmp_path, small, m
         left = steps
         with contextlib.suppress(KilledError):
             for _ in range(15):  # rotates twice, and not thrice
-                counted = log.accepted(b"", "net", run="x" * 100)
+                counted = log.accepted(b"", "net", MANY, run="x" * 100)
     log = TrafficLog(tmp_path)
-    assert log.accepted(b"", "net") == counted + 1
+    assert log.accepted(b"", "net", MANY) == counted + 1
     for _ in range(30):
-        counted = log.accepted(b"", "net", run="x" * 100)
-    assert TrafficLog(tmp_path).accepted(b"", "net") == counted + 1
+        counted = log.accepted(b"", "net", MANY, run="x" * 100)
+    assert TrafficLog(tmp_path).accepted(b"", "net", MANY) == counted + 1
 
 
 def test_silo_log_escapes_what_strangers_say_rotates_and_fails_in_silence(tmp_path, small, capsys):
