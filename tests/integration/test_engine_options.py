@@ -42,12 +42,12 @@ def named(options):
 
 def run_pair(kinds, folder):
     """What one pair of processes finds for all combinations, by kind and options."""
-    cases, errors = folder / "cases.json", folder / "errors"
+    cases, errors, port = folder / "cases.json", folder / "errors", str(free_port())
     cases.write_text(json.dumps([[kind, named(options)] for kind, options in kinds]))
     with errors.open("wb") as log:
         ranks = [
             subprocess.Popen(
-                [sys.executable, PAIR, str(rank), "2", str(free_port()), cases],
+                [sys.executable, PAIR, str(rank), "2", port, cases],
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
                 stderr=log,
                 text=True,

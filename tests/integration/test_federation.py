@@ -348,7 +348,7 @@ def test_the_run_without_dp_has_no_certificate_and_charges_nothing(federation, t
     federation("federated.rounds=1", name="plain", with_dp=False)
     assert sorted(adapters(tmp_path / "plain")) == [0, 1]
     assert not (tmp_path / "plain" / "certificate.json").exists()
-    assert ledger_kinds(tmp_path) == ["open"]
+    assert not list((tmp_path / "state").rglob("ledger.sqlite"))
 
 
 def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, monkeypatch):

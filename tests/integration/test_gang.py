@@ -39,6 +39,14 @@ def wait_for(condition, seconds=240.0):
     return found
 
 
+def command_of(process):
+    """A process's command line; nothing of one that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 @pytest.fixture
 def prepared(tiny_run, tmp_path):
     """A run directory with the tiny corpus, ready to pretrain a while longer than tiny does."""
@@ -74,7 +82,7 @@ def test_killed_ranks_and_a_killed_driver_resume_exactly(prepared, tiny_run, tmp
     first = start(arguments, tmp_path)
     wait_for(lambda: len(events(run, "commit")) >= 2)
     # 1. One rank dies: the gang restarts by itself from the last commit.
-    victim = wait_for(lambda: [p for p in children(first) if "RankActor" in " ".join(p.cmdline())])[0]
+    victim = wait_for(lambda: [p for p in children(first) if "RankActor" in command_of(p)])[0]
     victim.kill()
     restart = wait_for(lambda: events(run, "restart"))[0]
     assert "died" in restart["cause"]

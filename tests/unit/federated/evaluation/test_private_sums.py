@@ -288,7 +288,8 @@ def test_training_units_are_not_read(tmp_path, tiny_model, adapter, silo):
     (tmp_path / "other" / "state" / "split.key").touch(mode=0o600)
     (tmp_path / "other" / "state" / "split.key").write_bytes(key)
     other = silo_of(tmp_path / "other", tiny_model, 120, releases_metrics=True)
-    other.units = type(other.units)(("another text",), other.units.held_out, other.units.counts)
+    units = other.workbench._units
+    other.workbench._units = type(units)(("another text",), units.held_out, units.counts)
     reserve(other)
     assert list(evaluate(other, adapter).evaluated.sums) == list(first.evaluated.sums)
     other.close()
