@@ -34,7 +34,7 @@ class FederationFolder:
     """Two silos and their coordinator on this machine, made by the product's own commands."""
 
     def __init__(self, root: Path, model: Path) -> None:
-        from federated.deployment.supervisor import free_port
+        from federated.deployment.ports import free_port
 
         self.root, self.folder, self.model = root, root / "federation", model.absolute()
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}

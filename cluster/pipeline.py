@@ -14,6 +14,7 @@ from cluster.run import Run
 from cluster.runtime.session import ray_session
 from configs.errors import InputError
 from configs.events import EventLog
+from configs.parse import reading
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import write_atomic
@@ -165,10 +166,12 @@ def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
 def report(run: Run) -> dict[str, Any]:
     """``report.json`` for machines and ``report.html`` for people."""
     from cluster.report.page import render
-    from cluster.report.report import build
+    from cluster.report.report import LOOK, build
 
     document = build(run.config, run.directory)
-    write_atomic(run.files.page, render(document).encode())
+    with reading(run.directory, LOOK):
+        page = render(document).encode()
+    write_atomic(run.files.page, page)
     write_atomic(run.files.report, json.dumps(document, indent=2).encode() + b"\n")
     return document
 

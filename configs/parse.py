@@ -2,6 +2,8 @@
 
 import json
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +11,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
-from configs.errors import InputError
+from configs.errors import InputError, SiloweaveError
 
 PRESETS = Path(__file__).parent
 Model = TypeVar("Model", bound=BaseModel)
@@ -40,6 +42,27 @@ def _each_once(origin: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise InputError(f"{origin}: {name[:100]!r} is there twice; give the file as it was written")
         found[name] = value
     return found
+
+
+@contextmanager
+def reading(path: Path, fix: str) -> Iterator[None]:
+    """Reads a file, or what was read from it, that may be damaged or of another version.
+
+    Args:
+        path: the file.
+        fix: what to do about it.
+
+    Raises:
+        InputError: instead of whatever goes wrong with a file that holds something else than we write.
+    """
+    try:
+        yield
+    except SiloweaveError:
+        raise
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: can't be read ({error.strerror or error}); {fix}") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
+        raise InputError(f"{path}: damaged, or not of this version of Siloweave; {fix}") from None
 
 
 def presets() -> list[str]:

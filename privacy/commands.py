@@ -2,16 +2,17 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from configs.errors import InputError
-from configs.printing import answer
+from configs.errors import InputError, SiloweaveError
+from configs.printing import answer, say
 from configs.storage.layout import SiloFiles
 
 ledger_app = typer.Typer(help="Shows, verifies and copies a silo's ledger.", no_args_is_help=True)
 ANCHOR_AGREES = "agrees"
+_NO_ENTRY = (LookupError, TypeError, ValueError, ArithmeticError, OSError)  # OSError: a time beyond all calendars
 LedgerArgument = Annotated[
     Path, typer.Argument(help="A ledger.sqlite, the state_dir that holds it, or an export (*.jsonl).")
 ]
@@ -24,18 +25,46 @@ ToOption = Annotated[Path, typer.Option("--to", help="The new file; nothing is o
 
 @ledger_app.command()
 def show(ledger: LedgerArgument, key_file: KeyOption = "", as_json: JsonOption = False) -> None:
-    """Every entry, and what is left."""
-    from privacy.ledger.chain import left
+    """Every entry, and what is left. Of a ledger that doesn't hold, what can be read; the exit status is 2, then."""
+    from privacy.ledger.chain import body_of, holding, left
+    from privacy.ledger.file import readable
 
-    bodies = _verified(ledger, key_file)[0]
+    path = _file(ledger)
+    entries, problem = readable(path, key_file)
+    if not entries:
+        raise problem or InputError(f"{path}: no entry; give a ledger that was opened")
+    bodies = holding(entries)
+    if problem is not None or len(bodies) < len(entries):
+        after = [body_of(entry) for entry in entries[len(bodies) :]]
+        _show_broken(path, bodies, after, problem, as_json)
     try:
         remaining = left(bodies)
         lines = [_entry_line(body) for body in bodies]
-    except (LookupError, TypeError, ValueError, ArithmeticError):
-        problem = "an entry lacks a field, or has one of another type; `siloweave ledger verify` says which"
-        raise InputError(f"{ledger}: {problem}") from None
+    except _NO_ENTRY:
+        lacks = "an entry lacks a field, or has one of another type; `siloweave ledger verify` says which"
+        raise InputError(f"{ledger}: {lacks}") from None
     document = {"entries": bodies, "epsilon_left": remaining.epsilon, "delta_left": remaining.delta}
     answer(as_json, document, *lines, f"left: epsilon {remaining.epsilon:.4g}, delta {remaining.delta:.3g}")
+
+
+def _show_broken(
+    path: Path, bodies: list[dict[str, Any]], after: list[dict[str, Any]], problem: SiloweaveError | None, as_json: bool
+) -> NoReturn:
+    """Shows what holds, and apart from it what follows, of which nothing is proven; says where the chain breaks."""
+    said = f"{path}: entry {len(bodies) + 1} does not hold or can't be read: do not trust this ledger from there on"
+    said += f" ({problem})" if problem is not None else "; put its backup back"
+    document = {"sound": False, "entries": bodies, "not_proven": after, "problem": said}
+    lines = [*map(_tried_line, bodies), *(f"not proven: {_tried_line(body)}" for body in after)]
+    answer(as_json, document, *lines)
+    say(f"error: {' '.join(said.split())}", err=True)
+    raise typer.Exit(problem.exit_status if problem is not None else InputError.exit_status)
+
+
+def _tried_line(body: dict[str, Any]) -> str:
+    try:
+        return _entry_line(body)
+    except _NO_ENTRY:
+        return "an entry that can't be read"
 
 
 def _entry_line(body: dict[str, Any]) -> str:

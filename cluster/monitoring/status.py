@@ -1,17 +1,19 @@
 """``siloweave status``: how far a run is, from its manifests and events alone, while it goes on or after.
 
-Nothing is started, locked or written, and no ledger is opened: anyone who may read the run's folder may look.
+Nothing is started, locked or written, and no ledger is opened: anyone who may read the run's folder may look. One looks
+when something is broken, so what can't be read is said in one line, and the rest is shown.
 """
 
-import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.monitoring.durations import duration
+from cluster.monitoring.salvage import Salvage, read_json
 from configs.errors import InputError
-from configs.events import read_events
+from configs.events import is_number
 from configs.parse import parse, read_toml
 from configs.schema.schema import RunConfig
 from configs.storage.layout import FEDERATED, NO_DP, RunFiles
@@ -32,39 +34,48 @@ def status(directory: Path) -> dict[str, Any]:
 
     Returns:
         A tree: ``stages`` in order (``waiting``, ``started``, ``failed`` or ``done``), ``pretrain``, ``federated``,
-        ``tune`` (None where nothing was searched), ``troubles`` and ``last_event``. A stage that was killed looks like
-        one that goes on: its last event gets old.
+        ``tune`` (None where nothing was searched), ``troubles``, ``last_event``, and ``unreadable``, a line for each
+        file that can't be read. A stage that was killed looks like one that goes on: its last event gets old.
 
     Raises:
-        InputError: there is no run, or a manifest can't be read.
+        InputError: there is no run.
     """
-    files = RunFiles(directory)
-    if not files.config.exists():
+    files, salvage = RunFiles(directory), Salvage()
+    if not salvage.tried(files.config, files.config.exists, otherwise=True):
         raise InputError(f"{directory}: no run here; give a run's directory, or its configuration with -c")
-    config = parse(RunConfig, read_toml(files.config), str(files.config))
-    events = list(read_events(files.events))
-    pretrain = _pretrain(config, files, events)
+    config = salvage.tried(files.config, lambda: parse(RunConfig, read_toml(files.config), str(files.config)), None)
+    events = salvage.events(files.events)
+    pretrain = _pretrain(config, files, events, salvage)
     return {
-        "run": config.run.name,
+        "run": config.run.name if config else directory.absolute().name,
         "directory": str(directory.absolute()),
-        "stages": _stages(config, files, events, pretrained=pretrain["committed_step"] == config.pretrain.steps),
+        "stages": _stages(config, files, events, pretrain, salvage),
         "pretrain": pretrain,
-        "federated": _federated(config, files, events),
-        "tune": _tune(files.tune_report),
+        "federated": _federated(config, files, events, salvage),
+        "tune": salvage.tried(files.tune_report, lambda: _tune(files.tune_report), None),
         "troubles": [_trouble(event) for event in events if event["event"] in _TROUBLES],
         "last_event": _last(events),
+        "unreadable": salvage.problems,
     }
 
 
 def _stages(
-    config: RunConfig, files: RunFiles, events: list[dict[str, Any]], *, pretrained: bool
+    config: RunConfig | None,
+    files: RunFiles,
+    events: list[dict[str, Any]],
+    pretrain: dict[str, Any],
+    salvage: Salvage,
 ) -> dict[str, dict[str, Any]]:
-    done = {"prepare": _has(files.corpus), "pretrain": pretrained, "export": _has(files.model)}
-    done[FEDERATED] = _has(files.federated)
-    if config.evaluate.without_dp:
-        done[NO_DP] = _has(files.no_dp)
+    def has(stage: Path) -> bool:
+        return salvage.tried(stage / MANIFEST, lambda: _has(stage), otherwise=False)
+
+    pretrained = pretrain["steps"] is not None and pretrain["committed_step"] == pretrain["steps"]
+    done = {"prepare": has(files.corpus), "pretrain": pretrained, "export": has(files.model)}
+    done[FEDERATED] = has(files.federated)
+    if config is None or config.evaluate.without_dp:
+        done[NO_DP] = has(files.no_dp)
     written = {"evaluate": files.evaluation, "generate": files.sample, "report": files.report}
-    done.update({stage: path.exists() for stage, path in written.items()})
+    done.update({stage: salvage.tried(path, path.is_file, otherwise=False) for stage, path in written.items()})
     return {stage: _stage(stage, events, done=finished) for stage, finished in done.items()}
 
 
@@ -83,26 +94,28 @@ def _has(stage: Path) -> bool:
     return read_manifest(stage, stage.name) is not None if (stage / MANIFEST).exists() else False
 
 
-def _pretrain(config: RunConfig, files: RunFiles, events: list[dict[str, Any]]) -> dict[str, Any]:
+def _pretrain(
+    config: RunConfig | None, files: RunFiles, events: list[dict[str, Any]], salvage: Salvage
+) -> dict[str, Any]:
     mine = [event for event in events if event["stage"] == "pretrain"]
     steps = [event for event in mine if event["event"] == "step"]
     checks = [event for event in mine if event["event"] == "validation"]
     commits = [event["time"] for event in mine if event["event"] == "commit"]
     last, recent = steps[-1] if steps else {}, steps[-_RECENT:]
     restarts = sum(event["event"] == "restart" for event in mine)
-    left = config.pretrain.steps - last.get("step", 0)
+    total = config.pretrain.steps if config else last.get("steps")
     seconds = _median([event["seconds"] for event in recent])
     return {
         "step": last.get("step", 0),
-        "steps": config.pretrain.steps,
-        "committed_step": _committed_step(config, files),
+        "steps": total,
+        "committed_step": _committed_step(config, files, salvage),
         "loss": last.get("loss"),
         "tokens_per_s": _median([event["tokens"] / event["seconds"] for event in recent]),
-        "gflop_per_s": _median([event["gflop_per_s"] for event in recent if "gflop_per_s" in event]),
+        "gflop_per_s": _median([event["gflop_per_s"] for event in recent if event.get("gflop_per_s") is not None]),
         "mfu": _median([event["mfu"] for event in recent if event.get("mfu") is not None]),
         "memory_bytes": last.get("peak_memory_bytes"),
         "gpu_memory_bytes": last.get("gpu_memory_bytes"),
-        "seconds_left": None if seconds is None else seconds * left,
+        "seconds_left": None if seconds is None or total is None else seconds * (total - last["step"]),
         "validation_bits_per_char": checks[-1]["bits_per_char"] if checks else None,
         "last_commit_age_s": round(max(time.time() - commits[-1], 0), 1) if commits else None,
         "restarts": restarts,
@@ -118,77 +131,85 @@ def _median(values: list[float]) -> float | None:
 def _tune(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    found = _json(path)
-    states = [trial["status"] for trial in found["trials"]]
-    return {"trials": {state: states.count(state) for state in sorted(set(states))}, "best": found["best"]}
+    found = read_json(path)
+    states, best = [str(trial["status"]) for trial in found["trials"]], found["best"]
+    if best:
+        best["number"]  # is shown: a KeyError or TypeError says that the file is not ours
+    return {"trials": {state: states.count(state) for state in sorted(set(states))}, "best": best}
 
 
-def _federated(config: RunConfig, files: RunFiles, events: list[dict[str, Any]]) -> dict[str, Any]:
+def _federated(
+    config: RunConfig | None, files: RunFiles, events: list[dict[str, Any]], salvage: Salvage
+) -> dict[str, Any]:
     rounds = [event for event in events if (event["stage"], event["event"]) == (FEDERATED, "round")]
-    committed = _committed(files.federated, "round", "round")
+    committed = _committed(files.federated, "round", "round", salvage)
+    last = rounds[-1] if rounds else {}
     return {
-        "round": rounds[-1]["round"] if rounds else 0,
-        "rounds": config.federated.rounds,
+        "round": last.get("round", 0),
+        "rounds": config.federated.rounds if config else last.get("rounds"),
         "committed_round": committed,
-        "answered": rounds[-1]["answered"] if rounds else [],
-        "silos": _silos(files, committed, rounds),
+        "answered": last.get("answered", []),
+        "silos": _silos(files, committed, rounds, salvage),
     }
 
 
-def _silos(files: RunFiles, committed: int | None, rounds: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _silos(
+    files: RunFiles, committed: int | None, rounds: list[dict[str, Any]], salvage: Salvage
+) -> dict[str, dict[str, Any]]:
     """What each silo's newest receipt says, and its charged rounds: as it states them, until then those it answered.
 
     A reservation is spent whole, whatever number of its rounds is charged: ledgers refund nothing.
     """
-    if files.certificate.exists():
-        told = ledgers_of(_json(files.certificate))
-    else:
-        told = _json(files.federated / f"round-{committed:05d}" / "silos.json") if committed is not None else {}
-    return {
-        name: {
-            "epsilon_reserved": silo["receipt"]["epsilon_reserved"],
-            "delta_reserved": silo["receipt"].get("delta_reserved"),
-            "epsilon_left": silo["receipt"]["epsilon_left"],
-            "rounds_charged": silo.get("statement", {}).get(
-                "rounds_charged", len({event["round"] for event in rounds if name in event["answered"]})
-            ),
-            "stated": "statement" in silo,
-        }
-        for name, silo in sorted(told.items())
-        if "receipt" in silo
+
+    def shown(path: Path, certified: bool) -> dict[str, dict[str, Any]]:
+        told = ledgers_of(read_json(path)) if certified else read_json(path)
+        return {name: _silo(name, silo, rounds) for name, silo in sorted(told.items()) if "receipt" in silo}
+
+    path = files.certificate
+    if found := salvage.tried(path, lambda: shown(path, certified=True) if path.exists() else {}, {}):
+        return found
+    newest = files.federated / f"round-{committed or 0:05d}" / "silos.json"
+    return salvage.tried(newest, lambda: shown(newest, certified=False), {}) if committed is not None else {}
+
+
+def _silo(name: str, silo: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    receipt, answered = silo["receipt"], len({event["round"] for event in rounds if name in event["answered"]})
+    figures = {
+        "epsilon_reserved": receipt["epsilon_reserved"],
+        "epsilon_left": receipt["epsilon_left"],
+        "rounds_charged": silo.get("statement", {}).get("rounds_charged", answered),
     }
+    if not all(map(is_number, figures.values())):
+        raise TypeError("no figures")
+    return {**figures, "delta_reserved": receipt.get("delta_reserved"), "stated": "statement" in silo}
 
 
-def _committed_step(config: RunConfig, files: RunFiles) -> int | None:
+def _committed_step(config: RunConfig | None, files: RunFiles, salvage: Salvage) -> int | None:
     """Checkpoints go straight to an object store where there is one; it is asked for their names."""
-    if config.run.url is None:
-        return _committed(files.checkpoints, "step", "checkpoint")
-    return max(checkpoints.steps(checkpoints.storage(config, files.directory)), default=None)
+    if config is None or config.run.url is None:
+        return _committed(files.checkpoints, "step", "checkpoint", salvage)
+    kept = checkpoints.storage(config, files.directory)
+    return salvage.tried(files.checkpoints, lambda: max(checkpoints.steps(kept), default=None), None)
 
 
-def _committed(root: Path, unit: str, kind: str) -> int | None:
-    """The newest committed step or round; None where there is none."""
-    for directory in sorted(root.glob(f"{unit}-*"), reverse=True):
+def _committed(root: Path, unit: str, kind: str, salvage: Salvage) -> int | None:
+    """The newest committed step or round that can be read; None where there is none."""
+
+    def number(directory: Path) -> int | None:
         manifest = read_manifest(directory, kind, name=COMMITTED)
-        if manifest is not None:
-            return int(manifest.metadata[unit])
+        return None if manifest is None else int(manifest.metadata[unit])
+
+    for directory in sorted(salvage.tried(root, lambda: list(root.glob(f"{unit}-*")), []), reverse=True):
+        found = salvage.tried(directory / COMMITTED, partial(number, directory), None)
+        if found is not None:
+            return found
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{path}: can't be read ({error}); run the same command again once the run has gone on"
-        ) from None
-    return value
 
 
 def _trouble(event: dict[str, Any]) -> dict[str, Any]:
     named = {key: value for key, value in event.items() if key not in ("time", "stage", "event")}
     detail = event.get("message") or event.get("cause") or ", ".join(f"{key} {value}" for key, value in named.items())
-    return {"time": event["time"], "stage": event["stage"], "event": event["event"], "detail": detail}
+    return {"time": event["time"], "stage": event["stage"], "event": event["event"], "detail": str(detail)}
 
 
 def _last(events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -207,10 +228,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         note = {"pretrain": _pretrain_note(pretrain), "federated": _federated_note(federated)}.get(stage, "")
         seconds = f"{value['seconds']:,.0f} s" if value["seconds"] else ""
         rows.append(f"  {stage:16}{value['state']:9}{seconds:>9}  {note}".rstrip())
+    total = _total(federated["rounds"])
     for name, silo in federated["silos"].items():
         rows.append(
             f"    {name:14}epsilon {silo['epsilon_reserved']:.3g} reserved, {silo['epsilon_left']:.3g} left, "
-            f"{'' if silo['stated'] else 'at least '}{silo['rounds_charged']} of {federated['rounds']} rounds charged"
+            f"{'' if silo['stated'] else 'at least '}{silo['rounds_charged']} of {total} rounds charged"
         )
     if found["tune"]:
         trials = ", ".join(f"{number} {state}" for state, number in found["tune"]["trials"].items())
@@ -220,6 +242,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     rows += [f"  {trouble['stage']}: {trouble['event']}: {trouble['detail']}" for trouble in troubles[-5:]]
     if len(troubles) > 5:
         rows.append(f"  and {len(troubles) - 5} earlier; see events.jsonl")
+    rows += [f"  unreadable: {problem}" for problem in found["unreadable"]]
     when = f"{last['age_s']:,.0f} s ago ({last['stage']}: {last['event']})" if last else "none yet"
     return [*rows, f"  last event: {when}"]
 
@@ -228,7 +251,7 @@ def _pretrain_note(pretrain: dict[str, Any]) -> str:
     if not pretrain["step"]:
         return ""
     parts = [
-        f"step {pretrain['step']}/{pretrain['steps']}",
+        f"step {pretrain['step']}/{_total(pretrain['steps'])}",
         f"committed {pretrain['committed_step'] or 0}",
         f"loss {pretrain['loss']:.3f}",
         f"{pretrain['tokens_per_s']:,.0f} tokens/s",
@@ -238,7 +261,7 @@ def _pretrain_note(pretrain: dict[str, Any]) -> str:
         parts.append(f"{pretrain['gflop_per_s']:,.3g} GFLOP/s{share}")
     if pretrain["validation_bits_per_char"]:
         parts.append(f"validation {pretrain['validation_bits_per_char']:.3f} bits per character")
-    if pretrain["step"] < pretrain["steps"]:
+    if pretrain["seconds_left"] is not None and pretrain["step"] < pretrain["steps"]:
         parts.append(f"{duration(pretrain['seconds_left'])} left")
         if pretrain["last_commit_age_s"] is not None:
             parts.append(f"last commit {duration(pretrain['last_commit_age_s'])} ago")
@@ -250,4 +273,9 @@ def _pretrain_note(pretrain: dict[str, Any]) -> str:
 def _federated_note(federated: dict[str, Any]) -> str:
     if not federated["round"]:
         return ""
-    return f"round {federated['round']}/{federated['rounds']}, {len(federated['answered'])} silos answered"
+    return f"round {federated['round']}/{_total(federated['rounds'])}, {len(federated['answered'])} silos answered"
+
+
+def _total(number: int | None) -> str:
+    """Of steps or rounds; it is not known where the settings can't be read."""
+    return "?" if number is None else str(number)

@@ -1,6 +1,5 @@
 """``report.json`` for machines: every figure is read from the run's own files, none is computed anew from data."""
 
-import json
 import statistics
 from importlib.metadata import version
 from pathlib import Path
@@ -8,17 +7,18 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.events import read_events
-from configs.parse import to_toml
+from configs.parse import json_object, reading, to_toml
 from configs.schema.schema import RunConfig
 from configs.storage.layout import EVENTS, FEDERATED, NO_DP, RunFiles, SiloFiles
 from configs.storage.manifests import require_manifest
 from federated.coordinator.outcome import over_flower
 from federated.simulation.simulated_places import simulated_ledger, simulated_silo
-from privacy.certificate.certificate import ledgers_of
+from privacy.certificate.certificate import CERTIFICATE_VERSION, ledgers_of
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.file import read_only
 
 REPORT_VERSION = 1
+LOOK = "`siloweave status` says what of the run can be read"
 _SIMULATION_ONLY = (
     "federated.bits_per_char_*",
     "federated.by_silo",
@@ -44,19 +44,29 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
     evaluation = {} if elsewhere and not files.evaluation.exists() else _read(files.evaluation, "evaluate")
     certificate = _read(files.certificate, "federate")
     events, rounds = (list(read_events(path)) for path in (files.events, files.federated / EVENTS))
-    ledgers = {} if elsewhere else _ledgers(config, run_directory, certificate)
+    with reading(files.certificate, LOOK):
+        if certificate["version"] > CERTIFICATE_VERSION:
+            raise InputError(f"{files.certificate}: a newer Siloweave wrote it; upgrade Siloweave")
+        ledgers = {} if elsewhere else _ledgers(config, run_directory, certificate)
+        privacy, model = _privacy(config, certificate, ledgers), _model(certificate)
+    with reading(files.events, LOOK):
+        pretrain, seconds = _pretrain(config, events), _seconds(events)
+    with reading(files.evaluation if evaluation else files.federated / EVENTS, LOOK):
+        federated = _federated(config, run_directory, certificate, evaluation, rounds)
+    with reading(files.sample, LOOK):
+        sample = files.sample.read_text(encoding="utf-8") if files.sample.exists() else ""
     return {
         "version": REPORT_VERSION,
         "name": config.run.name,
-        "pretrain": _pretrain(config, events),
-        "federated": _federated(config, run_directory, certificate, evaluation, rounds),
-        "privacy": _privacy(config, certificate, ledgers),
-        "model": _model(certificate),
-        "sample": files.sample.read_text(encoding="utf-8") if files.sample.exists() else "",
+        "pretrain": pretrain,
+        "federated": federated,
+        "privacy": privacy,
+        "model": model,
+        "sample": sample,
         "simulation_only": [] if elsewhere else list(_SIMULATION_ONLY),
         "settings": to_toml(config),
         "versions": {name: version(name) for name in _LIBRARIES},
-        "seconds": _seconds(events),
+        "seconds": seconds,
     }
 
 
@@ -73,8 +83,8 @@ def _ledgers(config: RunConfig, run_directory: Path, certificate: dict[str, Any]
 def _read(path: Path, command: str) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"{path}: not there yet; run `siloweave {command}` first")
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
+    with reading(path, f"run `siloweave {command}` again"):
+        return json_object(path.read_bytes(), str(path))
 
 
 def _pretrain(config: RunConfig, events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -159,6 +169,8 @@ def _privacy(
     silos = {}
     for name, public in ledgers_of(certificate).items():
         stated = public.get("statement", {}).get("rounds_charged")
+        if stated is not None and not 0 <= stated <= config.federated.rounds:
+            raise ValueError("more rounds than the run has")
         charges = [body["round"] for body in ledgers.get(name, ()) if body["kind"] == "charge"]
         silos[name] = {
             "epsilon": public["receipt"]["epsilon_reserved"],

@@ -6,10 +6,11 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from configs.parse import parse, read_toml
+from configs.schema.addresses import LARGEST_PORT, Host, ReachableHost, ServiceAddress
 from configs.schema.base import Settings
 
 FEDERATION_FILE = "federation.toml"
-Port = Annotated[int, Field(ge=0, le=65535)]
+Port = Annotated[int, Field(ge=0, le=LARGEST_PORT)]
 
 
 class FederationConfig(Settings):
@@ -17,14 +18,20 @@ class FederationConfig(Settings):
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     """The federation's name, as silos see it."""
-    hosts: Annotated[tuple[str, ...], Field(min_length=1)]
+    hosts: Annotated[tuple[ReachableHost, ...], Field(min_length=1)]
     """Names and addresses by which silos reach the coordinator; the first one is what enrolments say."""
-    listen: str = "0.0.0.0"  # noqa: S104  (silos come from elsewhere)
+    listen: Host = "0.0.0.0"  # noqa: S104  (silos come from elsewhere)
     """Address that the proxy listens on."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 9092
+    port: Annotated[int, Field(ge=1, le=LARGEST_PORT)] = 9092
     """Port of the proxy: the only one that silos reach."""
     superlink_port: Port = 0
     """Loopback port of the SuperLink behind the proxy; 0: any free one at each start."""
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> "FederationConfig":
+        if self.superlink_port == self.port:
+            raise ValueError(f"superlink_port is {self.port}, which is the proxy's port: give another one, or 0")
+        return self
 
 
 class RelayConfig(Settings):
@@ -36,7 +43,7 @@ class RelayConfig(Settings):
     """The coordinator's ``coordinator.json``: its address, key and root certificate, all public."""
     coordinator_fingerprint: str
     """Its fingerprint, as the coordinator's people confirmed it over another channel than the one the file came by."""
-    silo_address: str
+    silo_address: ServiceAddress
     """The silo service: ``unix:/run/siloweave/NAME/silo.sock``, or ``HOST:PORT`` with mutual TLS."""
     port: Port = 0
     """Loopback port of the SuperNode's own interface for its processes; 0: any free one at each start."""

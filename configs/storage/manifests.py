@@ -96,15 +96,18 @@ def parse_manifest(content: bytes, directory: str, name: str, kind: str) -> Mani
     """
     path = f"{directory}/{name}"
     try:
-        manifest = Manifest(**json.loads(content))
+        fields = json.loads(content)
+        found = fields.get("version") if isinstance(fields, dict) else None
+        if type(found) is int and found > MANIFEST_VERSION:  # before its fields, which may be others
+            raise InputError(
+                f"{path}: version {found} is newer than this Siloweave reads ({MANIFEST_VERSION}); upgrade Siloweave"
+            )
+        manifest = Manifest(**fields)
         _check_types(manifest)
+    except InputError:
+        raise
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: not a readable manifest ({error}); delete {directory} to make it again") from None
-    if manifest.version > MANIFEST_VERSION:
-        raise InputError(
-            f"{path}: version {manifest.version} is newer than this Siloweave reads ({MANIFEST_VERSION}); "
-            "upgrade Siloweave"
-        )
     if manifest.kind != kind:
         raise InputError(f"{path}: kind is {manifest.kind!r}, expected {kind!r}; give the directory of a {kind}")
     return manifest

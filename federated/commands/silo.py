@@ -38,13 +38,15 @@ def init(
     ] = None,
 ) -> None:
     """Makes the silo's keys and certificates, where they are missing, and enrolment.json for the coordinator."""
+    from configs.schema.addresses import check_reachable
     from configs.schema.silo import load_silo
     from configs.storage.layout import SiloFiles
     from federated.deployment.silo_site import make_identity
     from federated.identity.cards import RelayCard, fingerprint, read_document
 
+    hosts = tuple(check_reachable(name, "--host") for name in host or ["localhost"])
     settings, card_of_relay = load_silo(config), read_document(RelayCard, relay)
-    card = make_identity(settings, journal_of(settings), card_of_relay, tuple(host or ["localhost"]))
+    card = make_identity(settings, journal_of(settings), card_of_relay, hosts)
     enrolment = SiloFiles(Path(settings.silo.state_dir)).enrolment
     say(f"silo {card.silo}: send {enrolment} to the coordinator, and read this out:")
     say(f"fingerprint {fingerprint(card)}")
@@ -95,10 +97,12 @@ def serve(
     """Starts the silo's gRPC service, and runs until it is told to end (SIGTERM, Ctrl-C)."""
     from configs.errors import InputError
     from configs.schema.silo import load_silo
+    from federated.deployment.ports import check_place
     from federated.deployment.separation.separation import check_separation, share_socket
 
     if (socket is None) == (address is None):
         raise InputError("silo serve: give --socket for a relay on this machine, or --address for one on another")
+    place = check_place(socket, address)
     settings = load_silo(config)
     relay_user = settings.silo.relay_user
     if relay_user:
@@ -114,12 +118,9 @@ def serve(
 
     ended, silo = ended_by_signal(), Silo(settings, file=config.absolute())
     answers = partial(start, silo.handle, settings.policy.max_request_bytes)
-    if socket:
-        server, _ = answers(f"unix:{socket}")
-        if relay_user:
-            share_socket(socket, relay_user)
-    else:
-        server, _ = answers(str(address), service_tls(settings))
+    server, _ = answers(place) if socket else answers(place, service_tls(settings))
+    if socket and relay_user:
+        share_socket(socket, relay_user)
     say(f"silo {settings.silo.id}: listening on {socket or address}")
     ended.wait()
     server.stop(grace=5).wait()

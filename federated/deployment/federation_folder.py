@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
 from configs.errors import InputError
 from configs.parse import to_toml
+from configs.schema.addresses import join_address
 from configs.schema.deployment import FEDERATION_FILE, FederationConfig, load_federation
 from configs.storage.files import sync_directory, write_atomic
 from configs.storage.secrets import load_secret
@@ -43,8 +44,11 @@ class FederationFolder:
         """Makes keys and certificates; a folder that is one already is left as it is.
 
         Raises:
-            InputError: the folder is a federation with other settings.
+            InputError: the folder is a federation with other settings, or its name is not UTF-8.
         """
+        if any("\ud800" <= sign <= "\udfff" for sign in str(folder.absolute())):
+            # Flower's settings name it, and TOML is UTF-8.
+            raise InputError(f"{folder}: the folder's name is not UTF-8; choose another one")
         if (folder / FEDERATION_FILE).exists():
             if load_federation(folder) != config:
                 raise InputError(
@@ -72,7 +76,7 @@ class FederationFolder:
         return CoordinatorCard(
             name=self.config.name,
             public_key=coordinator_signer(self.folder).public_key,
-            address=f"{self.config.hosts[0]}:{self.config.port}",
+            address=join_address(self.config.hosts[0], self.config.port),
             root_certificate=self.authority.path.read_text(encoding="ascii"),
         )
 

@@ -1,5 +1,7 @@
 """The proxy before the SuperLink: nginx, which lets silos reach the paths below and nothing else.
 
+The configuration names its files relative to itself: nginx can't quote a `$`, and a folder may be called anything.
+
 Flower's control, fleet and runtime interfaces share one port, and the first has no authentication: whoever reaches it
 registers nodes and runs bundles.
 """
@@ -10,6 +12,8 @@ import socket
 import ssl
 
 from configs.errors import InputError
+from configs.schema.addresses import join_address
+from configs.storage.files import write_atomic
 from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.flower_programs import LOOPBACK
 from federated.deployment.supervisor import Program
@@ -36,24 +40,25 @@ FLEET_PATHS = tuple(
 LARGEST_BODY, LARGEST_OBJECT = "1m", "512m"
 _OBJECT_PATH = "/v1/fleet/push-object"
 HANDSHAKE_S = 5.0
+_FOR_ALL = {"0.0.0.0": LOOPBACK, "::": "::1"}  # noqa: S104  (where to knock, not to listen)
 _BUFFERS = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 _TEMPLATE = """# Written at every start of `siloweave federation serve`.
 daemon off;
 worker_processes 2;
-pid {state}/nginx.pid;
+pid state/nginx.pid;
 error_log stderr warn;
 {user}
 events {{ worker_connections 4096; }}
 http {{
   server_tokens off;
   map $status $refused {{ ~^[23] 0; default 1; }}
-  access_log {state}/refused.log combined if=$refused;
+  access_log state/refused.log combined if=$refused;
   ssl_protocols TLSv1.3;
 {buffers}
   server {{
-    listen {listen}:{port} ssl;
-    ssl_certificate {certificates}/proxy.pem;
-    ssl_certificate_key {keys}/proxy.key;
+    listen {listen} ssl;
+    ssl_certificate certificates/proxy.pem;
+    ssl_certificate_key keys/proxy.key;
     location / {{ return 403; }}
 {locations}
   }}
@@ -67,31 +72,27 @@ _LOCATION = """    location = {path} {{
       proxy_http_version 1.1;
       proxy_ssl_verify on;
       proxy_ssl_name localhost;
-      proxy_ssl_trusted_certificate {certificates}/ca.pem;
+      proxy_ssl_trusted_certificate certificates/ca.pem;
       proxy_ssl_session_reuse on;
     }}"""
 
 
 def configuration(federation: FederationFolder, superlink_port: int) -> str:
     """nginx.conf for a federation whose SuperLink listens on a loopback port."""
-    places = {"state": federation.state, "keys": federation.keys, "certificates": federation.certificates}
     locations = (
         _LOCATION.format(
             path=path,
             largest=LARGEST_OBJECT if path == _OBJECT_PATH else LARGEST_BODY,
             loopback=LOOPBACK,
             superlink_port=superlink_port,
-            **places,
         )
         for path in FLEET_PATHS
     )
     return _TEMPLATE.format(
-        **places,
         # Started as root, nginx would give its workers to `nobody`, who can't write below a private folder.
         user="user root;" if os.geteuid() == 0 else "",
-        buffers="\n".join(f"  {name}_temp_path {federation.state}/nginx/{name};" for name in _BUFFERS),
-        listen=f"[{federation.config.listen}]" if ":" in federation.config.listen else federation.config.listen,
-        port=federation.config.port,
+        buffers="\n".join(f"  {name}_temp_path state/nginx/{name};" for name in _BUFFERS),
+        listen=join_address(federation.config.listen, federation.config.port),
         locations="\n".join(locations),
     )
 
@@ -113,16 +114,17 @@ def find_nginx() -> str:
 def proxy(federation: FederationFolder, superlink_port: int) -> Program:
     """The proxy as a program of the supervisor; writes its configuration."""
     (federation.state / "nginx").mkdir(exist_ok=True)
-    path = federation.state / "nginx.conf"
-    path.write_text(configuration(federation, superlink_port), encoding="utf-8")
-    command = (find_nginx(), "-e", "stderr", "-p", str(federation.state), "-c", str(path))
-    return Program("nginx", command, {"PATH": os.environ.get("PATH", "")}, lambda: _shakes_hands(federation))
+    path = federation.folder / "nginx.conf"  # what it names is looked for from where it lies
+    write_atomic(path, configuration(federation, superlink_port).encode(), mode=0o600)
+    command = (find_nginx(), "-e", "stderr", "-p", str(federation.folder), "-c", str(path))
+    listens = ((federation.config.listen, federation.config.port),)
+    return Program("nginx", command, {"PATH": os.environ.get("PATH", "")}, lambda: _shakes_hands(federation), listens)
 
 
 def _shakes_hands(federation: FederationFolder) -> bool:
     """Whether the proxy shows a certificate that silos accept: they check the same authority and host."""
     listen, host = federation.config.listen, federation.config.hosts[0]
-    address = LOOPBACK if listen in ("0.0.0.0", "::") else listen  # noqa: S104  (compared, not bound)
+    address = _FOR_ALL.get(listen, listen)
     context = ssl.create_default_context(cafile=str(federation.authority.path))
     try:
         with (

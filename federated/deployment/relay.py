@@ -3,6 +3,7 @@
 It runs as a user of its own, with an environment of its own: nothing that the service's shell holds reaches it.
 """
 
+import json
 import os
 import ssl
 from pathlib import Path
@@ -14,7 +15,8 @@ from configs.errors import InputError
 from configs.schema.deployment import RelayConfig
 from configs.storage.files import write_atomic
 from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment
-from federated.deployment.supervisor import Program, free_port
+from federated.deployment.ports import free_port
+from federated.deployment.supervisor import Program
 from federated.identity.cards import CoordinatorCard, RelayCard, confirm, read_document, write_document
 from federated.identity.keys import load_or_create_key, private_folder, ssh_public_key
 from federated.identity.x509 import CURVE, certificate_request, check_x509, read_certificate
@@ -65,11 +67,12 @@ def supernode(config: RelayConfig) -> Program:
     home = private_folder(folder / "flower")
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     environment = {**inherited, **flower_environment(home), "HOME": str(home)}
-    return Program("supernode", command, environment, lambda: is_serving(health))
+    listens = ((LOOPBACK, config.port),) if config.port else ()
+    return Program("supernode", command, environment, lambda: is_serving(health), listens)
 
 
 def _node_config(config: RelayConfig) -> str:
-    address = f'silo-address="{config.silo_address}"'
+    address = f"silo-address={_quoted(config.silo_address)}"
     if config.silo_address.startswith("unix:"):
         return address
     folder = Path(config.state_dir)
@@ -77,7 +80,12 @@ def _node_config(config: RelayConfig) -> str:
         if not (folder / name).exists():
             raise InputError(f"{folder / name}: missing; copy it from the silo's tls folder, where `silo init` put it")
     check_x509(read_certificate(folder / CERTIFICATE), read_certificate(folder / AUTHORITY), CERTIFICATE)
-    return f'{address} silo-tls="{folder}"'
+    return f"{address} silo-tls={_quoted(str(folder))}"
+
+
+def _quoted(text: str) -> str:
+    """A TOML string for Flower, which looks for its closing quote without knowing of escapes."""
+    return json.dumps(text, ensure_ascii=False).replace('\\"', "\\u0022").replace("\x7f", "\\u007f")
 
 
 def check_coordinator(coordinator: CoordinatorCard) -> None:
@@ -87,6 +95,7 @@ def check_coordinator(coordinator: CoordinatorCard) -> None:
         InputError: what answers shows a certificate of another authority, for another host, or out of its time.
     """
     host, _, port = coordinator.address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
     try:
         shown = ssl.get_server_certificate((host, int(port)), timeout=CONNECT_S)
     except (OSError, ValueError):

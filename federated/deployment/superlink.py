@@ -16,7 +16,8 @@ from configs.parse import read_toml
 from configs.storage.files import write_atomic
 from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment
-from federated.deployment.supervisor import Program, free_port
+from federated.deployment.ports import free_port
+from federated.deployment.supervisor import Program
 from federated.transport.health import is_serving
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 APP = Path(__file__).parents[1] / "app"
 LINK = "siloweave"  # the connection's name in Flower's settings
 START_RUN_S = 120
+DATABASE = "sqlite:///superlink.sqlite"  # in `state/`, where it runs: a `?` in a whole path would end its name
 
 
 def superlink(federation: FederationFolder) -> tuple[Program, int]:
@@ -45,12 +47,13 @@ def superlink(federation: FederationFolder) -> tuple[Program, int]:
         ),
         *("--ssl-ca-certfile", str(federation.authority.path)),
         "--enable-supernode-auth",
-        *("--database", str(federation.state / "superlink.sqlite")),
+        *("--database", DATABASE),
         "--disable-runtime-dependency-installation",
         *("--health-server-address", health),
     )
     environment = {**os.environ, **flower_environment(federation.home)}
-    return Program("superlink", command, environment, lambda: is_serving(health)), port
+    listens = ((LOOPBACK, port),)
+    return Program("superlink", command, environment, lambda: is_serving(health), listens), port
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ import psutil
 
 from configs.errors import InputError, SiloweaveError
 from configs.storage.files import write_atomic
+from federated.deployment.ports import check_free
 
 STATE = "processes.json"
 POLL_S, HEALTH_S = 0.5, 5.0
@@ -39,12 +39,14 @@ class Program:
         command: what is run.
         environment: all of it; nothing is inherited.
         is_healthy: whether it does its work.
+        listens: hosts and ports that must be free before anything starts.
     """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
     is_healthy: Callable[[], bool]
+    listens: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass
@@ -154,12 +156,15 @@ class Supervisor:
             tick: called twice a second from then on.
 
         Raises:
-            InputError: another one runs in this folder.
+            InputError: another one runs in this folder, or a port is taken.
             SiloweaveError: a program did not start.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone(self.folder):
             end_leftovers(self.folder)
+            for program in self.programs:
+                for host, port in program.listens:
+                    check_free(host, port)
             children = [Child(program, self.folder / f"{program.name}.log") for program in self.programs]
             try:
                 for child in children:
@@ -270,13 +275,6 @@ def end_tree(processes: Sequence[psutil.Process], grace_s: float) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(left, timeout=grace_s)
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def last_line(log: Path) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from configs.errors import InputError
 from configs.parse import json_object, parse
+from configs.schema.addresses import check_address
 from configs.schema.base import Settings
 from configs.storage.files import canonical_json, digest_bytes, write_atomic
 
@@ -54,6 +55,13 @@ def read_folder(schema: type[Document], folder: Path) -> dict[Path, Document]:
     return {path: read_document(schema, path) for path in sorted(folder.glob("*.json"))}
 
 
+def _proxy_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    # Earlier versions wrote an IPv6 address without brackets, which Flower reads, too.
+    check_address(f"[{host}]:{port}" if ":" in host and not host.startswith("[") else text, "address")
+    return text
+
+
 class CoordinatorCard(Settings):
     """What silos know a coordinator by: ``coordinator.json``."""
 
@@ -63,7 +71,7 @@ class CoordinatorCard(Settings):
     """The federation's name."""
     public_key: PublicKey
     """Ed25519 key that signs requests, in hexadecimal."""
-    address: Annotated[str, Field(max_length=300)]
+    address: Annotated[str, Field(max_length=300), AfterValidator(_proxy_address)]
     """``HOST:PORT`` of the coordinator's proxy."""
     root_certificate: Annotated[str, Field(max_length=20_000)]
     """Certificate of the coordinator's own authority, PEM: the only one that a relay trusts."""

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,11 +85,17 @@ class Reader:
 
 def read_entries(connection: sqlite3.Connection, first: int = 1) -> list[Entry]:
     """The entries of an open ledger file from a number on, oldest first."""
+    return list(each_entry(connection, first))
+
+
+def each_entry(connection: sqlite3.Connection, first: int = 1) -> Iterator[Entry]:
+    """The same one by one: those before a place where the file is damaged are read."""
     columns = ("number", "body", "previous", "hash", "signature")
     rows = connection.execute(
         "SELECT number, body, previous, hash, signature FROM entries WHERE number >= ? ORDER BY number", (first,)
     )
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+    for row in rows:
+        yield dict(zip(columns, row, strict=True))
 
 
 def entry_hash(previous: str, body: str) -> str:
@@ -155,10 +162,21 @@ def verify_entries(entries: list[Entry], origin: str, public_key: str | None = N
     Raises:
         InputError: the first entry that doesn't hold.
     """
+    bodies = holding(entries, public_key)
+    if len(bodies) < len(entries):
+        raise InputError(
+            f"{origin}: entry {len(bodies) + 1} does not hold (number, chain or signature): the ledger was edited or "
+            "damaged; put its backup back"
+        )
+    return bodies
+
+
+def holding(entries: list[Entry], public_key: str | None = None) -> list[dict[str, Any]]:
+    """Bodies of the entries from the first one to the last before one that doesn't hold; see ``verify_entries``."""
     previous, bodies = GENESIS, list[dict[str, Any]]()
     key = public_key
     for position, entry in enumerate(entries, 1):
-        body = _body(entry)
+        body = body_of(entry)
         key = key or str(body.get("public_key", ""))
         sound = (
             entry.get("number") == body.get("number") == position
@@ -167,19 +185,17 @@ def verify_entries(entries: list[Entry], origin: str, public_key: str | None = N
             and signature_holds(key, entry["hash"].encode(), str(entry.get("signature")))
         )
         if not sound:
-            raise InputError(
-                f"{origin}: entry {position} does not hold (number, chain or signature): the ledger was edited or "
-                "damaged; put its backup back"
-            )
+            break
         previous = entry["hash"]
         bodies.append(body)
     return bodies
 
 
-def _body(entry: Entry) -> dict[str, Any]:
+def body_of(entry: Entry) -> dict[str, Any]:
     """An entry's body; an empty one, which holds nowhere, where it was damaged beyond reading."""
     try:
+        entry["body"].encode()  # half a surrogate has no bytes, and so no hash
         body = json.loads(entry["body"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}

@@ -21,7 +21,7 @@ from configs.storage.sealing import (
     read_sealed,
     write_sealed,
 )
-from privacy.ledger.chain import Entry, read_entries
+from privacy.ledger.chain import Entry, each_entry, read_entries
 
 # All versions have the same tables. Version 2 has an anchor, and may hold entries that tell of it; in version 3 a run's
 # name is its coordinator's own, and so two runs may have one name.
@@ -61,7 +61,7 @@ def connect(path: Path) -> sqlite3.Connection:
                 connection.execute(statement)
             set_version(connection, UNANCHORED)
         connection.execute("COMMIT")
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         raise explain(path, error) from error
     return connection
 
@@ -76,12 +76,38 @@ def read_only(path: Path, key_file: str = "") -> list[Entry]:
     Raises:
         InputError: it is missing, no ledger, damaged, or of a newer version.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such ledger; give the ledger.sqlite of a silo's state_dir, or an export of it")
-    if path.suffix == EXPORT_SUFFIX:
-        return _read_export(path, key_file)
-    with _looking(path) as connection:
-        return read_entries(connection)
+    entries, problem = readable(path, key_file)
+    if problem is not None:
+        raise problem
+    return entries
+
+
+def readable(path: Path, key_file: str = "") -> tuple[list[Entry], SiloweaveError | None]:
+    """The entries of a ledger file, or of its export, as far as they can be read, and what is wrong with the rest.
+
+    Args:
+        path: the ledger, or an export.
+        key_file: see ``read_only``.
+
+    Returns:
+        The entries before the first place that can't be read, and of an export those after it; the error that
+        ``read_only`` raises, or None.
+    """
+    entries: list[Entry] = []
+    try:
+        if not path.is_file():
+            where = "give the ledger.sqlite of a silo's state_dir, or an export of it"
+            raise InputError(f"{path}: no such ledger; {where}")
+        if path.suffix == EXPORT_SUFFIX:
+            return _read_export(path, key_file)
+        with _looking(path) as connection:
+            for entry in each_entry(connection):
+                entries.append(entry)  # noqa: PERF402  (what was read before an error is kept)
+    except SiloweaveError as error:
+        return entries, error
+    except OSError as error:
+        return entries, InputError(f"{path}: can't be read ({error.strerror}); give a file that you may read")
+    return entries, None
 
 
 def read_version(path: Path) -> int:
@@ -167,8 +193,10 @@ def given_key(key_file: str) -> MasterKey | None:
     return load_key(key_file or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else ""))
 
 
-def _read_export(path: Path, key_file: str) -> list[Entry]:
+def _read_export(path: Path, key_file: str) -> tuple[list[Entry], InputError | None]:
+    """The entries, an empty one for each line that is none, and the first such line's error."""
     entries: list[Entry] = []
+    problem: InputError | None = None
     sealed = is_sealed(path)
     if sealed and not key_file and not os.environ.get(ENVIRONMENT):
         raise InputError(f"{path}: encrypted, and no key is given; give --key-file FILE, or set {ENVIRONMENT}")
@@ -176,12 +204,13 @@ def _read_export(path: Path, key_file: str) -> list[Entry]:
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entry = json.loads(line)
+            wrong = None if isinstance(entry, dict) else "no entry"
         except (ValueError, RecursionError):
-            raise InputError(f"{path}: line {number} is not JSON: the export was edited or damaged") from None
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}: line {number} is no entry: the export was edited or damaged")
-        entries.append(entry)
-    return entries
+            entry, wrong = {}, "not JSON"
+        if wrong and problem is None:
+            problem = InputError(f"{path}: line {number} is {wrong}: the export was edited or damaged")
+        entries.append({} if wrong else entry)
+    return entries, problem
 
 
 @contextlib.contextmanager
@@ -197,8 +226,8 @@ def _looking(path: Path) -> Iterator[sqlite3.Connection]:
             if _check_version(path, connection) == 0:
                 raise InputError(f"{path}: not a ledger; give the ledger.sqlite of a silo's state_dir")
             yield connection
-    except sqlite3.DatabaseError as error:
-        raise explain(path, error) from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _write_ahead(connection: sqlite3.Connection) -> bool:
@@ -246,14 +275,25 @@ def _check_version(path: Path, connection: sqlite3.Connection) -> int:
     return found
 
 
-def explain(path: Path, error: sqlite3.DatabaseError) -> SiloweaveError:
-    """The one line for what SQLite says."""
+def explain(path: Path, error: Exception) -> SiloweaveError:
+    """The one line for what SQLite says; Python can't decode the words of a damaged schema."""
     text = str(error)
-    if "locked" in text or "busy" in text:
+    if _is_locked(error):
         return SiloweaveError(f"{path}: locked by another program for {LOCK_TIMEOUT_S} s; end it, then ask again")
     if isinstance(error, sqlite3.OperationalError):
         return write_failure(path, OSError(text))
     return InputError(f"{path}: not a sound ledger ({text}); put its backup back")
+
+
+def _unreadable(path: Path, error: Exception) -> SiloweaveError:
+    """The one line for what SQLite says where nothing was to be written."""
+    if isinstance(error, sqlite3.OperationalError) and not _is_locked(error):
+        return InputError(f"{path}: can't be read ({error}); look as a user who may, or put its backup back")
+    return explain(path, error)
+
+
+def _is_locked(error: Exception) -> bool:
+    return "locked" in str(error) or "busy" in str(error)
 
 
 def _statements(script: str) -> Iterator[str]:

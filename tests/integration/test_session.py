@@ -3,8 +3,15 @@
 import psutil
 
 
+def command_of(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has just ended
+        return ""
+
+
 def test_embedded_ray_has_no_dashboard_server_and_no_monitors(shared_ray):
-    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    commands = [command_of(process) for process in psutil.Process().children(recursive=True)]
     assert any("raylet" in command for command in commands)
     assert not [command for command in commands if "dashboard.py" in command or "monitor.py" in command]
 

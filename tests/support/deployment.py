@@ -107,7 +107,8 @@ class Deployment:
 
     def __init__(self, root: Path, model: Path) -> None:
         root.chmod(0o711)
-        self.root, self.folder, self.model = root, root / "federation", root / "model"
+        # A folder may be called anything: each of these signs means something to nginx, Flower, TOML or a URL.
+        self.root, self.folder, self.model = root, root / "federation; {of} \"$host\" 'ö'?#", root / "model"
         shutil.copytree(model, self.model)
         for path in (self.model, *self.model.iterdir()):  # public, and read by every silo's user
             path.chmod(0o755 if path.is_dir() else 0o644)
