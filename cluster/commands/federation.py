@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from configs.load import load
+from configs.locks import working_on
 from configs.printing import say
+from configs.run_directory import run_directory
 from configs.storage.layout import CERTIFICATE, FEDERATED
 
 
@@ -21,7 +23,7 @@ def run(
     from federated.deployment.served_run import run as run_rounds
 
     settings = load(config, overrides or [])
-    with listening(settings) as listeners:
+    with working_on(run_directory(settings)), listening(settings) as listeners:
 
         def on_event(event: dict[str, Any]) -> None:
             _say(event)

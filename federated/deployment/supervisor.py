@@ -5,7 +5,6 @@ supervisor alive; where it is not, a killed supervisor's processes are ended by 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 
 from configs.errors import InputError, SiloweaveError
+from configs.locks import HeldError, locked
 from configs.storage.files import write_atomic
 
 STATE = "processes.json"
@@ -226,12 +226,11 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    with (folder / "lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another process runs there already; stop it first") from None
-        yield
+    try:
+        with locked(folder / "lock", b""):
+            yield
+    except HeldError:
+        raise InputError(f"{folder}: another process runs there already; stop it first") from None
 
 
 def end_leftovers(folder: Path) -> None:
