@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.commands.stages import SetOption
 from configs.load import load
 from configs.locks import working_on
 from configs.printing import say
@@ -15,7 +16,7 @@ from configs.storage.layout import CERTIFICATE, FEDERATED
 def run(
     folder: Annotated[Path, typer.Argument(help="The federation's folder.")],
     config: Annotated[str, typer.Option("--config", "-c", help="A TOML file, or a preset's name.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="group.field=value; may be repeated.")] = None,
+    overrides: SetOption = None,
 ) -> None:
     """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its status is the run's."""
     from cluster.monitoring.listeners import listening

@@ -24,7 +24,12 @@ ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help=f"A TOML file, or a preset: {', '.join(presets())}.", show_default=True)
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Overrides a setting: group.field=value. May be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Overrides a setting: group.field=value, as in TOML, so lists, tables and quoted keys as well; a bare "
+        "word is text. May be repeated.",
+    ),
 ]
 AddressOption = Annotated[
     str, typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, else a Ray of our own on this machine.")
