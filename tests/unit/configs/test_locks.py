@@ -12,10 +12,12 @@ from contextlib import contextmanager
 
 import pytest
 from repository import REPOSITORY
+from typer.testing import CliRunner
 
 from configs import locks
 from configs.errors import InputError, SiloweaveError
 from configs.locks import HeldError, locked, note_of_holder, working_on
+from siloweave import app
 
 AT_WORK = """
 import sys
@@ -165,22 +167,23 @@ def test_which_file_systems_are_trusted(tmp_path, monkeypatch, kind, options, un
     assert locks._unsure(tmp_path / "x") == unsure
 
 
-def test_commands_that_write_are_kept_out_and_those_that_look_are_not(tmp_path):
-    def siloweave(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "siloweave", *words, "-c", "tiny", "--set", f"run.storage={tmp_path}"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=REPOSITORY,
-        )
+def test_commands_that_write_are_kept_out_and_those_that_look_are_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("SILOWEAVE_DEBUG", "1")  # so that no command quietens this process for good
+    settings = ["-c", "tiny", "--set", f"run.storage={tmp_path}"]
 
-    assert "siloweave prepare` first" in siloweave("export").stderr
+    def siloweave(*words):
+        return CliRunner().invoke(app, ["--debug", *words, *settings])
+
+    stages = ["demo", "prepare", "pretrain", "export", "federate", "evaluate", "generate", "report", "audit"]
+    search = ["tune", "--param", "pretrain.learning_rate=loguniform(1e-4,1e-2)"]
+    writing = [*([stage] for stage in stages), ["pretrain", "--verify-resume"], search, ["federation", "run", "folder"]]
+    assert "siloweave prepare` first" in str(siloweave("export").exception)
     before = {path: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
-    with another_command(tmp_path / "tiny"):
-        for command in ("export", "demo"):
-            ended = siloweave(command)
-            assert ended.returncode == 2
-            assert "`siloweave pretrain` (process" in ended.stderr
-        assert siloweave("status").returncode == 0
+    with another_command(tmp_path / "tiny") as other:
+        for command in writing:
+            found = siloweave(*command).exception
+            assert isinstance(found, InputError), command
+            assert f"`siloweave pretrain` (process {other.pid}" in str(found), command
+        assert siloweave("status").exit_code == 0
+        assert "is at work" not in str(siloweave("doctor").exception)
     assert {path: path.read_bytes() for path in (tmp_path / "tiny").iterdir()} == before
