@@ -1,8 +1,10 @@
 """From a TOML file, or a preset's name, and ``--set`` overrides to a checked ``RunConfig``."""
 
 import os
+import re
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ from configs.parse import PRESETS, parse, presets, read_toml
 from configs.schema.schema import RunConfig
 from configs.storage.sealing import ENVIRONMENT, FROM_ENVIRONMENT
 
+_PART = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'[^']*'|[^\s."'=][^."'=]*)\s*""")
+_OVERRIDE = re.compile(rf"(?P<key>{_PART.pattern}(?:\.{_PART.pattern})*)=(?P<text>.*)", re.DOTALL)
+
 
 def load(config: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads and checks a configuration.
 
     Args:
         config: path of a TOML file, or the name of a preset (``demo``, ``tiny``, ...).
-        overrides: ``group.field=value`` texts; a value is read as TOML, or else as plain text.
+        overrides: ``group.field=value`` texts; keys and values are read as in TOML, a bare word as text.
 
     Raises:
         InputError: no such file, not TOML, or a setting that does not hold; one line for each.
@@ -44,16 +49,51 @@ def _with_key(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or len(parts) < 2:
-        raise InputError(f"--set {override!r}: write it as group.field=value, for instance pretrain.steps=100")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for part in parts[:-1]:
+    *groups, name, text = _split(override)
+    for part in groups:
         tree = tree.setdefault(part, {})
         if not isinstance(tree, dict):
             raise InputError(f"--set {override!r}: {part} is a value, not a group of settings")
-    tree[parts[-1]] = value
+    tree[name] = _value(override, text)
+
+
+def _split(override: str) -> list[str]:
+    """The parts of the key, and the value's text."""
+    found = _OVERRIDE.fullmatch(override)
+    if found:
+        parts = [part.strip() for part in _PART.findall(found["key"])]
+        with suppress(ValueError):  # a quoted part with an escape that TOML does not have
+            names = [str(_toml(part)) if part[0] in "\"'" else part for part in parts]
+            if len(names) > 1:
+                return [*names, found["text"]]
+    raise InputError(
+        f"--set {override!r}: write it as group.field=value, for instance pretrain.steps=100; a part with a point, an "
+        'equals sign or a quotation mark is quoted as in TOML: group.field."St. Mary"=100'
+    )
+
+
+def _value(override: str, text: str) -> Any:
+    """A value as TOML has it; what is no TOML is plain text, unless it begins as a list, a table or quoted text."""
+    try:
+        return _toml(text)
+    except (ValueError, RecursionError) as error:
+        if not text.lstrip().startswith(("[", "{", '"', "'")):
+            return text
+        reason = str(error).partition(" (at ")[0]
+        raise InputError(
+            f'--set {override!r}: {text!r} is no TOML ({reason}); write a list as ["a", "b"], a table as {{a = 1}}, '
+            "other text that begins so in quotation marks, and single quotes around it all, for the shell"
+        ) from None
+
+
+def _toml(text: str) -> Any:
+    """A single value.
+
+    Raises:
+        ValueError: the text is none, or more than one.
+        RecursionError: it is nested too deeply.
+    """
+    tree = tomllib.loads(f"value = {text}")
+    if len(tree) != 1:
+        raise ValueError("more than one value")
+    return tree["value"]

@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def rounded(value: float | None) -> str:
+    """A figure for people; there is none of no records, and of a model that has diverged."""
+    return "not available" if value is None else f"{value:.3f}"
+
+
 def to_json(value: object) -> str:
     """A value for machines in ASCII, on one line. JSON leaves one control character as it is: DEL."""
     return json.dumps(value).replace("\x7f", "\\u007f")

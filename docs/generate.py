@@ -17,8 +17,11 @@ from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 
 DOCS = Path(__file__).parent
+_SET = """`--set group.field=value` overrides one setting. Keys and values are those of TOML, and a bare word is text:
+`--set run.name=second`, `--set 'privacy.evaluation_labels=["yes", "no"]'`, `--set 'federated.lora_ranks={north = 2}'`
+(in place of the whole table), `--set 'data.private.public_record_counts."St. Mary"=100'` (one entry of it)."""
 FILES: tuple[tuple[str, str, type[BaseModel]], ...] = (
-    ("A run", "`-c FILE` of every command of a run. `--set group.field=value` overrides one setting.", RunConfig),
+    ("A run", f"`-c FILE` of every command of a run. {_SET}", RunConfig),
     ("A silo", "`silo.toml` of `siloweave silo`. The steward of the silo writes it.", SiloConfig),
     ("A federation", "`federation.toml`. `siloweave federation init` writes it.", FederationConfig),
     ("A relay", "`relay.toml` of `siloweave silo relay`.", RelayConfig),

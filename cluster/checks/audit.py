@@ -22,6 +22,7 @@ import torch
 from cluster.report.plots import MUTED, new_figure, svg
 from cluster.run import Run
 from configs.errors import InputError
+from configs.printing import rounded
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json, write_atomic
 from configs.storage.layout import CERTIFICATE, FEDERATED, RunFiles
@@ -185,7 +186,7 @@ def roc_plot(membership: dict[str, Any]) -> str:
     for name, attacks in membership.items():
         for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
             curve = figures["roc"]
-            label = f"{name}, {attack.replace('_', ' ')}: AUC {figures['auc']:.3f}"
+            label = f"{name}, {attack.replace('_', ' ')}: AUC {rounded(figures['auc'])}"
             axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label)
     axes.plot([1e-4, 1], [1e-4, 1], color=MUTED, linestyle="--", label="guessing")
     axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1), title="Membership inference (simulation only)")
@@ -222,6 +223,9 @@ def summary(document: dict[str, Any]) -> list[str]:
         lines.append(f"membership inference: not available ({membership['not_available']})")
     for name, attacks in membership.items():
         for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
+            if figures["auc"] is None:
+                lines.append(f"{name}, {attack}: not available: no silo has a training and a held-out record")
+                continue
             rates = ", ".join(f"{rate:.2%} at {at}" for at, rate in figures["true_positive_rate_at"].items())
             lines.append(f"{name}, {attack}: AUC {figures['auc']:.3f}; true positives {rates} (simulation_only)")
     return lines

@@ -71,12 +71,17 @@ def estimate(config: RunConfig) -> dict[str, Any]:
                 name: {
                     "public_record_count": count,
                     "expected_batch": config.privacy.sampling_rate * _bound(plan, count),
-                    "runs_in_budget": int(config.privacy.budget_epsilon // plan.epsilon),
+                    "runs_in_budget": _runs(config.privacy.budget_epsilon, plan.epsilon),
                 }
                 for name, count in counts.items()
             },
         },
     }
+
+
+def _runs(budget: float, epsilon: float) -> int | None:
+    """How often the plan fits a silo's budget; None where no budget bounds it, since it spends nothing of it."""
+    return int(budget // epsilon) if epsilon else None
 
 
 def _bound(plan: PlanTerms, public_record_count: int) -> int:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluster.runtime.gang import run_gang
 from configs.errors import InputError
 from configs.events import Listener
@@ -125,7 +127,7 @@ def verify_resume(config: RunConfig, directory: Path, tell: Listener, sizes: Seq
         legs = _train(config, folder, tell, sizes)
     finally:
         _remove(folder)
-    largest = max(leg.deviation for leg in legs)
+    largest = _largest([leg.deviation for leg in legs])
     return {
         "largest_deviation": largest,
         "tolerance": tolerance,
@@ -134,6 +136,11 @@ def verify_resume(config: RunConfig, directory: Path, tell: Listener, sizes: Seq
         "steps": STEPS_A_LEG * len(sizes),
         "legs": [asdict(leg) for leg in legs],
     }
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest; not a number where one is none: ``max`` would pass over it, wherever it is not the first."""
+    return float(np.max(values))
 
 
 def _remove(folder: Path) -> None:
@@ -169,7 +176,7 @@ def _train(config: RunConfig, folder: Path, tell: Listener, sizes: Sequence[int]
             if path.name > step_name(done):  # ranks don't stop at once; the next leg is to begin at this commit
                 shutil.rmtree(path)
         compared = {step: loss for step, loss in leg.losses.items() if step in alone.losses}
-        deviation = max(abs(loss / alone.losses[step] - 1) for step, loss in compared.items())
+        deviation = _largest([abs(loss / alone.losses[step] - 1) for step, loss in compared.items()])
         legs.append(Leg(ranks, min(compared), max(compared), deviation, leg.start_s, leg.convert_s))
     return legs
 

@@ -5,15 +5,18 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.commands.stages import SetOption
 from configs.load import load
+from configs.locks import working_on
 from configs.printing import say
+from configs.run_directory import run_directory
 from configs.storage.layout import CERTIFICATE, FEDERATED
 
 
 def run(
     folder: Annotated[Path, typer.Argument(help="The federation's folder.")],
     config: Annotated[str, typer.Option("--config", "-c", help="A TOML file, or a preset's name.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="group.field=value; may be repeated.")] = None,
+    overrides: SetOption = None,
 ) -> None:
     """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its exit status is the run's."""
     from cluster.monitoring.listeners import listening
@@ -21,7 +24,7 @@ def run(
     from federated.deployment.served_run import run as run_rounds
 
     settings = load(config, overrides or [])
-    with listening(settings) as listeners:
+    with working_on(run_directory(settings)), listening(settings) as listeners:
 
         def on_event(event: dict[str, Any]) -> None:
             _say(event)

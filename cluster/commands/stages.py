@@ -12,6 +12,7 @@ import typer
 
 from configs.errors import InputError
 from configs.load import load
+from configs.locks import working_on
 from configs.parse import presets
 from configs.printing import answer, say, stream, to_json
 from configs.run_directory import run_directory
@@ -23,7 +24,12 @@ ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help=f"A TOML file, or a preset: {', '.join(presets())}.", show_default=True)
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Overrides a setting: group.field=value. May be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Overrides a setting: group.field=value, as in TOML, so lists, tables and quoted keys as well; a bare "
+        "word is text. May be repeated.",
+    ),
 ]
 AddressOption = Annotated[
     str, typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, else a Ray of our own on this machine.")
@@ -61,12 +67,13 @@ def demo(
     from cluster.monitoring.console import Terminal, result_table
 
     settings = load(config, overrides(override, address))
-    pipeline.set_aside_finished(settings, partial(say, err=True))
 
     def work(run: Any) -> dict[str, Any]:
         return pipeline.demo(run, partial(stream, err=True))
 
-    document, directory = with_run(settings, work, as_json)
+    with working_on(run_directory(settings)):
+        pipeline.set_aside_finished(settings, partial(say, err=True))
+        document, directory = with_run(settings, work, as_json)
     if as_json:
         say(to_json(document))
         return
@@ -260,13 +267,17 @@ def overrides(override: list[str] | None, address: str) -> list[str]:
 
 
 def with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet: bool = False) -> tuple[Any, Any]:
-    """Binds the run's directory, shows progress, and does the work."""
+    """Locks and binds the run's directory, shows progress, and does the work."""
     from cluster.monitoring.console import Progressing
     from cluster.monitoring.listeners import listening
     from cluster.run import Run
 
     _quiet_libraries()
-    with Progressing(quiet=quiet or as_json) as shown, listening(settings) as listeners:
+    with (
+        working_on(run_directory(settings)),
+        Progressing(quiet=quiet or as_json) as shown,
+        listening(settings) as listeners,
+    ):
         run = Run(settings, (shown, *listeners))
         done = work(run)
         run.push()

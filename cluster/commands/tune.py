@@ -7,7 +7,9 @@ import typer
 from cluster.commands import stages
 from configs.errors import InputError
 from configs.load import load
+from configs.locks import working_on
 from configs.printing import say, to_json
+from configs.run_directory import run_directory
 
 
 def tune(
@@ -35,12 +37,13 @@ def tune(
 
     settings = load(config, stages.overrides(override, address))
     _check_installed()
-    search = tuning.Search(settings, parse_parameters(param or []), trials, metric)
+    with working_on(run_directory(settings)):  # before the search reads what another one may be writing
+        search = tuning.Search(settings, parse_parameters(param or []), trials, metric)
 
-    def work(run: Any) -> dict[str, Any]:
-        return tuning.tune(run, search, max_parallel)
+        def work(run: Any) -> dict[str, Any]:
+            return tuning.tune(run, search, max_parallel)
 
-    document, _ = stages.with_run(settings, work, as_json)
+        document, _ = stages.with_run(settings, work, as_json)
     if as_json:
         say(to_json(document))
         return

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.monitoring.durations import Remaining, duration
-from configs.printing import printable, say
+from configs.printing import printable, rounded, say
 
 _TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of", "trial": "of"}
 _POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done", "trial": "done"}
@@ -146,12 +146,12 @@ def result_table(report: dict[str, Any]) -> Table:
         ("federated without DP", federated["bits_per_char_no_dp"], "unbounded"),
     ]
     for label, value, epsilon in rows:
-        change = f"  ({100 * (value / base - 1):+.1f}%)" if value and value is not base else ""
-        table.add_row(label, f"{value:.3f}{change}" if value else "not available", epsilon)
+        change = f"  ({100 * (value / base - 1):+.1f}%)" if value and base and value is not base else ""
+        table.add_row(label, f"{rounded(value)}{change}", epsilon)
     for found in federated["private_evaluation"]:
         label = f"round {found['round']}" if found["round"] else "base model"
         value, error = found["bits_per_char"], found["bits_per_char_error"]
-        shown = f"{value:.3f} ± {error:.3f}" if value else "lost in the noise"
+        shown = f"{value:.3f} ± {error:.3f}" if value is not None else "lost in the noise"
         if found.get("macro_f1") is not None:
             shown += f"; macro F1 {found['macro_f1']:.3f} ± {found['macro_f1_error']:.3f}"
         table.add_row(f"{label}, by private evaluation", shown, "included above")

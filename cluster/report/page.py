@@ -1,5 +1,6 @@
 """``report.html``: one self-contained page, plots inside as SVG."""
 
+import math
 from typing import Any
 
 from cluster.report.plots import ACCENT, INK, MUTED, new_figure, svg
@@ -21,7 +22,8 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _has_scores(federated: dict[str, Any]) -> bool:
-    return bool(federated["public_text"] or any(federated["by_round"].values()))
+    figures = (*federated["public_text"], *federated["by_round"]["dp"], *federated["by_round"]["no_dp"])
+    return any(value is not None for value in figures)
 
 
 def _loss_plot(report: dict[str, Any]) -> str:
@@ -38,13 +40,18 @@ def _rounds_plot(report: dict[str, Any]) -> str:
     for key, label, color in (("dp", "with DP", ACCENT), ("no_dp", "without DP", INK)):
         values = federated["by_round"][key]
         if values:
-            series = [federated["bits_per_char_base"], *values]
+            series = _drawn([federated["bits_per_char_base"], *values])
             axes.plot(range(len(series)), series, marker="o", color=color, label=label)
     if public := federated["public_text"]:
-        axes.plot(range(len(public)), public, marker="o", color=MUTED, label="public text, with DP")
+        axes.plot(range(len(public)), _drawn(public), marker="o", color=MUTED, label="public text, with DP")
     axes.set(title="Text that no silo trained on", xlabel="round", ylabel="bits per character")
     axes.legend(frameon=False)
     return svg(figure)
+
+
+def _drawn(values: list[float | None]) -> list[float]:
+    """What is not available is a gap."""
+    return [math.nan if value is None else value for value in values]
 
 
 def _epsilon_plot(report: dict[str, Any]) -> str:

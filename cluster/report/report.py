@@ -130,7 +130,7 @@ def _federated(
         "bits_per_char_base": _overall(base),
         "bits_per_char_dp": _overall(dp[-1]) if dp else None,
         "bits_per_char_no_dp": _overall(no_dp[-1]) if no_dp else None,
-        "improvement_dp": 1 - dp[-1]["bits_per_char"] / base["bits_per_char"] if base and dp else None,
+        "improvement_dp": _improvement(_overall(base), _overall(dp[-1]) if dp else None),
         "by_silo": _by_silo(base, dp, no_dp) if base and dp else {},
         "by_round": {"dp": [_overall(entry) for entry in dp], "no_dp": [_overall(entry) for entry in no_dp]},
         "public_text": [_overall(entry) for entry in (public["base"], *public["federated"])] if public else [],
@@ -157,6 +157,10 @@ def _by_silo(base: dict[str, Any], dp: list[dict[str, Any]], no_dp: list[dict[st
         }
         for name, silo in base["by_silo"].items()
     }
+
+
+def _improvement(before: float | None, after: float | None) -> float | None:
+    return 1 - after / before if before and after is not None else None
 
 
 def _overall(entry: dict[str, Any] | None) -> float | None:

@@ -78,7 +78,7 @@ class Search:
     def document(self) -> dict[str, Any]:
         """The whole search, for machines."""
         trials = [self._row(trial) for trial in self.trials]
-        finished = [row for row in trials if row["status"] == "finished"]
+        finished = [row for row in trials if row["status"] == "finished" and row[self.metric] is not None]
         best = min(finished, key=lambda row: float(row[self.metric])) if finished else None
         return {
             "name": self.base.run.name,
@@ -186,7 +186,7 @@ def _publish(run: Run, search: Search) -> dict[str, Any]:
     if document["best"] is None:
         causes = [row["cause"] for row in document["trials"] if row["cause"]]
         raise SiloweaveError(
-            f"{search.directory}: no trial finished; the first failure: {causes[0] if causes else '?'}"
+            f"{search.directory}: no trial finished with a figure; the first failure: {causes[0] if causes else 'none'}"
         )
     best = with_values(
         search.base, {**document["best"]["values"], "run.name": f"{search.base.run.name}-best"}, "best.toml"

@@ -23,6 +23,11 @@ class RunFiles:
         return self.directory / CONFIG
 
     @property
+    def lock(self) -> Path:
+        """Held by the command that works on the run; beside its directory, which may be renamed meanwhile."""
+        return self.directory.with_name(f".{self.directory.name}.lock")
+
+    @property
     def events(self) -> Path:
         """One line per event. A federation's folder has a log of its own by this name."""
         return self.directory / EVENTS

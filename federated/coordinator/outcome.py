@@ -1,6 +1,5 @@
 """How a coordinator's ServerApp ended, in a file of the run: `flwr run` reports success whatever happens."""
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.errors import SiloweaveError
+from configs.locks import locked, note_of_holder
 from configs.storage.files import write_atomic
 
 OUTCOME, LOCK = "outcome.json", "lock"
@@ -35,11 +35,7 @@ def recorded(directory: Path, flower_run: int) -> Iterator[None]:
     Waits for an earlier one that still works there: a ServerApp lives for some seconds after its SuperLink was killed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(flower_run).encode())
-        lock.flush()
+    with locked(directory / LOCK, str(flower_run).encode(), wait=True):
         try:
             yield
         except SiloweaveError as error:
@@ -71,11 +67,5 @@ def over_flower(directory: Path) -> bool:
 
 def worked_on_by(directory: Path) -> int | None:
     """Flower's number of the run whose ServerApp works there now."""
-    if not (directory / LOCK).exists():
-        return None
-    with (directory / LOCK).open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return int(lock.read() or b"0")
-    return None
+    note = note_of_holder(directory / LOCK)
+    return None if note is None else int(note or b"0")

@@ -5,7 +5,6 @@ the supervisor alive; where it is not, a killed supervisor's processes are ended
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 
 from configs.errors import InputError, SiloweaveError
+from configs.locks import HeldError, locked
 from configs.storage.files import write_atomic
 from federated.deployment.ports import check_free
 
@@ -231,12 +231,11 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it.
     """
-    with (folder / "lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another process runs there already; stop it first") from None
-        yield
+    try:
+        with locked(folder / "lock", b""):
+            yield
+    except HeldError:
+        raise InputError(f"{folder}: another process runs there already; stop it first") from None
 
 
 def end_leftovers(folder: Path) -> None:

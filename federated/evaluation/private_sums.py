@@ -147,7 +147,7 @@ def figures(sums: Sequence[Sequence[float]], bounds: Bounds, noise_multiplier: f
     Returns:
         None for what the noise has left without a positive denominator; F1 only where there are labels.
     """
-    total = np.sum(sums, axis=0)
+    total = np.reshape(sums, (len(sums), bounds.num_sums)).sum(axis=0)
     error = math.sqrt(len(sums)) * noise_multiplier * bounds.sensitivity
     nats, characters, correct, tokens = total[: len(_VALUES)] * bounds.scale
     errors = error * bounds.scale

@@ -54,13 +54,13 @@ class PersonalResult:
 
     Attributes:
         folder: where the adapter lies, as peft's ``PeftModel.from_pretrained`` loads it onto base plus shared adapter.
-        shared_bits_per_char: of the held-out units under the shared adapter alone.
+        shared_bits_per_char: of the held-out units under the shared adapter alone; None where a loss is not finite.
         personal_bits_per_char: with the personal adapter on top.
     """
 
     folder: Path
-    shared_bits_per_char: float
-    personal_bits_per_char: float
+    shared_bits_per_char: float | None
+    personal_bits_per_char: float | None
 
 
 def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) -> PersonalResult:

@@ -17,25 +17,30 @@ Scores = npt.NDArray[np.float64]
 def membership_figures(members: Scores, others: Scores) -> dict[str, Any]:
     """AUC, true-positive rates at low false-positive rates (Carlini et al. 2022), and the curve.
 
-    A rate below one in the number of others is reached with no false positive at all.
+    A rate below one in the number of others is reached with no false positive at all. Of no members, or no others,
+    there is no figure: None, and an empty curve.
 
     Args:
         members: (N,), higher where the attack says "member".
         others: (K,)
 
     Raises:
-        InputError: one of them is empty or holds a value that is not finite.
+        InputError: a score is not finite.
     """
     for name, scores in (("members", members), ("others", others)):
-        if not scores.size or not np.isfinite(scores).all():
+        if not np.isfinite(scores).all():
             raise InputError(f"membership inference: {scores.size} scores of {name}, not all finite; nothing to show")
+    counts = {"members": members.size, "others": others.size}
+    if not members.size or not others.size:
+        rates = dict.fromkeys(f"{rate:g}" for rate in LOW_FALSE_POSITIVE_RATES)
+        nothing: dict[str, list[float]] = {"false_positive_rate": [], "true_positive_rate": []}
+        return {**counts, "auc": None, "true_positive_rate_at": rates, "roc": nothing}
     statistic = mannwhitneyu(members, others).statistic
     false_rates, true_rates = roc(members, others)
     # Dense where false positives are few: that end of the curve is what matters.
     kept = np.unique(np.geomspace(1, len(false_rates), _ROC_POINTS).round().astype(int)) - 1
     return {
-        "members": members.size,
-        "others": others.size,
+        **counts,
         "auc": float(statistic / (members.size * others.size)),
         "true_positive_rate_at": {
             f"{rate:g}": true_positive_rate(members, others, rate) for rate in LOW_FALSE_POSITIVE_RATES

@@ -25,8 +25,10 @@ class Score:
     records: int
 
     @property
-    def bits_per_char(self) -> float:
-        """Bits per character."""
+    def bits_per_char(self) -> float | None:
+        """Bits per character; None where nothing was scored, or where the model's loss is not finite."""
+        if not self.characters or not math.isfinite(self.nats):
+            return None
         return self.nats / math.log(2) / self.characters
 
     def __add__(self, other: "Score") -> "Score":

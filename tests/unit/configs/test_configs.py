@@ -5,7 +5,7 @@ from pydantic import BaseModel
 from repository import REPOSITORY
 
 from configs.errors import InputError
-from configs.load import load
+from configs.load import _apply, load
 from configs.parse import presets, to_toml
 from configs.run_directory import _MOVABLE, bind_run_directory, config_digest, flatten
 from configs.schema.deployment import FederationConfig, RelayConfig
@@ -88,6 +88,71 @@ def test_a_bad_setting_is_one_clear_line(override, expected):
 def test_overrides_are_read_as_toml_or_text():
     config = load("tiny", ["pretrain.steps=50", "run.name=other", 'data.private.source="x.jsonl"'])
     assert (config.pretrain.steps, config.run.name, config.data.private.source) == (50, "other", "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("override", "keys", "expected"),
+    [
+        ("federated.lora_ranks={north=2}", ("federated", "lora_ranks"), {"north": 2}),
+        ('privacy.evaluation_labels=["yes","no"]', ("privacy", "evaluation_labels"), ["yes", "no"]),
+        ('data.counts."St. Mary"=100', ("data", "counts", "St. Mary"), 100),
+        ("data.counts.'a=b'=100", ("data", "counts", "a=b"), 100),
+        (r'data.counts."a \" . \u00e4"=1', ("data", "counts", 'a " . ä'), 1),
+        (' data . "counts" = 1', ("data", "counts"), 1),
+        ("data.counts.St Mary=1", ("data", "counts", "St Mary"), 1),
+        ("run.name=other", ("run", "name"), "other"),
+        ("run.name=", ("run", "name"), ""),
+        ("run.name=a=b", ("run", "name"), "a=b"),
+        ("run.name=it's", ("run", "name"), "it's"),
+        ("run.name='[1'", ("run", "name"), "[1"),
+        ("run.name=1e", ("run", "name"), "1e"),
+        ("run.name=x\ny = 2", ("run", "name"), "x\ny = 2"),
+        ("run.name=" + "9" * 5000, ("run", "name"), "9" * 5000),
+    ],
+)
+def test_keys_and_values_of_an_override_are_those_of_toml(override, keys, expected):
+    tree = {"data": {"counts": {"kept": 7}}}
+    _apply(tree, override)
+    for key in keys[:-1]:
+        tree = tree[key]
+    assert tree[keys[-1]] == expected
+    assert tree.get("kept", 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("privacy.evaluation_labels=[yes,no]", "'[yes,no]' is no TOML (Invalid value); write a list as"),
+        ("federated.lora_ranks={north}", "is no TOML"),
+        ('run.name="open', "is no TOML"),
+        ("run.name=" + "[" * 10_000, "is no TOML"),
+        ("run.name=[1]\ny = 2", "more than one value"),
+        ('run."name=1', "write it as group.field=value"),
+        ("run..name=1", "write it as group.field=value"),
+        (".name=1", "write it as group.field=value"),
+        ("name=1", "write it as group.field=value"),
+        ('"run.name"=1', "write it as group.field=value"),
+        ('run."na\nme"=1', "write it as group.field=value"),
+        (r'run."\q"=1', "write it as group.field=value"),
+        ("run.storage.x=1", "storage is a value, not a group"),
+        ("", "write it as group.field=value"),
+    ],
+)
+def test_an_override_that_does_not_parse_is_one_clear_line(override, expected):
+    with pytest.raises(InputError) as caught:
+        _apply({"run": {"storage": "runs"}}, override)
+    assert expected in str(caught.value)
+    assert repr(override) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_takes_the_place_of_the_whole_and_an_entry_is_added():
+    base = ["federated.adapters=product"]
+    whole = load("tiny", [*base, "data.private.public_record_counts={roman=5000}"])
+    assert whole.data.private.public_record_counts == {"roman": 5000}
+    one = load("tiny", [*base, 'data.private.public_record_counts."St. Mary"=5000'])
+    assert one.data.private.public_record_counts["St. Mary"] == 5000
+    assert len(one.data.private.public_record_counts) == 6
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

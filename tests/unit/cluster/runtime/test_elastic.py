@@ -1,5 +1,6 @@
 """Numbers of ranks: which ones may train, and a commit's elements under another number."""
 
+import math
 import threading
 import time
 from contextlib import suppress
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.checks.verify_resume import _remove, sizes_of, verify_resume
+from cluster.checks.verify_resume import _largest, _remove, sizes_of, verify_resume
 from cluster.runtime.placement import await_room, bundle_of, pick_device, room
 from configs.errors import InputError, SiloweaveError
 from configs.load import load
@@ -196,3 +197,9 @@ def test_a_folder_is_removed_while_a_killed_rank_still_writes_there(tmp_path):
     _remove(tmp_path / "run")
     writer.join()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("losses", [[0.1, math.nan], [math.nan, 0.1], [math.nan]])
+def test_a_loss_that_is_no_number_does_not_pass_for_a_small_deviation(losses):
+    assert math.isnan(_largest(losses))
+    assert _largest([0.1, 0.3, 0.2]) == 0.3

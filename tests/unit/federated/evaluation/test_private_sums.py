@@ -143,6 +143,17 @@ def test_the_figures_errors_are_those_of_repeated_noise():
         assert values.std() == pytest.approx(np.median([found[f"{name}_error"] for found in drawn]), rel=0.15)
 
 
+@pytest.mark.parametrize("labels", [(), ("yes", "no")])
+@pytest.mark.parametrize("silos", [0, 1, 3])
+def test_no_unit_gives_no_figure(silos, labels):
+    bounds = Bounds(128, labels)
+    for noise in (0.0, NOISE):
+        found = figures([[0.0] * bounds.num_sums] * silos, bounds, noise)
+        by_label = found.pop("f1_by_label", {})
+        assert set(found.values()) == {None}
+        assert [set(one.values()) for one in by_label.values()] == [{None}] * len(labels)
+
+
 def test_noise_alone_gives_no_figure():
     assert figures([[0.1, 0.2, 0.1, 0.2]], Bounds(128), NOISE)["bits_per_char"] is None
 

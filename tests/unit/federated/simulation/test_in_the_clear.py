@@ -1,13 +1,17 @@
 """Scores on a public text of one's own, against transformers' loss."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load
-from federated.simulation.in_the_clear import score_public
+from configs.storage.layout import SiloFiles
+from configs.storage.secrets import load_or_create_secret
+from federated.simulation.in_the_clear import _summary, score_public, score_silos
+from federated.simulation.simulation import simulated_silos
 
 TEXTS = ["The first public line of all.", "A second one, and shorter.", "The third is not read at all."]
 
@@ -24,3 +28,29 @@ def test_a_public_text_is_scored_as_transformers_does(tiny_model, tmp_path):
         nats += model(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
     assert found.records == 2
     assert found.bits_per_char == pytest.approx(nats / math.log(2) / sum(map(len, TEXTS[:2])), rel=1e-4)
+
+
+def test_a_silo_without_a_held_out_record_is_not_available_and_the_rest_is_there(tiny_model, tmp_path):
+    source = tmp_path / "records.csv"
+    source.write_text("site,text\ntiny,The only record.\n" + "".join(f"big,Record number {n}.\n" for n in range(300)))
+    settings = [
+        f"federated.state_dir={tmp_path / 'state'}",
+        f"data.private.source={source}",
+        "data.private.text=text",
+        "data.private.silo=site",
+        "data.private.unit=",
+        "data.private.public_record_counts={}",
+        "data.private.held_out_fraction=0.5",
+    ]
+    config = load("tiny", settings)
+    silos = simulated_silos(config, tiny_model)
+    # So small that the chance of the only record to be held out is below 10^-9.
+    silos["tiny"] = silos["tiny"].model_copy(
+        update={"data": silos["tiny"].data.model_copy(update={"held_out_fraction": 1e-12})}
+    )
+    for silo in silos.values():
+        load_or_create_secret(SiloFiles(Path(silo.silo.state_dir)).split_key)
+    found = _summary(score_silos(config, silos, None, 20))
+    assert found["by_silo"]["tiny"] == {"bits_per_char": None, "records": 0}
+    assert found["by_silo"]["big"] == {"bits_per_char": found["bits_per_char"], "records": 20}
+    assert found["bits_per_char"] > 0

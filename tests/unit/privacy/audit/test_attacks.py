@@ -1,5 +1,7 @@
 """Figures of attacks against brute force."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -42,7 +44,24 @@ def test_a_perfect_attack_and_a_blind_one():
     assert blind["roc"]["false_positive_rate"][-1] == 1
 
 
-@pytest.mark.parametrize("bad", [[], [np.nan], [np.inf, 1.0]])
+@settings(max_examples=50, deadline=None)
+@given(
+    value=st.floats(-1e6, 1e6),
+    members=st.integers(0, 3),
+    others=st.integers(0, 3),
+)
+def test_no_score_has_no_figure_and_equal_ones_tell_nothing(value, members, others):
+    figures = membership_figures(np.full(members, value), np.full(others, value))
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert (figures["members"], figures["others"]) == (members, others)
+    blind = members and others
+    assert figures["auc"] == (0.5 if blind else None)
+    assert figures["true_positive_rate_at"] == dict.fromkeys(["0.001", "0.01"], 0.0 if blind else None)
+    curve = [0.0, 1.0] if blind else []
+    assert figures["roc"] == {"false_positive_rate": curve, "true_positive_rate": curve}
+
+
+@pytest.mark.parametrize("bad", [[np.nan], [np.inf, 1.0]])
 def test_scores_that_are_none_are_refused(bad):
     for pair in ((np.array(bad), np.ones(3)), (np.ones(3), np.array(bad))):
         with pytest.raises(InputError, match="membership inference"):

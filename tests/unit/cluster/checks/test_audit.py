@@ -1,0 +1,14 @@
+"""What an audit says where no silo has both a training and a held-out record."""
+
+import numpy as np
+
+from cluster.checks.audit import roc_plot, summary
+from privacy.audit.attacks import membership_figures
+
+
+def test_an_attack_without_records_is_not_available():
+    figures = membership_figures(np.empty(0), np.empty(0))
+    membership = {"simulation_only": True, "federated": {"loss": figures}}
+    lines = summary({"claims": {}, "hostile_adapters": [], "membership": membership})
+    assert lines == ["federated, loss: not available: no silo has a training and a held-out record"]
+    assert "AUC not available" in roc_plot(membership)

@@ -1,0 +1,64 @@
+"""The report of a run in which some silo, or every one, has no held-out record."""
+
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+
+from cluster.monitoring.console import result_table
+from cluster.report.page import render
+from cluster.report.report import build
+from configs.storage.layout import RunFiles
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path, monkeypatch):
+    """A copy of the finished run, to change its figures."""
+    monkeypatch.chdir(tiny_run.root)  # its ledgers lie there
+    shutil.copytree(tiny_run.directory, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoints", "corpus"))
+    return RunFiles(tmp_path / "tiny")
+
+
+def evaluation_without(files, names):
+    """Takes the held-out records of some silos away; of all, where there is no name."""
+    found = json.loads(files.evaluation.read_text())
+    for entry in (found["base"], *found["federated"], *found["federated-no-dp"]):
+        for name in names or entry["by_silo"]:
+            entry["by_silo"][name] = {"bits_per_char": None, "records": 0}
+        if not names:
+            entry.update(bits_per_char=None, records=0)
+    files.evaluation.write_text(json.dumps(found))
+
+
+def shown(config, files, capsys):
+    report = build(config, files.directory)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    Console(width=200).print(result_table(report))
+    return report["federated"], render(report), capsys.readouterr().out
+
+
+def test_a_silo_without_a_held_out_record_is_not_available_and_the_rest_is_there(tiny_run, run, capsys):
+    evaluation_without(run, ["roman"])
+    found, page, table = shown(tiny_run.config(), run, capsys)
+    figures = {"bits_per_char_base": None, "bits_per_char_dp": None, "bits_per_char_no_dp": None}
+    assert found["by_silo"]["roman"] == {"records": 0, **figures}
+    assert found["by_silo"]["comedies"] == tiny_run.report["federated"]["by_silo"]["comedies"]
+    assert found["improvement_dp"] == tiny_run.report["federated"]["improvement_dp"]
+    assert page.count('<td class="n">not available</td>') == 3
+    assert "not available" not in table
+
+
+def test_a_run_without_any_held_out_record_has_its_report(tiny_run, run, capsys):
+    evaluation_without(run, [])
+    found, page, table = shown(tiny_run.config(), run, capsys)
+    assert (found["bits_per_char_dp"], found["improvement_dp"]) == (None, None)
+    assert "The federated model is finished" in page
+    assert table.count("not available") == 3
+
+
+def test_a_run_that_never_validated_has_its_page(tiny_run, run, capsys):
+    kept = [line for line in run.events.read_text().splitlines() if json.loads(line)["event"] != "validation"]
+    run.events.write_text("\n".join(kept) + "\n")
+    _, page, _ = shown(tiny_run.config(), run, capsys)
+    assert "validation not available bits per character" in page

@@ -1,0 +1,42 @@
+"""Scores of no record, of one, and of equal ones; sums that have no figure say so."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from federated.simulation.in_the_clear import _summary
+from trainer.metrics.bits_per_char import Score
+
+records = st.tuples(st.floats(0, 1e6), st.integers(1, 1000))
+silos = st.dictionaries(st.sampled_from(["north", "south", "tiny"]), st.lists(records, max_size=4))
+
+
+def scored(units):
+    return sum((Score(nats, characters, 1) for nats, characters in units), Score(0.0, 0, 0))
+
+
+@given(silos)
+def test_a_figure_is_that_of_all_records_or_not_available(units):
+    found = _summary({name: scored(mine) for name, mine in units.items()})
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    for name, mine in {**units, None: [unit for some in units.values() for unit in some]}.items():
+        figure = found["by_silo"][name] if name else found
+        assert figure["records"] == len(mine)
+        if not mine:
+            assert figure["bits_per_char"] is None
+        else:
+            expected = sum(nats for nats, _ in mine) / sum(characters for _, characters in mine) / math.log(2)
+            assert figure["bits_per_char"] == pytest.approx(expected)
+
+
+@given(records, st.integers(1, 9))
+def test_equal_records_have_the_figure_of_one(unit, count):
+    assert scored([unit] * count).bits_per_char == pytest.approx(scored([unit]).bits_per_char)
+
+
+@pytest.mark.parametrize("nats", [math.nan, math.inf, -math.inf])
+def test_a_model_that_has_diverged_has_no_figure(nats):
+    assert (Score(1.0, 5, 1) + Score(nats, 5, 1)).bits_per_char is None
