@@ -117,7 +117,7 @@ def serve(
             share_socket(socket, relay_user)
     else:
         server, _ = answers(str(address), service_tls(settings))
-    say(f"silo {settings.silo.id}: listening on {socket or address}")
+    say(f"silo {settings.silo.id}: listening on {socket or address}", *silo.workbench.notes)
     ended.wait()
     server.stop(grace=5).wait()
 

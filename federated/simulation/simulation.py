@@ -30,7 +30,7 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
         InputError: a silo with a declared size or a rank of its own has no record, or there is no silo at all.
     """
     probe = simulated_silo(config, "probe", base_model)
-    rows, _ = rows_of(probe.data)
+    rows = rows_of(probe.data).by_silo
     missing = sorted(set(config.data.private.public_record_counts) - set(rows))
     if missing or not rows:
         raise InputError(
