@@ -12,7 +12,6 @@ What only looks alike (case, leading zeros, blanks inside) stays apart, and ``al
 apart is refused. No message has a value in it: values are private.
 """
 
-import math
 import re
 import unicodedata
 from collections import defaultdict
@@ -118,15 +117,16 @@ def _read(value: Any) -> tuple[str | None, str]:
 
 
 def _read_number(value: Real | Decimal) -> str | None:
-    if math.isnan(value):
+    exact = value if isinstance(value, Decimal) else Decimal(float(value))
+    if exact.is_nan():
         return None
-    if math.isinf(value) or value != (whole := math.trunc(value)):
+    if exact.is_infinite() or exact != exact.to_integral_value():
         raise UnclearIdentityError(
             "a number that is not whole, whose spelling is not certain; write the column as text"
         )
     if not isinstance(value, Decimal):
-        _check_exact(whole)
-    return _digits(whole)
+        _check_exact(int(exact))
+    return _digits(int(exact))
 
 
 def _check_exact(number: int) -> None:
