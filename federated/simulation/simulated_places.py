@@ -1,8 +1,10 @@
 """Where simulated silos are: their settings, and their ledgers."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
+from configs.identities import UnclearIdentityError, canonical
 from configs.schema.data import DeidentifySettings
 from configs.schema.schema import RunConfig
 from configs.schema.silo import (
@@ -13,7 +15,11 @@ from configs.schema.silo import (
     SiloPolicy,
     SiloSettings,
 )
+from configs.storage.files import digest_bytes
+from configs.storage.layout import SiloFiles
 from federated.coordinator.trusted_aggregator import FOLDER
+
+_LONGEST_FOLDER = 255 - len(".anchor")  # file systems hold names of 255 bytes
 
 
 def simulated_ledger(config: RunConfig) -> Path:
@@ -30,11 +36,36 @@ def _absolute_names(settings: DeidentifySettings) -> DeidentifySettings:
     return settings.model_copy(update={"names_file": settings.names_file and str(Path(settings.names_file).absolute())})
 
 
+def _folder(name: str) -> str:
+    """A silo may be called anything, "../x" too, and a name of 100 characters may be too long for a folder's."""
+    folder = quote(name, safe=" '").replace(".", "%2E")
+    if len(folder) > _LONGEST_FOLDER:
+        return f"{folder[:100]}%~{digest_bytes(name.encode())}"  # as no quoted name is
+    return folder
+
+
+def ledgers_of_other_spellings(config: RunConfig, names: Iterable[str]) -> dict[str, Path]:
+    """Folders with a ledger of a silo that was another one while names were compared as they stood, by its name now."""
+    known, found = set(names), {}
+    for ledger in sorted(_dataset_folder(config).glob(f"*/{SiloFiles(Path()).ledger.name}")):
+        name = unquote(ledger.parent.name)
+        try:
+            form = canonical(name)
+        except UnclearIdentityError:
+            continue
+        if form in known and form != name:
+            found[form] = ledger.parent
+    return found
+
+
+def _dataset_folder(config: RunConfig) -> Path:
+    return Path(config.federated.state_dir).absolute() / config.data.private.dataset_id
+
+
 def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig:
     """A silo of a simulation: its share of the run's private data, and the simulated steward's policy."""
     private, privacy = config.data.private, config.privacy
-    folder = quote(name, safe=" '").replace(".", "%2E")  # a silo may be called anything, "../x" too
-    state_dir = Path(config.federated.state_dir).absolute() / private.dataset_id / folder
+    state_dir = _dataset_folder(config) / _folder(name)
     return SiloConfig(
         silo=SiloSettings(
             id=name,

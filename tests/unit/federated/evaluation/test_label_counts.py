@@ -124,6 +124,12 @@ def test_which_label_a_text_ends_in(task, text, label):
     assert [labels[example.truth] for example in examples_of(task, [text], labels)] == ([label] if label else [])
 
 
+@pytest.mark.parametrize("labels", [("caf\u00e9", "tea"), ("cafe\u0301", "tea")])
+def test_a_label_is_found_in_every_unicode_form(task, labels):
+    examples = examples_of(task, ["Where? caf\u00e9", "Where? cafe\u0301", "Where? cafe"], labels)
+    assert [example.truth for example in examples] == [0, 0]
+
+
 def test_adding_a_unit_moves_the_vector_by_no_more_than_its_sensitivity(model, task):
     """Each unit, taken out of all the others: those count for exactly what they counted for before."""
     bounds = Bounds(CONTEXT, LABELS)
@@ -297,6 +303,10 @@ def test_a_silo_counts_only_the_labels_that_its_policy_lists(open_silo):
     checked_sums(reply.evaluated.sums, Bounds(CONTEXT, ("yes", "no")))
     evaluate.plan_digest = plan().digest  # the vector without labels was not reserved
     assert ask(listing, "evaluation-2", evaluate=evaluate)[0].refusal.rule == "reservation"
+
+    accents = open_silo("accents", label_sets=[["cafe\u0301", "tea"]])
+    assert reserve(accents, plan("caf\u00e9", "cafe\u0301", "tea")).refusal.rule == "label_sets"
+    assert reserve(accents, plan("tea", "cafe\u0301")).WhichOneof("kind") == "reserved"
 
     for silo, allowed in (
         (open_silo("none"), "none"),
