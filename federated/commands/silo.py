@@ -40,10 +40,11 @@ def init(
     """Makes the silo's keys and certificates, where they are missing, and enrolment.json for the coordinator."""
     from configs.schema.silo import load_silo
     from configs.storage.layout import SiloFiles
-    from federated.deployment.silo_site import make_identity
+    from federated.deployment.silo_site import check_new_id, make_identity
     from federated.identity.cards import RelayCard, fingerprint, read_document
 
     settings, card_of_relay = load_silo(config), read_document(RelayCard, relay)
+    check_new_id(settings)
     card = make_identity(settings, journal_of(settings), card_of_relay, tuple(host or ["localhost"]))
     enrolment = SiloFiles(Path(settings.silo.state_dir)).enrolment
     say(f"silo {card.silo}: send {enrolment} to the coordinator, and read this out:")

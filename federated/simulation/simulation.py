@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.events import Listener
+from configs.identities import alike
 from configs.schema.schema import RunConfig
 from configs.schema.silo import LARGEST_NAME, SiloConfig
 from federated.coordinator.parties import Parties
@@ -53,6 +54,15 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
             f"{LARGEST_NAME} characters; give the column that names silos"
         )
     return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
+
+
+def silos_alike(config: RunConfig) -> list[list[str]]:
+    """Names of simulated silos that differ in case, leading zeros or blanks inside alone: each has its own budget.
+
+    Raises:
+        InputError: the data can't be read.
+    """
+    return alike(rows_of(simulated_silo(config, "probe", Path("/")).data).by_silo)
 
 
 def simulate(

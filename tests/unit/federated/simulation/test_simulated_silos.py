@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.checks.estimate import estimate
 from configs.errors import InputError
 from configs.load import load
 from federated.silo.units import load_units, rows_of
@@ -75,6 +76,18 @@ def test_ledgers_of_canonical_names_go_on(run, tmp_path):
     for silo in first.values():
         Ledger.open(Path(silo.silo.state_dir), silo.silo.id, "d", Budget(1, 1e-5)).close_file()
     assert simulated_silos(config, tmp_path) == first
+
+
+def test_the_plan_shows_names_that_look_alike(run, tmp_path):
+    assert estimate(run(["North", "north", "North ", "South"]))["federated"]["silos_that_look_alike"] == [
+        ["North", "north"]
+    ]
+    (tmp_path / "d.jsonl").unlink()
+    rows_of.cache_clear()
+    missing = load("tiny", [f"data.private.source={tmp_path}/d.jsonl"])
+    assert "d.jsonl: no such file" in estimate(missing)["federated"]["silos_that_look_alike"]
+    hub = load("tiny", ["data.private.source=hf:nowhere"])
+    assert estimate(hub)["federated"]["silos_that_look_alike"].startswith("not looked at: hf:nowhere")
 
 
 def test_a_long_name_that_is_not_ascii_has_a_folder_of_its_own(run, tmp_path):
