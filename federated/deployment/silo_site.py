@@ -56,7 +56,7 @@ def check_new_id(config: SiloConfig) -> None:
         form = canonical(name)
     except UnclearIdentityError:
         form = None
-    if form != name and not files.ledger.exists():
+    if form != name and not (files.enrolment.exists() or files.ledger.exists()):
         raise InputError(f"silo.id is {name!r}: " + (f"write {form!r}" if form else "that is no name; give one"))
 
 
