@@ -61,7 +61,8 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
     if not rows:
         raise InputError(
             f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} has "
-            f"{', '.join(sorted(source.by_silo)) or 'no value'}); check the silo's name and data source"
+            f"{', '.join(sorted(source.by_silo)) or 'no value'}); check the silo's name and the data source; rows "
+            "without silo or unit are left out"
         )
     deidentifier = open_deidentifier(config.data.deidentify)
     deidentify = deidentifier or str

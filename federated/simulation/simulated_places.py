@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from configs.identities import UnclearIdentityError, canonical
 from configs.schema.data import DeidentifySettings
@@ -15,11 +15,8 @@ from configs.schema.silo import (
     SiloPolicy,
     SiloSettings,
 )
-from configs.storage.files import digest_bytes
-from configs.storage.layout import SiloFiles
+from configs.storage.layout import SiloFiles, name_on_disk
 from federated.coordinator.trusted_aggregator import FOLDER
-
-_LONGEST_FOLDER = 255 - len(".anchor")  # file systems hold names of 255 bytes
 
 
 def simulated_ledger(config: RunConfig) -> Path:
@@ -34,14 +31,6 @@ def _absolute_source(source: str) -> str:
 
 def _absolute_names(settings: DeidentifySettings) -> DeidentifySettings:
     return settings.model_copy(update={"names_file": settings.names_file and str(Path(settings.names_file).absolute())})
-
-
-def _folder(name: str) -> str:
-    """A silo may be called anything, "../x" too, and a name of 100 characters may be too long for a folder's."""
-    folder = quote(name, safe=" '").replace(".", "%2E")
-    if len(folder) > _LONGEST_FOLDER:
-        return f"{folder[:100]}%~{digest_bytes(name.encode())}"  # as no quoted name is
-    return folder
 
 
 def ledgers_of_other_spellings(config: RunConfig, names: Iterable[str]) -> dict[str, Path]:
@@ -65,7 +54,7 @@ def _dataset_folder(config: RunConfig) -> Path:
 def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig:
     """A silo of a simulation: its share of the run's private data, and the simulated steward's policy."""
     private, privacy = config.data.private, config.privacy
-    state_dir = _dataset_folder(config) / _folder(name)
+    state_dir = _dataset_folder(config) / name_on_disk(name, safe=" '")
     return SiloConfig(
         silo=SiloSettings(
             id=name,

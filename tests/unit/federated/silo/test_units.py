@@ -115,6 +115,12 @@ def test_strangers_without_an_id_are_never_one_unit(tmp_path, missing):
     assert units.counts.without_unit == 10
 
 
+def test_a_source_without_any_id_is_an_input_error(tmp_path):
+    path = write(tmp_path, [{"text": f"t{i}", "unit": " "} for i in range(9)])
+    with pytest.raises(InputError, match=r"no record in .*; rows without silo or unit are left out"):
+        load_units(config(path, unit="unit"), KEY)
+
+
 def test_blanks_and_other_unicode_forms_are_the_same_person_and_blanks_alone_are_nobody(tmp_path):
     ids = ["P0", " P0", "P0\u00a0", "Jos\u00e9", "Jose\u0301", " ", "\t", "P1"]
     path = write(tmp_path, [{"text": f"t{i}", "unit": unit} for i, unit in enumerate(ids)])
