@@ -207,6 +207,12 @@ def test_a_silo_may_be_called_anything_and_stays_in_its_folder(federation):
     federation.enrol(EnrolledSilo(silo="../../etc/x", public_key="0" * 64, node_key=key))
     assert [path.parent for path in federation.folder.rglob("*etc*")] == [federation.folder / "silos"]
     assert set(federation.silos()) == {"../../etc/x"}
+    federation.revoke("../../etc/x")
+    long = "\u5317\u4eac" * 50  # 900 bytes where each is quoted
+    federation.enrol(EnrolledSilo(silo=long, public_key="0" * 64, node_key=key))
+    assert set(federation.silos()) == {long}
+    federation.revoke(long)
+    assert federation.silos() == {}
 
 
 def test_a_request_gets_no_certificate_for_a_key_that_did_not_sign_it(tmp_path):
