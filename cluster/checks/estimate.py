@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 
+from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from federated.adapters.lora_factors import frozen
+from federated.simulation.simulation import silos_alike
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
 from trainer.models.adapters import add_adapter, trainable
@@ -50,6 +52,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
             "rounds": config.federated.rounds,
             "steps_per_round": config.federated.local_steps,
             "adapter_parameters": adapter_parameters(config),
+            "silos_that_look_alike": _silos_alike(config),
         },
         "privacy": {
             "schedule": {
@@ -82,6 +85,17 @@ def estimate(config: RunConfig) -> dict[str, Any]:
 def _runs(budget: float, epsilon: float) -> int | None:
     """How often the plan fits a silo's budget; None where no budget bounds it, since it spends nothing of it."""
     return int(budget // epsilon) if epsilon else None
+
+
+def _silos_alike(config: RunConfig) -> list[list[str]] | str:
+    """Of a simulation; data that would be downloaded first, or are not here, are not looked at."""
+    source = config.data.private.source
+    if source.startswith("hf:"):
+        return f"not looked at: {source} is read when the run starts"
+    try:
+        return silos_alike(config)
+    except InputError as error:
+        return f"not looked at: {error}"
 
 
 def _bound(plan: PlanTerms, public_record_count: int) -> int:

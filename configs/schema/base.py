@@ -1,10 +1,13 @@
 """What every group of settings is made of."""
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from configs.identities import UnclearIdentityError, canonical
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -21,7 +24,34 @@ def _two_or_more(labels: tuple[str, ...]) -> tuple[str, ...]:
 
 Label = Annotated[str, Field(pattern=r"^\w(.*\S)?$", max_length=100)]
 Labels = Annotated[tuple[Label, ...], Field(max_length=100), AfterValidator(_two_or_more)]
-"""The classes of a classification; empty where nothing is classified."""
+"""The classes of a classification; empty where nothing is classified. As a plan has them, whose digest must stay."""
+
+
+def _composed(labels: tuple[str, ...]) -> tuple[str, ...]:
+    return _two_or_more(tuple(unicodedata.normalize("NFC", label) for label in labels))
+
+
+ComposedLabels = Annotated[Labels, AfterValidator(_composed)]
+"""The same in settings, in Unicode's form NFC."""
+
+
+def _by_canonical_name(found: dict[str, int]) -> dict[str, int]:
+    names: dict[str, int] = {}
+    for name, value in found.items():
+        try:
+            form = canonical(name)
+        except UnclearIdentityError:
+            form = None
+        if form is None:
+            raise ValueError(f"the name {name!r} is none; give a silo's name")
+        if form in names:
+            raise ValueError(f"the name {form!r} is there twice, in two spellings; give it once")
+        names[form] = value
+    return names
+
+
+CountBySilo = Annotated[dict[str, Count], AfterValidator(_by_canonical_name)]
+"""A number for single silos, by the canonical forms of their names."""
 
 
 class Settings(BaseModel):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, Place, Positive, Probability, Settings
+from configs.schema.base import Count, CountBySilo, Place, Positive, Probability, Settings
 
 PUBLIC = "public"
 CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -44,7 +44,7 @@ class PrivateSettings(SourceSettings):
     """True only for data that everyone may see: it allows figures read in the clear and the run without DP."""
     public_record_count: Count
     """Training units of a silo, rounded, declared by the steward and never computed from the data."""
-    public_record_counts: dict[str, Count] = Field(default_factory=dict)
+    public_record_counts: CountBySilo = Field(default_factory=dict)
     """The same for single silos, by name, where they differ."""
     held_out_fraction: Probability = 0.1
     """Share of the units that are never trained on, chosen by a keyed hash of the unit."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, Positive, Settings
+from configs.schema.base import Count, CountBySilo, Positive, Settings
 
 TaskName = Literal["causal"]
 Optimizer = Literal["adam", "adam_bc", "sgd"]
@@ -67,7 +67,7 @@ class FederatedSettings(Settings):
     their product, exactly, which is then factored again."""
     lora_rank: Count = 16
     """Rank of the adapters, on all linear layers, the output head included."""
-    lora_ranks: dict[str, Count] = Field(default_factory=dict)
+    lora_ranks: CountBySilo = Field(default_factory=dict)
     """Smaller ranks for silos by name, with ``adapters = "product"``."""
     lora_alpha: Positive = 32
     """Scale of the adapters: the update is ``alpha / rank * B A``."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, Labels, Positive, Probability, Settings
+from configs.schema.base import ComposedLabels, Count, Positive, Probability, Settings
 from configs.schema.data import DataSettings, SourceSettings, TokenizerSettings
 from configs.schema.federated import ROBUST, FederatedSettings
 from configs.schema.pretrain import ClusterSettings, ModelSettings, PretrainSettings
@@ -82,7 +82,7 @@ class PrivacySettings(Settings):
     epsilon. 0: none."""
     evaluation_noise_multiplier: Positive = 5.0
     """Noise of a private evaluation's sums, as a multiple of the most that one unit can move them."""
-    evaluation_labels: Labels = ()
+    evaluation_labels: ComposedLabels = ()
     """Classes of the private evaluation, for F1: a held-out unit whose text ends in one of them is an example of it.
     The silos' ``policy.label_sets`` has to list them. Empty: no F1."""
     budget_epsilon: Positive = 32.0

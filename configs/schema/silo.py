@@ -6,17 +6,18 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.parse import parse, read_toml
-from configs.schema.base import LARGEST_ADAPTER_VALUE, Count, Labels, Place, Positive, Probability, Settings
+from configs.schema.base import LARGEST_ADAPTER_VALUE, ComposedLabels, Count, Place, Positive, Probability, Settings
 from configs.schema.data import DeidentifySettings, SourceSettings
 from configs.schema.federated import ClippingMethod, TaskName
 
+LARGEST_NAME = 100  # characters of a silo's
 MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # the requests of a simulation come from its own user
 
 
 class SiloSettings(Settings):
     """Identity and places of a silo."""
 
-    id: Annotated[str, Field(min_length=1, max_length=100)]
+    id: Annotated[str, Field(min_length=1, max_length=LARGEST_NAME)]
     """The silo's name in the federation."""
     dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
     """The steward's name for the dataset; the ledger is bound to it."""
@@ -99,7 +100,7 @@ class SiloPolicy(Settings):
     """Largest absolute value in an adapter, or in what SCAFFOLD adds to each step."""
     releases_metrics: bool = False
     """Whether noised sums over the held-out units may leave, charged as any other release."""
-    label_sets: tuple[Labels, ...] = ()
+    label_sets: tuple[ComposedLabels, ...] = ()
     """Sets of labels, ``[["yes", "no"]]`` for instance, whose noised counts may be among these sums."""
     max_request_bytes: Count = 256 * 2**20
     """Bytes of one request, its adapter included."""

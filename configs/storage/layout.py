@@ -2,9 +2,27 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
+
+from configs.storage.files import digest_bytes
 
 CONFIG, EVENTS, CERTIFICATE = "config.toml", "events.jsonl", "certificate.json"
 FEDERATED, NO_DP = "federated", "federated-no-dp"  # a federation's stage, and its folder
+
+_LONGEST_NAME = 255 - len(".anchor")  # file systems hold names of 255 bytes, a suffix included
+
+
+def name_on_disk(name: str, safe: str) -> str:
+    """A silo may be called anything, "../x" too, and 100 characters of any script may be too long for a file's name.
+
+    Args:
+        name: the silo's.
+        safe: signs that stand for themselves, beside letters and digits.
+    """
+    quoted = quote(name, safe=safe).replace(".", "%2E")
+    if len(quoted) > _LONGEST_NAME:
+        return f"{quoted[:100]}%~{digest_bytes(name.encode())}"  # as no quoted name is
+    return quoted
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,12 @@ def init(
     from configs.schema.addresses import check_reachable
     from configs.schema.silo import load_silo
     from configs.storage.layout import SiloFiles
-    from federated.deployment.silo_site import make_identity
+    from federated.deployment.silo_site import check_new_id, make_identity
     from federated.identity.cards import RelayCard, fingerprint, read_document
 
     hosts = tuple(check_reachable(name, "--host") for name in host or ["localhost"])
     settings, card_of_relay = load_silo(config), read_document(RelayCard, relay)
+    check_new_id(settings)
     card = make_identity(settings, journal_of(settings), card_of_relay, hosts)
     enrolment = SiloFiles(Path(settings.silo.state_dir)).enrolment
     say(f"silo {card.silo}: send {enrolment} to the coordinator, and read this out:")
@@ -121,7 +122,7 @@ def serve(
     server, _ = answers(place) if socket else answers(place, service_tls(settings))
     if socket and relay_user:
         share_socket(socket, relay_user)
-    say(f"silo {settings.silo.id}: listening on {socket or address}")
+    say(f"silo {settings.silo.id}: listening on {socket or address}", *silo.workbench.notes)
     ended.wait()
     server.stop(grace=5).wait()
 

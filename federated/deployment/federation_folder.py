@@ -6,7 +6,6 @@ each), ``state/`` (SuperLink's database, process logs), ``flower/`` (Flower's ow
 
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import quote
 
 from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 
@@ -15,6 +14,7 @@ from configs.parse import to_toml
 from configs.schema.addresses import join_address
 from configs.schema.deployment import FEDERATION_FILE, FederationConfig, load_federation
 from configs.storage.files import sync_directory, write_atomic
+from configs.storage.layout import name_on_disk
 from configs.storage.secrets import load_secret
 from federated.deployment.flower_programs import LOOPBACK
 from federated.identity.cards import CoordinatorCard, EnrolledSilo, read_folder, write_document
@@ -124,7 +124,7 @@ class FederationFolder:
         sync_directory(path.parent)
 
     def _card_path(self, name: str) -> Path:
-        return self.folder / ENROLLED / f"{quote(name, safe=' ').replace('.', '%2E')}.json"
+        return self.folder / ENROLLED / f"{name_on_disk(name, safe=' ')}.json"
 
     def _check_keys(self, card: EnrolledSilo) -> None:
         try:

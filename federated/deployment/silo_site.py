@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from configs.errors import InputError
+from configs.identities import UnclearIdentityError, canonical
 from configs.schema.silo import SiloConfig
 from configs.storage.files import sync_directory
 from configs.storage.layout import SiloFiles
@@ -42,6 +43,21 @@ def make_identity(config: SiloConfig, journal: Journal, relay: RelayCard, hosts:
     card = EnrolledSilo(silo=silo.id, public_key=journal.signer.public_key, node_key=relay.supernode_key)
     write_document(files.enrolment, card)
     return card
+
+
+def check_new_id(config: SiloConfig) -> None:
+    """Before anything is made for a silo: one that has its keys goes on as it is called.
+
+    Raises:
+        InputError: its id is another spelling of an id.
+    """
+    name, files = config.silo.id, SiloFiles(Path(config.silo.state_dir))
+    try:
+        form = canonical(name)
+    except UnclearIdentityError:
+        form = None
+    if form != name and not (files.enrolment.exists() or files.ledger.exists()):
+        raise InputError(f"silo.id is {name!r}: " + (f"write {form!r}" if form else "that is no name; give one"))
 
 
 def service_tls(config: SiloConfig) -> ServiceTls:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -42,9 +43,11 @@ def examples_of(task: Task, texts: Sequence[str], labels: Sequence[str]) -> list
     Args:
         task: how text becomes tokens.
         texts: the held-out units.
-        labels: public; the longest that fits the end is the unit's label.
+        labels: public, found in either of Unicode's forms; the longest that fits the end is the unit's label.
     """
-    at_the_end = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, labels))})\Z")
+    forms = {normalize(form, label): index for form in ("NFC", "NFD") for index, label in enumerate(labels)}
+    forms |= {label: index for index, label in enumerate(labels)}
+    at_the_end = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, forms))})\Z")
     examples = []
     for text in texts:
         kept = text.rstrip()
@@ -53,7 +56,7 @@ def examples_of(task: Task, texts: Sequence[str], labels: Sequence[str]) -> list
             continue
         endings = tuple(task.encode(kept[: found.start()] + label) for label in labels)
         if not any(ending.truncated for ending in endings):
-            examples.append(Example(endings, labels.index(found[0])))
+            examples.append(Example(endings, forms[found[0]]))
     return examples
 
 

@@ -1,6 +1,7 @@
 """A silo's policy, applied to what is asked: computed from the request and the settings alone, without reading data."""
 
 import math
+from unicodedata import normalize
 
 from configs.errors import InputError, PolicyRefusal
 from configs.parse import parse
@@ -109,10 +110,11 @@ def check_contribution(asked: pb.Contribute, policy: SiloPolicy) -> None:
 
 
 def _check_labels(terms: PlanTerms, policy: SiloPolicy) -> None:
-    """The sets that the steward lists, as sets: their order decides nothing but ties."""
+    """The sets that the steward lists, as sets in Unicode's form NFC: their order decides nothing but ties."""
     allowed = [set(labels) for labels in policy.label_sets]
     for metric in terms.metric_releases:
-        if metric.labels and set(metric.labels) not in allowed:
+        composed = {normalize("NFC", label) for label in metric.labels}
+        if metric.labels and (len(composed) < len(metric.labels) or composed not in allowed):
             listed = "; ".join(", ".join(labels) for labels in policy.label_sets)
             raise PolicyRefusal.of("label_sets", ", ".join(metric.labels), listed or "none")
 

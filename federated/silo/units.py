@@ -1,13 +1,14 @@
 """A silo's records as privacy units. Every step here looks at one unit at a time, never across units."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from configs.identities import IdentityColumn, UnclearIdentityError, alike, canonical
 from configs.schema.data import SourceSettings
 from configs.schema.silo import SiloConfig, SiloDataSettings
 from configs.storage.layout import SiloFiles
@@ -26,12 +27,29 @@ class Units:
         held_out: units that never are.
         counts: what was replaced or empty while reading; exact, so for the steward's eyes.
         deidentified: spans replaced, by kind; None where de-identification is off. For the steward's eyes, too.
+        notes: lines for the steward about ids that were written in several ways or look alike; counts, no values.
     """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     counts: ReadCounts
     deidentified: dict[str, int] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """All rows of a source whose silo and unit are known.
+
+    Attributes:
+        by_silo: (unit, text) of each row.
+        counts: what was seen while reading.
+        respelled: how many units of a silo were written in several ways.
+    """
+
+    by_silo: dict[str, tuple[tuple[str, str], ...]]
+    counts: ReadCounts
+    respelled: dict[str, int]
 
 
 def load_units(config: SiloConfig, split_key: bytes) -> Units:
@@ -40,12 +58,13 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
     Raises:
         InputError: the source can't be read, this silo has no record in it, or de-identification can't start.
     """
-    rows_by_silo, counts = rows_of(config.data)
-    rows = rows_by_silo.get(config.silo.id if config.data.silo else "", ())
+    source, own = rows_of(config.data), _own_name(config)
+    rows = source.by_silo.get(own, ())
     if not rows:
         raise InputError(
             f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} has "
-            f"{', '.join(sorted(rows_by_silo)) or 'no value'}); check the silo's name and data source"
+            f"{', '.join(sorted(source.by_silo)) or 'no value'}); check the silo's name and the data source; rows "
+            "without silo or unit are left out"
         )
     deidentifier = open_deidentifier(config.data.deidentify)
     deidentify = deidentifier or str
@@ -56,7 +75,43 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
         text = "\n\n".join(map(deidentify, _cap(texts, split_key, config.data.max_rows_per_unit)))
         is_held_out = _keyed_hash(split_key, unit) < config.data.held_out_fraction * 2**64
         (held_out if is_held_out else train).append(text)
-    return Units(tuple(train), tuple(held_out), counts, dict(deidentifier.counts) if deidentifier else None)
+    deidentified = dict(deidentifier.counts) if deidentifier else None
+    return Units(tuple(train), tuple(held_out), source.counts, deidentified, _notes(config.data, source, own))
+
+
+def _own_name(config: SiloConfig) -> str:
+    """By which the source's silo column names this silo; empty without such a column.
+
+    Raises:
+        InputError: the silo's id is another spelling: whoever has that one has these rows, and their budget, too.
+    """
+    if not config.data.silo:
+        return ""
+    try:
+        name = canonical(config.silo.id)
+    except UnclearIdentityError:
+        name = None
+    if name != config.silo.id:
+        reason = f"these rows and their ledger are those of silo {name!r}" if name else "that is no name"
+        raise InputError(
+            f"silo.id is {config.silo.id!r}: {reason}, since blanks and other spellings make no other silo"
+        )
+    return name
+
+
+def _notes(data: SiloDataSettings, source: SourceRows, own: str) -> tuple[str, ...]:
+    notes = []
+    if respelled := source.respelled.get(own, 0):
+        notes.append(f"column {data.unit!r}: {respelled} ids are written in several ways, and each is one unit")
+    named = {data.silo: list(source.by_silo), data.unit: [unit for unit, _ in source.by_silo[own]]}
+    for column, forms in named.items():
+        pairs = sum(len(group) * (len(group) - 1) // 2 for group in alike(forms)) if column else 0
+        if pairs:
+            notes.append(
+                f"column {column!r}: {pairs} pairs of ids look alike (case, leading zeros or blanks inside) and stay "
+                "apart; where two are one, write them alike in the source"
+            )
+    return tuple(notes)
 
 
 def units_of(config: SiloConfig) -> Units:
@@ -84,18 +139,27 @@ def split_key(files: SiloFiles, bodies: list[dict[str, Any]]) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def rows_of(data: SiloDataSettings) -> tuple[dict[str, tuple[tuple[str, str], ...]], ReadCounts]:
-    """All (unit, text) rows of a source by silo; a process that hosts many silos of one source reads it once."""
+def rows_of(data: SiloDataSettings) -> SourceRows:
+    """All rows of a source by silo; a process that hosts many silos of one source reads it once.
+
+    Raises:
+        InputError: the source can't be read, or an id in it can't be told from others.
+    """
     counts, rows = ReadCounts(), defaultdict(list)
-    columns = [column for column in (data.silo, data.unit) if column]
+    spellings: dict[tuple[str, str], set[str]] = defaultdict(set)
+    columns = {name: IdentityColumn(data.source, name) for name in (data.silo, data.unit) if name}
     source = SourceSettings(source=data.source, text=data.text, split=data.split)
     for row in read_rows(source, columns, counts):
-        if any(row[column] in (None, "") for column in columns):
+        ids = {name: column.canonical(row[name], counts.rows) for name, column in columns.items()}
+        if None in ids.values():
             counts.without_unit += 1  # whose it is can't be told, and so it can't be protected as theirs
             continue
-        unit = str(row[data.unit]) if data.unit else ""
-        rows[str(row[data.silo]) if data.silo else ""].append((unit, row[data.text]))
-    return {silo: tuple(values) for silo, values in rows.items()}, counts
+        silo, unit = ids.get(data.silo) or "", ids.get(data.unit) or ""
+        rows[silo].append((unit, row[data.text]))
+        if data.unit:
+            spellings[silo, unit].add(str(row[data.unit]))
+    respelled = Counter(silo for (silo, _), found in spellings.items() if len(found) > 1)
+    return SourceRows({silo: tuple(values) for silo, values in rows.items()}, counts, respelled)
 
 
 def _group(rows: tuple[tuple[str, str], ...], *, has_units: bool) -> list[tuple[str, list[str]]]:

@@ -31,6 +31,8 @@ class Workbench:
 
     def __init__(self, config: SiloConfig, base_model: Manifest, units: Units, log: Logger) -> None:
         self._config, self.base_model, self._units, self._log = config, base_model, units, log
+        for note in units.notes:
+            log.info("%s", note)
 
     @cached_property
     def task(self) -> Task:
@@ -53,6 +55,11 @@ class Workbench:
         if units.deidentified is not None:
             self._log.info("spans de-identified, by kind: %s", units.deidentified)
         return records
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the steward should know of the ids in the data: exact counts, so for nobody else."""
+        return self._units.notes
 
     @property
     def held_out_texts(self) -> tuple[str, ...]:

@@ -1,8 +1,10 @@
 """Where simulated silos are: their settings, and their ledgers."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import unquote
 
+from configs.identities import UnclearIdentityError, canonical
 from configs.schema.data import DeidentifySettings
 from configs.schema.schema import RunConfig
 from configs.schema.silo import (
@@ -13,6 +15,7 @@ from configs.schema.silo import (
     SiloPolicy,
     SiloSettings,
 )
+from configs.storage.layout import SiloFiles, name_on_disk
 from federated.coordinator.trusted_aggregator import FOLDER
 
 
@@ -30,11 +33,28 @@ def _absolute_names(settings: DeidentifySettings) -> DeidentifySettings:
     return settings.model_copy(update={"names_file": settings.names_file and str(Path(settings.names_file).absolute())})
 
 
+def ledgers_of_other_spellings(config: RunConfig, names: Iterable[str]) -> dict[str, Path]:
+    """Folders with a ledger of a silo that was another one while names were compared as they stood, by its name now."""
+    known, found = set(names), {}
+    for ledger in sorted(_dataset_folder(config).glob(f"*/{SiloFiles(Path()).ledger.name}")):
+        name = unquote(ledger.parent.name)
+        try:
+            form = canonical(name)
+        except UnclearIdentityError:
+            continue
+        if form in known and form != name:
+            found[form] = ledger.parent
+    return found
+
+
+def _dataset_folder(config: RunConfig) -> Path:
+    return Path(config.federated.state_dir).absolute() / config.data.private.dataset_id
+
+
 def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig:
     """A silo of a simulation: its share of the run's private data, and the simulated steward's policy."""
     private, privacy = config.data.private, config.privacy
-    folder = quote(name, safe=" '").replace(".", "%2E")  # a silo may be called anything, "../x" too
-    state_dir = Path(config.federated.state_dir).absolute() / private.dataset_id / folder
+    state_dir = _dataset_folder(config) / name_on_disk(name, safe=" '")
     return SiloConfig(
         silo=SiloSettings(
             id=name,

@@ -6,8 +6,9 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.events import Listener
+from configs.identities import alike
 from configs.schema.schema import RunConfig
-from configs.schema.silo import SiloConfig
+from configs.schema.silo import LARGEST_NAME, SiloConfig
 from federated.coordinator.parties import Parties
 from federated.coordinator.rounds import run_federation
 from federated.coordinator.trusted_aggregator import open_ledger
@@ -16,7 +17,7 @@ from federated.silo.silo import Silo
 from federated.silo.units import rows_of
 from federated.simulation.local_grid import LocalGrid, OpenSilo
 from federated.simulation.public_silo import PublicSilo
-from federated.simulation.simulated_places import simulated_ledger, simulated_silo
+from federated.simulation.simulated_places import ledgers_of_other_spellings, simulated_ledger, simulated_silo
 from privacy.certificate.certificate import AGGREGATOR
 from privacy.mechanism.streams import injected_seeds
 from privacy.plan import PlanTerms
@@ -27,10 +28,11 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     """The simulated silos by name, from the data's silo column; paths are absolute, so that any process can open them.
 
     Raises:
-        InputError: a silo with a declared size or a rank of its own has no record, or there is no silo at all.
+        InputError: a silo with a declared size or a rank of its own has no record, or there is no silo at all; or a
+            ledger's silo is now part of another one, whose ledger knows nothing of what was spent.
     """
     probe = simulated_silo(config, "probe", base_model)
-    rows, _ = rows_of(probe.data)
+    rows = rows_of(probe.data).by_silo
     missing = sorted(set(config.data.private.public_record_counts) - set(rows))
     if missing or not rows:
         raise InputError(
@@ -40,7 +42,27 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     unknown = sorted(set(config.federated.lora_ranks) - set(rows))
     if unknown:
         raise InputError(f"federated.lora_ranks has {unknown}: there are {', '.join(sorted(rows))}; check the names")
+    for name, folder in ledgers_of_other_spellings(config, rows).items():
+        raise InputError(
+            f"{folder}: this ledger's silo is silo {name!r} now, and a second budget for the same people is none; "
+            "name them apart in the data, or take what they have spent from budget_epsilon and move the folder away"
+        )
+    long = sorted(name for name in rows if len(name) > LARGEST_NAME)
+    if long:
+        raise InputError(
+            f"data.private.silo is {config.data.private.silo!r}: {len(long)} of its names are longer than "
+            f"{LARGEST_NAME} characters; give the column that names silos"
+        )
     return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
+
+
+def silos_alike(config: RunConfig) -> list[list[str]]:
+    """Names of simulated silos that differ in case, leading zeros or blanks inside alone: each has its own budget.
+
+    Raises:
+        InputError: the data can't be read.
+    """
+    return alike(rows_of(simulated_silo(config, "probe", Path("/")).data).by_silo)
 
 
 def simulate(

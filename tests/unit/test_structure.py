@@ -21,7 +21,7 @@ ALLOWED = {
     "cluster": {"configs", "trainer", "privacy", "federated"},
 }
 FLOORS = {
-    "configs": ("errors printing", "parse", "schema", "storage", "events locks", "load run_directory"),
+    "configs": ("errors printing", "identities parse", "schema", "storage", "events locks", "load run_directory"),
     "trainer": ("data models objectives rank", "tasks", "checkpoints metrics", "pretraining", "export generation"),
     "privacy": (
         "accounting clipping signing",

@@ -75,6 +75,9 @@ def test_every_setting_has_a_description():
         ("run.storage=memory://runs", "run.storage is 'memory://runs': give a folder, or a URL"),
         ("run.storage=s3://key:secret@bucket", "run.storage holds credentials: leave them out"),
         ("privacy.budget_epsilon=inf", "privacy.budget_epsilon is inf"),
+        ('data.private.public_record_counts={"North "=1, North=2}', "'North' is there twice, in two spellings"),
+        ('federated.lora_ranks={" "=1}', "the name ' ' is none; give a silo's name"),
+        ('privacy.evaluation_labels=["caf\u00e9", "cafe\u0301"]', "give two or more, each once"),
         ("nonsense", "write it as group.field=value"),
     ],
 )
@@ -83,6 +86,14 @@ def test_a_bad_setting_is_one_clear_line(override, expected):
         load("tiny", [override])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_name_silos_and_labels_as_the_data_are_read():
+    counts = 'data.private.public_record_counts={" North"=1, "Jose\u0301"=2, "17.0"=3, north=4}'
+    labels = 'privacy.evaluation_labels=["cafe\u0301", "tea"]'
+    found = load("tiny", [counts, labels, "privacy.evaluations=1"])
+    assert found.data.private.public_record_counts == {"North": 1, "Jos\u00e9": 2, "17": 3, "north": 4}
+    assert found.privacy.evaluation_labels == ("caf\u00e9", "tea")
 
 
 def test_overrides_are_read_as_toml_or_text():

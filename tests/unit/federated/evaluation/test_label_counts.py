@@ -10,13 +10,14 @@ import pytest
 import torch
 from silo_requests import TRUSTED, ask
 
-from configs.errors import InputError
+from configs.errors import InputError, PolicyRefusal
 from configs.load import load
 from configs.schema.silo import SiloConfig, SiloPolicy
 from federated.adapters.warm_model import warm_model
 from federated.evaluation.label_counts import Example, examples_of, f1_figures, label_counts
 from federated.evaluation.private_sums import Bounds, checked_sums, figures, private_sums
 from federated.protocol import silo_pb2 as pb
+from federated.silo.policy import check_plan
 from federated.silo.silo import Silo
 from federated.simulation.simulated_places import simulated_silo
 from privacy.mechanism.streams import Streams
@@ -122,6 +123,12 @@ def test_the_counts_are_those_of_a_loop_over_units(model, task, tiny_model):
 def test_which_label_a_text_ends_in(task, text, label):
     labels = (*LABELS, "sure")
     assert [labels[example.truth] for example in examples_of(task, [text], labels)] == ([label] if label else [])
+
+
+@pytest.mark.parametrize("labels", [("caf\u00e9", "tea"), ("cafe\u0301", "tea")])
+def test_a_label_is_found_in_every_unicode_form(task, labels):
+    examples = examples_of(task, ["Where? caf\u00e9", "Where? cafe\u0301", "Where? cafe"], labels)
+    assert [example.truth for example in examples] == [0, 0]
 
 
 def test_adding_a_unit_moves_the_vector_by_no_more_than_its_sensitivity(model, task):
@@ -279,6 +286,15 @@ def open_silo(tmp_path, tiny_model):
 
 def reserve(silo, request):
     return ask(silo, "reserve", reserve=pb.Reserve(plan=request.model_dump_json()))[0]
+
+
+def test_a_policy_lists_labels_in_every_unicode_form():
+    policy = SiloPolicy(budget_epsilon=1e3, budget_delta=1e-3, label_sets=[["cafe\u0301", "tea"]])
+    check_plan(plan("tea", "caf\u00e9"), policy, 100)
+    check_plan(plan("cafe\u0301", "tea"), policy, 100)
+    with pytest.raises(PolicyRefusal) as refused:
+        check_plan(plan("caf\u00e9", "cafe\u0301", "tea"), policy, 100)
+    assert refused.value.rule == "label_sets"
 
 
 def test_a_silo_counts_only_the_labels_that_its_policy_lists(open_silo):

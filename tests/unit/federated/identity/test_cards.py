@@ -9,12 +9,15 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from typer.testing import CliRunner
 
 from configs.errors import InputError
 from configs.load import load
 from configs.schema.deployment import FederationConfig
+from configs.schema.silo import load_silo
+from federated.commands.silo import silo_app
 from federated.deployment.federation_folder import FederationFolder
-from federated.deployment.silo_site import distrust, make_identity, trust, trusted
+from federated.deployment.silo_site import check_new_id, distrust, make_identity, trust, trusted
 from federated.identity.cards import (
     CoordinatorCard,
     EnrolledSilo,
@@ -69,6 +72,37 @@ def test_private_keys_are_their_owners_alone_and_never_made_twice(federation, si
     FederationFolder.create(tmp_path / "federation", CONFIG)
     enrolled(silo, tmp_path)
     assert before == {path: path.read_bytes() for path in private_files(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"), [("north ", "write 'north'"), ("17.0", "write '17'"), (" ", "that is no name")]
+)
+def test_a_new_silo_is_called_by_a_canonical_name_and_else_nothing_is_made(tmp_path, name, fix):
+    relay, settings = tmp_path / "relay.json", tmp_path / "silo.toml"
+    write_document(relay, relay_card(tmp_path))
+    settings.write_text(
+        f"""[silo]
+id = "{name}"
+dataset_id = "ward"
+state_dir = "{tmp_path / "state"}"
+base_model = "{tmp_path / "model"}"
+public_record_count = 100
+[data]
+source = "{tmp_path / "data.jsonl"}"
+[policy]
+budget_epsilon = 20.0
+budget_delta = 1e-4
+"""
+    )
+    command = ["init", "-c", str(settings), "--relay", str(relay)]
+    failed = CliRunner().invoke(silo_app, command).exception
+    assert isinstance(failed, InputError)
+    assert str(failed).startswith(f"silo.id is {name!r}: {fix}")
+    assert not (tmp_path / "state").exists()
+    settings.write_text(settings.read_text().replace(f'"{name}"', '"north"'))
+    assert CliRunner().invoke(silo_app, command).exit_code == 0
+    settings.write_text(settings.read_text().replace('"north"', f'"{name}"'))
+    check_new_id(load_silo(settings))  # a silo from before there was a rule keeps its name, as its ledger does
 
 
 def test_no_public_document_holds_a_private_half(federation, silo, tmp_path):
@@ -173,6 +207,12 @@ def test_a_silo_may_be_called_anything_and_stays_in_its_folder(federation):
     federation.enrol(EnrolledSilo(silo="../../etc/x", public_key="0" * 64, node_key=key))
     assert [path.parent for path in federation.folder.rglob("*etc*")] == [federation.folder / "silos"]
     assert set(federation.silos()) == {"../../etc/x"}
+    federation.revoke("../../etc/x")
+    long = "\u5317\u4eac" * 50  # 900 bytes where each is quoted
+    federation.enrol(EnrolledSilo(silo=long, public_key="0" * 64, node_key=key))
+    assert set(federation.silos()) == {long}
+    federation.revoke(long)
+    assert federation.silos() == {}
 
 
 def test_a_request_gets_no_certificate_for_a_key_that_did_not_sign_it(tmp_path):

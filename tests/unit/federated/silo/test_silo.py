@@ -513,6 +513,24 @@ def test_the_comparison_opens_no_ledger_and_never_draws_a_key_beside_one(tmp_pat
         PublicSilo(public, TRUSTED, PLAN)
 
 
+def test_ids_that_look_alike_are_told_to_the_steward_and_to_nobody_else(tmp_path, tiny_model):
+    config = silo_config(tmp_path, tiny_model)
+    with (tmp_path / "data.jsonl").open("w") as file:
+        file.writelines(
+            json.dumps({"text": f"note {name!r}", "patient": name}) + "\n" for name in ("zq7", "ZQ7", "zq7 ")
+        )
+    rows_of.cache_clear()
+    silo = Silo(config.model_copy(update={"data": config.data.model_copy(update={"unit": "patient"})}), TRUSTED)
+    reply = ask(silo, "describe", describe=pb.Describe())[0]
+    silo.close()
+    log = (silo.ledger.path.parent / "silo.log").read_text()
+    assert len(silo.workbench.notes) == 2
+    assert all(note in log for note in silo.workbench.notes)
+    assert "1 ids are written in several ways" in log and "1 pairs of ids look alike" in log
+    assert "zq7" not in log.lower()
+    assert "alike" not in str(reply)
+
+
 def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_path, tiny_model, adapter):
     config = silo_config(tmp_path, tiny_model)
     with (tmp_path / "data.jsonl").open("ab") as file:
