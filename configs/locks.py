@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -153,12 +153,14 @@ def working_on(directory: Path) -> Iterator[None]:
         yield
         return
     path = RunFiles(directory).lock
+    made = list(takewhile(lambda folder: not folder.exists(), path.parents))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_failure(path, error) from error
     _refuse_unknown(directory, path)
     with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
         try:
             stack.enter_context(locked(path, json.dumps(asdict(_Holder.here())).encode()))
         except HeldError as held:
@@ -169,6 +171,13 @@ def working_on(directory: Path) -> Iterator[None]:
         _mine.add(directory)
         stack.callback(_mine.discard, directory)
         yield
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """A command that has done nothing leaves nothing."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _refuse_unknown(directory: Path, path: Path) -> None:

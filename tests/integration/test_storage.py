@@ -177,7 +177,7 @@ def test_a_store_that_is_not_there_is_said_before_anything_is_done(s3, storage, 
     assert done.returncode == 2
     assert expected in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_store_without_permission_is_said_before_anything_is_done(tmp_path, siloweave):

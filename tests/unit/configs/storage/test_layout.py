@@ -57,9 +57,13 @@ ELSEWHERE = {
 @pytest.mark.parametrize("files", ON_DISK)
 def test_nothing_on_disk_has_another_name(files):
     """A run or a silo that an earlier version has made is found as it lies there."""
-    named = {name for name, value in vars(files).items() if isinstance(value, property)}
+    named = {name for name, value in vars(files).items() if isinstance(value, property)} - {"lock"}
     found = {name: getattr(files(Path("/here")), name) for name in named}
     assert found == {name: Path("/here", path) for name, path in ON_DISK[files].items()}
+
+
+def test_a_runs_lock_lies_beside_it():
+    assert RunFiles(Path("/runs/demo")).lock == Path("/runs/.demo.lock")
 
 
 def written_out(tree, names):
