@@ -9,6 +9,7 @@ from configs.errors import InputError
 from configs.parse import parse
 from configs.schema.addresses import check_address, check_host, check_reachable, check_service, join_address
 from configs.schema.deployment import FederationConfig, RelayConfig
+from federated.identity.cards import CoordinatorCard
 
 HOSTS = ["localhost", "fed.example.org", "a", "x" * 63, ".".join(["x" * 63] * 3), "10.0.0.1", "::1", "2001:db8::7"]
 HOSTS += ["xn--bcher-kva.example", "3com.com", "a--b.c", "::ffff:10.0.0.1"]
@@ -60,6 +61,21 @@ def test_what_is_no_port(port):
 def test_what_is_no_address(text):
     with pytest.raises(InputError, match=r"^x is "):
         check_address(text, "x")
+
+
+CARD = {"name": "n", "public_key": "0" * 64, "root_certificate": ""}
+
+
+@pytest.mark.parametrize("address", ["fed.example.org:9092", "[::1]:9092", "::1:9092"])
+def test_a_coordinators_document_is_read_as_it_was_written(address):
+    """Earlier versions wrote no brackets, and the fingerprint covers what they wrote."""
+    assert parse(CoordinatorCard, {**CARD, "address": address}, "coordinator.json").address == address
+
+
+@pytest.mark.parametrize("address", ["a b:1", "--insecure", "fed.example.org", "fed.example.org:0", "http://a:1", ""])
+def test_a_coordinators_document_with_an_impossible_address_is_refused(address):
+    with pytest.raises(InputError, match="address is "):
+        parse(CoordinatorCard, {**CARD, "address": address}, "coordinator.json")
 
 
 @given(st.text())

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from ports import free_port
 from configs.errors import InputError
 from configs.schema.deployment import FederationConfig
 from federated.deployment.federation_folder import FederationFolder
-from federated.deployment.ports import check_free
+from federated.deployment.ports import check_free, check_place
 from federated.deployment.proxy import proxy
 from federated.deployment.relay import _quoted
 from federated.deployment.superlink import superlink
@@ -123,7 +124,18 @@ def test_a_port_whose_process_the_system_does_not_tell_is_named_too(monkeypatch)
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} is taken by a process that the system does not tell user"):
             check_free("127.0.0.1", port)
-    check_free("127.0.0.1", port)
+    assert check_place(None, f"127.0.0.1:{port}") == f"127.0.0.1:{port}"
+
+
+def test_a_service_is_not_started_where_another_process_listens():
+    process, port = listener()
+    try:
+        with pytest.raises(InputError, match=f"is taken by process {process.pid} "):
+            check_place(None, f"127.0.0.1:{port}")
+    finally:
+        process.communicate()
+    with pytest.raises(InputError, match=r"--socket is 'unix:/run/a[?]b'"):
+        check_place(Path("/run/a?b"), None)
 
 
 def test_an_address_of_another_machine_is_said_to_be_one():
