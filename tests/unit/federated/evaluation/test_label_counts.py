@@ -289,7 +289,9 @@ def reserve(silo, request):
 
 
 def test_a_policy_lists_labels_in_every_unicode_form():
-    policy = SiloPolicy(budget_epsilon=1e3, budget_delta=1e-3, label_sets=[["cafe\u0301", "tea"]])
+    policy = SiloPolicy(
+        budget_epsilon=1e3, budget_delta=1e-3, releases_metrics=True, label_sets=[["cafe\u0301", "tea"]]
+    )
     check_plan(plan("tea", "caf\u00e9"), policy, 100)
     check_plan(plan("cafe\u0301", "tea"), policy, 100)
     with pytest.raises(PolicyRefusal) as refused:
@@ -305,7 +307,7 @@ def test_a_silo_counts_only_the_labels_that_its_policy_lists(open_silo):
         number=1,
         metric=METRIC,
         plan_digest=request.digest,
-        base_model_digest=listing.base_model.content_digest,
+        base_model_digest=listing.workbench.base_model.content_digest,
         task="causal",
         adapter_spec=pb.AdapterSpec(rank=4, alpha=8.0),
     )
