@@ -124,10 +124,9 @@ def found_journal(settings: "SiloConfig", *, mend: bool = False) -> "Journal":
 
 
 def _anchor_dir(settings: "SiloConfig") -> Path:
-    from privacy.ledger.journal import default_anchor_dir
+    from privacy.ledger.journal import anchor_dir_of
 
-    given = settings.silo.anchor_dir
-    return Path(given) if given else default_anchor_dir(Path(settings.silo.state_dir))
+    return anchor_dir_of(Path(settings.silo.state_dir), settings.silo.anchor_dir)
 
 
 def _opened(config: Path) -> "tuple[SiloConfig, Journal]":

@@ -19,7 +19,7 @@ from federated.silo.workbench import Workbench, public_base_model
 from privacy.ledger.anchor import Anchor
 from privacy.ledger.chain import History
 from privacy.ledger.file import read_only
-from privacy.ledger.journal import RECONCILE, default_anchor_dir
+from privacy.ledger.journal import RECONCILE, anchor_dir_of
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms
 from privacy.signing import Signer
@@ -88,7 +88,7 @@ def _own_keys(config: SiloConfig) -> tuple[Signer, bytes]:
     """
     files = SiloFiles(Path(config.silo.state_dir))
     files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    anchor = Path(config.silo.anchor_dir) if config.silo.anchor_dir else default_anchor_dir(files.directory)
+    anchor = anchor_dir_of(files.directory, config.silo.anchor_dir)
     if files.ledger.exists():
         load_secret(files.key)  # never a new one beside it
     elif Anchor(anchor).path.exists():

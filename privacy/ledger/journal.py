@@ -264,6 +264,11 @@ class Journal:
             self.db.executemany(f"DELETE FROM {table} WHERE charge = ?", charges)  # noqa: S608
 
 
+def anchor_dir_of(state_dir: Path, given: str) -> Path:
+    """The anchor's folder: the one that a silo's settings give, or the default one where they give none."""
+    return Path(given) if given else default_anchor_dir(state_dir)
+
+
 def default_anchor_dir(state_dir: Path) -> Path:
     """The anchor's folder, beside the state directory: a backup of the latter that is put back leaves it alone."""
     place = state_dir.absolute()
