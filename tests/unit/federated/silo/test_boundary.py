@@ -55,8 +55,9 @@ def silo_config(folder, model, **policy):
 def open_silo(tmp_path, tiny_model):
     silos = []
 
-    def start(trusted=TRUSTED, **policy):
-        silos.append(Silo(silo_config(tmp_path, tiny_model, **policy), trusted))
+    def start(trusted=TRUSTED, folder=tmp_path, **policy):
+        folder.mkdir(parents=True, exist_ok=True)
+        silos.append(Silo(silo_config(folder, tiny_model, **policy), trusted))
         return silos[-1]
 
     yield start
@@ -217,14 +218,15 @@ def test_safetensors_with_a_lying_header_are_refused_and_never_charged(open_silo
 
 def test_a_path_in_a_request_reaches_no_file(open_silo, adapter, tmp_path):
     """Names of runs, requests and tasks are looked up in the ledger, and never opened or written."""
-    silo, path = open_silo(), f"../../{'x' * 20}"
+    site = tmp_path / "site" / "ward"  # the path's two steps up end in this test's own folder: others write beside it
+    silo, path = open_silo(folder=site), f"../../{'x' * 20}"
     ask(silo, path, run_id=path, reserve=pb.Reserve(plan=PLAN.model_dump_json()))
-    before = set(tmp_path.parent.rglob("*"))
+    before = set(tmp_path.rglob("*"))
     for changes, rule in (({"task": path}, "task"), ({"base_model_digest": path}, "base_model")):
         assert ask(silo, path, run_id=path, **train(silo, adapter, **changes))[0].refusal.rule == rule
     assert ask(silo, path + "/1", run_id=path, **train(silo, adapter))[0].WhichOneof("kind") == "trained"
     ask(silo, path, run_id=path, close=pb.Close())
-    assert set(tmp_path.parent.rglob("*")) == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_the_audit_log_tells_sizes_and_digests_of_everything(open_silo, adapter):
