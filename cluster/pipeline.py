@@ -1,6 +1,8 @@
 """The main job, stage after stage, as one story. Each stage can be run alone, again, and after a kill.
 
 prepare -> pretrain -> export -> federate -> evaluate -> generate -> report
+
+A base model that others have made takes the place of the first three: import -> federate -> ...
 """
 
 import json
@@ -8,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cluster.run import Run
@@ -27,10 +30,12 @@ Printer = Callable[[str], None]
 
 def demo(run: Run, on_text: Printer) -> dict[str, Any]:
     """The whole job. Returns the report."""
-    prepare(run)
+    from_elsewhere = bool(run.config.model.source)
+    (import_model if from_elsewhere else prepare)(run)
     with run.ray():
-        pretrain(run)
-        export(run)
+        if not from_elsewhere:
+            pretrain(run)
+            export(run)
         federate(run)
         evaluate(run)
     generate(run, on_text)
@@ -44,6 +49,7 @@ def prepare(run: Run) -> None:
     from trainer.data.parts import one_after_the_other
     from trainer.data.prepare import prepare as prepare_corpus
 
+    _trains_its_own(run.config)
     workers = run.config.data.workers
     with run.stage("prepare"), ray_session(run.config.cluster, workers) if workers > 1 else nullcontext():
         manifest = prepare_corpus(
@@ -61,6 +67,7 @@ def pretrain(run: Run) -> None:
     from cluster.runtime.gang import run_gang
     from trainer.checkpoints.checkpoints import newest, pretrain_digest, storage
 
+    _trains_its_own(run.config)
     corpus = require_manifest(run.files.corpus, "corpus", "prepare")
     digest = pretrain_digest(run.config, corpus.content_digest)
     commit = newest(storage(run.config, run.directory), digest, lambda _: None)
@@ -90,8 +97,30 @@ def export(run: Run) -> None:
     """Checkpoint to a portable Hugging Face directory."""
     from trainer.export import export as export_model
 
+    _trains_its_own(run.config)
     with run.stage("export"):
         export_model(run.config, run.directory)
+
+
+def import_model(run: Run) -> None:
+    """A base model that others have made, declared to be of public text by whoever runs this."""
+    from federated.identity.trust import coordinator_signer
+    from privacy.declaration import DECLARATION, declare
+    from trainer.imported import import_model as take
+
+    if not run.config.model.source:
+        raise InputError("model.source is empty: name the model to import; without one the base model is pretrained")
+    signer = coordinator_signer(Path(run.config.federated.state_dir))
+    with run.stage("import"):
+        manifest = take(run.config, run.directory, lambda facts: declare(facts, signer).encode(), DECLARATION)
+    run.log.emit("import", "model", digest=manifest.content_digest, declared_public_by=signer.public_key)
+
+
+def _trains_its_own(config: RunConfig) -> None:
+    if config.model.source:
+        raise InputError(
+            f"model.source is {config.model.source!r}: the base model is not trained here; run `siloweave import`"
+        )
 
 
 def federate(run: Run) -> None:
@@ -99,7 +128,7 @@ def federate(run: Run) -> None:
     from federated.coordinator.final_model import publish
     from federated.simulation.simulation import simulate
 
-    model = require_manifest(run.model, "model", "export").content_digest
+    model = require_manifest(run.model, "model", run.base_model_maker).content_digest
     for stage, with_dp in _federations(run.config):
         directory = run.directory / stage
         if (directory / MANIFEST).exists():

@@ -55,7 +55,7 @@ _MOVABLE = {
 
 # Settings that were added later, each with the value that stands for what was done before. At that value a setting is
 # left out of the digest, so that runs from before it keep theirs.
-_LATER = {"federated.task": "causal"}
+_LATER = {"federated.task": "causal", "model.source": ""}
 
 
 def config_digest(config: RunConfig) -> str:
@@ -99,10 +99,11 @@ def _bind(config: RunConfig, directory: Path) -> None:
     if not _holds_work(directory):  # an earlier start failed before it made anything, for instance over a wrong path
         write_atomic(stored, content)
         return
+    old, new = dict(flatten(before)), dict(flatten(config))  # a group that may be left out has no names then
     changed = [
-        f"{name} was {old!r} and is {new!r}"
-        for (name, old), (_, new) in zip(flatten(before), flatten(config), strict=True)
-        if old != new and name not in _MOVABLE
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name) and name not in _MOVABLE
     ]
     if changed:
         raise InputError(

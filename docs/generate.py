@@ -50,7 +50,8 @@ def settings_page() -> str:
 
 def _groups(name: str, group: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """A group of settings and those below it, by their names in a file."""
-    below = {field: definitions[_reference(value)] for field, value in group["properties"].items() if _reference(value)}
+    fields = group["properties"].items()
+    below = {field: definitions[_reference(value)] for field, value in fields if _reference(value)}
     own = {field: value for field, value in group["properties"].items() if field not in below}
     if own:
         yield name, {**group, "properties": own}
@@ -59,7 +60,9 @@ def _groups(name: str, group: Mapping[str, Any], definitions: Mapping[str, Any])
 
 
 def _reference(value: Mapping[str, Any]) -> str:
-    return str(value.get("$ref", "")).rpartition("/")[2]
+    """The group's name where the value is a group, also one that may be left out."""
+    choices = (value, *value.get("anyOf", ()))
+    return next((str(choice["$ref"]).rpartition("/")[2] for choice in choices if "$ref" in choice), "")
 
 
 def _rows(group: Mapping[str, Any]) -> Iterator[str]:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from trainer.data.tokenizer import first_token
+
 
 def generate(
     model: Any,
@@ -40,7 +42,7 @@ def generate(
             pieces.append(text)
             on_text(text)
 
-    ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]])
+    ids = torch.tensor([[first_token(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model.generate(

@@ -60,7 +60,8 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
         raise InputError("privacy.unit is 'client': an audit is of the engine that trains with records as units")
     if not SMALLEST <= canaries <= LARGEST:
         raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
-    model = require_manifest(run.model, "model", "export")
+    texts = _public_texts(run.config)
+    model = require_manifest(run.model, "model", run.base_model_maker)
     federations = _finished(run.files)
     base = load_model(run.model, load_key(run.config.run.encryption_key_file))
     directory = run.files.audit
@@ -69,7 +70,7 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
     write_atomic(directory / "design.json", json.dumps(design, indent=2).encode() + b"\n")
     with run.stage("audit"):
         claims = {
-            name: _audit_plan(run, name, PlanTerms(**claim["plan"]), design, copy.deepcopy(base), earlier)
+            name: _audit_plan(run, name, PlanTerms(**claim["plan"]), design, copy.deepcopy(base), texts, earlier)
             for name, claim in design["claims"].items()
         }
         hostile = _hostile_adapters(run, base)
@@ -125,19 +126,26 @@ def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, An
     return {"version": AUDIT_VERSION, "base_model": model_digest, "claims": claims}
 
 
+def _public_texts(config: RunConfig) -> list[str]:
+    """What is trained on beside the canaries."""
+    public = config.data.public
+    if public is None:
+        raise InputError("data.public: missing; an audit trains on public text beside its canaries, so give some")
+    return [row[public.text] for row in islice(read_rows(public, [], ReadCounts()), _BACKGROUND)]
+
+
 def _audit_plan(
-    run: Run, name: str, request: PlanTerms, design: dict[str, Any], base: Any, earlier: int
+    run: Run, name: str, request: PlanTerms, design: dict[str, Any], base: Any, texts: list[str], earlier: int
 ) -> dict[str, Any]:
     torch.set_num_threads(run.config.cluster.threads_per_rank)
     federated = run.config.federated
     task = task_of(run.config.federated.task, run.model)
-    rows = read_rows(run.config.data.public, [], ReadCounts())
     training = AuditTraining(
         request,
         AuditSettings(**design["claims"][name]["settings"]),
         add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed),
         task,
-        [task.encode(row[run.config.data.public.text]) for row in islice(rows, _BACKGROUND)],
+        [task.encode(text) for text in texts],
         digest_json(design),
     )
     folder = run.files.audit / name

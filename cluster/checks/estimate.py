@@ -10,8 +10,9 @@ from federated.adapters.lora_factors import frozen
 from federated.simulation.simulation import silos_alike
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
+from trainer.imported import outline
 from trainer.models.adapters import add_adapter, trainable
-from trainer.models.llama import empty_model, parameter_sizes
+from trainer.models.llama import empty_model
 from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_device, unsupported
 from trainer.pretraining.memory import placed_bytes, state_bytes
 
@@ -23,31 +24,17 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         PolicyRefusal: a silo's rule for delta does not hold.
         InputError: no noise multiplier reaches the epsilon.
     """
-    pretrain, cluster, private = config.pretrain, config.cluster, config.data.private
-    sizes = parameter_sizes(config.model, config.tokenizer.vocab_size)
+    private = config.data.private
+    sizes = [parameter.numel() for parameter in _base_model(config).parameters()]
     plan = plan_terms(config)
     counts = {"(default)": private.public_record_count, **private.public_record_counts}
     return {
-        "model": {"parameters": sum(sizes), "context_length": config.model.context_length},
-        "pretrain": {
-            "world_size": cluster.world_size,
-            "world_sizes": config.world_sizes,
-            "steps": pretrain.steps,
-            "tokens": pretrain.steps * pretrain.batch_size * config.model.context_length,
-            "batch": {
-                "sequences": pretrain.batch_size,
-                "ranks": cluster.world_size,
-                "micro_batch": pretrain.micro_batch_size,
-                "accumulation": accumulation_steps(pretrain, cluster.world_size),
-            },
-            "state_bytes_per_rank": {
-                str(stage): state_bytes(pretrain, sizes, stage, cluster.world_size) for stage in range(4)
-            },
-            "placed_bytes_per_rank": placed_bytes(pretrain, sizes, cluster.world_size),
-            "zero_stage": pretrain.zero_stage,
-            "optimizer": pretrain.optimizer,
-            "not_supported_here": unsupported(pretrain, likely_device(cluster.device)),
+        "model": {
+            "source": config.model.source or "pretrained from a random start",
+            "parameters": sum(sizes),
+            "context_length": config.model.context_length,
         },
+        "pretrain": None if config.model.source else _pretrain(config, sizes),
         "federated": {
             "rounds": config.federated.rounds,
             "steps_per_round": config.federated.local_steps,
@@ -82,6 +69,36 @@ def estimate(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _base_model(config: RunConfig) -> Any:
+    """The base model without values; one that others have made is looked at where it lies, and not downloaded."""
+    if config.model.source:
+        return outline(config.model.source)
+    return empty_model(config.model, config.tokenizer.vocab_size)
+
+
+def _pretrain(config: RunConfig, sizes: list[int]) -> dict[str, Any]:
+    pretrain, cluster = config.pretrain, config.cluster
+    return {
+        "world_size": cluster.world_size,
+        "world_sizes": config.world_sizes,
+        "steps": pretrain.steps,
+        "tokens": pretrain.steps * pretrain.batch_size * config.model.context_length,
+        "batch": {
+            "sequences": pretrain.batch_size,
+            "ranks": cluster.world_size,
+            "micro_batch": pretrain.micro_batch_size,
+            "accumulation": accumulation_steps(pretrain, cluster.world_size),
+        },
+        "state_bytes_per_rank": {
+            str(stage): state_bytes(pretrain, sizes, stage, cluster.world_size) for stage in range(4)
+        },
+        "placed_bytes_per_rank": placed_bytes(pretrain, sizes, cluster.world_size),
+        "zero_stage": pretrain.zero_stage,
+        "optimizer": pretrain.optimizer,
+        "not_supported_here": unsupported(pretrain, likely_device(cluster.device)),
+    }
+
+
 def _runs(budget: float, epsilon: float) -> int | None:
     """How often the plan fits a silo's budget; None where no budget bounds it, since it spends nothing of it."""
     return int(budget // epsilon) if epsilon else None
@@ -105,8 +122,7 @@ def _bound(plan: PlanTerms, public_record_count: int) -> int:
 
 def adapter_parameters(config: RunConfig) -> int:
     """Trainable parameters of the adapters, counted on a model without values; of FFA-LoRA, whose A is frozen, B's."""
-    federated = config.federated
-    model = empty_model(config.model, config.tokenizer.vocab_size)
+    federated, model = config.federated, _base_model(config)
     with torch.device("meta"):
         weights = trainable(add_adapter(model, federated.lora_rank, federated.lora_alpha, seed=0))
     return sum(value.numel() for name, value in weights.items() if federated.adapters != "ffa" or not frozen(name))

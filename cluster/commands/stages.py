@@ -45,6 +45,7 @@ def add_to(app: typer.Typer) -> None:
         prepare,
         pretrain,
         export,
+        import_model,
         federate,
         evaluate,
         generate,
@@ -56,7 +57,7 @@ def add_to(app: typer.Typer) -> None:
         decrypt,
     )
     for command in commands:
-        app.command()(command)
+        app.command("import" if command is import_model else None)(command)
 
 
 def demo(
@@ -115,6 +116,11 @@ def _verify_resume(config: str, override: list[str] | None, address: str, as_jso
 def export(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
     """Writes the pretrained model as a Hugging Face directory."""
     _stage("export", config, override, "", as_json)
+
+
+def import_model(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
+    """Takes a base model that others have made (`model.source`), and declares that public text alone has made it."""
+    _stage("import_model", config, override, "", as_json)
 
 
 def federate(
@@ -257,8 +263,8 @@ def _stage(name: str, config: str, override: list[str] | None, address: str, as_
 
     settings = load(config, overrides(override, address))
     _, directory = with_run(settings, getattr(pipeline, name), as_json)
-    done = {"stage": name, "directory": str(directory)}
-    answer(as_json, done, f"{name}: done in {directory}")
+    shown = name.partition("_")[0]  # `import` alone is a word of Python's
+    answer(as_json, {"stage": shown, "directory": str(directory)}, f"{shown}: done in {directory}")
 
 
 def overrides(override: list[str] | None, address: str) -> list[str]:

@@ -155,9 +155,11 @@ def result_table(report: dict[str, Any]) -> Table:
         if found.get("macro_f1") is not None:
             shown += f"; macro F1 {found['macro_f1']:.3f} ± {found['macro_f1_error']:.3f}"
         table.add_row(f"{label}, by private evaluation", shown, "included above")
-    table.caption = (
+    pretrained = (
         f"{pretrain['tokens']:,} tokens at {pretrain['tokens_per_s']:,.0f} tokens/s on {pretrain['world_size']} ranks; "
-        f"{federated['silos']} silos, {federated['rounds']} rounds of {federated['bytes_per_round'] / 1e6:.1f} MB; "
-        "held-out figures are simulation_only"
+        if pretrain  # not a base model that others have made
+        else ""
     )
+    moved = f"{federated['rounds']} rounds of {federated['bytes_per_round'] / 1e6:.1f} MB"
+    table.caption = f"{pretrained}{federated['silos']} silos, {moved}; held-out figures are simulation_only"
     return table

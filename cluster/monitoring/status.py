@@ -70,7 +70,10 @@ def _stages(
         return salvage.tried(stage / MANIFEST, lambda: _has(stage), otherwise=False)
 
     pretrained = pretrain["steps"] is not None and pretrain["committed_step"] == pretrain["steps"]
-    done = {"prepare": has(files.corpus), "pretrain": pretrained, "export": has(files.model)}
+    if config is not None and config.model.source:
+        done = {"import": has(files.model)}
+    else:
+        done = {"prepare": has(files.corpus), "pretrain": pretrained, "export": has(files.model)}
     done[FEDERATED] = has(files.federated)
     if config is None or config.evaluate.without_dp:
         done[NO_DP] = has(files.no_dp)

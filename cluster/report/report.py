@@ -213,7 +213,7 @@ def _privacy(
 def _model(certificate: dict[str, Any]) -> dict[str, Any] | None:
     """Of which model the certificate speaks; None where an earlier version made it, which did not say so."""
     model = certificate.get("model")
-    return {name: model[name] for name in ("base_model", "adapter")} if model else None
+    return {name: model.get(name) for name in ("base_model", "adapter", "declared_public_by")} if model else None
 
 
 def _ledger_folder(config: RunConfig, name: str, run_directory: Path) -> Path:

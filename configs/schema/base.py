@@ -14,6 +14,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Bounds each value of an adapter, and of what is added to its gradients: silos refuse more, coordinators send no more.
 LARGEST_ADAPTER_VALUE = 1000.0
 Count = Annotated[int, Field(ge=1)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 in hexadecimal; a public key looks alike."""
 
 
 def _two_or_more(labels: tuple[str, ...]) -> tuple[str, ...]:

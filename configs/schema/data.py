@@ -75,8 +75,9 @@ class DeidentifySettings(Settings):
 class DataSettings(Settings):
     """Public text for pretraining, private text for the silos, and how the public text is cleaned."""
 
-    public: CorpusSettings
-    """The public corpus. Tokenizer and base model see nothing but this and ``corpora``."""
+    public: CorpusSettings | None = None
+    """The public corpus. Tokenizer and base model see nothing but this and ``corpora``. Needed unless ``model.source``
+    names a model."""
     corpora: dict[CorpusName, CorpusSettings] = Field(default_factory=dict)
     """Further public corpora by name; every batch mixes all of them by their weights."""
     workers: Count = 1
@@ -111,7 +112,7 @@ class TokenizerSettings(Settings):
 
 def corpora(data: DataSettings) -> dict[str, CorpusSettings]:
     """All public corpora: ``data.public`` and those of ``data.corpora``."""
-    return {PUBLIC: data.public, **data.corpora}
+    return {**({PUBLIC: data.public} if data.public else {}), **data.corpora}
 
 
 def field_of(corpus: str) -> str:

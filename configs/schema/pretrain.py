@@ -8,8 +8,13 @@ from configs.schema.base import Count, Positive, Settings
 
 
 class ModelSettings(Settings):
-    """A Llama-style decoder (transformers' configuration), started at random."""
+    """The base model: a Llama-style decoder that is pretrained from a random start, or one that others have made."""
 
+    source: str = ""
+    """A model that others have made, instead of pretraining: the folder of a Hugging Face causal language model,
+    ``hf:ORG/NAME@REVISION`` or ``gguf:FILE`` (extra ``gguf``). It has widths and layers of its own, so
+    ``hidden_size``, ``layers``, ``heads`` and ``intermediate_size`` are not read. With it you declare, signed by the
+    key in ``federated.state_dir``, that public text alone has made it. Empty: pretrain."""
     hidden_size: Count = 128
     """Width of the residual stream."""
     layers: Count = 4
@@ -19,7 +24,8 @@ class ModelSettings(Settings):
     intermediate_size: Count = 384
     """Width of the gated feed-forward layer."""
     context_length: Annotated[int, Field(ge=8)] = 128
-    """Longest sequence, in tokens. A longer private record is truncated."""
+    """Longest sequence, in tokens; of a model that others have made, at most its own. A longer private record is
+    truncated."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":

@@ -192,6 +192,11 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if not self.data.public and not self.model.source:
+            raise ValueError(
+                "data.public: missing; give the text that the base model is pretrained on, or another base model in "
+                "model.source"
+            )
         ranks, pretrain, private = self.cluster.world_size, self.pretrain, self.data.private
         if ranks not in self.world_sizes:
             fitting = [str(size) for size in range(1, pretrain.batch_size + 1) if self._shares(size)]

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.parse import parse, read_toml
-from configs.schema.base import LARGEST_ADAPTER_VALUE, ComposedLabels, Count, Place, Positive, Probability, Settings
+from configs.schema.base import (
+    LARGEST_ADAPTER_VALUE,
+    ComposedLabels,
+    Count,
+    Digest,
+    Place,
+    Positive,
+    Probability,
+    Settings,
+)
 from configs.schema.data import DeidentifySettings, SourceSettings
 from configs.schema.federated import ClippingMethod, TaskName
 
@@ -67,6 +76,9 @@ class SiloPolicy(Settings):
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=1)] = ("causal",)
     """What may be trained and evaluated: ``causal``, the text token by token. Exactly one, since the records are read
     for one task."""
+    base_models: tuple[Digest, ...] = ()
+    """Content digests of base models that others have made, which this steward accepts on somebody's signed word that
+    public text alone has made them. A model that `siloweave export` wrote needs none."""
     budget_epsilon: Positive
     """Epsilon that the dataset may ever spend."""
     budget_delta: Probability

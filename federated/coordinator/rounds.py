@@ -33,6 +33,7 @@ from federated.evaluation.private_sums import bounds_of, checked_sums, figures
 from federated.protocol import silo_pb2 as pb
 from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.model_digests import ModelDigests, RoundDigests
+from privacy.declaration import declared_by
 from privacy.plan import METRIC, PlanTerms
 from privacy.plan_from_settings import plan_terms
 
@@ -136,7 +137,8 @@ class Coordinator:
         Raises:
             SiloweaveError: the model has an update of a silo that has not signed what it spent.
         """
-        model = ModelDigests(base_model=self.base.content_digest, rounds=self.digests, adapter=adapter)
+        base, by = self.base.content_digest, declared_by(self.base_model, self.base)
+        model = ModelDigests(base_model=base, rounds=self.digests, adapter=adapter, declared_public_by=by)
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
             reserved = {AGGREGATOR: self.aggregator.close()}
         else:

@@ -15,6 +15,7 @@ from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import LocalSettings
 from federated.silo.requests import arrays, correction_of
 from federated.silo.units import Units
+from privacy.declaration import declaration_of
 from trainer.models.adapters import shapes, trainable
 from trainer.tasks.task import Encoded, Task, task_of
 
@@ -117,9 +118,19 @@ def public_base_model(config: SiloConfig) -> Manifest:
     """The manifest of a silo's base model.
 
     Raises:
-        InputError: there is none, or it does not say that only public text made the model.
+        InputError: there is none, or it does not say that only public text made the model; or somebody declares that
+            of a model from elsewhere, and the policy does not list it.
     """
-    found = require_manifest(Path(config.silo.base_model), "model", "export")
+    folder = Path(config.silo.base_model)
+    found = require_manifest(folder, "model", "export")
+    declared = declaration_of(folder, found)
+    if declared is not None:
+        if found.content_digest not in config.policy.base_models:
+            raise InputError(
+                f"{folder}: made elsewhere ({declared.source}), and declared public by {declared.declared_public_by}; "
+                f'to accept that word, put base_models = ["{found.content_digest}"] under [policy]'
+            )
+        return found
     if found.metadata.get("trained_on") != "public":
         raise InputError(
             f"{config.silo.base_model}: its manifest does not say that it was trained on public text only; "

@@ -16,7 +16,9 @@ from configs.schema.silo import (
     SiloSettings,
 )
 from configs.storage.layout import SiloFiles, name_on_disk
+from configs.storage.manifests import read_manifest
 from federated.coordinator.trusted_aggregator import FOLDER
+from privacy.declaration import DECLARATION
 
 
 def simulated_ledger(config: RunConfig) -> Path:
@@ -51,6 +53,12 @@ def _dataset_folder(config: RunConfig) -> Path:
     return Path(config.federated.state_dir).absolute() / config.data.private.dataset_id
 
 
+def _imported(base_model: Path) -> tuple[str, ...]:
+    """The digest of a base model from elsewhere: whoever simulates the stewards has declared it."""
+    manifest = read_manifest(base_model, "model")
+    return (manifest.content_digest,) if manifest is not None and DECLARATION in manifest.files else ()
+
+
 def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig:
     """A silo of a simulation: its share of the run's private data, and the simulated steward's policy."""
     private, privacy = config.data.private, config.privacy
@@ -81,6 +89,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             budget_epsilon=privacy.budget_epsilon,
             budget_delta=privacy.budget_delta,
             max_epsilon_per_run=privacy.budget_epsilon,
+            base_models=_imported(base_model),
             units=(privacy.unit,),
             tasks=(config.federated.task,),
             releases_metrics=True,

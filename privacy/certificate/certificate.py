@@ -14,7 +14,7 @@ from privacy.certificate.model_digests import ModelDigests
 from privacy.ledger.statements import AuditStatement
 from privacy.plan import PlanTerms
 
-CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 4, (3, 4), 4
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 5, (3, 4, 5), 4
 NOT_AUDITED = "not audited"
 AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
@@ -28,13 +28,18 @@ _NOT_COVERED_IN_3 = (  # a change of these words is a new version: checking a ce
     "a silo that the coordinator leaves out: only that silo's own ledger shows its charges",
     "float32 rounding inside the clipped sum: one record may change how the others' contributions are rounded",
 )
+_NOT_COVERED_IN_4 = (
+    *_NOT_COVERED_IN_3[:-1],
+    "a kernel whose order of instructions depends on values: that records computed together have the bits that "
+    "each has alone is proved with made-up records, for each shape and machine",
+    "how the coordinator made the model of the releases: each ledger shows its own, and nobody signs the rest",
+)
 _NOT_COVERED = {
     3: _NOT_COVERED_IN_3,
-    4: (
-        *_NOT_COVERED_IN_3[:-1],
-        "a kernel whose order of instructions depends on values: that records computed together have the bits that "
-        "each has alone is proved with made-up records, for each shape and machine",
-        "how the coordinator made the model of the releases: each ledger shows its own, and nobody signs the rest",
+    4: _NOT_COVERED_IN_4,
+    5: (
+        *_NOT_COVERED_IN_4,
+        "what the base model was made from: that it was public text alone is the word of whoever made or declared it",
     ),
 }
 _TRUSTED = (
@@ -97,10 +102,17 @@ def certificate(
         "seeds": _seeds(ledgers, statements),
         "left_each_silo": _left_each_silo(plan),
         **_signed_by(plan, ledgers),
-        **({} if form < FIRST_WITH_MODEL else {"model": model.model_dump(mode="json") if model else None}),
+        **({} if form < FIRST_WITH_MODEL else {"model": _model(model)}),
         "not_covered": [*(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()), *_NOT_COVERED[form]],
         "versions": dict(versions or library_versions()),
     }
+
+
+def _model(model: ModelDigests | None) -> dict[str, Any] | None:
+    """Who declared a base model from elsewhere public is named where somebody did; version 4 had no such field."""
+    if model is None:
+        return None
+    return model.model_dump(mode="json", exclude=None if model.declared_public_by else {"declared_public_by"})
 
 
 def ledgers_of(document: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from configs.errors import InputError
+from configs.schema.base import Digest
 from configs.storage.files import digest_bytes, digest_file
 from configs.storage.manifests import MANIFEST, damaged_file, read_manifest
 from configs.storage.sealing import MasterKey, is_sealed, read_sealed
+from privacy.declaration import declared_by
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what peft reads
 _CARD = "README.md"  # for people
 _LARGEST_SEALED = 2**33  # bytes of an encrypted file, which is opened in memory
 ADAPTER, BASE_MODEL = "final adapter", "base model"
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _of_all_files(digests: dict[str, str]) -> dict[str, str]:
@@ -47,6 +48,8 @@ class ModelDigests(BaseModel):
         base_model: content digest of the base model's manifest, which requests and policies name.
         rounds: every round, the first one first.
         adapter: of the files of the published adapter, in the clear, by name.
+        declared_public_by: key of who declares that public text alone has made the base model; None where it was
+            pretrained by Siloweave. The declaration is in the base model's folder, and its digest covers it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +57,7 @@ class ModelDigests(BaseModel):
     base_model: Digest
     rounds: tuple[RoundDigests, ...]
     adapter: Annotated[dict[str, Digest], AfterValidator(_of_all_files)]
+    declared_public_by: Digest | None = None
 
     def rounds_of(self, ledger: str) -> dict[int, str]:
         """Digests of what a ledger has released into the model, by round."""
@@ -100,6 +104,12 @@ def which_model(digests: ModelDigests, folder: Path, key: MasterKey | None) -> s
         raise InputError(f"{folder}: {damaged} is not what its manifest says: this is another model")
     _compare(folder, manifest.content_digest, digests.base_model, BASE_MODEL)
     _nothing_else(folder, {*manifest.files, MANIFEST})
+    by = declared_by(folder, manifest)
+    if by != digests.declared_public_by:
+        raise InputError(
+            f"{folder}: declared public by {by or 'nobody'}, and the certificate says by "
+            f"{digests.declared_public_by or 'nobody'}; do not trust it"
+        )
     return BASE_MODEL
 
 

@@ -1,8 +1,10 @@
 """A coordinator's signed requests to one silo, for tests."""
 
+import json
 import tempfile
 from pathlib import Path
 
+from configs.schema.silo import SiloConfig
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import reply_holds, seal_request
 from federated.protocol.framing import PROTOCOL_VERSION
@@ -18,6 +20,23 @@ def signer_of(secret):
         path.write_bytes(secret)
         path.chmod(0o600)
         return Signer(path)
+
+
+def ward(folder, model, **policy):
+    """Settings of a silo with 60 short notes in a folder."""
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"note {i} of the ward"}) + "\n" for i in range(60)))
+    return SiloConfig(
+        silo={
+            "id": "north",
+            "dataset_id": "ward",
+            "state_dir": str(folder / "state"),
+            "base_model": str(model),
+            "public_record_count": 100,
+        },
+        data={"source": str(data)},
+        policy={"budget_epsilon": 20.0, "budget_delta": 1e-4, "max_epsilon_per_run": 10.0, **policy},
+    )
 
 
 COORDINATOR = signer_of(bytes(range(32)))

@@ -22,10 +22,16 @@ ALLOWED = {
 }
 FLOORS = {
     "configs": ("errors printing", "identities parse", "schema", "storage", "events locks", "load run_directory"),
-    "trainer": ("data models objectives rank", "tasks", "checkpoints metrics", "pretraining", "export generation"),
+    "trainer": (
+        "data models objectives rank",
+        "tasks",
+        "checkpoints metrics",
+        "pretraining",
+        "export generation imported",
+    ),
     "privacy": (
         "accounting clipping signing",
-        "plan",
+        "declaration plan",
         "mechanism plan_from_settings",
         "audit ledger",
         "certificate",
@@ -156,6 +162,7 @@ def test_the_command_line_answers_without_heavy_imports(siloweave, tmp_path):
         "prepare",
         "pretrain",
         "export",
+        "import",
         "federate",
         "evaluate",
         "generate",

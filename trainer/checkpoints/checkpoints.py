@@ -127,7 +127,7 @@ def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
     """Digest of everything that shapes the weights; checkpoints of another one are not continued."""
     return digest_json(
         [
-            config.model.model_dump(),
+            config.model.model_dump(exclude={"source"}),  # which is empty here
             config.pretrain.model_dump(exclude=_NO_WEIGHT_DEPENDS_ON),
             {name: source.weight for name, source in corpora(config.data).items()},
             config.run.seed,

@@ -38,6 +38,12 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: Path) 
     return wrapped
 
 
+def first_token(tokenizer: Any) -> int:
+    """The token before a text's first one: what the tokenizer itself puts there, or else end-of-text."""
+    added = tokenizer("").input_ids
+    return int(added[0] if added else tokenizer.eos_token_id)
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a tokenizer or model directory."""
     from transformers import PreTrainedTokenizerFast

@@ -28,13 +28,21 @@ def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> Any:
 def linear_names(model: Any) -> list[str]:
     """The own names of a model's linear layers, sorted: peft's "all-linear", and the output head.
 
-    The head matters most: a new domain's words are the first thing to learn. Where it shares the embedding's weight, it
-    has an adapter all the same, and the embedding none.
+    The head matters most: a new domain's words are the first thing to learn. Where it shares the embedding's weight it
+    has no adapter: merged into the weight, one would change the embedding, too.
     """
     from transformers.pytorch_utils import Conv1D
 
     linear = (torch.nn.Linear, Conv1D)
-    return sorted({name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, linear)})
+    found = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, linear)}
+    return sorted(found - _tied_head(model))
+
+
+def _tied_head(model: Any) -> set[str]:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return set()
+    return {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if layer is head}
 
 
 def _task_type(model: Any) -> str | None:

@@ -19,7 +19,7 @@ class Encoded:
     """One record as tokens.
 
     Attributes:
-        ids: end-of-text, the text's tokens, and end-of-text where it fits the context.
+        ids: the model's first token, the text's tokens, and end-of-text where it fits the context.
         characters: characters of the text that the tokens cover.
         truncated: whether the record was longer than the context.
     """

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from trainer.data.tokenizer import first_token
 from trainer.tasks.task import IGNORED, Encoded
 
 # Records are padded to multiples of this many tokens. That depends on a record's own length alone, gives many records
@@ -21,6 +22,10 @@ class CausalTask:
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
         self._tokenizer, self.context_length = tokenizer, context_length
+        self._start = first_token(tokenizer)
+        # What a record says is text, also where it spells one of the model's special tokens. Both: the wrapper sets the
+        # backend's as its own whenever it is called.
+        tokenizer.split_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens = True
 
     @property
     def vocab_size(self) -> int:
@@ -28,11 +33,11 @@ class CausalTask:
         return len(self._tokenizer)
 
     def encode(self, text: str) -> Encoded:
-        """Tokens of a record, truncated to the context."""
+        """Tokens of a record between the model's first token and end-of-text, truncated to the context."""
         end = self._tokenizer.eos_token_id
         # The backend is called directly: the wrapper warns of long texts, and truncation is ours.
         ids = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        whole = [end, *ids, end]
+        whole = [self._start, *ids, end]
         if len(whole) <= self.context_length:
             return Encoded(tuple(whole), len(text), truncated=False)
         kept = whole[: self.context_length]

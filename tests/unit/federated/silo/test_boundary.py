@@ -9,10 +9,9 @@ import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from silo_requests import COORDINATOR, EXPIRES, TRUSTED, ask, body_of, opened, signer_of
+from silo_requests import COORDINATOR, EXPIRES, TRUSTED, ask, body_of, opened, signer_of, ward
 
 from configs.errors import InputError, SiloweaveError
-from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from federated.adapters.arrays import to_bytes
 from federated.adapters.warm_model import initial_adapter
@@ -35,29 +34,13 @@ PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, ro
 STRANGER = signer_of(bytes(range(1, 33)))
 
 
-def silo_config(folder, model, **policy):
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"note {i} of the ward"}) + "\n" for i in range(60)))
-    return SiloConfig(
-        silo={
-            "id": "north",
-            "dataset_id": "ward",
-            "state_dir": str(folder / "state"),
-            "base_model": str(model),
-            "public_record_count": 100,
-        },
-        data={"source": str(data)},
-        policy={"budget_epsilon": 20.0, "budget_delta": 1e-4, "max_epsilon_per_run": 10.0, **policy},
-    )
-
-
 @pytest.fixture
 def open_silo(tmp_path, tiny_model):
     silos = []
 
     def start(trusted=TRUSTED, folder=tmp_path, **policy):
         folder.mkdir(parents=True, exist_ok=True)
-        silos.append(Silo(silo_config(folder, tiny_model, **policy), trusted))
+        silos.append(Silo(ward(folder, tiny_model, **policy), trusted))
         return silos[-1]
 
     yield start

@@ -107,8 +107,8 @@ def test_a_correction_reaches_the_steps(silo, adapter):
         np.testing.assert_allclose(array, -10.0, rtol=0.02)
 
 
-def test_with_a_frozen_a_only_b_travels(silo, adapter):
-    spec = {"frozen_digest": frozen_digest(adapter), "frozen_seed": 0}  # the tiny settings' seed
+def test_with_a_frozen_a_only_b_travels(silo, adapter, tiny_run):
+    spec = {"frozen_digest": frozen_digest(adapter), "frozen_seed": tiny_run.config().run.seed}
     sent = {name: array for name, array in adapter.items() if not frozen(name)}
     reply = train(silo, sent, "ffa", 3, spec)
     update = from_bytes(reply.trained.update)

@@ -9,7 +9,7 @@ import pytest
 
 from configs.errors import InputError
 from configs.parse import parse
-from configs.storage.manifests import Manifest, commit_manifest
+from configs.storage.manifests import Manifest, commit_manifest, read_manifest
 from configs.storage.sealing import load_key, write_sealed
 from privacy.certificate.model_digests import (
     ADAPTER,
@@ -19,6 +19,8 @@ from privacy.certificate.model_digests import (
     adapter_digests,
     which_model,
 )
+from privacy.declaration import DECLARATION, declare
+from privacy.signing import Signer
 
 
 @pytest.fixture
@@ -51,6 +53,21 @@ def test_the_published_adapter_and_the_base_model_are_known(digests, adapter, ba
     assert which_model(digests, base, None) == BASE_MODEL
     (adapter / "README.md").write_text("other words")
     assert which_model(digests, adapter, None) == ADAPTER
+
+
+def test_a_base_model_from_elsewhere_is_declared_by_whom_the_certificate_says(adapter, base, tmp_path):
+    signer = Signer(tmp_path / "key")
+    files = {name: entry["sha256"] for name, entry in read_manifest(base, "model").files.items()}
+    (base / DECLARATION).write_bytes(
+        declare({"source": "hf:a/b@1", "revision": "1", "license": "mit", "files": files}, signer).encode()
+    )
+    content = commit_manifest(base, Manifest("model", "")).content_digest
+    claims = {"base_model": content, "rounds": (), "adapter": adapter_digests(adapter)}
+    said = ModelDigests(**claims, declared_public_by=signer.public_key)
+    assert which_model(said, base, None) == BASE_MODEL
+    for other in (ModelDigests(**claims), ModelDigests(**claims, declared_public_by="ab" * 32)):
+        with pytest.raises(InputError, match=f"declared public by {signer.public_key}, and the certificate says by"):
+            which_model(other, base, None)
 
 
 @pytest.mark.parametrize(
