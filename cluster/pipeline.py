@@ -37,8 +37,8 @@ def demo(run: Run, on_text: Printer) -> dict[str, Any]:
     return report(run)
 
 
-def prepare(run: Run) -> None:
-    """Public text to tokens, and the tokenizer; a large corpus on Ray."""
+def prepare(run: Run) -> dict[str, Any]:
+    """Public text to tokens, and the tokenizer; a large corpus on Ray. Returns what the corpus' manifest counts."""
     from cluster.runtime.preparation import ray_map
     from trainer.data.deidentify import open_deidentifier
     from trainer.data.parts import one_after_the_other
@@ -54,6 +54,7 @@ def prepare(run: Run) -> None:
             lambda done, of: run.log.emit("prepare", "part", part=done, parts=of),
         )
     run.log.emit("prepare", "corpus", **manifest.metadata)
+    return manifest.metadata
 
 
 def pretrain(run: Run) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, CountBySilo, Place, Positive, Probability, Settings
+from configs.schema.base import Count, CountBySilo, Encoding, Place, Positive, Probability, Settings
 
 PUBLIC = "public"
 CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -19,6 +19,9 @@ class SourceSettings(Settings):
     """Column that holds the text. Text files have this one column: a file is a record."""
     split: str = "train"
     """Split to read from a Hugging Face dataset."""
+    encoding: Encoding = "utf-8"
+    """How JSONL, CSV and text files without a byte order mark are encoded: ``"latin-1"``, ``"cp1252"``,
+    ``"utf-16-le"``, ... A byte order mark goes before it. Nothing is guessed."""
 
 
 class CorpusSettings(SourceSettings):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, finished
 from trainer.data.packing import DTYPE_FIELD, VALIDATION_TOKENS, pack, token_dtype, train_tokens
 from trainer.data.parts import Deidentify, MapParts, Parts, one_after_the_other
-from trainer.data.sources import ReadCounts, read_rows
+from trainer.data.reading.counts import ReadCounts
+from trainer.data.sources import read_rows
 from trainer.data.tokenizer import train_tokenizer
 
 
@@ -134,7 +136,7 @@ def _read_public(config: RunConfig, parts: Parts) -> tuple[int, dict[str, Any]]:
             for name, source in corpora(config.data).items()
             for row in read_rows(source, [], counts)
         )
-        found = {"parts": parts.write_rows(rows), "replaced_utf8": counts.replaced_utf8, "empty": counts.empty}
+        found = {"parts": parts.write_rows(rows), "reading": asdict(counts)}
         write_atomic(done, canonical_json(found))
     read = json.loads(done.read_bytes())
     return read.pop("parts"), read
@@ -146,7 +148,7 @@ def _check_left(config: RunConfig, left: Mapping[str, int], metadata: dict[str, 
         if not left.get(name):
             raise InputError(
                 f"{field_of(name)} {source.source!r}: no document is left of {cleaning['read']} rows with text "
-                f"({metadata['empty']} without; {cleaning['too_short']} shorter than data.min_characters "
+                f"({metadata['reading']['empty']} without; {cleaning['too_short']} shorter than data.min_characters "
                 f"{config.data.min_characters}, {cleaning['exact_duplicates'] + cleaning['near_duplicates']} copies); "
                 "give more text or lower data.min_characters"
             )

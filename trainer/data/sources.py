@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,14 @@ from configs.errors import InputError
 from configs.schema.data import SourceSettings
 from configs.storage.files import unreadable
 from trainer.data.embedded import EMBEDDED
+from trainer.data.reading.counts import ReadCounts, mended
+from trainer.data.reading.encodings import lines_of
 
 Row = dict[str, Any]
 
 
-@dataclass
-class ReadCounts:
-    """What was seen while reading; for the reader's own eyes (exact counts of private data don't leave a silo)."""
-
-    rows: int = 0
-    replaced_utf8: int = 0
-    empty: int = 0
-    without_unit: int = 0
-
-
 def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts) -> Iterator[Row]:
-    """Yields the rows of a source that have text; invalid UTF-8 is replaced and counted.
+    """Yields the rows of a source that have text; what can't be read of it is replaced and counted.
 
     Args:
         source: where to read.
@@ -36,23 +27,31 @@ def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts
     Raises:
         InputError: the file is missing or unreadable, or a column is not there.
     """
+    for row, found in all_rows(source, columns):
+        counts.add(found)
+        if not found.empty:
+            yield row
+
+
+def all_rows(source: SourceSettings, columns: Iterable[str]) -> Iterator[tuple[Row, ReadCounts]]:
+    """As ``read_rows``, but for each row, also without text, and with what was seen in it."""
     required = [source.text, *columns]
-    for row in _open(source, counts):
+    for number, row in enumerate(_open(source), 1):
         for column in required:
             if column not in row:
                 raise InputError(
-                    f"{source.source}: no column {column!r} in row {counts.rows + 1}; it has {sorted(row)}: "
+                    f"{source.source}: no column {column!r} in row {number}; it has {sorted(row)}: "
                     "name the right one in the configuration"
                 )
-        counts.rows += 1
-        text = row[source.text]
+        found, text = ReadCounts(rows=1), row[source.text]
         if isinstance(text, str) and text.strip():
-            yield {**row, source.text: _well_formed(text, counts)}
+            yield {**row, source.text: mended(text, found)}, found
         else:
-            counts.empty += 1
+            found.empty = 1
+            yield row, found
 
 
-def _open(source: SourceSettings, counts: ReadCounts) -> Iterator[Row]:
+def _open(source: SourceSettings) -> Iterator[Row]:
     kind, _, name = source.source.partition(":")
     if kind == "embedded":
         if name not in EMBEDDED:
@@ -60,7 +59,7 @@ def _open(source: SourceSettings, counts: ReadCounts) -> Iterator[Row]:
         return EMBEDDED[name]()
     if kind == "hf":
         return _read_hugging_face(name, source.split)
-    return _read_path(Path(source.source), counts)
+    return _read_path(Path(source.source), source.encoding)
 
 
 def _read_hugging_face(name: str, split: str) -> Iterator[Row]:
@@ -89,14 +88,14 @@ def hugging_face_folders() -> list[Path]:
     ]
 
 
-def _read_path(path: Path, counts: ReadCounts) -> Iterator[Row]:
+def _read_path(path: Path, encoding: str) -> Iterator[Row]:
     try:
-        yield from _read_files(path, counts)
+        yield from _read_files(path, encoding)
     except PermissionError as error:
         raise InputError(unreadable(Path(error.filename or path))) from None
 
 
-def _read_files(path: Path, counts: ReadCounts) -> Iterator[Row]:
+def _read_files(path: Path, encoding: str) -> Iterator[Row]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _READERS)
         if not files:
@@ -109,7 +108,7 @@ def _read_files(path: Path, counts: ReadCounts) -> Iterator[Row]:
         )
     for file in files:
         try:
-            yield from _READERS[file.suffix](file, counts)
+            yield from _READERS[file.suffix](file, encoding)
         except FileNotFoundError:
             raise InputError(f"{file}: no such file") from None
         except PermissionError:
@@ -118,31 +117,13 @@ def _read_files(path: Path, counts: ReadCounts) -> Iterator[Row]:
             raise InputError(f"{file}: can't be read ({error})") from None
 
 
-def _well_formed(text: str, counts: ReadCounts) -> str:
-    """JSON can hold half a character (a lone surrogate), which no encoding takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        counts.replaced_utf8 += 1
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _decode(content: bytes, counts: ReadCounts) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        counts.replaced_utf8 += 1
-        return content.decode("utf-8", errors="replace")
-
-
-def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[Row]:
+def _read_jsonl(path: Path, encoding: str) -> Iterator[Row]:
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines_of(file, path, encoding, "\n"), 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(_decode(line, counts))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}: line {number} is not JSON ({error.msg})") from None
             if not isinstance(row, dict):
@@ -150,16 +131,15 @@ def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[Row]:
             yield row
 
 
-def _read_csv(path: Path, counts: ReadCounts) -> Iterator[Row]:
+def _read_csv(path: Path, encoding: str) -> Iterator[Row]:
     with path.open("rb") as file:
-        lines = (_decode(line, counts) for line in file)
         try:
-            yield from csv.DictReader(lines, strict=True)
+            yield from csv.DictReader(lines_of(file, path, encoding, ""), strict=True)
         except csv.Error as error:
             raise InputError(f"{path}: not CSV ({error})") from None
 
 
-def _read_parquet(path: Path, _: ReadCounts) -> Iterator[Row]:
+def _read_parquet(path: Path, _: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -173,11 +153,13 @@ def _read_parquet(path: Path, _: ReadCounts) -> Iterator[Row]:
         raise InputError(f"{path}: a text column is not UTF-8; write it again with UTF-8 text") from None
 
 
-def _read_text(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    yield {"text": _decode(path.read_bytes(), counts), "file": path.name, "folder": path.parent.name}
+def _read_text(path: Path, encoding: str) -> Iterator[Row]:
+    with path.open("rb") as file:
+        text = "".join(lines_of(file, path, encoding, ""))
+    yield {"text": text, "file": path.name, "folder": path.parent.name}
 
 
-_READERS: dict[str, Callable[[Path, ReadCounts], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

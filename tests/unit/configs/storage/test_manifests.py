@@ -15,7 +15,8 @@ from configs.events import EventLog, read_events
 from configs.schema.data import SourceSettings
 from configs.storage.files import canonical_json, write_atomic
 from configs.storage.manifests import Manifest, commit_manifest, damaged_file, read_manifest, require_manifest
-from trainer.data.sources import ReadCounts, read_rows
+from trainer.data.reading.counts import ReadCounts
+from trainer.data.sources import read_rows
 
 
 def test_equal_values_have_equal_bytes():

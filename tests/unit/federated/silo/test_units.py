@@ -11,6 +11,7 @@ from configs.load import load
 from configs.schema.silo import SiloConfig
 from federated.silo.units import load_units, rows_of
 from federated.simulation.simulated_places import simulated_silo
+from trainer.data.reading.counts import ReadCounts
 
 KEY = bytes(range(32))
 
@@ -77,7 +78,7 @@ def test_rows_whose_unit_is_unknown_are_left_out_and_half_characters_are_mended(
     rows = [{"text": f"t{i}", "unit": unit} for i, unit in enumerate(["a", None, "", "b", "a"])]
     units = load_units(config(write(tmp_path, [*rows, {"text": "half \ud800", "unit": "c"}]), unit="unit"), KEY)
     assert len(units.train) + len(units.held_out) == 3
-    assert (units.counts.without_unit, units.counts.replaced_utf8) == (2, 1)
+    assert units.counts == ReadCounts(rows=6, without_unit=2, half_characters=1)
     assert all(text.encode() for text in [*units.train, *units.held_out])
 
 

@@ -9,7 +9,8 @@ from configs.errors import InputError
 from configs.load import load
 from configs.schema.data import SourceSettings
 from trainer.data.prepare import prepare
-from trainer.data.sources import ReadCounts, read_rows
+from trainer.data.reading.counts import ReadCounts
+from trainer.data.sources import read_rows
 
 ROWS = [{"text": f"row {i}", "silo": "ab"[i % 2], "unit": f"u{i // 2}"} for i in range(6)]
 
@@ -52,7 +53,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, write):
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=write(tmp_path)), ["silo", "unit"], counts))
     assert [{key: row[key] for key in ROWS[0]} for row in rows] == ROWS
-    assert (counts.rows, counts.empty, counts.replaced_utf8) == (6, 0, 0)
+    assert counts == ReadCounts(rows=6)
 
 
 def test_text_files_are_records_and_bad_utf8_is_replaced_and_counted(tmp_path):
@@ -61,7 +62,7 @@ def test_text_files_are_records_and_bad_utf8_is_replaced_and_counted(tmp_path):
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=str(tmp_path)), [], counts))
     assert [row["text"] for row in rows] == ["fine", "caf\ufffd"]
-    assert counts.replaced_utf8 == 1
+    assert counts.invalid_bytes == 1
 
 
 def test_bad_utf8_in_jsonl_and_csv_is_replaced_and_counted(tmp_path):
@@ -70,7 +71,7 @@ def test_bad_utf8_in_jsonl_and_csv_is_replaced_and_counted(tmp_path):
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=str(tmp_path)), [], counts))
     assert [row["text"] for row in rows] == ["caf\ufffd", "caf\ufffd"]
-    assert counts.replaced_utf8 == 2
+    assert counts.invalid_bytes == 2
 
 
 def test_empty_texts_are_left_out_and_counted(tmp_path):
