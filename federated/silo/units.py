@@ -27,7 +27,8 @@ class Units:
         held_out: units that never are.
         counts: what was replaced or empty while reading; exact, so for the steward's eyes.
         deidentified: spans replaced, by kind; None where de-identification is off. For the steward's eyes, too.
-        notes: lines for the steward about ids that were written in several ways or look alike; counts, no values.
+        notes: lines for the steward: which files were read, and how many ids were written in several ways or look
+            alike. No values of records, but names of files.
     """
 
     train: tuple[str, ...]
@@ -100,7 +101,7 @@ def _own_name(config: SiloConfig) -> str:
 
 
 def _notes(data: SiloDataSettings, source: SourceRows, own: str) -> tuple[str, ...]:
-    notes = []
+    notes = [note] if source.counts.files and (note := source.counts.files.note()) else []
     if respelled := source.respelled.get(own, 0):
         notes.append(f"column {data.unit!r}: {respelled} ids are written in several ways, and each is one unit")
     named = {data.silo: list(source.by_silo), data.unit: [unit for unit, _ in source.by_silo[own]]}

@@ -58,7 +58,7 @@ class Workbench:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the steward should know of the ids in the data: exact counts, so for nobody else."""
+        """What the steward should know of the files and ids of the data: exact, so for nobody else."""
         return self._units.notes
 
     @property

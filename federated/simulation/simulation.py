@@ -56,13 +56,19 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
 
 
-def silos_alike(config: RunConfig) -> list[list[str]]:
-    """Names of simulated silos that differ in case, leading zeros or blanks inside alone: each has its own budget.
+def look_at_private(config: RunConfig) -> dict[str, Any]:
+    """What whoever simulates should know of the silos' data before a run.
+
+    Returns:
+        Names of silos that differ in case, leading zeros or blanks inside alone, each with a budget of its own; and,
+        where the source is a folder, which of its files are read.
 
     Raises:
         InputError: the data can't be read.
     """
-    return alike(rows_of(simulated_silo(config, "probe", Path("/")).data).by_silo)
+    rows = rows_of(simulated_silo(config, "probe", Path("/")).data)
+    files = rows.counts.files and rows.counts.files.note()
+    return {"silos_that_look_alike": alike(rows.by_silo), **({"files_of_the_silos": files} if files else {})}
 
 
 def simulate(

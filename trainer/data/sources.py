@@ -1,28 +1,35 @@
-"""Records from where a user has them: embedded, JSONL, CSV, Parquet, text, folders of them, Hugging Face datasets."""
+"""Records from where a user has them: embedded, JSON, CSV, Parquet, text, folders of them, Hugging Face datasets."""
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
 from configs.schema.data import SourceSettings
-from configs.storage.files import unreadable
 from trainer.data.embedded import EMBEDDED
+from trainer.data.reading.files import SourceFiles, opened, source_files
 
 Row = dict[str, Any]
+LARGEST_ARRAY_BYTES = 256 * 2**20  # of a JSON array, without compression
+_HEAD_BYTES = 4096
 
 
 @dataclass
 class ReadCounts:
-    """What was seen while reading; for the reader's own eyes (exact counts of private data don't leave a silo)."""
+    """What was seen while reading; for the reader's own eyes (counts and names of private data don't leave a silo).
+
+    ``files`` is of the last source that was a path.
+    """
 
     rows: int = 0
     replaced_utf8: int = 0
     empty: int = 0
     without_unit: int = 0
+    files: SourceFiles | None = field(default=None, compare=False)
 
 
 def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts) -> Iterator[Row]:
@@ -90,32 +97,9 @@ def hugging_face_folders() -> list[Path]:
 
 
 def _read_path(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    try:
-        yield from _read_files(path, counts)
-    except PermissionError as error:
-        raise InputError(unreadable(Path(error.filename or path))) from None
-
-
-def _read_files(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS)
-        if not files:
-            raise InputError(f"{path}: no {', '.join(_READERS)} file below this folder")
-    elif path.suffix in _READERS:
-        files = [path]
-    else:
-        raise InputError(
-            f"{path}: unknown kind of file; give {', '.join(_READERS)}, a folder, embedded:NAME or hf:NAME"
-        )
-    for file in files:
-        try:
-            yield from _READERS[file.suffix](file, counts)
-        except FileNotFoundError:
-            raise InputError(f"{file}: no such file") from None
-        except PermissionError:
-            raise  # as those above, where the path itself was looked at
-        except OSError as error:
-            raise InputError(f"{file}: can't be read ({error})") from None
+    counts.files = source_files(path)
+    for file in counts.files:
+        yield from _READERS[file.kind](file.path, counts)
 
 
 def _well_formed(text: str, counts: ReadCounts) -> str:
@@ -136,8 +120,32 @@ def _decode(content: bytes, counts: ReadCounts) -> str:
         return content.decode("utf-8", errors="replace")
 
 
+def _read_json(path: Path, counts: ReadCounts) -> Iterator[Row]:
+    """An array of objects, or JSON Lines."""
+    with opened(path) as file:
+        head = file.read(_HEAD_BYTES)
+        array = head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        content = head + file.read(LARGEST_ARRAY_BYTES) if array else b""
+    if not array:
+        yield from _read_jsonl(path, counts)
+        return
+    if len(content) > LARGEST_ARRAY_BYTES:
+        raise InputError(
+            f"{path}: an array of more than {LARGEST_ARRAY_BYTES >> 20} MiB, which has to be in memory at once; write "
+            "JSON Lines, one object per line"
+        )
+    try:
+        rows = json.loads(_decode(content.removeprefix(codecs.BOM_UTF8), counts))
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not JSON; write an array of objects, or one object per line") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: item {number} of its array is not a JSON object")
+        yield row
+
+
 def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -151,7 +159,7 @@ def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[Row]:
 
 
 def _read_csv(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with opened(path) as file:
         lines = (_decode(line, counts) for line in file)
         try:
             yield from csv.DictReader(lines, strict=True)
@@ -174,11 +182,14 @@ def _read_parquet(path: Path, _: ReadCounts) -> Iterator[Row]:
 
 
 def _read_text(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    yield {"text": _decode(path.read_bytes(), counts), "file": path.name, "folder": path.parent.name}
+    with opened(path) as file:
+        content = file.read()
+    yield {"text": _decode(content, counts), "file": path.name, "folder": path.parent.name}
 
 
 _READERS: dict[str, Callable[[Path, ReadCounts], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_text,

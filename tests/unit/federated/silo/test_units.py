@@ -102,7 +102,10 @@ def test_one_person_is_one_unit_whether_an_id_came_as_a_float_as_an_integer_or_a
     years = {i: [2023, 2025] if i == 5 else [2023, 2024, 2025] for i in range(9)}
     assert everyone(units) == sorted("\n\n".join(f"{year} {i}" for year in years[i]) for i in range(9))
     assert units.counts.without_unit == 1
-    assert units.notes == ("column 'patient': 9 ids are written in several ways, and each is one unit",)
+    assert units.notes == (
+        f"{source}: files read: 3; left out: none",
+        "column 'patient': 9 ids are written in several ways, and each is one unit",
+    )
 
 
 @pytest.mark.parametrize("missing", [float("nan"), None])
@@ -223,3 +226,16 @@ def test_a_silo_without_records_is_an_input_error(tmp_path):
         load_units(config(write(tmp_path, ROWS), silo="silo", id="west"), KEY)
     with pytest.raises(InputError, match=r"no column 'site'"):
         load_units(config(write(tmp_path, ROWS), silo="site"), KEY)
+
+
+def test_a_record_in_a_backup_is_no_second_unit_and_the_steward_is_told_what_was_read(tmp_path):
+    folder = tmp_path / "d"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("d.jsonl", "d (copy).jsonl", ".ipynb_checkpoints/d-checkpoint.jsonl"):
+        write(folder, [{"text": f"note {i}"} for i in range(40)], name)
+    units = load_units(config(folder), KEY)
+    assert everyone(units) == sorted(f"note {i}" for i in range(40))
+    assert units.notes == (
+        f"{folder}: files read: 1; left out: 1 hidden (.ipynb_checkpoints/), 1 with the same rows as another "
+        "(d.jsonl as d (copy).jsonl)",
+    )

@@ -66,7 +66,7 @@ def test_text_files_are_records_and_bad_utf8_is_replaced_and_counted(tmp_path):
 
 def test_bad_utf8_in_jsonl_and_csv_is_replaced_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    (tmp_path / "a.csv").write_bytes(b"text\ncaf\xe9\n")
+    (tmp_path / "b.csv").write_bytes(b"text\ncaf\xe9\n")
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=str(tmp_path)), [], counts))
     assert [row["text"] for row in rows] == ["caf\ufffd", "caf\ufffd"]
@@ -84,7 +84,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
     ("source", "content", "message"),
     [
         ("nowhere.jsonl", None, "no such file"),
-        ("folder", "", "no .jsonl, .csv"),
+        ("folder", "", "no .jsonl, .json, .csv"),
         ("a.doc", "x", "unknown kind of file"),
         ("a.jsonl", "{", "line 1 is not JSON"),
         ("a.jsonl", "[1]", "line 1 is not a JSON object"),
