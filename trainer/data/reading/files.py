@@ -168,10 +168,11 @@ class SourceFiles:
     def shown_left_out(self) -> str:
         """What is left out and why, with the first names."""
         found = sorted((reason, names) for reason, names in self.left_out.items() if names)
-        return ", ".join(f"{len(names)} {reason} ({_shown(names)})" for reason, names in found) or "none"
+        return ", ".join(f"{len(names)} {reason} ({shown(names)})" for reason, names in found) or "none"
 
 
-def _shown(names: list[str]) -> str:
+def shown(names: list[str]) -> str:
+    """The first of some names, for one line."""
     more = len(names) - _NAMES_SHOWN
     return printable(", ".join(sorted(names)[:_NAMES_SHOWN])) + (f" and {more} more" if more > 0 else "")
 
