@@ -63,9 +63,9 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
     rows = source.by_silo.get(own, ())
     if not rows:
         raise InputError(
-            f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} has "
-            f"{', '.join(sorted(source.by_silo)) or 'no value'}); check the silo's name and the data source; rows "
-            "without silo or unit are left out"
+            f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} names "
+            f"{len(source.by_silo)} others); check the silo's name and the data source; rows without silo or unit are "
+            "left out"
         )
     deidentifier = open_deidentifier(config.data.deidentify)
     deidentify = deidentifier or str
@@ -148,10 +148,10 @@ def rows_of(data: SiloDataSettings) -> SourceRows:
     """
     counts, rows = ReadCounts(), defaultdict(list)
     spellings: dict[tuple[str, str], set[str]] = defaultdict(set)
-    columns = {name: IdentityColumn(data.source, name) for name in (data.silo, data.unit) if name}
+    columns = {name: IdentityColumn(name) for name in (data.silo, data.unit) if name}
     source = SourceSettings(source=data.source, text=data.text, split=data.split)
     for row in read_rows(source, columns, counts):
-        ids = {name: column.canonical(row[name], counts.rows) for name, column in columns.items()}
+        ids = {name: column.canonical(row[name], counts.where) for name, column in columns.items()}
         if None in ids.values():
             counts.without_unit += 1  # whose it is can't be told, and so it can't be protected as theirs
             continue

@@ -36,12 +36,12 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     missing = sorted(set(config.data.private.public_record_counts) - set(rows))
     if missing or not rows:
         raise InputError(
-            f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'} (there are "
-            f"{', '.join(sorted(rows)) or 'none'}); check data.private.silo and data.private.public_record_counts"
+            f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'}, and for "
+            f"{len(rows)} others; check data.private.silo and data.private.public_record_counts"
         )
     unknown = sorted(set(config.federated.lora_ranks) - set(rows))
     if unknown:
-        raise InputError(f"federated.lora_ranks has {unknown}: there are {', '.join(sorted(rows))}; check the names")
+        raise InputError(f"federated.lora_ranks has {unknown}: none of the data's {len(rows)} silos; check the names")
     for name, folder in ledgers_of_other_spellings(config, rows).items():
         raise InputError(
             f"{folder}: this ledger's silo is silo {name!r} now, and a second budget for the same people is none; "

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from configs.errors import InputError
 from configs.printing import printable
@@ -27,14 +27,10 @@ _COPY = "with the same rows as another"
 _NAMES_SHOWN = 3
 
 
-def _open_plain(path: Path) -> io.BufferedIOBase:
-    return path.open("rb")
-
-
-def _open_zstandard(path: Path) -> io.BufferedIOBase:
+def _open_zstandard(path: Path) -> Any:
     import pyarrow as pa
 
-    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return pa.input_stream(str(path), compression="zstd")
 
 
 _OPENERS: dict[str, Callable[[Path], Any]] = {
@@ -63,15 +59,19 @@ def _uncompressed(path: Path) -> Path:
     return path.with_suffix("") if is_compressed(path) else path
 
 
+def _decompressed(path: Path) -> io.BufferedReader:
+    return io.BufferedReader(_OPENERS[path.suffix.lower()](path))
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[io.BufferedIOBase]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
     """A file's content, decompressed as it is read.
 
     Raises:
         InputError: it is missing, may not be read, or is no whole file of its compression.
     """
     try:
-        with cast("io.BufferedIOBase", _OPENERS.get(path.suffix.lower(), _open_plain)(path)) as file:
+        with path.open("rb") if not is_compressed(path) else _decompressed(path) as file:
             yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

@@ -15,7 +15,7 @@ from users import another_user, folder_for_everybody
 
 from configs.errors import InputError
 from configs.schema.data import SourceSettings
-from trainer.data import sources
+from trainer.data.reading import rows
 from trainer.data.reading.files import source_files
 from trainer.data.sources import ReadCounts, read_rows
 
@@ -140,14 +140,15 @@ def test_json_is_an_array_or_lines(tmp_path, content, texts):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'[{"text": "secret"}', "not JSON; write an array of objects"),
-        (b'["secret"]', "item 1 of its array is not a JSON object"),
-        (b"[" * 100_000, "not JSON; write an array"),
-        (b'[{"text": "secret"}]' + b" " * 200, "an array of more than"),
+        (b'[{"text": "secret"}', "a.json: is not JSON"),
+        (b'["secret"]', "a.json, object 1 is not a JSON object"),
+        (b'[{"text": "secret", "text": "secret"}]', "has a key twice in one object"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b'[{"text": "secret"}]' + b" " * 200, "an array is in memory at once: write one object per line"),
     ],
 )
 def test_a_json_array_that_is_none_or_too_large_is_refused(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(sources, "LARGEST_ARRAY_BYTES", len(content) - 100 if b"  " in content else 10**6)
+    monkeypatch.setattr(rows, "LARGEST_RECORD", len(content) - 100 if b"  " in content else 10**6)
     fill(tmp_path, {"a.json": content})
     with pytest.raises(InputError, match=message) as caught:
         read(tmp_path / "a.json")

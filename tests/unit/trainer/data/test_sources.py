@@ -89,7 +89,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ("a.jsonl", "{", "line 1 is not JSON"),
         ("a.jsonl", "[1]", "line 1 is not a JSON object"),
         ("a.parquet", "nonsense", "not Parquet"),
-        ("a.jsonl", '{"body": "x"}', "no column 'text' in row 1; it has ['body']"),
+        ("a.jsonl", '{"body": "x"}', "line 1: no column 'text' among the 1 there; name"),
         ("embedded:nothing", None, "there is python-docs, plays"),
         ("hf:nowhere/nothing", None, "can't be loaded"),
     ],
