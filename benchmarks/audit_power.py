@@ -39,8 +39,7 @@ from privacy.audit.canaries import probe_alone
 from privacy.clipping.clipping import clipping
 from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PrivacyPlan
-from trainer.data.reading.counts import ReadCounts
-from trainer.data.sources import read_rows
+from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import train_tokenizer
 from trainer.models.adapters import add_adapter
 from trainer.models.llama import new_model

@@ -35,8 +35,7 @@ from federated.audit.membership import infer_membership
 from privacy.audit.bound import REFERENCE_PLAN, audited_bound, overall
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
-from trainer.data.reading.counts import ReadCounts
-from trainer.data.sources import read_rows
+from trainer.data.sources import ReadCounts, read_rows
 from trainer.models.adapters import add_adapter
 from trainer.models.load import load_model
 from trainer.tasks.task import task_of

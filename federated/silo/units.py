@@ -15,6 +15,7 @@ from configs.storage.secrets import load_or_create_secret, load_secret
 from privacy.ledger.client_runs import UNNOISED
 from trainer.data.deidentify import open_deidentifier
 from trainer.data.reading.counts import ReadCounts
+from trainer.data.reading.files import SourceFiles
 from trainer.data.sources import all_rows
 
 
@@ -28,7 +29,8 @@ class Units:
         counts: what was seen while reading; exact, so for the steward's eyes.
         beyond_cap: rows left out since their unit had ``max_rows_per_unit`` without them. For the steward's eyes, too.
         deidentified: spans replaced, by kind; None where de-identification is off. For the steward's eyes, too.
-        notes: lines for the steward about ids that were written in several ways or look alike; counts, no values.
+        notes: lines for the steward: which files were read, and how many ids were written in several ways or look
+            alike. No values of records, but names of files.
     """
 
     train: tuple[str, ...]
@@ -47,11 +49,13 @@ class SourceRows:
         by_silo: (unit, text) of each row.
         counts: what was seen while reading, by silo; under no name, of the rows that name none.
         respelled: how many units of a silo were written in several ways.
+        files: those of the source, where it is a path.
     """
 
     by_silo: dict[str, tuple[tuple[str, str], ...]]
     counts: dict[str, ReadCounts]
     respelled: dict[str, int]
+    files: SourceFiles | None
 
 
 def load_units(config: SiloConfig, split_key: bytes) -> Units:
@@ -64,9 +68,9 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
     rows = source.by_silo.get(own, ())
     if not rows:
         raise InputError(
-            f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} has "
-            f"{', '.join(sorted(source.by_silo)) or 'no value'}); check the silo's name and the data source; rows "
-            "without silo or unit are left out"
+            f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} names "
+            f"{len(source.by_silo)} others); check the silo's name and the data source; rows without silo or unit are "
+            "left out"
         )
     deidentifier = open_deidentifier(config.data.deidentify)
     deidentify = deidentifier or str
@@ -114,7 +118,7 @@ def _own_name(config: SiloConfig) -> str:
 
 
 def _notes(data: SiloDataSettings, source: SourceRows, own: str) -> tuple[str, ...]:
-    notes = []
+    notes = [note] if source.files and (note := source.files.note()) else []
     if respelled := source.respelled.get(own, 0):
         notes.append(f"column {data.unit!r}: {respelled} ids are written in several ways, and each is one unit")
     named = {data.silo: list(source.by_silo), data.unit: [unit for unit, _ in source.by_silo[own]]}
@@ -159,12 +163,12 @@ def rows_of(data: SiloDataSettings) -> SourceRows:
     Raises:
         InputError: the source can't be read, or an id in it can't be told from others.
     """
-    counts: dict[str, ReadCounts] = defaultdict(ReadCounts)
+    source, counts = ReadCounts(), defaultdict[str, ReadCounts](ReadCounts)
     rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
     spellings: dict[tuple[str, str], set[str]] = defaultdict(set)
-    columns = {name: IdentityColumn(data.source, name) for name in (data.silo, data.unit) if name}
-    for number, (row, found) in enumerate(all_rows(data, columns), 1):
-        ids = {name: column.canonical(row[name], number) for name, column in columns.items()}
+    columns = {name: IdentityColumn(name) for name in (data.silo, data.unit) if name}
+    for row, found in all_rows(data, columns, source):
+        ids = {name: column.canonical(row[name], source.where) for name, column in columns.items()}
         silo, unit = ids.get(data.silo) or "", ids.get(data.unit) or ""
         # Without an id, whose a row is can't be told, and so it can't be protected as theirs.
         found.without_unit = int(not found.empty and None in ids.values())
@@ -175,7 +179,7 @@ def rows_of(data: SiloDataSettings) -> SourceRows:
         if data.unit:
             spellings[silo, unit].add(str(row[data.unit]))
     respelled = Counter(silo for (silo, _), found in spellings.items() if len(found) > 1)
-    return SourceRows({silo: tuple(values) for silo, values in rows.items()}, dict(counts), respelled)
+    return SourceRows({silo: tuple(values) for silo, values in rows.items()}, dict(counts), respelled, source.files)
 
 
 def _group(rows: tuple[tuple[str, str], ...], *, has_units: bool) -> list[tuple[str, list[str]]]:

@@ -52,7 +52,7 @@ class Workbench:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the steward should know of the data: exact counts, so for nobody else. Makes the records, too."""
+        """What the steward should know of the text, files and ids of the data: exact, so for nobody else."""
         return (*self._table(self.records), *self._units.notes)
 
     def _table(self, records: list[Encoded]) -> list[str]:

@@ -18,8 +18,7 @@ from federated.coordinator import round_commits as commits
 from federated.coordinator.outcome import over_flower
 from federated.silo.units import units_of
 from federated.simulation.simulation import simulated_silos
-from trainer.data.reading.counts import ReadCounts
-from trainer.data.sources import read_rows
+from trainer.data.sources import ReadCounts, read_rows
 from trainer.metrics.bits_per_char import Score, score
 from trainer.tasks.task import task_of
 

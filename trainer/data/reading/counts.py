@@ -2,18 +2,20 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trainer.data.reading.encodings import LOST
+from trainer.data.reading.files import SourceFiles
 
+LOST = "\udc80"
+"""Stands for invalid bytes until ``mended`` has counted them. Half a character, as no encoding gives."""
 WARNED = 0.01  # share above which a kind of change is worth a warning
 _UNFIT = re.compile("[\\0\ud800-\udfff]")
 
 
 @dataclass
 class ReadCounts:
-    """What was seen while reading, in rows; exact, so of private data it is for their steward's eyes only.
+    """What was seen while reading, in rows; counts and names of private data are for their steward's eyes only.
 
     Attributes:
         rows: rows read, those that were left out included.
@@ -31,10 +33,25 @@ class ReadCounts:
     empty: int = 0
     without_unit: int = 0
 
+    files: SourceFiles | None = field(default=None, compare=False)
+    """Those of the source, where it is a path."""
+    place: tuple[str, int] = field(default=("", 0), compare=False)
+    """Where the last row stands: the file with the word for what is counted there, and the number."""
+
+    @property
+    def where(self) -> str:
+        """The last row's place, as messages begin: ``notes.csv, line 7``."""
+        name, number = self.place
+        return f"{name} {number}"
+
+    def numbers(self) -> dict[str, int]:
+        """The counts alone."""
+        return {known.name: getattr(self, known.name) for known in fields(self) if known.compare}
+
     def add(self, other: "ReadCounts") -> None:
-        """Adds what was seen elsewhere."""
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        """Adds what was counted elsewhere."""
+        for name, number in other.numbers().items():
+            setattr(self, name, getattr(self, name) + number)
 
 
 def mended(text: str, counts: ReadCounts) -> str:

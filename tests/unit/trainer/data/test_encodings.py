@@ -7,8 +7,7 @@ from pydantic import ValidationError
 
 from configs.errors import InputError
 from configs.schema.data import SourceSettings
-from trainer.data.reading.counts import ReadCounts
-from trainer.data.sources import read_rows
+from trainer.data.sources import ReadCounts, read_rows
 
 TEXT = "Zo\u00eb said \u201cna\u00efve caf\u00e9\u201d, and went home"
 CYRILLIC = "\u041c\u0430\u043c\u0430 \u043c\u044b\u043b\u0430 \u0440\u0430\u043c\u0443, \u0438 \u0432\u0441\u0451"

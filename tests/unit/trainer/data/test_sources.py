@@ -9,8 +9,7 @@ from configs.errors import InputError
 from configs.load import load
 from configs.schema.data import SourceSettings
 from trainer.data.prepare import prepare
-from trainer.data.reading.counts import ReadCounts
-from trainer.data.sources import read_rows
+from trainer.data.sources import ReadCounts, read_rows
 
 ROWS = [{"text": f"row {i}", "silo": "ab"[i % 2], "unit": f"u{i // 2}"} for i in range(6)]
 
@@ -67,7 +66,7 @@ def test_text_files_are_records_and_bad_utf8_is_replaced_and_counted(tmp_path):
 
 def test_bad_utf8_in_jsonl_and_csv_is_replaced_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    (tmp_path / "a.csv").write_bytes(b"text\ncaf\xe9\n")
+    (tmp_path / "b.csv").write_bytes(b"text\ncaf\xe9\n")
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=str(tmp_path)), [], counts))
     assert [row["text"] for row in rows] == ["caf\ufffd", "caf\ufffd"]
@@ -85,12 +84,12 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
     ("source", "content", "message"),
     [
         ("nowhere.jsonl", None, "no such file"),
-        ("folder", "", "no .jsonl, .csv"),
+        ("folder", "", "no .jsonl, .json, .csv"),
         ("a.doc", "x", "unknown kind of file"),
         ("a.jsonl", "{", "line 1 is not JSON"),
         ("a.jsonl", "[1]", "line 1 is not a JSON object"),
         ("a.parquet", "nonsense", "not Parquet"),
-        ("a.jsonl", '{"body": "x"}', "no column 'text' in row 1; it has ['body']"),
+        ("a.jsonl", '{"body": "x"}', "line 1: no column 'text' among the 1 there; name"),
         ("embedded:nothing", None, "there is python-docs, plays"),
         ("hf:nowhere/nothing", None, "can't be loaded"),
     ],

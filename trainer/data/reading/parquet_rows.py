@@ -1,0 +1,68 @@
+"""Parquet: the wanted columns alone, in batches of bounded size."""
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from configs.errors import InputError
+from trainer.data.reading.arrow_rows import BATCH_ROWS, check_schema, rows_of_batch
+from trainer.data.reading.rows import Row, Wanted
+
+_BATCH_BYTES = 2**24
+_PAGE_BUFFER = 2**20  # without one, pyarrow reads a row group's whole column at once
+
+
+def read_parquet(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Row]:
+    """Yields a row per record.
+
+    Args:
+        file: one that can be sought in: a Parquet file is read from its end.
+        name: for messages.
+        wanted: what to read.
+
+    Raises:
+        InputError: the file can't be read, lacks a column, or its text column has another type.
+    """
+    first = 1
+    for batch in _batches(file, name, wanted):
+        yield from rows_of_batch(batch, first, name, wanted)
+        first += batch.num_rows
+
+
+def _batches(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    fault = ""
+    try:
+        with pq.ParquetFile(file, buffer_size=_PAGE_BUFFER) as parquet:
+            check_schema(parquet.schema_arrow, name, wanted)
+            size = _batch_rows(parquet, wanted)
+            yield from parquet.iter_batches(size, columns=list(wanted.columns), use_threads=False)
+    except InputError:
+        raise
+    except Exception as error:
+        # pyarrow raises a dozen unrelated types for a damaged file, with bytes of it in their words.
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk's, not the format's
+        fault = _fault(str(error))
+    if fault:
+        raise InputError(f"{name}: {fault}")
+
+
+def _batch_rows(parquet: Any, wanted: Wanted) -> int:
+    """Rows of a batch, so that it is of some megabytes wherever the file's records are large."""
+    paths = [parquet.schema.column(at).path.split(".")[0] for at in range(len(parquet.schema))]
+    read = [at for at, column in enumerate(paths) if column in wanted.columns]
+    largest = 1
+    for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
+        size = sum(group.column(at).total_uncompressed_size for at in read)
+        largest = max(largest, size // max(1, group.num_rows))
+    return max(1, min(BATCH_ROWS, _BATCH_BYTES // largest))
+
+
+def _fault(words: str) -> str:
+    words = words.lower()
+    if "encrypt" in words or "decrypt" in words:
+        return "encrypted Parquet can't be read; write it without Parquet's own encryption"
+    if "codec" in words:
+        return "Parquet with a compression that can't be read here; write it anew, with zstd or none"
+    return "not Parquet, or damaged or cut short; copy or write it again"
