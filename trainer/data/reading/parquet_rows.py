@@ -8,7 +8,8 @@ from trainer.data.reading.arrow_rows import BATCH_ROWS, check_schema, rows_of_ba
 from trainer.data.reading.rows import Row, Wanted
 
 _BATCH_BYTES = 2**24
-_PAGE_BUFFER = 2**20  # without one, pyarrow reads a row group's whole column at once
+# By itself pyarrow reads the columns of whole row groups ahead, and does not compare the checksums of their pages.
+_OPTIONS = {"pre_buffer": False, "buffer_size": 2**20, "page_checksum_verification": True}
 
 
 def read_parquet(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Row]:
@@ -33,7 +34,7 @@ def _batches(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Any]:
 
     fault = ""
     try:
-        with pq.ParquetFile(file, buffer_size=_PAGE_BUFFER) as parquet:
+        with pq.ParquetFile(file, **_OPTIONS) as parquet:
             check_schema(parquet.schema_arrow, name, wanted)
             yield from parquet.iter_batches(_batch_rows(parquet), columns=list(wanted.columns), use_threads=False)
     except InputError:

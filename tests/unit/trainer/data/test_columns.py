@@ -176,9 +176,9 @@ def test_pictures_in_another_column_take_no_memory(tmp_path):
 
 
 def test_large_texts_are_read_some_megabytes_at_a_time(tmp_path):
-    """One row group of 200 MB: by batches of rows alone it would be read at once."""
+    """One row group of 200 MB, which pyarrow would read ahead, and whose 1,000 rows are not too many for a batch."""
     table = pa.table({"text": [f"{i:06}" * 33_333 for i in range(1000)]})
-    pq.write_table(table, tmp_path / "d.parquet", compression="none", use_dictionary=False)
+    pq.write_table(table, tmp_path / "d.parquet", compression="none", use_dictionary=False, write_batch_size=5)
     count, arrow, grown = peak_bytes(tmp_path / "d.parquet")
     assert count == 1000
     assert arrow < 80e6
