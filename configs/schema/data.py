@@ -14,9 +14,9 @@ CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=1
 class SourceSettings(Settings):
     """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
 
-    source: Annotated[str, Place("the data")]
-    """``embedded:NAME``, a path (JSON Lines or an array, CSV, Parquet, a text file, all but Parquet also compressed; or a
-    folder of them), or ``hf:DATASET``."""
+    source: Annotated[str, Place("the data"), Field(min_length=1)]
+    """``embedded:NAME``, a path (JSON, one object per line or an array of them, CSV, Parquet, a text file, or a folder of
+    these), or ``hf:DATASET``."""
     text: str = "text"
     """Column that holds the text. Text files have this one column: a file is a record."""
     split: str = "train"
