@@ -8,7 +8,8 @@ from trainer.data.reading.arrow_rows import BATCH_ROWS, check_schema, rows_of_ba
 from trainer.data.reading.rows import Row, Wanted
 
 _BATCH_BYTES = 2**24
-_PAGE_BUFFER = 2**20  # without one, pyarrow reads a row group's whole column at once
+# By itself pyarrow reads the columns of whole row groups ahead, and does not compare the checksums of their pages.
+_OPTIONS = {"pre_buffer": False, "buffer_size": 2**20, "page_checksum_verification": True}
 
 
 def read_parquet(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Row]:
@@ -33,10 +34,9 @@ def _batches(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Any]:
 
     fault = ""
     try:
-        with pq.ParquetFile(file, buffer_size=_PAGE_BUFFER) as parquet:
+        with pq.ParquetFile(file, **_OPTIONS) as parquet:
             check_schema(parquet.schema_arrow, name, wanted)
-            size = _batch_rows(parquet, wanted)
-            yield from parquet.iter_batches(size, columns=list(wanted.columns), use_threads=False)
+            yield from parquet.iter_batches(_batch_rows(parquet), columns=list(wanted.columns), use_threads=False)
     except InputError:
         raise
     except Exception as error:
@@ -48,15 +48,14 @@ def _batches(file: BinaryIO, name: str, wanted: Wanted) -> Iterator[Any]:
         raise InputError(f"{name}: {fault}")
 
 
-def _batch_rows(parquet: Any, wanted: Wanted) -> int:
-    """Rows of a batch, so that it is of some megabytes wherever the file's records are large."""
-    paths = [parquet.schema.column(at).path.split(".")[0] for at in range(len(parquet.schema))]
-    read = [at for at, column in enumerate(paths) if column in wanted.columns]
-    largest = 1
-    for group in map(parquet.metadata.row_group, range(parquet.num_row_groups)):
-        size = sum(group.column(at).total_uncompressed_size for at in read)
-        largest = max(largest, size // max(1, group.num_rows))
-    return max(1, min(BATCH_ROWS, _BATCH_BYTES // largest))
+def _batch_rows(parquet: Any) -> int:
+    """Rows of a batch, so that it is of some megabytes wherever the file's records are large.
+
+    By all columns of a record: pyarrow ends the process where one asks for the size of a column that is encrypted.
+    """
+    groups = map(parquet.metadata.row_group, range(parquet.num_row_groups))
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+    return max(1, min(BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
 
 
 def _fault(words: str) -> str:
