@@ -15,8 +15,8 @@ class SourceSettings(Settings):
     """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
 
     source: Annotated[str, Place("the data"), Field(min_length=1)]
-    """``embedded:NAME``, a path (JSON, one object per line or an array of them, CSV, Parquet, a text file, or a folder of
-    these), or ``hf:DATASET``."""
+    """``embedded:NAME``, a path (JSON, with an object per line or an array of them, CSV, Parquet, a text file, or a
+    folder of these), or ``hf:DATASET``."""
     text: str = "text"
     """Column that holds the text. Text files have this one column: a file is a record."""
     split: str = "train"
