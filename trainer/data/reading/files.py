@@ -145,6 +145,8 @@ class SourceFiles:
         Digests are computed only where a copy is possible, and only of files that are reached. A text file is a record,
         and equal records of two people are two.
         """
+        self.left_out.pop(_COPY, None)
+        self.equal_texts = 0
         sizes, first = Counter(file.size_bytes for file in self.files), dict[str, str]()
         compressed = any(is_compressed(file.path) for file in self.files)
         for file in self.files:
@@ -216,13 +218,16 @@ class _Entry:
     linked: bool
 
     @property
-    def identity(self) -> tuple[int, int] | None:
-        return (self.found.st_dev, self.found.st_ino) if self.found else None
+    def identity(self) -> tuple[int, int] | Path:
+        if self.found is None or not self.found.st_ino:  # some network file systems number nothing
+            return self.path.resolve()
+        return self.found.st_dev, self.found.st_ino
 
 
 def _of_folder(source: Path) -> SourceFiles:
+    """A text file with two names of its own is two records: programs that save space make hard links of equal ones."""
     listed = SourceFiles(source, [])
-    seen: set[tuple[int, int] | None] = set()
+    seen: set[tuple[int, int] | Path] = set()
     for entry in sorted(_entries(source, listed.left_out), key=lambda entry: (entry.linked, entry.path)):
         name, kind = entry.path.relative_to(source).as_posix(), kind_of(entry.path)
         if kind is None:
@@ -231,7 +236,7 @@ def _of_folder(source: Path) -> SourceFiles:
             raise InputError(f"{entry.path}: a link that leads nowhere; bring back its file or remove the link")
         elif not stat.S_ISREG(entry.found.st_mode):
             listed.left_out["no regular file"].append(name)
-        elif entry.identity in seen:
+        elif entry.identity in seen and (entry.linked or kind not in TEXTS):
             listed.left_out["reached before by another name"].append(name)
         else:
             seen.add(entry.identity)
@@ -246,7 +251,7 @@ def _of_folder(source: Path) -> SourceFiles:
 
 def _entries(source: Path, left_out: dict[str, list[str]]) -> Iterator[_Entry]:
     """All files below a folder that are not hidden; each folder is entered once, and by its own name if it has one."""
-    folders, seen = deque([_Entry(source, _stat(source), linked=False)]), set[tuple[int, int] | None]()
+    folders, seen = deque([_Entry(source, _stat(source), linked=False)]), set[tuple[int, int] | Path]()
     while folders:
         folder = folders.popleft()
         if folder.identity in seen:

@@ -206,11 +206,13 @@ def test_no_digest_is_computed_of_a_file_that_can_have_no_copy(tmp_path, monkeyp
 
 def test_equal_text_files_are_records_of_their_own(tmp_path):
     """Two people may have the same short note; if one went, the other's must not change."""
-    fill(tmp_path, {"anna/note.txt": b"did not come", "bert/note.txt": b"did not come"})
+    fill(tmp_path, {"anna/note.txt": b"did not come", "bert/note.txt": b"did not come", "carl/other.txt": b"came"})
+    (tmp_path / "carl" / "note.txt").hardlink_to(tmp_path / "anna" / "note.txt")  # as programs do that save space
+    (tmp_path / "link").symlink_to(tmp_path / "anna")
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=str(tmp_path)), ["folder"], counts))
-    assert [row["folder"] for row in rows] == ["anna", "bert"]
-    assert counts.files.note().endswith("1 text files are equal to another and count as records")
+    assert [row["folder"] for row in rows] == ["anna", "bert", "carl", "carl"]
+    assert counts.files.note().endswith("2 text files are equal to another and count as records")
 
 
 def test_text_beside_rows_is_left_out_and_named(tmp_path):
@@ -274,3 +276,8 @@ def test_a_copy_of_a_tree_reads_the_same(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "z")
     files = [[file.name for file in source_files(tmp_path / name).files] for name in "az"]
     assert files[0] == files[1] == ["a.jsonl", "b.jsonl", "c/d.jsonl"]
+
+
+def test_an_empty_name_is_no_source():
+    with pytest.raises(ValueError, match="at least 1 character"):
+        SourceSettings(source="")
