@@ -31,7 +31,6 @@ _CSV = {
     "a column in other case": (b" Text,patient,site,M\nM,M,M,M\n", "one differs from it in case or blanks alone"),
     "an open quote": (b'text,patient,site\nM,M,M\n"M,M,M\nM,M,M\n', "line 3: not CSV (unexpected end of data)"),
     "a quote inside": (b'text,patient,site\n"M" M,M,M\n', "line 2: not CSV"),
-    "old line ends": (b"text,patient,site\rM,M,M\r", "line 1: not CSV"),
 }
 _JSONL = {
     "a line cut short": (b'{"text": "M", "patient": "M", "site": "M"}\n{"text": "M', "line 2 is not JSON"),

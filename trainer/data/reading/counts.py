@@ -50,17 +50,23 @@ class ReadCounts:
 
     def add(self, other: "ReadCounts") -> None:
         """Adds what was counted elsewhere."""
-        for name, number in other.numbers().items():
-            setattr(self, name, getattr(self, name) + number)
+        self.rows += other.rows
+        self.invalid_bytes += other.invalid_bytes
+        self.half_characters += other.half_characters
+        self.nul += other.nul
+        self.empty += other.empty
+        self.without_unit += other.without_unit
 
 
 def mended(text: str, counts: ReadCounts) -> str:
     """The text with U+FFFD for every character that was lost or that no encoding has, and for NUL; counted."""
+    if "\0" not in text and (text.isascii() or not _UNFIT.search(text)):
+        return text
     found = set(_UNFIT.findall(text))
     counts.invalid_bytes += LOST in found
     counts.nul += "\0" in found
     counts.half_characters += bool(found - {LOST, "\0"})
-    return _UNFIT.sub("\ufffd", text) if found else text
+    return _UNFIT.sub("\ufffd", text)
 
 
 @dataclass(frozen=True)

@@ -134,13 +134,16 @@ def test_a_long_document_fits_into_csv(tmp_path):
     assert read(write(tmp_path, "d.csv", f"text\n{text}\n"))[0] == [{"text": text}]
 
 
+LARGE = "a record of more than 2,000 characters; "
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("d.jsonl", '{"text": "x"}\n{"text": "' + "x" * 3000, ", line 2: a record of more than 2,000 bytes; write one"),
-        ("d.csv", "text,id\n1,2\n" + "x" * 3000, ", line 3: a record of more than 2,000 bytes; write one"),
-        ("d.csv", 'text,id\n1,"2\n' + "x,y\n" * 3000, ", line 2: a record of more than 2,000 bytes; is a double quote"),
-        ("d.txt", "x" * 3000, ": a record of more than 2,000 bytes; a text file is one record: cut it"),
+        ("d.jsonl", '{"text": "x"}\n{"text": "' + "x" * 3000, f", line 2: {LARGE}write one"),
+        ("d.csv", "text,id\n1,2\n" + "x" * 3000, f", line 3: {LARGE}write one"),
+        ("d.csv", 'text,id\n1,"2\n' + "x,y\n" * 3000, f", line 2: {LARGE}is a double quote"),
+        ("d.txt", "x" * 3000, f": {LARGE}a text file is one record: cut it"),
     ],
 )
 def test_a_record_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, name, content, message):
