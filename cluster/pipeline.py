@@ -6,7 +6,7 @@ A base model that others have made takes the place of the first three: import ->
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -22,7 +22,7 @@ from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import write_atomic
 from configs.storage.layout import FEDERATED, NO_DP, RunFiles
-from configs.storage.manifests import MANIFEST, require_manifest
+from configs.storage.manifests import MANIFEST, read_manifest, require_manifest
 from configs.storage.mirror import open_mirror
 
 Printer = Callable[[str], None]
@@ -42,10 +42,11 @@ def demo(run: Run, on_text: Printer) -> dict[str, Any]:
     return report(run)
 
 
-def prepare(run: Run) -> None:
-    """Public text to tokens, and the tokenizer; a large corpus on Ray."""
+def prepare(run: Run) -> dict[str, Any]:
+    """Public text to tokens, and the tokenizer; a large corpus on Ray. Returns what the corpus' manifest counts."""
     from cluster.runtime.preparation import ray_map
     from trainer.data.deidentify import open_deidentifier
+    from trainer.data.origins import ORIGINS
     from trainer.data.parts import one_after_the_other
     from trainer.data.prepare import prepare as prepare_corpus
 
@@ -58,21 +59,60 @@ def prepare(run: Run) -> None:
             open_deidentifier(run.config.data.deidentify),
             ray_map if workers > 1 else one_after_the_other,
             lambda done, of: run.log.emit("prepare", "part", part=done, parts=of),
+            partial(_say_of_sources, run, "prepare"),
+            partial(_replace_corpus, run),
         )
-    run.log.emit("prepare", "corpus", **manifest.metadata)
+    # A source may have a hundred thousand files.
+    facts = {name: fact for name, fact in manifest.metadata.items() if name != ORIGINS}
+    run.log.emit("prepare", "corpus", **facts)
+    return facts
+
+
+def _say_of_sources(run: Run, stage: str, line: str) -> None:
+    run.log.emit(stage, "source", message=line)
+
+
+def _replace_corpus(run: Run, changes: Sequence[str]) -> None:
+    """Refuses another corpus once something was trained on the one that is there."""
+    from trainer.checkpoints.checkpoints import steps, storage
+
+    trained = steps(storage(run.config, run.directory))
+    if trained:
+        raise InputError(
+            f"{'; '.join(changes)}; and {trained[-1]} steps are trained on those: bring them back, give another "
+            "run.name, or go on with the corpus as it was prepared by `siloweave pretrain`"
+        )
+    for change in changes:
+        _say_of_sources(run, "prepare", f"{change}; the corpus is prepared again")
+
+
+def _look_at_sources(run: Run, stage: str, *, begun: bool) -> None:
+    """Says what has become of the files that the corpus was prepared from. What has not begun does not begin then."""
+    from trainer.data.origins import since_prepared
+
+    corpus = read_manifest(run.files.corpus, "corpus")
+    if corpus is None:
+        return
+    found = since_prepared(run.config, corpus)
+    if found.changed and not begun:
+        raise InputError(f"{'; '.join(found.changed)}; run `siloweave prepare` again")
+    for line in (*found.changed, *found.unknown):
+        _say_of_sources(run, stage, f"{line}; the corpus as prepared is used")
 
 
 def pretrain(run: Run) -> None:
     """Tokens to a trained checkpoint, on a gang of Ray actors; continues from the newest commit."""
     from cluster.runtime.gang import run_gang
-    from trainer.checkpoints.checkpoints import newest, pretrain_digest, storage
+    from trainer.checkpoints.checkpoints import check_same_corpus, newest, pretrain_digest, storage
 
     _trains_its_own(run.config)
     corpus = require_manifest(run.files.corpus, "corpus", "prepare")
-    digest = pretrain_digest(run.config, corpus.content_digest)
-    commit = newest(storage(run.config, run.directory), digest, lambda _: None)
+    digest, commits = pretrain_digest(run.config, corpus.content_digest), storage(run.config, run.directory)
+    check_same_corpus(commits, digest)
+    commit = newest(commits, digest, lambda _: None)
     if commit is not None and commit.step == run.config.pretrain.steps:
         return
+    _look_at_sources(run, "pretrain", begun=commit is not None)
     with run.stage("pretrain"), run.ray():
         run_gang(run.config, run.directory, partial(_forward, run.log, "pretrain"))
 
@@ -98,6 +138,7 @@ def export(run: Run) -> None:
     from trainer.export import export as export_model
 
     _trains_its_own(run.config)
+    _look_at_sources(run, "export", begun=True)
     with run.stage("export"):
         export_model(run.config, run.directory)
 
@@ -197,6 +238,7 @@ def report(run: Run) -> dict[str, Any]:
     from cluster.report.page import render
     from cluster.report.report import LOOK, build
 
+    _look_at_sources(run, "report", begun=True)
     document = build(run.config, run.directory)
     with reading(run.directory, LOOK):
         page = render(document).encode()

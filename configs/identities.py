@@ -51,17 +51,20 @@ class IdentityColumn:
     """One column of identities, whose values have to fit each other.
 
     Args:
-        source: where it is, for messages.
         name: what it is called.
     """
 
-    def __init__(self, source: str, name: str) -> None:
-        self._source, self._name = source, name
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._typed: set[str] = set()
         self._texts: set[str] = set()
 
-    def canonical(self, value: Any, row: int) -> str | None:
+    def canonical(self, value: Any, where: str) -> str | None:
         """The one form of a row's value; None where it is missing.
+
+        Args:
+            value: what stands in the row.
+            where: the row's place, for messages.
 
         Raises:
             InputError: it can't be told from others, or not compared with the values before it.
@@ -69,19 +72,19 @@ class IdentityColumn:
         try:
             form, kind = _read(value)
         except UnclearIdentityError as error:
-            raise InputError(f"{self._source}: column {self._name!r} in row {row} holds {error}") from None
+            raise InputError(f"{where}: column {self._name!r} holds {error}") from None
         if form is not None:
             (self._texts if isinstance(value, str) else self._typed).add(kind)
-            self._check()
+            self._check(where)
         return form
 
-    def _check(self) -> None:
+    def _check(self, where: str) -> None:
         """Numbers and texts are compared as texts. Dates and truth values have other spellings in a text."""
         kinds = self._typed if self._typed <= {_NUMBER} else self._typed | self._texts
         if len(kinds) > 1:
             raise InputError(
-                f"{self._source}: column {self._name!r} holds {' and '.join(sorted(kinds))}, so that one identity "
-                "could be taken for two; write the column in one way, as text, in all files"
+                f"{where}: column {self._name!r} holds {' and '.join(sorted(kinds))} by now, so that one "
+                "identity could be taken for two; write the column in one way, as text, in all files"
             )
 
 

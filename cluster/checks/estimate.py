@@ -7,7 +7,7 @@ import torch
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from federated.adapters.lora_factors import frozen
-from federated.simulation.simulation import silos_alike
+from federated.simulation.simulation import look_at_private
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
 from trainer.imported import outline
@@ -39,7 +39,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
             "rounds": config.federated.rounds,
             "steps_per_round": config.federated.local_steps,
             "adapter_parameters": adapter_parameters(config),
-            "silos_that_look_alike": _silos_alike(config),
+            **_private_data(config),
         },
         "privacy": {
             "schedule": {
@@ -104,15 +104,15 @@ def _runs(budget: float, epsilon: float) -> int | None:
     return int(budget // epsilon) if epsilon else None
 
 
-def _silos_alike(config: RunConfig) -> list[list[str]] | str:
+def _private_data(config: RunConfig) -> dict[str, Any]:
     """Of a simulation; data that would be downloaded first, or are not here, are not looked at."""
     source = config.data.private.source
     if source.startswith("hf:"):
-        return f"not looked at: {source} is read when the run starts"
+        return {"silos_that_look_alike": f"not looked at: {source} is read when the run starts"}
     try:
-        return silos_alike(config)
+        return look_at_private(config)
     except InputError as error:
-        return f"not looked at: {error}"
+        return {"silos_that_look_alike": f"not looked at: {error}"}
 
 
 def _bound(plan: PlanTerms, public_record_count: int) -> int:

@@ -83,8 +83,15 @@ def demo(
 
 
 def prepare(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
-    """Cleans the public corpus, trains the tokenizer on it, packs it."""
-    _stage("prepare", config, override, "", as_json)
+    """Cleans the public corpus, trains the tokenizer on it, packs it. Says what it changed or dropped."""
+    from cluster import pipeline
+    from trainer.data.reading.counts import of_corpora, table, warnings
+
+    metadata, directory = with_run(load(config, overrides(override, "")), pipeline.prepare, as_json)
+    changes = of_corpora(metadata)
+    text = {change.what: {"count": change.count, "of": change.of} for change in changes}
+    done = {"stage": "prepare", "directory": str(directory), "text": text, "warnings": warnings(changes)}
+    answer(as_json, done, *table("text of the public corpora", changes), f"prepare: done in {directory}")
 
 
 def pretrain(

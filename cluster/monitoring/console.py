@@ -24,7 +24,7 @@ from configs.printing import printable, rounded, say
 
 _TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of", "trial": "of"}
 _POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done", "trial": "done"}
-_SHOWN = {"convert", "damaged", "restart", "rollback", "refused", "rejected", "resume", "timeout", "waiting"}
+_SHOWN = {"convert", "damaged", "restart", "rollback", "refused", "rejected", "resume", "source", "timeout", "waiting"}
 _PLAIN_EVERY_S = 10.0
 
 

@@ -1,6 +1,7 @@
 """``report.json`` for machines: every figure is read from the run's own files, none is computed anew from data."""
 
 import statistics
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from federated.simulation.simulated_places import simulated_ledger, simulated_si
 from privacy.certificate.certificate import CERTIFICATE_VERSION, ledgers_of
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.file import read_only
+from trainer.data.reading.counts import of_corpora
 
 REPORT_VERSION = 1
 LOOK = "`siloweave status` says what of the run can be read"
@@ -50,7 +52,7 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         ledgers = {} if elsewhere else _ledgers(config, run_directory, certificate)
         privacy, model = _privacy(config, certificate, ledgers), _model(certificate)
     with reading(files.events, LOOK):
-        pretrain, seconds = _pretrain(config, events), _seconds(events)
+        text, pretrain, seconds = _text(events), _pretrain(config, events), _seconds(events)
     with reading(files.evaluation if evaluation else files.federated / EVENTS, LOOK):
         federated = _federated(config, run_directory, certificate, evaluation, rounds)
     with reading(files.sample, LOOK):
@@ -58,6 +60,7 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
     return {
         "version": REPORT_VERSION,
         "name": config.run.name,
+        "text": text,
         "pretrain": pretrain,
         "federated": federated,
         "privacy": privacy,
@@ -68,6 +71,12 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         "versions": {name: version(name) for name in _LIBRARIES},
         "seconds": seconds,
     }
+
+
+def _text(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What preparation did to the public text; nothing where the base model came from elsewhere."""
+    corpora = [event for event in events if (event["stage"], event["event"]) == ("prepare", "corpus")]
+    return [asdict(change) for change in of_corpora(corpora[-1])] if corpora else []
 
 
 def _ledgers(config: RunConfig, run_directory: Path, certificate: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

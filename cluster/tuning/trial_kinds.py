@@ -17,7 +17,8 @@ from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json
 from configs.storage.layout import FEDERATED, RunFiles, SiloFiles
-from configs.storage.manifests import MANIFEST, require_manifest
+from configs.storage.manifests import read_manifest, require_manifest
+from trainer.data.origins import since_prepared
 
 _VALIDATIONS = {"validation_loss": "loss", "validation_bits_per_char": "bits_per_char"}
 _HELD_OUT = "held_out_bits_per_char"
@@ -54,8 +55,11 @@ def give_corpora(run: Run, trials: Sequence[Trial]) -> None:
     for trial in trials:
         key = _shaping(trial.config)
         source = run if key == _shaping(run.config) else _corpus_run(run, trial.config, key)
-        if not (source.files.corpus / MANIFEST).exists():
+        corpus = read_manifest(source.files.corpus, "corpus")
+        if corpus is None:
             pipeline.prepare(source)
+        elif changed := since_prepared(source.config, corpus).changed:
+            raise InputError(f"{'; '.join(changed)}; trials share one corpus: bring them back or give another run.name")
         mine = RunFiles(run_directory(trial.config))
         _link(source.files.corpus, mine.corpus)
         _link(source.files.tokenizer, mine.tokenizer)

@@ -1,5 +1,7 @@
 """What every group of settings is made of."""
 
+import codecs
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,6 +56,28 @@ def _by_canonical_name(found: dict[str, int]) -> dict[str, int]:
 
 CountBySilo = Annotated[dict[str, Count], AfterValidator(_by_canonical_name)]
 """A number for single silos, by the canonical forms of their names."""
+
+
+_ASCII = bytes(range(128)) + rb" \n \u0041 +AGE- ~{!! .xn--bcher-kva." + b" \x1b$B!!"
+_WIDE = re.compile(r"utf-(16|32)(-[bl]e)?")
+
+
+def _reads_as_it_stands(encoding: str) -> str:
+    """Refuses what is no encoding of text, and those in which plain ASCII may stand for something else."""
+    try:
+        safe = bool(_WIDE.fullmatch(codecs.lookup(encoding).name)) or _ASCII.decode(encoding) == _ASCII.decode("ascii")
+    except (LookupError, ValueError):
+        safe = False
+    if not safe:
+        raise ValueError(
+            f'{encoding!r} is no encoding that text files are read in; give "utf-8", "latin-1", "cp1252", "utf-16-le" '
+            "or another of Python's that has ASCII in it as it stands"
+        )
+    return encoding
+
+
+Encoding = Annotated[str, Field(max_length=40), AfterValidator(_reads_as_it_stands)]
+"""The name of a text file's encoding."""
 
 
 class Settings(BaseModel):

@@ -4,21 +4,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, CountBySilo, Place, Positive, Probability, Settings
+from configs.schema.base import Count, CountBySilo, Encoding, Place, Positive, Probability, Settings
 
 PUBLIC = "public"
-CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+LARGEST_DATASET_NAME = 255 - len(".anchor")  # a folder has this name, and its ledger's anchor one that is longer
+CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 
 
 class SourceSettings(Settings):
     """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
 
-    source: Annotated[str, Place("the data")]
-    """``embedded:NAME``, a path (JSONL, CSV, Parquet, text file, or a folder of them), or ``hf:DATASET``."""
+    source: Annotated[str, Place("the data"), Field(min_length=1)]
+    """``embedded:NAME``, a path (JSON, with an object per line or an array of them, CSV, Parquet, a text file, or a
+    folder of these), or ``hf:DATASET``."""
     text: str = "text"
     """Column that holds the text. Text files have this one column: a file is a record."""
     split: str = "train"
     """Split to read from a Hugging Face dataset."""
+    encoding: Encoding = "utf-8"
+    """How JSONL, CSV and text files without a byte order mark are encoded: ``"latin-1"``, ``"cp1252"``,
+    ``"utf-16-le"``, ... A byte order mark goes before it. Nothing is guessed."""
 
 
 class CorpusSettings(SourceSettings):
@@ -31,7 +36,7 @@ class CorpusSettings(SourceSettings):
 class PrivateSettings(SourceSettings):
     """The data of the silos, for a simulation on one machine."""
 
-    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
+    dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LARGEST_DATASET_NAME)]
     """The steward's name for this dataset. Its ledgers outlive runs: a new name is a new privacy budget, so
     change it only when the people in the data have changed."""
     silo: str = "silo"

@@ -12,13 +12,14 @@ from configs.schema.data import DataSettings, SourceSettings, TokenizerSettings
 from configs.schema.federated import ROBUST, FederatedSettings
 from configs.schema.pretrain import ClusterSettings, ModelSettings, PretrainSettings
 
+LARGEST_RUN_NAME = 220  # a file system holds 255 bytes: a run that is set aside gets its time as well
 LARGEST_NUMBER_OF_CLIENTS = 2**16  # an exact sum has room for so many updates
 
 
 class RunSettings(Settings):
     """Where a run lives and what makes it repeatable."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LARGEST_RUN_NAME)]
     """Name of the run's directory below ``storage``."""
     storage: str = "runs"
     """Folder where runs live, or the URL of an object store (``s3://bucket/prefix``: needs the extra ``s3``; others as

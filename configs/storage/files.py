@@ -10,6 +10,8 @@ from pathlib import Path
 
 from configs.errors import SiloweaveError
 
+_NAME_SHOWN = 50  # characters, of four bytes at most
+
 
 def canonical_json(value: object) -> bytes:
     """JSON with sorted keys and no spaces: equal values have equal bytes, and so equal digests."""
@@ -82,7 +84,8 @@ def write_new(path: Path, content: bytes, mode: int) -> None:
 
 def _write(path: Path, content: bytes, mode: int, put: Callable[[Path, Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # The beginning alone: a name may be as long as the file system takes, and this one is longer.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:_NAME_SHOWN]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -118,11 +118,12 @@ def serve(
     from federated.transport.service import serve as start
 
     ended, silo = ended_by_signal(), Silo(settings, file=config.absolute())
+    notes = silo.workbench.notes  # before the first request, whose time would tell how much text there is
     answers = partial(start, silo.handle, settings.policy.max_request_bytes)
     server, _ = answers(place) if socket else answers(place, service_tls(settings))
     if socket and relay_user:
         share_socket(socket, relay_user)
-    say(f"silo {settings.silo.id}: listening on {socket or address}", *silo.workbench.notes)
+    say(f"silo {settings.silo.id}: listening on {socket or address}", *notes)
     ended.wait()
     server.stop(grace=5).wait()
 

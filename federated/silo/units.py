@@ -9,13 +9,14 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.identities import IdentityColumn, UnclearIdentityError, alike, canonical
-from configs.schema.data import SourceSettings
 from configs.schema.silo import SiloConfig, SiloDataSettings
 from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_or_create_secret, load_secret
 from privacy.ledger.client_runs import UNNOISED
 from trainer.data.deidentify import open_deidentifier
-from trainer.data.sources import ReadCounts, read_rows
+from trainer.data.reading.counts import ReadCounts
+from trainer.data.reading.files import SourceFiles
+from trainer.data.sources import all_rows
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,17 @@ class Units:
     Attributes:
         train: units that may be trained on.
         held_out: units that never are.
-        counts: what was replaced or empty while reading; exact, so for the steward's eyes.
+        counts: what was seen while reading; exact, so for the steward's eyes.
+        beyond_cap: rows left out since their unit had ``max_rows_per_unit`` without them. For the steward's eyes, too.
         deidentified: spans replaced, by kind; None where de-identification is off. For the steward's eyes, too.
-        notes: lines for the steward about ids that were written in several ways or look alike; counts, no values.
+        notes: lines for the steward: which files were read, and how many ids were written in several ways or look
+            alike. No values of records, but names of files.
     """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
     counts: ReadCounts
+    beyond_cap: int = 0
     deidentified: dict[str, int] | None = None
     notes: tuple[str, ...] = ()
 
@@ -43,13 +47,15 @@ class SourceRows:
 
     Attributes:
         by_silo: (unit, text) of each row.
-        counts: what was seen while reading.
+        counts: what was seen while reading, by silo; under no name, of the rows that name none.
         respelled: how many units of a silo were written in several ways.
+        files: those of the source, where it is a path.
     """
 
     by_silo: dict[str, tuple[tuple[str, str], ...]]
-    counts: ReadCounts
+    counts: dict[str, ReadCounts]
     respelled: dict[str, int]
+    files: SourceFiles | None
 
 
 def load_units(config: SiloConfig, split_key: bytes) -> Units:
@@ -62,21 +68,33 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
     rows = source.by_silo.get(own, ())
     if not rows:
         raise InputError(
-            f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} has "
-            f"{', '.join(sorted(source.by_silo)) or 'no value'}); check the silo's name and the data source; rows "
-            "without silo or unit are left out"
+            f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} names "
+            f"{len(source.by_silo)} others); check the silo's name and the data source; rows without silo or unit are "
+            "left out"
         )
     deidentifier = open_deidentifier(config.data.deidentify)
     deidentify = deidentifier or str
     train: list[str] = []
     held_out: list[str] = []
+    beyond_cap = 0
     for unit, texts in _group(rows, has_units=bool(config.data.unit)):
+        kept = _cap(texts, split_key, config.data.max_rows_per_unit)
+        beyond_cap += len(texts) - len(kept)
         # After split and cap, which go by the rows as they came: turning it on moves no unit to the other part.
-        text = "\n\n".join(map(deidentify, _cap(texts, split_key, config.data.max_rows_per_unit)))
+        text = "\n\n".join(map(deidentify, kept))
         is_held_out = _keyed_hash(split_key, unit) < config.data.held_out_fraction * 2**64
         (held_out if is_held_out else train).append(text)
     deidentified = dict(deidentifier.counts) if deidentifier else None
-    return Units(tuple(train), tuple(held_out), source.counts, deidentified, _notes(config.data, source, own))
+    notes = _notes(config.data, source, own)
+    return Units(tuple(train), tuple(held_out), _counts(source, own), beyond_cap, deidentified, notes)
+
+
+def _counts(source: SourceRows, own: str) -> ReadCounts:
+    """Of a silo's own rows, and of those that name no silo: they may be anyone's."""
+    counts = ReadCounts()
+    for silo in {own, ""}:
+        counts.add(source.counts.get(silo, ReadCounts()))
+    return counts
 
 
 def _own_name(config: SiloConfig) -> str:
@@ -100,7 +118,7 @@ def _own_name(config: SiloConfig) -> str:
 
 
 def _notes(data: SiloDataSettings, source: SourceRows, own: str) -> tuple[str, ...]:
-    notes = []
+    notes = [note] if source.files and (note := source.files.note()) else []
     if respelled := source.respelled.get(own, 0):
         notes.append(f"column {data.unit!r}: {respelled} ids are written in several ways, and each is one unit")
     named = {data.silo: list(source.by_silo), data.unit: [unit for unit, _ in source.by_silo[own]]}
@@ -145,21 +163,23 @@ def rows_of(data: SiloDataSettings) -> SourceRows:
     Raises:
         InputError: the source can't be read, or an id in it can't be told from others.
     """
-    counts, rows = ReadCounts(), defaultdict(list)
+    source, counts = ReadCounts(), defaultdict[str, ReadCounts](ReadCounts)
+    rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
     spellings: dict[tuple[str, str], set[str]] = defaultdict(set)
-    columns = {name: IdentityColumn(data.source, name) for name in (data.silo, data.unit) if name}
-    source = SourceSettings(source=data.source, text=data.text, split=data.split)
-    for row in read_rows(source, columns, counts):
-        ids = {name: column.canonical(row[name], counts.rows) for name, column in columns.items()}
-        if None in ids.values():
-            counts.without_unit += 1  # whose it is can't be told, and so it can't be protected as theirs
-            continue
+    columns = {name: IdentityColumn(name) for name in (data.silo, data.unit) if name}
+    for row, found in all_rows(data, columns, source):
+        ids = {name: column.canonical(row[name], source.where) for name, column in columns.items()}
         silo, unit = ids.get(data.silo) or "", ids.get(data.unit) or ""
+        # Without an id, whose a row is can't be told, and so it can't be protected as theirs.
+        found.without_unit = int(not found.empty and None in ids.values())
+        counts[silo].add(found)
+        if found.empty or found.without_unit:
+            continue
         rows[silo].append((unit, row[data.text]))
         if data.unit:
             spellings[silo, unit].add(str(row[data.unit]))
     respelled = Counter(silo for (silo, _), found in spellings.items() if len(found) > 1)
-    return SourceRows({silo: tuple(values) for silo, values in rows.items()}, counts, respelled)
+    return SourceRows({silo: tuple(values) for silo, values in rows.items()}, dict(counts), respelled, source.files)
 
 
 def _group(rows: tuple[tuple[str, str], ...], *, has_units: bool) -> list[tuple[str, list[str]]]:

@@ -16,6 +16,7 @@ from federated.silo.local_training import LocalSettings
 from federated.silo.requests import arrays, correction_of
 from federated.silo.units import Units
 from privacy.declaration import declaration_of
+from trainer.data.reading.counts import Changed, reading, table
 from trainer.models.adapters import shapes, trainable
 from trainer.tasks.task import Encoded, Task, task_of
 
@@ -42,25 +43,28 @@ class Workbench:
 
     @cached_property
     def records(self) -> list[Encoded]:
-        """The training units as tokens. Private; what was mended on the way is counted in the silo's own log."""
-        units = self._units
-        records = [self.task.encode(unit) for unit in units.train]
-        truncated = sum(record.truncated for record in records)
-        self._log.info("%d of %d training units were truncated to the context", truncated, len(records))
-        self._log.info(
-            "source: %d texts with invalid UTF-8 replaced, %d empty, %d left out without silo or unit",
-            units.counts.replaced_utf8,
-            units.counts.empty,
-            units.counts.without_unit,
-        )
-        if units.deidentified is not None:
-            self._log.info("spans de-identified, by kind: %s", units.deidentified)
+        """The training units as tokens. Private; what was changed on the way is counted in the silo's own log."""
+        records = [self.task.encode(unit) for unit in self._units.train]
+        for line in self._table(records):
+            self._log.info("%s", line)
+        if self._units.deidentified is not None:
+            self._log.info("spans de-identified, by kind: %s", self._units.deidentified)
         return records
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the steward should know of the ids in the data: exact counts, so for nobody else."""
-        return self._units.notes
+        """What the steward should know of the text, files and ids of the data: exact, so for nobody else."""
+        return (*self._table(self.records), *self._units.notes)
+
+    def _table(self, records: list[Encoded]) -> list[str]:
+        counts, cut = self._units.counts, sum(record.truncated for record in records)
+        lines = [
+            *reading(counts),
+            Changed("dropped: no silo or unit", counts.without_unit, counts.rows),
+            Changed("dropped: beyond data.max_rows_per_unit", self._units.beyond_cap, counts.rows),
+            Changed("shortened: training units beyond the context", cut, len(records)),
+        ]
+        return table("text of this silo's records", lines)
 
     @property
     def held_out_texts(self) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             source=_absolute_source(private.source),
             text=private.text,
             split=private.split,
+            encoding=private.encoding,
             silo=private.silo,
             unit=private.unit,
             max_rows_per_unit=private.max_rows_per_unit,

@@ -36,12 +36,12 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     missing = sorted(set(config.data.private.public_record_counts) - set(rows))
     if missing or not rows:
         raise InputError(
-            f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'} (there are "
-            f"{', '.join(sorted(rows)) or 'none'}); check data.private.silo and data.private.public_record_counts"
+            f"data.private.source {config.data.private.source!r}: no record for silo {missing or 'at all'}, and for "
+            f"{len(rows)} others; check data.private.silo and data.private.public_record_counts"
         )
     unknown = sorted(set(config.federated.lora_ranks) - set(rows))
     if unknown:
-        raise InputError(f"federated.lora_ranks has {unknown}: there are {', '.join(sorted(rows))}; check the names")
+        raise InputError(f"federated.lora_ranks has {unknown}: none of the data's {len(rows)} silos; check the names")
     for name, folder in ledgers_of_other_spellings(config, rows).items():
         raise InputError(
             f"{folder}: this ledger's silo is silo {name!r} now, and a second budget for the same people is none; "
@@ -56,13 +56,19 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
 
 
-def silos_alike(config: RunConfig) -> list[list[str]]:
-    """Names of simulated silos that differ in case, leading zeros or blanks inside alone: each has its own budget.
+def look_at_private(config: RunConfig) -> dict[str, Any]:
+    """What whoever simulates should know of the silos' data before a run.
+
+    Returns:
+        Names of silos that differ in case, leading zeros or blanks inside alone, each with a budget of its own; and,
+        where the source is a folder, which of its files are read.
 
     Raises:
         InputError: the data can't be read.
     """
-    return alike(rows_of(simulated_silo(config, "probe", Path("/")).data).by_silo)
+    rows = rows_of(simulated_silo(config, "probe", Path("/")).data)
+    files = rows.files and rows.files.note()
+    return {"silos_that_look_alike": alike(rows.by_silo), **({"files_of_the_silos": files} if files else {})}
 
 
 def simulate(

@@ -105,11 +105,44 @@ def test_doctor_looks_at_the_address(siloweave, tmp_path):
     assert "FIX Ray address: 127.0.0.1:1" in done.stdout
 
 
-def test_invalid_utf8_and_long_records_are_taken_and_counted(siloweave, tmp_path):
-    line = b'{"text": "caf\xe9 number %d, a public sentence about the things of this world and of %d others"}\n'
-    (tmp_path / "c.jsonl").write_bytes(b"".join(line % (i, i * i) for i in range(400)))
-    arguments = ["--set", 'data.public.source="c.jsonl"', "--set", "data.near_duplicate_similarity=0.95"]
-    done = siloweave("prepare", "-c", "tiny", *arguments, "--set", "tokenizer.vocab_size=300", cwd=tmp_path)
+def test_prepare_ends_with_a_table_of_what_was_replaced_and_dropped(siloweave, tmp_path):
+    line = '{"text": "caf\u00e9 number %d, a public sentence about the things of this world and of %d others"}\n'
+    lines = [(line % (i, i * i)).encode() for i in range(400)]
+    lines[:8] = [content.replace(b"number", b"\xff\xfe") for content in lines[:8]]
+    rest = ['{"text": "half \\ud800 of a character, in a sentence that is long enough to be kept by cleaning"}\n']
+    (tmp_path / "c.jsonl").write_bytes(
+        b"".join([*lines, lines[9], *(text.encode() for text in rest), b'{"text": ""}\n'])
+    )
+    (tmp_path / "latin.jsonl").write_bytes(b"".join(lines[8:]).decode().encode("latin-1"))
+    arguments = ["-c", "tiny", "--set", "data.near_duplicate_similarity=0.95", "--set", "tokenizer.vocab_size=300"]
+    done = siloweave("prepare", *arguments, "--set", 'data.public.source="c.jsonl"', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    table = [" ".join(shown.split()) for shown in done.stdout.splitlines()]
+    assert table[0] == "text of the public corpora"
+    assert table[1:9] == [
+        "replaced: invalid bytes 8 of 403 1.99%",
+        "replaced: half characters 1 of 403 0.25%",
+        "replaced: NUL 0 of 403 0.00%",
+        "dropped: no text 1 of 403 0.25%",
+        "dropped: shorter than data.min_characters 0 of 403 0.00%",
+        "dropped: exact copies 1 of 403 0.25%",
+        "dropped: near copies 0 of 403 0.00%",
+        "changed by cleaning, beyond white space 0 of 403 0.00%",
+    ]
+    assert table[9] == "warning: replaced: invalid bytes: 1.99%, which is more than 1%; look at the data"
+    assert table[10].startswith("prepare: done in ")
+    again = siloweave("prepare", *arguments, "--set", 'data.public.source="c.jsonl"', "--json", cwd=tmp_path)
+    document = json.loads(again.stdout)
+    assert document["text"]["replaced: invalid bytes"] == {"count": 8, "of": 403}
+    assert document["warnings"] == [table[9]]
     manifest = json.loads((tmp_path / "runs" / "tiny" / "corpus" / "manifest.json").read_text())
-    assert manifest["metadata"]["replaced_utf8"] == 400
+    assert manifest["metadata"]["reading"]["invalid_bytes"] == 8
+
+    latin = ["--set", 'data.public.source="latin.jsonl"', "--set", "run.name=latin"]
+    refused = siloweave("prepare", *arguments, *latin, cwd=tmp_path)
+    assert refused.returncode != 0
+    assert [
+        shown for shown in refused.stderr.splitlines() if "latin.jsonl" in shown and 'encoding = "latin-1"' in shown
+    ]
+    declared = siloweave("prepare", *arguments, *latin, "--set", "data.public.encoding=latin-1", cwd=tmp_path)
+    assert declared.returncode == 0, declared.stderr

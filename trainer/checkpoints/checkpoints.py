@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.errors import InputError
 from configs.schema.data import corpora
 from configs.schema.schema import RunConfig
 from configs.storage.bucket import Bucket
@@ -13,7 +14,7 @@ from configs.storage.files import digest_json
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest
 from configs.storage.sealing import MasterKey, read_sealed, seal
-from configs.storage.storage import Folder, Storage, committed, newest_commit
+from configs.storage.storage import Folder, Storage, committed, newest_commit, read_commit
 from trainer.checkpoints.scratch import scratch_folder
 
 # No weight depends on the number of ranks either: it may change at any restart.
@@ -82,6 +83,22 @@ def newest(root: Path | Storage, config_digest: str, damaged: Callable[[str], No
 def steps(root: Storage) -> list[int]:
     """Committed steps, oldest first, whatever settings they were made with; no digest is looked at."""
     return [int(name.removeprefix(f"{UNIT}-")) for name in committed(root, UNIT)]
+
+
+def check_same_corpus(root: Storage, config_digest: str) -> None:
+    """Raises an InputError where the newest commit is of another corpus: it would be passed over, and then pruned.
+
+    The settings are those of the run's directory, so the corpus alone can be another one.
+    """
+    newest_step = max(steps(root), default=None)
+    if newest_step is None:
+        return
+    manifest = read_commit(root, step_name(newest_step), KIND)
+    if manifest is not None and manifest.config_digest != config_digest:
+        raise InputError(
+            f"{root}: step {newest_step} was trained on another corpus than the one that is prepared now; give another "
+            "run.name, or bring back the files that the first was prepared from and run `siloweave prepare` again"
+        )
 
 
 def keep_sealed(engine: Any, key: MasterKey, config_digest: str) -> None:

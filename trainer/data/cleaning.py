@@ -1,7 +1,8 @@
 """Cleaning of PUBLIC text: normalisation, exact and near duplicates.
 
 None of this may touch private records: whether a record is a duplicate depends on other records, which no
-record-level guarantee allows.
+record-level guarantee allows. And none of it goes by a text's language: what is dropped or changed follows from the
+rules that are written here.
 """
 
 import re
@@ -12,19 +13,28 @@ from typing import Any
 
 from configs.storage.files import digest_bytes
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200b\ufeff]")
-_SPACES = re.compile(r"[ \t]+")
+# Control characters but for tab and the line ends that splitlines() knows, and the byte order mark of a file that was
+# joined to another. Joiners, marks of direction, soft hyphens and zero-width spaces are part of writing, and stay.
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
+_SPACES = re.compile(r"[ \t\x1f]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
-_WORD = re.compile(r"\w+")
+# A word is a run of letters, digits and marks. Where a script has no spaces between words (Unicode's line breaking
+# classes tell which) each character is one, and so is each symbol beyond ASCII: some scripts are made of them.
+_WORD = r"[\p{LB=ID}\p{LB=CJ}\p{LB=SA}]\p{M}*|[\w\p{M}]+|[^\x00-\x7f\s\p{P}\p{Cc}\p{Cf}]"
 _SHINGLE_WORDS = 5
 _PERMUTATIONS = 64
 
 
 @dataclass
 class CleaningCounts:
-    """What cleaning dropped, in documents."""
+    """What cleaning did, in documents.
+
+    Attributes:
+        changed: those in which ``normalise`` changed more than white space.
+    """
 
     read: int = 0
+    changed: int = 0
     too_short: int = 0
     exact_duplicates: int = 0
     near_duplicates: int = 0
@@ -36,10 +46,18 @@ class CleaningCounts:
 
 
 def normalise(text: str) -> str:
-    """Unicode NFC, no control characters, single spaces, at most one blank line in a row."""
-    text = _CONTROL.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n")))
-    lines = (_SPACES.sub(" ", line).rstrip() for line in text.split("\n"))
+    """Unicode NFC, no control characters, one kind of line end, single spaces, at most one blank line in a row.
+
+    Not NFKC, which takes ligatures, superscripts and wide letters for others.
+    """
+    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
+    lines = (_SPACES.sub(" ", line).rstrip() for line in text.splitlines())
     return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
+
+
+def changed(text: str, normalised: str) -> bool:
+    """Whether ``normalise`` changed more than white space."""
+    return text != normalised and text.split() != normalised.split()
 
 
 @dataclass(frozen=True)
@@ -58,10 +76,15 @@ class Candidate:
 
 
 def candidates(texts: Sequence[str], min_characters: int) -> Iterator[Candidate]:
-    """The texts that are long enough, normalised and sketched (MinHash; Broder 1997, datasketch)."""
+    """Those of normalised texts that are long enough, sketched (MinHash; Broder 1997, datasketch).
+
+    Args:
+        texts: normalised.
+        min_characters: code points that a text has at least.
+    """
     from datasketch import LeanMinHash, MinHash
 
-    clean = [(place, text) for place, text in enumerate(map(normalise, texts)) if len(text) >= min_characters]
+    clean = [(place, text) for place, text in enumerate(texts) if len(text) >= min_characters]
     sketches = MinHash.generator((_shingles(text) for _, text in clean), num_perm=_PERMUTATIONS)
     for (place, text), sketch in zip(clean, sketches, strict=True):
         lean = LeanMinHash(sketch)
@@ -108,6 +131,10 @@ class Copies:
 
 
 def _shingles(text: str) -> list[bytes]:
-    words = _WORD.findall(text.lower())
+    import regex
+
+    words = regex.findall(_WORD, text.lower())
+    if len(words) < _SHINGLE_WORDS:  # all signs of it count, lest texts of signs alone be copies of each other
+        words = list("".join(text.lower().split()))
     last = max(1, len(words) - _SHINGLE_WORDS + 1)
     return [" ".join(words[i : i + _SHINGLE_WORDS]).encode() for i in range(last)]

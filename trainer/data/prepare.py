@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from configs.schema.schema import RunConfig
 from configs.storage.files import canonical_json, digest_json, write_atomic, write_failure
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, finished
+from trainer.data.origins import ORIGINS, digests, origin, since, since_prepared
 from trainer.data.packing import DTYPE_FIELD, VALIDATION_TOKENS, pack, token_dtype, train_tokens
 from trainer.data.parts import Deidentify, MapParts, Parts, one_after_the_other
 from trainer.data.sources import ReadCounts, read_rows
@@ -26,6 +28,8 @@ def prepare(
     deidentify: Deidentify | None = None,
     map_parts: MapParts = one_after_the_other,
     on_part: Callable[[int, int], object] = lambda _done, _of: None,
+    on_note: Callable[[str], object] = lambda _line: None,
+    on_changed: Callable[[Sequence[str]], object] = lambda _lines: None,
 ) -> Manifest:
     """Cleans the public corpora, trains the tokenizer on them, and packs them.
 
@@ -35,12 +39,16 @@ def prepare(
         deidentify: treats every document first, where ``data.deidentify`` is on.
         map_parts: where the parts are cleaned and tokenised.
         on_part: told how many parts are done, and of how many.
+        on_note: told which files of a folder were read, and what is not as it was when the corpus was prepared.
+        on_changed: told, a line for each source, why a finished corpus is about to be made anew; may refuse.
 
     Returns:
-        The corpus' manifest; its metadata holds the counts. Nothing is done again where it is already there.
+        The corpus' manifest; its metadata holds the counts. Nothing is done again where it is already there, unless the
+        files that it was read from have changed.
 
     Raises:
-        InputError: a corpus is empty, or too small for one batch and one validation window.
+        InputError: a corpus is empty, or too small for one batch and one validation window; or a file changed while it
+            was read.
         ValueError: ``deidentify`` is missing though the settings ask for it.
     """
     if config.data.deidentify.enabled and deidentify is None:
@@ -48,14 +56,20 @@ def prepare(
     files = RunFiles(run_directory)
     corpus, tokenizer_directory = files.corpus, files.tokenizer
     settings = digest_json([*_shaping(config), config.run.seed, *([deidentify.digest] if deidentify else [])])
-    done = finished(corpus, "corpus", settings)
-    if done is not None and finished(tokenizer_directory, "tokenizer", settings) is not None:
-        return done
+    done = _finished(files, settings)
+    if done is not None:
+        found = since_prepared(config, done)
+        for line in found.unknown:
+            on_note(f"{line}; the corpus as prepared is used")
+        if not found.changed:
+            return done
+        on_changed(found.changed)
     work = files.corpus_parts
     parts = Parts(_only(work, settings))
 
-    # 1. Rows to parts; what was read before a kill counts only if all of it was read.
-    count, metadata = _read_public(config, parts)
+    # 1. Rows to parts; what was read before a kill counts only if all of it was read, and is what is there now.
+    count, metadata = _read_public(config, parts, on_note)
+    inputs = digests(metadata[ORIGINS])
 
     def each(step: str, function: Callable[[int], None]) -> None:
         missing, before = parts.missing(step, count), 0 if step == "clean" else count
@@ -68,15 +82,17 @@ def prepare(
     counts, replaced, left = parts.drop_copies(count, config.data.near_duplicate_similarity)
     metadata.update({"cleaning": counts.as_dict(), **({"deidentified": dict(replaced)} if deidentify else {})})
     _check_left(config, left, metadata)
-    # 3. The tokenizer, from the training side alone.
+    # 3. The tokenizer, from the training side alone. A corpus is never beside another one's tokenizer.
+    shutil.rmtree(corpus, ignore_errors=True)
     held_out = partial(is_held_out, fraction=config.data.validation_fraction, seed=config.run.seed)
     train = (text for text in parts.texts(count) if not held_out(text))
-    size = metadata["vocab_size"] = _tokenizer(config, tokenizer_directory, settings, train)
+    size = metadata["vocab_size"] = _tokenizer(
+        config, tokenizer_directory, Manifest("tokenizer", settings, inputs), train
+    )
     dtype = token_dtype(size)
     metadata[DTYPE_FIELD] = dtype.name
     # 4. Tokens, and windows of them.
     each("tokens", partial(parts.encode, tokenizer_directory=tokenizer_directory, held_out=held_out))
-    shutil.rmtree(corpus, ignore_errors=True)
     corpus.mkdir(parents=True)
 
     def packed(name: str, source: str | None, *, held_out: bool) -> dict[str, int]:
@@ -89,7 +105,7 @@ def prepare(
     except OSError as error:
         raise write_failure(corpus, error) from error
     _check_size(config, metadata)
-    manifest = commit_manifest(corpus, Manifest("corpus", settings, metadata=metadata))
+    manifest = commit_manifest(corpus, Manifest("corpus", settings, inputs, metadata=metadata))
     shutil.rmtree(work)
     return manifest
 
@@ -103,15 +119,21 @@ def _only(work: Path, settings: str) -> Path:
     return mine
 
 
-def _tokenizer(config: RunConfig, directory: Path, settings: str, texts: Iterable[str]) -> int:
+def _finished(files: RunFiles, settings: str) -> Manifest | None:
+    """The corpus' manifest where it and its tokenizer are whole, and of the same texts."""
+    corpus, tokenizer = finished(files.corpus, "corpus", settings), finished(files.tokenizer, "tokenizer", settings)
+    return corpus if corpus and tokenizer and corpus.inputs == tokenizer.inputs else None
+
+
+def _tokenizer(config: RunConfig, directory: Path, wanted: Manifest, texts: Iterable[str]) -> int:
     """Trains the tokenizer, unless it is there. Returns the size of its vocabulary."""
-    done = finished(directory, "tokenizer", settings)
-    if done is not None:
+    done = finished(directory, wanted.kind, wanted.config_digest)
+    if done is not None and done.inputs == wanted.inputs:
         return int(done.metadata["vocab_size"])
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     size = len(train_tokenizer(texts, config.tokenizer.vocab_size, directory))
-    commit_manifest(directory, Manifest("tokenizer", settings, metadata={"vocab_size": size, "trained_on": "public"}))
+    commit_manifest(directory, replace(wanted, metadata={"vocab_size": size, "trained_on": "public"}))
     return size
 
 
@@ -124,20 +146,37 @@ def _shaping(config: RunConfig) -> list[Any]:
     return [sources, *cleaning, *packing, config.tokenizer.model_dump()]
 
 
-def _read_public(config: RunConfig, parts: Parts) -> tuple[int, dict[str, Any]]:
+def _read_public(config: RunConfig, parts: Parts, on_note: Callable[[str], object]) -> tuple[int, dict[str, Any]]:
     """Cuts all corpora into parts. Returns their number, and what was seen while reading."""
     done = parts.folder / "read.json"
+    if done.exists():
+        before = json.loads(done.read_bytes()).get(ORIGINS)
+        if before is None or since(config, before).changed:
+            shutil.rmtree(parts.folder)
     if not done.exists():
-        counts = ReadCounts()
+        counts = {name: ReadCounts() for name in corpora(config.data)}
         rows = (
             (name, row[source.text])
             for name, source in corpora(config.data).items()
-            for row in read_rows(source, [], counts)
+            for row in read_rows(source, [], counts[name])
         )
-        found = {"parts": parts.write_rows(rows), "replaced_utf8": counts.replaced_utf8, "empty": counts.empty}
+        found = {"parts": parts.write_rows(rows), **_seen(config, counts)}
+        for name, seen in counts.items():
+            if seen.files and (note := seen.files.note()):
+                on_note(f"{field_of(name)}: {note}")
         write_atomic(done, canonical_json(found))
     read = json.loads(done.read_bytes())
     return read.pop("parts"), read
+
+
+def _seen(config: RunConfig, counts: Mapping[str, ReadCounts]) -> dict[str, Any]:
+    total = ReadCounts()
+    for seen in counts.values():
+        total.add(seen)
+    return {
+        "reading": total.numbers(),
+        ORIGINS: {name: origin(source.source, counts[name].files) for name, source in corpora(config.data).items()},
+    }
 
 
 def _check_left(config: RunConfig, left: Mapping[str, int], metadata: dict[str, Any]) -> None:
@@ -146,7 +185,7 @@ def _check_left(config: RunConfig, left: Mapping[str, int], metadata: dict[str, 
         if not left.get(name):
             raise InputError(
                 f"{field_of(name)} {source.source!r}: no document is left of {cleaning['read']} rows with text "
-                f"({metadata['empty']} without; {cleaning['too_short']} shorter than data.min_characters "
+                f"({metadata['reading']['empty']} without; {cleaning['too_short']} shorter than data.min_characters "
                 f"{config.data.min_characters}, {cleaning['exact_duplicates'] + cleaning['near_duplicates']} copies); "
                 "give more text or lower data.min_characters"
             )

@@ -1,186 +1,85 @@
-"""Records from where a user has them: embedded, JSONL, CSV, Parquet, text, folders of them, Hugging Face datasets."""
+"""Records from where a user has them: embedded, JSON, CSV, Parquet, text, folders of them, Hugging Face datasets."""
 
-import csv
-import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 from configs.errors import InputError
 from configs.schema.data import SourceSettings
-from configs.storage.files import unreadable
 from trainer.data.embedded import EMBEDDED
+from trainer.data.reading.counts import ReadCounts, mended
+from trainer.data.reading.csv_rows import read_csv
+from trainer.data.reading.files import opened, source_files
+from trainer.data.reading.hugging_face import read_hugging_face
+from trainer.data.reading.json_rows import read_json, read_jsonl
+from trainer.data.reading.parquet_rows import read_parquet
+from trainer.data.reading.rows import Row, Wanted, pick, text_of
+from trainer.data.reading.text_rows import read_text_file
 
-Row = dict[str, Any]
-
-
-@dataclass
-class ReadCounts:
-    """What was seen while reading; for the reader's own eyes (exact counts of private data don't leave a silo)."""
-
-    rows: int = 0
-    replaced_utf8: int = 0
-    empty: int = 0
-    without_unit: int = 0
+__all__ = ["ReadCounts", "Row", "read_rows"]
 
 
 def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts) -> Iterator[Row]:
-    """Yields the rows of a source that have text; invalid UTF-8 is replaced and counted.
+    """Yields the rows of a source that have text, with the columns asked for and no other one.
+
+    Characters that were lost are replaced and counted.
 
     Args:
         source: where to read.
         columns: further columns that every row must have (``silo``, ``unit``).
-        counts: filled while reading.
+        counts: filled while reading; it says where the last row stands, too.
 
     Raises:
-        InputError: the file is missing or unreadable, or a column is not there.
+        InputError: the file is missing, unreadable or malformed, a column is not there, or a text is none.
     """
-    required = [source.text, *columns]
-    for row in _open(source, counts):
-        for column in required:
-            if column not in row:
-                raise InputError(
-                    f"{source.source}: no column {column!r} in row {counts.rows + 1}; it has {sorted(row)}: "
-                    "name the right one in the configuration"
-                )
-        counts.rows += 1
-        text = row[source.text]
-        if isinstance(text, str) and text.strip():
-            yield {**row, source.text: _well_formed(text, counts)}
-        else:
-            counts.empty += 1
-
-
-def _open(source: SourceSettings, counts: ReadCounts) -> Iterator[Row]:
-    kind, _, name = source.source.partition(":")
-    if kind == "embedded":
-        if name not in EMBEDDED:
-            raise InputError(f"{source.source}: no such embedded text; there is {', '.join(EMBEDDED)}")
-        return EMBEDDED[name]()
-    if kind == "hf":
-        return _read_hugging_face(name, source.split)
-    return _read_path(Path(source.source), counts)
-
-
-def _read_hugging_face(name: str, split: str) -> Iterator[Row]:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name, split=split)
-    except Exception as error:
-        # The hub client and the builders raise a dozen unrelated types; each means that this input can't be read.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"hf:{name} (split {split!r}): can't be loaded ({reason}); check the name and the network"
-        ) from error
-    yield from dataset
-
-
-def hugging_face_folders() -> list[Path]:
-    """Where the libraries behind ``hf:`` keep copies of what they load, and code and tokens to load it with."""
-    from datasets import config
-    from huggingface_hub import constants
-
-    names = ("HF_CACHE_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "DOWNLOADED_DATASETS_PATH")
-    places = [getattr(config, name) for name in (*names, "EXTRACTED_DATASETS_PATH")]
-    return [
-        Path(place) for place in (*places, constants.HF_HUB_CACHE, constants.HF_XET_CACHE, constants.HF_ASSETS_CACHE)
-    ]
-
-
-def _read_path(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    try:
-        yield from _read_files(path, counts)
-    except PermissionError as error:
-        raise InputError(unreadable(Path(error.filename or path))) from None
-
-
-def _read_files(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS)
-        if not files:
-            raise InputError(f"{path}: no {', '.join(_READERS)} file below this folder")
-    elif path.suffix in _READERS:
-        files = [path]
-    else:
-        raise InputError(
-            f"{path}: unknown kind of file; give {', '.join(_READERS)}, a folder, embedded:NAME or hf:NAME"
-        )
-    for file in files:
-        try:
-            yield from _READERS[file.suffix](file, counts)
-        except FileNotFoundError:
-            raise InputError(f"{file}: no such file") from None
-        except PermissionError:
-            raise  # as those above, where the path itself was looked at
-        except OSError as error:
-            raise InputError(f"{file}: can't be read ({error})") from None
-
-
-def _well_formed(text: str, counts: ReadCounts) -> str:
-    """JSON can hold half a character (a lone surrogate), which no encoding takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        counts.replaced_utf8 += 1
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _decode(content: bytes, counts: ReadCounts) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        counts.replaced_utf8 += 1
-        return content.decode("utf-8", errors="replace")
-
-
-def _read_jsonl(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(_decode(line, counts))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: line {number} is not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}: line {number} is not a JSON object; write one object per line")
+    for row, found in all_rows(source, columns, counts):
+        counts.add(found)
+        if not found.empty:
             yield row
 
 
-def _read_csv(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    with path.open("rb") as file:
-        lines = (_decode(line, counts) for line in file)
-        try:
-            yield from csv.DictReader(lines, strict=True)
-        except csv.Error as error:
-            raise InputError(f"{path}: not CSV ({error})") from None
+def all_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts) -> Iterator[tuple[Row, ReadCounts]]:
+    """As ``read_rows``, but yields rows without text, too, and with each what was seen in it.
+
+    That is not added to ``counts``, which is told of files and places alone.
+    """
+    wanted = Wanted(tuple(dict.fromkeys([source.text, *columns])), source.encoding, counts)
+    for row in _open(source, wanted):
+        found = ReadCounts(rows=1)
+        row[source.text] = text = mended(text_of(row[source.text], counts.where), found)
+        found.empty = int(not text or text.isspace())
+        yield row, found
 
 
-def _read_parquet(path: Path, _: ReadCounts) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path}: not Parquet ({error})") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: a text column is not UTF-8; write it again with UTF-8 text") from None
+def _open(source: SourceSettings, wanted: Wanted) -> Iterator[Row]:
+    kind, _, name = source.source.partition(":")
+    if kind == "embedded":
+        return _read_embedded(name, wanted)
+    if kind == "hf":
+        return read_hugging_face(name, source.split, wanted)
+    return _read_path(Path(source.source), wanted)
 
 
-def _read_text(path: Path, counts: ReadCounts) -> Iterator[Row]:
-    yield {"text": _decode(path.read_bytes(), counts), "file": path.name, "folder": path.parent.name}
+def _read_embedded(name: str, wanted: Wanted) -> Iterator[Row]:
+    if name not in EMBEDDED:
+        raise InputError(f"embedded:{name}: no such embedded text; there is {', '.join(EMBEDDED)}")
+    for number, row in enumerate(EMBEDDED[name](), 1):
+        wanted.counts.place = (f"embedded:{name}, row", number)
+        yield pick(row, wanted)
 
 
-_READERS: dict[str, Callable[[Path, ReadCounts], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
-    ".md": _read_text,
+def _read_path(path: Path, wanted: Wanted) -> Iterator[Row]:
+    wanted.counts.files = source_files(path)
+    for file in wanted.counts.files:
+        with opened(file.path) as content:
+            yield from _READERS[file.kind](content, str(file.path), wanted)
+
+
+_READERS: dict[str, Callable[[BufferedReader, str, Wanted], Iterator[Row]]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_text_file,
+    ".md": read_text_file,
 }

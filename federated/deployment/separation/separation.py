@@ -91,7 +91,7 @@ def _make_closed(folder: Path) -> None:
 
 
 def _copies() -> list[Path]:
-    from trainer.data.sources import hugging_face_folders
+    from trainer.data.reading.hugging_face import hugging_face_folders
 
     return hugging_face_folders()
 

@@ -136,8 +136,8 @@ def test_what_has_no_form_is_refused_without_its_value(value):
     ],
 )
 def test_kinds_of_values_that_have_one_spelling_may_stand_in_one_column(values):
-    column = IdentityColumn("d", "patient")
-    assert [column.canonical(value, 1) for value in values] == [canonical(value) for value in values]
+    column = IdentityColumn("patient")
+    assert [column.canonical(value, "d, row 1") for value in values] == [canonical(value) for value in values]
 
 
 @pytest.mark.parametrize(
@@ -150,20 +150,20 @@ def test_kinds_of_values_that_have_one_spelling_may_stand_in_one_column(values):
         ([datetime(2024, 1, 5, tzinfo=UTC), datetime(2024, 1, 5)], "dates and times with a zone"),
     ],
 )
-def test_kinds_that_cannot_be_compared_are_refused_by_source_and_column_and_without_a_value(values, found):
+def test_kinds_that_cannot_be_compared_are_refused_by_place_and_column_and_without_a_value(values, found):
     for ordered in (values, values[::-1]):
-        column = IdentityColumn("d.jsonl", "patient")
+        column = IdentityColumn("patient")
         with pytest.raises(InputError) as refused:
-            [column.canonical(value, row) for row, value in enumerate(ordered, 1)]
+            [column.canonical(value, f"d.jsonl, line {line}") for line, value in enumerate(ordered, 1)]
         assert str(refused.value) == (
-            f"d.jsonl: column 'patient' holds {found}, so that one identity could be taken for two; write the "
-            "column in one way, as text, in all files"
+            f"d.jsonl, line 2: column 'patient' holds {found} by now, so that one identity could be taken for two; "
+            "write the column in one way, as text, in all files"
         )
 
 
-def test_a_value_without_a_form_is_refused_by_its_row():
-    with pytest.raises(InputError, match=r"^d.csv: column 'patient' in row 7 holds a number that is not whole"):
-        IdentityColumn("d.csv", "patient").canonical(0.123, 7)
+def test_a_value_without_a_form_is_refused_by_its_place():
+    with pytest.raises(InputError, match=r"^d.csv, line 7: column 'patient' holds a number that is not whole"):
+        IdentityColumn("patient").canonical(0.123, "d.csv, line 7")
 
 
 def test_what_looks_alike_is_told_and_stays_apart():

@@ -6,8 +6,19 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY
 
+from cluster.pipeline import set_aside_finished
+from configs.errors import InputError
+from configs.load import load
+from configs.locks import working_on
+from configs.run_directory import bind_run_directory, run_directory
+from configs.schema.data import LARGEST_DATASET_NAME
+from configs.schema.schema import LARGEST_RUN_NAME
 from configs.storage import layout
-from configs.storage.layout import RunFiles, SiloFiles
+from configs.storage.files import write_atomic
+from configs.storage.layout import RunFiles, SiloFiles, name_on_disk
+from federated.simulation.simulated_places import simulated_ledger
+from privacy.ledger.journal import default_anchor_dir
+from trainer.data.packing import train_tokens
 
 PRODUCT = ("configs", "trainer", "privacy", "federated", "cluster")
 ON_DISK = {
@@ -95,3 +106,36 @@ def test_no_other_file_writes_a_name_out(package):
         if path != Path(layout.__file__):
             found = {(place, name) for name in written_out(ast.parse(path.read_text()), NAMES)}
             assert not found - ELSEWHERE
+
+
+@pytest.mark.parametrize("length", range(240, 256))
+def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path, length):
+    """Before: a silo of 27 Chinese characters could not be enrolled, since a file is first written by a longer name."""
+    path = tmp_path / ("n" * length)
+    write_atomic(path, b"content")
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("characters", range(20, 101))
+def test_every_name_of_a_silo_has_a_file_and_a_folder_with_an_anchor(tmp_path, characters):
+    name = name_on_disk("\u697c" * characters, safe=" ")
+    write_atomic(tmp_path / f"{name}.json", b"")
+    default_anchor_dir(tmp_path / name).mkdir()
+
+
+def test_the_longest_names_of_runs_datasets_and_corpora_have_their_folders(tmp_path):
+    run, dataset, corpus = "r" * LARGEST_RUN_NAME, "d" * LARGEST_DATASET_NAME, "c" * 100
+    values = [f"run.storage={tmp_path}", f'data.corpora.{corpus}.source="x.jsonl"']
+    config = load(
+        "tiny",
+        [*values, f"run.name={run}", f"data.private.dataset_id={dataset}", f"federated.state_dir={tmp_path}/state"],
+    )
+    with working_on(run_directory(config)):
+        bind_run_directory(config)
+    write_atomic(RunFiles(run_directory(config)).report, b"{}")
+    set_aside_finished(config, lambda _: None)
+    (tmp_path / train_tokens(corpus)).with_suffix(".positions").touch()
+    default_anchor_dir(simulated_ledger(config)).mkdir(parents=True)
+    for longer in (f"run.name={run}r", f"data.private.dataset_id={dataset}d", f'data.corpora.{corpus}c.source="x"'):
+        with pytest.raises(InputError, match="at most"):
+            load("tiny", [longer])

@@ -1,14 +1,9 @@
-import contextlib
 import json
-import os
-import pwd
-import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
+from users import another_user, folder_for_everybody
 
 from configs.errors import InputError
 from configs.events import EventLog, read_events
@@ -86,29 +81,12 @@ def test_one_progress_bar_a_stage():
 @pytest.fixture
 def closed_folder():
     """A folder with a model and records, and whom it is closed to: another user for root, and everybody else."""
-    folder = Path(tempfile.mkdtemp(prefix="closed-"))  # pytest's own folders are closed to other users
-    try:
-        folder.chmod(0o755)
+    with folder_for_everybody() as folder:
         (folder / "model").mkdir(mode=0o755)
         (folder / "model" / "weights").write_bytes(b"weights")
         commit_manifest(folder / "model", Manifest("model", "digest"))
         (folder / "records.jsonl").write_text('{"text": "a record"}\n')
         yield folder
-    finally:
-        for path in (folder, folder / "model"):
-            path.chmod(0o700)
-        shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def another_user():
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(pwd.getpwnam("nobody").pw_uid)
-    try:
-        yield pwd.getpwuid(os.geteuid()).pw_name
-    finally:
-        os.seteuid(user)
 
 
 @pytest.mark.parametrize("closed", ["model/manifest.json", "model/weights", "model", "records.jsonl", "."])

@@ -230,7 +230,7 @@ def test_copies_that_the_hugging_face_libraries_keep_are_closed(silo, opened, mo
 
 
 def test_the_folders_of_the_hugging_face_libraries_are_those_that_they_use(tmp_path):
-    code = "from trainer.data.sources import hugging_face_folders as f; print(*f(), sep=chr(10))"
+    code = "from trainer.data.reading.hugging_face import hugging_face_folders as f; print(*f(), sep=chr(10))"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_CACHE": str(tmp_path / "data")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert {str(tmp_path / "home"), str(tmp_path / "data"), str(tmp_path / "home" / "hub")} <= set(done.stdout.split())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -521,28 +522,62 @@ def test_ids_that_look_alike_are_told_to_the_steward_and_to_nobody_else(tmp_path
         )
     rows_of.cache_clear()
     silo = Silo(config.model_copy(update={"data": config.data.model_copy(update={"unit": "patient"})}), TRUSTED)
-    reply = ask(silo, "describe", describe=pb.Describe())[0]
+    reply, notes = ask(silo, "describe", describe=pb.Describe())[0], silo.workbench.notes
     silo.close()
     log = (silo.ledger.path.parent / "silo.log").read_text()
-    assert len(silo.workbench.notes) == 2
-    assert all(note in log for note in silo.workbench.notes)
+    assert all(note in log for note in notes)
     assert "1 ids are written in several ways" in log and "1 pairs of ids look alike" in log
     assert "zq7" not in log.lower()
     assert "alike" not in str(reply)
 
 
-def test_long_records_and_bad_utf8_are_counted_in_the_silos_own_log_only(tmp_path, tiny_model, adapter):
+def test_what_was_replaced_dropped_and_shortened_is_told_to_the_steward_and_to_nobody_else(
+    tmp_path, tiny_model, adapter
+):
     config = silo_config(tmp_path, tiny_model)
-    with (tmp_path / "data.jsonl").open("ab") as file:
-        file.write(b'{"text": "caf\xe9 ' + b"and a very long story of many words " * 30 + b'"}\n')
+    ends = "and a very long story of many words " * 30
+    rows = [
+        *(json.dumps({"text": f"note {i}", "patient": f"p{i}"}).encode() for i in range(60)),
+        *(json.dumps({"text": f"visit {i}", "patient": "often"}).encode() for i in range(11)),
+        *(b'{"text": "caf\xe9 ' + ends.encode() + b'", "patient": "long%d"}' % i for i in range(3)),
+        b'{"text": "half \\ud800 nul \\u0000", "patient": "half"}',
+        b'{"text": "nobody", "patient": null}',
+        b'{"text": " ", "patient": "p1"}',
+    ]
+    (tmp_path / "data.jsonl").write_bytes(b"\n".join(rows) + b"\n")
     rows_of.cache_clear()
-    silo = Silo(config, TRUSTED)
+    silo = Silo(config.model_copy(update={"data": config.data.model_copy(update={"unit": "patient"})}), TRUSTED)
     reserve(silo)
     reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
     silo.close()
-    log = (silo.ledger.path.parent / "silo.log").read_text()
     train = units_of(silo.config).train
-    expected = 1 if any("long story" in unit for unit in train) else 0
-    assert f"{expected} of {len(train)} training units were truncated" in log
-    assert "1 texts with invalid UTF-8 replaced" in log
+    cut = sum("long story" in unit for unit in train)
+    shown = [" ".join(note.split()) for note in silo.workbench.notes]
+    assert shown[:9] == [
+        "text of this silo's records",
+        "replaced: invalid bytes 3 of 77 3.90%",
+        "replaced: half characters 1 of 77 1.30%",
+        "replaced: NUL 1 of 77 1.30%",
+        "dropped: no text 1 of 77 1.30%",
+        "dropped: no silo or unit 1 of 77 1.30%",
+        "dropped: beyond data.max_rows_per_unit 3 of 77 3.90%",
+        f"shortened: training units beyond the context {cut} of {len(train)} {cut / len(train):.2%}",
+        "warning: replaced: invalid bytes: 3.90%, which is more than 1%; look at the data",
+    ]
+    log = (silo.ledger.path.parent / "silo.log").read_text()
+    assert all(note in log for note in silo.workbench.notes)
     assert set(reply.trained.DESCRIPTOR.fields_by_name) == {"receipt", "update"}
+    for path in silo.ledger.path.parent.rglob("*"):
+        assert path.name == "silo.log" or not path.is_file() or b"replaced:" not in path.read_bytes()
+
+
+def test_a_refusal_for_the_encoding_shows_nothing_of_the_records(tmp_path, tiny_model):
+    config = silo_config(tmp_path, tiny_model)
+    (tmp_path / "data.jsonl").write_bytes('{"text": "Gr\u00fc\u00dfe an Zo\u00eb"}\n'.encode("latin-1") * 40)
+    rows_of.cache_clear()
+    with pytest.raises(InputError, match=r'data\.jsonl: not utf-8.* encoding = "latin-1"') as refused:
+        Silo(config, TRUSTED)
+    shown = "".join(traceback.format_exception(refused.value))
+    assert "Zo" not in shown.replace("Zone", "") and "40" not in str(refused.value).replace(str(tmp_path), "")
+    declared = config.model_copy(update={"data": config.data.model_copy(update={"encoding": "latin-1"})})
+    Silo(declared, TRUSTED).close()

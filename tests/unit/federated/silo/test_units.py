@@ -11,6 +11,7 @@ from configs.load import load
 from configs.schema.silo import SiloConfig
 from federated.silo.units import load_units, rows_of
 from federated.simulation.simulated_places import simulated_silo
+from trainer.data.reading.counts import ReadCounts
 
 KEY = bytes(range(32))
 
@@ -77,7 +78,7 @@ def test_rows_whose_unit_is_unknown_are_left_out_and_half_characters_are_mended(
     rows = [{"text": f"t{i}", "unit": unit} for i, unit in enumerate(["a", None, "", "b", "a"])]
     units = load_units(config(write(tmp_path, [*rows, {"text": "half \ud800", "unit": "c"}]), unit="unit"), KEY)
     assert len(units.train) + len(units.held_out) == 3
-    assert (units.counts.without_unit, units.counts.replaced_utf8) == (2, 1)
+    assert units.counts == ReadCounts(rows=6, without_unit=2, half_characters=1)
     assert all(text.encode() for text in [*units.train, *units.held_out])
 
 
@@ -102,7 +103,10 @@ def test_one_person_is_one_unit_whether_an_id_came_as_a_float_as_an_integer_or_a
     years = {i: [2023, 2025] if i == 5 else [2023, 2024, 2025] for i in range(9)}
     assert everyone(units) == sorted("\n\n".join(f"{year} {i}" for year in years[i]) for i in range(9))
     assert units.counts.without_unit == 1
-    assert units.notes == ("column 'patient': 9 ids are written in several ways, and each is one unit",)
+    assert units.notes == (
+        f"{source}: files read: 3; left out: none",
+        "column 'patient': 9 ids are written in several ways, and each is one unit",
+    )
 
 
 @pytest.mark.parametrize("missing", [float("nan"), None])
@@ -160,18 +164,24 @@ def test_ids_that_look_alike_stay_apart_and_only_their_number_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "problem"),
     [
-        (["a\ud83d", "a\ud83e"], "in row 1 holds a character that was lost before; write the source anew, in UTF-8"),
-        ([4711.25, "x"], "in row 1 holds a number that is not whole, whose spelling"),
-        ([2.0**60, "x"], "in row 1 holds a floating-point number of 2^53 or more"),
-        ([["P0"], "x"], "in row 1 holds a value of the type list; write the column as text"),
-        ([4711, True], "holds numbers and truth values, so that one identity could be taken for two"),
+        (
+            ["a\ud83d", "a\ud83e"],
+            "1: column 'unit' holds a character that was lost before; write the source anew, in UTF-8",
+        ),
+        ([4711.25, "x"], "1: column 'unit' holds a number that is not whole, whose spelling"),
+        ([2.0**60, "x"], "1: column 'unit' holds a floating-point number of 2^53 or more"),
+        ([["P0"], "x"], "1: column 'unit' holds a value of the type list; write the column as text"),
+        (
+            [4711, True],
+            "2: column 'unit' holds numbers and truth values by now, so that one identity could be taken for two",
+        ),
     ],
 )
-def test_ids_that_cannot_be_told_apart_are_refused_by_source_and_column_without_their_values(tmp_path, ids, problem):
+def test_ids_that_cannot_be_told_apart_are_refused_by_line_and_column_without_their_values(tmp_path, ids, problem):
     path = write(tmp_path, [{"text": f"t{i}", "unit": unit} for i, unit in enumerate(ids)])
     with pytest.raises(InputError) as refused:
         load_units(config(path, unit="unit"), KEY)
-    assert str(refused.value).startswith(f"{path}: column 'unit' {problem}")
+    assert str(refused.value).startswith(f"{path}, line {problem}")
     assert not any(value in str(refused.value) for value in ("4711", "P0", "\ud83d", "1152921504606846976"))
 
 
@@ -179,7 +189,7 @@ def test_names_in_another_encoding_are_refused_instead_of_being_one(tmp_path):
     """Before: what is not UTF-8 is replaced, and then two names are one."""
     (tmp_path / "d.csv").write_bytes(b"text,patient\none,M\xfcller\ntwo,M\xf6ller\n")
     rows_of.cache_clear()
-    with pytest.raises(InputError, match=r"column 'patient' in row 1 holds a character that was lost"):
+    with pytest.raises(InputError, match=r"d.csv, line 2: column 'patient' holds a character that was lost"):
         load_units(config(tmp_path / "d.csv", unit="patient"), KEY)
 
 
@@ -219,7 +229,20 @@ def test_duplicates_stay_because_removing_them_would_look_across_records(tmp_pat
 
 
 def test_a_silo_without_records_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match=r"silo 'west': no record in .*has north, south"):
+    with pytest.raises(InputError, match=r"silo 'west': no record in .*\(column 'silo' names 2 others\)"):
         load_units(config(write(tmp_path, ROWS), silo="silo", id="west"), KEY)
     with pytest.raises(InputError, match=r"no column 'site'"):
         load_units(config(write(tmp_path, ROWS), silo="site"), KEY)
+
+
+def test_a_record_in_a_backup_is_no_second_unit_and_the_steward_is_told_what_was_read(tmp_path):
+    folder = tmp_path / "d"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in ("d.jsonl", "d (copy).jsonl", ".ipynb_checkpoints/d-checkpoint.jsonl"):
+        write(folder, [{"text": f"note {i}"} for i in range(40)], name)
+    units = load_units(config(folder), KEY)
+    assert everyone(units) == sorted(f"note {i}" for i in range(40))
+    assert units.notes == (
+        f"{folder}: files read: 1; left out: 1 hidden (.ipynb_checkpoints/), 1 with the same rows as another "
+        "(d.jsonl as d (copy).jsonl)",
+    )

@@ -52,7 +52,7 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, write):
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=write(tmp_path)), ["silo", "unit"], counts))
     assert [{key: row[key] for key in ROWS[0]} for row in rows] == ROWS
-    assert (counts.rows, counts.empty, counts.replaced_utf8) == (6, 0, 0)
+    assert counts == ReadCounts(rows=6)
 
 
 def test_text_files_are_records_and_bad_utf8_is_replaced_and_counted(tmp_path):
@@ -61,16 +61,16 @@ def test_text_files_are_records_and_bad_utf8_is_replaced_and_counted(tmp_path):
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=str(tmp_path)), [], counts))
     assert [row["text"] for row in rows] == ["fine", "caf\ufffd"]
-    assert counts.replaced_utf8 == 1
+    assert counts.invalid_bytes == 1
 
 
 def test_bad_utf8_in_jsonl_and_csv_is_replaced_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    (tmp_path / "a.csv").write_bytes(b"text\ncaf\xe9\n")
+    (tmp_path / "b.csv").write_bytes(b"text\ncaf\xe9\n")
     counts = ReadCounts()
     rows = list(read_rows(SourceSettings(source=str(tmp_path)), [], counts))
     assert [row["text"] for row in rows] == ["caf\ufffd", "caf\ufffd"]
-    assert counts.replaced_utf8 == 2
+    assert counts.invalid_bytes == 2
 
 
 def test_empty_texts_are_left_out_and_counted(tmp_path):
@@ -84,12 +84,12 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
     ("source", "content", "message"),
     [
         ("nowhere.jsonl", None, "no such file"),
-        ("folder", "", "no .jsonl, .csv"),
+        ("folder", "", "no .jsonl, .json, .csv"),
         ("a.doc", "x", "unknown kind of file"),
         ("a.jsonl", "{", "line 1 is not JSON"),
         ("a.jsonl", "[1]", "line 1 is not a JSON object"),
         ("a.parquet", "nonsense", "not Parquet"),
-        ("a.jsonl", '{"body": "x"}', "no column 'text' in row 1; it has ['body']"),
+        ("a.jsonl", '{"body": "x"}', "line 1: no column 'text' among the 1 there; name"),
         ("embedded:nothing", None, "there is python-docs, plays"),
         ("hf:nowhere/nothing", None, "can't be loaded"),
     ],
