@@ -58,4 +58,5 @@ def test_its_private_gradients_are_those_of_single_records(model_folder):
 
     norm = torch.stack([length(gradients) for gradients in one_by_one(model, losses, records)]).median().item()
     found = clipped(model, losses, [records[:2], records[2:]], norm)
-    assert_equal(found, oracle(model, losses, records, fixed(norm)))
+    # Clipping makes room for its rounding: half of sqrt(N) steps of 2^-23 C, which is 1.3e-4 at 4.9 million parameters.
+    assert_equal(found, oracle(model, losses, records, fixed(norm)), tolerance=3e-4)
