@@ -106,7 +106,7 @@ class FederationFolder:
         overrides = {
             "run.name": name,
             "run.storage": str(self.root / "runs"),
-            "federated.coordinator.rounds": rounds,
+            "federated.rounds": rounds,
             "federated.local_steps": STEPS,
             "privacy.epsilon": 1,
             "federated.min_silos": len(SILOS),
