@@ -29,6 +29,10 @@ _CSV = {
     "a title line": (b"M of 2026\ntext,patient,site\nM,M,M\n", "line 1: no column 'text' among the 1 there"),
     "semicolons": (b"text;patient;site;M\nM;M;M;M\n", "line 1: no column 'text' among the 1 there"),
     "a column in other case": (b" Text,patient,site,M\nM,M,M,M\n", "one differs from it in case or blanks alone"),
+    "two files in one": (
+        b"text,patient,site\nM,M,M\ntext,patient,site\nM,M,M\n",
+        "line 3: the header stands there again",
+    ),
     "an open quote": (b'text,patient,site\nM,M,M\n"M,M,M\nM,M,M\n', "line 3: not CSV (unexpected end of data)"),
     "a quote inside": (b'text,patient,site\n"M" M,M,M\n', "line 2: not CSV"),
 }

@@ -98,6 +98,10 @@ def test_a_column_that_nobody_asked_for_is_not_looked_at(tmp_path):
     assert rows == [{"text": "a"}]
 
 
+def test_a_record_may_say_what_the_only_column_is_called(tmp_path):
+    assert len(read(write(tmp_path, "d.csv", "text\ntext\n"))[0]) == 1
+
+
 def test_ids_keep_the_type_that_a_file_gives_them(tmp_path):
     day = datetime.date(2024, 1, 5)
     columns = {"text": pa.array(["a"]), "day": pa.array([day]), "id": pa.array(["p"]).dictionary_encode()}
