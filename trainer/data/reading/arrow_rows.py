@@ -17,9 +17,10 @@ def check_schema(schema: Any, name: str, wanted: Wanted) -> None:
         InputError: they are not.
     """
     check_columns(schema.names, wanted.columns, name)
-    kind = schema.field(wanted.columns[0]).type
+    text = wanted.columns[0]
+    kind = schema.field(text).type
     if not _is_text(kind):
-        raise no_text(name, f"the type {type_name(kind)}")
+        raise no_text(name, text, f"the type {type_name(kind)}")
 
 
 def _is_text(kind: Any) -> bool:
