@@ -39,7 +39,7 @@ class Wanted:
     """What a reader is asked for.
 
     Attributes:
-        columns: the columns that every row has and that are read; no other one is looked at.
+        columns: those that every row has and that are read, the text first; no other one is looked at.
         counts: filled while reading.
     """
 
