@@ -34,7 +34,7 @@ def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts
     wanted = Wanted(tuple(dict.fromkeys([source.text, *columns])), counts)
     for row in _open(source, wanted):
         counts.rows += 1
-        text = text_of(row[source.text], counts)
+        text = text_of(row[source.text], source.text, counts)
         if text and not text.isspace():
             row[source.text] = text
             yield row
