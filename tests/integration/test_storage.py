@@ -221,7 +221,7 @@ def test_a_machine_without_the_files_uses_the_corpus_and_none_replaces_one_that_
     commits = checkpoints.storage(config, run_directory(config))
     digest = checkpoints.pretrain_digest(config, first.content_digest)
     commits.write("step-00000002/COMMITTED", Manifest(checkpoints.KIND, digest, metadata={"step": 2}).encode())
-    with pytest.raises(InputError, match=r"1 new \(b\.jsonl\); and 2 steps are trained on those"):
+    with pytest.raises(InputError, match=r"1 new \(b\.jsonl\); 2 steps are trained on the files as they were"):
         prepared("three")
     (source / "b.jsonl").unlink()
     assert prepared("three") == first
