@@ -79,8 +79,8 @@ def _replace_corpus(run: Run, changes: Sequence[str]) -> None:
     trained = steps(storage(run.config, run.directory))
     if trained:
         raise InputError(
-            f"{'; '.join(changes)}; and {trained[-1]} steps are trained on those: bring them back, give another "
-            "run.name, or go on with the corpus as it was prepared by `siloweave pretrain`"
+            f"{'; '.join(changes)}; {trained[-1]} steps are trained on the files as they were: bring those back, give "
+            "another run.name, or go on with the prepared corpus by `siloweave pretrain`"
         )
     for change in changes:
         _say_of_sources(run, "prepare", f"{change}; the corpus is prepared again")
@@ -90,10 +90,11 @@ def _look_at_sources(run: Run, stage: str, *, begun: bool) -> None:
     """Says what has become of the files that the corpus was prepared from. What has not begun does not begin then."""
     from trainer.data.origins import since_prepared
 
-    corpus = read_manifest(run.files.corpus, "corpus")
-    if corpus is None:
-        return
-    found = since_prepared(run.config, corpus)
+    with reading(run.files.corpus, "run `siloweave prepare` again"):
+        corpus = read_manifest(run.files.corpus, "corpus")
+        if corpus is None:
+            return
+        found = since_prepared(run.config, corpus)
     if found.changed and not begun:
         raise InputError(f"{'; '.join(found.changed)}; run `siloweave prepare` again")
     for line in (*found.changed, *found.unknown):

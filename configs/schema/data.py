@@ -95,9 +95,10 @@ class DataSettings(Settings):
     validation_fraction: Probability = 0.05
     """Share of the public documents held out from pretraining."""
     min_characters: Count = 40
-    """Shorter public documents are dropped."""
+    """Public documents with fewer code points are dropped, in every script."""
     near_duplicate_similarity: Annotated[float, Field(ge=0.1, le=0.95)] = 0.8
-    """Public documents with at least this Jaccard similarity (5-word shingles, MinHash) count as copies."""
+    """Public documents with at least this Jaccard similarity (5-word shingles, MinHash) count as copies. In scripts
+    without spaces a character is a word."""
     deidentify: DeidentifySettings = DeidentifySettings()
     """What is replaced in the public corpus and, in a simulation, in the silos' records."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.errors import SiloweaveError
 
-_NAME_SHOWN = 50  # characters, of four bytes at most
+_NAME_KEPT = 50  # characters, of four bytes at most
 
 
 def canonical_json(value: object) -> bytes:
@@ -85,7 +85,7 @@ def write_new(path: Path, content: bytes, mode: int) -> None:
 def _write(path: Path, content: bytes, mode: int, put: Callable[[Path, Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The beginning alone: a name may be as long as the file system takes, and this one is longer.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:_NAME_SHOWN]}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:_NAME_KEPT]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

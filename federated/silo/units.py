@@ -68,9 +68,8 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
     rows = source.by_silo.get(own, ())
     if not rows:
         raise InputError(
-            f"silo {config.silo.id!r}: no record in {config.data.source} (column {config.data.silo!r} names "
-            f"{len(source.by_silo)} others); check the silo's name and the data source; rows without silo or unit are "
-            "left out"
+            f"silo {config.silo.id!r}: no record in {config.data.source}, whose rows name {len(source.by_silo)} "
+            "other silos; check the silo's name and the data source; rows without silo or unit are left out"
         )
     deidentifier = open_deidentifier(config.data.deidentify)
     deidentify = deidentifier or str

@@ -12,10 +12,14 @@ import psutil
 import pytest
 from repository import SUPPORT
 
+from cluster import pipeline
+from cluster.run import Run
+from configs.errors import InputError
 from configs.events import read_events
 from configs.load import load
 from configs.run_directory import run_directory
 from configs.storage.bucket import Bucket
+from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.mirror import open_mirror
 from trainer.checkpoints import checkpoints
 
@@ -189,3 +193,35 @@ def test_a_store_without_permission_is_said_before_anything_is_done(tmp_path, si
     assert done.returncode == 2
     assert "run.storage 's3://bucket/tiny' can't be written, read and cleaned: PermissionError" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_machine_without_the_files_uses_the_corpus_and_none_replaces_one_that_was_trained_on(
+    s3, tmp_path, monkeypatch
+):
+    source = tmp_path / "texts"
+    source.mkdir()
+    rows = [{"text": f"public text number {i} about subject {i % 7} and its {i * i} neighbours"} for i in range(300)]
+    (source / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = [f'data.public.source="{source}"', "tokenizer.vocab_size=300", "data.near_duplicate_similarity=0.95"]
+    config = load("tiny", ["run.storage=s3://bucket/runs", "run.name=texts", *values])
+    said = []
+
+    def prepared(machine):
+        monkeypatch.setenv("SILOWEAVE_CACHE", str(tmp_path / machine))
+        run = Run(config, (lambda event: said.append(event.get("message", "")),))
+        pipeline.prepare(run)
+        return require_manifest(run.files.corpus, "corpus", "prepare")
+
+    first = prepared("one")
+    source.rename(tmp_path / "elsewhere")
+    assert prepared("two") == first
+    assert any(line.endswith("the corpus as prepared is used") for line in said)
+    (tmp_path / "elsewhere").rename(source)
+    (source / "b.jsonl").write_text('{"text": "one more public text, which is as long as a text has to be"}\n')
+    commits = checkpoints.storage(config, run_directory(config))
+    digest = checkpoints.pretrain_digest(config, first.content_digest)
+    commits.write("step-00000002/COMMITTED", Manifest(checkpoints.KIND, digest, metadata={"step": 2}).encode())
+    with pytest.raises(InputError, match=r"1 new \(b\.jsonl\); 2 steps are trained on the files as they were"):
+        prepared("three")
+    (source / "b.jsonl").unlink()
+    assert prepared("three") == first

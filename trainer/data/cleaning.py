@@ -18,9 +18,11 @@ from configs.storage.files import digest_bytes
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 _SPACES = re.compile(r"[ \t\x1f]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
-# A word is a run of letters, digits and marks. Where a script has no spaces between words (Unicode's line breaking
-# classes tell which) each character is one, and so is each symbol beyond ASCII: some scripts are made of them.
-_WORD = r"[\p{LB=ID}\p{LB=CJ}\p{LB=SA}]\p{M}*|[\w\p{M}]+|[^\x00-\x7f\s\p{P}\p{Cc}\p{Cf}]"
+UNSPACED = r"[\p{LB=ID}\p{LB=CJ}\p{LB=SA}]"
+"""A character of a script without spaces between words, by Unicode's line breaking classes."""
+# A word is a run of letters, digits and marks. Where a script has no spaces between words each character is one, and so
+# is each symbol beyond ASCII: some scripts are made of them.
+_WORD = UNSPACED + r"\p{M}*|[\w\p{M}]+|[^\x00-\x7f\s\p{P}\p{Cc}\p{Cf}]"
 _SHINGLE_WORDS = 5
 _PERMUTATIONS = 64
 

@@ -21,11 +21,12 @@ from typing import Any
 from configs.errors import InputError, SiloweaveError
 from configs.schema.data import DeidentifySettings
 from configs.storage.files import digest_bytes, digest_json
+from trainer.data.cleaning import UNSPACED
 
 MIN_SCORE = 0.4
 WINDOW, LOOK_BACK = 2048, 256  # characters that a call of Presidio sees for the first time, and for the second
 LONGEST = 256  # characters; a longer identifier is found too, but its span may go on to the next space
-_RULES = 2  # version of what this file finds; raise it where it finds something else
+_RULES = 3  # version of what this file finds; raise it where it finds something else
 _LANGUAGE = "en"
 _MONTH = (
     "(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t(?:ember)?)?|Oct(?:ober)?|"
@@ -196,7 +197,7 @@ def _read_names(file: str) -> list[str]:
     if not file:
         return []
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data.deidentify.names_file {file}: can't be read ({error})") from None
     names = {line.strip() for line in lines if line.strip()}
@@ -294,9 +295,21 @@ def _by_list(names: list[str]) -> Any:
 
     # With case: otherwise every "will", "may" and "mark" is somebody's name.
     written = dict.fromkeys(_fold(form)[0] for name in names for form in (name, name.upper()))
-    parts = (r"\s++".join(map(regex.escape, form.split())) for form in written)
-    listed = Pattern("listed", rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)", 1.0)
+    listed = Pattern("listed", "|".join(map(_bounded, written)), 1.0)
     return Names("PERSON", name="names", patterns=[listed], global_regex_flags=regex.DOTALL | regex.MULTILINE)
+
+
+def _bounded(name: str) -> str:
+    """A pattern for a name that is no part of a word, where its script has spaces around words at all.
+
+    Korean has, but particles follow a name without one.
+    """
+    import regex
+
+    pattern = r"\s++".join(map(regex.escape, name.split()))
+    edge = rf"(?:{UNSPACED}|\p{{Hangul}})"
+    before = "" if regex.match(edge, name) else r"(?<!\w)"
+    return before + pattern + (r"(?!\p{M})" if regex.search(rf"{edge}\p{{M}}*$", name) else r"(?!\w)")
 
 
 def _fold(text: str) -> tuple[str, Sequence[tuple[int, int]]]:

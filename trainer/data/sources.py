@@ -46,7 +46,7 @@ def all_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts)
     wanted = Wanted(tuple(dict.fromkeys([source.text, *columns])), source.encoding, counts)
     for row in _open(source, wanted):
         found = ReadCounts(rows=1)
-        row[source.text] = text = mended(text_of(row[source.text], counts.where), found)
+        row[source.text] = text = mended(text_of(row[source.text], source.text, counts.where), found)
         found.empty = int(not text or text.isspace())
         yield row, found
 

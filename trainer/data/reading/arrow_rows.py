@@ -17,9 +17,10 @@ def check_schema(schema: Any, name: str, wanted: Wanted) -> None:
         InputError: they are not.
     """
     check_columns(schema.names, wanted.columns, name)
-    kind = schema.field(wanted.columns[0]).type
+    text = wanted.columns[0]
+    kind = schema.field(text).type
     if not _is_text(kind):
-        raise no_text(name, f"the type {type_name(kind)}")
+        raise no_text(name, text, f"the type {type_name(kind)}")
 
 
 def _is_text(kind: Any) -> bool:
@@ -49,33 +50,37 @@ def rows_of_batch(batch: Any, first: int, name: str, wanted: Wanted) -> Iterator
     Raises:
         InputError: a value can't be read.
     """
-    columns = []
-    for column in wanted.columns:
-        values = _values(batch.column(column))
-        if values is None:
-            raise InputError(
-                f"{name}, rows {first} to {first + batch.num_rows - 1}: column {column!r} holds a value of the type "
-                f"{type_name(batch.column(column).type)} that can't be read (texts have to be UTF-8, times within the "
-                "years 1 to 9999); write it anew, as text"
-            )
-        columns.append(values)
+    columns = {column: batch.column(column) for column in wanted.columns}
+    found = _rows(columns)
+    if found is None:
+        column = next((one for one in columns if _rows({one: columns[one]}) is None), wanted.columns[0])
+        raise InputError(
+            f"{name}, rows {first} to {first + batch.num_rows - 1}: column {column!r} holds a value of the type "
+            f"{type_name(columns[column].type)} that can't be read (texts have to be UTF-8, times within the years 1 "
+            "to 9999); write it anew, as text"
+        )
     place = f"{name}, row"
-    for number, row in enumerate(zip(*columns, strict=True), first):
+    for number, row in enumerate(found, first):
         wanted.counts.place = (place, number)
-        yield dict(zip(wanted.columns, row, strict=True))
+        yield row
 
 
-def _values(column: Any) -> list[Any] | None:
-    """A column as Python's values; None where there is one that Python has no value for.
+def _rows(columns: dict[str, Any]) -> list[Row] | None:
+    """The rows as Python's values; None where there is one that Python has no value for.
 
     Nothing is raised from here: pyarrow's errors repeat the value.
     """
     import pyarrow as pa
 
     try:
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)  # ten times as fast as value by value
-        values: list[Any] = column.to_pylist()
+        rows: list[Row] = pa.table({name: _plain(column) for name, column in columns.items()}).to_pylist()
     except Exception:
         return None
-    return values
+    return rows
+
+
+def _plain(column: Any) -> Any:
+    """Without categories, which would be looked up value by value."""
+    from pyarrow import types
+
+    return column.cast(column.type.value_type) if types.is_dictionary(column.type) else column

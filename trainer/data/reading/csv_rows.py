@@ -17,8 +17,8 @@ def read_csv(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]:
     """Yields a row per record; blank lines are none.
 
     Raises:
-        InputError: the header lacks a column or has it twice, a record has more or fewer fields than the header, or
-            the file is no CSV.
+        InputError: the header lacks a column or has it twice, or comes again; a record has another number of fields;
+            or the file is no CSV.
     """
     records = _records(read_lines(file, name, wanted.encoding, ""), name)
     line, header = next(records, (1, []))
@@ -31,6 +31,8 @@ def read_csv(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]:
                 f"{place} {line}: {len(record)} fields, and the header has {expected}; put double quotes around a text "
                 "that holds commas, quotes or line breaks"
             )
+        if record == header and expected > 1:
+            raise InputError(f"{place} {line}: the header stands there again; take that line out, or make two files")
         wanted.counts.place = (place, line)
         yield {column: record[at] for column, at in places}
 

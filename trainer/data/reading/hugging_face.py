@@ -18,7 +18,7 @@ def read_hugging_face(name: str, split: str, wanted: Wanted) -> Iterator[Row]:
     source = f"hf:{name} (split {split!r})"
     dataset, fault = _load(name, split)
     if fault:
-        raise InputError(f"{source}: can't be loaded ({fault}); check the name and the network")
+        raise InputError(f"{source}: can't be loaded ({fault}); check the name, the split and the network")
     if dataset.info.builder_name == "csv" and len(wanted.columns) > 1:
         # It takes the first of too many fields for an index, so that ids and texts stand under each other's names.
         raise InputError(f"{source}: ids in CSV are not read by way of hf:; give the path of the file or its folder")

@@ -62,6 +62,6 @@ def _fault(words: str) -> str:
     words = words.lower()
     if "encrypt" in words or "decrypt" in words:
         return "encrypted Parquet can't be read; write it without Parquet's own encryption"
-    if "codec" in words:
+    if "codec" in words or "compression" in words:
         return "Parquet with a compression that can't be read here; write it anew, with zstd or none"
     return "not Parquet, or damaged or cut short; copy or write it again"

@@ -22,7 +22,7 @@ class Wanted:
     """What a reader is asked for.
 
     Attributes:
-        columns: the columns that every row has and that are read; no other one is looked at.
+        columns: those that every row has and that are read, the text first; no other one is looked at.
         encoding: of text without a byte order mark.
         counts: told of files and places.
     """
@@ -65,7 +65,7 @@ def _no_column(name: str, found: list[str], where: str, hint: str = "") -> Input
     )
 
 
-def text_of(value: Any, where: str) -> str:
+def text_of(value: Any, column: str, where: str) -> str:
     """A row's text; empty where it is missing.
 
     Raises:
@@ -75,14 +75,14 @@ def text_of(value: Any, where: str) -> str:
         return value
     if value is None or (isinstance(value, float) and isnan(value)):  # what programs write for a missing text
         return ""
-    raise no_text(where, _KINDS.get(type(value), f"a value of the type {type(value).__name__}"))
+    raise no_text(where, column, _KINDS.get(type(value), f"a value of the type {type(value).__name__}"))
 
 
-def no_text(where: str, kind: str) -> InputError:
+def no_text(where: str, column: str, kind: str) -> InputError:
     """The refusal of a text column that holds something else."""
     return InputError(
-        f"{where}: the text column holds {kind}; give a column whose values are texts (of a list of messages, make one "
-        "text per record first)"
+        f"{where}: the text column {column!r} holds {kind}; give a column whose values are texts (of a list of "
+        "messages, make one text per record first)"
     )
 
 

@@ -62,3 +62,18 @@ def test_a_run_that_never_validated_has_its_page(tiny_run, run, capsys):
     run.events.write_text("\n".join(kept) + "\n")
     _, page, _ = shown(tiny_run.config(), run, capsys)
     assert "validation not available bits per character" in page
+
+
+def test_the_report_has_what_was_done_to_the_public_text(tiny_run, run):
+    report = build(tiny_run.config(), run.directory)
+    lines = {line["what"]: line for line in report["text"]}
+    manifest = json.loads((tiny_run.directory / "corpus" / "manifest.json").read_text())["metadata"]
+    assert lines["dropped: near copies"]["count"] == manifest["cleaning"]["near_duplicates"]
+    assert all(line["of"] == manifest["reading"]["rows"] > 0 for line in report["text"])
+    assert "<h2>Public text</h2>" in render(report)
+    # A run over silos elsewhere may have its base model from another machine.
+    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    run.events.write_text("".join(json.dumps(event) + "\n" for event in events if event["event"] != "corpus"))
+    elsewhere = build(tiny_run.config(), run.directory)
+    assert elsewhere["text"] == []
+    assert "<h2>Public text</h2>" not in render(elsewhere)

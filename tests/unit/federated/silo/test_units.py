@@ -121,7 +121,9 @@ def test_strangers_without_an_id_are_never_one_unit(tmp_path, missing):
 
 def test_a_source_without_any_id_is_an_input_error(tmp_path):
     path = write(tmp_path, [{"text": f"t{i}", "unit": " "} for i in range(9)])
-    with pytest.raises(InputError, match=r"no record in .*; rows without silo or unit are left out"):
+    with pytest.raises(
+        InputError, match=r"no record in .*whose rows name 0 .*; rows without silo or unit are left out"
+    ):
         load_units(config(path, unit="unit"), KEY)
 
 
@@ -229,7 +231,7 @@ def test_duplicates_stay_because_removing_them_would_look_across_records(tmp_pat
 
 
 def test_a_silo_without_records_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match=r"silo 'west': no record in .*\(column 'silo' names 2 others\)"):
+    with pytest.raises(InputError, match=r"silo 'west': no record in .*, whose rows name 2 other silos;"):
         load_units(config(write(tmp_path, ROWS), silo="silo", id="west"), KEY)
     with pytest.raises(InputError, match=r"no column 'site'"):
         load_units(config(write(tmp_path, ROWS), silo="site"), KEY)

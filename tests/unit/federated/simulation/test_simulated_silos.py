@@ -90,6 +90,15 @@ def test_the_plan_shows_names_that_look_alike(run, tmp_path):
     assert estimate(hub)["federated"]["silos_that_look_alike"].startswith("not looked at: hf:nowhere")
 
 
+def test_the_plan_says_which_files_of_a_folder_are_the_silos(run, tmp_path):
+    config = run(["North", "South"])
+    assert "files_of_the_silos" not in estimate(config)["federated"]
+    (tmp_path / "d.jsonl.bak").write_text("")
+    rows_of.cache_clear()
+    found = estimate(run(["North", "South"], f"source={tmp_path}"))["federated"]["files_of_the_silos"]
+    assert found == f"{tmp_path}: files read: 1; left out: 1 of another kind (d.jsonl.bak)"
+
+
 def test_a_long_name_that_is_not_ascii_has_a_folder_of_its_own(run, tmp_path):
     config = run([LONG, LONG + "\u697c"])
     for name, silo in simulated_silos(config, tmp_path).items():

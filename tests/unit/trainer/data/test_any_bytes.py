@@ -103,3 +103,18 @@ def test_a_valid_file_with_some_bytes_changed_is_rows_or_a_refusal(tmp_path_fact
 
     tried()
     assert found == {"read", "refused"}
+
+
+def test_a_compression_that_is_not_known_is_named(tmp_path):
+    """Somewhere in the file stands the number of the codec, 1 for Snappy, as 2; LZO's would be 6."""
+    content, found = parquet({"text": pa.array(TEXTS)}, compression="snappy"), []
+    for at in range(len(content)):
+        if content[at] == 2:
+            (tmp_path / "d.parquet").write_bytes(content[:at] + b"\6" + content[at + 1 :])
+            try:
+                list(read_rows(SourceSettings(source=str(tmp_path / "d.parquet")), (), ReadCounts()))
+            except InputError as error:
+                found.append(str(error))
+    assert [
+        message for message in found if "a compression that can't be read here; write it anew, with zstd" in message
+    ]

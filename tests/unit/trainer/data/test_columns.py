@@ -65,14 +65,16 @@ def test_missing_texts_are_counted_in_jsonl_and_csv(tmp_path):
 
 def test_texts_of_mixed_types_are_refused_where_the_first_other_one_stands(tmp_path):
     lines = '{"text": "x"}\n{"text": null}\n\n{"text": 7.5}\n{"text": ["x"]}\n'
-    assert refusal(write(tmp_path, "d.jsonl", lines)).startswith(", line 4: the text column holds a number; give")
+    assert refusal(write(tmp_path, "d.jsonl", lines)).startswith(
+        ", line 4: the text column 'text' holds a number; give"
+    )
 
 
 def test_a_dataset_of_hugging_face_is_read_by_the_same_rules(tmp_path):
     (tmp_path / "set" / "data").mkdir(parents=True)
     file = tmp_path / "set" / "data" / "train-00000-of-00001.parquet"
     Dataset.from_dict({"text": [["a", "b"]], "id": ["x"]}).to_parquet(file)
-    with pytest.raises(InputError, match="the text column holds the type list"):
+    with pytest.raises(InputError, match="the text column 'text' holds the type list"):
         read(f"hf:{tmp_path / 'set'}")
 
 
@@ -96,6 +98,10 @@ def test_a_column_that_nobody_asked_for_is_not_looked_at(tmp_path):
     assert rows == [{"text": "a", "id": 3}]
     rows, _ = read(write(tmp_path, "d.csv", "x,x,text,,\n1,2,a,3,4\n"))
     assert rows == [{"text": "a"}]
+
+
+def test_a_record_may_say_what_the_only_column_is_called(tmp_path):
+    assert len(read(write(tmp_path, "d.csv", "text\ntext\n"))[0]) == 1
 
 
 def test_ids_keep_the_type_that_a_file_gives_them(tmp_path):

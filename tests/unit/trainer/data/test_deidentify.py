@@ -119,6 +119,25 @@ def test_a_listed_name_is_found_in_every_form_of_its_characters(tmp_path, writte
     assert deidentify(f"{around}{written}, {written}.") == f"{around}<PERSON>, <PERSON>."
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("病人王小明今天来了。", "病人<PERSON>今天来了。"),
+        ("山田がごさんは山田がござる", "<PERSON>さんは<PERSON>ざる"),
+        ("คุณสมชายมาวันนี้", "คุณ<PERSON>มาวันนี้"),
+        ("김철수가 왔다", "<PERSON>가 왔다"),
+        ("अनिता आई, अनितापुर नहीं", "<PERSON> आई, अनितापुर नहीं"),
+        ("Renee and Rene\u0301 saw Rene", "Renee and Rene\u0301 saw <PERSON>"),
+    ],
+)
+def test_a_listed_name_is_found_where_a_script_has_no_spaces(tmp_path, text, expected):
+    """Before: a name had to stand between characters that are no letters, as no name does in Chinese."""
+    names = "Rene\n王小明\n山田がご\nสมชาย\n김철수\nअनिता\n"
+    (tmp_path / "names.txt").write_text(names, encoding="utf-8-sig")  # as Windows writes it
+    deidentify = Deidentifier(ON.model_copy(update={"names_file": str(tmp_path / "names.txt")}))
+    assert deidentify(text) == expected
+
+
 def test_names_come_from_a_spacy_model_that_is_there(tmp_path):
     import spacy
 

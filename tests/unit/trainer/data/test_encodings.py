@@ -6,7 +6,11 @@ import pytest
 from pydantic import ValidationError
 
 from configs.errors import InputError
+from configs.load import load
 from configs.schema.data import SourceSettings
+from federated.silo.units import rows_of
+from federated.simulation.simulated_places import simulated_silo
+from trainer.data.reading.counts import Changed, of_corpora, table
 from trainer.data.sources import ReadCounts, read_rows
 
 TEXT = "Zo\u00eb said \u201cna\u00efve caf\u00e9\u201d, and went home"
@@ -170,3 +174,26 @@ NOT_AS_IT_STANDS = "idna punycode utf-7 hz iso2022_jp unicode_escape raw_unicode
 def test_an_encoding_in_which_text_may_stand_for_something_else_is_refused_at_load(name):
     with pytest.raises(ValidationError, match="is no encoding that text files are read in"):
         SourceSettings(source="x", encoding=name)
+
+
+def test_the_table_has_every_line_and_warns_above_one_percent():
+    lines = [Changed("replaced: a", 1, 100), Changed("dropped: b", 2, 100), Changed("shortened: c", 0, 0)]
+    shown = [" ".join(line.split()) for line in table("text", lines)]
+    assert shown == [
+        "text",
+        "replaced: a 1 of 100 1.00%",
+        "dropped: b 2 of 100 2.00%",
+        "shortened: c 0 of 0 -",
+        "warning: dropped: b: 2.00%, which is more than 1%; look at the data",
+    ]
+
+
+def test_what_an_earlier_version_prepared_has_no_table():
+    assert of_corpora({"replaced_utf8": 3, "empty": 0, "cleaning": {"read": 3}}) == []
+
+
+def test_a_simulated_silo_reads_in_the_encoding_of_the_run(tmp_path):
+    (tmp_path / "d.csv").write_bytes(f'text,silo\n"{TEXT}",north\n'.encode("cp1252"))
+    private = [f'data.private.source="{tmp_path}/d.csv"', "data.private.encoding=cp1252"]
+    silo = simulated_silo(load("tiny", private), "north", tmp_path)
+    assert rows_of(silo.data).by_silo == {"north": (("", TEXT),)}
