@@ -73,6 +73,7 @@ def demo(
 
     with working_on(run_directory(settings)):
         pipeline.set_aside_finished(settings, partial(say, err=True))
+        _say_ledgers(settings)
         document, directory = with_run(settings, work, as_json)
     if as_json:
         say(to_json(document))
@@ -121,7 +122,7 @@ def federate(
     config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
 ) -> None:
     """Fine-tunes across the silos of a simulation under DP; continues from the last committed round."""
-    _stage("federate", config, override, address, as_json)
+    _stage("federate", config, override, address, as_json, before=_say_ledgers)
 
 
 def evaluate(
@@ -252,10 +253,25 @@ def decrypt(
     answer(as_json, done, f"decrypt: {files} files in the clear in {target}; keep it private")
 
 
-def _stage(name: str, config: str, override: list[str] | None, address: str, as_json: bool) -> None:
+def _say_ledgers(settings: RunConfig) -> None:
+    """They lie outside the run, and another folder would be another budget."""
+    from federated.simulation.simulated_places import ledgers_of
+
+    say(f"ledgers of dataset {settings.data.private.dataset_id}: {ledgers_of(settings)}", err=True)
+
+
+def _stage(
+    name: str,
+    config: str,
+    override: list[str] | None,
+    address: str,
+    as_json: bool,
+    before: Callable[[RunConfig], None] = lambda _: None,
+) -> None:
     from cluster import pipeline
 
     settings = load(config, overrides(override, address))
+    before(settings)
     _, directory = with_run(settings, getattr(pipeline, name), as_json)
     done = {"stage": name, "directory": str(directory)}
     answer(as_json, done, f"{name}: done in {directory}")

@@ -4,16 +4,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, CountBySilo, Place, Positive, Probability, Settings
+from configs.schema.base import Count, CountBySilo, Positive, Probability, Settings
+from configs.schema.places import Place
 
 PUBLIC = "public"
+DATA = Place("the data", unless="(embedded|hf):.*")
 CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class SourceSettings(Settings):
     """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
 
-    source: Annotated[str, Place("the data")]
+    source: Annotated[str, DATA]
     """``embedded:NAME``, a path (JSONL, CSV, Parquet, text file, or a folder of them), or ``hf:DATASET``."""
     text: str = "text"
     """Column that holds the text. Text files have this one column: a file is a record."""
@@ -64,8 +66,8 @@ class DeidentifySettings(Settings):
     """Replace identifiers in the public corpus and in the silos' records."""
     names_file: Annotated[str, Place("the names")] = ""
     """File of names, one per line, found as written and in capitals, in every Unicode form; empty: none."""
-    spacy_model: Annotated[str, Place("the model that finds names", secret=False)] = ""
-    """Installed spaCy model, or its folder, that finds names; empty: none. Never downloaded."""
+    spacy_model: Annotated[str, Place("the model that finds names", secret=False, unless=r"[^/~.][^/]*")] = ""
+    """Installed spaCy model, or its folder (a path with a slash), that finds names; empty: none. Never downloaded."""
     countries: tuple[str, ...] = ("us", "uk")
     """Countries whose national ids are looked for, by Presidio's codes."""
     medical_record_pattern: str = r"(?<=\b(?:MRN|medical record(?: (?:number|no))?)[.:# ]{1,3})[A-Z]{0,3}-?\d{5,10}\b"

@@ -25,7 +25,7 @@ FLOORS = {
     "trainer": ("data models objectives rank", "tasks", "checkpoints metrics", "pretraining", "export generation"),
     "privacy": (
         "accounting clipping signing",
-        "plan",
+        "plan register",
         "mechanism plan_from_settings",
         "audit ledger",
         "certificate",

@@ -13,7 +13,7 @@ from repository import REPOSITORY
 
 from configs.errors import InputError
 from configs.load import load
-from configs.schema.base import Place, named_places
+from configs.schema.places import Place, named_places
 from configs.schema.silo import SiloConfig
 from federated.deployment.separation import separation
 from federated.deployment.separation.account import ENTER, READ, WRITE, Account
