@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from configs.errors import InputError
+from configs.errors import InputError, SiloweaveError
 from configs.locks import locked
 from configs.parse import json_object, parse, reading
 from configs.schema.places import user_state
-from configs.storage.files import write_atomic, write_failure
+from configs.storage.files import write_atomic
 from configs.storage.layout import SiloFiles
 from privacy.signing import Signer
 
@@ -97,6 +97,9 @@ def _alone(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise write_failure(path, error) from error
+        raise SiloweaveError(
+            f"{path.parent}: can't be made ({error.strerror}); set XDG_STATE_HOME, or HOME, to a folder of this user's "
+            "that lasts"
+        ) from None
     with locked(path.with_suffix(".lock"), b"", wait=True):
         yield

@@ -67,7 +67,7 @@ def hidden(tmp_path):
 class TinyRun:
     """A finished `siloweave demo -c tiny`, given in an empty folder, with the programs that were installed for it.
 
-    Its user's state is in the folder, too: what is given in a copy of it, with ``STATE``, finds the ledgers.
+    Its user's state is in the folder, too.
     """
 
     root: Path
@@ -79,6 +79,11 @@ class TinyRun:
     @property
     def model(self) -> Path:
         return self.directory / "model"
+
+    @property
+    def state(self) -> Path:
+        """XDG_STATE_HOME of its user, under which its ledgers are found."""
+        return self.root / "state"
 
     def config(self, *overrides: str) -> RunConfig:
         """The tiny settings with a run and silo states of one's own."""

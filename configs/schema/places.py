@@ -73,7 +73,7 @@ def _rooted(
     done = dict(tree)
     for name, field in schema.model_fields.items():
         where, inner, place = f"{prefix}{name}", _group(field.annotation), _place(field)
-        missing = {} if fill and inner and not field.is_required() else None
+        missing: dict[str, Any] | None = {} if fill and inner and not field.is_required() else None
         value = tree.get(name, field.default if fill and place else missing)
         if place and isinstance(value, str):
             done[name] = _absolute(value, place, field, folder, where)

@@ -99,7 +99,8 @@ def test_settings_name_silos_and_labels_as_the_data_are_read():
 
 def test_overrides_are_read_as_toml_or_text():
     config = load("tiny", ["pretrain.steps=50", "run.name=other", 'data.private.source="x.jsonl"'])
-    assert (config.pretrain.steps, config.run.name, config.data.private.source) == (50, "other", str(Path.cwd() / "x.jsonl"))
+    assert (config.pretrain.steps, config.run.name) == (50, "other")
+    assert config.data.private.source == str(Path.cwd() / "x.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, get_args, get_origin
@@ -226,7 +227,7 @@ def test_an_empty_path_is_refused(given, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["s3://bucket/x", "a\\u0000b", "~nobody-of-this-name/x"])
 def test_what_is_no_path_is_refused(text):
-    with pytest.raises(InputError, match="federated.state_dir is "):
+    with pytest.raises(InputError, match=r"federated\.state_dir is "):
         load("tiny", [f'federated.state_dir="{text}"'])
 
 
@@ -240,7 +241,7 @@ def test_urls_and_names_stay_as_they_are():
 def test_an_empty_path_in_a_silos_and_a_relays_settings_is_refused(folder):
     for name, load_it, field in (("silo", load_silo, "silo.state_dir"), ("relay", load_relay, "state_dir")):
         path = folder / f"{name}.toml"
-        path.write_text("\n".join('state_dir = ""' if "state_dir" in line else line for line in path.read_text().split("\n")))
+        path.write_text(re.sub('state_dir = ".*"', 'state_dir = ""', path.read_text()))
         with pytest.raises(InputError, match=rf"{name}\.toml: {field} is empty: give the path of"):
             load_it(path)
 
