@@ -80,7 +80,7 @@ def kept_by(config: SiloConfig, settings: Path) -> Iterator[Kept]:
     if not config.silo.anchor_dir:
         yield Kept("the ledger's anchor", default_anchor_dir(Path(config.silo.state_dir)), secret=True, made=True)
     if not config.data.public:
-        yield Kept("where each dataset's ledger is", register_file().parent, secret=True, made=True)
+        yield Kept("where each dataset's ledger is", register_file(), secret=True)
 
 
 def _make_closed(folder: Path) -> None:
