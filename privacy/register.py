@@ -26,11 +26,13 @@ class Home(BaseModel):
     Attributes:
         folder: the silo's ``state_dir``, or the one of all simulated silos.
         public_key: of the key in it.
+        opened: whether ledgers were seen there: they don't vanish.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     folder: Path
     public_key: str
+    opened: bool
 
 
 def register_file() -> Path:
@@ -59,26 +61,29 @@ def only_ledger(dataset_id: str, folder: Path, key: Path) -> Iterator[None]:
         first = known.get(dataset_id)
         _check(dataset_id, first, folder, key, path)
         yield
-        found = Home(folder=folder, public_key=Signer(key).public_key)
+        found = Home(folder=folder, public_key=Signer(key).public_key, opened=_ledgers(folder))
         if found != first:
             homes = {name: home.model_dump(mode="json") for name, home in {**known, dataset_id: found}.items()}
             write_atomic(path, json.dumps(homes, indent=2, sort_keys=True).encode(), mode=0o600)
 
 
 def _check(dataset_id: str, first: Home | None, folder: Path, key: Path, path: Path) -> None:
-    if first is None and (key.exists() or not _ledgers(folder)):
-        return
-    same = first is not None and key.exists() and Signer(key).public_key == first.public_key
-    if first is not None and first.folder != folder and (not same or _ledgers(first.folder)):
+    if first is None:
+        whole = key.exists() or not _ledgers(folder)
+    else:
+        known = key.exists() and Signer(key).public_key == first.public_key
+        whole = known and (_ledgers(folder) or not first.opened)
+    if first is not None and first.folder != folder and (not whole or _ledgers(first.folder)):
         raise InputError(
             f"{folder}: the ledgers of dataset {dataset_id!r} are in {first.folder} (as {path} says), and a second "
             "budget for the same people is none; give that folder as state_dir, move it here as a whole, or give the "
             "data another dataset_id if they are other people's"
         )
-    if not same and (first is None or first.folder == folder):
+    if not whole:
         raise InputError(
-            f"{key}: the key by which the ledgers of dataset {dataset_id!r} are known is missing, or another one; put "
-            f"the backup of {folder} back, or give the data another dataset_id if they are other people's"
+            f"{folder}: the ledgers of dataset {dataset_id!r}, or {key.name}, by which they are known, are missing; "
+            "put their backup back, run `siloweave silo budget reconcile` where the key is there, or give the data "
+            "another dataset_id if they are other people's"
         )
 
 

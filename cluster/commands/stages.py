@@ -122,7 +122,7 @@ def federate(
     config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
 ) -> None:
     """Fine-tunes across the silos of a simulation under DP; continues from the last committed round."""
-    _stage("federate", config, override, address, as_json, before=_say_ledgers)
+    _stage("federate", config, override, address, as_json)
 
 
 def evaluate(
@@ -260,18 +260,12 @@ def _say_ledgers(settings: RunConfig) -> None:
     say(f"ledgers of dataset {settings.data.private.dataset_id}: {ledgers_of(settings)}", err=True)
 
 
-def _stage(
-    name: str,
-    config: str,
-    override: list[str] | None,
-    address: str,
-    as_json: bool,
-    before: Callable[[RunConfig], None] = lambda _: None,
-) -> None:
+def _stage(name: str, config: str, override: list[str] | None, address: str, as_json: bool) -> None:
     from cluster import pipeline
 
     settings = load(config, overrides(override, address))
-    before(settings)
+    if name == "federate":
+        _say_ledgers(settings)
     _, directory = with_run(settings, getattr(pipeline, name), as_json)
     done = {"stage": name, "directory": str(directory)}
     answer(as_json, done, f"{name}: done in {directory}")

@@ -77,10 +77,30 @@ def test_a_deleted_ledger_is_no_new_budget(tmp_path):
     for name in ("first", "first.anchor"):
         shutil.rmtree(tmp_path / name)
     said = refused(tmp_path / "first")
-    assert said.startswith(
-        f"{tmp_path / 'first' / 'silo.key'}: the key by which the ledgers of dataset 'ward' are known"
-    )
+    assert said.startswith(f"{tmp_path / 'first'}: the ledgers of dataset 'ward', or silo.key, by which they are")
     assert not (tmp_path / "first").exists()
+    refused(tmp_path / "second")
+
+
+def test_a_key_alone_is_no_ledger(tmp_path):
+    opened(tmp_path / "first")
+    key = SiloFiles(tmp_path / "first").key.read_bytes()
+    for name in ("first", "first.anchor"):
+        shutil.rmtree(tmp_path / name)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        SiloFiles(tmp_path / name).key.touch(mode=0o600)
+        SiloFiles(tmp_path / name).key.write_bytes(key)
+        refused(tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["silo.key"]
+
+
+def test_what_ended_before_it_had_a_ledger_may_start_again(tmp_path):
+    folder = tmp_path / "first"
+    for _ in range(2):
+        with only_ledger("ward", folder, SiloFiles(folder).key):
+            pass
+    opened(folder)
     refused(tmp_path / "second")
 
 
@@ -88,7 +108,7 @@ def test_a_ledger_from_before_the_register_is_taken_in_with_its_key(tmp_path):
     Ledger.open(tmp_path / "first", "north", "ward", Budget(20.0, 1e-4)).close_file()
     key = SiloFiles(tmp_path / "first").key
     key.rename(tmp_path / "key")
-    with pytest.raises(InputError, match="is missing, or another one"):
+    with pytest.raises(InputError, match="by which they are known, are missing"):
         opened(tmp_path / "first")
     assert not key.exists() and not register_file().exists()
     (tmp_path / "key").rename(key)
