@@ -54,3 +54,25 @@ def test_ledgers_of_private_data_have_one_place(siloweave, folders):
     assert f"the ledgers of dataset 'plays-tiny' are in {folders[0] / 'state'}" in said[0]
     assert not (folders[1] / "state").exists()
     assert len(charges(folders[0] / "state" / "plays-tiny" / "roman" / "ledger.sqlite")) == 1
+
+
+def test_a_second_silo_of_a_dataset_is_refused(siloweave, tiny_model, tmp_path):
+    """Two silo.toml, whose paths are relative, over the same records: with two ledgers, and started from elsewhere."""
+    (tmp_path / "records.jsonl").write_text("".join(f'{{"text": "seen on day {day}"}}\n' for day in range(200)))
+    for name in ("north", "south"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "silo.toml").write_text(
+            f'[silo]\nid = "{name}"\ndataset_id = "ward"\nstate_dir = "state"\nbase_model = "{tiny_model}"\n'
+            'public_record_count = 200\n[data]\nsource = "../records.jsonl"\n'
+            "[policy]\nbudget_epsilon = 8.0\nbudget_delta = 1e-5\n"
+        )
+    address = ("--address", "127.0.0.1:1")
+    first = siloweave("silo", "serve", "-c", "north/silo.toml", *address, cwd=tmp_path)
+    assert "service.crt: no such certificate" in first.stderr  # the ledger was opened before
+    assert (tmp_path / "north" / "state" / "ledger.sqlite").exists()
+    second = siloweave("silo", "serve", "-c", "silo.toml", *address, cwd=tmp_path / "south")
+    assert second.returncode == 2
+    assert f"the ledgers of dataset 'ward' are in {tmp_path / 'north' / 'state'}" in second.stderr
+    assert not (tmp_path / "south" / "state").exists()
+    again = siloweave("silo", "serve", "-c", "silo.toml", *address, cwd=tmp_path / "north")
+    assert "service.crt: no such certificate" in again.stderr
