@@ -5,6 +5,7 @@ python benchmarks/demo.py --repetitions 3 --json demo.json
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,9 @@ def one_demo(config: str) -> tuple[dict[str, float], dict[str, str]]:
     """Runs the demo in a folder of its own, with fresh ledgers."""
     command = [str(Path(sys.executable).with_name("siloweave")), "demo", "-c", config, "--json"]
     with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "XDG_STATE_HOME": folder}
         began = time.perf_counter()
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         total = time.perf_counter() - began
     if done.returncode:
         sys.exit(done.stderr)

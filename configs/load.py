@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.parse import PRESETS, parse, presets, read_toml
+from configs.schema.places import here, rooted
 from configs.schema.schema import RunConfig
 from configs.storage.sealing import ENVIRONMENT, FROM_ENVIRONMENT
 
@@ -17,44 +18,49 @@ _PART = re.compile(r"""\s*(?:"(?:[^"\\]|\\.)*"|'[^']*'|[^\s."'=][^."'=]*)\s*""")
 _OVERRIDE = re.compile(rf"(?P<key>{_PART.pattern}(?:\.{_PART.pattern})*)=(?P<text>.*)", re.DOTALL)
 
 
-def load(config: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads and checks a configuration.
+def load(config: str, overrides: Sequence[str] = (), *, elsewhere: bool = False) -> RunConfig:
+    """Reads and checks a configuration. Its paths are absolute, by the rule of ``configs.schema.places``.
 
     Args:
         config: path of a TOML file, or the name of a preset (``demo``, ``tiny``, ...).
         overrides: ``group.field=value`` texts; keys and values are read as in TOML, a bare word as text.
+        elsewhere: other machines will read the settings, so that a relative path is refused.
 
     Raises:
         InputError: no such file, not TOML, or a setting that does not hold; one line for each.
     """
-    path = PRESETS / f"{config}.toml" if config in presets() else Path(config)
-    tree = read_toml(path)
+    preset = config in presets()
+    path = PRESETS / f"{config}.toml" if preset else Path(config)
+    tree, given = read_toml(path), None if elsewhere else here()
+    folder = given if preset or elsewhere else path.parent.resolve()
+    tree = rooted(RunConfig, tree, folder, str(path))
     for override in overrides:
-        _apply(tree, override)
-    return parse(RunConfig, _with_key(tree), str(path))
+        _apply(tree, override, given)
+    return parse(RunConfig, _with_key(rooted(RunConfig, tree, folder, str(path), fill=True)), str(path))
 
 
 def _with_key(tree: dict[str, Any]) -> dict[str, Any]:
-    """Decides once whether a run is encrypted, and by which key: its processes may start elsewhere.
+    """Decides once whether a run is encrypted: its processes may start elsewhere.
 
     A key in the environment is never passed over: whoever set it would believe that the run is encrypted.
     """
     run = tree.get("run")
-    if not isinstance(run, dict):
+    if not isinstance(run, dict) or run.get("encryption_key_file") or not os.environ.get(ENVIRONMENT):
         return tree
-    source = run.get("encryption_key_file") or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else "")
-    if isinstance(source, str) and source not in ("", FROM_ENVIRONMENT):
-        source = str(Path(source).expanduser().absolute())
-    return {**tree, "run": {**run, "encryption_key_file": source}}
+    return {**tree, "run": {**run, "encryption_key_file": FROM_ENVIRONMENT}}
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, folder: Path | None) -> None:
     *groups, name, text = _split(override)
+    inner: dict[str, Any] = {name: _value(override, text)}
+    for part in reversed(groups):
+        inner = {part: inner}
+    inner = rooted(RunConfig, inner, folder, f"--set {override!r}")
     for part in groups:
-        tree = tree.setdefault(part, {})
+        tree, inner = tree.setdefault(part, {}), inner[part]
         if not isinstance(tree, dict):
             raise InputError(f"--set {override!r}: {part} is a value, not a group of settings")
-    tree[name] = _value(override, text)
+    tree[name] = inner[name]
 
 
 def _split(override: str) -> list[str]:

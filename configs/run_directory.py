@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from configs.errors import InputError
 from configs.parse import parse, read_toml, to_toml
+from configs.schema.places import here, rooted
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json, write_atomic
 from configs.storage.layout import CONFIG, RunFiles
@@ -92,9 +93,13 @@ def _bind(config: RunConfig, directory: Path) -> None:
     if not stored.exists():
         write_atomic(stored, to_toml(config).encode())
         return
-    before = parse(RunConfig, read_toml(stored), str(stored))
+    tree = read_toml(stored)
+    _refuse_other_ledgers(config, tree, stored)
+    # Paths of runs from before all were absolute: they meant what is below the folder where the command was given.
+    absolute = rooted(RunConfig, tree, here(), str(stored))
+    before = parse(RunConfig, absolute, str(stored))
     content = to_toml(config).encode()
-    if before == config:
+    if before == config and absolute == tree:
         return
     if not _holds_work(directory):  # an earlier start failed before it made anything, for instance over a wrong path
         write_atomic(stored, content)
@@ -113,6 +118,19 @@ def _bind(config: RunConfig, directory: Path) -> None:
     write_atomic(stored, content)
 
 
+def _refuse_other_ledgers(config: RunConfig, tree: dict[str, Any], stored: Path) -> None:
+    """A run from before all paths were absolute has charged ledgers that its own file no longer finds."""
+    federated = tree.get("federated")
+    before = federated.get("state_dir") if isinstance(federated, dict) else None
+    if not isinstance(before, str) or before.startswith("/") or not RunFiles(stored.parent).federated.exists():
+        return
+    if not config.federated.state_dir.endswith(f"/{before}"):
+        raise InputError(
+            f"{stored}: federated.state_dir was {before!r}, below the folder where the run was started: its ledgers "
+            "are there; give that folder, with --set federated.state_dir=FOLDER"
+        )
+
+
 def _holds_work(directory: Path) -> bool:
     """Whether any stage has committed something there."""
     return any(next(directory.rglob(name), None) is not None for name in (MANIFEST, COMMITTED))
@@ -120,7 +138,7 @@ def _holds_work(directory: Path) -> bool:
 
 def run_directory(config: RunConfig) -> Path:
     """Absolute path of the run's directory on this machine: its mirror where ``run.storage`` is an object store."""
-    return mirror_directory(config) if config.run.url else (Path(config.run.storage) / config.run.name).absolute()
+    return mirror_directory(config) if config.run.url else Path(config.run.storage) / config.run.name
 
 
 def flatten(config: RunConfig) -> Iterator[tuple[str, Any]]:

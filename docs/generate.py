@@ -26,6 +26,9 @@ FILES: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A federation", "`federation.toml`. `siloweave federation init` writes it.", FederationConfig),
     ("A relay", "`relay.toml` of `siloweave silo relay`.", RelayConfig),
 )
+_HEADER = """Unknown settings are errors. A setting without a default has to be given. A relative path is below the
+folder of the file that holds it; with `--set`, and in a preset, below the folder where the command is given.
+[Start](index.md#where-files-are) has more."""
 _HEAD = "<!-- Written by docs/generate.py (`make docs`): change the docstrings in the code instead. -->\n"
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 _KINDS = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "none"}
@@ -38,7 +41,7 @@ def pages() -> dict[str, str]:
 
 def settings_page() -> str:
     """Every setting of the four kinds of files, from the schema's own docstrings."""
-    lines = [_HEAD, "# Settings", "", "Unknown settings are errors. A setting without a default has to be given.", ""]
+    lines = [_HEAD, "# Settings", "", _HEADER, ""]
     for title, purpose, schema in FILES:
         lines += [f"## {title}", "", purpose, ""]
         tree = schema.model_json_schema()

@@ -24,6 +24,12 @@ settings.register_profile("certain", derandomize=True)
 settings.load_profile("certain")
 
 
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    """Each test is a user of its own: no ledger of another test, or of who runs the tests, is found."""
+    monkeypatch.setenv("XDG_STATE_HOME", f"{tmp_path}.state")
+
+
 def run_siloweave(
     *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -59,7 +65,10 @@ def hidden(tmp_path):
 
 @dataclass(frozen=True)
 class TinyRun:
-    """A finished `siloweave demo -c tiny`, given in an empty folder, with the programs that were installed for it."""
+    """A finished `siloweave demo -c tiny`, given in an empty folder, with the programs that were installed for it.
+
+    Its user's state is in the folder, too.
+    """
 
     root: Path
     directory: Path
@@ -70,6 +79,11 @@ class TinyRun:
     @property
     def model(self) -> Path:
         return self.directory / "model"
+
+    @property
+    def state(self) -> Path:
+        """XDG_STATE_HOME of its user, under which its ledgers are found."""
+        return self.root / "state"
 
     def config(self, *overrides: str) -> RunConfig:
         """The tiny settings with a run and silo states of one's own."""
@@ -89,7 +103,7 @@ def tiny_run(tmp_path_factory) -> TinyRun:
             assert install(shared / "wheel") == programs
             root.mkdir()
             command = [str(programs / "siloweave"), "demo", "-c", "tiny", "--json"]
-            environment = outside_the_checkout()
+            environment = {**outside_the_checkout(), "XDG_STATE_HOME": str(root / "state")}
             done = subprocess.run(
                 command, cwd=root, env=environment, capture_output=True, text=True, timeout=800, check=False
             )

@@ -7,6 +7,7 @@ import torch
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from federated.adapters.lora_factors import frozen
+from federated.simulation.simulated_places import ledgers_of
 from federated.simulation.simulation import look_at_private
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
@@ -36,6 +37,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
         },
         "pretrain": None if config.model.source else _pretrain(config, sizes),
         "federated": {
+            "ledgers": str(ledgers_of(config)),
             "rounds": config.federated.rounds,
             "steps_per_round": config.federated.local_steps,
             "adapter_parameters": adapter_parameters(config),

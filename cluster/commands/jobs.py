@@ -108,7 +108,7 @@ def _resolve(command: list[str]) -> tuple[RunConfig, list[str]]:
         words += [option.opts[0]] if value is True else [f"{option.opts[0]}={one}" for one in several]
     if given.get("address"):
         raise InputError(f"--address {given['address']!r} after `--`: give it before, as the job server's")
-    return load(given["config"], given["override"] or []), words
+    return load(given["config"], given["override"] or [], elsewhere=True), words
 
 
 def _end(details: dict[str, Any], as_json: bool) -> None:

@@ -74,6 +74,7 @@ def demo(
 
     with working_on(run_directory(settings)):
         pipeline.set_aside_finished(settings, partial(say, err=True))
+        _say_ledgers(settings)
         document, directory = with_run(settings, work, as_json)
     if as_json:
         say(to_json(document))
@@ -265,10 +266,19 @@ def decrypt(
     answer(as_json, done, f"decrypt: {files} files in the clear in {target}; keep it private")
 
 
+def _say_ledgers(settings: RunConfig) -> None:
+    """They lie outside the run, and another folder would be another budget."""
+    from federated.simulation.simulated_places import ledgers_of
+
+    say(f"ledgers of dataset {settings.data.private.dataset_id}: {ledgers_of(settings)}", err=True)
+
+
 def _stage(name: str, config: str, override: list[str] | None, address: str, as_json: bool) -> None:
     from cluster import pipeline
 
     settings = load(config, overrides(override, address))
+    if name == "federate":
+        _say_ledgers(settings)
     _, directory = with_run(settings, getattr(pipeline, name), as_json)
     shown = name.partition("_")[0]  # `import` alone is a word of Python's
     answer(as_json, {"stage": shown, "directory": str(directory)}, f"{shown}: done in {directory}")

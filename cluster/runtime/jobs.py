@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 from configs.errors import InputError, SiloweaveError
 from configs.parse import to_toml
 from configs.run_directory import run_directory
-from configs.schema.data import corpora, field_of
 from configs.schema.schema import RunConfig
 
 LARGEST_UPLOAD_BYTES = 2 * 2**20
@@ -42,26 +41,17 @@ _WITH_STATE = {"demo", "federate", "evaluate", "report", "audit", "tune"}
 
 
 def check_movable(stage: str, config: RunConfig) -> None:
-    """Refuses settings that mean something only on this machine.
+    """Refuses settings that mean something only on this machine, besides relative paths: those ``load`` refuses.
 
     Raises:
-        InputError: a path is relative, or the settings name a cluster of their own.
+        InputError: the ledgers have no folder of their own, or the settings name a cluster of their own.
     """
     if config.cluster.address:
         raise InputError(
             f"cluster.address is {config.cluster.address!r}: a job runs in the cluster that takes it; unset it"
         )
-    paths = {} if config.run.url else {"run.storage": config.run.storage}
-    if stage in _WITH_STATE:  # a ledger in a job's own folder would vanish with it, and the budget would start anew
-        paths["federated.state_dir"] = config.federated.state_dir
-    sources = {field_of(name): source.source for name, source in corpora(config.data).items()}
-    sources["data.private.source"] = config.data.private.source
-    paths.update({name: source for name, source in sources.items() if not source.startswith(("embedded:", "hf:"))})
-    if config.data.deidentify.names_file:
-        paths["data.deidentify.names_file"] = config.data.deidentify.names_file
-    for name, path in paths.items():
-        if not Path(path).is_absolute():
-            raise InputError(f"{name} is {path!r}: give an absolute path that all nodes of the cluster share")
+    if stage in _WITH_STATE and not config.federated.state_dir:  # on another node the budget would start anew
+        raise InputError("federated.state_dir is empty: give an absolute path that all nodes of the cluster share")
 
 
 def stage_upload(config: RunConfig, folder: Path) -> int:

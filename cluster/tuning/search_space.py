@@ -16,6 +16,7 @@ import numpy as np
 from configs.errors import InputError
 from configs.parse import parse, to_toml
 from configs.run_directory import flatten
+from configs.schema.places import here, rooted
 from configs.schema.schema import RunConfig
 
 _FORM = re.compile(r"^\s*(?P<path>[\w.]+)\s*=\s*(?P<kind>\w+)\s*\((?P<arguments>.*)\)\s*$", re.DOTALL)
@@ -220,7 +221,7 @@ def with_values(base: RunConfig, values: dict[str, Any], origin: str) -> RunConf
         for group in groups:
             inner = inner.setdefault(group, {})
         inner[field] = value
-    return parse(RunConfig, tree, origin)
+    return parse(RunConfig, rooted(RunConfig, tree, here(), origin), origin)
 
 
 def _settings(base: RunConfig, values: dict[str, Any], storage: str, name: str) -> RunConfig:

@@ -3,8 +3,6 @@
 import codecs
 import re
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -84,27 +82,3 @@ class Settings(BaseModel):
     """Base of every group: immutable, and a misspelt key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Marks a text in a silo's settings as the name of a file or folder, which the silo's relay must not change.
-
-    Attributes:
-        what: what the place holds, for messages.
-        secret: whether the relay must not read it either.
-        made: whether it is a folder that the silo makes.
-    """
-
-    what: str
-    secret: bool = True
-    made: bool = False
-
-
-def named_places(settings: BaseModel) -> Iterator[tuple[Place, str]]:
-    """Every text that names a place, in all groups. A test over the schema checks that none is forgotten."""
-    for name, field in type(settings).model_fields.items():
-        value = getattr(settings, name)
-        if isinstance(value, BaseModel):
-            yield from named_places(value)
-        yield from ((place, value) for place in field.metadata if isinstance(place, Place))

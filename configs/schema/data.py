@@ -4,9 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, CountBySilo, Encoding, Place, Positive, Probability, Settings
+from configs.schema.base import Count, CountBySilo, Encoding, Positive, Probability, Settings
+from configs.schema.places import Place
 
 PUBLIC = "public"
+DATA = Place("the data", unless="(embedded|hf):.*")
 LARGEST_DATASET_NAME = 255 - len(".anchor")  # a folder has this name, and its ledger's anchor one that is longer
 CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 
@@ -14,7 +16,7 @@ CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=1
 class SourceSettings(Settings):
     """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
 
-    source: Annotated[str, Place("the data"), Field(min_length=1)]
+    source: Annotated[str, DATA]
     """``embedded:NAME``, a path (JSON, with an object per line or an array of them, CSV, Parquet, a text file, or a
     folder of these), or ``hf:DATASET``."""
     text: str = "text"
@@ -69,8 +71,8 @@ class DeidentifySettings(Settings):
     """Replace identifiers in the public corpus and in the silos' records."""
     names_file: Annotated[str, Place("the names")] = ""
     """File of names, one per line, found as written and in capitals, in every Unicode form; empty: none."""
-    spacy_model: Annotated[str, Place("the model that finds names", secret=False)] = ""
-    """Installed spaCy model, or its folder, that finds names; empty: none. Never downloaded."""
+    spacy_model: Annotated[str, Place("the model that finds names", secret=False, unless=r"[^/~.][^/]*")] = ""
+    """Installed spaCy model, or its folder (a path with a slash), that finds names; empty: none. Never downloaded."""
     countries: tuple[str, ...] = ("us", "uk")
     """Countries whose national ids are looked for, by Presidio's codes."""
     medical_record_pattern: str = r"(?<=\b(?:MRN|medical record(?: (?:number|no))?)[.:# ]{1,3})[A-Z]{0,3}-?\d{5,10}\b"

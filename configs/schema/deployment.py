@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from configs.parse import parse, read_toml
 from configs.schema.addresses import LARGEST_PORT, Host, ReachableHost, ServiceAddress
 from configs.schema.base import Settings
+from configs.schema.places import Place, rooted
 
 FEDERATION_FILE = "federation.toml"
 Port = Annotated[int, Field(ge=0, le=LARGEST_PORT)]
@@ -37,9 +38,9 @@ class FederationConfig(Settings):
 class RelayConfig(Settings):
     """A silo's relay: the SuperNode that stands between coordinator and silo service."""
 
-    state_dir: str
+    state_dir: Annotated[str, Place("the relay's keys", made=True)]
     """Folder of the relay's keys and logs; it belongs to the relay's user."""
-    coordinator: str
+    coordinator: Annotated[str, Place("the coordinator.json", secret=False)]
     """The coordinator's ``coordinator.json``: its address, key and root certificate, all public."""
     coordinator_fingerprint: str
     """Its fingerprint, as the coordinator's people confirmed it over another channel than the one the file came by."""
@@ -47,13 +48,6 @@ class RelayConfig(Settings):
     """The silo service: ``unix:/run/siloweave/NAME/silo.sock``, or ``HOST:PORT`` with mutual TLS."""
     port: Port = 0
     """Loopback port of the SuperNode's own interface for its processes; 0: any free one at each start."""
-
-    @model_validator(mode="after")
-    def _paths_are_absolute(self) -> "RelayConfig":
-        for name in ("state_dir", "coordinator"):
-            if not Path(getattr(self, name)).is_absolute():
-                raise ValueError(f"{name} is {getattr(self, name)!r}: give an absolute path")
-        return self
 
 
 def load_federation(folder: Path) -> FederationConfig:
@@ -67,9 +61,10 @@ def load_federation(folder: Path) -> FederationConfig:
 
 
 def load_relay(path: Path) -> RelayConfig:
-    """Reads and checks a ``relay.toml``.
+    """Reads and checks a ``relay.toml``; relative paths in it are below its own folder.
 
     Raises:
         InputError: it is missing, unreadable, or a setting does not hold.
     """
-    return parse(RelayConfig, read_toml(path), str(path))
+    tree = rooted(RelayConfig, read_toml(path), path.parent.resolve(), str(path), fill=True)
+    return parse(RelayConfig, tree, str(path))

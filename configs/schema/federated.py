@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, Settings
+from configs.schema.places import Place
 
 TaskName = Literal["causal"]
 Optimizer = Literal["adam", "adam_bc", "sgd"]
@@ -85,8 +86,9 @@ class FederatedSettings(Settings):
     """Hours from a run's first start for which its requests are valid; a silo refuses them later."""
     round_timeout_s: Positive = 3600
     """Seconds after which a round goes on without those that have not answered."""
-    state_dir: str = "state"
-    """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does."""
+    state_dir: Annotated[str, Place("the simulated silos' keys and ledgers", made=True, lasting=True)] = ""
+    """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does. Empty: the same folder for
+    all runs of a user, ``$XDG_STATE_HOME/siloweave/ledgers``, or ``~/.local/state/siloweave/ledgers``."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "FederatedSettings":

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import Count, Positive, Settings
+from configs.schema.places import Place
 
 
 class ModelSettings(Settings):
@@ -79,7 +80,7 @@ class PretrainSettings(Settings):
     stage 3."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where a rank's share of the weights lives instead of the device, at ZeRO stage 3."""
-    offload_folder: str = ""
+    offload_folder: Annotated[str, Place("what is offloaded", made=True)] = ""
     """Folder on a local disk of every node for ``nvme``; empty without it."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more work."""
@@ -168,7 +169,7 @@ class ClusterSettings(Settings):
     """Seconds without a new phase (data, forward, backward, step, commit, ...) after which a rank counts as failed;
     more than the slowest phase takes. A rank that waits for its commit's copy counts as failed only once no part of it
     has arrived for so long: parts are 1 MiB in a folder, 50 MiB in S3, whole files where a store reports no parts."""
-    scratch_dir: str = ""
+    scratch_dir: Annotated[str, Place("checkpoints on their way", made=True)] = ""
     """Folder of each node where its ranks write a checkpoint before it is copied to ``run.storage`` in the background,
     and where one from an object store is fetched to: room for two checkpoints; empty: below TMPDIR."""
     placement_timeout_s: Positive = 60

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import ComposedLabels, Count, Positive, Probability, Settings
-from configs.schema.data import DataSettings, SourceSettings, TokenizerSettings
+from configs.schema.data import DATA, DataSettings, SourceSettings, TokenizerSettings
 from configs.schema.federated import ROBUST, FederatedSettings
+from configs.schema.places import Place
 from configs.schema.pretrain import ClusterSettings, ModelSettings, PretrainSettings
 
 LARGEST_RUN_NAME = 220  # a file system holds 255 bytes: a run that is set aside gets its time as well
@@ -21,12 +22,12 @@ class RunSettings(Settings):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LARGEST_RUN_NAME)]
     """Name of the run's directory below ``storage``."""
-    storage: str = "runs"
+    storage: Annotated[str, Place("the runs", made=True, unless=".*://.*")] = "runs"
     """Folder where runs live, or the URL of an object store (``s3://bucket/prefix``: needs the extra ``s3``; others as
     fsspec knows them). On a cluster: an absolute folder that every node shares, or a URL."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything public: tokenizer, initial weights, order of the public data. Never of privacy noise."""
-    encryption_key_file: str = ""
+    encryption_key_file: Annotated[str, Place("the encryption key", unless="env:")] = ""
     """File of the key that encrypts checkpoints, base model and adapters on disk; ``env:`` takes the key from
     SILOWEAVE_ENCRYPTION_KEY. Empty means ``env:`` where that variable is set, and no encryption where it is not."""
 
@@ -105,7 +106,7 @@ class PrivacySettings(Settings):
 class OwnText(SourceSettings):
     """A text that is no silo's."""
 
-    source: str = ""
+    source: Annotated[str, DATA] = ""
     """Where the text comes from, written as for every source; empty: none."""
 
 

@@ -11,13 +11,13 @@ from configs.schema.base import (
     ComposedLabels,
     Count,
     Digest,
-    Place,
     Positive,
     Probability,
     Settings,
 )
 from configs.schema.data import DeidentifySettings, SourceSettings
 from configs.schema.federated import ClippingMethod, TaskName
+from configs.schema.places import Place, rooted
 
 LARGEST_NAME = 100  # characters of a silo's
 MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # the requests of a simulation come from its own user
@@ -37,7 +37,7 @@ class SiloSettings(Settings):
     another disk than ``state_dir``, and never restored with it. Empty: ``<state_dir>.anchor``."""
     base_model: Annotated[str, Place("the base model", secret=False)]
     """Folder of the exported base model that the silo may fine-tune."""
-    encryption_key_file: Annotated[str, Place("the encryption key")] = ""
+    encryption_key_file: Annotated[str, Place("the encryption key", unless="env:")] = ""
     """File of the base model's key where its weights are encrypted; ``env:`` takes SILOWEAVE_ENCRYPTION_KEY."""
     relay_user: str = ""
     """Operating-system user of the relay, which the service's socket is for. It must reach nothing else of the silo.
@@ -135,22 +135,17 @@ class SiloConfig(Settings):
     policy: SiloPolicy
 
     @model_validator(mode="after")
-    def _paths_are_absolute(self) -> "SiloConfig":
-        for name in ("state_dir", "base_model"):
-            if not Path(getattr(self.silo, name)).is_absolute():
-                raise ValueError(f"silo.{name} is {getattr(self.silo, name)!r}: give an absolute path")
-        anchor_dir = Path(self.silo.anchor_dir)
-        if self.silo.anchor_dir and not anchor_dir.is_absolute():
-            raise ValueError(f"silo.anchor_dir is {self.silo.anchor_dir!r}: give an absolute path")
-        if anchor_dir.is_relative_to(self.silo.state_dir):
+    def _anchor_is_apart(self) -> "SiloConfig":
+        if Path(self.silo.anchor_dir).is_relative_to(self.silo.state_dir):
             raise ValueError(f"silo.anchor_dir is {self.silo.anchor_dir!r}: give a folder outside silo.state_dir")
         return self
 
 
 def load_silo(path: Path) -> SiloConfig:
-    """Reads and checks a ``silo.toml``.
+    """Reads and checks a ``silo.toml``; relative paths in it are below its own folder.
 
     Raises:
         InputError: it is missing, unreadable, or a setting does not hold.
     """
-    return parse(SiloConfig, read_toml(path), str(path))
+    tree = rooted(SiloConfig, read_toml(path), path.parent.resolve(), str(path), fill=True)
+    return parse(SiloConfig, tree, str(path))

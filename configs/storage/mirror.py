@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from configs.errors import SiloweaveError
+from configs.schema.places import home
 from configs.schema.schema import RunConfig
 from configs.storage.bucket import Bucket
 from configs.storage.files import digest_bytes, write_atomic
@@ -24,7 +25,7 @@ _LOOSE = {_NAMES.audit.name, _NAMES.tensorboard.name}  # folders without a manif
 
 def mirror_directory(config: RunConfig) -> Path:
     """Where this machine works on a run of an object store: below SILOWEAVE_CACHE, else ``~/.cache/siloweave``."""
-    cache = os.environ.get("SILOWEAVE_CACHE") or Path.home() / ".cache" / "siloweave"
+    cache = os.environ.get("SILOWEAVE_CACHE") or home() / ".cache" / "siloweave"
     return (Path(cache) / digest_bytes(config.run.storage.rstrip("/").encode())[:16] / config.run.name).absolute()
 
 

@@ -1,5 +1,6 @@
 """``siloweave silo``: what a data steward runs."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,7 @@ def serve(
     """Starts the silo's gRPC service, and runs until it is told to end (SIGTERM, Ctrl-C)."""
     from configs.errors import InputError
     from configs.schema.silo import load_silo
+    from configs.storage.layout import SiloFiles
     from federated.deployment.ports import check_place
     from federated.deployment.separation.separation import check_separation, share_socket
 
@@ -116,14 +118,18 @@ def serve(
     from federated.deployment.silo_site import service_tls
     from federated.silo.silo import Silo
     from federated.transport.service import serve as start
+    from privacy.register import only_ledger
 
-    ended, silo = ended_by_signal(), Silo(settings, file=config.absolute())
+    ended, files = ended_by_signal(), SiloFiles(Path(settings.silo.state_dir))
+    known = only_ledger(settings.silo.dataset_id, files.directory, files.key)
+    with nullcontext() if settings.data.public else known:
+        silo = Silo(settings, file=config.absolute())
     notes = silo.workbench.notes  # before the first request, whose time would tell how much text there is
     answers = partial(start, silo.handle, settings.policy.max_request_bytes)
     server, _ = answers(place) if socket else answers(place, service_tls(settings))
     if socket and relay_user:
         share_socket(socket, relay_user)
-    say(f"silo {settings.silo.id}: listening on {socket or address}", *notes)
+    say(f"silo {settings.silo.id}: listening on {socket or address}; its ledger is {files.ledger}", *notes)
     ended.wait()
     server.stop(grace=5).wait()
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from configs.identities import UnclearIdentityError, canonical
-from configs.schema.data import DeidentifySettings
 from configs.schema.schema import RunConfig
 from configs.schema.silo import (
     MOST_SIMULATED_ROUNDS,
@@ -21,18 +20,14 @@ from federated.coordinator.trusted_aggregator import FOLDER
 from privacy.declaration import DECLARATION
 
 
+def ledgers_of(config: RunConfig) -> Path:
+    """Folder of the ledgers that a run's releases are charged to."""
+    return simulated_ledger(config) if config.privacy.unit == "client" else _dataset_folder(config)
+
+
 def simulated_ledger(config: RunConfig) -> Path:
     """Folder of a simulated aggregator's ledger, one per dataset; the + keeps it apart from any dataset's own."""
     return Path(config.federated.state_dir) / f"+{FOLDER}" / config.data.private.dataset_id
-
-
-def _absolute_source(source: str) -> str:
-    """A path as seen from here: a worker process may start elsewhere."""
-    return source if source.startswith(("embedded:", "hf:")) else str(Path(source).absolute())
-
-
-def _absolute_names(settings: DeidentifySettings) -> DeidentifySettings:
-    return settings.model_copy(update={"names_file": settings.names_file and str(Path(settings.names_file).absolute())})
 
 
 def ledgers_of_other_spellings(config: RunConfig, names: Iterable[str]) -> dict[str, Path]:
@@ -50,7 +45,7 @@ def ledgers_of_other_spellings(config: RunConfig, names: Iterable[str]) -> dict[
 
 
 def _dataset_folder(config: RunConfig) -> Path:
-    return Path(config.federated.state_dir).absolute() / config.data.private.dataset_id
+    return Path(config.federated.state_dir) / config.data.private.dataset_id
 
 
 def _imported(base_model: Path) -> tuple[str, ...]:
@@ -75,7 +70,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             clipping=config.federated.clipping,
         ),
         data=SiloDataSettings(
-            source=_absolute_source(private.source),
+            source=private.source,
             text=private.text,
             split=private.split,
             encoding=private.encoding,
@@ -84,7 +79,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             max_rows_per_unit=private.max_rows_per_unit,
             held_out_fraction=private.held_out_fraction,
             public=private.public,
-            deidentify=_absolute_names(config.data.deidentify),
+            deidentify=config.data.deidentify,
         ),
         policy=SiloPolicy(
             budget_epsilon=privacy.budget_epsilon,

@@ -1,5 +1,6 @@
 """The silos of a simulation on one machine, and what only a simulation may do: read public silos in the clear."""
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from configs.schema.silo import LARGEST_NAME, SiloConfig
 from federated.coordinator.parties import Parties
 from federated.coordinator.rounds import run_federation
 from federated.coordinator.trusted_aggregator import open_ledger
-from federated.identity.trust import coordinator_signer
+from federated.identity.trust import COORDINATOR_KEY, coordinator_signer
 from federated.silo.silo import Silo
 from federated.silo.units import rows_of
 from federated.simulation.local_grid import LocalGrid, OpenSilo
@@ -22,6 +23,7 @@ from privacy.certificate.certificate import AGGREGATOR
 from privacy.mechanism.streams import injected_seeds
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
+from privacy.register import only_ledger
 
 
 def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig]:
@@ -93,8 +95,9 @@ def simulate(
         injected_seed: for tests: makes the silos' noise repeatable.
     """
     silos = simulated_silos(config, base_model)
-    home = Path(config.federated.state_dir)
-    signer = coordinator_signer(home)
+    home, private = Path(config.federated.state_dir), config.data.private
+    with nullcontext() if private.public else only_ledger(private.dataset_id, home, home / COORDINATOR_KEY):
+        signer = coordinator_signer(home)
     trusted = frozenset({signer.public_key})
     if with_dp:
         opener: OpenSilo = partial(_open_silo, silos, trusted, injected_seed)
@@ -104,7 +107,7 @@ def simulate(
         open_ledger,
         home,
         simulated_ledger(config),
-        config.data.private.dataset_id,
+        private.dataset_id,
         config.privacy,
         injected_seeds(injected_seed, AGGREGATOR),
     )

@@ -41,9 +41,8 @@ def test_an_audit_of_private_silos_and_of_a_broken_engine(tiny_run, siloweave, t
     stored = root / "runs" / "tiny" / "config.toml"
     text = stored.read_text()
     assert "public = true" in text
-    stored.write_text(
-        text.replace("public = true", "public = false").replace("without_dp = true", "without_dp = false")
-    )
+    text = text.replace("public = true", "public = false").replace("without_dp = true", "without_dp = false")
+    stored.write_text(text.replace(str(tiny_run.root), str(root)))
     before = digests(root / "state")
     done = given(CERTAIN, root)
     assert done.returncode == 0, done.stderr

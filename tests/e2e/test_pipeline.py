@@ -76,8 +76,9 @@ def test_page_and_table_show_f1_with_its_error(tiny_run):
     assert "F1" not in render(report)
 
 
-def test_progress_is_shown_as_plain_lines_without_a_terminal(tiny_run, siloweave, tmp_path):
+def test_progress_is_shown_as_plain_lines_without_a_terminal(tiny_run, siloweave, tmp_path, monkeypatch):
     shutil.copytree(tiny_run.root, tmp_path / "copy")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "copy" / "state"))
     done = siloweave("evaluate", "-c", "tiny", cwd=tmp_path / "copy")
     assert done.returncode == 0, done.stderr
     assert "evaluate: 5/5" in done.stderr
@@ -143,33 +144,35 @@ def test_the_certificate_says_of_which_model_it_speaks(tiny_run, siloweave, tmp_
     assert "WITHOUT differential privacy" in (tiny_run.directory / "federated-no-dp/adapter/README.md").read_text()
 
 
-def test_the_documents_commands_run(tiny_run, siloweave, tmp_path):
+def test_the_documents_commands_run(tiny_run, siloweave, tmp_path, monkeypatch):
     """Every `siloweave ...` line of the documents' shell blocks, in their order, on a copy of the tiny run."""
     root = tmp_path / "documents"
     shutil.copytree(tiny_run.root, root)
+    monkeypatch.setenv("XDG_STATE_HOME", str(root / "state"))
     documents = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
     blocks = re.findall(r"```sh\n(.*?)```", "\n".join(path.read_text() for path in documents), flags=re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("siloweave ")]
     assert len(commands) >= 19
     for arguments in commands:
-        given = [argument.replace("demo", "tiny") for argument in arguments]
+        given = [one.replace("demo", "tiny").replace("~/.local/state", str(root / "state")) for one in arguments]
         if given[0] == "tiny":
             continue  # the demo is the fixture's own command
         done = siloweave(*given, cwd=root)
         assert done.returncode == 0, f"{given}: {done.stderr}"
 
 
-def test_a_second_demo_starts_anew_and_reserves_again(tiny_run, siloweave, tmp_path):
+def test_a_second_demo_starts_anew_and_reserves_again(tiny_run, siloweave, tmp_path, monkeypatch):
     root = tmp_path / "again"
     shutil.copytree(tiny_run.root, root)
+    monkeypatch.setenv("XDG_STATE_HOME", str(root / "state"))
     arguments = ["--set", "federated.rounds=1", "--set", "evaluate.without_dp=false", "--set", "pretrain.steps=10"]
     done = siloweave("demo", "-c", "tiny", "--json", *arguments, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "had finished before: kept as" in done.stderr
     kept = [path for path in (root / "runs").iterdir() if path.name.startswith("tiny-until-")]
     assert (kept[0] / "report.json").exists()
-    shown = siloweave("ledger", "show", "--json", "state/plays-tiny/roman", cwd=root)
+    shown = siloweave("ledger", "show", "--json", "state/siloweave/ledgers/plays-tiny/roman", cwd=root)
     kinds = [entry["kind"] for entry in json.loads(shown.stdout)["entries"]]
     assert kinds.count("reserve") == 2
     again = json.loads(done.stdout)["privacy"]["silos"]["roman"]

@@ -158,7 +158,7 @@ def test_unknown_jobs_are_one_clear_line(siloweave, server, tmp_path):
     ("words", "message"),
     [
         (["prepare", "-c", "tiny"], "run.storage is 'runs': give an absolute path"),
-        (["demo", "-c", "tiny", "--set", "run.storage=/shared"], "federated.state_dir is 'state': give an absolute"),
+        (["demo", "-c", "tiny", "--set", "run.storage=/shared"], "federated.state_dir is empty: give an absolute"),
         (
             ["prepare", "-c", "tiny", "--set", "run.storage=/shared", "--set", "data.public.source=a.txt"],
             "data.public.source is 'a.txt': give an absolute path",

@@ -159,14 +159,16 @@ def test_as_many_trials_at_once_as_gangs_fit_on_the_nodes(nodes, overrides, room
 
 
 def spends(root, silo):
-    bodies = verify_entries(read_only(root / "state" / "plays-tiny" / silo / "ledger.sqlite"), silo)
+    path = root / "state" / "siloweave" / "ledgers" / "plays-tiny" / silo / "ledger.sqlite"
+    bodies = verify_entries(read_only(path), silo)
     return [body for body in bodies if body["kind"] == "reserve"]
 
 
-def test_trials_over_federations_are_paid_one_by_one(tiny_run, siloweave, tmp_path):
+def test_trials_over_federations_are_paid_one_by_one(tiny_run, siloweave, tmp_path, monkeypatch):
     """Each trial is a reservation of its own in every silo, charged once; what doesn't fit is refused before."""
     root = tmp_path / "federated"
-    shutil.copytree(tiny_run.root, root)  # with its ledgers: the tiny run has spent already
+    shutil.copytree(tiny_run.root, root)
+    monkeypatch.setenv("XDG_STATE_HOME", str(root / "state"))  # its ledgers: the tiny run has spent already
     assert len(spends(root, "roman")) == 1
     params = (
         "federated.rounds=choice(1)",

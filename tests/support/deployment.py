@@ -253,11 +253,12 @@ class Deployment:
         return process
 
     def _environment(self, user: str | None) -> dict[str, str]:
-        home = {"HOME": str(self.root / "home" / user)} if user else {}
-        for folder in home.values():
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            shutil.chown(folder, user, user)
-        return {**self.environment, **home}
+        if not user:
+            return self.environment
+        home = self.root / "home" / user
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.chown(home, user, user)
+        return {**self.environment, "HOME": str(home), "XDG_STATE_HOME": str(home / ".local" / "state")}
 
     def wait_until(
         self, what: str, holds: Callable[[], bool], process: psutil.Popen | None = None, timeout_s: float = START_S

@@ -31,7 +31,7 @@ FLOORS = {
     ),
     "privacy": (
         "accounting clipping signing",
-        "declaration plan",
+        "declaration plan register",
         "mechanism plan_from_settings",
         "audit ledger",
         "certificate",

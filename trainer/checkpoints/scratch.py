@@ -22,7 +22,7 @@ def scratch_folder(config: RunConfig, run_directory: Path) -> Path:
         SiloweaveError: it can't be made.
     """
     mine = Path(config.cluster.scratch_dir or tempfile.gettempdir()) / f"siloweave-{os.getuid()}"
-    place = config.run.url or str(run_directory.absolute())
+    place = config.run.url or str(run_directory)
     folder = mine / platform.node() / f"{config.run.name}-{digest_bytes(place.encode())[:16]}"
     try:
         mine.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs.errors import InputError
-from configs.schema.base import named_places
+from configs.schema.places import named_places
 from configs.schema.silo import SiloConfig
 from federated.deployment.separation.account import ENTER, Account
 from federated.deployment.separation.reach import Reach
 from privacy.ledger.journal import default_anchor_dir
+from privacy.register import register_file
 
 _PACKAGES = ("configs", "trainer", "privacy", "federated", "cluster", "siloweave")
 # Variables by which the system finds libraries before all others, and the characters that separate their parts.
@@ -78,6 +79,8 @@ def kept_by(config: SiloConfig, settings: Path) -> Iterator[Kept]:
             yield Kept(place.what, Path(value.removeprefix("hf:")), secret, place.made)
     if not config.silo.anchor_dir:
         yield Kept("the ledger's anchor", default_anchor_dir(Path(config.silo.state_dir)), secret=True, made=True)
+    if not config.data.public:
+        yield Kept("where each dataset's ledger is", register_file(), secret=True)
 
 
 def _make_closed(folder: Path) -> None:

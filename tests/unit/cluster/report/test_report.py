@@ -15,7 +15,7 @@ from configs.storage.layout import RunFiles
 @pytest.fixture
 def run(tiny_run, tmp_path, monkeypatch):
     """A copy of the finished run, to change its figures."""
-    monkeypatch.chdir(tiny_run.root)  # its ledgers lie there
+    monkeypatch.setenv("XDG_STATE_HOME", str(tiny_run.state))  # its ledgers lie there
     shutil.copytree(tiny_run.directory, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoints", "corpus"))
     return RunFiles(tmp_path / "tiny")
 

@@ -132,7 +132,8 @@ def test_bad_input_ends_the_command_before_ray_starts(siloweave, tmp_path):
 def test_a_search_is_submitted_with_all_its_parameters():
     from cluster.commands.jobs import _resolve
 
-    _, words = _resolve(["tune", "-c", "tiny", "--param", LR, "--param", "model.layers=choice(1,2)", "--trials", "3"])
+    given = ["--set", "run.storage=/shared", "--param", LR, "--param", "model.layers=choice(1,2)", "--trials", "3"]
+    _, words = _resolve(["tune", "-c", "tiny", *given])
     assert words == ["tune", f"--param={LR}", "--param=model.layers=choice(1,2)", "--trials=3"]
 
 
@@ -146,5 +147,5 @@ def test_the_documents_search_is_one():
 def test_a_submitted_search_needs_the_ledgers_where_they_stay():
     from cluster.runtime.jobs import check_movable
 
-    with pytest.raises(InputError, match=r"federated\.state_dir is 'state': give an absolute path"):
-        check_movable("tune", load("tiny", ["run.storage=/shared/runs"]))
+    with pytest.raises(InputError, match=r"federated\.state_dir is empty: give an absolute path"):
+        check_movable("tune", load("tiny", ["run.storage=/shared/runs"], elsewhere=True))

@@ -119,6 +119,6 @@ def test_a_folder_has_no_mirror_and_a_url_one_below_the_cache(tmp_path, monkeypa
 
 
 def test_a_job_takes_a_url_where_a_folder_must_be_absolute():
-    check_movable("prepare", load("tiny", ["run.storage=s3://bucket/runs"]))
+    check_movable("prepare", load("tiny", ["run.storage=s3://bucket/runs"], elsewhere=True))
     with pytest.raises(InputError, match=r"run.storage is .runs.: give an absolute path"):
-        check_movable("prepare", load("tiny"))
+        load("tiny", elsewhere=True)

@@ -128,7 +128,7 @@ def test_membership_inference_needs_public_data(tiny_run):
 
 
 def test_membership_inference_reads_as_many_members_as_others(tiny_run, monkeypatch):
-    monkeypatch.chdir(tiny_run.root)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tiny_run.state))
     found = infer_membership(tiny_run.config(), tiny_run.model, {"federated": tiny_run.directory / "federated"})
     assert found["simulation_only"]
     for attack in ("loss", "loss_against_base"):

@@ -13,7 +13,7 @@ from repository import REPOSITORY
 
 from configs.errors import InputError
 from configs.load import load
-from configs.schema.base import Place, named_places
+from configs.schema.places import Place, named_places
 from configs.schema.silo import SiloConfig
 from federated.deployment.separation import separation
 from federated.deployment.separation.account import ENTER, READ, WRITE, Account
@@ -208,6 +208,28 @@ def test_every_file_that_a_setting_names_is_looked_at(silo, opened, setting, wha
     assert f"can read {path} ({what})" in refused(silo, opened)
     path.chmod(0o600)
     assert refused(silo, opened) == ""
+
+
+@as_root
+def test_where_each_datasets_ledger_is_only_the_service_says(silo, opened, monkeypatch):
+    """A relay that could change it could have the ledger begun anew in another folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(opened))
+    folder, what = opened / "siloweave", "(where each dataset's ledger is)"
+    folder.mkdir(mode=0o755)
+    assert refused(silo, opened) == ""
+    (folder / "datasets.json").write_text("{}")
+    (folder / "datasets.json").chmod(0o600)
+    folder.chmod(0o757)
+    assert nobody_can(f"mv '{folder}/datasets.json' '{folder}/gone' && mv '{folder}/gone' '{folder}/datasets.json'")
+    assert f"can replace what is in {folder} {what}" in refused(silo, opened)
+    folder.chmod(0o755)
+    (folder / "datasets.json").chmod(0o604)
+    assert f"can read {folder / 'datasets.json'} {what}" in refused(silo, opened)
+    (folder / "datasets.json").chmod(0o600)
+    assert refused(silo, opened) == ""
+    public = changed(silo, "data", public=True)
+    folder.chmod(0o757)
+    assert what not in refused(public, opened)
 
 
 @as_root

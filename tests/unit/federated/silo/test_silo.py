@@ -419,13 +419,10 @@ def test_a_day_is_limited_by_the_policy(tmp_path, tiny_model):
     silo.close()
 
 
-@pytest.mark.parametrize(
-    ("anchor_dir", "message"), [("anchors", "give an absolute path"), ("{state}/anchors", "outside silo.state_dir")]
-)
-def test_an_anchor_inside_the_state_directory_is_refused(tmp_path, tiny_model, anchor_dir, message):
+def test_an_anchor_inside_the_state_directory_is_refused(tmp_path, tiny_model):
     tree = silo_config(tmp_path, tiny_model).model_dump()
-    tree["silo"]["anchor_dir"] = anchor_dir.format(state=tree["silo"]["state_dir"])
-    with pytest.raises(ValueError, match=message):
+    tree["silo"]["anchor_dir"] = f"{tree['silo']['state_dir']}/anchors"
+    with pytest.raises(ValueError, match=r"outside silo\.state_dir"):
         SiloConfig(**tree)
 
 
