@@ -9,8 +9,9 @@ import os
 import pwd
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -28,6 +29,7 @@ class Place:
         secret: whether a silo's relay must not read it; it must not change any.
         made: whether it is a folder that is made where it is missing.
         unless: regular expression of a text that names no place of this machine's.
+        prefix: what may stand before the path, to say of which kind the file is.
         lasting: whether an empty text means the user's own folder of ledgers; else one that may be empty means none.
     """
 
@@ -35,6 +37,7 @@ class Place:
     secret: bool = True
     made: bool = False
     unless: str = ""
+    prefix: str = ""
     lasting: bool = False
 
 
@@ -91,6 +94,9 @@ def _rooted(
 def _absolute(text: str, place: Place, field: FieldInfo, folder: Path | None, where: str) -> str:
     if place.unless and re.fullmatch(place.unless, text):
         return text
+    if place.prefix and text.startswith(place.prefix):
+        kind, path = place.prefix, text.removeprefix(place.prefix)
+        return kind + _absolute(path, replace(place, prefix=""), FieldInfo(), folder, where)
     if not text and field.default == "":
         return str(ledgers()) if place.lasting and folder is not None else text
     if not text.strip():
@@ -162,7 +168,10 @@ def _place(field: FieldInfo) -> Place | None:
 
 
 def _group(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    """The group, also of one that may be left out."""
+    choices = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    groups = (choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel))
+    return next(groups, None)
 
 
 def _group_by_name(annotation: Any) -> type[BaseModel] | None:

@@ -11,7 +11,7 @@ from configs.schema.places import Place
 class ModelSettings(Settings):
     """The base model: a Llama-style decoder that is pretrained from a random start, or one that others have made."""
 
-    source: str = ""
+    source: Annotated[str, Place("the base model", unless="hf:.*", prefix="gguf:")] = ""
     """A model that others have made, instead of pretraining: the folder of a Hugging Face causal language model,
     ``hf:ORG/NAME@REVISION`` or ``gguf:FILE`` (extra ``gguf``). It has widths and layers of its own, so
     ``hidden_size``, ``layers``, ``heads`` and ``intermediate_size`` are not read. With it you declare, signed by the

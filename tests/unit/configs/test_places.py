@@ -321,3 +321,16 @@ def test_a_run_of_relative_paths_goes_on_with_its_own_ledgers(tmp_path, monkeypa
     assert bind_run_directory(config) == directory
     assert read_toml(directory / "config.toml")["federated"]["state_dir"] == f"{tmp_path}/state"
     assert bind_run_directory(config) == directory
+
+
+def test_a_path_may_follow_what_says_its_kind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("tiny", ['model.source="gguf:a.gguf"']).model.source == f"gguf:{tmp_path / 'a.gguf'}"
+    assert load("tiny", ['model.source="hf:org/name@1"']).model.source == "hf:org/name@1"
+    with pytest.raises(InputError, match="model.source is empty"):
+        load("tiny", ['model.source="gguf:"'])
+
+
+def test_a_group_that_may_be_left_out_has_its_paths_by_the_same_rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("tiny", ["data.public.source=a.jsonl"]).data.public.source == str(tmp_path / "a.jsonl")
