@@ -9,7 +9,7 @@ import os
 import shutil
 from pathlib import Path, PurePosixPath
 
-from configs.errors import SiloweaveError
+from configs.errors import InputError, SiloweaveError
 from configs.schema.schema import RunConfig
 from configs.storage.bucket import Bucket
 from configs.storage.files import digest_bytes, write_atomic
@@ -23,8 +23,15 @@ _LOOSE = {_NAMES.audit.name, _NAMES.tensorboard.name}  # folders without a manif
 
 
 def mirror_directory(config: RunConfig) -> Path:
-    """Where this machine works on a run of an object store: below SILOWEAVE_CACHE, else ``~/.cache/siloweave``."""
-    cache = os.environ.get("SILOWEAVE_CACHE") or Path.home() / ".cache" / "siloweave"
+    """Where this machine works on a run of an object store: below SILOWEAVE_CACHE, else ``~/.cache/siloweave``.
+
+    Raises:
+        InputError: neither is there.
+    """
+    try:
+        cache = os.environ.get("SILOWEAVE_CACHE") or Path.home() / ".cache" / "siloweave"
+    except RuntimeError:
+        raise InputError("this user has no home folder; set SILOWEAVE_CACHE to a folder for the mirror") from None
     return (Path(cache) / digest_bytes(config.run.storage.rstrip("/").encode())[:16] / config.run.name).absolute()
 
 
