@@ -1,8 +1,10 @@
 """The front door: parses and calls one function a command. ``python -m siloweave`` works as well."""
 
 import os
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -12,10 +14,12 @@ from cluster.commands import stages as cluster_commands
 from cluster.commands.jobs import job_app, submit
 from cluster.commands.tune import tune
 from configs.errors import SiloweaveError
-from configs.printing import say, to_json
+from configs.printing import escape_unencodable, say, to_json
 from federated.commands.federation import federation_app
 from federated.commands.silo import silo_app
 from privacy.commands import ledger_app
+
+_ENDED = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}
 
 app = typer.Typer(
     name="siloweave",
@@ -43,23 +47,46 @@ def options(
 
 
 def main() -> None:
-    """Runs a command. Exit status: 0, 1 the run failed, 2 the input is wrong, 3 refused by a privacy policy."""
+    """Runs a command.
+
+    Exit status: 0, 1 the run failed, 2 the input is wrong, 3 refused by a privacy policy; 130 and 143 where a signal
+    ended it.
+    """
+    escape_unencodable()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
+    except SystemExit as ended:
+        if ended.code in _ENDED:
+            _tell(f"ended by {_ENDED[ended.code]}; what was committed is kept", err=True)
+        raise
     except Exception as error:
-        if os.environ.get("SILOWEAVE_DEBUG"):
-            say(*traceback.format_exc().splitlines(), err=True)
-        status = error.exit_status if isinstance(error, SiloweaveError) else 1
-        message = (
-            str(error)
-            if isinstance(error, SiloweaveError)
-            else f"{type(error).__name__}: {error} (--debug shows where)"
-        )
-        line = " ".join(message.split())
-        if "--json" in sys.argv:
-            say(to_json({"error": line, "exit_status": status}))
-        say(f"error: {line}", err=True)
-        sys.exit(status)
+        sys.exit(_failed(error))
+
+
+def _terminated(*_: object) -> None:
+    """Ends the command as Ctrl-C does: what it has started is ended on the way out. Once: ending takes a moment."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _failed(error: Exception) -> int:
+    if os.environ.get("SILOWEAVE_DEBUG"):
+        _tell(*traceback.format_exc().splitlines(), err=True)
+    known = isinstance(error, SiloweaveError)
+    status = error.exit_status if isinstance(error, SiloweaveError) else 1
+    message = str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)"
+    line = " ".join(message.split())
+    _tell(f"error: {line}", err=True)
+    if "--json" in sys.argv:
+        _tell(to_json({"error": line, "exit_status": status}))
+    return status
+
+
+def _tell(*lines: str, err: bool = False) -> None:
+    """Says it where that can be written; elsewhere the exit status alone says it."""
+    with suppress(SiloweaveError, OSError):
+        say(*lines, err=err)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@ shown. So every line passes ``printable``. A test over the source checks that no
 and bars of ``cluster/monitoring/console.py``.
 """
 
+import errno
+import io
 import json
+import os
 import sys
 
 import typer
+
+from configs.errors import SiloweaveError
 
 
 def printable(text: str) -> str:
@@ -29,13 +34,30 @@ def to_json(value: object) -> str:
 def say(*lines: str, err: bool = False) -> None:
     """Prints lines. A line end inside one is escaped, so that none can pass for two."""
     for line in lines:
-        typer.echo(_encodable(printable(line), err=err), err=err)
+        _write(f"{printable(line)}\n", err=err)
 
 
-def _encodable(text: str, *, err: bool) -> str:
-    """The text, with what the terminal's encoding can't express escaped, too."""
-    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def escape_unencodable() -> None:
+    """Has both streams, whoever writes there, escape what their encoding has no sign for."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _write(text: str, *, err: bool) -> None:
+    stream = sys.stderr if err else sys.stdout
+    try:
+        if stream is not None:
+            typer.echo(text, file=stream, nl=False)
+        elif not err:  # a result that nobody gets is a failure; who closes standard error wants no words
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    except BrokenPipeError:
+        raise  # `| head` has seen enough: the command ends without a word
+    except OSError as error:
+        name = "error" if err else "output"
+        raise SiloweaveError(
+            f"standard {name} can't be written ({error.strerror}); give a terminal, or a file with room"
+        ) from None
 
 
 def answer(as_json: bool, document: object, *lines: str) -> None:
@@ -46,7 +68,7 @@ def answer(as_json: bool, document: object, *lines: str) -> None:
 def stream(text: str, *, err: bool = False) -> None:
     """Prints a piece of a longer text, whose line ends and tabs are its own."""
     shown = "".join(c if c in "\n\t" else printable(c) for c in text)
-    typer.echo(_encodable(shown, err=err), nl=False, err=err)
+    _write(shown, err=err)
 
 
 def confirmed(question: str) -> bool:

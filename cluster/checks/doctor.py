@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cluster.runtime.session import unreachable
+from cluster.runtime import limits
+from cluster.runtime.session import address_of, no_ray, unreachable
 from configs.errors import InputError
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
@@ -62,6 +63,10 @@ def examine(config: RunConfig) -> list[Finding]:
         lambda: _writable(_existing(storage), what, which),
         *([lambda: _store(config)] if config.run.url else []),
         _loopback,
+        lambda: _limit("open files", limits.files()),
+        lambda: _limit("paths of sockets", limits.sockets()),
+        lambda: _limit("Ray's folder", limits.temporary()),
+        _home,
         _build_locks,
         lambda: _address(config),
         lambda: _options(config),
@@ -138,21 +143,33 @@ def _loopback() -> Finding:
         return Finding("loopback ports", ok=False, found=str(error), fix="allow TCP on 127.0.0.1")
 
 
+def _limit(check: str, problem: str | None) -> Finding:
+    found, _, fix = (problem or "enough").partition(": ")
+    return Finding(check, problem is None, found, fix)
+
+
+def _home() -> Finding:
+    home = os.path.expanduser("~")  # noqa: PTH111  # Path's raises where there is none
+    fix = "set HOME to a folder of this user's: libraries keep what they compile there"
+    return Finding("home folder", Path(home).is_dir() and home != "~", home if home != "~" else "none", fix)
+
+
 def _build_locks() -> Finding:
     """A process that was killed while DeepSpeed compiled leaves a lock on which every later start hangs."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/torch_extensions")))  # noqa: PTH111
     now = time.time()
     stale = [str(lock) for lock in root.rglob("lock") if now - lock.stat().st_mtime > _STALE_LOCK_S]
     return Finding("DeepSpeed build locks", not stale, ", ".join(stale) or "none", f"rm {' '.join(stale)}")
 
 
 def _address(config: RunConfig) -> Finding:
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
+    address = address_of(config.cluster)
     if not address:
         return Finding("Ray address", ok=True, found="none: a Ray of our own on this machine")
     reason = unreachable(address)
-    found = f"{address}: {reason}" if reason else f"{address} answers"
-    return Finding("Ray address", reason is None, found, fix="start Ray there, or unset cluster.address")
+    if reason is None:
+        return Finding("Ray address", ok=True, found=f"{address} answers")
+    return Finding("Ray address", ok=False, found=str(no_ray(config.cluster, reason)), fix="then look again")
 
 
 def _options(config: RunConfig) -> Finding:

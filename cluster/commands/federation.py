@@ -17,6 +17,10 @@ def run(
     folder: Annotated[Path, typer.Argument(help="The federation's folder.")],
     config: Annotated[str, typer.Option("--config", "-c", help="A TOML file, or a preset's name.")],
     overrides: SetOption = None,
+    renew: Annotated[
+        bool,
+        typer.Option("--renew", help="Start a run whose time is up anew; says what that costs in epsilon."),
+    ] = False,
 ) -> None:
     """Runs the rounds over the enrolled silos, to the end; continues after a kill. Its exit status is the run's."""
     from cluster.monitoring.listeners import listening
@@ -32,7 +36,7 @@ def run(
                 # As in a simulation, so that both have the same curves.
                 listener({**event, "stage": FEDERATED})
 
-        directory = run_rounds(FederationFolder(folder), settings, on_event)
+        directory = run_rounds(FederationFolder(folder), settings, on_event, say if renew else None)
     say(f"finished: {directory / CERTIFICATE}")
 
 

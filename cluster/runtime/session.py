@@ -2,11 +2,14 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cluster.runtime import limits
 from configs.errors import InputError
 from configs.schema.pretrain import ClusterSettings
 from trainer.pretraining.startup import replaced
@@ -23,6 +26,7 @@ _ENVIRONMENT = {
     # processor time there and back in the call, and 11 ms through the object store.
     "RAY_max_direct_call_object_size": str(2**20),
 }
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 def unreachable(address: str) -> str | None:
@@ -78,30 +82,62 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
     if ray.is_initialized():  # a stage inside a pipeline that holds the session already
         yield ray
         return
-    address = settings.address or os.environ.get("RAY_ADDRESS", "")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        reason = unreachable(address)
-        if reason:  # Ray itself would try for minutes
-            raise InputError(f"cluster.address {address!r}: no Ray answers there ({reason}); start it or unset it")
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"cluster.address {address!r}: no Ray answers there ({reason}); start it or unset it"
-            ) from error
-    else:
-        with _only_what_is_used():
-            # `address="local"`: never join another Ray of this machine by accident.
-            ray.init(
-                address="local",
-                num_cpus=processes * settings.threads_per_rank,
-                include_dashboard=False,
-                object_store_memory=256 * 2**20,
-                **quiet,
-            )
+    with _our_sigterm():
+        if address_of(settings):
+            _join(settings)
+        else:
+            _start(processes * settings.threads_per_rank)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def address_of(settings: ClusterSettings) -> str:
+    """Where the Ray to join is; empty for one of our own."""
+    return settings.address or os.environ.get("RAY_ADDRESS", "")
+
+
+def no_ray(settings: ClusterSettings, reason: str) -> InputError:
+    """The one line for an address where no Ray answers: where the address comes from, and how to be rid of it."""
+    if settings.address:
+        return InputError(
+            f"cluster.address {settings.address!r}: no Ray answers there ({reason}); start it or unset it"
+        )
+    return InputError(
+        f"RAY_ADDRESS in the environment is {address_of(settings)!r}, and no Ray answers there ({reason}): if that Ray "
+        "has ended, `unset RAY_ADDRESS`, and a Ray of our own is started; else start it"
+    )
+
+
+@contextmanager
+def _our_sigterm() -> Iterator[None]:
+    """``ray.init`` puts a handler of its own in, under which a command would end with another status, in silence."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _join(settings: ClusterSettings) -> None:
+    import ray
+
+    address = address_of(settings)
+    reason = unreachable(address)
+    if reason:  # Ray itself would try for minutes
+        raise no_ray(settings, reason)
+    try:
+        ray.init(address=address, **_QUIET)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise no_ray(settings, str(error).splitlines()[0]) from error
+
+
+def _start(cpus: int) -> None:
+    import ray
+
+    limits.refuse_narrow()
+    with _only_what_is_used():
+        # `address="local"`: never join another Ray of this machine by accident.
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **_QUIET)

@@ -1,16 +1,29 @@
 """Files that are there whole or not at all, and the digests of what is in them."""
 
+import errno
 import hashlib
 import json
 import os
 import pwd
-import tempfile
+import resource
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from configs.errors import SiloweaveError
+from configs.errors import InputError, SiloweaveError
 
-_NAME_KEPT = 50  # characters, of four bytes at most
+_OWNERS, _NAME_SHOWN = 0o700, 40  # characters, of four bytes at most
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some of this user's space, have the quota raised, or choose another place",
+    errno.EFBIG: "raise the limit of a file's size (`ulimit -f`), or choose another place",
+    errno.EROFS: "choose another place, or have its file system mounted for writing",
+    errno.ENAMETOOLONG: "choose a shorter name: most file systems take 255 bytes for a name, 4,095 for a path",
+    errno.EISDIR: "a folder is there; move it away, or choose another place",
+    errno.ENOTDIR: "what is above it is no folder; move that away, or choose another place",
+    errno.EEXIST: "something else is there; move it away, or choose another place",
+    errno.ELOOP: "links there lead in a circle; mend them, or choose another place",
+}
 
 
 def canonical_json(value: object) -> bytes:
@@ -84,32 +97,63 @@ def write_new(path: Path, content: bytes, mode: int) -> None:
 
 def _write(path: Path, content: bytes, mode: int, put: Callable[[Path, Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The beginning alone: a name may be as long as the file system takes, and this one is longer.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:_NAME_KEPT]}.")
+    # Not tempfile's, which would need a chmod: so the mode is the umask's where that is stricter. Its name is no longer
+    # than a name that fits the file system.
+    fresh = path.with_name(f".{path.name[:_NAME_SHOWN]}.{secrets.token_hex(8)}")
+    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(mode)
-        put(Path(name), path)
+        put(fresh, path)
         sync_directory(path.parent)
     finally:
-        Path(name).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
+
+
+def private_folder(path: Path) -> Path:
+    """A folder that is its owner's alone, made where it is missing. One that was open to others is closed to them.
+
+    Raises:
+        InputError: it can't be made, or is another user's.
+    """
+    try:
+        path.mkdir(mode=_OWNERS, parents=True, exist_ok=True)
+        if path.stat().st_mode & 0o777 != _OWNERS:
+            path.chmod(_OWNERS)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: can't be made a folder of your own ({reason}); choose another place") from None
+    return path
 
 
 def write_failure(path: Path, error: OSError) -> SiloweaveError:
-    """The one line for a write that failed."""
+    """The one line for a write that failed: what stood in its way, and what helps against just that."""
     return SiloweaveError(
         f"{path}: could not be written ({error.strerror or error}); what was committed before is intact: "
-        "free some space or choose another run.storage, then run the same command again"
+        f"{_remedy(error)}, then run the same command again"
     )
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"let user {_user()} write there, or choose another place"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"raise the limit of open files (`ulimit -n`, {most} now)"
+    return _REMEDIES.get(error.errno or 0, "look after that, or choose another place")
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user need not have a name
+        return str(os.geteuid())
 
 
 def unreadable(path: Path) -> str:
     """The one line for a file, or a folder above it, that this process may not read."""
-    try:
-        user = pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's user need not have a name
-        user = str(os.geteuid())
-    return f"{path}: user {user} may not read it; give that user the right to read it and to enter the folders above it"
+    return (
+        f"{path}: user {_user()} may not read it; give that user the right to read it and to enter the folders above it"
+    )

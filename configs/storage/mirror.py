@@ -24,7 +24,11 @@ _LOOSE = {_NAMES.audit.name, _NAMES.tensorboard.name}  # folders without a manif
 
 
 def mirror_directory(config: RunConfig) -> Path:
-    """Where this machine works on a run of an object store: below SILOWEAVE_CACHE, else ``~/.cache/siloweave``."""
+    """Where this machine works on a run of an object store: below SILOWEAVE_CACHE, else ``~/.cache/siloweave``.
+
+    Raises:
+        InputError: neither is there.
+    """
     cache = os.environ.get("SILOWEAVE_CACHE") or home() / ".cache" / "siloweave"
     return (Path(cache) / digest_bytes(config.run.storage.rstrip("/").encode())[:16] / config.run.name).absolute()
 

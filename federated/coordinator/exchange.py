@@ -25,8 +25,9 @@ from federated.coordinator.replies import (
     require_signed,
     sound_or_rejected,
 )
-from federated.coordinator.run_ticket import RunTicket
+from federated.coordinator.run_ticket import RENEW, RunTicket
 from federated.protocol import silo_pb2 as pb
+from federated.protocol.clocks import EXPIRES
 from federated.protocol.envelope import seal_request
 from federated.protocol.framing import PROTOCOL_VERSION
 from federated.transport.flower_messages import pack
@@ -76,6 +77,7 @@ class SiloExchange:
     keys: dict[str, str] = field(default_factory=dict)
     bytes_moved: int = 0
     _silo_at: dict[int, str] = field(default_factory=dict)
+    _refused: list[PolicyRefusal] = field(default_factory=list)  # when it was last looked who is there
 
     def meet(self, admit: Callable[[str, pb.Described], None], patience_s: Callable[[], float]) -> None:
         """Looks who is there now.
@@ -86,13 +88,17 @@ class SiloExchange:
         """
         present, roster = set(self.grid.get_node_ids()), self.parties.roster() if self.parties.roster else None
         unknown = sorted(present - set(self._silo_at))
-        body = self.body("describe", describe=pb.Describe())
+        body, self._refused = self.body("describe", describe=pb.Describe()), []
         for node, message in self._send(((node, body, body) for node in unknown), QUERY, "describe", patience_s):
             try:
                 with sound_or_rejected():
                     reply = self._admitted(message, body, present, roster)
                     admit(reply.silo_id, reply.described)
-            except (PolicyRefusal, UnsoundReply) as error:
+            except PolicyRefusal as refusal:
+                self._refused.append(self._timed(refusal))
+                self._emit("rejected", "describe", node, self._refused[-1])
+                continue
+            except UnsoundReply as error:
                 self._emit("rejected", "describe", node, error)
                 continue
             self._silo_at[node], self.keys[reply.silo_id] = reply.silo_id, reply.described.public_key
@@ -180,16 +186,24 @@ class SiloExchange:
                     accept(self._answer(silo, message, asked[silo], expected))
                 answered.append(silo)
             except PolicyRefusal as refusal:
-                refusals.append(refusal)
-                self._emit("refused", group, node, refusal, rule=refusal.rule)
+                refusals.append(self._timed(refusal))
+                self._emit("refused", group, node, refusals[-1], rule=refusal.rule)
             except UnsoundReply as error:
                 self._emit("rejected", group, node, error)
             if 0 < enough <= len(answered):
                 break
         least = self.settings.min_silos if fewest is None else fewest
         if len(answered) + already < least:
-            self._too_few(len(answered) + already, len(bodies.silos) + already, least, group, refusals)
+            found = len(answered) + already, len(bodies.silos) + already
+            self._too_few(*found, least, group, [*refusals, *self._refused])
         return sorted(answered)
+
+    def _timed(self, refusal: PolicyRefusal) -> PolicyRefusal:
+        """A refusal; where it is about time, with what the coordinator's own clock says."""
+        if refusal.rule != EXPIRES:
+            return refusal
+        message = f"{refusal}; {self.run.clocks()}: have the clock that is wrong set; if the time is up, {RENEW} helps"
+        return PolicyRefusal(message, rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed)
 
     def _too_few(self, left: int, asked: int, least: int, group: str, refusals: list[PolicyRefusal]) -> NoReturn:
         message = f"step {group}: {left} of {asked} silos answered, federated.min_silos is {least}"

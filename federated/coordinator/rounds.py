@@ -164,8 +164,13 @@ class Coordinator:
             number: silos to wait for.
             done: rounds that are committed. After the last one nobody has to be there: a silo that stays away then
                 gives no statement, and ends nothing.
+
+        Raises:
+            InputError: there are rounds to do, and the run's time is up.
         """
         fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
+        if done < self.plan.rounds:
+            self.exchange.run.require_time(self.directory, self.silo_records.cost_anew)
         self._wait_for_silos(number, fewest)
         self.exchange.meet(self.silo_records.describe, self._patience_s)
         text = json.dumps(self.plan.model_dump(), sort_keys=True)

@@ -24,6 +24,7 @@ from privacy.ledger.statements import Receipt, RunStatement
 from privacy.plan import PlanTerms
 
 _FACTS = ("dataset_id", "public_key", "public_record_count")
+_SILOS_SHOWN = 10  # of those with the least left
 
 
 class SiloRecords:
@@ -136,6 +137,21 @@ class SiloRecords:
         """The least that a silo has left of its dataset's budget, by the receipts; None where there is none."""
         receipts = [silo["receipt"] for silo in self.silos.values() if "receipt" in silo]
         return min((receipt["epsilon_left"] for receipt in receipts), default=None)
+
+    def cost_anew(self) -> str:
+        """What another reservation of the plan costs, in words, beside what the silos have left by their receipts."""
+        if not self._signed:
+            return "reserves nothing"
+        price = f"reserves epsilon {self._plan.epsilon:.4g} at delta {self._plan.delta:g} again"
+        if self._plan.unit == "client":
+            return f"{price} in the coordinator's own ledger"
+        receipts = {name: silo["receipt"] for name, silo in self.silos.items() if "receipt" in silo}
+        left = sorted((receipt["epsilon_left"], name) for name, receipt in receipts.items())
+        told = [f"{name} {epsilon:.4g}" for epsilon, name in left[:_SILOS_SHOWN]]
+        more = [f"{len(left) - _SILOS_SHOWN} others as much or more"] if len(left) > _SILOS_SHOWN else []
+        return (
+            f"{price} at each silo (epsilon left by their receipts: {', '.join([*told, *more]) or 'none has come yet'})"
+        )
 
     def for_certificate(self, contributors: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Every silo that has reserved, whether the model has an update of it or not.

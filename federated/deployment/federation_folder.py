@@ -13,12 +13,12 @@ from configs.errors import InputError
 from configs.parse import to_toml
 from configs.schema.addresses import join_address
 from configs.schema.deployment import FEDERATION_FILE, FederationConfig, load_federation
-from configs.storage.files import sync_directory, write_atomic
+from configs.storage.files import private_folder, sync_directory, write_atomic
 from configs.storage.layout import name_on_disk
 from configs.storage.secrets import load_secret
 from federated.deployment.flower_programs import LOOPBACK
 from federated.identity.cards import CoordinatorCard, EnrolledSilo, read_folder, write_document
-from federated.identity.keys import load_or_create_key, private_folder
+from federated.identity.keys import load_or_create_key
 from federated.identity.trust import COORDINATOR_KEY, ENROLLED, coordinator_signer
 from federated.identity.x509 import CURVE, Authority, check_x509, read_certificate
 
@@ -82,6 +82,7 @@ class FederationFolder:
 
     def renew_certificates(self) -> None:
         """Certificates of the proxy (for silos) and of the SuperLink behind it (for loopback), where they are due."""
+        private_folder(self.keys)
         for name, hosts in (("proxy", self.config.hosts), ("superlink", ("localhost", LOOPBACK))):
             key = load_or_create_key(self.keys / f"{name}.key", CURVE).public_key()
             path = self.certificates / f"{name}.pem"

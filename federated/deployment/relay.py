@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from configs.errors import InputError
 from configs.schema.deployment import RelayConfig
-from configs.storage.files import write_atomic
+from configs.storage.files import private_folder, write_atomic
 from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment
 from federated.deployment.ports import free_port
 from federated.deployment.supervisor import Program
 from federated.identity.cards import CoordinatorCard, RelayCard, confirm, read_document, write_document
-from federated.identity.keys import load_or_create_key, private_folder, ssh_public_key
+from federated.identity.keys import load_or_create_key, ssh_public_key
 from federated.identity.x509 import CURVE, certificate_request, check_x509, read_certificate
 from federated.transport.health import is_serving
 from federated.transport.service_client import AUTHORITY, CERTIFICATE, KEY

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tomli_w
@@ -16,6 +17,7 @@ from configs.storage.layout import EVENTS, FEDERATED, RunFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.storage import COMMITTED
 from federated.coordinator.outcome import Outcome, read_outcome, worked_on_by
+from federated.coordinator.run_ticket import renew
 from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.superlink import run_status, start_run, stop_run
 
@@ -24,11 +26,22 @@ MOST_ATTEMPTS = 5  # ServerApps in a row that die without a round
 CURRENT = "current.json"
 
 
-def run(federation: FederationFolder, config: RunConfig, on_event: Listener) -> Path:
+def run(
+    federation: FederationFolder,
+    config: RunConfig,
+    on_event: Listener,
+    renewing: Callable[[str], None] | None = None,
+) -> Path:
     """Runs the rounds of the settings over the enrolled silos, from the newest commit to the end.
 
     A ServerApp or SuperLink that is killed costs the round under way. A command that was interrupted and is given again
     follows the run that it had started.
+
+    Args:
+        federation: the coordinator's.
+        config: the run's settings.
+        on_event: receives the run's events.
+        renewing: renews a run whose time is up, and receives the lines about that; None doesn't.
 
     Returns:
         The run's directory, with rounds, certificate, and the final adapter as peft loads it.
@@ -43,6 +56,8 @@ def run(federation: FederationFolder, config: RunConfig, on_event: Listener) -> 
     files = RunFiles(bind_run_directory(config))
     model, directory = files.model, files.federated
     require_manifest(model, "model", "export")
+    if renewing is not None:
+        renew(directory, config, renewing)
     settings = federation.state / "run-config.toml"
     given = {
         "config": to_toml(config),

@@ -5,7 +5,7 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.identities import UnclearIdentityError, canonical
 from configs.schema.silo import SiloConfig
-from configs.storage.files import sync_directory
+from configs.storage.files import private_folder, sync_directory
 from configs.storage.layout import SiloFiles
 from federated.identity.cards import (
     CoordinatorCard,
@@ -15,7 +15,7 @@ from federated.identity.cards import (
     read_folder,
     write_document,
 )
-from federated.identity.keys import load_or_create_key, private_folder
+from federated.identity.keys import load_or_create_key
 from federated.identity.trust import trust as write_trusted
 from federated.identity.x509 import CURVE, Authority, requested_key
 from federated.transport.service import ServiceTls

@@ -9,21 +9,6 @@ from configs.errors import InputError
 from configs.storage.secrets import load_or_draw
 
 
-def private_folder(path: Path) -> Path:
-    """A folder that is its owner's alone, made where it is missing.
-
-    Raises:
-        InputError: it can't be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o700)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: can't be made a folder of your own ({reason}); choose another place") from None
-    return path
-
-
 def load_or_create_key(path: Path, curve: ec.EllipticCurve) -> ec.EllipticCurvePrivateKey:
     """An elliptic-curve key in OpenSSH's or OpenSSL's format by the file's name, drawn the first time; mode 0600.
 

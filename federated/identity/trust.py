@@ -5,7 +5,7 @@ One small file each, read again for every request and every round, so that one i
 
 from pathlib import Path
 
-from configs.storage.files import canonical_json, digest_bytes, write_atomic
+from configs.storage.files import canonical_json, digest_bytes, private_folder, write_atomic
 from configs.storage.layout import SiloFiles
 from federated.identity.cards import EnrolledSilo, TrustedCoordinator, read_folder
 from privacy.signing import Signer
@@ -50,5 +50,4 @@ def enrolled_silos(coordinator: Path) -> dict[str, str]:
 
 def coordinator_signer(coordinator: Path) -> Signer:
     """The key of a coordinator's directory, made there the first time."""
-    coordinator.mkdir(parents=True, exist_ok=True)
-    return Signer(coordinator / COORDINATOR_KEY)
+    return Signer(private_folder(coordinator) / COORDINATOR_KEY)

@@ -11,6 +11,7 @@ from configs.printing import printable
 from federated.adapters.arrays import Arrays, check_shapes, from_bytes
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.bounds import excess
+from federated.protocol.clocks import EXPIRES, shown
 from federated.protocol.envelope import request_holds
 from federated.protocol.framing import PROTOCOL_VERSION
 from privacy.ledger.statements import Receipt
@@ -51,8 +52,10 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
     for name, value in (("run_id", request.run_id), ("request_id", request.request_id)):
         if not value.isprintable():  # the steward has to see it as it is, and to name it
             raise PolicyRefusal.of(name, value, "characters that are shown as they are")
-    if request.expires < time.time():
-        raise PolicyRefusal.of("expires", f"{request.expires}", "a time to come")
+    if request.expires < (now := time.time()):
+        until, clock = shown(request.expires), shown(now)
+        message = f"this silo's clock says {clock}, and the request is valid until {until}"
+        raise PolicyRefusal.of(EXPIRES, until, f"after {clock}", message)
     return request
 
 

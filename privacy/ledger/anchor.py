@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.errors import InputError, SiloweaveError
 from configs.parse import parse
-from configs.storage.files import canonical_json, digest_bytes, write_atomic
+from configs.storage.files import canonical_json, digest_bytes, private_folder, write_atomic
 from privacy.ledger.chain import History
 from privacy.ledger.runs import Runs
 from privacy.ledger.statements import Receipt, Spend
@@ -77,8 +77,10 @@ class Anchor:
         """Replaces the anchor, synced before this returns.
 
         Raises:
+            InputError: the anchor's folder is another user's.
             SiloweaveError: the disk is full or not writable.
         """
+        private_folder(self.path.parent)
         write_atomic(self.path, canonical_json([receipt.model_dump(mode="json") for receipt in receipts]), mode=0o600)
 
 

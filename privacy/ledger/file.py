@@ -1,6 +1,7 @@
 """The ledger's SQLite file: its schema and version, opened by its silo, only looked at, backed up or exported."""
 
 import contextlib
+import errno
 import json
 import os
 import sqlite3
@@ -170,7 +171,7 @@ def backup(path: Path, target: Path) -> int:
             number = len(read_entries(copy))
         _publish(fresh, target)
     except (OSError, sqlite3.DatabaseError) as error:
-        raise write_failure(target, OSError(str(error))) from error
+        raise write_failure(target, error if isinstance(error, OSError) else OSError(str(error))) from error
     finally:
         fresh.unlink(missing_ok=True)
     return number
@@ -281,7 +282,8 @@ def explain(path: Path, error: Exception) -> SiloweaveError:
     if _is_locked(error):
         return SiloweaveError(f"{path}: locked by another program for {LOCK_TIMEOUT_S} s; end it, then ask again")
     if isinstance(error, sqlite3.OperationalError):
-        return write_failure(path, OSError(text))
+        full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+        return write_failure(path, OSError(errno.ENOSPC, text) if full else OSError(text))
     return InputError(f"{path}: not a sound ledger ({text}); put its backup back")
 
 

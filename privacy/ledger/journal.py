@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from configs.storage.files import canonical_json
+from configs.storage.files import canonical_json, private_folder
 from configs.storage.layout import SiloFiles
 from privacy.ledger.anchor import Anchor, against
 from privacy.ledger.chain import (
@@ -59,9 +59,7 @@ class Journal:
     """
 
     def __init__(self, state_dir: Path, anchor_dir: Path, silo_id: str, dataset_id: str) -> None:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        state_dir.chmod(0o700)
-        files = SiloFiles(state_dir)
+        files = SiloFiles(private_folder(state_dir))
         self.path, key = files.ledger, files.key
         if self.path.exists() and not key.exists():
             raise InputError(f"{key}: the key that signed {self.path} is missing; put its backup back")

@@ -102,7 +102,7 @@ def test_doctor_finds_a_stale_build_lock_and_says_the_fix(siloweave, tmp_path):
 def test_doctor_looks_at_the_address(siloweave, tmp_path):
     done = siloweave("doctor", "-c", "tiny", "--set", 'cluster.address="127.0.0.1:1"', cwd=tmp_path)
     assert done.returncode == 1
-    assert "FIX Ray address: 127.0.0.1:1" in done.stdout
+    assert "FIX Ray address: cluster.address '127.0.0.1:1': no Ray answers there" in done.stdout
 
 
 def test_prepare_ends_with_a_table_of_what_was_replaced_and_dropped(siloweave, tmp_path):

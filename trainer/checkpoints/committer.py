@@ -97,7 +97,7 @@ class Committer:
                 raise
             raise SiloweaveError(
                 f"{self._scratch / name}: the checkpoint could not be written ({str(error).splitlines()[0]}); the "
-                "commit before it is intact: free some space there or set cluster.scratch_dir, then run the same "
+                "commit before it is intact: see to that (room, rights) or set cluster.scratch_dir, then run the same "
                 "command again"
             ) from error
         blocked = time.perf_counter() - began

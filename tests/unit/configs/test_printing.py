@@ -3,8 +3,6 @@
 import ast
 import io
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -236,15 +234,3 @@ def test_what_machines_read_and_what_a_model_writes(capsys):
     assert json.loads(line) == {"run": HOSTILE}
     stream("two\nlines\tand \x1b[2J")
     assert capsys.readouterr().out == "two\nlines\tand \\x1b[2J"
-
-
-def test_a_name_that_the_terminals_encoding_has_no_sign_for_is_escaped():
-    """It ended the command with a UnicodeEncodeError."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from configs.printing import say; say('\u540d of a silo')"],
-        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "\\u540d of a silo\n"

@@ -318,7 +318,9 @@ def test_a_full_storage_is_said_at_the_next_look_and_the_commit_before_is_intact
         commits.commit(Engine(), 2, {})
         commits._flight.join()
         for look in (commits.check, lambda: commits.commit(Engine(), 3, {}), commits.finish):
-            with pytest.raises(SiloweaveError, match=r"could not be written.*File too large.*another run.storage"):
+            with pytest.raises(
+                SiloweaveError, match=r"could not be written.*File too large.*`ulimit -f`.*another place"
+            ):
                 look()
 
     assert in_a_process(fill) == 0
