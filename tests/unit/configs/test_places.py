@@ -334,7 +334,7 @@ def test_a_path_may_follow_what_says_its_kind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load("tiny", ['model.source="gguf:a.gguf"']).model.source == f"gguf:{tmp_path / 'a.gguf'}"
     assert load("tiny", ['model.source="hf:org/name@1"']).model.source == "hf:org/name@1"
-    with pytest.raises(InputError, match="model.source is empty"):
+    with pytest.raises(InputError, match=r"model\.source is empty"):
         load("tiny", ['model.source="gguf:"'])
 
 
