@@ -31,16 +31,16 @@ def simulated_ledger(config: RunConfig) -> Path:
 
 
 def ledgers_of_other_spellings(config: RunConfig, names: Iterable[str]) -> dict[str, Path]:
-    """Folders with a ledger of a silo that was another one while names were compared as they stood, by its name now."""
-    known, found = set(names), {}
+    """Folders with a ledger of a silo that was another one while it was written in another way, by its name now."""
+    known, found = {name.casefold(): name for name in names}, {}
     for ledger in sorted(_dataset_folder(config).glob(f"*/{SiloFiles(Path()).ledger.name}")):
         name = unquote(ledger.parent.name)
         try:
             form = canonical(name)
         except UnclearIdentityError:
             continue
-        if form in known and form != name:
-            found[form] = ledger.parent
+        if form and (now := known.get(form.casefold())) not in (None, name):
+            found[now] = ledger.parent
     return found
 
 

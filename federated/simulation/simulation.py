@@ -1,5 +1,6 @@
 """The silos of a simulation on one machine, and what only a simulation may do: read public silos in the clear."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -30,8 +31,9 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     """The simulated silos by name, from the data's silo column; paths are absolute, so that any process can open them.
 
     Raises:
-        InputError: a silo with a declared size or a rank of its own has no record, or there is no silo at all; or a
-            ledger's silo is now part of another one, whose ledger knows nothing of what was spent.
+        InputError: a silo with a declared size or a rank of its own has no record, or there is no silo at all; names
+            are too long, or differ in case alone; or a ledger's silo is now part of another one, whose ledger knows
+            nothing of what was spent.
     """
     probe = simulated_silo(config, "probe", base_model)
     rows = rows_of(probe.data).by_silo
@@ -44,18 +46,30 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     unknown = sorted(set(config.federated.lora_ranks) - set(rows))
     if unknown:
         raise InputError(f"federated.lora_ranks has {unknown}: none of the data's {len(rows)} silos; check the names")
+    _check_names(config, rows)
     for name, folder in ledgers_of_other_spellings(config, rows).items():
         raise InputError(
             f"{folder}: this ledger's silo is silo {name!r} now, and a second budget for the same people is none; "
             "name them apart in the data, or take what they have spent from budget_epsilon and move the folder away"
         )
+    return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
+
+
+def _check_names(config: RunConfig, rows: Iterable[str]) -> None:
+    """Refuses names that are texts, and those that differ in case alone: one silo would have several budgets."""
+    for group in alike(rows):
+        same = [name for name in group if [other.casefold() for other in group].count(name.casefold()) > 1]
+        if same:
+            raise InputError(
+                f"data.private.silo is {config.data.private.silo!r}: {', '.join(map(repr, same))} differ in case "
+                "alone; write each silo's name in one way, since every name has a budget of its own"
+            )
     long = sorted(name for name in rows if len(name) > LARGEST_NAME)
     if long:
         raise InputError(
             f"data.private.silo is {config.data.private.silo!r}: {len(long)} of its names are longer than "
             f"{LARGEST_NAME} characters; give the column that names silos"
         )
-    return {name: simulated_silo(config, name, base_model) for name in sorted(rows)}
 
 
 def look_at_private(config: RunConfig) -> dict[str, Any]:

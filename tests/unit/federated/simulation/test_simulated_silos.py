@@ -45,14 +45,14 @@ def test_spellings_of_a_name_are_one_silo_with_one_budget_and_its_own_settings(r
         17,
         17.0,
         "17.0",
-        "north",
+        "South",
         None,
         float("nan"),
         " ",
     ]
     config = run(names, 'public_record_counts={"North "=7, "Jose\u0301"=8}')
     silos = simulated_silos(config, tmp_path)
-    assert list(silos) == ["17", "Jos\u00e9", "North", "north"]
+    assert list(silos) == ["17", "Jos\u00e9", "North", "South"]
     assert [silo.silo.public_record_count for silo in silos.values()][1:3] == [8, 7]
     assert len({silo.silo.state_dir for silo in silos.values()}) == 4
     units = [load_units(silo, bytes(32)) for silo in silos.values()]
@@ -61,7 +61,10 @@ def test_spellings_of_a_name_are_one_silo_with_one_budget_and_its_own_settings(r
     assert all(found.counts.without_unit == 3 for found in units)
 
 
-@pytest.mark.parametrize(("folder", "names", "now"), [("1%2E0", [1.0, 2.0], "1"), ("North ", ["North ", "x"], "North")])
+@pytest.mark.parametrize(
+    ("folder", "names", "now"),
+    [("1%2E0", [1.0, 2.0], "1"), ("North ", ["North ", "x"], "North"), ("north", ["North"], "North")],
+)
 def test_a_silo_that_has_spent_under_another_spelling_gets_no_second_budget(run, tmp_path, folder, names, now):
     config = run(names)
     old_ledger(config, folder).close_file()
@@ -76,6 +79,12 @@ def test_ledgers_of_canonical_names_go_on(run, tmp_path):
     for silo in first.values():
         Ledger.open(Path(silo.silo.state_dir), silo.silo.id, "d", Budget(1, 1e-5)).close_file()
     assert simulated_silos(config, tmp_path) == first
+
+
+def test_names_that_differ_in_case_alone_are_refused_by_name(run, tmp_path):
+    with pytest.raises(InputError, match=r"'NORTH', 'North', 'north' differ in case alone; write each"):
+        simulated_silos(run(["North", "north", "NORTH", "South"]), tmp_path)
+    assert list(simulated_silos(run(["Ward 1", "Ward 01"]), tmp_path)) == ["Ward 01", "Ward 1"]  # shown by the plan
 
 
 def test_the_plan_shows_names_that_look_alike(run, tmp_path):
