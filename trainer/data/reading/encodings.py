@@ -65,17 +65,20 @@ def read_text(file: BufferedReader, name: str, encoding: str, hint: str = _ONE_R
     return content
 
 
-def first_character(file: BufferedReader, encoding: str) -> str:
-    """The first one that is no white space, or none where that is further on; the file stays at its beginning."""
+def first_character(file: BufferedReader, name: str, encoding: str) -> str:
+    """The first one that is no white space, or none where that is further on; the file stays at its beginning.
+
+    Raises:
+        InputError: the file's encoding is not known.
+    """
     beginning = file.peek()
-    codec = _by_mark(beginning) or encoding
-    return codecs.getincrementaldecoder(codec)("replace").decode(beginning).lstrip()[:1]
+    return codecs.getincrementaldecoder(_codec(beginning, name, encoding))("replace").decode(beginning).lstrip()[:1]
 
 
 def _decoded(file: BufferedReader, name: str, encoding: str, newline: str) -> tuple[TextIOWrapper, "_Judged"]:
     """A file's text, once its beginning has been judged."""
     beginning = file.read(_BEGINNING)
-    codec = _by_mark(beginning) or _declared(beginning, name, encoding)
+    codec = _codec(beginning, name, encoding)
     judged = _Judged(name, codec)
     judged.add(codecs.getincrementaldecoder(codec)(_REPLACING).decode(beginning, final=len(beginning) < _BEGINNING))
     judged.check()
@@ -98,11 +101,10 @@ class _Again(RawIOBase):
         return len(content)
 
 
-def _by_mark(beginning: bytes) -> str | None:
-    return next((codec for mark, codec in _MARKS if beginning.startswith(mark)), None)
-
-
-def _declared(beginning: bytes, name: str, encoding: str) -> str:
+def _codec(beginning: bytes, name: str, encoding: str) -> str:
+    for mark, codec in _MARKS:
+        if beginning.startswith(mark):
+            return codec
     codec = codecs.lookup(encoding).name
     if beginning and codec in ("utf-16", "utf-32"):
         raise InputError(

@@ -33,7 +33,7 @@ def read_json(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]:
     Raises:
         InputError: as ``read_jsonl``; or the array is too large.
     """
-    if first_character(file, wanted.encoding) != "[":
+    if first_character(file, name, wanted.encoding) != "[":
         yield from read_jsonl(file, name, wanted)
         return
     hint = "an array is in memory at once: write one object per line instead"

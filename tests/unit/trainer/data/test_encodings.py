@@ -1,8 +1,11 @@
 """Bytes to text: byte order marks, declared encodings, stray bytes, and files in another encoding."""
 
 import json
+from io import BufferedReader, BytesIO
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from configs.errors import InputError
@@ -10,7 +13,8 @@ from configs.load import load
 from configs.schema.data import SourceSettings
 from federated.silo.units import rows_of
 from federated.simulation.simulated_places import simulated_silo
-from trainer.data.reading.counts import Changed, of_corpora, table
+from trainer.data.reading.counts import Changed, mended, of_corpora, table
+from trainer.data.reading.encodings import first_character, read_lines, read_text
 from trainer.data.sources import ReadCounts, read_rows
 
 TEXT = "Zo\u00eb said \u201cna\u00efve caf\u00e9\u201d, and went home"
@@ -92,6 +96,43 @@ def test_a_file_of_another_encoding_is_refused_with_the_fix_and_read_as_declared
     found, counts = read(path, encoding)
     assert text in found[0]
     assert counts == ReadCounts(rows=len(found))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32-le", "latin-1"])
+def test_an_array_of_json_is_read_in_every_encoding(tmp_path, encoding):
+    text = TEXT if encoding != "latin-1" else "Zo\u00eb"
+    content = json.dumps([{"text": text}, {"text": "b"}], ensure_ascii=False, indent=1).encode(encoding)
+    (tmp_path / "a.json").write_bytes(content)
+    assert read(tmp_path / "a.json", encoding)[0] == [text, "b"]
+    with pytest.raises(InputError, match="no byte order mark"):
+        (tmp_path / "a.json").write_bytes(b"[]")
+        read(tmp_path / "a.json", "utf-16")
+
+
+ENCODINGS = "utf-8 utf-16-le utf-16-be utf-32-le latin-1 cp1252 shift_jis euc_jp gb18030 big5hkscs johab ascii cp1251"
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.binary(max_size=40) | st.text(st.sampled_from("a\n\r\xe9\x81\0\xff")).map(lambda text: text.encode("latin-1")),
+    st.sampled_from([b"", b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff", b"\xff\xfe\0\0", b"\0\0\xfe\xff"]),
+    st.sampled_from(ENCODINGS.split()),
+)
+def test_whatever_bytes_there_are_become_text_or_a_refusal(content, mark, encoding):
+    def opened():
+        return BufferedReader(BytesIO(mark + content))
+
+    try:
+        text = read_text(opened(), "f", encoding)
+    except InputError as refused:
+        assert str(refused).startswith("f: ") and "encoding = " in str(refused)
+        return
+    assert "".join(read_lines(opened(), "f", encoding, "\n")) == text
+    assert text.lstrip()[:1] == first_character(opened(), "f", encoding) or "\udc80" in text
+    counts = ReadCounts()
+    mended(text, counts).encode()
+    assert counts.invalid_bytes == ("\udc80" in text)
+    assert counts.half_characters == 0
 
 
 def test_stray_bytes_in_utf_8_are_replaced_where_they_stand_and_counted(tmp_path):
