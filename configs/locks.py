@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from configs.storage.layout import RunFiles
 # File systems that many machines share, and whose locks may hold on one of them alone: by type, and by mount option.
 _UNSURE_TYPES = ("fuse", "9p", "virtiofs", "cifs", "smb")
 _UNSURE_OPTIONS = {"nolock", "local_lock=flock", "local_lock=all", "localflock"}
+_ASK_AGAIN_S = 0.2
 _mine: set[Path] = set()  # runs that this process works on: its stages, one inside the other, are no second command
 
 
@@ -142,8 +144,12 @@ class _Holder:
 
 
 @contextmanager
-def working_on(directory: Path) -> Iterator[None]:
+def working_on(directory: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Works on a run's directory alone among all commands that write there; those that only look need no lock.
+
+    Args:
+        directory: the run's.
+        patience_s: how long to wait for one that is at work on it, and may be about to end.
 
     Raises:
         InputError: another command is at work on it, or whether one is can't be told.
@@ -154,23 +160,32 @@ def working_on(directory: Path) -> Iterator[None]:
         return
     path = RunFiles(directory).lock
     made = list(takewhile(lambda folder: not folder.exists(), path.parents))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_failure(path, error) from error
+    _make(path.parent)
     _refuse_unknown(directory, path)
     with ExitStack() as stack:
         stack.callback(_remove_empty, made)
-        try:
-            stack.enter_context(locked(path, json.dumps(asdict(_Holder.here())).encode()))
-        except HeldError as held:
-            raise InputError(
-                f"{directory}: {_Holder.read(held.note) or 'another command'}, is at work on it; wait for it or end "
-                "it, then run the same command again"
-            ) from None
-        _mine.add(directory)
+        deadline = time.monotonic() + patience_s
+        while directory not in _mine:
+            try:
+                stack.enter_context(locked(path, json.dumps(asdict(_Holder.here())).encode()))
+                _mine.add(directory)
+            except HeldError as held:
+                if time.monotonic() >= deadline:
+                    raise InputError(
+                        f"{directory}: {_Holder.read(held.note) or 'another command'}, is at work on it; wait for it "
+                        "or end it, then run the same command again"
+                    ) from None
+                time.sleep(_ASK_AGAIN_S)
+                _make(path.parent)  # the other may have removed what it had made
         stack.callback(_mine.discard, directory)
         yield
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_failure(folder, error) from error
 
 
 def _remove_empty(folders: list[Path]) -> None:

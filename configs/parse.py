@@ -1,6 +1,7 @@
 """Reads a TOML into a model of settings, or says in one line what is wrong with it."""
 
 import json
+import stat
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ def reading(path: Path, fix: str) -> Iterator[None]:
     Raises:
         InputError: instead of whatever goes wrong with a file that holds something else than we write.
     """
+    refuse_stream(path, fix)
     try:
         yield
     except SiloweaveError:
@@ -63,6 +65,20 @@ def reading(path: Path, fix: str) -> Iterator[None]:
         raise InputError(f"{error.filename or path}: can't be read ({error.strerror or error}); {fix}") from None
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
         raise InputError(f"{path}: damaged, or not of this version of Siloweave; {fix}") from None
+
+
+def refuse_stream(path: Path, fix: str) -> None:
+    """Refuses a pipe, a socket or a device in a file's place: whoever opens one may wait for ever.
+
+    Raises:
+        InputError: it is one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # whoever reads it says so
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is no regular file; {fix}")
 
 
 def presets() -> list[str]:

@@ -113,7 +113,8 @@ def commands_page() -> str:
     app = typer.main.get_command(siloweave.app)
     lines = [_HEAD, "# Commands", ""]
     lines += [
-        "Exit status of every command: 0; 1 the run failed; 2 the input is wrong; 3 refused by a privacy policy.",
+        "Exit status of every command: 0; 1 the run failed; 2 the input is wrong; 3 refused by a privacy policy;",
+        "130 and 143 ended by SIGINT or SIGTERM.",
         "`siloweave --debug COMMAND` shows a traceback when something fails. `--help` works after each command.",
         "",
     ]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.monitoring.durations import duration
-from cluster.monitoring.salvage import Salvage, read_json
 from configs.errors import InputError
 from configs.events import is_number
 from configs.parse import parse, read_toml
+from configs.salvage import Salvage, read_json
 from configs.schema.schema import RunConfig
 from configs.storage.layout import FEDERATED, NO_DP, RunFiles
 from configs.storage.manifests import MANIFEST, read_manifest

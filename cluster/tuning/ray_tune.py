@@ -18,6 +18,7 @@ from cluster.runtime.placement import pick_device
 from cluster.runtime.session import ray_session
 from configs.errors import InputError, SiloweaveError
 from configs.events import Listener
+from configs.locks import working_on
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig, TuneSettings
 from configs.storage.files import write_atomic
@@ -29,6 +30,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
 }
 # The trial's own process only watches. A request must not be empty.
+_ENDING_S = 60.0  # in which the trial of a search that was killed has ended
 _DRIVER: dict[str, int | float] = {"memory": 2**20}
 
 
@@ -136,7 +138,9 @@ def _train(kind: Kind, config: RunConfig) -> None:
     _failure(config).unlink(missing_ok=True)
     catch_up()
     try:
-        kind.train(config, on_event)
+        # A trial is a run like others. That of a search which was killed may be a moment from its end.
+        with working_on(run_directory(config), patience_s=_ENDING_S):
+            kind.train(config, on_event)
     except Exception as error:
         write_atomic(_failure(config), _one_line(error).encode())
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from configs.parse import refuse_stream
 from configs.storage.files import digest_file, digest_json, sync_tree, unreadable, write_atomic, write_failure
 
 MANIFEST = "manifest.json"
@@ -85,6 +86,7 @@ def read_manifest(directory: Path, kind: str, name: str = MANIFEST) -> Manifest 
         InputError: the manifest can't be read, is of another kind, or was written by a newer Siloweave.
     """
     path = directory / name
+    refuse_stream(path, "put the manifest's backup there")
     return parse_manifest(path.read_bytes(), str(directory), name, kind) if path.exists() else None
 
 

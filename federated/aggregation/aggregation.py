@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from configs.errors import InputError
+from configs.identities import UnclearIdentityError, canonical
 from configs.schema.base import LARGEST_ADAPTER_VALUE
 from configs.schema.federated import ROBUST, FederatedSettings
 from federated.adapters.arrays import Arrays, check_update
@@ -30,6 +31,16 @@ class Sent:
     alpha: float
     adapter: Arrays
     correction: Arrays
+
+
+def _rank_of(silo: str, settings: FederatedSettings) -> int:
+    """Of a silo, too, that was deployed under another spelling before the settings took the one form of each name."""
+    ranks = settings.lora_ranks
+    try:
+        form = canonical(silo) or silo
+    except UnclearIdentityError:
+        form = silo
+    return ranks.get(silo, ranks.get(form, settings.lora_rank))
 
 
 class RoundAggregation:
@@ -77,7 +88,7 @@ class RoundAggregation:
     def sent(self, silo: str) -> Sent:
         """What a silo trains on."""
         settings = self._settings
-        rank = settings.lora_ranks.get(silo, settings.lora_rank)
+        rank = _rank_of(silo, settings)
         return Sent(
             rank=rank,
             alpha=settings.lora_alpha * rank / settings.lora_rank,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from configs.errors import SiloweaveError
 from configs.locks import locked, note_of_holder
+from configs.parse import json_object, reading
 from configs.storage.files import write_atomic
 
 OUTCOME, LOCK = "outcome.json", "lock"
@@ -52,11 +53,18 @@ def _write(directory: Path, outcome: Outcome) -> None:
 
 
 def read_outcome(directory: Path, flower_run: int) -> Outcome | None:
-    """How that ServerApp ended; None where it has not, or was killed."""
+    """How that ServerApp ended; None where it has not, or was killed.
+
+    Raises:
+        InputError: the file says something else.
+    """
     path = directory / OUTCOME
     if not path.exists():
         return None
-    outcome = Outcome(**json.loads(path.read_bytes()))
+    with reading(path, "delete it; the run goes on from its newest round"):
+        outcome = Outcome(**json_object(path.read_bytes(), str(path)))
+        if not (isinstance(outcome.exit_status, int) and isinstance(outcome.message, str)):
+            raise TypeError
     return outcome if outcome.flower_run == flower_run else None
 
 
@@ -68,4 +76,4 @@ def over_flower(directory: Path) -> bool:
 def worked_on_by(directory: Path) -> int | None:
     """Flower's number of the run whose ServerApp works there now."""
     note = note_of_holder(directory / LOCK)
-    return None if note is None else int(note or b"0")
+    return None if note is None else int(note) if note.isdigit() else 0

@@ -1,74 +1,88 @@
 """What a coordinator sees of its federation: processes, silos, the run's round, budgets left, refusals."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from configs.errors import SiloweaveError
-from configs.events import read_events
+from configs.events import is_number
+from configs.salvage import Salvage, read_json
 from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.storage import COMMITTED
-from federated.coordinator.outcome import worked_on_by
+from federated.coordinator.outcome import LOCK, worked_on_by
+from federated.coordinator.round_commits import SILOS
 from federated.deployment.federation_folder import FederationFolder
-from federated.deployment.served_run import read_current
+from federated.deployment.served_run import CURRENT, read_current
 from federated.deployment.superlink import nodes
-from federated.deployment.supervisor import read_state
+from federated.deployment.supervisor import STATE, read_state
 from federated.identity.x509 import days_left, read_certificate
 
 REFUSALS_SHOWN = 20
+_BUDGET = ("epsilon_left", "delta_left", "epsilon_reserved")
 _TROUBLE = ("refused", "rejected", "timeout")
 
 
 def status(federation: FederationFolder) -> dict[str, Any]:
-    """Everything that is known here; nothing in it comes from private data but what silos released."""
-    processes = read_state(federation.state)
-    current = read_current(federation)
+    """Everything that is known here; nothing in it comes from private data but what silos released.
+
+    One looks when something is broken: of each file that can't be read there is one line in ``unreadable``, and the
+    rest is shown.
+    """
+    salvage, state = Salvage(), federation.state
+    processes = salvage.tried(state / STATE, lambda: read_state(state), None)
+    current = salvage.tried(state / CURRENT, lambda: read_current(federation), None)
     directory = Path(current["directory"]) if current else None
     return {
         "federation": federation.config.name,
         "address": federation.card.address,
         "certificate_days_left": days_left(read_certificate(federation.certificates / "proxy.pem")),
         "processes": processes["programs"] if processes else {},
-        "silos": _silos(federation, directory, running=processes is not None),
-        "run": _run(current["run"], directory) if current and directory else None,
+        "silos": _silos(federation, directory, salvage, running=processes is not None),
+        "run": _run(str(current["run"]), directory, salvage) if current and directory else None,
+        "unreadable": salvage.problems,
     }
 
 
-def _silos(federation: FederationFolder, directory: Path | None, *, running: bool) -> dict[str, dict[str, Any]]:
+def _silos(
+    federation: FederationFolder, directory: Path | None, salvage: Salvage, *, running: bool
+) -> dict[str, dict[str, Any]]:
     online: dict[str, dict[str, Any]] = {}
     if running:
         try:
             online = nodes(federation)
         except SiloweaveError:
             online = {}
-    told, found = _newest_silos(directory), {}
-    for name in federation.silos():
-        receipt = told.get(name, {}).get("receipt", {})
-        found[name] = {
-            "status": online.get(name, {}).get("status", "unknown"),
-            "epsilon_left": receipt.get("epsilon_left"),
-            "delta_left": receipt.get("delta_left"),
-            "epsilon_reserved": receipt.get("epsilon_reserved"),
-        }
-    return found
+    told = _newest_receipts(directory, salvage)
+    return {
+        name: {"status": online.get(name, {}).get("status", "unknown"), **told.get(name, dict.fromkeys(_BUDGET))}
+        for name in federation.silos()
+    }
 
 
-def _newest_silos(directory: Path | None) -> dict[str, dict[str, Any]]:
-    """What the silos had told of themselves at the newest commit, their receipts among it."""
+def _newest_receipts(directory: Path | None, salvage: Salvage) -> dict[str, dict[str, float]]:
+    """What the silos had left at the newest commit, by their receipts."""
     committed = sorted(directory.glob(f"round-*/{COMMITTED}")) if directory else []
     if not committed:
         return {}
-    return dict(json.loads((committed[-1].parent / "silos.json").read_text(encoding="utf-8")))
+    path = committed[-1].parent / SILOS
+
+    def look() -> dict[str, dict[str, float]]:
+        receipts = {name: told["receipt"] for name, told in read_json(path).items() if "receipt" in told}
+        found = {name: {figure: receipt[figure] for figure in _BUDGET} for name, receipt in receipts.items()}
+        if not all(is_number(value) for figures in found.values() for value in figures.values()):
+            raise TypeError
+        return found
+
+    return salvage.tried(path, look, {})
 
 
-def _run(name: str, directory: Path) -> dict[str, Any]:
-    events = list(read_events(directory / EVENTS))
+def _run(name: str, directory: Path, salvage: Salvage) -> dict[str, Any]:
+    events = salvage.events(directory / EVENTS)
     rounds = [event for event in events if event["event"] == "round"]
     last = rounds[-1] if rounds else {}
     return {
         "name": name,
         "directory": str(directory),
-        "working": worked_on_by(directory) is not None,
+        "working": salvage.tried(directory / LOCK, lambda: worked_on_by(directory), None) is not None,
         "finished": (directory / CERTIFICATE).exists(),
         "round": last.get("round", 0),
         "rounds": last.get("rounds"),
@@ -97,7 +111,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         total = run["rounds"] or "?"
         text.append(f"  run {run['name']}: {state}, round {run['round']} of {total}; see {run['directory']}")
         text += [f"    {_trouble(event)}" for event in run["trouble"]]
-    return text
+    return text + [f"  unreadable: {problem}" for problem in found["unreadable"]]
 
 
 def _trouble(event: dict[str, Any]) -> str:

@@ -4,12 +4,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
 from configs.errors import InputError, SiloweaveError
 from configs.events import Listener, read_events
-from configs.parse import to_toml
+from configs.parse import json_object, reading, to_toml
 from configs.run_directory import bind_run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.files import write_atomic
@@ -106,10 +107,19 @@ def _under_way(federation: FederationFolder, directory: Path) -> int | None:
     return None if ended else flower_run
 
 
-def read_current(federation: FederationFolder) -> dict[str, str] | None:
-    """The newest run: its directory, its name, and Flower's number."""
+def read_current(federation: FederationFolder) -> dict[str, Any] | None:
+    """The newest run: its directory, its name, and Flower's number.
+
+    Raises:
+        InputError: the file says something else.
+    """
     path = federation.state / CURRENT
-    return dict(json.loads(path.read_bytes())) if path.exists() else None
+    if not path.exists():
+        return None
+    with reading(path, "delete it; `siloweave federation run` writes it anew"):
+        current = json_object(path.read_bytes(), str(path))
+        Path(current["directory"]), str(current["run"]), int(current.get("flower_run", 0))
+    return current
 
 
 def num_rounds(directory: Path) -> int:

@@ -20,6 +20,7 @@ import psutil
 
 from configs.errors import InputError, SiloweaveError
 from configs.locks import HeldError, locked
+from configs.parse import json_object, reading
 from configs.storage.files import write_atomic
 from federated.deployment.ports import check_free
 
@@ -196,13 +197,17 @@ class Supervisor:
 
 def read_state(folder: Path) -> dict[str, Any] | None:
     """What a supervisor says of its processes; None where none runs."""
-    try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
-    except FileNotFoundError:
+    path = folder / STATE
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / STATE}: can't be read ({error}); delete it if nothing runs there") from None
-    return state if find_process(state["supervisor"]) else None
+    with reading(path, "delete it if nothing runs there"):
+        try:
+            state = json_object(path.read_bytes(), str(path))
+        except FileNotFoundError:  # it has ended meanwhile
+            return None
+        for program in state["programs"].values():
+            program["healthy"], program["restarts"], program["process"]  # are shown: what lacks them is not ours
+        return state if find_process(state["supervisor"]) else None
 
 
 def stop(folder: Path) -> bool:

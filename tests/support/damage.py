@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ JUNK += ([[1]], {"a": {}}, 99)
 LINES = (b"\xff\xfe\x00", b"{", b"[]", b"null", b'"x"', b'{"stage": 1}', b"[" * 5000, b'{"event": "end"}', b"\r\n\n")
 
 KINDS = st.one_of(
-    st.sampled_from(("empty", "binary", "folder", "loop", "missing")).map(lambda kind: (kind, 0, None)),
+    st.sampled_from(("empty", "binary", "folder", "loop", "missing", "pipe")).map(lambda kind: (kind, 0, None)),
     st.tuples(st.just("cut"), st.integers(0, 10**6), st.none()),
     st.tuples(st.just("flip"), st.integers(0, 10**6), st.integers(1, 255)),
     st.tuples(st.just("insert"), st.integers(0, 10**6), st.sampled_from(LINES)),
@@ -45,8 +46,10 @@ def _damage(path: Path, before: bytes, kind: str, at: int, with_: object) -> Non
     whole = {"empty": b"", "binary": bytes(range(256)) * 8}
     if kind in whole:
         path.write_bytes(whole[kind])
-    elif kind in ("folder", "loop", "missing"):
+    elif kind in ("folder", "loop", "missing", "pipe"):
         path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
         if kind == "folder":
             path.mkdir()
         elif kind == "loop":

@@ -21,7 +21,15 @@ ALLOWED = {
     "cluster": {"configs", "trainer", "privacy", "federated"},
 }
 FLOORS = {
-    "configs": ("errors printing", "identities parse", "schema", "storage", "events locks", "load run_directory"),
+    "configs": (
+        "errors",
+        "printing",
+        "identities parse",
+        "schema",
+        "storage",
+        "events locks",
+        "load run_directory salvage",
+    ),
     "trainer": (
         "data models objectives rank",
         "tasks",
@@ -87,6 +95,14 @@ def test_rooms_import_only_what_lies_below_them(package):
         for module in modules(path):
             other = room(package, module) if module.startswith(f"{package}.") else own
             assert other == own or floor[other] < floor[own], f"{path} imports {module}"
+
+
+def test_no_guarantee_is_an_assertion():
+    """`python -O` leaves them out."""
+    for package in PACKAGES:
+        for path in sources(package):
+            found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+            assert not found, f"{path}: an assert in line {found}; raise an error"
 
 
 def test_the_transport_knows_neither_models_nor_privacy():

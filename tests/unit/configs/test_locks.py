@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -43,6 +44,13 @@ def another_command(directory):
         assert process.stdout.readline() == b"at work\n"
         yield process
         process.stdin.close()
+
+
+def test_who_has_patience_gets_it_after_the_other(tmp_path):
+    with another_command(tmp_path / "runs" / "x") as other:
+        threading.Timer(0.5, other.stdin.close).start()
+        with working_on(tmp_path / "runs" / "x", patience_s=60):
+            assert other.wait(timeout=60) == 0
 
 
 def test_a_second_command_is_told_who_is_at_work(tmp_path):

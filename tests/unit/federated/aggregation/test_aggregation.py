@@ -393,6 +393,7 @@ def test_silos_of_different_ranks_train_the_same_product():
     aggregation = RoundAggregation(chosen, adapter, {}, 2)
     small, large = aggregation.sent("west"), aggregation.sent("east")
     assert (small.rank, small.adapter[A].shape, small.adapter[B].shape) == (1, (1, 7), (9, 1))
+    assert aggregation.sent("west ").rank == 1  # deployed when names were taken as they came
     assert small.alpha / small.rank == large.alpha / large.rank == 6.0 / RANK
     left, sizes, right = np.linalg.svd(adapter[B] @ adapter[A])
     np.testing.assert_allclose(small.adapter[B] @ small.adapter[A], (left[:, :1] * sizes[:1]) @ right[:1], atol=1e-5)

@@ -554,3 +554,49 @@ def test_the_ledger_commands(ledger, tmp_path, siloweave):
     missing = siloweave("ledger", "show", str(tmp_path / "nowhere.sqlite"), cwd=tmp_path)
     assert missing.returncode == 2
     assert not (tmp_path / "nowhere.sqlite").exists()
+
+
+_OPTIMIZED = """
+import sys
+from pathlib import Path
+from configs.errors import PolicyRefusal
+from privacy.ledger.chain import Budget, verify_entries
+from privacy.ledger.file import read_only
+from privacy.ledger.ledger import Ledger
+from privacy.plan import PlanTerms
+
+assert False, "is left out"
+plan = PlanTerms(sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=2, steps_per_round=4, delta=1e-5)
+folder = Path(sys.argv[1])
+ledger = Ledger.open(folder, "north", "ward", Budget(1.5 * plan.epsilon, 3e-5))
+ledger.reserve("one", plan.bind(5000))
+charge = ledger.charge("one", "round-1", "aa" * 32, 1)
+ledger.release(charge.number, "one", b"reply")
+for refused in (
+    lambda: ledger.reserve("two", plan.bind(5000)),
+    lambda: ledger.charge("one", "round-1", "bb" * 32, 1),
+    lambda: ledger.charge("one", "round-3", "cc" * 32, 3),
+    lambda: ledger.charge("none", "round-1", "aa" * 32, 1),
+):
+    try:
+        refused()
+    except PolicyRefusal as refusal:
+        print(refusal.rule)
+ledger.close_file()
+path = folder / "ledger.sqlite"
+print([body["kind"] for body in verify_entries(read_only(path), str(path))])
+"""
+
+
+def test_an_optimized_python_keeps_the_ledgers_rules(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", _OPTIMIZED, str(tmp_path / "state")], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "budget_epsilon",
+        "request_id",
+        "schedule",
+        "reservation",
+        "['open', 'reserve', 'charge', 'release']",
+    ]

@@ -1,0 +1,87 @@
+"""`siloweave federation status` of a federation whose files are damaged, foreign, or no files at all."""
+
+import json
+
+import pytest
+from damage import KINDS, command, damaged, is_clear
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from signed_silos import InProcess, SignedSilo, adapter, coordinator
+
+from configs.errors import InputError
+from configs.storage.storage import COMMITTED
+from federated.coordinator import outcome
+from federated.coordinator.round_commits import SILOS
+from federated.deployment.federation_folder import FederationFolder
+from federated.deployment.relay import SUPERNODE_CURVE
+from federated.deployment.served_run import CURRENT
+from federated.deployment.supervisor import STATE
+from federated.identity.cards import EnrolledSilo
+from federated.identity.keys import load_or_create_key, ssh_public_key
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """A federation that is not served, with one silo and a run of two rounds."""
+    root = tmp_path_factory.mktemp("federation")
+    status, _, errors = command("federation", "init", str(root / "f"), "--name", "net", "--host", "localhost")
+    assert status == 0, errors
+    made, silo = FederationFolder(root / "f"), SignedSilo("one")
+    node_key = ssh_public_key(load_or_create_key(root / "node.ssh", SUPERNODE_CURVE))
+    made.enrol(EnrolledSilo(silo="one", public_key=silo.signer.public_key, node_key=node_key))
+    coordinator(InProcess([silo]), root, "federated.min_silos=1").run(adapter)
+    current = {"directory": str(root / "run"), "run": "stroke", "flower_run": 1}
+    (made.state / CURRENT).write_text(json.dumps(current))
+    program = {"process": None, "healthy": False, "restarts": 0, "last_exit": None, "log": "x"}
+    state = {"supervisor": {"pid": 1, "created": 0.0}, "programs": {"superlink": program}}
+    (made.state / STATE).write_text(json.dumps(state))
+    (root / "run" / outcome.LOCK).write_bytes(b"1")
+    return made
+
+
+def test_status_shows_what_can_be_read_of_any_damaged_federation(federation):
+    """Before: a traceback for a file that was cut short, and a wait without end for a pipe."""
+    shown = ("federation", "status", str(federation.folder), "--json")
+    whole = json.loads(command(*shown)[1])
+    assert whole["unreadable"] == []
+    assert (whole["run"]["round"], whole["silos"]["one"]["epsilon_left"]) == (2, pytest.approx(30, abs=0.1))
+    directory = federation.folder.parent / "run"
+    newest = sorted(directory.glob("round-*"))[-1]
+    files = [federation.state / CURRENT, federation.state / STATE, directory / outcome.LOCK]
+    files += [directory / "events.jsonl", newest / SILOS, newest / COMMITTED]
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.sampled_from(files), KINDS)
+    def check(path, kind):
+        with damaged(path, *kind):
+            for arguments in (shown, shown[:-1]):
+                status, out, errors = command(*arguments)
+                assert (status, errors) == (0, ""), (path, kind)
+            assert "one" in out and out.isascii()
+
+    check()
+    with damaged(newest / SILOS, "pipe", 0, None):
+        (told,) = json.loads(command(*shown)[1])["unreadable"]
+        assert told == f"{newest / SILOS}: is no regular file; it is left out here"
+
+
+@settings(max_examples=60, deadline=None)
+@given(KINDS)
+def test_an_outcome_that_can_not_be_read_is_one_clear_line(tmp_path_factory, kind):
+    directory = tmp_path_factory.mktemp("outcome")
+    outcome._write(directory, outcome.Outcome(7, 2, "x"))
+    with damaged(directory / outcome.OUTCOME, *kind):
+        try:
+            found = outcome.read_outcome(directory, 7)
+        except InputError as error:
+            assert str(error).startswith(str(directory / outcome.OUTCOME))
+        else:
+            assert found is None or isinstance(found.exit_status, int)
+
+
+def test_a_damaged_state_ends_no_command_with_a_traceback(federation):
+    for name, kind in ((STATE, "cut"), (CURRENT, "binary"), (CURRENT, "pipe")):
+        with damaged(federation.state / name, kind, 5, None):
+            for words in (("stop",), ("run", "-c", "tiny")):
+                status, _, errors = command("federation", words[0], str(federation.folder), *words[1:])
+                assert is_clear(status, errors), (name, kind, errors)
