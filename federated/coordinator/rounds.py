@@ -315,9 +315,8 @@ class Coordinator:
 
         bodies = self._bodies("close", close=pb.Close())
         if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
-            commits.save_closing(
-                self.directory, config_digest(self.config), self.silo_records.silos, self.exchange.run.id
-            )
+            digest, run_id = config_digest(self.config), self.exchange.run.id
+            commits.save_closing(self.directory, digest, self.silo_records.silos, run_id)
 
 
 def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
