@@ -1,6 +1,7 @@
 """Bytes to text. What is no UTF-8 is replaced and counted."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO
 
 from trainer.data.reading import rows
@@ -27,10 +28,9 @@ def read_lines(file: BinaryIO, name: str, counts: ReadCounts) -> Iterator[str]:
     Raises:
         InputError: one is too large for a record.
     """
-    number = 0
-    while line := file.readline(rows.LARGEST_RECORD + 1):
-        number += 1
-        if len(line) > rows.LARGEST_RECORD:
+    largest = rows.LARGEST_RECORD
+    for number, line in enumerate(iter(partial(file.readline, largest + 1), b""), 1):
+        if len(line) > largest:
             raise too_large(f"{name}, line {number}", "write one record per line")
         text = _decode(line, counts)
         yield text.removeprefix(_BYTE_ORDER_MARK) if number == 1 else text
