@@ -9,6 +9,8 @@ from configs.errors import InputError
 from trainer.data.reading.encodings import first_character, read_lines, read_text
 from trainer.data.reading.rows import Row, Wanted, pick
 
+_BLANKS = " \t\r\n"  # JSON's own
+
 
 def read_jsonl(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]:
     """Yields a row per line; blank lines are none.
@@ -18,10 +20,11 @@ def read_jsonl(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]
     """
     place = f"{name}, line"
     for number, line in enumerate(read_lines(file, name, wanted.encoding, "\n"), 1):
-        if line.isspace():
+        content = line.strip(_BLANKS)
+        if not content:
             continue
         wanted.counts.place = (place, number)
-        row, fault = _parse(line)
+        row, fault = _parse(content)
         if fault:
             raise InputError(f"{place} {number} {fault}")
         yield pick(_object_of(row, f"{place} {number}"), wanted)
@@ -37,7 +40,7 @@ def read_json(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]:
         yield from read_jsonl(file, name, wanted)
         return
     hint = "an array is in memory at once: write one object per line instead"
-    rows, fault = _parse(read_text(file, name, wanted.encoding, hint))
+    rows, fault = _parse(read_text(file, name, wanted.encoding, hint).strip(_BLANKS))
     if fault:
         raise InputError(f"{name}: {fault}")
     for number, row in enumerate(rows, 1):
@@ -54,7 +57,7 @@ def _object_of(row: Any, where: str) -> dict[str, Any]:
 def _parse(text: str) -> tuple[Any, str]:
     """A text's value, and what is wrong with it. Not raised from here: the parser's errors hold all of it."""
     try:
-        return _DECODER.decode(text), ""
+        value, end = _DECODER.raw_decode(text)  # half the time of decode, which looks for blanks again
     except json.JSONDecodeError as error:
         return None, f"is not JSON ({error.msg}, at character {error.pos + 1}); write one object per line"
     except _TwiceError:
@@ -63,6 +66,7 @@ def _parse(text: str) -> tuple[Any, str]:
         return None, "is nested too deeply to be read; leave that column out"
     except ValueError:  # the one that is left: Python's limit on the digits of an integer
         return None, "has a number of too many digits; write it as text, in double quotes"
+    return value, "" if end == len(text) else "is not a JSON object, or more than one; write one object per line"
 
 
 class _TwiceError(Exception):
