@@ -40,7 +40,7 @@ _JSONL = {
     "a line cut short": (b'{"text": "M", "patient": "M", "site": "M"}\n{"text": "M', "line 2 is not JSON"),
     "no JSON at all": (b"M was ill\n", "line 1 is not JSON"),
     "bytes of no text": (b'{"text": "M\xff", "M\x00', "line 1 is not JSON"),
-    "two objects": (b'{"text": "M"} {"text": "M"}\n', "line 1 holds more than one value"),
+    "two objects": (b'{"text": "M"} {"text": "M"}\n', "line 1 is not a JSON object, or more than one"),
     "a list": (b'["M"]\n', "line 1 is not a JSON object"),
     "a key twice": (b'{"text": "M", "patient": "M", "site": "M", "text": "M"}', "line 1 has a key twice"),
     "a key twice, inside": (b'{"text": "M", "patient": "M", "site": "M", "x": {"M": 1, "M": 2}}', "line 1 has a key"),

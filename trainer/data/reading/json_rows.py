@@ -66,7 +66,7 @@ def _parse(text: str) -> tuple[Any, str]:
         return None, "is nested too deeply to be read; leave that column out"
     except ValueError:  # the one that is left: Python's limit on the digits of an integer
         return None, "has a number of too many digits; write it as text, in double quotes"
-    return (value, "") if end == len(text) else (None, "holds more than one value; write one object per line")
+    return value, "" if end == len(text) else "is not a JSON object, or more than one; write one object per line"
 
 
 class _TwiceError(Exception):
