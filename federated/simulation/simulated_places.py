@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import unquote
 
+from configs.errors import InputError
 from configs.identities import UnclearIdentityError, canonical
+from configs.schema.places import here, ledgers
 from configs.schema.schema import RunConfig
 from configs.schema.silo import (
     MOST_SIMULATED_ROUNDS,
@@ -42,6 +44,23 @@ def ledgers_of_other_spellings(config: RunConfig, names: Iterable[str]) -> dict[
         if form and (now := known.get(form.casefold())) not in (None, name):
             found[now] = ledger.parent
     return found
+
+
+def refuse_earlier_place(config: RunConfig) -> None:
+    """Refuses private data whose ledgers are where an unset ``federated.state_dir`` was in earlier versions.
+
+    Raises:
+        InputError: they are, and know what was spent, and those of the new place would not.
+    """
+    earlier, folder = here() / "state", _dataset_folder(config)
+    pattern = f"*/{SiloFiles(Path()).ledger.name}"
+    if config.data.private.public or folder.parent != ledgers() or any(folder.glob(pattern)):
+        return
+    if any((earlier / folder.name).glob(pattern)):
+        raise InputError(
+            f"{earlier / folder.name}: ledgers of this dataset from an earlier version, whose budget would begin anew "
+            f'in {ledgers()}; set federated.state_dir = "{earlier}", or move {earlier} there as a whole'
+        )
 
 
 def _dataset_folder(config: RunConfig) -> Path:

@@ -19,7 +19,12 @@ from federated.silo.silo import Silo
 from federated.silo.units import rows_of
 from federated.simulation.local_grid import LocalGrid, OpenSilo
 from federated.simulation.public_silo import PublicSilo
-from federated.simulation.simulated_places import ledgers_of_other_spellings, simulated_ledger, simulated_silo
+from federated.simulation.simulated_places import (
+    ledgers_of_other_spellings,
+    refuse_earlier_place,
+    simulated_ledger,
+    simulated_silo,
+)
 from privacy.certificate.certificate import AGGREGATOR
 from privacy.mechanism.streams import injected_seeds
 from privacy.plan import PlanTerms
@@ -108,6 +113,7 @@ def simulate(
         with_dp: False runs the comparison without DP, for data declared public only.
         injected_seed: for tests: makes the silos' noise repeatable.
     """
+    refuse_earlier_place(config)
     silos = simulated_silos(config, base_model)
     home, private = Path(config.federated.state_dir), config.data.private
     with nullcontext() if private.public else only_ledger(private.dataset_id, home, home / COORDINATOR_KEY):

@@ -8,8 +8,9 @@ import pytest
 from cluster.checks.estimate import estimate
 from configs.errors import InputError
 from configs.load import load
+from configs.schema.places import ledgers
 from federated.silo.units import load_units, rows_of
-from federated.simulation.simulated_places import simulated_silo
+from federated.simulation.simulated_places import refuse_earlier_place, simulated_silo
 from federated.simulation.simulation import simulated_silos
 from privacy.ledger.chain import Budget
 from privacy.ledger.ledger import Ledger
@@ -71,6 +72,24 @@ def test_a_silo_that_has_spent_under_another_spelling_gets_no_second_budget(run,
     with pytest.raises(InputError) as refused:
         simulated_silos(config, tmp_path)
     assert f"{folder}: this ledger's silo is silo {now!r} now" in str(refused.value)
+
+
+def test_ledgers_of_an_earlier_version_are_not_left_behind(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(["North"])
+    old = load("tiny", ["federated.state_dir=state", "data.private.public=false", "evaluate.without_dp=false"])
+    Ledger.open(Path(simulated_silo(old, "roman", tmp_path).silo.state_dir), "roman", "d", Budget(1, 1e-5)).close_file()
+    private, public = (
+        load("tiny", [f"data.private.public={value}", "evaluate.without_dp=false"]) for value in ("false", "true")
+    )
+    with pytest.raises(InputError, match="ledgers of this dataset from an earlier version, whose budget would begin"):
+        refuse_earlier_place(private)
+    refuse_earlier_place(public)
+    refuse_earlier_place(old)
+    (tmp_path / "state").rename(ledgers())
+    refuse_earlier_place(private)
+    (tmp_path / "state").symlink_to(ledgers())
+    refuse_earlier_place(private)
 
 
 def test_ledgers_of_canonical_names_go_on(run, tmp_path):
