@@ -239,3 +239,11 @@ def test_health_is_asked_by_check_for_the_server_and_the_service(address):
         with pytest.raises(grpc.RpcError) as error:
             next(watch)
     assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_sockets_path_is_measured_in_bytes():
+    """Before: in signs, so that gRPC failed on it in words of its own."""
+    from federated.transport.service import _clear
+
+    with pytest.raises(InputError, match="longer than 100 bytes; give a shorter path"):
+        _clear(Path("/nowhere") / ("ü" * 60))
