@@ -109,6 +109,8 @@ class SiloExchange:
     def _admitted(self, message: Message, body: bytes, present: set[int], roster: Mapping[str, str] | None) -> pb.Reply:
         """Raises a ValueError where a node is not behind an enrolled silo, or another node is already."""
         envelope, reply = opened(self._content(message), Asked.of(body))
+        if roster is not None and reply.HasField("refusal"):  # it may become the run's own error: no stranger's word
+            require_signed(envelope, roster.get(reply.silo_id, ""))
         require_kind(reply, "described")
         require_description(reply)
         silo, key = reply.silo_id, reply.described.public_key

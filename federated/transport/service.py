@@ -242,8 +242,8 @@ def _bound(server: grpc.Server, address: str, tls: ServiceTls | None) -> int:
 
 def _clear(path: Path) -> None:
     """Removes a socket that a killed service left; anything else at the path is not ours to remove."""
-    if len(str(path)) > _LONGEST_SOCKET_PATH:
-        raise InputError(f"{path}: longer than {_LONGEST_SOCKET_PATH} characters; give a shorter path for the socket")
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise InputError(f"{path}: longer than {_LONGEST_SOCKET_PATH} bytes; give a shorter path for the socket")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not path.exists():
         return

@@ -3,11 +3,13 @@
 import contextlib
 import threading
 import time
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from configs.errors import InputError
 from federated.protocol import silo_pb2 as pb
 from federated.protocol import silo_pb2_grpc
 from federated.protocol.framing import CHUNK_BYTES, SERVICE
@@ -239,3 +241,9 @@ def test_health_is_asked_by_check_for_the_server_and_the_service(address):
         with pytest.raises(grpc.RpcError) as error:
             next(watch)
     assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_sockets_path_is_measured_in_bytes():
+    """Before: in signs, so that gRPC failed on it in words of its own."""
+    with pytest.raises(InputError, match="longer than 100 bytes; give a shorter path"):
+        silo_service._clear(Path("/nowhere") / ("ü" * 60))
