@@ -86,6 +86,7 @@ def test_ledgers_of_an_earlier_version_are_not_left_behind(run, tmp_path, monkey
         refuse_earlier_place(private)
     refuse_earlier_place(public)
     refuse_earlier_place(old)
+    ledgers().parent.mkdir(parents=True)
     (tmp_path / "state").rename(ledgers())
     refuse_earlier_place(private)
     (tmp_path / "state").symlink_to(ledgers())
