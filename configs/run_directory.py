@@ -56,7 +56,11 @@ _MOVABLE = {
 
 # Settings that were added later, each with the value that stands for what was done before. At that value a setting is
 # left out of the digest, so that runs from before it keep theirs.
-_LATER = {"federated.task": "causal", "model.source": ""}
+_LATER = {
+    "federated.task": "causal",
+    "model.source": "",
+    **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
+}
 
 
 def config_digest(config: RunConfig) -> str:

@@ -16,7 +16,7 @@ CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=1
 class SourceSettings(Settings):
     """Where records come from: embedded data, a file, a folder, or a Hugging Face dataset."""
 
-    source: Annotated[str, DATA]
+    source: Annotated[str, DATA, Field(min_length=1)]
     """``embedded:NAME``, a path (JSON, with an object per line or an array of them, CSV, Parquet, a text file, or a
     folder of these), or ``hf:DATASET``."""
     text: str = "text"

@@ -8,7 +8,7 @@ from repository import REPOSITORY
 from configs.errors import InputError
 from configs.load import _apply, load
 from configs.parse import presets, to_toml
-from configs.run_directory import _MOVABLE, bind_run_directory, config_digest, flatten
+from configs.run_directory import _LATER, _MOVABLE, bind_run_directory, config_digest, flatten
 from configs.schema.deployment import FederationConfig, RelayConfig
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig, load_silo
@@ -198,10 +198,10 @@ def test_where_ray_runs_may_change_between_two_starts(tmp_path):
     assert config_digest(moved) == config_digest(load("tiny", base))
 
 
-def test_a_run_from_before_there_were_tasks_keeps_its_digest(tmp_path):
+def test_a_run_from_before_later_settings_keeps_its_digest(tmp_path):
     """With another one its commits would count for nothing, and its rounds be charged again."""
     config = load("tiny", [f"run.storage={tmp_path}"])
-    before = {name: value for name, value in flatten(config) if name not in (*_MOVABLE, "federated.task")}
+    before = {name: value for name, value in flatten(config) if name not in {*_MOVABLE, *_LATER}}
     assert config_digest(config) == digest_json(before)
     other = config.model_copy(update={"federated": config.federated.model_copy(update={"task": "classify"})})
     assert config_digest(other) != config_digest(config)

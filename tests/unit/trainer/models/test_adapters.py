@@ -1,4 +1,4 @@
-"""Which layers an adapter stands on: every linear one of any family, and for a Llama the same as ever."""
+"""Which layers an adapter stands on: every linear one of any family but a head that shares the embedding's weight."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def as_before(model, rank, alpha, seed):
     return wrapped
 
 
-@pytest.mark.parametrize("make", [settled, llama, lambda: llama(tied=True)], ids=["ours", "llama", "llama, tied"])
+@pytest.mark.parametrize("make", [settled, llama], ids=["ours", "llama"])
 def test_a_llamas_adapter_is_the_same_bytes_as_when_its_layers_were_listed(make, tmp_path):
     found, expected = add_adapter(make(), 3, 6.0, seed=5), as_before(make(), 3, 6.0, seed=5)
     assert type(found) is type(expected)
@@ -58,33 +58,29 @@ T5 = {
     *block(" ".join(f"layer.0.{name}" for name in ATTENTION.split()), "decoder.block"),
     *block(" ".join(f"layer.1.{name}" for name in ATTENTION.replace("Self", "EncDec").split()), "decoder.block"),
     *block("layer.2.DenseReluDense.wi layer.2.DenseReluDense.wo", "decoder.block"),
-    "lm_head",
 }
+LLAMA = block("self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj", "model.layers") | block(
+    "mlp.gate_proj mlp.up_proj mlp.down_proj", "model.layers"
+)
 FAMILIES = {
-    "llama": (
-        llama,
-        next_token,
-        block("self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj", "model.layers")
-        | block("mlp.gate_proj mlp.up_proj mlp.down_proj", "model.layers")
-        | {"lm_head"},
-    ),
+    "llama": (llama, next_token, LLAMA | {"lm_head"}),
+    "llama, tied": (lambda: llama(tied=True), next_token, LLAMA),
     "gpt2": (
         gpt2,
         next_token,
-        block("attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj", "transformer.h") | {"lm_head"},
+        block("attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj", "transformer.h"),
     ),
     "bert": (
         lambda: bert(AutoModelForMaskedLM),
         masked,
-        block(ENCODER, "bert.encoder.layer") | {"cls.predictions.transform.dense", "cls.predictions.decoder"},
+        block(ENCODER, "bert.encoder.layer") | {"cls.predictions.transform.dense"},
     ),
     "bert classifier": (
         lambda: bert(AutoModelForSequenceClassification),
         classified,
         block(ENCODER, "bert.encoder.layer") | {"bert.pooler.dense", "classifier"},
     ),
-    "t5": (lambda: t5(tied=False), translated, T5),
-    "t5, tied": (lambda: t5(tied=True), translated, T5),
+    "t5": (lambda: t5(tied=True), translated, T5),  # this release of transformers ties its head in any case
 }
 
 
