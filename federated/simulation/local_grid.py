@@ -97,6 +97,10 @@ class _Worker:
     actor: Any
     running: dict[Any, list[Message]] = field(default_factory=dict)
 
+    def message_ids(self) -> list[str]:
+        """Of all that it was given and has not answered."""
+        return [message.metadata.message_id for messages in self.running.values() for message in messages]
+
 
 class LocalGrid(Grid):
     """The silos of a simulation as Flower nodes; a free worker takes the next messages.
@@ -196,7 +200,10 @@ class LocalGrid(Grid):
         for held in range(_AHEAD):
             for worker in self._workers:
                 if len(worker.running) == held and len(self._waiting) > held * len(self._workers):
-                    self._call(worker, [self._waiting.pop(message_id) for message_id in self._next_for(worker)])
+                    chosen = self._next_for(worker)
+                    # What is asked alone has a process to itself: a reply may be lost when the next call ends it.
+                    if self._alone.isdisjoint(chosen if held else ()) and self._alone.isdisjoint(worker.message_ids()):
+                        self._call(worker, [self._waiting.pop(message_id) for message_id in chosen])
 
     def _call(self, worker: _Worker, messages: list[Message]) -> None:
         nodes = [message.metadata.dst_node_id for message in messages]

@@ -140,7 +140,11 @@ def test_the_certificate_says_of_which_model_it_speaks(tiny_run, siloweave, tmp_
     card = (federation / "adapter" / "README.md").read_text()
     for digest in (model["base_model"], *model["adapter"].values()):
         assert digest in page and digest in card
-    assert tiny_run.report["model"] == {name: model[name] for name in ("base_model", "adapter")}
+    assert tiny_run.report["model"] == {
+        "base_model": model["base_model"],
+        "adapter": model["adapter"],
+        "declared_public_by": None,
+    }
     assert "WITHOUT differential privacy" in (tiny_run.directory / "federated-no-dp/adapter/README.md").read_text()
 
 

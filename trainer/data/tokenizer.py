@@ -40,7 +40,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: Path) 
 
 def first_token(tokenizer: Any) -> int:
     """The token before a text's first one: what the tokenizer itself puts there, or else end-of-text."""
-    added = tokenizer("").input_ids
+    added = tokenizer.backend_tokenizer.encode("", add_special_tokens=True).ids
     return int(added[0] if added else tokenizer.eos_token_id)
 
 

@@ -1,6 +1,7 @@
 """What a record is to the model. Only a task knows how text becomes a batch, and what its loss is."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,17 @@ class CausalTask:
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
         self._tokenizer, self.context_length = tokenizer, context_length
-        self._start = first_token(tokenizer)
-        # What a record says is text, also where it spells one of the model's special tokens. Both: the wrapper sets the
-        # backend's as its own whenever it is called.
-        tokenizer.split_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens = True
+
+    @cached_property
+    def _backend(self) -> Any:
+        """What turns text into tokens. A record's words are text, also where they spell one of the special tokens."""
+        # Both: the wrapper, whenever it is called, gives the backend its own value.
+        self._tokenizer.split_special_tokens = self._tokenizer.backend_tokenizer.encode_special_tokens = True
+        return self._tokenizer.backend_tokenizer
+
+    @cached_property
+    def _start(self) -> int:
+        return first_token(self._tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -36,7 +44,7 @@ class CausalTask:
         """Tokens of a record between the model's first token and end-of-text, truncated to the context."""
         end = self._tokenizer.eos_token_id
         # The backend is called directly: the wrapper warns of long texts, and truncation is ours.
-        ids = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._backend.encode(text, add_special_tokens=False).ids
         whole = [self._start, *ids, end]
         if len(whole) <= self.context_length:
             return Encoded(tuple(whole), len(text), truncated=False)

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 from repository import REPOSITORY
 
 from configs.errors import InputError
 from configs.load import load
-from configs.schema.places import Place, named_places
-from configs.schema.silo import SiloConfig
+from configs.schema.places import named_places
 from federated.deployment.separation import separation
 from federated.deployment.separation.account import ENTER, READ, WRITE, Account
 from federated.deployment.separation.separation import check_separation, share_socket
@@ -135,44 +133,6 @@ def test_a_user_who_is_not_there_is_named(silo, tmp_path):
 
 
 # What the settings name
-
-
-def texts(schema: type[BaseModel], prefix=""):
-    """Every setting that may hold a text, by its full name, with what its schema says of it."""
-    for name, field in schema.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from texts(field.annotation, f"{prefix}{name}.")
-        elif "str" in str(field.annotation) or "Path" in str(field.annotation):
-            yield f"{prefix}{name}", [item for item in field.metadata if isinstance(item, Place)]
-
-
-NAME_NO_FILE = {
-    "silo.id",
-    "silo.dataset_id",
-    "silo.relay_user",
-    "data.text",
-    "data.split",
-    "data.silo",
-    "data.unit",
-    "data.deidentify.countries",
-    "data.deidentify.medical_record_pattern",
-    "policy.label_sets",
-}
-
-
-def test_every_text_of_the_settings_says_whether_it_names_a_file():
-    """Fails for a new setting until its schema says that it names a place, or this list that it names none."""
-    found = dict(texts(SiloConfig))
-    assert {name for name, places in found.items() if not places} == NAME_NO_FILE
-    assert {name for name, places in found.items() if places} == {
-        "silo.state_dir",
-        "silo.anchor_dir",
-        "silo.base_model",
-        "silo.encryption_key_file",
-        "data.source",
-        "data.deidentify.names_file",
-        "data.deidentify.spacy_model",
-    }
 
 
 def test_each_place_is_listed_with_its_value(silo):
