@@ -170,7 +170,7 @@ def federate(run: Run) -> None:
     from federated.coordinator.final_model import publish
     from federated.simulation.simulation import simulate
 
-    model = require_manifest(run.model, "model", run.base_model_maker).content_digest
+    model = require_manifest(run.model, "model", run.config.model.made_by).content_digest
     for stage, with_dp in _federations(run.config):
         directory = run.directory / stage
         if (directory / MANIFEST).exists():

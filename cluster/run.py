@@ -49,11 +49,6 @@ class Run:
         if self._mirror is not None:
             self._mirror.push()
 
-    @property
-    def base_model_maker(self) -> str:
-        """The command that makes the run's base model."""
-        return "import" if self.config.model.source else "export"
-
     def ray(self) -> Any:
         """A Ray with room for the larger of gang and silo workers."""
         cluster, federated = self.config.cluster, self.config.federated

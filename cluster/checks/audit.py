@@ -61,7 +61,7 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
     if not SMALLEST <= canaries <= LARGEST:
         raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
     texts = _public_texts(run.config)
-    model = require_manifest(run.model, "model", run.base_model_maker)
+    model = require_manifest(run.model, "model", run.config.model.made_by)
     federations = _finished(run.files)
     base = load_model(run.model, load_key(run.config.run.encryption_key_file))
     directory = run.files.audit

@@ -133,7 +133,7 @@ def check_budget(run: Run, waiting: Sequence[Trial]) -> None:
             "data.private.public is false: there is no figure of private records to choose a trial by; search on "
             "records declared public, and spend epsilon once, at the end"
         )
-    require_manifest(run.model, "model", "export")
+    require_manifest(run.model, "model", run.config.model.made_by)
     for silo, (epsilon, delta, bodies) in _left(run.config, run.model).items():
         new = [trial for trial in waiting if not _reserved(trial, bodies)]
         for rule, unit, remaining in (("budget_epsilon", "epsilon", epsilon), ("budget_delta", "delta", delta)):

@@ -28,6 +28,11 @@ class ModelSettings(Settings):
     """Longest sequence, in tokens; of a model that others have made, at most its own. A longer private record is
     truncated."""
 
+    @property
+    def made_by(self) -> str:
+        """The command that makes the run's base model."""
+        return "import" if self.source else "export"
+
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:

@@ -36,7 +36,7 @@ def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
 
 def publish(config: RunConfig, base_model: Path, federation: Path, kind: str) -> None:
     """Writes the manifest of a finished federation, by which later stages know it."""
-    model = require_manifest(base_model, "model", "export").content_digest
+    model = require_manifest(base_model, "model", config.model.made_by).content_digest
     commit_manifest(federation, Manifest(kind, config_digest(config), inputs={"model": model}))
 
 

@@ -80,7 +80,7 @@ class Coordinator:
         self.exchange = SiloExchange(
             self.grid, run, self.parties, self.config.federated, self.log, self.silo_records.held
         )
-        self.base = require_manifest(self.base_model, "model", "export")
+        self.base = require_manifest(self.base_model, "model", self.config.model.made_by)
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
 
     def run(self, initial_adapter: Callable[[], Arrays]) -> None:

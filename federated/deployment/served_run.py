@@ -56,7 +56,7 @@ def run(
         raise InputError(f"{federation.folder}: no silo is enrolled; take them in with `siloweave federation enrol`")
     files = RunFiles(bind_run_directory(config))
     model, directory = files.model, files.federated
-    require_manifest(model, "model", "export")
+    require_manifest(model, "model", config.model.made_by)
     if renewing is not None:
         renew(directory, config, renewing)
     settings = federation.state / "run-config.toml"

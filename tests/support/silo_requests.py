@@ -22,10 +22,10 @@ def signer_of(secret):
         return Signer(path)
 
 
-def ward(folder, model, **policy):
-    """Settings of a silo with 60 short notes in a folder."""
+def ward(folder, model, rows=60, **policy):
+    """Settings of a silo with so many short notes in a folder."""
     data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"note {i} of the ward"}) + "\n" for i in range(60)))
+    data.write_text("".join(json.dumps({"text": f"note {i} of the ward"}) + "\n" for i in range(rows)))
     return SiloConfig(
         silo={
             "id": "north",

@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from silo_requests import COORDINATOR, TRUSTED, ask
+from silo_requests import COORDINATOR, TRUSTED, ask, ward
 
-from configs.schema.silo import SiloConfig
 from federated.adapters.arrays import to_bytes
 from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import initial_adapter, warm_model
@@ -169,20 +168,8 @@ def test_sums_that_are_none_are_rejected(sums):
 
 def silo_of(folder, model, rows, **policy):
     folder.mkdir(exist_ok=True)
-    data = folder / "data.jsonl"
-    data.write_text("".join(json.dumps({"text": f"note {row} of the ward"}) + "\n" for row in range(rows)))
-    config = SiloConfig(
-        silo={
-            "id": "north",
-            "dataset_id": "ward",
-            "state_dir": str(folder / "state"),
-            "base_model": str(model),
-            "public_record_count": 100,
-        },
-        data={"source": str(data)},
-        policy={"budget_epsilon": 30.0, "budget_delta": 1e-4, "max_epsilon_per_run": 20.0, **policy},
-    )
-    return Silo(config, TRUSTED, bytes(range(32)))
+    budget = {"budget_epsilon": 30.0, "max_epsilon_per_run": 20.0}
+    return Silo(ward(folder, model, rows, **{**budget, **policy}), TRUSTED, bytes(range(32)))
 
 
 @pytest.fixture
