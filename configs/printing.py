@@ -21,6 +21,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+FIGURES = {
+    "bits_per_char": "bits per character",
+    "accuracy": "accuracy",
+    "loss": "nats per example",
+    "macro_f1": "macro F1",
+}
+"""How people call the figures that machines find under these names."""
+
+
 def rounded(value: float | None) -> str:
     """A figure for people; there is none of no records, and of a model that has diverged."""
     return "not available" if value is None else f"{value:.3f}"

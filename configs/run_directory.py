@@ -59,6 +59,9 @@ _MOVABLE = {
 _LATER = {
     "federated.task": "causal",
     "model.source": "",
+    "federated.labels": (),
+    "federated.template": "",
+    **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }
 

@@ -16,15 +16,23 @@ import torch
 
 from configs.errors import InputError, SiloweaveError
 from configs.schema.schema import RunConfig
+from configs.schema.tasks import TaskSpec
 from configs.storage.files import digest_file, digest_json, write_atomic
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, describe_files, finished
 from configs.storage.sealing import load_key, sealing
 from trainer.models.llama import attention
-from trainer.models.load import MODEL
+from trainer.models.load import MODEL, model_class
 
 HUB, GGUF = "hf:", "gguf:"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
+# What a task needs of a model: a family of transformers' that has such a head, and, where the task uses the model's own
+# words, that the model is of that kind itself.
+_NEEDS = {
+    "causal": ("CAUSAL_LM", "causal language model"),
+    "classification": ("SEQUENCE_CLASSIFICATION", ""),
+    "multilabel": ("SEQUENCE_CLASSIFICATION", ""),
+}
 _CARD = """---
 license: {license}
 library_name: transformers
@@ -79,15 +87,15 @@ def import_model(
         InputError: the model can't be read, holds code or pickles instead of weights, has no tokenizer, or isn't one
             that the run's task needs.
     """
-    settings, target = config.model, RunFiles(run_directory).model
+    settings, task, target = config.model, config.federated.task_spec, RunFiles(run_directory).model
     digest = digest_json([settings.source, settings.context_length])
     origin = open_origin(settings.source)
     done, content = finished(target, "model", digest), origin.digest()
     if done is not None and done.inputs["source"] == content:
         return done
     with _reading(settings.source):
-        model, tokenizer = _read(origin, settings.source)
-    _check(model, tokenizer, settings.source, settings.context_length)
+        model, tokenizer = _read(origin, settings.source, task)
+    _check(model, tokenizer, settings.source, settings.context_length, task)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     tokenizer.save_pretrained(target)
@@ -105,17 +113,16 @@ def import_model(
     return commit_manifest(target, Manifest("model", digest, inputs={"source": content}, metadata=metadata))
 
 
-def outline(source: str) -> Any:
+def outline(source: str, task: TaskSpec) -> Any:
     """A model of the same shapes without values, on torch's device ``meta``. Nothing is downloaded.
 
     Raises:
         InputError: the model isn't on this machine, can't be read, or isn't one that the run's task needs.
     """
-    from transformers import AutoModelForCausalLM
-
     origin = open_origin(source, download=False)
     with _reading(source), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_configuration(origin, source))
+        config = _configuration(origin, source, task)
+        return model_class(config, source)._from_config(config)
 
 
 def open_origin(source: str, *, download: bool = True) -> Origin:
@@ -185,28 +192,32 @@ def _reading(source: str) -> Iterator[None]:
         ) from None
 
 
-def _configuration(origin: Origin, source: str) -> Any:
-    """The configuration of a causal language model."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
+    """The configuration of a model that fits a task: as it is, or with the task's head."""
+    import transformers
 
-    config = AutoConfig.from_pretrained(origin.folder, **origin.options)
-    named = set(config.architectures or ())
-    if not origin.gguf and not named & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    config = transformers.AutoConfig.from_pretrained(origin.folder, **origin.options)
+    if origin.gguf:  # names none, and holds decoders alone
+        config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    named = (config.architectures or [type(config).__name__])[0]
+    wanted, fits = _NEEDS[task.name]
+    mapping = getattr(transformers, f"MODEL_FOR_{wanted}_MAPPING")
+    if type(config) not in mapping or (fits and named not in {kind.__name__ for kind in mapping.values()}):
         raise InputError(
-            f"model.source {source!r}: it is a {', '.join(sorted(named)) or config.model_type}, and the task needs a "
-            "causal language model; give one"
+            f"model.source {source!r}: it is a {named}, and the task {task.name!r} needs a "
+            f"{fits or 'model of a family that has a head for it'}; give one"
         )
     return config
 
 
-def _read(origin: Origin, source: str) -> tuple[Any, Any]:
+def _read(origin: Origin, source: str, task: TaskSpec) -> tuple[Any, Any]:
     """The model with all its weights from the files, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    config = _configuration(origin, source)
+    config = _configuration(origin, source, task)
     tokenizer = AutoTokenizer.from_pretrained(origin.folder, **origin.options)
-    model, loaded = AutoModelForCausalLM.from_pretrained(
+    kind = model_class(config, source)
+    model, loaded = kind.from_pretrained(
         origin.folder,
         config=config,
         dtype=torch.float32,
@@ -220,7 +231,7 @@ def _read(origin: Origin, source: str) -> tuple[Any, Any]:
     if missing:
         raise InputError(f"model.source {source!r}: its files lack {missing[0]} and {len(missing) - 1} more weights")
     if origin.gguf:  # transformers saves no model that it knows to have been quantised, also where it no longer is
-        plain = AutoModelForCausalLM.from_config(_configuration(origin, source), dtype=torch.float32)
+        plain = kind._from_config(_configuration(origin, source, task), dtype=torch.float32)
         plain.load_state_dict(model.state_dict())
         plain.generation_config, model = model.generation_config, plain
     _without_dropout(model.config)
@@ -235,12 +246,14 @@ def _without_dropout(config: Any) -> None:
     config.use_cache = False
 
 
-def _check(model: Any, tokenizer: Any, source: str, context_length: int) -> None:
+def _check(model: Any, tokenizer: Any, source: str, context_length: int, task: TaskSpec) -> None:
     """What a task takes for granted."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"model.source {source!r}: its tokenizer has no fast form (tokenizer.json); give one that has")
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and task.name == "causal":
         raise InputError(f"model.source {source!r}: its tokenizer has no end-of-text token; name one as eos_token")
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        raise InputError(f"model.source {source!r}: its tokenizer has no token that fills up; name one as pad_token")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(

@@ -38,7 +38,7 @@ from privacy.plan_from_settings import plan_terms
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.models.adapters import add_adapter
 from trainer.models.load import load_model
-from trainer.tasks.task import task_of
+from trainer.tasks.task import text_task
 
 AUDIT_VERSION = 2  # 2: hostile adapters
 SMALLEST, LARGEST = 200, 10_000
@@ -139,7 +139,7 @@ def _audit_plan(
 ) -> dict[str, Any]:
     torch.set_num_threads(run.config.cluster.threads_per_rank)
     federated = run.config.federated
-    task = task_of(run.config.federated.task, run.model)
+    task = text_task(run.config.federated.task_spec, run.model)
     training = AuditTraining(
         request,
         AuditSettings(**design["claims"][name]["settings"]),
@@ -168,7 +168,7 @@ def _audit_plan(
 def _hostile_adapters(run: Run, base: Any) -> list[dict[str, Any]]:
     """How far one made-up record moves the sum under adapters that a hostile coordinator would send."""
     federated = run.config.federated
-    task = task_of(run.config.federated.task, run.model)
+    task = text_task(run.config.federated.task_spec, run.model)
     model = add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed).train()
     return [{**asdict(movement), "holds": movement.holds} for movement in movements(model, task)]
 

@@ -74,7 +74,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
 def _base_model(config: RunConfig) -> Any:
     """The base model without values; one that others have made is looked at where it lies, and not downloaded."""
     if config.model.source:
-        return outline(config.model.source)
+        return outline(config.model.source, config.federated.task_spec)
     return empty_model(config.model, config.tokenizer.vocab_size)
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.monitoring.durations import Remaining, duration
-from configs.printing import printable, rounded, say
+from configs.printing import FIGURES, printable, rounded, say
 
 _TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of", "trial": "of"}
 _POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done", "trial": "done"}
@@ -137,20 +137,21 @@ def result_table(report: dict[str, Any]) -> Table:
     federated, privacy, pretrain = report["federated"], report["privacy"], report["pretrain"]
     table = Table(title=f"Siloweave: {report['name']}", title_justify="left")
     table.add_column("")
-    table.add_column("bits per character on the silos' held-out text", justify="right")
+    metric = federated["metric"]
+    table.add_column(f"{FIGURES[metric]} on the silos' held-out records", justify="right")
     table.add_column("epsilon (delta)", justify="right")
-    base, claim = federated["bits_per_char_base"], privacy["headline"]
+    base, claim = federated[f"{metric}_base"], privacy["headline"]
     rows = [
         ("base model, public text only", base, "0"),
-        ("federated with DP", federated["bits_per_char_dp"], f"{claim['epsilon']:.2f} ({claim['delta']:g})"),
-        ("federated without DP", federated["bits_per_char_no_dp"], "unbounded"),
+        ("federated with DP", federated[f"{metric}_dp"], f"{claim['epsilon']:.2f} ({claim['delta']:g})"),
+        ("federated without DP", federated[f"{metric}_no_dp"], "unbounded"),
     ]
     for label, value, epsilon in rows:
         change = f"  ({100 * (value / base - 1):+.1f}%)" if value and base and value is not base else ""
         table.add_row(label, f"{rounded(value)}{change}", epsilon)
     for found in federated["private_evaluation"]:
         label = f"round {found['round']}" if found["round"] else "base model"
-        value, error = found["bits_per_char"], found["bits_per_char_error"]
+        value, error = found[metric], found[f"{metric}_error"]
         shown = f"{value:.3f} ± {error:.3f}" if value is not None else "lost in the noise"
         if found.get("macro_f1") is not None:
             shown += f"; macro F1 {found['macro_f1']:.3f} ± {found['macro_f1_error']:.3f}"

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from cluster.report.plots import ACCENT, INK, MUTED, new_figure, svg
-from configs.printing import printable
+from configs.printing import FIGURES, printable
 from privacy.plan import PlanTerms
 
 
@@ -18,7 +18,7 @@ def render(report: dict[str, Any]) -> str:
         "rounds": _rounds_plot(report) if _has_scores(report["federated"]) else "",
         "epsilon": _epsilon_plot(report),
     }
-    return environment.get_template("report.html.j2").render(report=report, plots=plots)
+    return environment.get_template("report.html.j2").render(report=report, plots=plots, figures=FIGURES)
 
 
 def _has_scores(federated: dict[str, Any]) -> bool:
@@ -40,11 +40,11 @@ def _rounds_plot(report: dict[str, Any]) -> str:
     for key, label, color in (("dp", "with DP", ACCENT), ("no_dp", "without DP", INK)):
         values = federated["by_round"][key]
         if values:
-            series = _drawn([federated["bits_per_char_base"], *values])
+            series = _drawn([federated[f"{federated['metric']}_base"], *values])
             axes.plot(range(len(series)), series, marker="o", color=color, label=label)
     if public := federated["public_text"]:
         axes.plot(range(len(public)), _drawn(public), marker="o", color=MUTED, label="public text, with DP")
-    axes.set(title="Text that no silo trained on", xlabel="round", ylabel="bits per character")
+    axes.set(title="Records that no silo trained on", xlabel="round", ylabel=FIGURES[federated["metric"]])
     axes.legend(frameon=False)
     return svg(figure)
 

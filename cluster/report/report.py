@@ -20,9 +20,9 @@ from privacy.ledger.file import read_only
 from trainer.data.reading.counts import of_corpora
 
 REPORT_VERSION = 1
+BITS = "bits_per_char"
 LOOK = "`siloweave status` says what of the run can be read"
 _SIMULATION_ONLY = (
-    "federated.bits_per_char_*",
     "federated.by_silo",
     "federated.by_round",
     "privacy.silos.*.charges",
@@ -66,7 +66,7 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         "privacy": privacy,
         "model": model,
         "sample": sample,
-        "simulation_only": [] if elsewhere else list(_SIMULATION_ONLY),
+        "simulation_only": [] if elsewhere else [f"federated.{federated['metric']}_*", *_SIMULATION_ONLY],
         "settings": to_toml(config),
         "versions": {name: version(name) for name in _LIBRARIES},
         "seconds": seconds,
@@ -130,19 +130,24 @@ def _federated(
     rounds = [event for event in events if event["event"] == "round"]
     public = evaluation.get("public") or {}
     dp, no_dp = evaluation.get(FEDERATED) or [], evaluation.get(NO_DP) or []
-    base = evaluation.get("base")
+    base, metric = evaluation.get("base"), evaluation.get("metric", BITS)
+
+    def overall(entry: dict[str, Any] | None) -> float | None:
+        return entry[metric] if entry else None
+
     return {
         "silos": certificate.get("num_clients", len(ledgers_of(certificate))),
         "rounds": config.federated.rounds,
         "bytes_per_round": statistics.median(event["bytes"] for event in rounds) if rounds else None,
         "full_model_bytes": (RunFiles(run_directory).model / "model.safetensors").stat().st_size,
-        "bits_per_char_base": _overall(base),
-        "bits_per_char_dp": _overall(dp[-1]) if dp else None,
-        "bits_per_char_no_dp": _overall(no_dp[-1]) if no_dp else None,
-        "improvement_dp": _improvement(_overall(base), _overall(dp[-1]) if dp else None),
-        "by_silo": _by_silo(base, dp, no_dp) if base and dp else {},
-        "by_round": {"dp": [_overall(entry) for entry in dp], "no_dp": [_overall(entry) for entry in no_dp]},
-        "public_text": [_overall(entry) for entry in (public["base"], *public["federated"])] if public else [],
+        "metric": metric,
+        f"{metric}_base": overall(base),
+        f"{metric}_dp": overall(dp[-1]) if dp else None,
+        f"{metric}_no_dp": overall(no_dp[-1]) if no_dp else None,
+        "improvement_dp": _improvement(metric, overall(base), overall(dp[-1]) if dp else None),
+        "by_silo": _by_silo(metric, base, dp, no_dp) if base and dp else {},
+        "by_round": {"dp": [overall(entry) for entry in dp], "no_dp": [overall(entry) for entry in no_dp]},
+        "public_text": [overall(entry) for entry in (public["base"], *public["federated"])] if public else [],
         "private_evaluation": _private_evaluations(events),
         "not_available": evaluation.get("not_available"),
     }
@@ -151,29 +156,29 @@ def _federated(
 def _private_evaluations(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the silos released of their held-out units, noise included; a restart asks again and gets the same."""
     found = {event["round"]: event for event in events if event["event"] == "private_evaluation"}
-    names = ("round", "bits_per_char", "bits_per_char_error", "accuracy", "accuracy_error", "silos")
-    f1 = ("macro_f1", "macro_f1_error", "f1_by_label")  # where the plan has labels
-    return [{name: found[number][name] for name in (*names, *f1) if name in found[number]} for number in sorted(found)]
+    about = ("time", "stage", "event")
+    return [{name: value for name, value in found[number].items() if name not in about} for number in sorted(found)]
 
 
-def _by_silo(base: dict[str, Any], dp: list[dict[str, Any]], no_dp: list[dict[str, Any]]) -> dict[str, Any]:
+def _by_silo(
+    metric: str, base: dict[str, Any], dp: list[dict[str, Any]], no_dp: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         name: {
             "records": silo["records"],
-            "bits_per_char_base": silo["bits_per_char"],
-            "bits_per_char_dp": dp[-1]["by_silo"][name]["bits_per_char"],
-            "bits_per_char_no_dp": no_dp[-1]["by_silo"][name]["bits_per_char"] if no_dp else None,
+            f"{metric}_base": silo[metric],
+            f"{metric}_dp": dp[-1]["by_silo"][name][metric],
+            f"{metric}_no_dp": no_dp[-1]["by_silo"][name][metric] if no_dp else None,
         }
         for name, silo in base["by_silo"].items()
     }
 
 
-def _improvement(before: float | None, after: float | None) -> float | None:
-    return 1 - after / before if before and after is not None else None
-
-
-def _overall(entry: dict[str, Any] | None) -> float | None:
-    return entry["bits_per_char"] if entry else None
+def _improvement(metric: str, before: float | None, after: float | None) -> float | None:
+    """As a share of what was: bits per character fall as a model gets better, other figures rise."""
+    if not before or after is None:
+        return None
+    return 1 - after / before if metric == BITS else after / before - 1
 
 
 def _privacy(

@@ -29,11 +29,16 @@ Labels = Annotated[tuple[Label, ...], Field(max_length=100), AfterValidator(_two
 """The classes of a classification; empty where nothing is classified. As a plan has them, whose digest must stay."""
 
 
-def _composed(labels: tuple[str, ...]) -> tuple[str, ...]:
+def composed(labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Labels in Unicode's form NFC, in which two that look alike are one.
+
+    Raises:
+        ValueError: there is a single one, or one twice.
+    """
     return _two_or_more(tuple(unicodedata.normalize("NFC", label) for label in labels))
 
 
-ComposedLabels = Annotated[Labels, AfterValidator(_composed)]
+ComposedLabels = Annotated[Labels, AfterValidator(composed)]
 """The same in settings, in Unicode's form NFC."""
 
 

@@ -28,6 +28,33 @@ class SourceSettings(Settings):
     ``"utf-16-le"``, ... A byte order mark goes before it. Nothing is guessed."""
 
 
+class RecordSettings(SourceSettings):
+    """Records of a task: a silo's words for what the federation calls by other names."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of this source by the names that the task has for them, ``{label = "diagnosis"}``; left out: the task's
+    own name. The text's column is ``text`` above."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels of the federation by the words of this source, ``{pos = "positive"}``; a word that is a label already
+    needs no entry."""
+
+    @model_validator(mode="after")
+    def _text_is_named_once(self) -> "RecordSettings":
+        if "text" in self.columns:
+            raise ValueError(
+                f"columns.text is {self.columns['text']!r}: the text's column is named by `text` itself; give it there"
+            )
+        return self
+
+    def __hash__(self) -> int:
+        """Settings are looked up by their values, mappings included."""
+        return hash(self.model_dump_json())
+
+    def column(self, field: str) -> str:
+        """The source's own name for a field of the task."""
+        return self.text if field == "text" else self.columns.get(field, field)
+
+
 class CorpusSettings(SourceSettings):
     """A public corpus."""
 
@@ -35,7 +62,7 @@ class CorpusSettings(SourceSettings):
     """Share of its samples among those of all corpora, relative to the others' weights."""
 
 
-class PrivateSettings(SourceSettings):
+class PrivateSettings(RecordSettings):
     """The data of the silos, for a simulation on one machine."""
 
     dataset_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=LARGEST_DATASET_NAME)]

@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, Settings
 from configs.schema.places import Place
+from configs.schema.tasks import TaskLabels, TaskName, TaskSpec, task_problems
 
-TaskName = Literal["causal"]
 Optimizer = Literal["adam", "adam_bc", "sgd"]
 ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew"]
 Aggregation = Literal[
@@ -33,7 +33,14 @@ class FederatedSettings(Settings):
     """Fine-tuning across silos: LoRA adapters, and rounds in which every silo has the same fixed, public weight."""
 
     task: TaskName = "causal"
-    """What a record is to the model, and what is learnt of it; ``causal``: a text, token by token."""
+    """What a record is to the model, and what is learnt of it; ``causal``: a text, token by token; ``classification``:
+    which one of ``labels`` a text has; ``multilabel``: which of them, any number."""
+    labels: TaskLabels = ()
+    """Labels of the federation, in their order, for a task that tells labels apart. Each silo maps its own words to
+    them."""
+    template: str = ""
+    """How a text is made of a record's fields, ``"Title: {title} Text: {text}"`` for instance; empty: the text is the
+    column of that name."""
     rounds: Count = 3
     """Rounds; every silo takes part in each."""
     local_steps: Count = 12
@@ -93,10 +100,24 @@ class FederatedSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "FederatedSettings":
         problems = (self._robust_problem(), self._local_problem(), self._rank_problem(), self._enough_problem())
-        for problem in (*self._unused(), *problems, self._pull_problem()):
+        of_task = task_problems("federated", self.task, self.labels, self.template)
+        for problem in (*of_task, *self._unused(), *problems, self._pull_problem(), self._head_problem()):
             if problem:
                 raise ValueError(problem)
         return self
+
+    @property
+    def task_spec(self) -> TaskSpec:
+        """What a record is to the model, as requests say it."""
+        return TaskSpec(name=self.task, labels=self.labels, template=self.template)
+
+    def _head_problem(self) -> str:
+        if self.task == "causal" or self.adapters != "product":
+            return ""
+        return (
+            f"federated.adapters is 'product': the head of the task {self.task!r} is no product of two factors; give "
+            "'average' or 'ffa'"
+        )
 
     def _enough_problem(self) -> str:
         if not 0 < self.enough_silos < self.min_silos:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import ComposedLabels, Count, Positive, Probability, Settings
-from configs.schema.data import DATA, DataSettings, SourceSettings, TokenizerSettings
+from configs.schema.data import DATA, DataSettings, RecordSettings, TokenizerSettings
 from configs.schema.federated import ROBUST, FederatedSettings
 from configs.schema.places import Place
 from configs.schema.pretrain import ClusterSettings, ModelSettings, PretrainSettings
@@ -103,7 +103,7 @@ class PrivacySettings(Settings):
         return self
 
 
-class OwnText(SourceSettings):
+class OwnText(RecordSettings):
     """A text that is no silo's."""
 
     source: Annotated[str, DATA] = ""
@@ -198,6 +198,11 @@ class RunConfig(Settings):
             raise ValueError(
                 "data.public: missing; give the text that the base model is pretrained on, or another base model in "
                 "model.source"
+            )
+        if self.privacy.evaluation_labels and self.federated.task != "causal":
+            raise ValueError(
+                f"privacy.evaluation_labels is {list(self.privacy.evaluation_labels)}: they are for texts that end in "
+                f"a label; the task {self.federated.task!r} counts federated.labels, so leave them out"
             )
         ranks, pretrain, private = self.cluster.world_size, self.pretrain, self.data.private
         if ranks not in self.world_sizes:

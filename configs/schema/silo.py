@@ -15,9 +15,10 @@ from configs.schema.base import (
     Probability,
     Settings,
 )
-from configs.schema.data import DeidentifySettings, SourceSettings
-from configs.schema.federated import ClippingMethod, TaskName
+from configs.schema.data import DeidentifySettings, RecordSettings
+from configs.schema.federated import ClippingMethod
 from configs.schema.places import Place, rooted
+from configs.schema.tasks import TaskLabels, TaskName, TaskSpec, task_problems
 
 LARGEST_NAME = 100  # characters of a silo's
 MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # the requests of a simulation come from its own user
@@ -50,7 +51,7 @@ class SiloSettings(Settings):
     """How per-record gradients are formed; all ways give the same up to rounding."""
 
 
-class SiloDataSettings(SourceSettings):
+class SiloDataSettings(RecordSettings):
     """The silo's records."""
 
     silo: str = ""
@@ -74,8 +75,13 @@ class SiloPolicy(Settings):
     """What a run may protect. ``record``: this silo adds the noise, and need not trust whoever asks. Whoever adds
     ``client`` trusts the coordinators: they get this silo's updates without noise, and add the noise to the sum."""
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=1)] = ("causal",)
-    """What may be trained and evaluated: ``causal``, the text token by token. Exactly one, since the records are read
-    for one task."""
+    """What may be trained and evaluated: ``causal``, the text token by token; ``classification`` or ``multilabel``, its
+    label or labels. Exactly one, since the records are read for one task."""
+    labels: TaskLabels = ()
+    """Labels that may be learnt, in the federation's order; ``[data.labels]`` maps this silo's own words to them."""
+    template: str = ""
+    """How a text may be made of a record's fields, as the federation has it; empty: the text is the column of that
+    name."""
     base_models: tuple[Digest, ...] = ()
     """Content digests of base models that others have made, which this steward accepts on somebody's signed word that
     public text alone has made them. A model that `siloweave export` wrote needs none."""
@@ -125,6 +131,22 @@ class SiloPolicy(Settings):
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""
+
+    @model_validator(mode="after")
+    def _task_is_whole(self) -> "SiloPolicy":
+        for problem in task_problems("policy", self.tasks[0], self.labels, self.template):
+            raise ValueError(problem)
+        if self.label_sets and self.tasks[0] != "causal":
+            raise ValueError(
+                f"policy.label_sets is {[list(labels) for labels in self.label_sets]}: they are for texts that end in "
+                f"a label; the task {self.tasks[0]!r} counts its own labels, so leave them out"
+            )
+        return self
+
+    @property
+    def task_spec(self) -> TaskSpec:
+        """What a record is to the model, as requests have to say it."""
+        return TaskSpec(name=self.tasks[0], labels=self.labels, template=self.template)
 
 
 class SiloConfig(Settings):

@@ -11,8 +11,9 @@ from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen
 from trainer.models.adapters import adapter_weights, add_adapter, load_adapter_weights, trainable
-from trainer.models.load import load_model
+from trainer.models.load import Head, load_model
 from trainer.pretraining.onednn import fastest_products, use_onednn
+from trainer.tasks.task import task_of
 
 
 @lru_cache(maxsize=1)
@@ -22,6 +23,7 @@ def warm_model(
     alpha: float,
     key_file: str = "",
     frozen_seed: int | None = None,
+    head: Head | None = None,
     *,
     onednn: bool = True,
 ) -> Any:
@@ -33,9 +35,10 @@ def warm_model(
         alpha: its scale.
         key_file: of the base model's key.
         frozen_seed: the seed that A is drawn from where it doesn't train (FFA-LoRA); None where it does.
+        head: what the task puts on the model.
         onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
     """
-    model = add_adapter(load_model(directory, load_key(key_file)), rank, alpha, frozen_seed or 0)
+    model = add_adapter(load_model(directory, load_key(key_file), head), rank, alpha, frozen_seed or 0, head)
     for name, value in trainable(model).items():
         value.requires_grad = frozen_seed is None or not frozen(name)
     if onednn and fastest_products().onednn:
@@ -44,10 +47,10 @@ def warm_model(
 
 
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
-    """The adapter before the first round: A at random from the run's seed, B zero."""
-    federated = config.federated
-    base = load_model(base_model, load_key(config.run.encryption_key_file))
-    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, config.run.seed)
+    """The adapter before the first round: A at random from the run's seed, B zero, a head as it is put on."""
+    federated, head = config.federated, task_of(config.federated.task_spec, base_model).head
+    base = load_model(base_model, load_key(config.run.encryption_key_file), head)
+    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, config.run.seed, head)
     return {name: weight.numpy() for name, weight in adapter_weights(model).items()}
 
 

@@ -23,7 +23,7 @@ from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms
 from trainer.metrics.record_losses import record_losses
 from trainer.models.adapters import trainable
-from trainer.tasks.task import Encoded, Task
+from trainer.tasks.task import Encoded, TextTask
 
 GRADIENT, WHITE_BOX, BLACK_BOX = "gradient_white_box", "example_white_box", "example_black_box"
 _CANDIDATES, _SCORED_AT_ONCE, _PROBE = 1024, 128, "probe.layer.weight"
@@ -77,7 +77,7 @@ class AuditTraining:
     terms: PlanTerms
     settings: AuditSettings
     model: Any
-    task: Task
+    task: TextTask
     background: Sequence[Encoded]
     design_digest: str
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
@@ -121,11 +121,11 @@ class AuditTraining:
                 self._whole,
                 optimizer,
                 unit_losses=self._losses,
-                shape_of=lambda unit: self.task.padded_length(unit[0]),
+                shape_of=lambda unit: self.task.shape(unit[0]),
                 made_up=lambda length, number: [(record, NO_CANARY) for record in self.task.made_up(length, number)],
                 micro_batch_size=self.settings.micro_batch_size,
                 synthetic=synthetic,
-            ).run(Streams(seed(number), self.design_digest), units)
+            ).run(Streams(seed(number), self.design_digest), [(unit,) for unit in units])
             self.gradients += released.gradients
             self.weights += released.weights
 

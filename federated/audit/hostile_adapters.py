@@ -14,10 +14,10 @@ import torch
 from privacy.clipping.clipping import clipping
 from privacy.clipping.independence import Together
 from trainer.models.adapters import trainable
-from trainer.tasks.task import Encoded, Task
+from trainer.tasks.task import Encoded, TextTask
 
 Weights = dict[str, torch.nn.Parameter]
-Total = Callable[[Any, Task, Sequence[Encoded], float], torch.Tensor]
+Total = Callable[[Any, TextTask, Sequence[Encoded], float], torch.Tensor]
 _NEIGHBOURS = 15
 
 
@@ -84,7 +84,7 @@ ADAPTERS: dict[str, tuple[Callable[[Weights], None], float]] = {
 }
 
 
-def movements(model: Any, task: Task, total: Total | None = None) -> list[Movement]:
+def movements(model: Any, task: TextTask, total: Total | None = None) -> list[Movement]:
     """What a long made-up record adds to a sum of short ones, under each adapter; the weights are put back.
 
     Args:
@@ -110,7 +110,7 @@ def movements(model: Any, task: Task, total: Total | None = None) -> list[Moveme
     return found
 
 
-def neighbours(task: Task) -> tuple[list[Encoded], Encoded]:
+def neighbours(task: TextTask) -> tuple[list[Encoded], Encoded]:
     """Records of some five tokens, and one that fills the context."""
     rng = np.random.default_rng(0)
     lengths = [5 + number % 2 for number in range(_NEIGHBOURS)] + [task.context_length]
@@ -119,14 +119,14 @@ def neighbours(task: Task) -> tuple[list[Encoded], Encoded]:
     return short, long
 
 
-def clipped_total(model: Any, task: Task, batch: Sequence[Encoded], max_grad_norm: float) -> torch.Tensor:
+def clipped_total(model: Any, task: TextTask, batch: Sequence[Encoded], max_grad_norm: float) -> torch.Tensor:
     """The sum of clipped gradients, in units of C."""
 
     def losses(units: Sequence[Encoded]) -> torch.Tensor:
         return task.record_losses(model, task.collate(units))
 
     with clipping(model, max_grad_norm) as clipper:
-        for units in Together(clipper, losses, task.padded_length, task.made_up, _NEIGHBOURS + 1).cut(batch):
+        for units in Together(clipper, losses, task.shape, task.made_up, _NEIGHBOURS + 1).cut(batch):
             clipper.accumulate(losses, units)
         return torch.cat([total.flatten() for total in clipper.take().values()]) / max_grad_norm
 

@@ -11,7 +11,7 @@ from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from federated.coordinator.final_model import final_model
-from federated.silo.units import units_of
+from federated.silo.units import Rows, units_of
 from federated.simulation.simulation import simulated_silos
 from privacy.audit.attacks import membership_figures
 from trainer.metrics.record_losses import record_losses
@@ -43,7 +43,7 @@ def infer_membership(config: RunConfig, base_model: Path, federations: Mapping[s
             asked="losses of single records",
             allowed="data declared public",
         )
-    task = task_of(config.federated.task, base_model)
+    task = task_of(config.federated.task_spec, base_model)
     members, others = _records(simulated_silos(config, base_model), task, config.evaluate.max_records_per_silo)
     return {
         "simulation_only": True,
@@ -61,12 +61,12 @@ def _records(silos: Mapping[str, SiloConfig], task: Task, limit: int) -> tuple[l
     for silo in silos.values():
         units = units_of(silo)
         count = min(limit, len(units.train), len(units.held_out))
-        members += [task.encode(text) for text in _spread(units.train, count)]
-        others += [task.encode(text) for text in _spread(units.held_out, count)]
+        members += [task.examples(unit)[0] for unit in _spread(units.train, count)]
+        others += [task.examples(unit)[0] for unit in _spread(units.held_out, count)]
     return members, others
 
 
-def _spread(units: Sequence[str], count: int) -> list[str]:
+def _spread(units: Sequence[Rows], count: int) -> list[Rows]:
     """Units from the whole length of the source: the first ones may share an author or a time, and be told by that."""
     return [units[index] for index in np.linspace(0, len(units) - 1, count).round().astype(int)]
 

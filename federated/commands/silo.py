@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from configs.printing import answer, confirmed, rounded, say
+from configs.printing import FIGURES, answer, confirmed, rounded, say
 from federated.commands.silo_runs import found_journal, journal_of, runs_app
 from federated.deployment.supervisor import ended_by_signal
 
@@ -263,7 +263,7 @@ def personalise(
     answer(
         as_json,
         {**asdict(result), "folder": str(result.folder)},
-        f"silo {silo.silo.id}: {result.folder}: held-out bits per character "
-        f"{rounded(result.shared_bits_per_char)} with the shared adapter, "
-        f"{rounded(result.personal_bits_per_char)} with the personal one; adapter and figures are private",
+        f"silo {silo.silo.id}: {result.folder}: held-out {FIGURES[result.figure]} "
+        f"{rounded(result.shared)} with the shared adapter, "
+        f"{rounded(result.personal)} with the personal one; adapter and figures are private",
     )

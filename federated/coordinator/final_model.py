@@ -12,6 +12,7 @@ from federated.adapters.arrays import from_bytes
 from federated.adapters.warm_model import put_on, warm_model
 from federated.coordinator import round_commits as commits
 from privacy.certificate.model_digests import adapter_digests
+from trainer.tasks.task import task_of
 
 ADAPTER = "adapter"
 _HEAD = """---
@@ -28,7 +29,8 @@ _WITHOUT_DP = "Trained WITHOUT differential privacy, for comparison on public da
 def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
     """The base model with the adapter of the federation's last committed round."""
     federated, key_file = config.federated, config.run.encryption_key_file
-    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file)
+    head = task_of(federated.task_spec, base_model).head
+    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file, head=head)
     adapter = from_bytes(commits.all_rounds(federation, load_key(key_file))[-1].adapter)
     put_on(model, adapter)
     return model.eval()

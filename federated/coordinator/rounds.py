@@ -253,9 +253,7 @@ class Coordinator:
         seed = self.config.run.seed if frozen else 0
         return pb.Train(
             round=round_number,
-            plan_digest=self.plan.digest,
-            base_model_digest=self.base.content_digest,
-            task=self.config.federated.task,
+            **self._model(),
             adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
             adapter=adapter,
             learning_rate=federated.learning_rate,
@@ -272,14 +270,12 @@ class Coordinator:
         evaluate = pb.Evaluate(
             number=number,
             metric=METRIC,
-            plan_digest=self.plan.digest,
-            base_model_digest=self.base.content_digest,
-            task=self.config.federated.task,
+            **self._model(),
             adapter_spec=self._adapter_spec(),
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
-        bounds = bounds_of(self.base, self.config.privacy.evaluation_labels)
+        bounds = bounds_of(self.base, self.config.federated.task_spec, self.config.privacy.evaluation_labels)
 
         def take(answer: Answer) -> None:
             self.silo_records.take_receipt(answer.silo, answer.reply.evaluated.receipt)
@@ -290,6 +286,12 @@ class Coordinator:
         noise = self.config.privacy.evaluation_noise_multiplier
         found = figures([sums[silo] for silo in answered], bounds, noise)
         self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
+
+    def _model(self) -> dict[str, Any]:
+        """What a request says of plan, base model and task."""
+        spec = self.config.federated.task_spec
+        said = {"plan_digest": self.plan.digest, "base_model_digest": self.base.content_digest, "task": spec.name}
+        return {**said, "task_spec": pb.TaskSpec(labels=spec.labels, template=spec.template)}
 
     def _adapter_spec(self) -> pb.AdapterSpec:
         return pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha)

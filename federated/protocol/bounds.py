@@ -15,6 +15,7 @@ DATASET = 255
 PLAN = 10_000
 TEXT = 3000  # of a refusal's message, as silos have cut it since their first version
 SUMS = 1000
+LABELS, TEMPLATE = 300, 2000
 WHOLE = 2**31 - 1  # protobuf's own bound
 
 LARGEST = {  # characters of a string, bytes of bytes, entries of a list
@@ -33,6 +34,8 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "Train.adapter": WHOLE,
     "Train.optimizer": NAME,
     "Train.correction": WHOLE,
+    "TaskSpec.labels": LABELS,
+    "TaskSpec.template": TEMPLATE,
     "AdapterSpec.frozen_digest": DIGEST,
     "Evaluate.metric": NAME,
     "Evaluate.plan_digest": DIGEST,

@@ -61,7 +61,7 @@ class Reserve(_message.Message):
     def __init__(self, plan: _Optional[str] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer", "proximal_mu", "correction")
+    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer", "proximal_mu", "correction", "task_spec")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class Train(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     PROXIMAL_MU_FIELD_NUMBER: _ClassVar[int]
     CORRECTION_FIELD_NUMBER: _ClassVar[int]
+    TASK_SPEC_FIELD_NUMBER: _ClassVar[int]
     round: int
     plan_digest: str
     base_model_digest: str
@@ -82,7 +83,8 @@ class Train(_message.Message):
     optimizer: str
     proximal_mu: float
     correction: bytes
-    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., proximal_mu: _Optional[float] = ..., correction: _Optional[bytes] = ...) -> None: ...
+    task_spec: TaskSpec
+    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., proximal_mu: _Optional[float] = ..., correction: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ...) -> None: ...
 
 class Contribute(_message.Message):
     __slots__ = ("train", "local_steps", "sampling_rate")
@@ -93,6 +95,14 @@ class Contribute(_message.Message):
     local_steps: int
     sampling_rate: float
     def __init__(self, train: _Optional[_Union[Train, _Mapping]] = ..., local_steps: _Optional[int] = ..., sampling_rate: _Optional[float] = ...) -> None: ...
+
+class TaskSpec(_message.Message):
+    __slots__ = ("labels", "template")
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    template: str
+    def __init__(self, labels: _Optional[_Iterable[str]] = ..., template: _Optional[str] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
     __slots__ = ("rank", "alpha", "frozen_digest", "frozen_seed")
@@ -107,7 +117,7 @@ class AdapterSpec(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., frozen_digest: _Optional[str] = ..., frozen_seed: _Optional[int] = ...) -> None: ...
 
 class Evaluate(_message.Message):
-    __slots__ = ("number", "metric", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter")
+    __slots__ = ("number", "metric", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "task_spec")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +125,7 @@ class Evaluate(_message.Message):
     TASK_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SPEC_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TASK_SPEC_FIELD_NUMBER: _ClassVar[int]
     number: int
     metric: str
     plan_digest: str
@@ -122,7 +133,8 @@ class Evaluate(_message.Message):
     task: str
     adapter_spec: AdapterSpec
     adapter: bytes
-    def __init__(self, number: _Optional[int] = ..., metric: _Optional[str] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ...) -> None: ...
+    task_spec: TaskSpec
+    def __init__(self, number: _Optional[int] = ..., metric: _Optional[str] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ()

@@ -15,8 +15,10 @@ from federated.silo.workbench import Workbench
 from privacy.ledger.client_runs import record_update
 from privacy.ledger.journal import Journal
 from privacy.mechanism.client_sum import clipped
+from privacy.mechanism.sampler import one_example_each
 from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PlanTerms
+from trainer.tasks.task import Encoded
 
 
 def contribution(
@@ -47,13 +49,13 @@ def contribution(
     # Signed before anything is computed, as a charge is: an entry too many claims less privacy than there is.
     run, coordinator = request.run_id, request.coordinator
     record_update(journal, run, coordinator, request.request_id, digest, asked.train.round)
-    streams, records = Streams(bytes(SEED_BYTES), digest), workbench.records
+    streams, units = Streams(bytes(SEED_BYTES), digest), workbench.records
 
-    def batch(step: int) -> list[int]:
-        drawn = streams.generator("batch", step).random(len(records)) < asked.sampling_rate
-        return [int(index) for index in np.flatnonzero(drawn)]
+    def batch(step: int) -> list[Encoded]:
+        drawn = streams.generator("batch", step).random(len(units)) < asked.sampling_rate
+        return one_example_each(streams, step, units, map(int, np.flatnonzero(drawn)))
 
-    batches = ([records[index] for index in batch(step)] for step in range(asked.local_steps))
+    batches = (batch(step) for step in range(asked.local_steps))
     expected = asked.sampling_rate * config.silo.public_record_count
     update = plain_update(batches, expected, model, workbench.task, adapter, settings)
     short = clipped(update, plan.max_grad_norm)

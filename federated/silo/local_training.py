@@ -15,7 +15,7 @@ from federated.adapters.arrays import Arrays
 from federated.adapters.warm_model import put_on
 from privacy.mechanism.adam_bc import AdamBC
 from privacy.mechanism.dp_sgd import PrivateTraining
-from privacy.mechanism.sampler import sample
+from privacy.mechanism.sampler import one_example_each, sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
 from trainer.models.adapters import adapter_weights, trainable
@@ -60,17 +60,17 @@ class PrivateUpdate:
             model,
             _optimizer(settings, model, self._before, plan.noise_std / plan.expected_batch_size),
             unit_losses=lambda batch: task.record_losses(model, task.collate(batch)),
-            shape_of=task.padded_length,
+            shape_of=task.shape,
             made_up=task.made_up,
             micro_batch_size=settings.micro_batch_size,
-            synthetic=_synthetic(task),
+            synthetic=task.synthetic(),
             method=settings.clipping,
         )
         self._training.prove()
 
-    def run(self, streams: Streams, records: Sequence[Encoded]) -> Arrays:
+    def run(self, streams: Streams, units: Sequence[Sequence[Encoded]]) -> Arrays:
         """Adapter after minus adapter before."""
-        self._training.run(streams, records)
+        self._training.run(streams, units)
         return _difference(self._model, self._before)
 
 
@@ -80,12 +80,12 @@ def public_update(
     model: Any,
     task: Task,
     adapter: Arrays,
-    records: Sequence[Encoded],
+    units: Sequence[Sequence[Encoded]],
     settings: LocalSettings,
 ) -> Arrays:
     """The same steps on the same batches without clipping and without noise: for data declared public only."""
     batches = (
-        [records[index] for index in sample(plan, streams, step, len(records))]
+        one_example_each(streams, step, units, sample(plan, streams, step, len(units)))
         for step in range(plan.terms.steps_per_round)
     )
     return plain_update(batches, plan.expected_batch_size, model, task, adapter, settings)
@@ -141,11 +141,6 @@ def _add_shared_terms(settings: LocalSettings, model: Any, before: dict[str, tor
             if settings.correction:
                 term += torch.from_numpy(settings.correction[name])
             parameter.grad = term if parameter.grad is None else parameter.grad + term
-
-
-def _synthetic(task: Task) -> list[Encoded]:
-    """Made-up units of different lengths: nothing private is needed to prove that clipping is right."""
-    return [task.encode(" ".join(f"{word}" for word in range(start, start + 3 + start))) for start in range(3)]
 
 
 def _difference(model: Any, before: dict[str, torch.Tensor]) -> Arrays:

@@ -19,7 +19,7 @@ from configs.storage.layout import SiloFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.sealing import MasterKey, load_key, opened, sealing
 from federated.silo.units import units_of
-from trainer.metrics.bits_per_char import score
+from trainer.metrics.score import score
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.load import load_model
 from trainer.tasks.task import Encoded, Task, by_length, task_of
@@ -54,13 +54,15 @@ class PersonalResult:
 
     Attributes:
         folder: where the adapter lies, as peft's ``PeftModel.from_pretrained`` loads it onto base plus shared adapter.
-        shared_bits_per_char: of the held-out units under the shared adapter alone; None where a loss is not finite.
-        personal_bits_per_char: with the personal adapter on top.
+        figure: what is measured: bits per character of texts, accuracy of labels.
+        shared: of the held-out units under the shared adapter alone; None where a loss is not finite.
+        personal: with the personal adapter on top.
     """
 
     folder: Path
-    shared_bits_per_char: float | None
-    personal_bits_per_char: float | None
+    figure: str
+    shared: float | None
+    personal: float | None
 
 
 def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) -> PersonalResult:
@@ -77,18 +79,21 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     base_model, files = Path(config.silo.base_model), SiloFiles(Path(config.silo.state_dir))
     key = load_key(config.silo.encryption_key_file)
     require_manifest(base_model, "model", "export")
-    task = task_of(config.policy.tasks[0], base_model)
+    task = task_of(config.policy.task_spec, base_model)
     units = units_of(config)
-    train, held_out = ([task.encode(text) for text in texts] for texts in (units.train, units.held_out))
+    train, held_out = (
+        [example for unit in part for example in task.examples(unit)] for part in (units.train, units.held_out)
+    )
     if not train or not held_out:
         raise InputError(f"silo {config.silo.id!r}: {len(train)} training and {len(held_out)} held-out units; add some")
     # A model of its own: the service's warm one must never have seen this.
-    model = _with_shared(load_model(base_model, key), shared)
-    before = score(model, task, held_out, settings.micro_batch_size).bits_per_char
-    model = add_adapter(model, settings.rank, settings.alpha, seed=0)
+    model = _with_shared(load_model(base_model, key, task.head), shared)
+    before = score(model, task, held_out, settings.micro_batch_size).main
+    model = add_adapter(model, settings.rank, settings.alpha, seed=0, head=task.head)
     _train(model, task, train, settings)
-    after = score(model.eval(), task, held_out, settings.micro_batch_size).bits_per_char
-    return PersonalResult(_save(model, files.personal, key, config.silo.id), before, after)
+    after = score(model.eval(), task, held_out, settings.micro_batch_size).main
+    folder = _save(model, files.personal, key, config.silo.id)
+    return PersonalResult(folder, task.measures.main, before, after)
 
 
 def _with_shared(base: Any, shared: Path) -> Any:

@@ -129,6 +129,11 @@ def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_di
         raise PolicyRefusal.of("base_model", asked.base_model_digest, base_model_digest)
     if asked.task not in policy.tasks:
         raise PolicyRefusal.of("task", asked.task, ", ".join(policy.tasks))
+    spec = policy.task_spec
+    if tuple(asked.task_spec.labels) != spec.labels:
+        raise PolicyRefusal.of("labels", ", ".join(asked.task_spec.labels) or "none", ", ".join(spec.labels) or "none")
+    if asked.task_spec.template != spec.template:
+        raise PolicyRefusal.of("template", asked.task_spec.template or "none", spec.template or "none")
     if not 1 <= asked.adapter_spec.rank <= policy.max_lora_rank:
         raise PolicyRefusal.of("max_lora_rank", str(asked.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
     if not 0 < asked.adapter_spec.alpha <= policy.max_lora_alpha:

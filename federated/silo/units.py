@@ -1,7 +1,9 @@
 """A silo's records as privacy units. Every step here looks at one unit at a time, never across units."""
 
 import hashlib
+import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,18 +12,23 @@ from typing import Any
 from configs.errors import InputError
 from configs.identities import IdentityColumn, UnclearIdentityError, alike, canonical
 from configs.schema.silo import SiloConfig, SiloDataSettings
+from configs.schema.tasks import CAUSAL, TaskSpec
 from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_or_create_secret, load_secret
 from privacy.ledger.client_runs import UNNOISED
 from trainer.data.deidentify import open_deidentifier
 from trainer.data.reading.counts import ReadCounts
 from trainer.data.reading.files import SourceFiles
-from trainer.data.sources import all_rows
+from trainer.data.sources import all_columns
+from trainer.tasks.fields import FieldReader
+from trainer.tasks.task import Row
+
+Rows = tuple[Row, ...]
 
 
 @dataclass(frozen=True)
 class Units:
-    """A silo's units as texts, split for good by a keyed hash. Both lists are private.
+    """A silo's units, each as its rows, split for good by a keyed hash. Both lists are private.
 
     Attributes:
         train: units that may be trained on.
@@ -33,8 +40,8 @@ class Units:
             alike. No values of records, but names of files.
     """
 
-    train: tuple[str, ...]
-    held_out: tuple[str, ...]
+    train: tuple[Rows, ...]
+    held_out: tuple[Rows, ...]
     counts: ReadCounts
     beyond_cap: int = 0
     deidentified: dict[str, int] | None = None
@@ -46,13 +53,13 @@ class SourceRows:
     """All rows of a source whose silo and unit are known.
 
     Attributes:
-        by_silo: (unit, text) of each row.
+        by_silo: (unit, fields) of each row.
         counts: what was seen while reading, by silo; under no name, of the rows that name none.
         respelled: how many units of a silo were written in several ways.
         files: those of the source, where it is a path.
     """
 
-    by_silo: dict[str, tuple[tuple[str, str], ...]]
+    by_silo: dict[str, tuple[tuple[str, Row], ...]]
     counts: dict[str, ReadCounts]
     respelled: dict[str, int]
     files: SourceFiles | None
@@ -64,7 +71,7 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
     Raises:
         InputError: the source can't be read, this silo has no record in it, or de-identification can't start.
     """
-    source, own = rows_of(config.data), _own_name(config)
+    source, own = rows_of(config.data, config.policy.task_spec), _own_name(config)
     rows = source.by_silo.get(own, ())
     if not rows:
         raise InputError(
@@ -72,17 +79,16 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
             "other silos; check the silo's name and the data source; rows without silo or unit are left out"
         )
     deidentifier = open_deidentifier(config.data.deidentify)
-    deidentify = deidentifier or str
-    train: list[str] = []
-    held_out: list[str] = []
+    train: list[Rows] = []
+    held_out: list[Rows] = []
     beyond_cap = 0
-    for unit, texts in _group(rows, has_units=bool(config.data.unit)):
-        kept = _cap(texts, split_key, config.data.max_rows_per_unit)
-        beyond_cap += len(texts) - len(kept)
+    for unit, found in _group(rows, has_units=bool(config.data.unit)):
+        kept = _cap(found, split_key, config.data.max_rows_per_unit)
+        beyond_cap += len(found) - len(kept)
         # After split and cap, which go by the rows as they came: turning it on moves no unit to the other part.
-        text = "\n\n".join(map(deidentify, kept))
+        unit_rows = tuple(kept if deidentifier is None else (_with_texts(row, deidentifier) for row in kept))
         is_held_out = _keyed_hash(split_key, unit) < config.data.held_out_fraction * 2**64
-        (held_out if is_held_out else train).append(text)
+        (held_out if is_held_out else train).append(unit_rows)
     deidentified = dict(deidentifier.counts) if deidentifier else None
     notes = _notes(config.data, source, own)
     return Units(tuple(train), tuple(held_out), _counts(source, own), beyond_cap, deidentified, notes)
@@ -156,45 +162,58 @@ def split_key(files: SiloFiles, bodies: list[dict[str, Any]]) -> bytes:
 
 
 @lru_cache(maxsize=1)
-def rows_of(data: SiloDataSettings) -> SourceRows:
+def rows_of(data: SiloDataSettings, spec: TaskSpec = CAUSAL) -> SourceRows:
     """All rows of a source by silo; a process that hosts many silos of one source reads it once.
 
     Raises:
-        InputError: the source can't be read, or an id in it can't be told from others.
+        InputError: the source can't be read, a value is none that the task can take, or an id in it can't be told from
+            others.
     """
     source, counts = ReadCounts(), defaultdict[str, ReadCounts](ReadCounts)
-    rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    rows: dict[str, list[tuple[str, Row]]] = defaultdict(list)
     spellings: dict[tuple[str, str], set[str]] = defaultdict(set)
     columns = {name: IdentityColumn(name) for name in (data.silo, data.unit) if name}
-    for row, found in all_rows(data, columns, source):
+    fields = FieldReader(data, spec)
+    for row, found in all_columns(data, [*fields.columns, *columns], source):
+        record = fields.read(row, source.where, found)
+        found.empty = int(record is None)
         ids = {name: column.canonical(row[name], source.where) for name, column in columns.items()}
         silo, unit = ids.get(data.silo) or "", ids.get(data.unit) or ""
         # Without an id, whose a row is can't be told, and so it can't be protected as theirs.
         found.without_unit = int(not found.empty and None in ids.values())
         counts[silo].add(found)
-        if found.empty or found.without_unit:
+        if record is None or found.without_unit:
             continue
-        rows[silo].append((unit, row[data.text]))
+        rows[silo].append((unit, record))
         if data.unit:
             spellings[silo, unit].add(str(row[data.unit]))
     respelled = Counter(silo for (silo, _), found in spellings.items() if len(found) > 1)
     return SourceRows({silo: tuple(values) for silo, values in rows.items()}, dict(counts), respelled, source.files)
 
 
-def _group(rows: tuple[tuple[str, str], ...], *, has_units: bool) -> list[tuple[str, list[str]]]:
-    """(unit id, its rows). Without a unit column a record is its own unit and its text is its id."""
+def _group(rows: tuple[tuple[str, Row], ...], *, has_units: bool) -> list[tuple[str, list[Row]]]:
+    """(unit id, its rows). Without a unit column a record is its own unit and what it says is its id."""
     if not has_units:
-        return [(text, [text]) for _, text in rows]
-    units: dict[str, list[str]] = defaultdict(list)
-    for unit, text in rows:
-        units[unit].append(text)
+        return [(_words(row), [row]) for _, row in rows]
+    units: dict[str, list[Row]] = defaultdict(list)
+    for unit, row in rows:
+        units[unit].append(row)
     return list(units.items())
 
 
-def _cap(texts: list[str], key: bytes, largest: int) -> list[str]:
-    if len(texts) <= largest:
-        return texts
-    return sorted(texts, key=lambda text: _keyed_hash(key, text))[:largest]
+def _words(row: Row) -> str:
+    """What a row says: the same for every task that reads its text, so that all tasks hold the same out."""
+    return row["text"] if "text" in row else json.dumps(row, sort_keys=True)
+
+
+def _cap(rows: list[Row], key: bytes, largest: int) -> list[Row]:
+    if len(rows) <= largest:
+        return rows
+    return sorted(rows, key=lambda row: _keyed_hash(key, _words(row)))[:largest]
+
+
+def _with_texts(row: Row, treat: Callable[[str], str]) -> Row:
+    return {name: treat(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def _keyed_hash(key: bytes, value: str) -> int:

@@ -19,6 +19,7 @@ from privacy.declaration import declaration_of
 from trainer.data.reading.counts import Changed, reading, table
 from trainer.models.adapters import shapes, trainable
 from trainer.tasks.task import Encoded, Task, task_of
+from trainer.tasks.text import joined
 
 
 class Workbench:
@@ -39,12 +40,12 @@ class Workbench:
     @cached_property
     def task(self) -> Task:
         """What a record is to the model."""
-        return task_of(self._config.policy.tasks[0], Path(self._config.silo.base_model))
+        return task_of(self._config.policy.task_spec, Path(self._config.silo.base_model))
 
     @cached_property
-    def records(self) -> list[Encoded]:
-        """The training units as tokens. Private; what was changed on the way is counted in the silo's own log."""
-        records = [self.task.encode(unit) for unit in self._units.train]
+    def records(self) -> list[tuple[Encoded, ...]]:
+        """The training units, each as its examples. Private; what was changed is counted in the silo's own log."""
+        records = [self.task.examples(unit) for unit in self._units.train]
         for line in self._table(records):
             self._log.info("%s", line)
         if self._units.deidentified is not None:
@@ -56,8 +57,8 @@ class Workbench:
         """What the steward should know of the text, files and ids of the data: exact, so for nobody else."""
         return (*self._table(self.records), *self._units.notes)
 
-    def _table(self, records: list[Encoded]) -> list[str]:
-        counts, cut = self._units.counts, sum(record.truncated for record in records)
+    def _table(self, records: list[tuple[Encoded, ...]]) -> list[str]:
+        counts, cut = self._units.counts, sum(any(one.truncated for one in unit) for unit in records)
         lines = [
             *reading(counts),
             Changed("dropped: no silo or unit", counts.without_unit, counts.rows),
@@ -68,13 +69,13 @@ class Workbench:
 
     @property
     def held_out_texts(self) -> tuple[str, ...]:
-        """The held-out units. Private."""
-        return self._units.held_out
+        """The held-out units of a task whose records are texts. Private."""
+        return tuple(joined(unit) for unit in self._units.held_out)
 
     @cached_property
-    def held_out(self) -> list[Encoded]:
-        """The held-out units as tokens. Private."""
-        return [self.task.encode(unit) for unit in self._units.held_out]
+    def held_out(self) -> list[tuple[Encoded, ...]]:
+        """The held-out units, each as its examples. Private."""
+        return [self.task.examples(unit) for unit in self._units.held_out]
 
     def model(self, asked: pb.Train | pb.Evaluate) -> Any:
         """The warm base model with the adapter that a request describes.
@@ -85,7 +86,8 @@ class Workbench:
         silo, spec = self._config.silo, asked.adapter_spec
         seed = spec.frozen_seed if spec.frozen_digest else None
         ours = silo.clipping == "bookkeeping"
-        model = warm_model(Path(silo.base_model), spec.rank, spec.alpha, silo.encryption_key_file, seed, onednn=ours)
+        place, head = Path(silo.base_model), self.task.head
+        model = warm_model(place, spec.rank, spec.alpha, silo.encryption_key_file, seed, head, onednn=ours)
         if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
             drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
             if drawn != spec.frozen_digest:

@@ -18,9 +18,10 @@ from federated.coordinator import round_commits as commits
 from federated.coordinator.outcome import over_flower
 from federated.silo.units import units_of
 from federated.simulation.simulation import simulated_silos
-from trainer.data.sources import ReadCounts, read_rows
-from trainer.metrics.bits_per_char import Score, score
-from trainer.tasks.task import task_of
+from trainer.data.sources import ReadCounts, all_columns
+from trainer.metrics.score import Score, score
+from trainer.tasks.fields import FieldReader
+from trainer.tasks.task import Row, kind_of, task_of
 
 BASE, PUBLIC, _SILOS = "base", "public", "silos"
 Scorer = Callable[[bytes | None, int], dict[str, Score]]  # of an adapter, None for the base model; on so many records
@@ -39,8 +40,9 @@ def evaluate_rounds(
     before the last are read on a quarter of the records: they are for a plot.
 
     Returns:
-        {"simulation_only": True, "base": by silo, federation: [by silo, for each round]}; without these, and with the
-        reason, where the silos can't be read. Under "public" the same of the public text, where there is one.
+        {"simulation_only": True, "metric": the task's main figure, "base": by silo, federation: [by silo, for each
+        round]}; without these, and with the reason, where the silos can't be read. Under "public" the same of the
+        public text, where there is one.
     """
     limit = config.evaluate.max_records_per_silo
     models: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]
@@ -70,7 +72,9 @@ def evaluate_rounds(
         return {BASE: _summary(scores[which, BASE, 0]), **rounds}
 
     silos = {"not_available": reason} if reason else figures(_SILOS)
-    return {"simulation_only": True, **silos, **({PUBLIC: figures(PUBLIC)} if PUBLIC in scorers else {})}
+    measures = kind_of(config.federated.task).measured(config.federated.task_spec, config.model.context_length)
+    kind = {"metric": measures.main, "lower_is_better": measures.lower_is_better}
+    return {"simulation_only": True, **kind, **silos, **({PUBLIC: figures(PUBLIC)} if PUBLIC in scorers else {})}
 
 
 def _scorers(
@@ -95,9 +99,10 @@ def _scored(scorer: Scorer, threads: int, adapter: bytes | None, records: int) -
 
 
 def _summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
-    overall = sum(by_silo.values(), Score(0.0, 0, 0))
-    silos = {name: {"bits_per_char": score.bits_per_char, "records": score.records} for name, score in by_silo.items()}
-    return {"bits_per_char": overall.bits_per_char, "records": overall.records, "by_silo": silos}
+    first, *others = by_silo.values()
+    silos = {name: {**score.figures, "records": score.records} for name, score in by_silo.items()}
+    overall = sum(others, first)
+    return {**overall.figures, "records": overall.records, "by_silo": silos}
 
 
 def score_silos(
@@ -108,18 +113,20 @@ def score_silos(
 
 
 def score_public(config: RunConfig, base_model: Path, adapter: bytes | None, limit: int) -> dict[str, Score]:
-    """Bits per character on the first records of the coordinator's public text.
+    """The task's figures on the first records of the coordinator's public text.
 
     Raises:
         InputError: it can't be read.
     """
     source = config.evaluate.public
-    texts = [row[source.text] for row in islice(read_rows(source, (), ReadCounts()), limit)]
-    return {PUBLIC: _score(config, base_model, config.run.encryption_key_file, texts, adapter)}
+    fields, counts = FieldReader(source, config.federated.task_spec), ReadCounts()
+    read = (fields.read(row, counts.where, found) for row, found in all_columns(source, fields.columns, counts))
+    units = [(row,) for row in islice(filter(None, read), limit)]
+    return {PUBLIC: _score(config, base_model, config.run.encryption_key_file, units, adapter)}
 
 
 def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, limit: int) -> Score:
-    """Bits per character on a silo's held-out units, read in the clear: ``simulation_only``.
+    """The task's figures on a silo's held-out units, read in the clear: ``simulation_only``.
 
     Args:
         config: the run's settings.
@@ -138,14 +145,16 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
             allowed="data declared public",
         )
     units = units_of(silo)
-    texts = units.held_out[:limit]
-    return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, texts, adapter)
+    found = units.held_out[:limit]
+    return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, found, adapter)
 
 
-def _score(config: RunConfig, base_model: Path, key_file: str, texts: Sequence[str], adapter: bytes | None) -> Score:
-    task = task_of(config.federated.task, base_model)
-    model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha, key_file)
-    records = [task.encode(text) for text in texts]
+def _score(
+    config: RunConfig, base_model: Path, key_file: str, units: Sequence[Sequence[Row]], adapter: bytes | None
+) -> Score:
+    task, federated = task_of(config.federated.task_spec, base_model), config.federated
+    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file, head=task.head)
+    records = [example for unit in units for example in task.examples(unit)]
     if adapter is None:
         with model.disable_adapter():
             return score(model.eval(), task, records, config.federated.micro_batch_size)

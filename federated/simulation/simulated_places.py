@@ -91,6 +91,8 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
         data=SiloDataSettings(
             source=private.source,
             text=private.text,
+            columns=private.columns,
+            labels=private.labels,
             split=private.split,
             encoding=private.encoding,
             silo=private.silo,
@@ -107,6 +109,8 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             base_models=_imported(base_model),
             units=(privacy.unit,),
             tasks=(config.federated.task,),
+            labels=config.federated.labels,
+            template=config.federated.template,
             releases_metrics=True,
             max_runs_per_day=MOST_SIMULATED_RUNS,
             max_open_runs=MOST_SIMULATED_RUNS,

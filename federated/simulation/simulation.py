@@ -41,7 +41,7 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
             nothing of what was spent.
     """
     probe = simulated_silo(config, "probe", base_model)
-    rows = rows_of(probe.data).by_silo
+    rows = rows_of(probe.data, config.federated.task_spec).by_silo
     missing = sorted(set(config.data.private.public_record_counts) - set(rows))
     if missing or not rows:
         raise InputError(
@@ -87,7 +87,7 @@ def look_at_private(config: RunConfig) -> dict[str, Any]:
     Raises:
         InputError: the data can't be read.
     """
-    rows = rows_of(simulated_silo(config, "probe", Path("/")).data)
+    rows = rows_of(simulated_silo(config, "probe", Path("/")).data, config.federated.task_spec)
     files = rows.files and rows.files.note()
     return {"silos_that_look_alike": alike(rows.by_silo), **({"files_of_the_silos": files} if files else {})}
 

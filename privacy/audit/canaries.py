@@ -106,5 +106,5 @@ def probe_alone(plan: PrivacyPlan, streams: Streams, coins: npt.NDArray[np.bool_
         shape_of=lambda _: None,
         made_up=lambda _, number: range(number),
         synthetic=[0, 1, 2],
-    ).run(streams, np.flatnonzero(coins).tolist())
+    ).run(streams, [(canary,) for canary in np.flatnonzero(coins).tolist()])
     return gradient_scores(plan, released.gradients, "layer.weight")

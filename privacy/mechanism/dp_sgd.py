@@ -16,7 +16,7 @@ from privacy.clipping.clipping import LARGEST_NORM, SMALLEST_NORM, Clipper, clip
 from privacy.clipping.independence import Together
 from privacy.clipping.self_check import prove_per_record_gradients
 from privacy.mechanism.noise import noised
-from privacy.mechanism.sampler import sample
+from privacy.mechanism.sampler import one_example_each, sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
 
@@ -68,12 +68,13 @@ class PrivateTraining(Generic[Unit]):
             prove_per_record_gradients(clipper, self.unit_losses, self.synthetic)
         self._proved = True
 
-    def run(self, streams: Streams, units: Sequence[Unit]) -> None:
+    def run(self, streams: Streams, units: Sequence[Sequence[Unit]]) -> None:
         """The steps of this charge. Proves first where nobody did.
 
         Args:
             streams: the charge's random streams.
-            units: the private units.
+            units: the private units, each as the examples that it has: a step takes one of them, so that a unit adds
+                one clipped gradient whatever it has.
 
         Raises:
             InputError: as ``prove``.
@@ -95,11 +96,11 @@ class PrivateTraining(Generic[Unit]):
             yield clipper
 
     def _step(
-        self, clipper: Clipper, together: Together[Unit], streams: Streams, units: Sequence[Unit], step: int
+        self, clipper: Clipper, together: Together[Unit], streams: Streams, units: Sequence[Sequence[Unit]], step: int
     ) -> None:
         plan = self.plan
-        # 1. Every unit is in the batch with probability q; the batch may be empty.
-        batch = [units[index] for index in sample(plan, streams, step, len(units))]
+        # 1. Every unit is in the batch with probability q, by one of its examples; the batch may be empty.
+        batch = one_example_each(streams, step, units, sample(plan, streams, step, len(units)))
         # 2. Forward, backward and clipping, of units together where none changes another one's bits.
         norms = [clipper.accumulate(self.unit_losses, units) for units in together.cut(batch)]
         # 3. Noise once on the sum, then the public normaliser.

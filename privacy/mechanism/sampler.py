@@ -1,5 +1,8 @@
 """Poisson sampling: every unit is in a step's batch independently. An empty batch is a step like any other."""
 
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,6 +12,7 @@ from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
 
 Indices = npt.NDArray[np.int64]
+Example = TypeVar("Example")
 
 
 def sample(plan: PrivacyPlan, streams: Streams, step: int, num_units: int) -> Indices:
@@ -32,6 +36,18 @@ def poisson_sample(plan: PrivacyPlan, streams: Streams, step: int, num_units: in
     """Indices of the units that are drawn, each independently with the sampling rate."""
     draws = streams.generator("sample", step).integers(2**64, size=num_units, dtype=np.uint64)
     return np.flatnonzero(draws < np.uint64(plan.inclusion_threshold)).astype(np.int64)
+
+
+def one_example_each(
+    streams: Streams, step: int, units: Sequence[Sequence[Example]], chosen: Iterable[int]
+) -> list[Example]:
+    """One example of each chosen unit, uniformly at random, by the charge's own stream.
+
+    A unit's draw depends on that unit's place alone, so what a step takes of one unit depends on no other one. A unit
+    without examples adds nothing.
+    """
+    draws = streams.generator("example", step).integers(2**64, size=len(units), dtype=np.uint64)
+    return [units[index][int(draws[index]) * len(units[index]) >> 64] for index in chosen if units[index]]
 
 
 def _truncated(drawn: Indices, max_batch_size: int, streams: Streams, step: int) -> Indices:

@@ -32,23 +32,21 @@ def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts
     Raises:
         InputError: the file is missing, unreadable or malformed, a column is not there, or a text is none.
     """
-    for row, found in all_rows(source, columns, counts):
+    for row, found in all_columns(source, [source.text, *columns], counts):
+        row[source.text] = text = mended(text_of(row[source.text], source.text, counts.where), found)
+        found.empty = int(not text or text.isspace())
         counts.add(found)
         if not found.empty:
             yield row
 
 
-def all_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts) -> Iterator[tuple[Row, ReadCounts]]:
-    """As ``read_rows``, but yields rows without text, too, and with each what was seen in it.
+def all_columns(source: SourceSettings, columns: Iterable[str], counts: ReadCounts) -> Iterator[tuple[Row, ReadCounts]]:
+    """Yields every row as its file has it, with the columns asked for, and an account of it that says one row so far.
 
     That is not added to ``counts``, which is told of files and places alone.
     """
-    wanted = Wanted(tuple(dict.fromkeys([source.text, *columns])), source.encoding, counts)
-    for row in _open(source, wanted):
-        found = ReadCounts(rows=1)
-        row[source.text] = text = mended(text_of(row[source.text], source.text, counts.where), found)
-        found.empty = int(not text or text.isspace())
-        yield row, found
+    for row in _open(source, Wanted(tuple(dict.fromkeys(columns)), source.encoding, counts)):
+        yield row, ReadCounts(rows=1)
 
 
 def _open(source: SourceSettings, wanted: Wanted) -> Iterator[Row]:

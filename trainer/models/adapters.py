@@ -5,24 +5,43 @@ from typing import Any
 
 import torch
 
+from trainer.models.load import Head
 
-def add_adapter(model: Any, rank: int, alpha: float, seed: int) -> Any:
+_TASK_TYPES = {"classification": "SEQ_CLS"}
+
+
+def add_adapter(model: Any, rank: int, alpha: float, seed: int, head: Head | None = None) -> Any:
     """Wraps a model with LoRA on all its linear layers (Hu et al. 2021; peft); only the adapter trains.
 
-    A starts at random from the seed, B at zero: the wrapped model starts out equal to the base model.
+    A starts at random from the seed, B at zero: the wrapped model starts out equal to the base model. A head that a
+    task has put on the model trains as a whole.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = linear_names(model)
+    whole = head_names(model) if head else []
+    targets = [name for name in linear_names(model) if name not in whole]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = get_peft_model(
             model,
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type=_task_type(model)),
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                target_modules=targets,
+                modules_to_save=whole or None,
+                lora_dropout=0.0,
+                task_type=_TASK_TYPES[head.kind] if head else _task_type(model),
+            ),
         )
     # peft makes a set of them, and would save it in the order of the process: another digest at each save.
     wrapped.peft_config["default"].target_modules = targets
     return wrapped
+
+
+def head_names(model: Any) -> list[str]:
+    """The names of what stands beside the model's own body, and has weights."""
+    body = model.base_model_prefix
+    return [name for name, part in model.named_children() if name != body and any(True for _ in part.parameters())]
 
 
 def linear_names(model: Any) -> list[str]:
@@ -40,7 +59,7 @@ def linear_names(model: Any) -> list[str]:
 
 def _tied_head(model: Any) -> set[str]:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is not embedding.weight:
+    if head is None or embedding is None or head.weight is not embedding.weight:
         return set()
     return {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if layer is head}
 

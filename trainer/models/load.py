@@ -1,33 +1,85 @@
 """Loads a model from where a run, or a person, has put it."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from configs.errors import InputError
 from configs.storage.manifests import read_manifest
 from configs.storage.sealing import MasterKey, opened
 from trainer.models.llama import attention
 
 MODEL = "model"
+_HEADS = {"classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"}
 
 
-def load_model(directory: Path, key: MasterKey | None = None) -> Any:
+@dataclass(frozen=True)
+class Head:
+    """What a task puts in the place of a model's words.
+
+    Attributes:
+        kind: ``classification``: numbers of a whole text.
+        size: how many numbers.
+        pad: the token that fills up what is shorter.
+    """
+
+    kind: Literal["classification"]
+    size: int
+    pad: int
+
+
+def load_model(directory: Path, key: MasterKey | None = None, head: Head | None = None) -> Any:
     """The model of an exported directory, float32, in evaluation mode. Reads safetensors only, never pickles.
 
+    Args:
+        directory: of the model.
+        key: by which its weights are encrypted, if they are.
+        head: what is put on it, with values that depend on its shape alone; None: the model as it was written.
+
     Raises:
-        InputError: its weights were not written with this key, or were made with other settings than its manifest says.
+        InputError: its weights were not written with this key, or were made with other settings than its manifest says;
+            or no such head fits it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     manifest = read_manifest(directory, MODEL)
     owner = manifest.config_digest if manifest else ""
-    with opened(directory, key, f"{owner}/{MODEL}", older=MODEL) as folder:
-        model = AutoModelForCausalLM.from_pretrained(
+    with opened(directory, key, f"{owner}/{MODEL}", older=MODEL) as folder, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of a head: the same one wherever it is put on
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = model_class(config, str(directory), head).from_pretrained(
             folder,
+            config=_with_head(config, head),
             dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             attn_implementation=attention(),
         )
     return model.eval()
+
+
+def model_class(config: Any, where: str, head: Head | None = None) -> Any:
+    """The class of transformers that a configuration names, or the one of its family with a head.
+
+    Raises:
+        InputError: transformers has none.
+    """
+    import transformers
+
+    if head is not None:
+        found = getattr(transformers, _HEADS[head.kind]).get(type(config), None)
+        wanted = f"{config.model_type} with a head for {head.kind}"
+    else:
+        wanted = (config.architectures or [config.model_type])[0]
+        found = getattr(transformers, wanted, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(f"{where}: transformers has no {wanted}; give a model of another family")
+    return found
+
+
+def _with_head(config: Any, head: Head | None) -> Any:
+    if head is not None:
+        config.num_labels, config.pad_token_id = head.size, head.pad
+    return config

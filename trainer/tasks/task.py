@@ -1,94 +1,169 @@
 """What a record is to a model, whatever the task; and the tasks there are, by name."""
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from configs.errors import InputError
+from configs.schema.tasks import TaskSpec
 from configs.storage.manifests import read_manifest
 from trainer.data.tokenizer import load_tokenizer
 
+if TYPE_CHECKING:
+    import torch
+
+    from trainer.models.load import Head
+    from trainer.tasks.fields import Kind
+    from trainer.tasks.measures import Measures
+
 IGNORED = -100
+Row = Mapping[str, Any]
+"""A record's fields, as ``trainer.tasks.fields`` has read them."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One record as tokens.
+    """One example as tokens.
 
     Attributes:
-        ids: the model's first token, the text's tokens, and end-of-text where it fits the context.
+        ids: what the model reads, special tokens included.
         characters: characters of the text that the tokens cover.
-        truncated: whether the record was longer than the context.
+        truncated: whether the text was longer than the context.
+        target: what the model should answer, in the task's own numbers; empty where the text itself is that.
     """
 
     ids: tuple[int, ...]
     characters: int
     truncated: bool
+    target: tuple[int, ...] = ()
 
 
 class Task(Protocol):
-    """How text becomes a batch, and what a record's loss is: a function of that record alone.
+    """How records become a batch, and what an example's loss is: a function of that example alone.
 
     Attributes:
-        name: by which settings, requests and policies name it.
-        context_length: most tokens of a record.
+        context_length: most tokens of an example.
+        head: what the model has instead of the words that it would say; None: nothing else.
+        measures: what is measured of an answer.
     """
 
-    name: str
     context_length: int
+    head: Head | None
+    measures: Measures
 
     @property
     def vocab_size(self) -> int:
         """Number of different tokens."""
 
-    def encode(self, text: str) -> Encoded:
-        """Tokens of a record, truncated to the context."""
+    def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
+        """The examples that a unit's rows make: one or several, of which a step takes one."""
 
-    def padded_length(self, record: Encoded) -> int:
-        """All that decides the shape of a record's computation; a function of that record alone."""
+    def shape(self, example: Encoded) -> Hashable:
+        """All that decides the shape of an example's computation; a function of that example alone."""
 
-    def made_up(self, padded_length: int, number: int) -> list[Encoded]:
-        """Records of a shape without any data, all different."""
+    def made_up(self, shape: Any, number: int) -> list[Encoded]:
+        """Examples of a shape without any data, all different."""
 
-    def collate(self, records: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        """The records as one batch."""
+    def synthetic(self) -> list[Encoded]:
+        """At least two made-up examples, of several shapes."""
 
-    def record_nats(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Negative log-likelihood of each record in nats, shape (B,)."""
-
-    def record_scores(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """For each record: nats, number of right predictions, number of predictions. Shape (B, 3), float64."""
+    def collate(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """The examples as one batch."""
 
     def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Training loss of each record, shape (B,)."""
+        """Training loss of each example, shape (B,)."""
+
+    def record_scores(self, model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
+        """What is measured of the model's answer to each example, in the order of ``measures``. (B, S) float64."""
 
 
-def _tasks() -> dict[str, Callable[[Any, int], Task]]:
-    """Every task: from a tokenizer and a context length."""
-    from trainer.tasks.text import CausalTask  # which needs the records above
+class TextTask(Task, Protocol):
+    """A task whose records are texts, of which the model says every word."""
 
-    return {CausalTask.name: CausalTask}
+    def encode(self, text: str) -> Encoded:
+        """Tokens of a text, truncated to the context."""
+
+    def record_nats(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Negative log-likelihood of each text in nats, shape (B,)."""
 
 
-def task_of(name: str, model_directory: Path) -> Task:
-    """The task of that name, with the tokenizer and the context length of an exported model.
+class TaskKind(Protocol):
+    """What is known of a task before there is a model: a class, whose instances are ``Task``s."""
+
+    name: str
+
+    def __call__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> Task:
+        """The task with a model's tokenizer."""
+
+    def fields(self, spec: TaskSpec) -> dict[str, Kind]:
+        """The fields of a record, and how each is read."""
+
+    def measured(self, spec: TaskSpec, context_length: int) -> Measures:
+        """What is measured of an answer: the same at whoever computes it and whoever adds it up."""
+
+
+def _tasks() -> dict[str, Any]:  # of TaskKind: mypy takes no class for a protocol with __call__
+    from trainer.tasks.classification import ClassificationTask, MultilabelTask
+    from trainer.tasks.text import CausalTask  # which needs the examples above
+
+    return {kind.name: kind for kind in (CausalTask, ClassificationTask, MultilabelTask)}
+
+
+def kind_of(name: str) -> TaskKind:
+    """The task of that name, before there is a model.
 
     Raises:
-        InputError: there is no such task, or the model's manifest does not name a context length.
+        InputError: there is no such task.
     """
     tasks = _tasks()
     if name not in tasks:
         raise InputError(f"task {name!r}: there is none of that name; give one of {', '.join(tasks)}")
+    kind: TaskKind = tasks[name]
+    return kind
+
+
+def task_of(spec: TaskSpec, model_directory: Path) -> Task:
+    """A task, with the tokenizer and the context length of an exported model.
+
+    Raises:
+        InputError: there is no such task, or the model's manifest does not name a context length.
+    """
+    kind = kind_of(spec.name)
+    return kind(load_tokenizer(model_directory), context_length_of(model_directory), spec)
+
+
+def text_task(spec: TaskSpec, model_directory: Path) -> TextTask:
+    """The same for what needs texts: an audit's canaries, for instance.
+
+    Raises:
+        InputError: as ``task_of``, or the task is another one.
+    """
+    from trainer.tasks.text import CausalTask
+
+    if spec.name != CausalTask.name:
+        raise InputError(
+            f"federated.task is {spec.name!r}: an audit plants texts and looks for them; audit the same plan with "
+            f"federated.task = {CausalTask.name!r}"
+        )
+    return CausalTask(load_tokenizer(model_directory), context_length_of(model_directory), spec)
+
+
+def context_length_of(model_directory: Path) -> int:
+    """Most tokens that an exported model reads.
+
+    Raises:
+        InputError: its manifest doesn't say.
+    """
     manifest = read_manifest(model_directory, "model")
     context_length = manifest.metadata.get("context_length") if manifest else None
     if not isinstance(context_length, int):
         raise InputError(
             f"{model_directory}: its manifest names no context_length; give a base model that `siloweave export` made"
         )
-    return tasks[name](load_tokenizer(model_directory), context_length)
+    return context_length
 
 
 def by_length(records: Sequence[Encoded], micro_batch_size: int) -> Iterator[list[Encoded]]:

@@ -1,5 +1,6 @@
 """What a record is to the model. Only a task knows how text becomes a batch, and what its loss is."""
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -8,21 +9,52 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from configs.schema.tasks import CAUSAL, TaskSpec
 from trainer.data.tokenizer import first_token
-from trainer.tasks.task import IGNORED, Encoded
+from trainer.models.load import Head
+from trainer.tasks import fields
+from trainer.tasks.measures import Measures, Ratio
+from trainer.tasks.task import IGNORED, Encoded, Row
 
 # Records are padded to multiples of this many tokens. That depends on a record's own length alone, gives many records
 # one shape, and fills whole vectors of the processor, in which no two records meet.
 _BUCKET = 16
+_NATS_PER_TOKEN = 8.0  # a unit's mean above this counts as this: a uniform guess among 3,000 tokens
+_CHARACTERS_PER_TOKEN = 8.0
 
 
 class CausalTask:
-    """Next-token prediction inside one record; a sequence never crosses records."""
+    """Next-token prediction inside one record; a sequence never crosses records.
+
+    The rows of a unit are one text: a unit is one example.
+    """
 
     name = "causal"
+    head: Head | None = None
 
-    def __init__(self, tokenizer: Any, context_length: int) -> None:
+    def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec = CAUSAL) -> None:
         self._tokenizer, self.context_length = tokenizer, context_length
+        self.measures = self.measured(spec, context_length)
+
+    @staticmethod
+    def fields(_spec: TaskSpec) -> dict[str, fields.Kind]:
+        """The text."""
+        return {"text": fields.text}
+
+    @staticmethod
+    def measured(_spec: TaskSpec, context_length: int) -> Measures:
+        """Bits per character and next-token accuracy."""
+        bounds = {
+            "nats": _NATS_PER_TOKEN * context_length,
+            "characters": _CHARACTERS_PER_TOKEN * context_length,
+            "correct tokens": float(context_length),
+            "tokens": float(context_length),
+        }
+        ratios = {
+            "bits_per_char": Ratio({"nats": 1 / math.log(2)}, {"characters": 1.0}),
+            "accuracy": Ratio({"correct tokens": 1.0}, {"tokens": 1.0}),
+        }
+        return Measures(bounds, ratios, lower_is_better=True)
 
     @cached_property
     def _backend(self) -> Any:
@@ -40,6 +72,10 @@ class CausalTask:
         """Number of different tokens."""
         return len(self._tokenizer)
 
+    def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
+        """One: the texts of all rows."""
+        return (self.encode(joined(rows)),)
+
     def encode(self, text: str) -> Encoded:
         """Tokens of a record between the model's first token and end-of-text, truncated to the context."""
         end = self._tokenizer.eos_token_id
@@ -51,24 +87,25 @@ class CausalTask:
         kept = whole[: self.context_length]
         return Encoded(tuple(kept), len(self._tokenizer.decode(kept[1:])), truncated=True)
 
-    def padded_length(self, record: Encoded) -> int:
+    def shape(self, record: Encoded) -> int:
         """What a record is padded to, in tokens: what decides the shape of its computation."""
-        return min(self.context_length, -(-len(record.ids) // _BUCKET) * _BUCKET)
+        return padded(len(record.ids), self.context_length)
 
-    def made_up(self, padded_length: int, number: int) -> list[Encoded]:
+    def made_up(self, shape: int, number: int) -> list[Encoded]:
         """Records of random tokens that are padded to a length, all different."""
-        rng = np.random.default_rng(padded_length)
-        shortest = max(2, (padded_length - 1) // _BUCKET * _BUCKET + 1)
-        lengths = rng.integers(shortest, padded_length, size=number, endpoint=True)
-        rows = [rng.integers(self.vocab_size, size=length) for length in lengths]
-        return [Encoded(tuple(row.tolist()), characters=len(row), truncated=False) for row in rows]
+        rows = random_ids(shape, number, self.vocab_size, shortest=2)
+        return [Encoded(ids, characters=len(ids), truncated=False) for ids in rows]
+
+    def synthetic(self) -> list[Encoded]:
+        """Three made-up texts of different lengths."""
+        return [self.encode(" ".join(map(str, range(start, start + 3 + start)))) for start in range(3)]
 
     def collate(self, records: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``targets``, both (B, T), padded on the right.
 
         No attention mask is needed: under a causal mask nothing attends to what comes after it.
         """
-        longest = max(self.padded_length(record) for record in records)
+        longest = max(self.shape(record) for record in records)
         input_ids = torch.zeros((len(records), longest), dtype=torch.long)
         targets = torch.full((len(records), longest), IGNORED, dtype=torch.long)
         for row, record in enumerate(records):
@@ -81,16 +118,37 @@ class CausalTask:
         """Negative log-likelihood of each record in nats, shape (B,)."""
         return _nats(model(input_ids=batch["input_ids"]).logits.float(), batch["targets"])
 
-    def record_scores(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """For each record: nats, number of tokens that were the likeliest, number of tokens. Shape (B, 3), float64."""
+    def record_scores(self, model: Any, records: Sequence[Encoded]) -> torch.Tensor:
+        """For each record: nats, characters, tokens that were held likeliest, tokens. Shape (B, 4), float64."""
+        batch = self.collate(records)
         logits_BTV, targets = model(input_ids=batch["input_ids"]).logits.float(), batch["targets"]
         correct = (logits_BTV.argmax(dim=2) == targets).sum(dim=1)
         tokens = (targets != IGNORED).sum(dim=1)
-        return torch.stack([_nats(logits_BTV, targets).double(), correct.double(), tokens.double()], dim=1)
+        characters = torch.tensor([record.characters for record in records])
+        found = (_nats(logits_BTV, targets), characters, correct, tokens)
+        return torch.stack([values_B.double() for values_B in found], dim=1)
 
     def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Training loss of each record, shape (B,): nats per token, a function of that record alone."""
         return self.record_nats(model, batch) / (batch["targets"] != IGNORED).sum(dim=1)
+
+
+def joined(rows: Sequence[Row]) -> str:
+    """The texts of a unit's rows as one."""
+    return "\n\n".join(row["text"] for row in rows)
+
+
+def padded(length: int, longest: int) -> int:
+    """What so many tokens are padded to."""
+    return min(longest, -(-length // _BUCKET) * _BUCKET)
+
+
+def random_ids(shape: int, number: int, vocab_size: int, shortest: int) -> list[tuple[int, ...]]:
+    """Rows of random tokens, of the lengths that are padded to ``shape``."""
+    rng = np.random.default_rng(shape)
+    least = max(shortest, (shape - 1) // _BUCKET * _BUCKET + 1)
+    lengths = rng.integers(least, max(least, shape), size=number, endpoint=True)
+    return [tuple(rng.integers(vocab_size, size=length).tolist()) for length in lengths]
 
 
 def _nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from configs.errors import InputError
 from configs.load import load
 from configs.parse import PRESETS, parse, read_toml
 from configs.schema.schema import RunConfig
+from configs.schema.tasks import CAUSAL
 from privacy.declaration import DECLARATION, declaration_of, declare
 from privacy.signing import Signer
 from trainer.data.embedded import python_docs
@@ -86,7 +87,7 @@ def test_the_same_model_comes_out(source, taken):
     assert (declared.declared_public_by, declared.license, declared.source) == (taken.key, "mit", str(source))
     assert set(manifest.files) == {*declared.files, DECLARATION}
     assert manifest.metadata["trained_on"] == "declared public"
-    shapes = [parameter.shape for parameter in outline(str(source)).parameters()]
+    shapes = [parameter.shape for parameter in outline(str(source), CAUSAL).parameters()]
     assert shapes == [parameter.shape for parameter in load_model(folder).parameters()]
 
 

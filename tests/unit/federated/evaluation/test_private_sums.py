@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from silo_requests import COORDINATOR, TRUSTED, ask, ward
+from trainer.metrics.bits_per_char import score
 
 from federated.adapters.arrays import to_bytes
 from federated.adapters.lora_factors import frozen_digest
@@ -20,7 +21,6 @@ from privacy.mechanism.noise import grid, noised_sums
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC, MetricRelease, PlanTerms
 from trainer.data.tokenizer import load_tokenizer
-from trainer.metrics.bits_per_char import score
 from trainer.models.adapters import trainable
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask

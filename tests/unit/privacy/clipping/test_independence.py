@@ -108,7 +108,7 @@ def test_causal_training(kind):
     def losses(units):
         return TASK.record_losses(model, TASK.collate(units))
 
-    sums = Sums(model, losses, TASK.padded_length, TASK.made_up)
+    sums = Sums(model, losses, TASK.shape, TASK.made_up)
     sums.check(batches_of(text))
 
 
@@ -157,7 +157,7 @@ def test_any_number_of_threads(threads):
     task = CausalTask(Words(), 16)
     with torch.no_grad():
         rounding(trainable(model))
-    sums = Sums(model, lambda units: task.record_losses(model, task.collate(units)), task.padded_length, task.made_up)
+    sums = Sums(model, lambda units: task.record_losses(model, task.collate(units)), task.shape, task.made_up)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -240,10 +240,10 @@ def test_units_of_different_shapes_are_never_together():
     seen = []
 
     def losses(units):
-        seen.append({TASK.padded_length(unit) for unit in units})
+        seen.append({TASK.shape(unit) for unit in units})
         return TASK.record_losses(model, TASK.collate(units))
 
-    Sums(model, losses, TASK.padded_length, TASK.made_up).of(next(iter(batches_of(text))))
+    Sums(model, losses, TASK.shape, TASK.made_up).of(next(iter(batches_of(text))))
     assert len({frozenset(lengths) for lengths in seen}) == 3
     assert all(len(lengths) == 1 for lengths in seen)
 
@@ -257,7 +257,7 @@ def test_a_proof_is_made_once_for_a_model_and_leaves_its_weights():
         calls.append((length, number))
         return TASK.made_up(length, number)
 
-    sums = Sums(model, lambda units: TASK.record_losses(model, TASK.collate(units)), TASK.padded_length, made_up)
+    sums = Sums(model, lambda units: TASK.record_losses(model, TASK.collate(units)), TASK.shape, made_up)
     batch = [text(number, 9) for number in range(8)]
     sums.of(batch)
     first = list(calls)
@@ -268,7 +268,7 @@ def test_a_proof_is_made_once_for_a_model_and_leaves_its_weights():
 
 def test_a_records_padding_depends_on_its_own_length_alone():
     lengths = {2: 16, 15: 16, 16: 16, 17: 32, 40: 48, 47: 48, 48: 48}
-    assert {length: TASK.padded_length(text(0, length)) for length in lengths} == lengths
+    assert {length: TASK.shape(text(0, length)) for length in lengths} == lengths
     for task, length in [
         (TASK, 16),
         (TASK, 32),
@@ -276,5 +276,5 @@ def test_a_records_padding_depends_on_its_own_length_alone():
         (CausalTask(Words(), 30), 30),
         (CausalTask(Words(), 33), 33),
     ]:
-        assert {task.padded_length(unit) for unit in task.made_up(length, 16)} == {length}
-    assert CausalTask(Words(), 30).padded_length(text(0, 20)) == 30  # no longer than the context
+        assert {task.shape(unit) for unit in task.made_up(length, 16)} == {length}
+    assert CausalTask(Words(), 30).shape(text(0, 20)) == 30  # no longer than the context

@@ -80,7 +80,7 @@ def training(model, plan=PLAN, optimizer=torch.optim.Adam, **options):
         model,
         optimizer(list(trainable(model).values()), lr=1e-2, **options),
         unit_losses=lambda batch: losses(model, batch),
-        shape_of=TASK.padded_length,
+        shape_of=TASK.shape,
         made_up=TASK.made_up,
         synthetic=RECORDS[:3],
     )

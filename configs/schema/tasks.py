@@ -1,0 +1,76 @@
+"""What a record is to the model: the same words at the coordinator, in a request, and in a silo's policy."""
+
+import re
+import string
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from configs.schema.base import Label, Settings, composed
+
+TaskName = Literal["causal", "classification", "multilabel"]
+MOST_LABELS = 300  # three counts for each are in a private evaluation
+LARGEST_TEMPLATE = 2000  # characters
+TaskLabels = Annotated[tuple[Label, ...], Field(max_length=MOST_LABELS), AfterValidator(composed)]
+"""The federation's labels in their order, in Unicode's form NFC."""
+WITH_LABELS = ("classification", "multilabel")
+WITH_TEMPLATE = ("classification", "multilabel")
+_COLUMN = re.compile(r"[A-Za-z_]\w*")
+
+
+class TaskSpec(Settings):
+    """What a model learns of a record.
+
+    Attributes:
+        name: of the task.
+        labels: what it tells apart, where it tells something apart.
+        template: how a record's text is made of its columns; empty: the column ``text`` is the text.
+    """
+
+    name: TaskName = "causal"
+    labels: TaskLabels = ()
+    template: Annotated[str, Field(max_length=LARGEST_TEMPLATE)] = ""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that the template names, each once."""
+        return template_fields(self.template)
+
+
+CAUSAL = TaskSpec()
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """The fields in braces, each once.
+
+    Raises:
+        ValueError: the template is none: braces that don't match, or hold more than a field's name.
+    """
+    names = [name for _, name, *rest in string.Formatter().parse(template) if name is not None or any(rest)]
+    if wrong := [name for name in names if not _COLUMN.fullmatch(name or "")]:
+        raise ValueError(f"a field named {wrong[0]!r}")
+    if "{" in re.sub(r"\{\w+\}|\{\{|\}\}", "", template):
+        raise ValueError("a field with a conversion or a format")
+    return tuple(dict.fromkeys(filter(None, names)))
+
+
+def task_problems(where: str, task: TaskName, labels: tuple[str, ...], template: str) -> Iterator[str]:
+    """What does not fit together in a task's settings, one line each; ``where`` is the table that they stand in."""
+    if task in WITH_LABELS and not labels:
+        yield f"{where}.labels is empty: the task {task!r} needs the labels that it tells apart; give two or more"
+    if labels and task not in WITH_LABELS:
+        yield f"{where}.labels is {list(labels)}: the task {task!r} has no use for labels; leave them out"
+    if template and task not in WITH_TEMPLATE:
+        yield f"{where}.template is {template!r}: the task {task!r} has no use for a template; leave it out"
+        return
+    try:
+        found = template_fields(template)
+    except ValueError as error:
+        yield (
+            f"{where}.template is {template!r}: it has {error}; name fields in braces, as in 'Title: {{title}}', and "
+            "double a brace that is text"
+        )
+        return
+    if template and not found:
+        yield f"{where}.template is {template!r}: it names no field; name at least one in braces, as in '{{text}}'"

@@ -1,0 +1,129 @@
+"""A record's fields: from a source's columns and words to the task's, or a refusal that names the place."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unicodedata import normalize
+
+from configs.errors import InputError
+from configs.printing import printable
+from configs.schema.data import RecordSettings
+from configs.schema.tasks import TaskSpec
+from trainer.data.reading.counts import ReadCounts, mended
+from trainer.data.reading.rows import Row, text_of
+from trainer.tasks.task import kind_of
+
+_SHOWN = 40  # characters of a word that should be a label; a longer one is likely a record's text
+
+
+@dataclass(frozen=True)
+class Words:
+    """Which of a silo's words are which of the federation's labels.
+
+    Attributes:
+        labels: the federation's, in order.
+        renamed: labels by the silo's words.
+    """
+
+    labels: tuple[str, ...]
+    renamed: Mapping[str, str]
+
+    def index(self, word: str, column: str, where: str) -> int:
+        """The number of the label that a word stands for.
+
+        Raises:
+            InputError: for none. The word is named, to the steward who starts the silo.
+        """
+        label = self.renamed.get(word, normalize("NFC", word))
+        if label in self.labels:
+            return self.labels.index(label)
+        shown = repr(printable(word)) if len(word) <= _SHOWN else f"a text of {len(word)} characters"
+        raise InputError(
+            f"{where}: column {column!r} holds {shown}, which is none of the {len(self.labels)} labels; map it under "
+            "labels of the data, or take the record out"
+        )
+
+
+Kind = Callable[[Any, str, str, Words, ReadCounts], Any]
+"""Reads one value: (value, column, where, words, counts); None where the record has none."""
+
+
+def text(value: Any, column: str, where: str, _words: Words, counts: ReadCounts) -> str | None:
+    """A text that is not blank, with what was lost in it replaced and counted."""
+    found = mended(text_of(value, column, where), counts)
+    return None if not found or found.isspace() else found
+
+
+def label(value: Any, column: str, where: str, words: Words, _counts: ReadCounts) -> int:
+    """The number of a label."""
+    return words.index(_word(value, column, where), column, where)
+
+
+def label_set(value: Any, column: str, where: str, words: Words, _counts: ReadCounts) -> tuple[int, ...]:
+    """The numbers of labels, ascending: of a list, or of a text with commas between them. None at all are none."""
+    if value is None:
+        return ()
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        parts = [parts]
+    named = [_word(part, column, where).strip() for part in parts]
+    return tuple(sorted({words.index(word, column, where) for word in named if word}))
+
+
+def _word(value: Any, column: str, where: str) -> str:
+    """A label as text: files hold numbers and truth values, too."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str | int):
+        return str(value).strip()
+    found = "nothing" if value is None else f"a value of the type {type(value).__name__}"
+    raise InputError(f"{where}: the label column {column!r} holds {found}; give a label, or take the record out")
+
+
+class FieldReader:
+    """Reads the rows of a source as records of a task.
+
+    Args:
+        data: which columns and words the source has.
+        spec: the task.
+    """
+
+    def __init__(self, data: RecordSettings, spec: TaskSpec) -> None:
+        self._kinds = kind_of(spec.name).fields(spec)
+        self._words = Words(spec.labels, self._checked(data, spec))
+        self._columns = {field: data.column(field) for field in self._kinds}
+
+    def _checked(self, data: RecordSettings, spec: TaskSpec) -> dict[str, str]:
+        """What the source renames has to be there: a misspelt name would rename nothing."""
+        for field in data.columns:
+            if field not in self._kinds:
+                raise InputError(
+                    f"columns.{field}: the task {spec.name!r} has no such field; it has {', '.join(self._kinds)}"
+                )
+        renamed = {word: normalize("NFC", name) for word, name in data.labels.items()}
+        for word, name in renamed.items():
+            if name not in spec.labels:
+                raise InputError(
+                    f"labels: {printable(word)!r} is mapped to {printable(name)!r}, which is no label of the task; "
+                    f"it has {printable(', '.join(spec.labels) or 'none')[:500]}"
+                )
+        return renamed
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the source must have."""
+        return list(dict.fromkeys(self._columns.values()))
+
+    def read(self, row: Row, where: str, counts: ReadCounts) -> dict[str, Any] | None:
+        """A row's fields; None where one of them is empty.
+
+        Raises:
+            InputError: a value is of another kind, or a word no label.
+        """
+        values = {
+            field: kind(row[column], column, where, self._words, counts)
+            for (field, kind), column in zip(self._kinds.items(), self._columns.values(), strict=True)
+        }
+        return None if None in values.values() else values
