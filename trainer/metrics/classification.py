@@ -74,7 +74,7 @@ def multilabel_scores(
     guess, truth = _several(predictions, references, labels)
     calibration = _calibration(probabilities, truth)
     metrics = library("sklearn.metrics")
-    all_found, all_wanted = (csr_array(has, dtype=np.int8) for has in (guess, truth))  # of many labels few are there
+    all_found, all_wanted = _targets(guess), _targets(truth)
 
     def figures(drawn: Indices) -> dict[str, float]:
         found, wanted = all_found[drawn], all_wanted[drawn]
@@ -109,7 +109,8 @@ def multilabel_confusion_matrix(
         InputError: see ``multilabel_scores``.
     """
     guess, truth = _several(predictions, references, labels)
-    return np.asarray(library("sklearn.metrics").multilabel_confusion_matrix(truth, guess), np.int64)
+    counts = library("sklearn.metrics").multilabel_confusion_matrix(_targets(truth), _targets(guess))
+    return np.asarray(counts[: len(labels)], np.int64)
 
 
 def _single(predictions: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> tuple[Indices, Indices]:
@@ -131,6 +132,11 @@ def _indicators(name: str, values: Sequence[Collection[str]], labels: Sequence[s
     for number, mine in enumerate(values):
         has[number, codes(f"{name}[{number}]", list(mine), labels)] = True
     return has
+
+
+def _targets(has: npt.NDArray[np.bool_]) -> csr_array:
+    """Sparse, since of many labels few are there, and with an empty column: one alone would be no multi-label task."""
+    return csr_array(np.pad(has, ((0, 0), (0, 1))), dtype=np.int8)
 
 
 def _averages(metrics: Any, truth: Any, guess: Any, present: Indices) -> dict[str, float]:

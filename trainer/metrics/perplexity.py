@@ -7,7 +7,6 @@ import numpy as np
 
 from configs.errors import InputError
 from trainer.metrics.bits_per_char import Score
-from trainer.metrics.inputs import check_pairs
 from trainer.metrics.scores import Indices, Scores
 
 
@@ -22,9 +21,11 @@ def scores(nats: Sequence[float], tokens: Sequence[int], characters: Sequence[in
     Raises:
         InputError: numbers of records differ, there are none, or one of no tokens or characters.
     """
-    check_pairs(tokens, characters)
-    if len(nats) != len(tokens):
-        raise InputError(f"nats of {len(nats)} records, tokens of {len(tokens)}; give one for each")
+    if not len(nats) == len(tokens) == len(characters):
+        found = f"{len(nats)} nats, {len(tokens)} tokens and {len(characters)} characters"
+        raise InputError(f"{found}; give one of each for each record")
+    if not len(nats):
+        raise InputError("no records; give at least one")
     if min(*tokens, *characters) < 1:
         raise InputError("a record has no token or no character; leave it out")
     table_N3 = np.array([nats, tokens, characters], np.float64).T

@@ -19,7 +19,7 @@ def scores(predictions: Sequence[str], references: Sequence[Sequence[str]], lang
     """Exact match and F1 over words, each against the reference that is nearest.
 
     English answers are compared by SQuAD's own rule: in lower case, without ASCII punctuation and articles. In other
-    languages there are no articles to remove, Unicode's punctuation is removed, and each Chinese character is a word.
+    languages no article is removed, but all of Unicode's punctuation is, and words are those of ``words``.
 
     Args:
         predictions: an answer to each question.

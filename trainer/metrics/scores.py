@@ -49,27 +49,26 @@ class Scores(Mapping[str, float]):
         Raises:
             InputError: there is not one unit for each example, or only one unit in all.
         """
-        members = self._members(units)
-        generator = np.random.default_rng(seed)
-        drawn = [
-            self._figures(
-                np.concatenate([members[unit] for unit in generator.integers(len(members), size=len(members))])
-            )
-            for _ in range(resamples)
-        ]
+        order, starts, sizes = self._by_unit(units)
+        generator, drawn = np.random.default_rng(seed), []
+        for _ in range(resamples):
+            draw = generator.integers(len(sizes), size=len(sizes))
+            ends = sizes[draw].cumsum()
+            places = np.arange(ends[-1]) + np.repeat(starts[draw] - ends + sizes[draw], sizes[draw])
+            drawn.append(self._figures(order[places]))
         return {name: _interval(np.array([figures[name] for figures in drawn])) for name in self}
 
-    def _members(self, units: Sequence[Hashable] | None) -> list[Indices]:
-        """The numbers of each unit's examples."""
+    def _by_unit(self, units: Sequence[Hashable] | None) -> tuple[Indices, Indices, Indices]:
+        """The examples' numbers unit by unit; where each unit begins among them, and how many it has."""
         owners = range(self._count) if units is None else units
         if len(owners) != self._count:
             raise InputError(f"{len(owners)} units for {self._count} examples; give one for each")
-        members: dict[Hashable, list[int]] = {}
-        for number, unit in enumerate(owners):
-            members.setdefault(unit, []).append(number)
-        if len(members) < 2:
+        place = {unit: number for number, unit in enumerate(dict.fromkeys(owners))}
+        if len(place) < 2:
             raise InputError("one unit: its figures have no interval; give at least two")
-        return [np.array(numbers, np.intp) for numbers in members.values()]
+        codes = np.array([place[unit] for unit in owners], np.intp)
+        sizes = np.bincount(codes)
+        return np.argsort(codes, kind="stable"), sizes.cumsum() - sizes, sizes
 
 
 def _interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:

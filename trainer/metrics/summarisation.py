@@ -21,7 +21,7 @@ class _Words:
 def scores(predictions: Sequence[str], references: Sequence[Sequence[str]], language: str = "en") -> Scores:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, each against the reference that is nearest.
 
-    English words are stemmed (Porter). In other languages they are not, and each Chinese character is a word.
+    English words are stemmed (Porter). In other languages they are those of ``words``.
 
     Args:
         predictions: a summary of each text.

@@ -2,15 +2,18 @@
 
 import regex
 
+from trainer.data.cleaning import UNSPACED
+
 _PUNCTUATION = regex.compile(r"[\p{P}$+<=>^`|~]")
-_HAN = regex.compile(r"\p{Han}")
+_UNSPACED_WORD = regex.compile(UNSPACED + r"\p{M}*")
 
 
 def words(text: str) -> list[str]:
-    """What stands between blanks, in lower case and without punctuation; each Chinese character is a word of its own.
+    """What stands between blanks, in lower case and without punctuation.
 
-    The rule of MLQA's "mixed segmentation" (Lewis et al., 2020), without its lists of articles.
+    Where a script has no blanks between words, as Chinese, each character is a word. For Chinese this is the "mixed
+    segmentation" of MLQA (Lewis et al., 2020).
     """
     bare: str = _PUNCTUATION.sub("", text.lower())
-    spaced: str = _HAN.sub(r" \g<0> ", bare)
+    spaced: str = _UNSPACED_WORD.sub(r" \g<0> ", bare)
     return spaced.split()
