@@ -105,9 +105,11 @@ def pretrain(run: Run) -> None:
     """Tokens to a trained checkpoint, on a gang of Ray actors; continues from the newest commit."""
     from cluster.runtime.gang import run_gang
     from trainer.checkpoints.checkpoints import check_same_corpus, newest, pretrain_digest, storage
+    from trainer.models.families import empty_model
 
     _trains_its_own(run.config)
     corpus = require_manifest(run.files.corpus, "corpus", "prepare")
+    empty_model(run.config.model, corpus.metadata["vocab_size"], run.config.objective)  # refuses what is no model
     digest, commits = pretrain_digest(run.config, corpus.content_digest), storage(run.config, run.directory)
     check_same_corpus(commits, digest)
     commit = newest(commits, digest, lambda _: None)

@@ -7,7 +7,7 @@ import torch
 
 from configs.storage.manifests import read_manifest
 from configs.storage.sealing import MasterKey, opened
-from trainer.models.llama import attention
+from trainer.models.families import attention
 
 MODEL = "model"
 

@@ -23,11 +23,11 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     import deepspeed
     from deepspeed.checkpoint import constants
 
-    from trainer.models.llama import new_model
+    from trainer.models.families import new_model
     from trainer.pretraining.onednn import use_onednn
 
     settings = config.pretrain
-    model = new_model(config.model, vocab_size, config.run.seed, settings.dropout).train()
+    model = new_model(config.model, vocab_size, config.run.seed, settings.dropout, config.objective).train()
     if products(config, rank).onednn:
         use_onednn(model)
     # With this, DeepSpeed's own converter reads our commits.

@@ -27,7 +27,7 @@ from federated.audit.hostile_adapters import ADAPTERS, movements, rounding
 from privacy.clipping.clipping import clipping
 from privacy.clipping.independence import Together
 from trainer.models.adapters import add_adapter, trainable
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.pretraining.onednn import use_onednn
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask

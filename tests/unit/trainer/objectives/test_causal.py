@@ -7,7 +7,7 @@ import torch
 
 from configs.errors import SiloweaveError
 from configs.load import load
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.objectives.causal import next_token_nats
 from trainer.pretraining.rollback import Progress, RollBack
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.load import load
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.objectives.causal import next_token_nats
 from trainer.pretraining.throughput import Throughput, flops_per_token, matmul_parameters, peak_flops
 from trainer.rank import Rank
