@@ -21,6 +21,7 @@ def model_config(settings: ModelSettings, vocab_size: int, dropout: float = 0.0)
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
+        summary_first_dropout=dropout,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
