@@ -19,8 +19,9 @@ _SPACE, _LETTER, _NUMBER, _OTHER = range(4)
 class Words:
     """Where words begin, by their tokens.
 
-    Byte-level BPE cuts a text between characters of different kinds before it makes tokens: a token that begins with
-    the kind of character that the one before it ends with, and with no space, goes on with the word.
+    Byte-level BPE cuts a text between characters of different kinds before it makes tokens, and leaves a space with the
+    word that follows it. So a token goes on with the word of the one before it where that is a single space, or ends
+    with the kind of character that this one begins with, other than space.
 
     Args:
         tokenizer: of the corpus.
@@ -31,6 +32,7 @@ class Words:
         texts = [tokenizer.backend_tokenizer.decoder.decode([token]) for token in tokens]
         self._first = np.array([_kind(text[:1]) for text in texts])
         self._last = np.array([_kind(text[-1:]) for text in texts])
+        self._blank = np.array([text == " " for text in texts])
         self.num_special = len(tokenizer.all_special_ids)
         self.mask, self.vocab_size = int(tokenizer.mask_token_id), len(texts)
 
@@ -38,7 +40,7 @@ class Words:
         """The places of each word's tokens. Special tokens are in no word."""
         first, last = self._first[ids_T], self._last[ids_T]
         begins = np.ones(len(ids_T), dtype=bool)
-        begins[1:] = (first[1:] == _SPACE) | (first[1:] != last[:-1])
+        begins[1:] = (first[1:] == _SPACE) | ((first[1:] != last[:-1]) & ~self._blank[ids_T[:-1]])
         special = ids_T < self.num_special
         begins |= special
         begins[1:] |= special[:-1]
