@@ -35,8 +35,7 @@ def model_config(settings: ModelSettings, vocab_size: int, dropout: float = 0.0)
         _adapt(config, vocab_size, dropout)
     except Exception as error:
         # A stranger's fields raise whatever their reader happens to meet; each means that the file can't be used.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise InputError(f"model.config {path!r}: can't be read ({reason}); correct the file") from None
+        raise InputError(f"model.config {path!r}: can't be read ({reason(error)}); correct the file") from None
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and settings.context_length > longest:
         raise InputError(
@@ -54,15 +53,20 @@ def digest_of(path: str) -> str:
     return digest_json(_read(path))
 
 
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def _read(path: str) -> dict[str, Any]:
     file = Path(path)
+    if not file.is_file() or file.stat().st_size > _LARGEST_BYTES:
+        raise InputError(f"model.config {path!r}: no such file of at most 1 MiB; give a Hugging Face config.json")
     try:
-        if not file.is_file() or file.stat().st_size > _LARGEST_BYTES:
-            raise InputError(f"model.config {path!r}: no such file of at most 1 MiB; give a Hugging Face config.json")
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
-        raise InputError(f"model.config {path!r}: can't be read ({reason}); give a Hugging Face config.json") from None
+        why = error.strerror if isinstance(error, OSError) else "it is no JSON"
+        raise InputError(f"model.config {path!r}: can't be read ({why}); give a Hugging Face config.json") from None
     if not isinstance(fields, dict):
         raise InputError(f"model.config {path!r}: it is no JSON object; give a Hugging Face config.json")
     if "auto_map" in fields:
@@ -99,10 +103,9 @@ def require_forward(model: Any, settings: ModelSettings, objective: Objective) -
         with torch.no_grad():
             whole_TV, half_TV = (_logits(model.eval(), ids, objective) for ids in halves)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise InputError(
             f"model.config {settings.config!r}: {settings.context_length} tokens don't go through the model "
-            f"({reason}); lower model.context_length, or give another architecture"
+            f"({reason(error)}); lower model.context_length, or give another architecture"
         ) from None
     model.train(training)
     # Later tokens that are seen move logits by far more than another order of additions does.

@@ -10,7 +10,7 @@ import torch
 
 from configs.errors import InputError
 from configs.schema.pretrain import ANY_MODEL, OBJECTIVES, RECURRENT, ModelSettings, Objective
-from trainer.models.config_file import require_forward
+from trainer.models.config_file import reason, require_forward
 
 # The Auto class of transformers whose models have the head that an objective trains.
 _CLASSES: dict[Objective, str] = {
@@ -84,8 +84,7 @@ def _from_config(settings: ModelSettings, vocab_size: int, dropout: float, objec
         # Whatever a configuration's numbers make a library's layers raise.
         if not settings.config:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise InputError(
-            f"model.config {settings.config!r}: gives no model for pretrain.objective {chosen!r} ({reason}); give "
-            "another objective, or another architecture"
+            f"model.config {settings.config!r}: gives no model for pretrain.objective {chosen!r} ({reason(error)}); "
+            "give another objective, or another architecture"
         ) from None
