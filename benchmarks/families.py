@@ -1,7 +1,7 @@
 """Recurrent models and transformers of equal size on equal tokens of the demo's text: what they learn, and how fast.
 
 Each family is trained alone on one thread, in plain PyTorch, on the same windows in the same order; the learning rate
-is the best of a few for each.
+is the better one of two for each. Speeds are measured afterwards, in turns.
 
 python benchmarks/families.py --json FILE
 """
@@ -9,7 +9,6 @@ python benchmarks/families.py --json FILE
 import argparse
 import json
 import math
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from figures import setting
+from figures import setting, spread
 
 from configs.load import load
 from configs.schema.pretrain import Family
@@ -32,6 +31,7 @@ from trainer.pretraining.optimizers import learning_rate, new_optimizer
 FAMILIES: tuple[Family, ...] = ("llama", "gpt2", "lstm", "gru", "rnn")
 _SHAPE = ("model.hidden_size=96", "model.layers=2", "model.heads=4", "model.intermediate_size=256")
 _MOST_APART = 0.02
+_TURNS, _STEPS_A_TURN = 5, 4
 
 
 def settings(*more: str) -> RunConfig:
@@ -67,24 +67,52 @@ def tensors(objective: Objective, windows: Windows) -> tuple[dict[str, torch.Ten
     return {name: torch.from_numpy(array) for name, array in examples.inputs.items()}, examples.counts[0]
 
 
+class Training:
+    """One model on its way through the data.
+
+    Args:
+        config: its settings.
+        run: directory of the prepared corpus.
+        rate: peak learning rate.
+    """
+
+    def __init__(self, config: RunConfig, run: Path, rate: float) -> None:
+        self.config, self._settings = config, config.pretrain.model_copy(update={"learning_rate": rate})
+        self._batches, self.objective = Batches(config, run / "corpus"), new_objective(config, run / "tokenizer")
+        self.model = new_model(config.model, config.tokenizer.vocab_size, config.run.seed).train()
+        self._optimizer = new_optimizer(self._settings, self.model)
+
+    def step(self, number: int) -> None:
+        inputs, targets = tensors(self.objective, self._batches.share(number, 0, 1).windows)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._settings, number)
+        self._optimizer.zero_grad()
+        (self.objective.sums(self.model, inputs)[0] / targets).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.max_grad_norm)
+        self._optimizer.step()
+
+
 def train(config: RunConfig, run: Path, rate: float) -> dict[str, float]:
     """Trains one model, and validates it."""
-    chosen = config.pretrain.model_copy(update={"learning_rate": rate})
-    batches, objective = Batches(config, run / "corpus"), new_objective(config, run / "tokenizer")
-    model = new_model(config.model, config.tokenizer.vocab_size, config.run.seed).train()
-    optimizer, seconds = new_optimizer(chosen, model), []
-    for step in range(chosen.steps):
-        inputs, targets = tensors(objective, batches.share(step, 0, 1).windows)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(chosen, step)
-        began = time.perf_counter()
-        optimizer.zero_grad()
-        (objective.sums(model, inputs)[0] / targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.max_grad_norm)
-        optimizer.step()
-        seconds.append(time.perf_counter() - began)
-    rate_of_tokens = chosen.batch_size * config.model.context_length / statistics.median(seconds)
-    return {**validated(model, objective, config, run), "tokens_per_s": rate_of_tokens, "learning_rate": rate}
+    training = Training(config, run, rate)
+    for step in range(config.pretrain.steps):
+        training.step(step)
+    return {**validated(training.model, training.objective, config, run), "learning_rate": rate}
+
+
+def speeds(configs: dict[Family, RunConfig], run: Path) -> dict[Family, dict[str, float]]:
+    """Tokens per second of each, in turns, so that what else the machine does slows all of them alike."""
+    trainings = {family: Training(config, run, 1e-3) for family, config in configs.items()}
+    found: dict[Family, list[float]] = {family: [] for family in configs}
+    for turn in range(1 + _TURNS):
+        for family, training in trainings.items():
+            began = time.perf_counter()
+            for step in range(_STEPS_A_TURN):
+                training.step(step)
+            tokens = _STEPS_A_TURN * training.config.pretrain.batch_size * training.config.model.context_length
+            if turn:  # the first one warms up
+                found[family].append(tokens / (time.perf_counter() - began))
+    return {family: spread(rates) for family, rates in found.items()}
 
 
 def validated(model: Any, objective: Objective, config: RunConfig, run: Path) -> dict[str, float]:
@@ -101,27 +129,26 @@ def validated(model: Any, objective: Objective, config: RunConfig, run: Path) ->
     return {"loss": loss, "bits_per_char": loss / math.log(2) * counts["tokens"] / counts["characters"]}
 
 
-def measure(steps: int, rates: list[float]) -> dict[str, dict[str, float]]:
-    table = {}
+def measure(steps: int, rates: list[float]) -> dict[Family, dict[str, Any]]:
+    table: dict[Family, dict[str, Any]] = {}
+    configs = {family: of_equal_size(family, steps) for family in FAMILIES}
     with tempfile.TemporaryDirectory() as folder:
-        prepare(settings(), Path(folder))
-        for family in FAMILIES:
-            config = of_equal_size(family, steps)
-            best = min((train(config, Path(folder), rate) for rate in rates), key=lambda found: found["loss"])
+        run = Path(folder)
+        prepare(settings(), run)
+        for family, config in configs.items():
+            best = min((train(config, run, rate) for rate in rates), key=lambda found: found["loss"])
             tokens = steps * config.pretrain.batch_size * config.model.context_length
-            table[family] = {
-                "parameters": parameters(config),
-                "hidden_size": config.model.hidden_size,
-                "tokens": tokens,
-            }
-            table[family] |= best
+            size = {"parameters": parameters(config), "hidden_size": config.model.hidden_size}
+            table[family] = {**size, "tokens": tokens, **best}
+        for family, rate in speeds(configs, run).items():
+            table[family]["tokens_per_s"] = rate
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-2])
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -131,7 +158,7 @@ def main() -> None:
     for family, found in table.items():
         print(
             f"{family:>6}: {found['parameters']:>8,} parameters, loss {found['loss']:.3f}, "
-            f"{found['bits_per_char']:.3f} bits per character, {found['tokens_per_s']:,.0f} tokens/s "
+            f"{found['bits_per_char']:.3f} bits per character, {found['tokens_per_s']['median']:,.0f} tokens/s "
             f"(learning rate {found['learning_rate']:g})"
         )
 

@@ -134,6 +134,11 @@ def _tokenizer(config: RunConfig, directory: Path, wanted: Manifest, texts: Iter
     directory.mkdir(parents=True)
     special = config.objective, config.model.context_length
     size = len(train_tokenizer(texts, config.tokenizer.vocab_size, directory, *special))
+    if size > config.tokenizer.vocab_size:
+        raise InputError(
+            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}: the bytes and the special tokens of "
+            f"pretrain.objective {config.objective!r} are {size}; give that or more, or lower model.context_length"
+        )
     commit_manifest(directory, replace(wanted, metadata={"vocab_size": size, "trained_on": "public"}))
     return size
 

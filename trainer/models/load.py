@@ -20,6 +20,8 @@ def load_model(directory: Path, key: MasterKey | None = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    import trainer.models.recurrent  # noqa: F401  # which the Auto classes know from then on
+
     manifest = read_manifest(directory, MODEL)
     owner = manifest.config_digest if manifest else ""
     with opened(directory, key, f"{owner}/{MODEL}", older=MODEL) as folder:

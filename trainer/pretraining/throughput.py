@@ -102,7 +102,7 @@ class Throughput:
 
         self._flops_per_token: float | None
         if config.model.config or config.objective == "span_corruption":
-            self._flops_per_token = counted_flops(config, model.config.vocab_size)
+            self._flops_per_token = counted_flops(config, model.config.get_text_config().vocab_size)
         else:
             self._flops_per_token = flops_per_token(model, config.model.context_length)
         self._cuda: Any = torch.cuda if rank.device == "cuda" else None

@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from configs.errors import SiloweaveError
+from configs.errors import InputError, SiloweaveError
 from configs.load import load
 from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.cleaning import CleaningCounts, Copies, candidates, normalise
@@ -280,3 +280,11 @@ def test_parts_of_other_settings_are_not_used(corpus, tmp_path):
     stale.write_rows([("public", "stale")])
     prepare(config, tmp_path)
     assert not stale.folder.exists()
+
+
+def test_a_vocabulary_has_room_for_bytes_and_sentinels(tmp_path):
+    lines = [json.dumps({"text": f"The {number}th of many lines that are long enough."}) for number in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    overrides = [f"data.public.source={tmp_path / 'a.jsonl'}", "tokenizer.vocab_size=260", "model.family=t5"]
+    with pytest.raises(InputError, match=r"tokenizer.vocab_size is 260: the bytes and the special tokens .* are 268"):
+        prepare(load("tiny", [*overrides, "model.context_length=220"]), tmp_path)
