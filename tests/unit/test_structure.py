@@ -31,8 +31,8 @@ FLOORS = {
         "load run_directory salvage",
     ),
     "trainer": (
-        "data models objectives rank",
-        "tasks",
+        "data models rank",
+        "objectives tasks",
         "checkpoints metrics",
         "pretraining",
         "export generation imported",
