@@ -58,6 +58,8 @@ _MOVABLE = {
 # left out of the digest, so that runs from before it keep theirs.
 _LATER = {
     "federated.task": "causal",
+    "federated.train": "lora",
+    "federated.adapter_targets": "all-linear",
     "model.source": "",
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }

@@ -16,7 +16,7 @@ from configs.schema.base import (
     Settings,
 )
 from configs.schema.data import DeidentifySettings, SourceSettings
-from configs.schema.federated import ClippingMethod, TaskName
+from configs.schema.federated import ClippingMethod, TaskName, Train
 from configs.schema.places import Place, rooted
 
 LARGEST_NAME = 100  # characters of a silo's
@@ -76,6 +76,9 @@ class SiloPolicy(Settings):
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=1)] = ("causal",)
     """What may be trained and evaluated: ``causal``, the text token by token. Exactly one, since the records are read
     for one task."""
+    train: Annotated[tuple[Train, ...], Field(min_length=1)] = ("lora",)
+    """What of the model may train and travel: ``lora`` adapters, or with ``full``, ``head`` and ``bitfit`` parameters
+    of the model itself."""
     base_models: tuple[Digest, ...] = ()
     """Content digests of base models that others have made, which this steward accepts on somebody's signed word that
     public text alone has made them. A model that `siloweave export` wrote needs none."""

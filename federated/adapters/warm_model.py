@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from configs.schema.federated import FederatedSettings
 from configs.schema.schema import RunConfig
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen
-from trainer.models.adapters import adapter_weights, add_adapter, load_adapter_weights, trainable
+from trainer.models.adapters import Adaptation, adapted, adapter_weights, load_adapter_weights, trainable
 from trainer.models.load import load_model
 from trainer.pretraining.onednn import fastest_products, use_onednn
 
@@ -18,24 +19,25 @@ from trainer.pretraining.onednn import fastest_products, use_onednn
 @lru_cache(maxsize=1)
 def warm_model(
     directory: Path,
-    rank: int,
-    alpha: float,
+    how: Adaptation,
     key_file: str = "",
     frozen_seed: int | None = None,
     *,
     onednn: bool = True,
 ) -> Any:
-    """The base model with an adapter, one per process, shared by the silos that it hosts (one trains at a time).
+    """The base model, ready to train, one per process, shared by the silos that it hosts (one trains at a time).
 
     Args:
         directory: of the base model.
-        rank: of the adapter.
-        alpha: its scale.
+        how: what of it trains.
         key_file: of the base model's key.
         frozen_seed: the seed that A is drawn from where it doesn't train (FFA-LoRA); None where it does.
         onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
+
+    Raises:
+        AdaptationError: the model hasn't got what is to train.
     """
-    model = add_adapter(load_model(directory, load_key(key_file)), rank, alpha, frozen_seed or 0)
+    model = adapted(load_model(directory, load_key(key_file)), how, frozen_seed or 0)
     for name, value in trainable(model).items():
         value.requires_grad = frozen_seed is None or not frozen(name)
     if onednn and fastest_products().onednn:
@@ -43,11 +45,20 @@ def warm_model(
     return model
 
 
+def adaptation(settings: FederatedSettings) -> Adaptation:
+    """What a run's settings say of what trains; of LoRA with its whole rank."""
+    targets = () if settings.adapter_targets == "all-linear" else settings.adapter_targets
+    return Adaptation(settings.lora_rank, settings.lora_alpha, settings.train, targets)
+
+
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
-    """The adapter before the first round: A at random from the run's seed, B zero."""
-    federated = config.federated
+    """What travels before the first round: A at random from the run's seed, B zero; or the base model's parameters.
+
+    Raises:
+        AdaptationError: the model hasn't got what is to train.
+    """
     base = load_model(base_model, load_key(config.run.encryption_key_file))
-    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, config.run.seed)
+    model = adapted(base, adaptation(config.federated), config.run.seed)
     return {name: weight.numpy() for name, weight in adapter_weights(model).items()}
 
 

@@ -12,6 +12,7 @@ from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
 from configs.schema.federated import FederatedSettings
 from configs.storage.files import digest_bytes
+from federated.adapters.warm_model import adaptation
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import (
@@ -49,6 +50,13 @@ class Bodies:
     silos: Sequence[str]
     make: Callable[[str], tuple[bytes, bytes]]
     patience_s: Callable[[], float] | None = None
+
+
+def adapter_spec(settings: FederatedSettings, rank: int, alpha: float, **frozen: Any) -> pb.AdapterSpec:
+    """What of the model a request asks to train. What is left empty says LoRA, as in the requests of before."""
+    how = adaptation(settings)
+    train = "" if how.train == "lora" else how.train
+    return pb.AdapterSpec(rank=rank, alpha=alpha, train=train, targets=how.targets, **frozen)
 
 
 @dataclass

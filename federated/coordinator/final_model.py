@@ -9,7 +9,7 @@ from configs.storage.files import write_atomic
 from configs.storage.manifests import Manifest, commit_manifest, require_manifest
 from configs.storage.sealing import load_key, sealing
 from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import put_on, warm_model
+from federated.adapters.warm_model import adaptation, put_on, warm_model
 from federated.coordinator import round_commits as commits
 from privacy.certificate.model_digests import adapter_digests
 
@@ -27,8 +27,8 @@ _WITHOUT_DP = "Trained WITHOUT differential privacy, for comparison on public da
 
 def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
     """The base model with the adapter of the federation's last committed round."""
-    federated, key_file = config.federated, config.run.encryption_key_file
-    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file)
+    key_file = config.run.encryption_key_file
+    model = warm_model(base_model, adaptation(config.federated), key_file)
     adapter = from_bytes(commits.all_rounds(federation, load_key(key_file))[-1].adapter)
     put_on(model, adapter)
     return model.eval()

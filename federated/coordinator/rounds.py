@@ -22,7 +22,7 @@ from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import initial_adapter
 from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange
+from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
@@ -105,7 +105,7 @@ class Coordinator:
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
         if commit.round_number == 0:
-            self._evaluate(0, None)
+            self._evaluate(0, None if self.config.federated.train == "lora" else adapter)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
             began, self.exchange.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
@@ -255,8 +255,8 @@ class Coordinator:
             round=round_number,
             plan_digest=self.plan.digest,
             base_model_digest=self.base.content_digest,
-            task=self.config.federated.task,
-            adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
+            task=federated.task,
+            adapter_spec=adapter_spec(federated, sent.rank, sent.alpha, frozen_digest=frozen, frozen_seed=seed),
             adapter=adapter,
             learning_rate=federated.learning_rate,
             optimizer=federated.optimizer,
@@ -269,13 +269,14 @@ class Coordinator:
         number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
         if number is None or not self.certify:
             return
+        federated = self.config.federated
         evaluate = pb.Evaluate(
             number=number,
             metric=METRIC,
             plan_digest=self.plan.digest,
             base_model_digest=self.base.content_digest,
-            task=self.config.federated.task,
-            adapter_spec=self._adapter_spec(),
+            task=federated.task,
+            adapter_spec=adapter_spec(federated, federated.lora_rank, federated.lora_alpha),
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
@@ -290,9 +291,6 @@ class Coordinator:
         noise = self.config.privacy.evaluation_noise_multiplier
         found = figures([sums[silo] for silo in answered], bounds, noise)
         self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
-
-    def _adapter_spec(self) -> pb.AdapterSpec:
-        return pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha)
 
     def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
         """The same request to each silo that is there and has reserved."""

@@ -13,7 +13,7 @@ from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import put_on, warm_model
+from federated.adapters.warm_model import adaptation, put_on, warm_model
 from federated.coordinator import round_commits as commits
 from federated.coordinator.outcome import over_flower
 from federated.silo.units import units_of
@@ -144,7 +144,7 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
 
 def _score(config: RunConfig, base_model: Path, key_file: str, texts: Sequence[str], adapter: bytes | None) -> Score:
     task = task_of(config.federated.task, base_model)
-    model = warm_model(base_model, config.federated.lora_rank, config.federated.lora_alpha, key_file)
+    model = warm_model(base_model, adaptation(config.federated), key_file)
     records = [task.encode(text) for text in texts]
     if adapter is None:
         with model.disable_adapter():

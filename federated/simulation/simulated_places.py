@@ -107,6 +107,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             base_models=_imported(base_model),
             units=(privacy.unit,),
             tasks=(config.federated.task,),
+            train=(config.federated.train,),
             releases_metrics=True,
             max_runs_per_day=MOST_SIMULATED_RUNS,
             max_open_runs=MOST_SIMULATED_RUNS,

@@ -16,7 +16,7 @@ from configs.events import read_events
 from configs.storage.manifests import read_manifest
 from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import warm_model
+from federated.adapters.warm_model import adaptation, warm_model
 from federated.coordinator import round_commits as commits
 from federated.coordinator.exchange import TRAIN, SiloExchange
 from federated.coordinator.rounds import Coordinator
@@ -158,7 +158,7 @@ def counts_in_the_clear(config, silo, adapter, labels):
     units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
     base = Path(silo.silo.base_model)
     task = CausalTask(load_tokenizer(base), config.model.context_length)
-    model = warm_model(base, config.federated.lora_rank, config.federated.lora_alpha)
+    model = warm_model(base, adaptation(config.federated))
     with evaluated(model, from_bytes(adapter) if adapter else None):
         return label_counts(model, task, examples_of(task, units.held_out, labels), len(labels))
 
