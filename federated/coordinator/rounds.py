@@ -128,17 +128,17 @@ class Coordinator:
             self._meet(self.config.federated.min_silos, round_number)  # all may be away for a moment, after a restart
         self._close()
 
-    def certify_model(self, adapter: dict[str, str]) -> dict[str, Any]:
+    def certify_model(self, files: dict[str, str]) -> dict[str, Any]:
         """Writes the certificate of a run whose rounds are done, and returns it.
 
         Args:
-            adapter: digests of the published adapter's files.
+            files: digests of what is published.
 
         Raises:
             SiloweaveError: the model has an update of a silo that has not signed what it spent.
         """
         base, by = self.base.content_digest, declared_by(self.base_model, self.base)
-        model = ModelDigests(base_model=base, rounds=self.digests, adapter=adapter, declared_public_by=by)
+        model = ModelDigests(base_model=base, rounds=self.digests, adapter=files, declared_public_by=by)
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
             reserved = {AGGREGATOR: self.aggregator.close()}
         else:
@@ -338,11 +338,11 @@ def run_federation(
     certify: bool = True,
 ) -> None:
     """Runs a federation over a grid to its end, from its newest commit, and publishes what it has made."""
-    from federated.coordinator.final_model import save_peft, write_card
+    from federated.coordinator.final_model import save_final, write_card
 
     directory.mkdir(parents=True, exist_ok=True)
     log = EventLog(directory / EVENTS, (on_event,))
     coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
     coordinator.run(lambda: initial_adapter(config, base_model))
-    adapter = save_peft(config, base_model, directory)
-    write_card(directory, coordinator.certify_model(adapter) if certify else None)
+    files = save_final(config, base_model, directory)
+    write_card(config, directory, coordinator.certify_model(files) if certify else None)

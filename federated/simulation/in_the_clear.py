@@ -43,9 +43,11 @@ def evaluate_rounds(
         reason, where the silos can't be read. Under "public" the same of the public text, where there is one.
     """
     limit = config.evaluate.max_records_per_silo
-    models: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]
+    models: list[tuple[str, int, bytes | None, int]] = []
     for name, directory in federations.items():
-        rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))[1:]
+        start, *rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))
+        if not models:  # without LoRA the base model is what every federation has begun with
+            models.append((BASE, 0, None if config.federated.train == "lora" else start.adapter, limit))
         for found in rounds:
             records = limit if found is rounds[-1] else max(1, limit // 4)
             models.append((name, found.round_number, found.adapter, records))
