@@ -60,6 +60,7 @@ _LATER = {
     "federated.task": "causal",
     "federated.train": "lora",
     "federated.adapter_targets": "all-linear",
+    "federated.base_dtype": "float32",
     "model.source": "",
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }

@@ -191,6 +191,7 @@ def _configuration(origin: Origin, source: str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = AutoConfig.from_pretrained(origin.folder, **origin.options)
+    _refuse_quantised(config, source)
     named = set(config.architectures or ())
     if not origin.gguf and not named & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise InputError(
@@ -198,6 +199,18 @@ def _configuration(origin: Origin, source: str) -> Any:
             "causal language model; give one"
         )
     return config
+
+
+def _refuse_quantised(config: Any, source: str) -> None:
+    """Weights of 4 or 8 bits need kernels of a GPU, and are never made float32 here; only those of GGUF files are."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    raise InputError(
+        f"model.source {source!r}: its weights are quantised ({method or 'quantization_config'}); give the model as it "
+        "was before, and federated.base_dtype = 'bfloat16' to halve its memory"
+    )
 
 
 def _read(origin: Origin, source: str) -> tuple[Any, Any]:

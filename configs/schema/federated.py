@@ -14,6 +14,7 @@ TaskName = Literal["causal"]
 Optimizer = Literal["adam", "adam_bc", "sgd"]
 ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew"]
 Train = Literal["lora", "full", "head", "bitfit"]
+BaseDtype = Literal["float32", "bfloat16"]
 LayerName = Annotated[str, Field(pattern=r"^\w+$", max_length=100)]
 LayerNames = Annotated[tuple[LayerName, ...], Field(min_length=1, max_length=MOST_TARGETS)]
 Aggregation = Literal[
@@ -74,6 +75,9 @@ class FederatedSettings(Settings):
     adapter_targets: Literal["all-linear"] | LayerNames = "all-linear"
     """Layers with LoRA: ``all-linear``, the output head included unless it shares the embedding's weight; or names,
     ``["q_proj", "v_proj"]`` for instance."""
+    base_dtype: BaseDtype = "float32"
+    """What the weights beside LoRA adapters are kept and multiplied in; norms, biases and adapters are float32.
+    ``bfloat16`` takes half their memory, and is slow on a processor without units for it."""
     adapters: Literal["average", "ffa", "product"] = "average"
     """How adapters are averaged: A and B each by itself; A frozen, so that only B is trained and travels (FFA-LoRA); or
     their product, exactly, which is then factored again."""
@@ -173,7 +177,7 @@ class FederatedSettings(Settings):
     def _lora_problem(self) -> str:
         if self.train == "lora":
             return ""
-        for name in ("adapters", "adapter_targets"):
+        for name in ("adapters", "adapter_targets", "base_dtype"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 return (
                     f"federated.{name} is {getattr(self, name)!r}: it is about LoRA, and federated.train is "

@@ -48,7 +48,7 @@ def warm_model(
 def adaptation(settings: FederatedSettings) -> Adaptation:
     """What a run's settings say of what trains; of LoRA with its whole rank."""
     targets = () if settings.adapter_targets == "all-linear" else settings.adapter_targets
-    return Adaptation(settings.lora_rank, settings.lora_alpha, settings.train, targets)
+    return Adaptation(settings.lora_rank, settings.lora_alpha, settings.train, targets, settings.base_dtype)
 
 
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:

@@ -53,10 +53,11 @@ class Bodies:
 
 
 def adapter_spec(settings: FederatedSettings, rank: int, alpha: float, **frozen: Any) -> pb.AdapterSpec:
-    """What of the model a request asks to train. What is left empty says LoRA, as in the requests of before."""
+    """What of the model a request asks to train. What is left empty says what requests of before have meant."""
     how = adaptation(settings)
     train = "" if how.train == "lora" else how.train
-    return pb.AdapterSpec(rank=rank, alpha=alpha, train=train, targets=how.targets, **frozen)
+    dtype = "" if how.base_dtype == "float32" else how.base_dtype
+    return pb.AdapterSpec(rank=rank, alpha=alpha, train=train, targets=how.targets, base_dtype=dtype, **frozen)
 
 
 @dataclass

@@ -37,6 +37,7 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "AdapterSpec.frozen_digest": DIGEST,
     "AdapterSpec.train": NAME,
     "AdapterSpec.targets": MOST_TARGETS,
+    "AdapterSpec.base_dtype": NAME,
     "Evaluate.metric": NAME,
     "Evaluate.plan_digest": DIGEST,
     "Evaluate.base_model_digest": DIGEST,

@@ -2,13 +2,13 @@
 
 import json
 import time
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 
 from configs.errors import LARGEST_ECHO, InputError, PolicyRefusal
 from configs.printing import printable
-from configs.schema.federated import Train
+from configs.schema.federated import BaseDtype, Train
 from federated.adapters.arrays import Arrays, check_shapes, from_bytes
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.bounds import excess
@@ -120,10 +120,13 @@ def adaptation_of(spec: pb.AdapterSpec) -> Adaptation:
     Raises:
         PolicyRefusal: nothing that this silo knows.
     """
-    train = next((known for known in get_args(Train) if known == (spec.train or "lora")), None)
-    if train is None:
-        raise PolicyRefusal.of("train", spec.train, ", ".join(get_args(Train)))
-    return Adaptation(spec.rank, spec.alpha, train, tuple(spec.targets))
+    train, base_dtype = spec.train or "lora", spec.base_dtype or "float32"
+    if train not in get_args(Train):
+        raise PolicyRefusal.of("train", train, ", ".join(get_args(Train)))
+    known = get_args(BaseDtype) if train == "lora" else ("float32",)
+    if base_dtype not in known:
+        raise PolicyRefusal.of("base_dtype", base_dtype, f"{' or '.join(known)} where train is {train}")
+    return Adaptation(spec.rank, spec.alpha, cast("Train", train), tuple(spec.targets), cast("BaseDtype", base_dtype))
 
 
 def correction_of(train: pb.Train, largest: float) -> Arrays:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from configs.errors import InputError
-from configs.schema.federated import Train
+from configs.schema.federated import BaseDtype, Train
+from trainer.models.bfloat16 import round_frozen
 
 
 class AdaptationError(InputError):
@@ -23,12 +24,14 @@ class Adaptation:
         alpha: its scale.
         train: LoRA beside the model, or parameters of the model itself.
         targets: own names of the layers with LoRA; empty: all linear ones.
+        base_dtype: of the weights that LoRA leaves as they are.
     """
 
     rank: int
     alpha: float
     train: Train = "lora"
     targets: tuple[str, ...] = ()
+    base_dtype: BaseDtype = "float32"
 
 
 def adapted(model: Any, how: Adaptation, seed: int) -> Any:
@@ -38,7 +41,10 @@ def adapted(model: Any, how: Adaptation, seed: int) -> Any:
         AdaptationError: the model hasn't got what is to train.
     """
     if how.train == "lora":
-        return add_adapter(model, how.rank, how.alpha, seed, how.targets)
+        wrapped = add_adapter(model, how.rank, how.alpha, seed, how.targets)
+        if how.base_dtype == "bfloat16":
+            round_frozen(wrapped)
+        return wrapped
     chosen = _OWN[how.train](model)
     for name, value in model.named_parameters():
         value.requires_grad_(name in chosen)
@@ -93,12 +99,12 @@ def _checked(targets: tuple[str, ...], model: Any) -> list[str]:
     tied, unknown = _tied_head(model) & set(targets), sorted(set(targets) - set(possible))
     if tied:
         raise AdaptationError(
-            f"adapter target {tied.pop()!r}: the output head shares the embedding's weight, which an adapter would "
-            "change, too; leave it out"
+            f"federated.adapter_targets has {tied.pop()!r}: the output head shares the embedding's weight, which an "
+            "adapter would change, too; leave it out"
         )
     if unknown:
         raise AdaptationError(
-            f"adapter target {unknown[0]!r}: no linear layer of this model; it has {', '.join(possible)}"
+            f"federated.adapter_targets has {unknown[0]!r}: no linear layer of this model; it has {', '.join(possible)}"
         )
     return sorted(set(targets))
 
@@ -111,11 +117,11 @@ def _head(model: Any) -> set[str]:
     """The output head's parameters, where no other layer has them."""
     head = model.get_output_embeddings()
     if head is None:
-        raise AdaptationError("train is 'head': this model has no output head; give 'lora' or 'full'")
+        raise AdaptationError("federated.train is 'head': this model has no output head; give 'lora' or 'full'")
     if _tied_head(model):
         raise AdaptationError(
-            "train is 'head': this model's output head shares the embedding's weight, which would train, too; give "
-            "'lora' or 'full'"
+            "federated.train is 'head': this model's output head shares the embedding's weight, which would train, "
+            "too; give 'lora' or 'full'"
         )
     own = {id(value) for value in head.parameters()}
     return {name for name, value in model.named_parameters() if id(value) in own}
@@ -125,7 +131,7 @@ def _biases(model: Any) -> set[str]:
     """Every bias (BitFit, Ben Zaken et al. 2022)."""
     found = {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] == "bias"}
     if not found:
-        raise AdaptationError("train is 'bitfit': this model has no biases; give 'lora', 'full' or 'head'")
+        raise AdaptationError("federated.train is 'bitfit': this model has no biases; give 'lora', 'full' or 'head'")
     return found
 
 

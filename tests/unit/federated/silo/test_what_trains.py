@@ -62,6 +62,7 @@ def train(silo, request_id, adapter, round_number=1, **spec):
         (1, ["federated.train=full"], {"train": "full"}),
         (2, ["federated.train=head"], {"train": "head"}),
         (3, ['federated.adapter_targets=["q_proj", "lm_head"]'], {"targets": ["q_proj", "lm_head"]}),
+        (4, ["federated.base_dtype=bfloat16"], {"base_dtype": "bfloat16"}),
     ],
 )
 def test_what_the_request_names_trains_and_nothing_else_leaves(silo, tiny_run, number, settings, spec):
@@ -93,6 +94,8 @@ def test_a_steward_who_says_nothing_allows_adapters_alone(tmp_path, tiny_model, 
     [
         ({"train": "everything"}, "train", "asked everything, allowed lora, full, head, bitfit"),
         ({"train": "bitfit"}, "adapter_spec", "this model has no biases"),
+        ({"base_dtype": "int4"}, "base_dtype", "asked int4, allowed float32 or bfloat16 where train is lora"),
+        ({"base_dtype": "bfloat16", "train": "full"}, "base_dtype", "allowed float32 where train is full"),
         ({"targets": ["query"]}, "adapter_spec", "'query': no linear layer of this model; it has down_proj"),
         ({"targets": ["q_proj"]}, "adapter", "other names or shapes"),
         ({"train": "full"}, "adapter", "other names or shapes"),

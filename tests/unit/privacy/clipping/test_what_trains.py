@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from model_families import VOCABULARY, bert, gpt2, llama, masked, next_token
-from per_record import assert_equal, clipped, fixed, oracle
+from model_families import VOCABULARY, bert, gpt2, llama, masked, next_token, t5, translated
+from per_record import assert_equal, fixed, oracle
 from transformers import AutoModelForMaskedLM
 
 from privacy.clipping.clipping import clipping
+from privacy.clipping.independence import Together
 from privacy.clipping.self_check import prove_per_record_gradients
 from trainer.models.adapters import Adaptation, adapted, trainable
 
@@ -15,6 +16,7 @@ FAMILIES = {
     "llama, tied": (lambda: llama(tied=True), next_token),
     "gpt2": (gpt2, next_token),
     "bert": (lambda: bert(AutoModelForMaskedLM), masked),
+    "t5": (lambda: t5(tied=False), translated),
 }
 CASES = [
     ("llama", Adaptation(3, 6.0, "full")),
@@ -25,6 +27,7 @@ CASES = [
     ("gpt2", Adaptation(3, 6.0, "bitfit")),
     ("gpt2", Adaptation(3, 6.0, targets=("c_attn",))),
     ("bert", Adaptation(3, 6.0, "bitfit")),
+    *((family, Adaptation(3, 6.0, base_dtype="bfloat16")) for family in FAMILIES),
 ]
 
 
@@ -38,9 +41,14 @@ def test_the_clipped_sum_is_that_of_a_loop_over_single_records(family, how):
             if "lora_B" in name or name.endswith("bias"):  # zero at the start, and with it A's gradient
                 value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
     losses, records = losses_of(model), list(torch.randint(1, VOCABULARY, (7, 9), generator=generator))
-    with clipping(model, 1.0) as clipper:
+
+    def made_up(_, number):
+        return list(torch.randint(1, VOCABULARY, (number, 9), generator=generator))
+
+    with clipping(model, 0.5) as clipper:
         prove_per_record_gradients(clipper, losses, records[:3])
-    norm = 0.5
-    found = clipped(model, losses, [records[:4], records[4:]], norm)
+        for units in Together(clipper, losses, len, made_up, 16).cut(records):
+            clipper.accumulate(losses, units)
+        found = clipper.take()
     assert set(found) == set(trainable(model))
-    assert_equal(found, oracle(model, losses, records, fixed(norm)))
+    assert_equal(found, oracle(model, losses, records, fixed(0.5)))

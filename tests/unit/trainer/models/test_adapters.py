@@ -117,6 +117,39 @@ def test_named_layers_alone_have_an_adapter():
     assert set(names) == {f"base_model.model.{layer}.lora_{x}.default.weight" for layer in layers for x in "AB"}
 
 
+ROUNDED = {
+    "llama": (llama, next_token),
+    "llama, tied": (lambda: llama(tied=True), next_token),
+    "gpt2": (gpt2, next_token),
+    "bert": (lambda: bert(AutoModelForMaskedLM), masked),
+    "t5": (lambda: t5(tied=True), translated),
+}
+
+
+@pytest.mark.parametrize("family", ROUNDED)
+def test_frozen_weights_in_bfloat16_leave_norms_biases_and_adapter_in_float32(family):
+    make, losses_of = ROUNDED[family]
+    whole, found = (adapted(make(), Adaptation(3, 6.0, base_dtype=dtype), 5) for dtype in ("float32", "bfloat16"))
+    for name, value in found.named_parameters():
+        expected = whole.get_parameter(name)
+        if value.requires_grad or value.dim() == 1:
+            assert torch.equal(value, expected), name  # the same A, too
+        else:
+            assert value.dtype == torch.bfloat16, name
+        assert torch.equal(value, expected.to(value.dtype)), name
+    with torch.no_grad():
+        for model in (whole, found):
+            for name, value in trainable(model).items():
+                value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    records = [torch.arange(start, start + 9) % 50 for start in (3, 11)]
+    losses = [losses_of(model.eval())(records) for model in (whole, found)]
+    assert losses[1].dtype == torch.float32
+    assert torch.allclose(*losses, rtol=0.03)
+    assert not torch.equal(*losses)
+    losses[1].sum().backward()
+    assert all(value.grad.any() and value.grad.dtype == torch.float32 for value in trainable(found).values())
+
+
 @pytest.mark.parametrize(
     ("make", "how", "message"),
     [
