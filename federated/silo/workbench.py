@@ -9,7 +9,7 @@ from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig, SiloPolicy
 from configs.storage.manifests import Manifest, require_manifest
 from federated.adapters.arrays import Arrays
-from federated.adapters.lora_factors import frozen_digest
+from federated.adapters.lora_factors import frozen, frozen_digest
 from federated.adapters.warm_model import warm_model
 from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import LocalSettings
@@ -91,7 +91,8 @@ class Workbench:
         except AdaptationError as error:
             raise PolicyRefusal.of("adapter_spec", spec.train, "what this model has", str(error)) from None
         if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
-            drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
+            factors = ((name, value) for name, value in model.named_parameters() if frozen(name))
+            drawn = frozen_digest({name: value.detach().numpy() for name, value in factors})
             if drawn != spec.frozen_digest:
                 raise PolicyRefusal.of("frozen_digest", spec.frozen_digest, drawn)
         return model

@@ -5,6 +5,7 @@ import pytest
 from silo_requests import TRUSTED, ask, ward
 
 from federated.adapters.arrays import from_bytes, to_bytes
+from federated.adapters.lora_factors import frozen, frozen_digest
 from federated.adapters.warm_model import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
@@ -72,6 +73,13 @@ def test_what_the_request_names_trains_and_nothing_else_leaves(silo, tiny_run, n
     assert all(array.any() for array in update.values())
     if spec.get("train") == "head":
         assert set(update) == {"lm_head.weight"}
+
+
+def test_a_frozen_a_is_the_same_beside_weights_in_bfloat16(silo, tiny_run):
+    adapter, seed = initial(tiny_run), tiny_run.config().run.seed
+    sent = {name: array for name, array in adapter.items() if not frozen(name)}
+    spec = {"base_dtype": "bfloat16", "frozen_digest": frozen_digest(adapter), "frozen_seed": seed}
+    assert set(from_bytes(train(silo, "ffa", sent, 5, **spec).trained.update)) == set(sent)
 
 
 def test_parameters_that_travel_begin_as_the_base_models(tiny_run):
