@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from figures import setting, spreads
-from trainer.metrics.bits_per_char import Score, score
 
 from configs.schema.federated import FederatedSettings
 from federated.adapters.arrays import Arrays
@@ -29,6 +28,7 @@ from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PlanTerms, PrivacyPlan
 from trainer.data.embedded import plays
 from trainer.data.tokenizer import load_tokenizer
+from trainer.metrics.score import score
 from trainer.models.adapters import Adaptation, adapter_weights, add_adapter, load_adapter_weights
 from trainer.models.load import load_model
 from trainer.tasks.task import Encoded
@@ -99,8 +99,8 @@ def bits(model: Path, adapter: Arrays) -> dict[str, float]:
     peft, task = warm_model(model, Adaptation(RANK, ALPHA)), task_of(model)
     load_adapter_weights(peft, {name: torch.from_numpy(array) for name, array in adapter.items()})
     scores = {name: score(peft.eval(), task, held_out, 16) for name, (_, held_out) in silos(model).items()}
-    overall = sum(scores.values(), Score(0.0, 0, 0))
-    return {"overall": overall.bits_per_char, "worst_silo": max(one.bits_per_char for one in scores.values())}
+    first, *others = scores.values()
+    return {"overall": sum(others, first).main, "worst_silo": max(one.main for one in scores.values())}
 
 
 def fresh_adapter(model: Path, seed: int) -> Arrays:
@@ -128,7 +128,9 @@ def federate(model: Path, method: str, seed: int) -> dict[str, float]:
             )
             digest = hashlib.sha256(f"{seed}/{name}/{number}".encode()).hexdigest()
             streams = Streams(os.urandom(SEED_BYTES), digest)
-            update = PrivateUpdate(plan(), peft, task_of(model), sent.adapter, local).run(streams, records)
+            update = PrivateUpdate(plan(), peft, task_of(model), sent.adapter, local).run(
+                streams, [(record,) for record in records]
+            )
             sizes = (array.nbytes for arrays in (sent.adapter, sent.correction, update) for array in arrays.values())
             travelled += sum(sizes)
             aggregation.add(name, update)
