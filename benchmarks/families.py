@@ -1,7 +1,7 @@
 """Recurrent models and transformers of equal size on equal tokens of the demo's text: what they learn, and how fast.
 
 Each family is trained alone on one thread, in plain PyTorch, on the same windows in the same order; the learning rate
-is the better one of two for each. Speeds are measured afterwards, in turns.
+is the best of some for each. Speeds are measured afterwards, in turns.
 
 python benchmarks/families.py --json FILE
 """
@@ -148,7 +148,7 @@ def measure(steps: int, rates: list[float]) -> dict[Family, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
