@@ -39,7 +39,10 @@ SEED = bytes(range(32))
 
 @pytest.fixture
 def federation(tiny_run, shared_ray, tmp_path):
-    """Runs a federation of the tiny settings on two genres, in a folder and with silo states of its own."""
+    """Runs a federation of the tiny settings on two genres, in a folder and with silo states of its own.
+
+    On one worker, whose start takes seconds, where a test doesn't ask for more.
+    """
     rows = [row for row in plays_rows() if row["silo"] in ("roman", "romances")]
     source = tmp_path / "plays.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,6 +52,7 @@ def federation(tiny_run, shared_ray, tmp_path):
             f'data.private.source="{source}"',
             "data.private.public_record_counts={roman=3300, romances=2600}",
             f"federated.state_dir={tmp_path / 'state'}",
+            "federated.workers=1",
             *overrides,
         )
         simulate(shared_ray, config, tiny_run.model, tmp_path / name, on_event=lambda _: None, **options)
@@ -78,7 +82,7 @@ def charged_rounds(tmp_path, silo):
 
 
 def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
-    federation()
+    federation("federated.workers=2")
     assert sorted(adapters(tmp_path / "federated")) == [0, 1, 2]
     assert ledger_kinds(tmp_path) == ["open", "reserve", "charge", "release", "charge", "release", "close"]
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
@@ -198,11 +202,11 @@ def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_pa
 
     monkeypatch.setattr(Coordinator, "_round", dies_in_round_two)
     with pytest.raises(KeyboardInterrupt):
-        federation("federated.workers=1", *chosen, name="b", injected_seed=SEED)
+        federation(*chosen, name="b", injected_seed=SEED)
     monkeypatch.undo()
     assert sorted(adapters(tmp_path / "b")) == [0, 1]
     # From here on no seed is injected: round two has to come out of the ledger.
-    federation("federated.workers=1", *chosen, name="b")
+    federation(*chosen, name="b")
     assert adapters(tmp_path / "a") == adapters(tmp_path / "b")
     states = [[found.server_state for found in commits.all_rounds(tmp_path / name)] for name in ("a", "b")]
     assert states[0] == states[1]
@@ -219,6 +223,7 @@ def test_silos_of_different_ranks_and_a_server_optimizer(federation, tmp_path):
         "federated.adapters=product",
         "federated.lora_ranks={roman=2}",
         "federated.aggregation=fedyogi",
+        "federated.workers=2",
         name="ranks",
     )
     start, after = commits.all_rounds(tmp_path / "ranks")
@@ -327,7 +332,7 @@ def test_the_coordinators_receipts_find_a_silo_that_was_put_back_with_its_anchor
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "copy" / place.name, place)
     # On one worker: a second one would open the silo after it has refused, and stop the simulation for that.
-    federation("federated.workers=1")
+    federation()
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
     refused = [event for event in events if event["event"] == "refused"]
     assert {(event["silo"], event["rule"]) for event in refused} == {("roman", "rollback")}
@@ -375,7 +380,7 @@ def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, m
 
     monkeypatch.setattr(LocalGrid, "push_messages", lose)
     monkeypatch.setattr(LocalGrid, "get_node_ids", present)
-    federation("federated.rounds=5", "federated.local_steps=2")
+    federation("federated.rounds=5", "federated.local_steps=2", "federated.workers=2")
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
     assert [event["answered"] for event in events if event["event"] == "round"] == [
         ["roman", "romances"],
@@ -406,7 +411,7 @@ def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(federation, tmp
             mine[0].kill()
 
     monkeypatch.setattr(LocalGrid, "_dispatch", kill_one)
-    federation("federated.rounds=2", name="dying")
+    federation("federated.rounds=2", "federated.workers=2", name="dying")
     assert killed
     assert sorted(adapters(tmp_path / "dying")) == [0, 1, 2]
 
