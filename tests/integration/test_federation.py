@@ -43,19 +43,32 @@ def federation(tiny_run, shared_ray, tmp_path):
 
     On one worker, whose start takes seconds, where a test doesn't ask for more.
     """
+    return starter(tiny_run, shared_ray, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, shared_ray, tmp_path_factory):
+    """(settings, folder) of one that ran to its end on two workers, for tests that only look at it."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", f"{root}.state")
+        return starter(tiny_run, shared_ray, root)("federated.workers=2"), root
+
+
+def starter(tiny_run, shared_ray, root):
+    source = root / "plays.jsonl"
     rows = [row for row in plays_rows() if row["silo"] in ("roman", "romances")]
-    source = tmp_path / "plays.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(*overrides, name="federated", **options):
         config = tiny_run.config(
             f'data.private.source="{source}"',
             "data.private.public_record_counts={roman=3300, romances=2600}",
-            f"federated.state_dir={tmp_path / 'state'}",
+            f"federated.state_dir={root / 'state'}",
             "federated.workers=1",
             *overrides,
         )
-        simulate(shared_ray, config, tiny_run.model, tmp_path / name, on_event=lambda _: None, **options)
+        simulate(shared_ray, config, tiny_run.model, root / name, on_event=lambda _: None, **options)
         return config
 
     return run
@@ -81,18 +94,18 @@ def charged_rounds(tmp_path, silo):
     return [body["round"] for body in verify_entries(read_only(path), str(path)) if body["kind"] == "charge"]
 
 
-def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
-    federation("federated.workers=2")
-    assert sorted(adapters(tmp_path / "federated")) == [0, 1, 2]
-    assert ledger_kinds(tmp_path) == ["open", "reserve", "charge", "release", "charge", "release", "close"]
-    certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
+def test_rounds_are_committed_charged_and_closed(finished):
+    _, root = finished
+    assert sorted(adapters(root / "federated")) == [0, 1, 2]
+    assert ledger_kinds(root) == ["open", "reserve", "charge", "release", "charge", "release", "close"]
+    certificate = json.loads((root / "federated" / "certificate.json").read_text())
     assert set(certificate["silos"]) == {"roman", "romances"}
     assert certificate["epsilon"] <= 8
     assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])
     check_certificate(certificate, "test")
     assert certificate["headline"]["epsilon"] == certificate["epsilon"]
     assert all(silo["statement"]["rounds_charged"] == 2 for silo in certificate["silos"].values())
-    rounds = [event for event in read_events(tmp_path / "federated" / "events.jsonl") if event["event"] == "round"]
+    rounds = [event for event in read_events(root / "federated" / "events.jsonl") if event["event"] == "round"]
     assert all(event["answered"] == ["roman", "romances"] for event in rounds)
     left = min(silo["receipt"]["epsilon_left"] for silo in certificate["silos"].values())
     assert [event["epsilon_left"] for event in rounds] == [left, left]
@@ -246,8 +259,9 @@ def test_a_second_run_is_a_new_reservation_until_the_budget_is_spent(federation,
     assert sorted(adapters(tmp_path / "three")) == [0]
 
 
-def test_a_damaged_round_is_passed_over_for_the_one_before(federation, tmp_path):
-    config = federation()
+def test_a_damaged_round_is_passed_over_for_the_one_before(finished, tmp_path):
+    config, root = finished
+    shutil.copytree(root / "federated", tmp_path / "federated")
     newest = tmp_path / "federated" / "round-00002"
     (newest / commits.ADAPTER).write_bytes(b"damaged")
     said = []
@@ -416,7 +430,10 @@ def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(federation, tmp
     assert sorted(adapters(tmp_path / "dying")) == [0, 1, 2]
 
 
-def test_the_adapter_in_a_commit_is_the_released_one(federation, tmp_path):
-    federation("federated.rounds=1", name="one")
-    before, after = (from_bytes(adapter) for _, adapter in sorted(adapters(tmp_path / "one").items()))
-    assert all((before[name] != after[name]).any() for name in before)
+def test_the_adapter_in_a_commit_is_the_released_one(finished):
+    _, root = finished
+    before, *later = (from_bytes(adapter) for _, adapter in sorted(adapters(root / "federated").items()))
+    assert len(later) == 2
+    for after in later:
+        assert all((before[name] != after[name]).any() for name in before)
+        before = after
