@@ -82,7 +82,6 @@ class Machine:
             f"federated.state_dir={root / 'state'}",
             f'data.public.source="{root / "corpus.jsonl"}"',
             "federated.workers=1",
-            "evaluate.without_dp=false",
         ]
         (self.cache / "scratch").mkdir(parents=True)
         monkeypatch.setenv("SILOWEAVE_CACHE", str(self.cache))

@@ -11,7 +11,6 @@ from configs.storage.sealing import MasterKey, opened
 from trainer.models.llama import attention
 
 MODEL = "model"
-LIBRARIES = ("transformers.modeling_utils", "peft")  # what a model, or an adapter on it, comes with
 
 
 def load_model(directory: Path, key: MasterKey | None = None) -> Any:
@@ -20,7 +19,7 @@ def load_model(directory: Path, key: MasterKey | None = None) -> Any:
     Raises:
         InputError: its weights were not written with this key, or were made with other settings than its manifest says.
     """
-    import_large(*LIBRARIES)
+    import_large("transformers.modeling_utils")
     from transformers import AutoModelForCausalLM
 
     manifest = read_manifest(directory, MODEL)
