@@ -31,7 +31,7 @@ def own_state(tmp_path, monkeypatch):
 
 
 def run_siloweave(
-    *arguments: str, cwd: Path, timeout_s: float = 300, **environment: str
+    *arguments: str, cwd: Path, timeout_s: float = 600, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """The installed command, as a user would run it."""
     return subprocess.run(

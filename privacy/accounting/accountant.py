@@ -58,6 +58,8 @@ def schedule_epsilon(
     Raises:
         PolicyRefusal: nothing should account for a schedule of this size; see ``privacy.accounting.size``.
     """
+    if schedule.rarely_in(delta):
+        return 0.0
     check_size(schedule, width)
     unknown = math.inf if pessimistic else 0.0
     if schedule.hopeless:

@@ -113,6 +113,14 @@ class Schedule:
         """Chi-square of one step with a unit from one without it: bounds the loss' variance and, by log1p, its mean."""
         return float(self.sampling_rate**2 * math.expm1(min(self.noise_multiplier**-2, 500.0)))
 
+    def rarely_in(self, delta: float) -> bool:
+        """Whether a unit is in any batch at all with half of delta at most: then epsilon is 0, whatever the noise.
+
+        The batches of a unit that is in none are those of a dataset without it, truncated or not. Half of delta, since
+        an accountant's upper bound has come to 0 there, too: what it has told of a schedule before still holds.
+        """
+        return not self.releases and 2 * self.steps * self.sampling_rate <= self.accounted_delta(delta)
+
     @property
     def hopeless(self) -> bool:
         """Whether the loss is so large that its distribution is not built: infinity is an upper bound, too."""

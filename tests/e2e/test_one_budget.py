@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SHORT = ("--set", "federated.rounds=1", "--set", "evaluate.without_dp=false")
+SHORT = ("--set", "federated.rounds=1", "--set", "federated.workers=1", "--set", "evaluate.without_dp=false")
 ROMAN = Path("siloweave", "ledgers", "plays-tiny", "roman", "ledger.sqlite")
 
 

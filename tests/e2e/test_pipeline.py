@@ -170,7 +170,8 @@ def test_a_second_demo_starts_anew_and_reserves_again(tiny_run, siloweave, tmp_p
     root = tmp_path / "again"
     shutil.copytree(tiny_run.root, root)
     monkeypatch.setenv("XDG_STATE_HOME", str(root / "state"))
-    arguments = ["--set", "federated.rounds=1", "--set", "evaluate.without_dp=false", "--set", "pretrain.steps=10"]
+    settings = ("federated.rounds=1", "federated.workers=1", "evaluate.without_dp=false", "pretrain.steps=10")
+    arguments = [part for setting in settings for part in ("--set", setting)]
     done = siloweave("demo", "-c", "tiny", "--json", *arguments, cwd=root)
     assert done.returncode == 0, done.stderr
     assert "had finished before: kept as" in done.stderr
@@ -181,7 +182,9 @@ def test_a_second_demo_starts_anew_and_reserves_again(tiny_run, siloweave, tmp_p
     assert kinds.count("reserve") == 2
     again = json.loads(done.stdout)["privacy"]["silos"]["roman"]
     assert again["charges"] == 1
-    # A third one is too much for a budget of 20: refused by policy, with a single line.
+    # A third one is too much for a budget of 20: refused by policy, with a single line. It has its model already.
+    for name in ("corpus", "tokenizer", "pretrain", "model"):
+        shutil.copytree(root / "runs" / "tiny" / name, root / "runs" / "third" / name)
     spent = siloweave(
         "demo",
         "-c",

@@ -42,19 +42,36 @@ SEED = bytes(range(32))
 
 @pytest.fixture
 def federation(tiny_run, shared_ray, tmp_path):
-    """Runs a federation of the tiny settings on two genres, in a folder and with silo states of its own."""
+    """Runs a federation of the tiny settings on two genres, in a folder and with silo states of its own.
+
+    On one worker, whose start takes seconds, where a test doesn't ask for more.
+    """
+    return starter(tiny_run, shared_ray, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, shared_ray, tmp_path_factory):
+    """(settings, folder) of one that ran to its end on two workers, for tests that only look at it."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", f"{root}.state")
+        return starter(tiny_run, shared_ray, root)("federated.workers=2"), root
+
+
+def starter(tiny_run, shared_ray, root):
+    source = root / "plays.jsonl"
     rows = [row for row in plays_rows() if row["silo"] in ("roman", "romances")]
-    source = tmp_path / "plays.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(*overrides, name="federated", **options):
         config = tiny_run.config(
             f'data.private.source="{source}"',
             "data.private.public_record_counts={roman=3300, romances=2600}",
-            f"federated.state_dir={tmp_path / 'state'}",
+            f"federated.state_dir={root / 'state'}",
+            "federated.workers=1",
             *overrides,
         )
-        simulate(shared_ray, config, tiny_run.model, tmp_path / name, on_event=lambda _: None, **options)
+        simulate(shared_ray, config, tiny_run.model, root / name, on_event=lambda _: None, **options)
         return config
 
     return run
@@ -80,18 +97,18 @@ def charged_rounds(tmp_path, silo):
     return [body["round"] for body in verify_entries(read_only(path), str(path)) if body["kind"] == "charge"]
 
 
-def test_rounds_are_committed_charged_and_closed(federation, tmp_path):
-    federation()
-    assert sorted(adapters(tmp_path / "federated")) == [0, 1, 2]
-    assert ledger_kinds(tmp_path) == ["open", "reserve", "charge", "release", "charge", "release", "close"]
-    certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
+def test_rounds_are_committed_charged_and_closed(finished):
+    _, root = finished
+    assert sorted(adapters(root / "federated")) == [0, 1, 2]
+    assert ledger_kinds(root) == ["open", "reserve", "charge", "release", "charge", "release", "close"]
+    certificate = json.loads((root / "federated" / "certificate.json").read_text())
     assert set(certificate["silos"]) == {"roman", "romances"}
     assert certificate["epsilon"] <= 8
     assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])
     check_certificate(certificate, "test")
     assert certificate["headline"]["epsilon"] == certificate["epsilon"]
     assert all(silo["statement"]["rounds_charged"] == 2 for silo in certificate["silos"].values())
-    rounds = [event for event in read_events(tmp_path / "federated" / "events.jsonl") if event["event"] == "round"]
+    rounds = [event for event in read_events(root / "federated" / "events.jsonl") if event["event"] == "round"]
     assert all(event["answered"] == ["roman", "romances"] for event in rounds)
     left = min(silo["receipt"]["epsilon_left"] for silo in certificate["silos"].values())
     assert [event["epsilon_left"] for event in rounds] == [left, left]
@@ -202,11 +219,11 @@ def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_pa
 
     monkeypatch.setattr(Coordinator, "_round", dies_in_round_two)
     with pytest.raises(KeyboardInterrupt):
-        federation("federated.workers=1", *chosen, name="b", injected_seed=SEED)
+        federation(*chosen, name="b", injected_seed=SEED)
     monkeypatch.undo()
     assert sorted(adapters(tmp_path / "b")) == [0, 1]
     # From here on no seed is injected: round two has to come out of the ledger.
-    federation("federated.workers=1", *chosen, name="b")
+    federation(*chosen, name="b")
     assert adapters(tmp_path / "a") == adapters(tmp_path / "b")
     states = [[found.server_state for found in commits.all_rounds(tmp_path / name)] for name in ("a", "b")]
     assert states[0] == states[1]
@@ -223,6 +240,7 @@ def test_silos_of_different_ranks_and_a_server_optimizer(federation, tmp_path):
         "federated.adapters=product",
         "federated.lora_ranks={roman=2}",
         "federated.aggregation=fedyogi",
+        "federated.workers=2",
         name="ranks",
     )
     start, after = commits.all_rounds(tmp_path / "ranks")
@@ -245,8 +263,9 @@ def test_a_second_run_is_a_new_reservation_until_the_budget_is_spent(federation,
     assert sorted(adapters(tmp_path / "three")) == [0]
 
 
-def test_a_damaged_round_is_passed_over_for_the_one_before(federation, tmp_path):
-    config = federation()
+def test_a_damaged_round_is_passed_over_for_the_one_before(finished, tmp_path):
+    config, root = finished
+    shutil.copytree(root / "federated", tmp_path / "federated")
     newest = tmp_path / "federated" / "round-00002"
     (newest / commits.ADAPTER).write_bytes(b"damaged")
     said = []
@@ -331,7 +350,7 @@ def test_the_coordinators_receipts_find_a_silo_that_was_put_back_with_its_anchor
         shutil.rmtree(place)
         shutil.copytree(tmp_path / "copy" / place.name, place)
     # On one worker: a second one would open the silo after it has refused, and stop the simulation for that.
-    federation("federated.workers=1")
+    federation()
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
     refused = [event for event in events if event["event"] == "refused"]
     assert {(event["silo"], event["rule"]) for event in refused} == {("roman", "rollback")}
@@ -379,7 +398,7 @@ def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, m
 
     monkeypatch.setattr(LocalGrid, "push_messages", lose)
     monkeypatch.setattr(LocalGrid, "get_node_ids", present)
-    federation("federated.rounds=5", "federated.local_steps=2")
+    federation("federated.rounds=5", "federated.local_steps=2", "federated.workers=2")
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
     assert [event["answered"] for event in events if event["event"] == "round"] == [
         ["roman", "romances"],
@@ -410,15 +429,18 @@ def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(federation, tmp
             mine[0].kill()
 
     monkeypatch.setattr(LocalGrid, "_dispatch", kill_one)
-    federation("federated.rounds=2", name="dying")
+    federation("federated.rounds=2", "federated.workers=2", name="dying")
     assert killed
     assert sorted(adapters(tmp_path / "dying")) == [0, 1, 2]
 
 
-def test_the_adapter_in_a_commit_is_the_released_one(federation, tmp_path):
-    federation("federated.rounds=1", name="one")
-    before, after = (from_bytes(adapter) for _, adapter in sorted(adapters(tmp_path / "one").items()))
-    assert all((before[name] != after[name]).any() for name in before)
+def test_the_adapter_in_a_commit_is_the_released_one(finished):
+    _, root = finished
+    before, *later = (from_bytes(adapter) for _, adapter in sorted(adapters(root / "federated").items()))
+    assert len(later) == 2
+    for after in later:
+        assert all((before[name] != after[name]).any() for name in before)
+        before = after
 
 
 def test_where_the_models_own_parameters_train_a_whole_model_comes_out(federation, shared_ray, tiny_model, tmp_path):
@@ -450,7 +472,7 @@ def test_where_the_models_own_parameters_train_a_whole_model_comes_out(federatio
     assert [event["round"] for event in events if event["event"] == "private_evaluation"] == [0, 1]
     scores = evaluate_rounds(shared_ray, config, tiny_model, {"federated": folder}, lambda **_: None)
     before = score_held_out(config, simulated_silo(config, "roman", tiny_model), to_bytes(start), 8)
-    assert scores["base"]["by_silo"]["roman"]["bits_per_char"] == pytest.approx(before.bits_per_char)
+    assert scores["base"]["by_silo"]["roman"]["bits_per_char"] == pytest.approx(before.main)
     (made / "generation_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"generation_config.json: (its digest is|no file of)"):
         which_model(digests, made, None)

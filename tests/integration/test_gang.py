@@ -31,7 +31,7 @@ def losses(run):
     return {event["step"]: event["loss"] for event in events(run, "step")}
 
 
-def wait_for(condition, seconds=240.0):
+def wait_for(condition, seconds=600.0):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from repository import SUPPORT
 
 from cluster.runtime.preparation import ray_map
 from configs.errors import SiloweaveError
@@ -18,6 +19,13 @@ SILOWEAVE = Path(sys.executable).with_name("siloweave")
 def content(run):
     manifest = json.loads((run / "corpus" / "manifest.json").read_text())
     return {name: entry["sha256"] for name, entry in manifest["files"].items()}, manifest["metadata"]
+
+
+def held(folder):
+    """An environment in which a preparation comes no further than its first part: whoever kills it is in time."""
+    (folder / "hold").touch()
+    path = os.pathsep.join([str(SUPPORT / "held_parts"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "SILOWEAVE_TEST_HOLD": str(folder / "hold")}
 
 
 def test_preparation_on_ray_data_can_be_killed_and_makes_the_same_corpus(tmp_path):
@@ -34,15 +42,18 @@ def test_preparation_on_ray_data_can_be_killed_and_makes_the_same_corpus(tmp_pat
     expected = content(tmp_path / "runs" / "tiny")
     run = tmp_path / "elsewhere" / "tiny"
     parallel = [SILOWEAVE, "prepare", *settings, "--set", "run.storage=elsewhere", "--set", "data.workers=2"]
-    killed = subprocess.Popen(parallel, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        parallel, cwd=tmp_path, env=held(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (cleaned := list(run.glob("corpus-parts/*/clean/part-*.parquet"))):
         assert killed.poll() is None
         time.sleep(0.01)
     killed.kill()
     killed.wait()
     stamps = {path: path.stat().st_mtime_ns for path in cleaned}
-    assert not (run / "corpus" / "manifest.json").exists()
-    again = subprocess.Popen(parallel, cwd=tmp_path, env={**os.environ}, stderr=subprocess.PIPE, text=True)
+    assert len(cleaned) == 1
+    assert not (run / "corpus").exists()
+    again = subprocess.Popen(parallel, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     kept = set(stamps)
     while again.poll() is None:  # what was done before the kill is not done again
         kept &= {path for path, stamp in stamps.items() if not path.exists() or path.stat().st_mtime_ns == stamp}

@@ -30,7 +30,7 @@ def losses(run):
     return {event["step"]: event["loss"] for event in events(run, "step")}
 
 
-def wait_for(condition, process, seconds=240.0):
+def wait_for(condition, process, seconds=600.0):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert process.poll() is None, process.communicate()[1]

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from repository import SUPPORT
+from small_corpus import write_corpus
 
 from cluster import pipeline
 from cluster.run import Run
@@ -79,6 +80,8 @@ class Machine:
             "run.storage=s3://bucket/runs",
             f"cluster.scratch_dir={self.cache / 'scratch'}",
             f"federated.state_dir={root / 'state'}",
+            f'data.public.source="{root / "corpus.jsonl"}"',
+            "federated.workers=1",
         ]
         (self.cache / "scratch").mkdir(parents=True)
         monkeypatch.setenv("SILOWEAVE_CACHE", str(self.cache))
@@ -115,6 +118,7 @@ def kill(process):
 @pytest.mark.timeout(1800)
 def test_a_run_goes_on_from_the_store_on_machines_with_empty_caches(s3, tmp_path, monkeypatch):
     # 1. One machine prepares, and is lost while it trains.
+    write_corpus(tmp_path / "corpus.jsonl")
     first = Machine(tmp_path, "first", monkeypatch)
     first.run("prepare")
     training = first.start("pretrain")

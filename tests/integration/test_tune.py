@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from repository import REPOSITORY
+from small_corpus import write_corpus
 
 from cluster.monitoring.status import lines, status
 from cluster.tuning import ray_tune as tuning
@@ -47,12 +47,6 @@ def events(trial, kind):
 
 def ended(document):
     return [trial for trial in json.loads(document.read_text())["trials"] if trial["status"] in ("finished", "stopped")]
-
-
-def write_corpus(path):
-    """The paragraphs of our own documents: little, and quickly prepared."""
-    texts = [part for page in sorted((REPOSITORY / "docs").glob("*.md")) for part in page.read_text().split("\n\n")]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def test_a_killed_search_goes_on_and_leaves_the_best_settings(tmp_path):
@@ -175,7 +169,8 @@ def test_trials_over_federations_are_paid_one_by_one(tiny_run, siloweave, tmp_pa
         "federated.local_steps=choice(1)",
         "federated.learning_rate=uniform(0.01,0.1)",
     )
-    arguments = ["tune", "-c", "tiny", "--json", *(part for param in params for part in ("--param", param))]
+    arguments = ["tune", "-c", "tiny", "--json", "--set", "federated.workers=1"]
+    arguments += [part for param in params for part in ("--param", param)]
     refused = siloweave(*arguments, "--trials", "9", cwd=root)
     assert refused.returncode == 3, refused.stderr
     assert "9 trials reserve epsilon 72 together, each one its own, and 24 is left" in refused.stderr

@@ -25,7 +25,7 @@ from federated.simulation.simulated_places import simulated_silo
 from federated.transport.health import is_serving
 
 BIN = Path(sys.executable).parent
-START_S, COMMAND_S = 120.0, 120.0
+START_S, COMMAND_S = 400.0, 400.0  # ends a wait for what will not come, however slow the machine is
 PRIVATE_RECORDS = 300
 
 

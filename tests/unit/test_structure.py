@@ -22,7 +22,7 @@ ALLOWED = {
 }
 FLOORS = {
     "configs": (
-        "errors",
+        "errors imports",
         "printing",
         "identities parse",
         "schema",

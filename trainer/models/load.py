@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from configs.errors import InputError
+from configs.imports import import_large
 from configs.storage.manifests import read_manifest
 from configs.storage.sealing import MasterKey, opened
 from trainer.models.families import attention
@@ -42,6 +43,7 @@ def load_model(directory: Path, key: MasterKey | None = None, head: Head | None 
         InputError: its weights were not written with this key, or were made with other settings than its manifest says;
             or no such head fits it.
     """
+    import_large("transformers.modeling_utils")
     from transformers import AutoConfig
 
     import trainer.models.recurrent  # noqa: F401  # which the Auto classes know from then on
@@ -70,12 +72,15 @@ def model_class(config: Any, where: str, head: Head | None = None) -> Any:
     """
     import transformers
 
+    from trainer.models.recurrent import RecurrentForCausalLM
+
     if head is not None:
         found = getattr(transformers, _HEADS[head.kind]).get(type(config), None)
         wanted = f"{config.model_type} with a head for {head.kind}"
     else:
         wanted = (config.architectures or [config.model_type])[0]
-        found = getattr(transformers, wanted, None)
+        ours = {RecurrentForCausalLM.__name__: RecurrentForCausalLM}
+        found = ours.get(wanted) or getattr(transformers, wanted, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise InputError(f"{where}: transformers has no {wanted}; give a model of another family")
     return found

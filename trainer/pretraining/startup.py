@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from configs.imports import uncollected
+
 
 def import_libraries() -> None:
     """Imports torch, DeepSpeed and transformers' models; idempotent.
@@ -13,14 +15,13 @@ def import_libraries() -> None:
     DeepSpeed's autotuner imports mlflow where it is installed (two seconds), and its Muon optimizer, which every first
     backward imports, has its kernels compiled by torch's inductor (another one and a half). Neither is used here.
     """
-    import torch  # noqa: F401
+    with uncollected():
+        with _hidden("mlflow"):
+            from deepspeed.runtime import compiler
+        with replaced(compiler, "compile", _not_compiled):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-    with _hidden("mlflow"):
-        from deepspeed.runtime import compiler
-    with replaced(compiler, "compile", _not_compiled):
-        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
-
-    import trainer.models.adapters  # noqa: F401
+        import transformers.models.llama.modeling_llama  # noqa: F401
 
 
 class Start:

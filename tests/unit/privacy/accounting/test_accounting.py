@@ -222,3 +222,27 @@ def test_a_federation_claims_the_sum_unless_every_steward_attests():
 def test_no_claim_without_every_silos_guarantee(epsilons, deltas):
     with pytest.raises(InputError, match="give"):
         headline(epsilons, deltas, {"a": True, "b": True})
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule(4, 1.24e-6, 0.8),
+        Schedule(1, 4.9e-6, 2.0),
+        Schedule(400, 1.2e-8, 1.0),
+        Schedule(4, 1.2e-6, 0.8, Truncation(1000, 10)),
+    ],
+)
+def test_a_unit_that_is_hardly_ever_in_a_batch_loses_nothing(schedule):
+    """As the distribution of its privacy loss says, which takes the longer, the rarer the unit is in a batch."""
+    assert schedule.rarely_in(1e-5)
+    composed = schedule.pld(pessimistic=True, width=1e-3)
+    assert composed.get_epsilon_for_delta(schedule.accounted_delta(1e-5)) == 0 == schedule_epsilon(schedule, 1e-5)
+    assert schedule_epsilon(schedule, 1e-5, pessimistic=False) == 0
+
+
+def test_a_unit_that_may_be_in_a_batch_or_in_a_metric_is_accounted_for():
+    assert not Schedule(4, 1.26e-6, 0.8).rarely_in(1e-5)
+    assert not Schedule(4, 1.26e-6, 0.8, Truncation(1000, 10)).rarely_in(1e-5)
+    assert not Schedule(4, 1e-7, 0.8, None, ((1.0, 2),)).rarely_in(1e-5)
+    assert schedule_epsilon(Schedule(4, 1e-5, 0.8), 1e-5, width=1e-3) > 0
