@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from configs.errors import InputError
-from trainer.metrics.bits_per_char import Score
 from trainer.metrics.scores import Indices, Scores
 
 
@@ -32,10 +31,10 @@ def scores(nats: Sequence[float], tokens: Sequence[int], characters: Sequence[in
 
     def figures(drawn: Indices) -> dict[str, float]:
         total, predicted, covered = table_N3[drawn].sum(axis=0).tolist()
-        bits = Score(total, int(covered), len(drawn)).bits_per_char
+        bits = total / covered / math.log(2)
         return {
             "perplexity": _exp(total / predicted),
-            "bits_per_char": math.nan if bits is None else bits,
+            "bits_per_char": bits if math.isfinite(bits) else math.nan,
         }
 
     return Scores(len(table_N3), figures)
