@@ -204,9 +204,9 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
     named = (config.architectures or [type(config).__name__])[0]
     wanted, fits = _NEEDS[task.name]
     mapping = getattr(transformers, f"MODEL_FOR_{wanted}_MAPPING")
-    # At each token an answer's head has to see the text, and a decoder that writes has seen none of what comes.
-    blind = task.name == "qa" and config.is_encoder_decoder
-    if blind or type(config) not in mapping or (fits and named not in {kind.__name__ for kind in mapping.values()}):
+    # transformers puts a head for answers beside an encoder and a decoder, not on a body of which it could be told apart.
+    split = task.name == "qa" and config.is_encoder_decoder
+    if split or type(config) not in mapping or (fits and named not in {kind.__name__ for kind in mapping.values()}):
         raise InputError(
             f"model.source {source!r}: it is a {named}, and the task {task.name!r} needs a "
             f"{fits or 'model of a family that has a head for it'}; give one"
