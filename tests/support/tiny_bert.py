@@ -39,9 +39,9 @@ def published(folder, texts):
     return folder
 
 
-def base_model(folder, source, task="qa"):
-    """A run's base model of that source."""
-    given = [f'model.source="{source}"', f"model.context_length={CONTEXT}", f'federated.task="{task}"']
+def base_model(folder, source):
+    """A run's base model of that source: the same for every task with a head of its own."""
+    given = [f'model.source="{source}"', f"model.context_length={CONTEXT}", 'federated.task="qa"']
     signer = Signer(folder / "key")
     import_model(load("tiny", given), folder / "run", lambda facts: declare(facts, signer).encode(), DECLARATION)
     return folder / "run" / "model"

@@ -18,7 +18,7 @@ from trainer.tasks.task import kind_of
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG")
 ENTITIES, QA = TaskSpec(name="entities", labels=TAGS), TaskSpec(name="qa")
 TOKENIZER = word_pieces(["a b c d e f g h in the house of a friend"] * 2, 60)
-LETTERS = "abcdefgh in the house".split()
+LETTERS = ["a", "b", "c", "d", "in", "the", "house"]
 BASE = SimpleNamespace(metadata={"context_length": CONTEXT})
 
 

@@ -1,4 +1,4 @@
-"""Heads on every token: gradients of single records, computed together to the last bit, and padding that changes nothing."""
+"""Heads on every token: gradients of single records, together to the last bit, and padding that changes nothing."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from privacy.clipping.independence import Together
 from privacy.clipping.self_check import prove_per_record_gradients
 from trainer.models.adapters import add_adapter, head_names, trainable
 from trainer.models.load import load_model
-from trainer.tasks.task import task_of
+from trainer.tasks.task import kind_of, task_of
 
 TEXT = "Ada Lovelace lived in Ockham Park and near St James Square , where Charles Babbage came to see her"
 SPECS = {
@@ -110,8 +110,6 @@ def test_padding_changes_nothing(headed):
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("context_length", [8, 20, CONTEXT])
 def test_made_up_examples_have_the_shape_that_is_asked_for(name, context_length):
-    from trainer.tasks.task import kind_of
-
     task = kind_of(name)(word_pieces([TEXT]), context_length, SPECS[name])
     for shape in {min(16, context_length), context_length}:
         made = task.made_up(shape, 16)

@@ -1,6 +1,7 @@
 """Questions about a text: windows, places of answers, what is chosen and counted, and what is refused."""
 
 import json
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -56,7 +57,7 @@ def test_windows_cover_the_context_and_point_at_the_answer(kind, answer, request
     assert found == {answer, None}
     seen = {character for window in windows for start, end in window.spans for character in range(start, end)}
     assert seen >= {place for place, character in enumerate(CONTEXT_TEXT) if not character.isspace()}
-    for before, after in zip(windows, windows[1:], strict=False):
+    for before, after in pairwise(windows):
         assert after.spans[0][0] < before.spans[-1][1]  # they overlap
     assert all(len(window.ids) <= CONTEXT and not window.truncated for window in windows)
 
