@@ -28,9 +28,9 @@ from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PlanTerms, PrivacyPlan
 from trainer.data.embedded import plays
 from trainer.data.tokenizer import load_tokenizer
-from trainer.metrics.bits_per_char import Score, score
 from trainer.models.adapters import adapter_weights, add_adapter, load_adapter_weights
 from trainer.models.load import load_model
+from trainer.scoring.score import Score, score
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
