@@ -204,7 +204,7 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
     named = (config.architectures or [type(config).__name__])[0]
     wanted, fits = _NEEDS[task.name]
     mapping = getattr(transformers, f"MODEL_FOR_{wanted}_MAPPING")
-    # transformers puts a head for answers beside an encoder and a decoder, not on a body of which it could be told apart.
+    # There a head for answers stands beside two bodies, and what is the head, and trains whole, couldn't be told.
     split = task.name == "qa" and config.is_encoder_decoder
     if split or type(config) not in mapping or (fits and named not in {kind.__name__ for kind in mapping.values()}):
         raise InputError(
