@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from trainer.data.tokenizer import first_token
+from trainer.data.tokenizer import first_token, special_tokens
+
+_WRITES_NOTHING = "This base model is an encoder: it fills in words that are masked, and writes no text."
 
 
 def generate(
@@ -19,8 +21,11 @@ def generate(
 ) -> str:
     """Samples a continuation and hands each piece of text on as soon as it is complete.
 
+    An encoder-decoder reads the prompt, and after it the sentinel of a span where its tokenizer has one: what it writes
+    is the span. An encoder writes nothing, and the text says so.
+
     Args:
-        model: a causal language model.
+        model: a decoder, an encoder-decoder or a recurrent model; or an encoder.
         tokenizer: its tokenizer.
         prompt: how the text starts.
         max_new_tokens: tokens to sample.
@@ -31,6 +36,9 @@ def generate(
     Returns:
         The whole text.
     """
+    if not model.can_generate():
+        on_text(_WRITES_NOTHING)
+        return _WRITES_NOTHING
     from transformers import TextStreamer
 
     pieces: list[str] = []
@@ -42,7 +50,10 @@ def generate(
             pieces.append(text)
             on_text(text)
 
-    ids = torch.tensor([[first_token(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]])
+    ids = torch.tensor([_asked(model, tokenizer, prompt)])
+    if model.config.is_encoder_decoder:  # which writes what follows, and does not repeat the prompt
+        pieces.append(prompt)
+        on_text(prompt)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model.generate(
@@ -57,3 +68,12 @@ def generate(
             streamer=Streamer(tokenizer, skip_special_tokens=True),
         )
     return "".join(pieces)
+
+
+def _asked(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens that a model is given for it to go on."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if not model.config.is_encoder_decoder:
+        return [first_token(tokenizer), *ids]
+    sentinel = tokenizer.get_vocab().get(special_tokens("span_corruption", 1)[1])
+    return [*ids, *([] if sentinel is None else [sentinel]), tokenizer.eos_token_id]

@@ -23,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from privacy.clipping.clipping import MOST_AT_ONCE, Clipper, Losses
+from privacy.clipping.layers import is_of_positions
 
 Unit = TypeVar("Unit")
 _SIZES = (MOST_AT_ONCE, 8, 4, 2)  # powers of two: few different shapes to prove
@@ -127,7 +128,7 @@ class _Operations(TorchDispatchMode):
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
         one = all(tensor.dim() == 0 or len(tensor) == 1 for tensor in tensors)  # a record's own, or public
         exact = str(func.overloadpacket) in _BY_ROW or (str(func.overloadpacket) == "aten.pow" and args[1] in (1, 2, 3))
-        self.by_record &= exact or one
+        self.by_record &= exact or one or is_of_positions()
         return func(*args, **kwargs or {})
 
 

@@ -31,9 +31,9 @@ FLOORS = {
         "load run_directory salvage",
     ),
     "trainer": (
-        "data models objectives rank",
+        "data models rank",
         "metrics",
-        "tasks",
+        "objectives tasks",
         "checkpoints scoring",
         "pretraining",
         "export generation imported",

@@ -133,6 +133,7 @@ NO_PATHS = {
 PATHS = {
     "run.storage",
     "model.source",
+    "model.config",
     "run.encryption_key_file",
     "data.public.source",
     "data.corpora.source",

@@ -22,7 +22,7 @@ from trainer.data.embedded import python_docs
 from trainer.data.tokenizer import first_token, load_tokenizer, train_tokenizer
 from trainer.imported import import_model, outline
 from trainer.models.adapters import add_adapter, linear_names, trainable
-from trainer.models.llama import attention
+from trainer.models.families import attention
 from trainer.models.load import load_model
 from trainer.tasks.task import task_of
 

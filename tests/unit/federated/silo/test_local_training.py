@@ -14,7 +14,7 @@ from privacy.mechanism.sampler import poisson_sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms
 from trainer.models.adapters import add_adapter, trainable
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
