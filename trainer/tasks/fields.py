@@ -126,11 +126,8 @@ class Answers(NamedTuple):
 
 
 def answers(value: Any, column: str, where: str, _words: Words, counts: ReadCounts) -> Answers:
-    """A text, or SQuAD's ``{"text": [...], "answer_start": [...]}``."""
-    texts, starts = [value], [-1]
-    if isinstance(value, dict):
-        texts, starts = (_several(value.get(key)) for key in ("text", "answer_start"))
-        starts = starts or [-1] * len(texts)
+    """A text, or SQuAD's answers: an object of lists, as in Hugging Face datasets, or a list of objects."""
+    texts, starts = _texts_and_starts(value)
     whole = all(isinstance(start, int) for start in starts) and len(starts) == len(texts) > 0
     if not whole or not all(isinstance(one, str) and one.strip() for one in texts):
         raise InputError(
@@ -138,6 +135,15 @@ def answers(value: Any, column: str, where: str, _words: Words, counts: ReadCoun
             '{"text": [...], "answer_start": [...]}, or take the record out'
         )
     return Answers(tuple(mended(one, counts) for one in texts), tuple(starts))
+
+
+def _texts_and_starts(value: Any) -> tuple[list[Any], list[Any]]:
+    if isinstance(value, dict):
+        texts, starts = (_several(value.get(key)) for key in ("text", "answer_start"))
+        return texts, starts or [-1] * len(texts)
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        return [part.get("text") for part in value], [part.get("answer_start", part.get("start", -1)) for part in value]
+    return [value], [-1]
 
 
 def _several(value: Any) -> list[Any]:

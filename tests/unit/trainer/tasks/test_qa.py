@@ -179,6 +179,8 @@ def test_texts_and_squads_answers_are_read(tmp_path):
     assert read(tmp_path, "context,question,answer\nIn Denver.,Where?,Denver\n", name="data.csv") == expected
     squad = {**fields, "answers": {"text": ["Denver", "In Denver"], "answer_start": [3, 0]}}
     assert read(tmp_path, squad, answer="answers")[0]["answer"] == Answers(("Denver", "In Denver"), (3, 0))
+    listed = {**fields, "answers": [{"text": "Denver", "answer_start": 3}, {"text": "In Denver", "start": 0}]}
+    assert read(tmp_path, listed, answer="answers")[0]["answer"] == Answers(("Denver", "In Denver"), (3, 0))
 
 
 SECRET = "Zaphod"
@@ -194,6 +196,8 @@ SECRET = "Zaphod"
         ({"answer": {"text": [SECRET], "answer_start": [0, 3]}}, "column 'answer' holds no answer, or one without"),
         ({"answer": {"text": [SECRET], "answer_start": ["0"]}}, "column 'answer' holds no answer, or one without"),
         ({"answer": [SECRET]}, "column 'answer' holds no answer"),
+        ({"answer": []}, "column 'answer' holds no answer"),
+        ({"answer": [{"start": 0}]}, "column 'answer' holds no answer"),
         ({"answer": None}, "column 'answer' holds no answer"),
         ({"answer": " "}, "column 'answer' holds no answer"),
         ({"context": " "}, "column 'context' is empty; give a text, or take the record out"),
