@@ -12,6 +12,7 @@ import typer
 from cluster.commands import federation as federation_command
 from cluster.commands import stages as cluster_commands
 from cluster.commands.jobs import job_app, submit
+from cluster.commands.merge import merge
 from cluster.commands.tune import tune
 from configs.errors import SiloweaveError
 from configs.printing import escape_unencodable, say, to_json
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cluster_commands.add_to(app)
+app.command()(merge)
 app.command()(tune)
 app.command()(submit)
 app.add_typer(job_app, name="job")

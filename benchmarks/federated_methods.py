@@ -28,7 +28,7 @@ from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PlanTerms, PrivacyPlan
 from trainer.data.embedded import plays
 from trainer.data.tokenizer import load_tokenizer
-from trainer.models.adapters import adapter_weights, add_adapter, load_adapter_weights
+from trainer.models.adapters import Adaptation, adapter_weights, add_adapter, load_adapter_weights
 from trainer.models.load import load_model
 from trainer.scoring.score import Score, score
 from trainer.tasks.task import Encoded
@@ -96,7 +96,7 @@ def plan() -> PrivacyPlan:
 
 def bits(model: Path, adapter: Arrays) -> dict[str, float]:
     """Bits per character of the held-out records: of all, and of the silo that is served worst."""
-    peft, task = warm_model(model, RANK, ALPHA), task_of(model)
+    peft, task = warm_model(model, Adaptation(RANK, ALPHA)), task_of(model)
     load_adapter_weights(peft, {name: torch.from_numpy(array) for name, array in adapter.items()})
     scores = {name: score(peft.eval(), task, held_out, 16) for name, (_, held_out) in silos(model).items()}
     overall = sum(scores.values(), Score(0.0, 0, 0))
@@ -120,7 +120,9 @@ def federate(model: Path, method: str, seed: int) -> dict[str, float]:
         aggregation = RoundAggregation(settings, adapter, state, len(silos(model)))
         for name, (records, _) in silos(model).items():
             sent = aggregation.sent(name)
-            peft = warm_model(model, sent.rank, sent.alpha, "", seed if settings.adapters == "ffa" else None)
+            peft = warm_model(
+                model, Adaptation(sent.rank, sent.alpha), "", seed if settings.adapters == "ffa" else None
+            )
             local = LocalSettings(
                 settings.learning_rate, settings.optimizer, 16, "bookkeeping", settings.proximal_mu, sent.correction
             )

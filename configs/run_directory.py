@@ -58,6 +58,9 @@ _MOVABLE = {
 # left out of the digest, so that runs from before it keep theirs.
 _LATER = {
     "federated.task": "causal",
+    "federated.train": "lora",
+    "federated.adapter_targets": "all-linear",
+    "federated.base_dtype": "float32",
     "model.source": "",
     "federated.labels": (),
     "federated.template": "",

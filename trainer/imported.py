@@ -199,6 +199,7 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(origin.folder, **origin.options)
+    _refuse_quantised(config, source)
     if origin.gguf:  # names none, and holds decoders alone
         config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     named = (config.architectures or [type(config).__name__])[0]
@@ -212,6 +213,18 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
             f"{fits or 'model of a family that has a head for it'}; give one"
         )
     return config
+
+
+def _refuse_quantised(config: Any, source: str) -> None:
+    """Weights of 4 or 8 bits need kernels of a GPU, and are never made float32 here; only those of GGUF files are."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    raise InputError(
+        f"model.source {source!r}: its weights are quantised ({method or 'quantization_config'}); give the model as it "
+        "was before, and federated.base_dtype = 'bfloat16' to halve its memory"
+    )
 
 
 def _read(origin: Origin, source: str, task: TaskSpec) -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ from configs.storage.files import digest_json, write_atomic
 from configs.storage.layout import CERTIFICATE, FEDERATED, RunFiles
 from configs.storage.manifests import MANIFEST, require_manifest
 from configs.storage.sealing import load_key
+from federated.adapters.warm_model import adaptation
 from federated.audit.audit_silo import AuditSilo
 from federated.audit.canary_training import AuditSettings, AuditTraining
 from federated.audit.hostile_adapters import movements
@@ -36,7 +37,7 @@ from privacy.audit.bound import REFERENCE_PLAN, audited_bound, overall
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
 from trainer.data.sources import ReadCounts, read_rows
-from trainer.models.adapters import add_adapter
+from trainer.models.adapters import adapted
 from trainer.models.load import load_model
 from trainer.tasks.task import text_task
 
@@ -54,10 +55,16 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
         canaries: gradient canaries of each audit.
 
     Raises:
-        InputError: the run has not finished, or the number of canaries is out of range.
+        InputError: the run has not finished, its settings are not those that an audit is of, or the number of canaries
+            is out of range.
     """
     if run.config.privacy.unit == "client":
         raise InputError("privacy.unit is 'client': an audit is of the engine that trains with records as units")
+    if run.config.federated.train != "lora":
+        raise InputError(
+            f"federated.train is {run.config.federated.train!r}: an audit is of adapters, those of an attacker among "
+            "them; audit a run with federated.train = 'lora'"
+        )
     if not SMALLEST <= canaries <= LARGEST:
         raise InputError(f"--canaries is {canaries}: give {SMALLEST} to {LARGEST}")
     texts = _public_texts(run.config)
@@ -143,7 +150,7 @@ def _audit_plan(
     training = AuditTraining(
         request,
         AuditSettings(**design["claims"][name]["settings"]),
-        add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed),
+        adapted(base, adaptation(federated), run.config.run.seed),
         task,
         [task.encode(text) for text in texts],
         digest_json(design),
@@ -169,7 +176,7 @@ def _hostile_adapters(run: Run, base: Any) -> list[dict[str, Any]]:
     """How far one made-up record moves the sum under adapters that a hostile coordinator would send."""
     federated = run.config.federated
     task = text_task(run.config.federated.task_spec, run.model)
-    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, run.config.run.seed).train()
+    model = adapted(base, adaptation(federated), run.config.run.seed).train()
     return [{**asdict(movement), "holds": movement.holds} for movement in movements(model, task)]
 
 

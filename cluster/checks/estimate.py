@@ -7,12 +7,13 @@ import torch
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from federated.adapters.lora_factors import frozen
+from federated.adapters.warm_model import adaptation
 from federated.simulation.simulated_places import ledgers_of
 from federated.simulation.simulation import look_at_private
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
 from trainer.imported import outline
-from trainer.models.adapters import add_adapter, trainable
+from trainer.models.adapters import adapted, trainable
 from trainer.models.families import empty_model
 from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_device, unsupported
 from trainer.pretraining.memory import placed_bytes, state_bytes
@@ -123,8 +124,8 @@ def _bound(plan: PlanTerms, public_record_count: int) -> int:
 
 
 def adapter_parameters(config: RunConfig) -> int:
-    """Trainable parameters of the adapters, counted on a model without values; of FFA-LoRA, whose A is frozen, B's."""
+    """Parameters that train and travel, counted on a model without values; of FFA-LoRA, whose A is frozen, B's."""
     federated, model = config.federated, _base_model(config)
     with torch.device("meta"):
-        weights = trainable(add_adapter(model, federated.lora_rank, federated.lora_alpha, seed=0))
+        weights = trainable(adapted(model, adaptation(federated), seed=0))
     return sum(value.numel() for name, value in weights.items() if federated.adapters != "ffa" or not frozen(name))

@@ -193,7 +193,7 @@ def audit(
 
 def plan(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
     """What a run will need and spend, before anything runs: bytes per rank, batches, steps, noise and epsilon."""
-    _quiet_libraries()
+    quiet_libraries()
     from cluster.checks.estimate import estimate
 
     found = estimate(load(config, override or []))
@@ -295,7 +295,7 @@ def with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet:
     from cluster.monitoring.listeners import listening
     from cluster.run import Run
 
-    _quiet_libraries()
+    quiet_libraries()
     with (
         working_on(run_directory(settings)),
         Progressing(quiet=quiet or as_json) as shown,
@@ -307,7 +307,7 @@ def with_run(settings: Any, work: Callable[[Any], Any], as_json: bool, *, quiet:
         return done, run.directory
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Other people's warnings and bars would drown our own lines; --debug lets them through."""
     if os.environ.get("SILOWEAVE_DEBUG"):
         return

@@ -9,8 +9,14 @@ from configs.schema.base import Count, CountBySilo, Positive, Settings
 from configs.schema.places import Place
 from configs.schema.tasks import TaskLabels, TaskName, TaskSpec, task_problems
 
+MOST_TARGETS = 100  # names of layers in a request
+
 Optimizer = Literal["adam", "adam_bc", "sgd"]
 ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew"]
+Train = Literal["lora", "full", "head", "bitfit"]
+BaseDtype = Literal["float32", "bfloat16"]
+LayerName = Annotated[str, Field(pattern=r"^\w+$", max_length=100)]
+LayerNames = Annotated[tuple[LayerName, ...], Field(min_length=1, max_length=MOST_TARGETS)]
 Aggregation = Literal[
     "fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "scaffold", "median", "trimmed_mean", "krum"
 ]
@@ -30,7 +36,7 @@ _LEAST_SILOS = {"trimmed_mean": 1, "krum": 3}  # updates needed, besides two for
 
 
 class FederatedSettings(Settings):
-    """Fine-tuning across silos: LoRA adapters, and rounds in which every silo has the same fixed, public weight."""
+    """Fine-tuning across silos: what trains, and rounds in which every silo has the same fixed, public weight."""
 
     task: TaskName = "causal"
     """What a record is to the model, and what is learnt of it; ``causal``: a text, token by token; ``classification``:
@@ -71,11 +77,20 @@ class FederatedSettings(Settings):
     ``krum`` takes the update that is nearest to all but that many others."""
     max_silos: Count = 100
     """Most silos of ``median``, ``trimmed_mean`` and ``krum``, which hold all updates of a round at once."""
+    train: Train = "lora"
+    """What of the model trains and travels: LoRA adapters beside it (``lora``), all its parameters (``full``), the
+    output head (``head``), or every bias (``bitfit``)."""
+    adapter_targets: Literal["all-linear"] | LayerNames = "all-linear"
+    """Layers with LoRA: ``all-linear``, the output head included unless it shares the embedding's weight; or names,
+    ``["q_proj", "v_proj"]`` for instance."""
+    base_dtype: BaseDtype = "float32"
+    """What the weights beside LoRA adapters are kept and multiplied in; norms, biases and adapters are float32.
+    ``bfloat16`` takes half their memory, and is slow on a processor without units for it."""
     adapters: Literal["average", "ffa", "product"] = "average"
     """How adapters are averaged: A and B each by itself; A frozen, so that only B is trained and travels (FFA-LoRA); or
     their product, exactly, which is then factored again."""
     lora_rank: Count = 16
-    """Rank of the adapters, on all linear layers, the output head included."""
+    """Rank of the adapters."""
     lora_ranks: CountBySilo = Field(default_factory=dict)
     """Smaller ranks for silos by name, with ``adapters = "product"``."""
     lora_alpha: Positive = 32
@@ -100,9 +115,16 @@ class FederatedSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "FederatedSettings":
-        problems = (self._robust_problem(), self._local_problem(), self._rank_problem(), self._enough_problem())
+        problems = (
+            self._robust_problem(),
+            self._local_problem(),
+            self._lora_problem(),
+            self._rank_problem(),
+            self._enough_problem(),
+            self._head_problem(),
+        )
         of_task = task_problems("federated", self.task, self.labels, self.template)
-        for problem in (*of_task, *self._unused(), *problems, self._pull_problem(), self._head_problem()):
+        for problem in (*of_task, *self._unused(), *problems, self._pull_problem()):
             if problem:
                 raise ValueError(problem)
         return self
@@ -174,6 +196,17 @@ class FederatedSettings(Settings):
             f"federated.proximal_mu is {self.proximal_mu:g} and federated.learning_rate {self.learning_rate:g}: their "
             f"product is {pull:g}, and a step of more than 1 overshoots the adapter that it is drawn back to; lower one"
         )
+
+    def _lora_problem(self) -> str:
+        if self.train == "lora":
+            return ""
+        for name in ("adapters", "adapter_targets", "base_dtype"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                return (
+                    f"federated.{name} is {getattr(self, name)!r}: it is about LoRA, and federated.train is "
+                    f"{self.train!r}; leave it out, or give federated.train = 'lora'"
+                )
+        return ""
 
     def _rank_problem(self) -> str:
         if self.lora_ranks and self.adapters != "product":

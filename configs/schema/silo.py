@@ -16,7 +16,7 @@ from configs.schema.base import (
     Settings,
 )
 from configs.schema.data import DeidentifySettings, RecordSettings
-from configs.schema.federated import ClippingMethod
+from configs.schema.federated import ClippingMethod, Train
 from configs.schema.places import Place, rooted
 from configs.schema.tasks import TaskLabels, TaskName, TaskSpec, deidentify_problem, task_problems
 
@@ -83,6 +83,9 @@ class SiloPolicy(Settings):
     template: str = ""
     """How a text may be made of a record's fields, as the federation has it; empty: the text is the column of that
     name."""
+    train: Annotated[tuple[Train, ...], Field(min_length=1)] = ("lora",)
+    """What of the model may train and travel: ``lora`` adapters, or with ``full``, ``head`` and ``bitfit`` parameters
+    of the model itself."""
     base_models: tuple[Digest, ...] = ()
     """Content digests of base models that others have made, which this steward accepts on somebody's signed word that
     public text alone has made them. A model that `siloweave export` wrote needs none."""

@@ -1,1 +1,1 @@
-"""LoRA adapters: as bytes, as factors, and on the warm base model."""
+"""What trains and travels: as bytes, as LoRA factors, on the warm base model, and merged into it."""

@@ -26,15 +26,14 @@ def frozen_digest(adapter: Arrays) -> str:
 
 
 def cut(adapter: Arrays, rank: int) -> Arrays:
-    """The first ``rank`` directions of an adapter; of one that ``factored`` made, the best approximation."""
-    return {name: _cut(name, array, rank) for name, array in adapter.items()}
+    """The first ``rank`` directions of an adapter; of one that ``factored`` made, the best approximation.
 
-
-def _cut(name: str, array: npt.NDArray[np.float32], rank: int) -> npt.NDArray[np.float32]:
-    """A head has no directions, and stays whole."""
-    if frozen(name):
-        return array[:rank]
-    return array[:, :rank] if _B in name else array
+    What is no factor, since parameters of the model itself train, stays whole.
+    """
+    return {
+        name: array[:rank] if frozen(name) else array[:, :rank] if _B in name else array
+        for name, array in adapter.items()
+    }
 
 
 def products(adapter: Arrays) -> Arrays:

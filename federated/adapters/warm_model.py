@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from configs.schema.federated import FederatedSettings
 from configs.schema.schema import RunConfig
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen
-from trainer.models.adapters import adapter_weights, add_adapter, load_adapter_weights, trainable
+from trainer.models.adapters import Adaptation, adapted, adapter_weights, load_adapter_weights, trainable
 from trainer.models.load import Head, load_model
 from trainer.pretraining.onednn import fastest_products, use_onednn
 from trainer.tasks.task import task_of
@@ -19,26 +20,25 @@ from trainer.tasks.task import task_of
 @lru_cache(maxsize=1)
 def warm_model(
     directory: Path,
-    rank: int,
-    alpha: float,
+    how: Adaptation,
     key_file: str = "",
     frozen_seed: int | None = None,
-    head: Head | None = None,
     *,
     onednn: bool = True,
 ) -> Any:
-    """The base model with an adapter, one per process, shared by the silos that it hosts (one trains at a time).
+    """The base model, ready to train, one per process, shared by the silos that it hosts (one trains at a time).
 
     Args:
         directory: of the base model.
-        rank: of the adapter.
-        alpha: its scale.
+        how: what of it trains.
         key_file: of the base model's key.
         frozen_seed: the seed that A is drawn from where it doesn't train (FFA-LoRA); None where it does.
-        head: what the task puts on the model.
         onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
+
+    Raises:
+        AdaptationError: the model hasn't got what is to train.
     """
-    model = add_adapter(load_model(directory, load_key(key_file), head), rank, alpha, frozen_seed or 0, head)
+    model = adapted(load_model(directory, load_key(key_file), how.head), how, frozen_seed or 0)
     for name, value in trainable(model).items():
         value.requires_grad = frozen_seed is None or not frozen(name)
     if onednn and fastest_products().onednn:
@@ -46,11 +46,23 @@ def warm_model(
     return model
 
 
+def adaptation(settings: FederatedSettings, head: Head | None = None) -> Adaptation:
+    """What a run's settings say of what trains; of LoRA with its whole rank. The head is the task's."""
+    targets = () if settings.adapter_targets == "all-linear" else settings.adapter_targets
+    return Adaptation(settings.lora_rank, settings.lora_alpha, settings.train, targets, settings.base_dtype, head)
+
+
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
-    """The adapter before the first round: A at random from the run's seed, B zero, a head as it is put on."""
-    federated, head = config.federated, task_of(config.federated.task_spec, base_model).head
-    base = load_model(base_model, load_key(config.run.encryption_key_file), head)
-    model = add_adapter(base, federated.lora_rank, federated.lora_alpha, config.run.seed, head)
+    """What travels before the first round: A at random from the run's seed, B zero; or parameters of the model itself.
+
+    A head is as it is put on.
+
+    Raises:
+        AdaptationError: the model hasn't got what is to train.
+    """
+    how = adaptation(config.federated, task_of(config.federated.task_spec, base_model).head)
+    base = load_model(base_model, load_key(config.run.encryption_key_file), how.head)
+    model = adapted(base, how, config.run.seed)
     return {name: weight.numpy() for name, weight in adapter_weights(model).items()}
 
 

@@ -242,7 +242,7 @@ def _journal(silo: Path) -> "tuple[Journal, Budget]":
 @silo_app.command()
 def personalise(
     config: Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")],
-    adapter: Annotated[Path, typer.Option(help="The shared adapter: the folder adapter/ of a finished federation.")],
+    adapter: Annotated[Path, typer.Option(help="What is shared: adapter/ or model/ of a finished federation.")],
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Training units per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 1e-3,

@@ -12,6 +12,7 @@ from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
 from configs.schema.federated import FederatedSettings
 from configs.storage.files import digest_bytes
+from federated.adapters.warm_model import adaptation
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import (
@@ -49,6 +50,14 @@ class Bodies:
     silos: Sequence[str]
     make: Callable[[str], tuple[bytes, bytes]]
     patience_s: Callable[[], float] | None = None
+
+
+def adapter_spec(settings: FederatedSettings, rank: int, alpha: float, **frozen: Any) -> pb.AdapterSpec:
+    """What of the model a request asks to train. What is left empty says what requests of before have meant."""
+    how = adaptation(settings)
+    train = "" if how.train == "lora" else how.train
+    dtype = "" if how.base_dtype == "float32" else how.base_dtype
+    return pb.AdapterSpec(rank=rank, alpha=alpha, train=train, targets=how.targets, base_dtype=dtype, **frozen)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A federation's final model, and its publication: the shared adapter as a peft directory, and the manifest."""
+"""A federation's final model, and its publication: the shared adapter, or the whole model, and the manifest."""
 
 from pathlib import Path
 from typing import Any
@@ -9,28 +9,23 @@ from configs.storage.files import write_atomic
 from configs.storage.manifests import Manifest, commit_manifest, require_manifest
 from configs.storage.sealing import load_key, sealing
 from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import put_on, warm_model
+from federated.adapters.merged import ADAPTER, WHOLE, write_model
+from federated.adapters.warm_model import adaptation, put_on, warm_model
 from federated.coordinator import round_commits as commits
-from privacy.certificate.model_digests import adapter_digests
+from privacy.certificate.model_digests import published_digests
 from trainer.tasks.task import task_of
 
-ADAPTER = "adapter"
-_HEAD = """---
-base_model: ../../model
-library_name: peft
----
-
-# LoRA adapter
-
-"""
+_HEADS = {
+    ADAPTER: "---\nbase_model: ../../model\nlibrary_name: peft\n---\n\n# LoRA adapter\n\n",
+    WHOLE: "---\nbase_model: ../../model\nlibrary_name: transformers\n---\n\n# Fine-tuned model\n\n",
+}
 _WITHOUT_DP = "Trained WITHOUT differential privacy, for comparison on public data. No certificate speaks of it.\n"
 
 
 def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
-    """The base model with the adapter of the federation's last committed round."""
-    federated, key_file = config.federated, config.run.encryption_key_file
-    head = task_of(federated.task_spec, base_model).head
-    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file, head=head)
+    """The base model with what the federation's last committed round has left."""
+    key_file, head = config.run.encryption_key_file, task_of(config.federated.task_spec, base_model).head
+    model = warm_model(base_model, adaptation(config.federated, head), key_file)
     adapter = from_bytes(commits.all_rounds(federation, load_key(key_file))[-1].adapter)
     put_on(model, adapter)
     return model.eval()
@@ -42,26 +37,35 @@ def publish(config: RunConfig, base_model: Path, federation: Path, kind: str) ->
     commit_manifest(federation, Manifest(kind, config_digest(config), inputs={"model": model}))
 
 
-def save_peft(config: RunConfig, base_model: Path, federation: Path) -> dict[str, str]:
+def published(config: RunConfig) -> str:
+    """The folder of a federation that holds what it has made."""
+    return ADAPTER if config.federated.train == "lora" else WHOLE
+
+
+def save_final(config: RunConfig, base_model: Path, federation: Path) -> dict[str, str]:
     """Writes the last round's adapter to ``adapter/``, as peft's ``PeftModel.from_pretrained`` loads it.
 
-    Where the run is encrypted its weights are, too: ``siloweave decrypt`` writes a copy in the clear.
+    Where parameters of the model itself have trained, the whole of it goes to ``model/``, as ``from_pretrained`` of
+    transformers loads it. Where the run is encrypted the weights are, too: ``siloweave decrypt`` writes a copy in the
+    clear.
 
     Returns:
         Digests of its files in the clear.
     """
-    model = final_model(config, base_model, federation)
-    model.peft_config["default"].base_model_name_or_path = "../../model"
-    key = load_key(config.run.encryption_key_file)
-    with sealing(federation / ADAPTER, key, f"{federation.name}/{ADAPTER}") as folder:
-        model.save_pretrained(folder, save_embedding_layers=False)
-        return adapter_digests(folder)
+    model, name = final_model(config, base_model, federation), published(config)
+    with sealing(federation / name, load_key(config.run.encryption_key_file), f"{federation.name}/{name}") as folder:
+        if name == WHOLE:
+            write_model(model, base_model, folder)
+        else:
+            model.peft_config["default"].base_model_name_or_path = "../../model"
+            model.save_pretrained(folder, save_embedding_layers=False)
+        return published_digests(folder)
 
 
-def write_card(federation: Path, certificate: dict[str, Any] | None) -> None:
-    """Writes the adapter's model card: which certificate is about it, and how anybody can check that."""
-    text = _WITHOUT_DP if certificate is None else _certified(certificate)
-    write_atomic(federation / ADAPTER / "README.md", f"{_HEAD}{text}".encode())
+def write_card(config: RunConfig, federation: Path, certificate: dict[str, Any] | None) -> None:
+    """Writes the model card: which certificate is about what lies there, and how anybody can check that."""
+    text, name = _WITHOUT_DP if certificate is None else _certified(certificate), published(config)
+    write_atomic(federation / name / "README.md", f"{_HEADS[name]}{text}".encode())
 
 
 def _certified(certificate: dict[str, Any]) -> str:

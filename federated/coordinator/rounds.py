@@ -22,7 +22,7 @@ from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import initial_adapter
 from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange
+from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
@@ -105,7 +105,7 @@ class Coordinator:
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
         if commit.round_number == 0:
-            self._evaluate(0, None)
+            self._evaluate(0, None if self.config.federated.train == "lora" else adapter)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
             began, self.exchange.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
@@ -128,17 +128,17 @@ class Coordinator:
             self._meet(self.config.federated.min_silos, round_number)  # all may be away for a moment, after a restart
         self._close()
 
-    def certify_model(self, adapter: dict[str, str]) -> dict[str, Any]:
+    def certify_model(self, files: dict[str, str]) -> dict[str, Any]:
         """Writes the certificate of a run whose rounds are done, and returns it.
 
         Args:
-            adapter: digests of the published adapter's files.
+            files: digests of what is published.
 
         Raises:
             SiloweaveError: the model has an update of a silo that has not signed what it spent.
         """
         base, by = self.base.content_digest, declared_by(self.base_model, self.base)
-        model = ModelDigests(base_model=base, rounds=self.digests, adapter=adapter, declared_public_by=by)
+        model = ModelDigests(base_model=base, rounds=self.digests, adapter=files, declared_public_by=by)
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
             reserved = {AGGREGATOR: self.aggregator.close()}
         else:
@@ -254,7 +254,7 @@ class Coordinator:
         return pb.Train(
             round=round_number,
             **self._model(),
-            adapter_spec=pb.AdapterSpec(rank=sent.rank, alpha=sent.alpha, frozen_digest=frozen, frozen_seed=seed),
+            adapter_spec=adapter_spec(federated, sent.rank, sent.alpha, frozen_digest=frozen, frozen_seed=seed),
             adapter=adapter,
             learning_rate=federated.learning_rate,
             optimizer=federated.optimizer,
@@ -267,11 +267,12 @@ class Coordinator:
         number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
         if number is None or not self.certify:
             return
+        federated = self.config.federated
         evaluate = pb.Evaluate(
             number=number,
             metric=METRIC,
             **self._model(),
-            adapter_spec=pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha),
+            adapter_spec=adapter_spec(federated, federated.lora_rank, federated.lora_alpha),
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
@@ -339,11 +340,11 @@ def run_federation(
     certify: bool = True,
 ) -> None:
     """Runs a federation over a grid to its end, from its newest commit, and publishes what it has made."""
-    from federated.coordinator.final_model import save_peft, write_card
+    from federated.coordinator.final_model import save_final, write_card
 
     directory.mkdir(parents=True, exist_ok=True)
     log = EventLog(directory / EVENTS, (on_event,))
     coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
     coordinator.run(lambda: initial_adapter(config, base_model))
-    adapter = save_peft(config, base_model, directory)
-    write_card(directory, coordinator.certify_model(adapter) if certify else None)
+    files = save_final(config, base_model, directory)
+    write_card(config, directory, coordinator.certify_model(files) if certify else None)

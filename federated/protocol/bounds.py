@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from configs.schema.federated import MOST_TARGETS
 from privacy.ledger.statements import LARGEST_STATEMENT_BYTES
 
 NAME, DIGEST, REQUEST_ID, SIGNATURE = 100, 64, 200, 128
@@ -37,6 +38,9 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "TaskSpec.labels": LABELS,
     "TaskSpec.template": TEMPLATE,
     "AdapterSpec.frozen_digest": DIGEST,
+    "AdapterSpec.train": NAME,
+    "AdapterSpec.targets": MOST_TARGETS,
+    "AdapterSpec.base_dtype": NAME,
     "Evaluate.metric": NAME,
     "Evaluate.plan_digest": DIGEST,
     "Evaluate.base_model_digest": DIGEST,

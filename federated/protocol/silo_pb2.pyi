@@ -105,16 +105,22 @@ class TaskSpec(_message.Message):
     def __init__(self, labels: _Optional[_Iterable[str]] = ..., template: _Optional[str] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
-    __slots__ = ("rank", "alpha", "frozen_digest", "frozen_seed")
+    __slots__ = ("rank", "alpha", "frozen_digest", "frozen_seed", "train", "targets", "base_dtype")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     FROZEN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FROZEN_SEED_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    BASE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     rank: int
     alpha: float
     frozen_digest: str
     frozen_seed: int
-    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., frozen_digest: _Optional[str] = ..., frozen_seed: _Optional[int] = ...) -> None: ...
+    train: str
+    targets: _containers.RepeatedScalarFieldContainer[str]
+    base_dtype: str
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., frozen_digest: _Optional[str] = ..., frozen_seed: _Optional[int] = ..., train: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ..., base_dtype: _Optional[str] = ...) -> None: ...
 
 class Evaluate(_message.Message):
     __slots__ = ("number", "metric", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "task_spec")

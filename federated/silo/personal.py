@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from configs.errors import InputError
 from configs.schema.silo import SiloConfig
 from configs.storage.layout import SiloFiles
 from configs.storage.manifests import require_manifest
-from configs.storage.sealing import MasterKey, load_key, opened, sealing
+from configs.storage.sealing import MasterKey, load_key, sealing
+from federated.adapters.merged import with_shared
 from federated.silo.units import units_of
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.load import load_model
@@ -70,7 +70,7 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
 
     Args:
         config: the silo.
-        shared: folder of the shared adapter, as a federation writes it.
+        shared: folder of the shared adapter, or of the whole model, as a federation writes it.
         settings: how to train.
 
     Raises:
@@ -86,31 +86,13 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     if not train or not held_out:
         raise InputError(f"silo {config.silo.id!r}: {len(train)} training and {len(held_out)} held-out units; add some")
     # A model of its own: the service's warm one must never have seen this.
-    model = _with_shared(load_model(base_model, key, task.head), shared)
+    model = with_shared(load_model(base_model, key, task.head), shared)
     before = score(model, task, held_out, settings.micro_batch_size).main
     model = add_adapter(model, settings.rank, settings.alpha, seed=0, head=task.head)
     _train(model, task, train, settings)
     after = score(model.eval(), task, held_out, settings.micro_batch_size).main
     folder = _save(model, files.personal, key, config.silo.id)
     return PersonalResult(folder, task.measures.main, before, after)
-
-
-def _with_shared(base: Any, shared: Path) -> Any:
-    """The base model with the shared adapter's product in its weights, where nothing trains it further.
-
-    Raises:
-        InputError: it is encrypted, damaged, or of another model.
-    """
-    from peft import PeftModel
-
-    if not (shared / "adapter_config.json").is_file():
-        raise InputError(f"{shared}: holds no adapter_config.json; give the adapter/ folder that the federation wrote")
-    with opened(shared, None, "") as folder:  # a coordinator's key is none of the silo's: it gets a copy in the clear
-        try:
-            return PeftModel.from_pretrained(base, folder, local_files_only=True).merge_and_unload().eval()
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{shared}: is no adapter of this base model ({reason}); give the right folder") from None
 
 
 def _train(model: Any, task: Task, units: Sequence[Encoded], settings: PersonalSettings) -> None:

@@ -120,7 +120,7 @@ def _check_labels(terms: PlanTerms, policy: SiloPolicy) -> None:
 
 
 def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_digest: str) -> None:
-    """Base model, task and adapter of a request.
+    """Base model, task, and what of the model trains.
 
     Raises:
         PolicyRefusal: one of them is not allowed.
@@ -129,17 +129,20 @@ def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_di
         raise PolicyRefusal.of("base_model", asked.base_model_digest, base_model_digest)
     if asked.task not in policy.tasks:
         raise PolicyRefusal.of("task", asked.task, ", ".join(policy.tasks))
-    spec = policy.task_spec
-    if tuple(asked.task_spec.labels) != spec.labels:
-        raise PolicyRefusal.of("labels", ", ".join(asked.task_spec.labels) or "none", ", ".join(spec.labels) or "none")
-    if asked.task_spec.template != spec.template:
-        raise PolicyRefusal.of("template", asked.task_spec.template or "none", spec.template or "none")
-    if not 1 <= asked.adapter_spec.rank <= policy.max_lora_rank:
-        raise PolicyRefusal.of("max_lora_rank", str(asked.adapter_spec.rank), f"1 to {policy.max_lora_rank}")
-    if not 0 < asked.adapter_spec.alpha <= policy.max_lora_alpha:
-        raise PolicyRefusal.of(
-            "max_lora_alpha", f"{asked.adapter_spec.alpha:g}", f"above 0, at most {policy.max_lora_alpha:g}"
-        )
+    task = policy.task_spec
+    if tuple(asked.task_spec.labels) != task.labels:
+        raise PolicyRefusal.of("labels", ", ".join(asked.task_spec.labels) or "none", ", ".join(task.labels) or "none")
+    if asked.task_spec.template != task.template:
+        raise PolicyRefusal.of("template", asked.task_spec.template or "none", task.template or "none")
+    spec = asked.adapter_spec
+    if (train := spec.train or "lora") not in policy.train:
+        raise PolicyRefusal.of("train", train, ", ".join(policy.train))
+    if not 1 <= spec.rank <= policy.max_lora_rank:
+        raise PolicyRefusal.of("max_lora_rank", str(spec.rank), f"1 to {policy.max_lora_rank}")
+    if not 0 < spec.alpha <= policy.max_lora_alpha:
+        raise PolicyRefusal.of("max_lora_alpha", f"{spec.alpha:g}", f"above 0, at most {policy.max_lora_alpha:g}")
+    if train != "lora" and not asked.adapter:
+        raise PolicyRefusal.of("adapter", "none", f"the parameters themselves, since train is {train}")
 
 
 def check_optimizer(train: pb.Train, policy: SiloPolicy) -> None:

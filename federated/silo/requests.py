@@ -2,12 +2,13 @@
 
 import json
 import time
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 
 from configs.errors import LARGEST_ECHO, InputError, PolicyRefusal
 from configs.printing import printable
+from configs.schema.federated import BaseDtype, Train
 from federated.adapters.arrays import Arrays, check_shapes, from_bytes
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.bounds import excess
@@ -15,6 +16,7 @@ from federated.protocol.clocks import EXPIRES, shown
 from federated.protocol.envelope import request_holds
 from federated.protocol.framing import PROTOCOL_VERSION
 from privacy.ledger.statements import Receipt
+from trainer.models.adapters import Adaptation
 
 LARGEST_TEXT = 2000  # characters of a refusal's message, and of what it says is allowed
 
@@ -110,6 +112,21 @@ def arrays(content: bytes, largest: float, rule: str = "adapter") -> Arrays:
         if not reached <= largest:  # true for a NaN, too
             raise PolicyRefusal.of("max_adapter_value", f"{reached:g} in {rule} {name}", f"{largest:g}")
     return found
+
+
+def adaptation_of(spec: pb.AdapterSpec) -> Adaptation:
+    """What of the model a request wants trained.
+
+    Raises:
+        PolicyRefusal: nothing that this silo knows.
+    """
+    train, base_dtype = spec.train or "lora", spec.base_dtype or "float32"
+    if train not in get_args(Train):
+        raise PolicyRefusal.of("train", train, ", ".join(get_args(Train)))
+    known = get_args(BaseDtype) if train == "lora" else ("float32",)
+    if base_dtype not in known:
+        raise PolicyRefusal.of("base_dtype", base_dtype, f"{' or '.join(known)} where train is {train}")
+    return Adaptation(spec.rank, spec.alpha, cast("Train", train), tuple(spec.targets), cast("BaseDtype", base_dtype))
 
 
 def correction_of(train: pb.Train, largest: float) -> Arrays:

@@ -1,5 +1,6 @@
 """What a silo computes with: its units, the warm model, the task. Knows no ledger, and decides nothing."""
 
+from dataclasses import replace
 from functools import cached_property
 from logging import Logger
 from pathlib import Path
@@ -9,15 +10,15 @@ from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig, SiloPolicy
 from configs.storage.manifests import Manifest, require_manifest
 from federated.adapters.arrays import Arrays
-from federated.adapters.lora_factors import frozen_digest
+from federated.adapters.lora_factors import frozen, frozen_digest
 from federated.adapters.warm_model import warm_model
 from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import LocalSettings
-from federated.silo.requests import arrays, correction_of
+from federated.silo.requests import adaptation_of, arrays, correction_of
 from federated.silo.units import Units
 from privacy.declaration import declaration_of
 from trainer.data.reading.counts import Changed, reading, table
-from trainer.models.adapters import shapes, trainable
+from trainer.models.adapters import AdaptationError, shapes, trainable
 from trainer.tasks.task import Encoded, Task, task_of
 from trainer.tasks.text import joined
 
@@ -83,18 +84,22 @@ class Workbench:
         return [self.task.scored(unit) for unit in self._units.held_out]
 
     def model(self, asked: pb.Train | pb.Evaluate) -> Any:
-        """The warm base model with the adapter that a request describes.
+        """The warm base model, of which trains what a request describes.
 
         Raises:
-            PolicyRefusal: another A is drawn here than the request's digest is of.
+            PolicyRefusal: the model hasn't got it, or another A is drawn here than the request's digest is of.
         """
         silo, spec = self._config.silo, asked.adapter_spec
         seed = spec.frozen_seed if spec.frozen_digest else None
         ours = silo.clipping == "bookkeeping"
-        place, head = Path(silo.base_model), self.task.head
-        model = warm_model(place, spec.rank, spec.alpha, silo.encryption_key_file, seed, head, onednn=ours)
+        how = replace(adaptation_of(spec), head=self.task.head)
+        try:
+            model = warm_model(Path(silo.base_model), how, silo.encryption_key_file, seed, onednn=ours)
+        except AdaptationError as error:
+            raise PolicyRefusal.of("adapter_spec", spec.train, "what this model has", str(error)) from None
         if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
-            drawn = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
+            factors = ((name, value) for name, value in model.named_parameters() if frozen(name))
+            drawn = frozen_digest({name: value.detach().numpy() for name, value in factors})
             if drawn != spec.frozen_digest:
                 raise PolicyRefusal.of("frozen_digest", spec.frozen_digest, drawn)
         return model

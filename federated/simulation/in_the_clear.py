@@ -13,7 +13,7 @@ from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import put_on, warm_model
+from federated.adapters.warm_model import adaptation, put_on, warm_model
 from federated.coordinator import round_commits as commits
 from federated.coordinator.outcome import over_flower
 from federated.silo.units import units_of
@@ -45,9 +45,11 @@ def evaluate_rounds(
         public text, where there is one.
     """
     limit = config.evaluate.max_records_per_silo
-    models: list[tuple[str, int, bytes | None, int]] = [(BASE, 0, None, limit)]
+    models: list[tuple[str, int, bytes | None, int]] = []
     for name, directory in federations.items():
-        rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))[1:]
+        start, *rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))
+        if not models:  # without LoRA the base model is what every federation has begun with
+            models.append((BASE, 0, None if config.federated.train == "lora" else start.adapter, limit))
         for found in rounds:
             records = limit if found is rounds[-1] else max(1, limit // 4)
             models.append((name, found.round_number, found.adapter, records))
@@ -152,8 +154,8 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
 def _score(
     config: RunConfig, base_model: Path, key_file: str, units: Sequence[Sequence[Row]], adapter: bytes | None
 ) -> Score:
-    task, federated = task_of(config.federated.task_spec, base_model), config.federated
-    model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file, head=task.head)
+    task = task_of(config.federated.task_spec, base_model)
+    model = warm_model(base_model, adaptation(config.federated, task.head), key_file)
     records = [example for unit in units for example in task.scored(unit)]
     if adapter is None:
         with model.disable_adapter():

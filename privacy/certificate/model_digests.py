@@ -1,5 +1,6 @@
 """Digests by which a certificate says of which model it speaks, and the look at a folder that claims to be it."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from configs.storage.sealing import MasterKey, is_sealed, read_sealed
 from privacy.declaration import declared_by
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what peft reads
+MODEL_FILES = ("config.json", "model.safetensors")  # what transformers reads of any model, beside its tokenizer
+_PLAIN, _MOST_FILES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"), 50
 _CARD = "README.md"  # for people
 _LARGEST_SEALED = 2**33  # bytes of an encrypted file, which is opened in memory
 ADAPTER, BASE_MODEL = "final adapter", "base model"
@@ -20,10 +23,19 @@ ADAPTER, BASE_MODEL = "final adapter", "base model"
 
 def _of_all_files(digests: dict[str, str]) -> dict[str, str]:
     """Requires all names and no others: a stranger's are no paths to look at, one left out would not be compared."""
-    if set(digests) != set(ADAPTER_FILES):
+    if set(digests) != set(ADAPTER_FILES) and not _of_a_model(digests):
         found = ", ".join(sorted(digests))[:100] or "no file"
-        raise ValueError(f"model.adapter has {found}: expected {' and '.join(ADAPTER_FILES)}, and nothing else")
+        raise ValueError(
+            f"model.adapter has {found}: expected {' and '.join(ADAPTER_FILES)}, and nothing else; or the plain names "
+            f"of a whole model's files, {' and '.join(MODEL_FILES)} among them"
+        )
     return digests
+
+
+def _of_a_model(digests: dict[str, str]) -> bool:
+    """Whether these are a whole model's files, all of them in one folder."""
+    plain = all(_PLAIN.fullmatch(name) and name not in (_CARD, MANIFEST, ADAPTER_FILES[0]) for name in digests)
+    return plain and len(digests) <= _MOST_FILES and set(MODEL_FILES) <= set(digests)
 
 
 class RoundDigests(BaseModel):
@@ -47,7 +59,8 @@ class ModelDigests(BaseModel):
     Attributes:
         base_model: content digest of the base model's manifest, which requests and policies name.
         rounds: every round, the first one first.
-        adapter: of the files of the published adapter, in the clear, by name.
+        adapter: of the files that are published, in the clear, by name: an adapter's, or where parameters of the model
+            itself have trained, the whole model's.
         declared_public_by: key of who declares that public text alone has made the base model; None where it was
             pretrained by Siloweave. The declaration is in the base model's folder, and its digest covers it.
     """
@@ -69,9 +82,11 @@ class ModelDigests(BaseModel):
         return {name for one in self.rounds for name in one.releases or ()}
 
 
-def adapter_digests(folder: Path) -> dict[str, str]:
-    """Digests of a published adapter's files, as they are in the clear."""
-    return {name: digest_bytes((folder / name).read_bytes()) for name in ADAPTER_FILES}
+def published_digests(folder: Path) -> dict[str, str]:
+    """Digests of what a federation publishes, in the clear: an adapter, or a whole model with its tokenizer."""
+    whole = not (folder / ADAPTER_FILES[0]).is_file()
+    names = sorted(path.name for path in folder.iterdir() if path.name != _CARD) if whole else ADAPTER_FILES
+    return {name: digest_file(folder / name) for name in names}
 
 
 def which_model(digests: ModelDigests, folder: Path, key: MasterKey | None) -> str:
@@ -79,21 +94,22 @@ def which_model(digests: ModelDigests, folder: Path, key: MasterKey | None) -> s
 
     Args:
         digests: those in the certificate.
-        folder: an adapter as peft writes it, encrypted or not, or an exported base model with its manifest.
-        key: of an encrypted adapter.
+        folder: an adapter as peft writes it or a whole model as transformers does, encrypted or not; or an exported
+            base model with its manifest.
+        key: of what is encrypted.
 
     Raises:
         InputError: it is neither; the message names the file and both digests.
     """
-    if (folder / ADAPTER_FILES[0]).is_file():
-        _nothing_else(folder, {*ADAPTER_FILES, _CARD})
+    mark = next(files[0] for files in (ADAPTER_FILES, MODEL_FILES) if files[0] in digests.adapter)
+    if (folder / mark).is_file() and not (folder / MANIFEST).is_file():
+        _nothing_else(folder, {*digests.adapter, _CARD})
         for name, expected in digests.adapter.items():
             _compare(folder / name, _digest(folder / name, key), expected, ADAPTER)
         return ADAPTER
     if not (folder / MANIFEST).is_file():
         raise InputError(
-            f"{folder}: neither an adapter ({ADAPTER_FILES[0]}) nor a base model ({MANIFEST}) lies there; give the "
-            "folder of one"
+            f"{folder}: neither an adapter ({mark}) nor a base model ({MANIFEST}) lies there; give the folder of one"
         )
     try:
         manifest = read_manifest(folder, "model")

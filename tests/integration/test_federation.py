@@ -9,28 +9,32 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from flwr.app import Error, Message
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
 from configs.storage.manifests import read_manifest
 from configs.storage.secrets import load_secret
-from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import warm_model
+from federated.adapters.arrays import from_bytes, to_bytes
+from federated.adapters.warm_model import adaptation, warm_model
 from federated.coordinator import round_commits as commits
 from federated.coordinator.exchange import TRAIN, SiloExchange
 from federated.coordinator.rounds import Coordinator
 from federated.evaluation.label_counts import examples_of, label_counts
 from federated.evaluation.private_sums import evaluated
 from federated.silo.units import load_units
-from federated.simulation.in_the_clear import score_held_out
+from federated.simulation.in_the_clear import evaluate_rounds, score_held_out
 from federated.simulation.local_grid import LocalGrid
 from federated.simulation.simulated_places import simulated_silo
 from federated.simulation.simulation import simulate
 from privacy.certificate.check import check_certificate
+from privacy.certificate.model_digests import ADAPTER, BASE_MODEL, ModelDigests, which_model
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.file import read_only
 from trainer.data.tokenizer import load_tokenizer
+from trainer.models.load import load_model
 from trainer.tasks.text import CausalTask, joined
 
 SEED = bytes(range(32))
@@ -158,7 +162,7 @@ def counts_in_the_clear(config, silo, adapter, labels):
     units = load_units(silo, load_secret(Path(silo.silo.state_dir) / "split.key"))
     base = Path(silo.silo.base_model)
     task = CausalTask(load_tokenizer(base), config.model.context_length)
-    model = warm_model(base, config.federated.lora_rank, config.federated.lora_alpha)
+    model = warm_model(base, adaptation(config.federated))
     with evaluated(model, from_bytes(adapter) if adapter else None):
         return label_counts(model, task, examples_of(task, list(map(joined, units.held_out)), labels), len(labels))
 
@@ -415,3 +419,38 @@ def test_the_adapter_in_a_commit_is_the_released_one(federation, tmp_path):
     federation("federated.rounds=1", name="one")
     before, after = (from_bytes(adapter) for _, adapter in sorted(adapters(tmp_path / "one").items()))
     assert all((before[name] != after[name]).any() for name in before)
+
+
+def test_where_the_models_own_parameters_train_a_whole_model_comes_out(federation, shared_ray, tiny_model, tmp_path):
+    """One round with private evaluations before and after it, the first of the base model itself."""
+    config = federation(
+        "federated.train=full",
+        "federated.rounds=1",
+        "federated.local_steps=2",
+        "data.private.held_out_fraction=0.01",
+        "evaluate.max_records_per_silo=8",
+        "privacy.evaluations=2",
+        injected_seed=SEED,
+    )
+    folder, base = tmp_path / "federated", load_model(tiny_model)
+    made = folder / "model"
+    start, after = (from_bytes(found.adapter) for found in commits.all_rounds(folder))
+    assert set(start) == {name for name, _ in base.named_parameters()}
+    plain = AutoModelForCausalLM.from_pretrained(made)
+    for name, value in plain.named_parameters():
+        assert torch.equal(value, torch.from_numpy(after[name])), name
+        assert not torch.equal(value, base.get_parameter(name)), name
+    assert AutoTokenizer.from_pretrained(made)("text").input_ids == load_tokenizer(tiny_model)("text").input_ids
+    certificate = json.loads((folder / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    digests = ModelDigests(**certificate["model"])
+    assert which_model(digests, made, None) == ADAPTER
+    assert which_model(digests, tiny_model, None) == BASE_MODEL
+    events = list(read_events(folder / "events.jsonl"))
+    assert [event["round"] for event in events if event["event"] == "private_evaluation"] == [0, 1]
+    scores = evaluate_rounds(shared_ray, config, tiny_model, {"federated": folder}, lambda **_: None)
+    before = score_held_out(config, simulated_silo(config, "roman", tiny_model), to_bytes(start), 8)
+    assert scores["base"]["by_silo"]["roman"]["bits_per_char"] == pytest.approx(before.bits_per_char)
+    (made / "generation_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"generation_config.json: (its digest is|no file of)"):
+        which_model(digests, made, None)

@@ -31,11 +31,8 @@ def scores(nats: Sequence[float], tokens: Sequence[int], characters: Sequence[in
 
     def figures(drawn: Indices) -> dict[str, float]:
         total, predicted, covered = table_N3[drawn].sum(axis=0).tolist()
-        bits = total / covered / math.log(2)
-        return {
-            "perplexity": _exp(total / predicted),
-            "bits_per_char": bits if math.isfinite(bits) else math.nan,
-        }
+        bits = total / math.log(2) / covered if math.isfinite(total) else math.nan
+        return {"perplexity": _exp(total / predicted), "bits_per_char": bits}
 
     return Scores(len(table_N3), figures)
 

@@ -113,6 +113,7 @@ NO_PATHS = {
     "evaluate.public.encoding",
     "evaluate.prompt",
     "federated.lora_ranks",
+    "federated.adapter_targets",
     "monitoring.mlflow_experiment",
     "policy.base_models",
     "policy.label_sets",

@@ -189,6 +189,9 @@ def without_a_tokenizer(folder):
 CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
 
 
+FOUR_BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -204,6 +207,10 @@ CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
             "the task 'causal' needs a causal language model",
         ),
         (configured(hidden_size=32), "can't be read"),
+        (
+            configured(quantization_config=FOUR_BIT),
+            "its weights are quantised (bitsandbytes); give the model",
+        ),
         (with_a_larger_tokenizer, f"350 tokens and its model {VOCABULARY} embeddings"),
         (without_an_end, "no end-of-text token"),
         (without_a_tokenizer, "can't be read"),

@@ -25,6 +25,7 @@ from federated.simulation.simulated_places import simulated_silo
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC, PlanTerms
 from trainer.data.tokenizer import load_tokenizer
+from trainer.models.adapters import Adaptation
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
@@ -69,7 +70,7 @@ def task(tiny_model):
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return warm_model(tiny_model, 4, 8.0).eval()
+    return warm_model(tiny_model, Adaptation(4, 8.0)).eval()
 
 
 def plain_nats(model, tokenizer, text):

@@ -22,7 +22,7 @@ from privacy.mechanism.noise import grid, noised_sums
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC, MetricRelease, PlanTerms
 from trainer.data.tokenizer import load_tokenizer
-from trainer.models.adapters import trainable
+from trainer.models.adapters import Adaptation, trainable
 from trainer.scoring.score import score
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
@@ -59,7 +59,7 @@ def alone(units):
 def scored(tiny_model):
     """A model, its task, and units of many lengths."""
     task = CausalTask(load_tokenizer(tiny_model), CONTEXT)
-    model = warm_model(tiny_model, 4, 8.0).eval()
+    model = warm_model(tiny_model, Adaptation(4, 8.0)).eval()
     units = [task.encode("Return the number of items. " * count) for count in (1, 2, 40)]
     ids = list(units[0].ids)
     for _ in range(10):  # the model's own words: these it gets right
@@ -236,7 +236,7 @@ def test_an_evaluation_is_charged_once_and_replayed(silo, adapter):
 
 def test_an_evaluation_of_the_base_model_leaves_a_frozen_a_frozen(silo, tiny_model):
     """Before: A trained after it, and what came next was refused by every run that shares the model."""
-    model = warm_model(tiny_model, 4, 8.0, "", 7)
+    model = warm_model(tiny_model, Adaptation(4, 8.0), "", 7)
     digest = frozen_digest({name: value.detach().numpy() for name, value in model.named_parameters()})
     spec = pb.AdapterSpec(rank=4, alpha=8.0, frozen_seed=7, frozen_digest=digest)
     adapter = to_bytes({name: value.detach().numpy().copy() for name, value in trainable(model).items()})

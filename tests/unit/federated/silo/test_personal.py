@@ -9,6 +9,7 @@ from silo_requests import TRUSTED, ask
 
 from configs.errors import InputError
 from configs.parse import to_toml
+from configs.schema.pretrain import ModelSettings
 from configs.schema.silo import SiloConfig
 from configs.storage.sealing import MasterKey, write_sealed
 from federated.adapters.arrays import to_bytes
@@ -17,6 +18,9 @@ from federated.protocol import silo_pb2 as pb
 from federated.silo.personal import PersonalSettings, personalise
 from federated.silo.silo import Silo
 from privacy.plan import PlanTerms
+from trainer.models.families import new_model
+from trainer.models.load import load_model
+from trainer.scoring.score import score
 
 PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 WEIGHTS = "adapter_model.safetensors"
@@ -115,9 +119,6 @@ def test_the_saved_adapter_is_the_one_that_was_measured(open_silo, tiny_run):
     """Base plus shared plus personal, put together by peft from the folders, scores what was reported."""
     from peft import PeftModel
 
-    from trainer.models.load import load_model
-    from trainer.scoring.score import score
-
     silo = open_silo("north")
     result = personalise(silo.config, shared_adapter(tiny_run), SETTINGS)
     model = PeftModel.from_pretrained(load_model(tiny_run.model), shared_adapter(tiny_run)).merge_and_unload()
@@ -126,6 +127,20 @@ def test_the_saved_adapter_is_the_one_that_was_measured(open_silo, tiny_run):
     model = PeftModel.from_pretrained(model, result.folder).eval()
     assert score(model, task, held_out, 4).main == pytest.approx(result.personal, rel=1e-6)
     assert np.isfinite(result.personal)
+    silo.close()
+
+
+def test_a_whole_model_is_shared_where_its_parameters_have_trained(open_silo, tiny_run, tmp_path):
+    silo = open_silo("north")
+    whole = shutil.copytree(tiny_run.model, tmp_path / "model", ignore=shutil.ignore_patterns("manifest.json"))
+    result = personalise(silo.config, whole, SETTINGS)
+    found = score(load_model(tiny_run.model), silo.workbench.task, silo.workbench.held_out, 4)
+    assert result.shared_bits_per_char == pytest.approx(found.bits_per_char, rel=1e-6)
+    assert result.personal_bits_per_char < result.shared_bits_per_char
+    small = new_model(ModelSettings(hidden_size=16, layers=1, heads=2, intermediate_size=24, context_length=16), 50, 0)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(InputError, match="small: is a model of other shapes than this base model"):
+        personalise(silo.config, tmp_path / "small", SETTINGS)
     silo.close()
 
 

@@ -16,7 +16,7 @@ from privacy.certificate.model_digests import (
     ADAPTER_FILES,
     BASE_MODEL,
     ModelDigests,
-    adapter_digests,
+    published_digests,
     which_model,
 )
 from privacy.declaration import DECLARATION, declare
@@ -45,7 +45,7 @@ def base(tmp_path):
 @pytest.fixture
 def digests(adapter, base):
     content = commit_manifest(base, Manifest("model", "")).content_digest
-    return ModelDigests(base_model=content, rounds=(), adapter=adapter_digests(adapter))
+    return ModelDigests(base_model=content, rounds=(), adapter=published_digests(adapter))
 
 
 def test_the_published_adapter_and_the_base_model_are_known(digests, adapter, base):
@@ -62,7 +62,7 @@ def test_a_base_model_from_elsewhere_is_declared_by_whom_the_certificate_says(ad
         declare({"source": "hf:a/b@1", "revision": "1", "license": "mit", "files": files}, signer).encode()
     )
     content = commit_manifest(base, Manifest("model", "")).content_digest
-    claims = {"base_model": content, "rounds": (), "adapter": adapter_digests(adapter)}
+    claims = {"base_model": content, "rounds": (), "adapter": published_digests(adapter)}
     said = ModelDigests(**claims, declared_public_by=signer.public_key)
     assert which_model(said, base, None) == BASE_MODEL
     for other in (ModelDigests(**claims), ModelDigests(**claims, declared_public_by="ab" * 32)):
@@ -126,6 +126,21 @@ def test_a_certificate_has_digests_of_the_adapters_two_files_and_of_nothing_else
         parse(ModelDigests, {"base_model": "aa" * 32, "rounds": [], "adapter": dict.fromkeys(names, "bb" * 32)}, "c")
 
 
+WHOLE = {"config.json": "aa" * 32, "model.safetensors": "bb" * 32, "tokenizer.json": "cc" * 32}
+
+
+@pytest.mark.parametrize(
+    "more", ["../model", "a/b", ".hidden", "README.md", "manifest.json", ADAPTER_FILES[0], "a\nb", "x" * 101]
+)
+def test_a_whole_models_files_have_plain_names(more):
+    """They are a stranger's words, and are looked for in a folder."""
+    claims = {"base_model": "aa" * 32, "rounds": []}
+    assert parse(ModelDigests, {**claims, "adapter": WHOLE}, "c").adapter == WHOLE
+    for names in ({**WHOLE, more: "dd" * 32}, {name: WHOLE[name] for name in ("config.json", "tokenizer.json")}):
+        with pytest.raises(InputError, match=r"plain names of a whole model's files, config.json and model.safeten"):
+            parse(ModelDigests, {**claims, "adapter": names}, "c")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"files": []}, {"files": {"a": 3}}, {"files": {"a": {"sha256": "00"}}}, {"version": "1"}, {"metadata": 1}],
@@ -152,12 +167,12 @@ SAVES = """
 import sys
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-from privacy.certificate.model_digests import adapter_digests
+from privacy.certificate.model_digests import published_digests
 from trainer.models.adapters import add_adapter
 
 sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 add_adapter(LlamaForCausalLM(LlamaConfig(**sizes)), 4, 8.0, 0).save_pretrained(sys.argv[1], save_embedding_layers=False)
-print(adapter_digests(Path(sys.argv[1])))
+print(published_digests(Path(sys.argv[1])))
 """
 
 

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from configs.schema.pretrain import ModelSettings
-from trainer.models.adapters import add_adapter, trainable
+from trainer.models.adapters import Adaptation, AdaptationError, adapted, add_adapter, trainable
 from trainer.models.families import new_model
 
 BEFORE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -96,3 +96,73 @@ def test_every_linear_layer_of_a_family_has_an_adapter_and_nothing_else_trains(f
     assert torch.equal(losses_of(model)(records), before)  # B is zero at the start
     losses_of(model)(records).sum().backward()
     assert all(value.grad.any() for name, value in weights.items() if "lora_B" in name)
+
+
+def own(model, train):
+    return set(trainable(adapted(model, Adaptation(1, 1.0, train), seed=0)))
+
+
+def test_parameters_of_the_model_itself_train_where_that_is_asked_for():
+    assert own(llama(), "full") == {name for name, _ in llama().named_parameters()}
+    assert own(llama(), "head") == {"lm_head.weight"}
+    assert own(llama(tied=True), "full") == {name for name, _ in llama(tied=True).named_parameters()}
+    biases = own(gpt2(), "bitfit")
+    assert biases == {name for name, _ in gpt2().named_parameters() if name.endswith(".bias")}
+    assert {"transformer.h.0.attn.c_attn.bias", "transformer.ln_f.bias"} < biases
+
+
+def test_named_layers_alone_have_an_adapter():
+    names = trainable(adapted(llama(), Adaptation(2, 4.0, targets=("v_proj", "q_proj", "lm_head")), seed=0))
+    layers = block("self_attn.q_proj self_attn.v_proj", "model.layers") | {"lm_head"}
+    assert set(names) == {f"base_model.model.{layer}.lora_{x}.default.weight" for layer in layers for x in "AB"}
+
+
+ROUNDED = {
+    "llama": (llama, next_token),
+    "llama, tied": (lambda: llama(tied=True), next_token),
+    "gpt2": (gpt2, next_token),
+    "bert": (lambda: bert(AutoModelForMaskedLM), masked),
+    "t5": (lambda: t5(tied=True), translated),
+}
+
+
+@pytest.mark.parametrize("family", ROUNDED)
+def test_frozen_weights_in_bfloat16_leave_norms_biases_and_adapter_in_float32(family):
+    make, losses_of = ROUNDED[family]
+    whole, found = (adapted(make(), Adaptation(3, 6.0, base_dtype=dtype), 5) for dtype in ("float32", "bfloat16"))
+    for name, value in found.named_parameters():
+        expected = whole.get_parameter(name)
+        if value.requires_grad or value.dim() == 1:
+            assert torch.equal(value, expected), name  # the same A, too
+        else:
+            assert value.dtype == torch.bfloat16, name
+        assert torch.equal(value, expected.to(value.dtype)), name
+    with torch.no_grad():
+        for model in (whole, found):
+            for name, value in trainable(model).items():
+                value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    records = [torch.arange(start, start + 9) % 50 for start in (3, 11)]
+    losses = [losses_of(model.eval())(records) for model in (whole, found)]
+    assert losses[1].dtype == torch.float32
+    assert torch.allclose(*losses, rtol=0.03)
+    assert not torch.equal(*losses)
+    losses[1].sum().backward()
+    assert all(value.grad.any() and value.grad.dtype == torch.float32 for value in trainable(found).values())
+
+
+@pytest.mark.parametrize(
+    ("make", "how", "message"),
+    [
+        (lambda: llama(tied=True), {"train": "head"}, "output head shares the embedding's weight"),
+        (gpt2, {"train": "head"}, "output head shares the embedding's weight"),
+        (lambda: bert(AutoModelForSequenceClassification), {"train": "head"}, "has no output head"),
+        (llama, {"train": "bitfit"}, "has no biases; give 'lora', 'full' or 'head'"),
+        (llama, {"targets": ("query",)}, "'query': no linear layer of this model; it has down_proj, gate_proj, k_proj"),
+        (llama, {"targets": ("q_proj", "embed_tokens")}, "'embed_tokens': no linear layer"),
+        (lambda: llama(tied=True), {"targets": ("lm_head",)}, "'lm_head': the output head shares the embedding's"),
+    ],
+)
+def test_what_a_model_has_not_got_is_refused_by_name(make, how, message):
+    with pytest.raises(AdaptationError, match=message) as caught:
+        adapted(make(), Adaptation(2, 4.0, **how), seed=0)
+    assert "\n" not in str(caught.value)

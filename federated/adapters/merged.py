@@ -1,0 +1,132 @@
+"""What a federation has made as one plain model, base and adapter in the same weights: it needs neither us nor peft."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from configs.errors import InputError
+from configs.storage.files import digest_file, write_failure
+from configs.storage.layout import CERTIFICATE, FEDERATED, NO_DP, RunFiles
+from configs.storage.manifests import MANIFEST, Manifest, commit_manifest, require_manifest
+from configs.storage.sealing import MasterKey, opened, sealing
+from privacy.declaration import DECLARATION
+from trainer.models.adapters import shapes
+from trainer.models.load import load_model
+
+ADAPTER, WHOLE = "adapter", "model"  # what a federation publishes: an adapter, or the whole model where that trained
+_LORA, _CONFIG = "adapter_config.json", "config.json"
+_OF_THE_BASE = {_CONFIG, "generation_config.json", "README.md", MANIFEST, DECLARATION}  # no part of what was made of it
+_CARD = """---
+base_model: ../model
+library_name: transformers
+---
+# Merged model
+
+The base model with a federation's adapter added to its weights. `manifest.json` names both by their digests, which are
+those in `certificate.json`, where that lies here: it says what this model's privacy rests on.
+"""
+
+
+def with_shared(base: Any, shared: Path, key: MasterKey | None = None, context: str = "") -> Any:
+    """The base model as a federation has left it, in evaluation mode: one plain model.
+
+    Args:
+        base: the base model; it is changed.
+        shared: what the federation has published: an adapter's folder, or a whole model's.
+        key: of an encrypted folder.
+        context: what it was encrypted as.
+
+    Raises:
+        InputError: it is neither, encrypted without a key, damaged, or of another model.
+    """
+    from peft import PeftModel
+
+    whole = (shared / _CONFIG).is_file()
+    if not whole and not (shared / _LORA).is_file():
+        raise InputError(f"{shared}: holds no {_LORA}; give the adapter/ folder that the federation wrote")
+    with opened(shared, key, context) as folder:
+        try:
+            if not whole:
+                return PeftModel.from_pretrained(base, folder, local_files_only=True).merge_and_unload().eval()
+            found = load_model(folder)
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{shared}: is no adapter of this base model ({reason}); give the right folder") from None
+    if shapes(dict(found.named_parameters())) != shapes(dict(base.named_parameters())):
+        raise InputError(f"{shared}: is a model of other shapes than this base model; give the right folder")
+    return found
+
+
+def merge(place: Path, output: Path | None, key: MasterKey | None) -> tuple[Path, Manifest]:
+    """Writes a federation's model merged: safetensors, configuration, tokenizer, card, certificate, manifest.
+
+    Args:
+        place: a run's directory, or the folder of an adapter in one.
+        output: where to write; None: ``merged/`` in the run's directory.
+        key: of an encrypted run; then the merged weights are encrypted, too.
+
+    Returns:
+        Where it lies, and its manifest.
+
+    Raises:
+        InputError: there is no finished federation, it is of another base model, its key is missing, something else
+            lies where the result should be, or the whole model was trained.
+        SiloweaveError: the disk is full or not writable.
+    """
+    inside = place / FEDERATED
+    federation = place.parent if place.name == ADAPTER else inside if inside.is_dir() else place
+    run = federation.resolve().parent
+    made = require_manifest(federation, _stage(federation), "federate")
+    base = RunFiles(run).model
+    manifest = require_manifest(base, WHOLE, "export")
+    if made.inputs.get("model") != manifest.content_digest:
+        raise InputError(
+            f"{federation / ADAPTER}: is of the base model {made.inputs.get('model', 'none')[:16]}…, and {base} is "
+            f"{manifest.content_digest[:16]}…; put the right base model back"
+        )
+    if (federation / WHOLE).is_dir():
+        raise InputError(f"{federation / WHOLE}: the whole model was trained, so nothing has to be merged; take this")
+    target = output or run / _stage(federation).replace(FEDERATED, "merged")
+    if target.exists():
+        raise InputError(f"{target}: exists; give a path where nothing is yet, by --output")
+    inputs = {"model": manifest.content_digest}
+    with opened(federation / ADAPTER, key, f"{_stage(federation)}/{ADAPTER}") as folder:
+        inputs |= {f"{ADAPTER}/{name}": digest_file(folder / name) for name in (_LORA, "adapter_model.safetensors")}
+        model = with_shared(load_model(base, key), folder)
+    return target, _write(model, base, federation, target, key, inputs)
+
+
+def _stage(federation: Path) -> str:
+    return NO_DP if federation.resolve().name == NO_DP else FEDERATED
+
+
+def _write(
+    model: Any, base: Path, federation: Path, target: Path, key: MasterKey | None, inputs: dict[str, str]
+) -> Manifest:
+    """The folder, which is there whole or not at all."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        with sealing(part, key, f"{target.name}/{WHOLE}") as folder:
+            write_model(model, base, folder)
+        (part / "README.md").write_text(_CARD, encoding="utf-8")
+        if (federation / CERTIFICATE).is_file():
+            shutil.copyfile(federation / CERTIFICATE, part / CERTIFICATE)
+        parameters = sum(value.numel() for value in model.parameters())
+        manifest = commit_manifest(part, Manifest("merged", "", inputs=inputs, metadata={"parameters": parameters}))
+        part.rename(target)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise write_failure(target, error) from None
+    return manifest
+
+
+def write_model(model: Any, base: Path, folder: Path) -> None:
+    """Writes a model that was made of a base model, with that one's tokenizer, chat template and licence."""
+    for path in base.iterdir():
+        if path.is_file() and path.name not in _OF_THE_BASE and path.suffix != ".safetensors":
+            shutil.copyfile(path, folder / path.name)
+    model.save_pretrained(folder, max_shard_size="1TB")  # one file, which a certificate can name
