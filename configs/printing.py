@@ -26,6 +26,9 @@ FIGURES = {
     "accuracy": "accuracy",
     "loss": "nats per example",
     "macro_f1": "macro F1",
+    "entity_f1": "entity F1",
+    "answer_f1": "answer F1",
+    "exact_match": "exact match",
 }
 """How people call the figures that machines find under these names."""
 

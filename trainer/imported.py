@@ -32,6 +32,8 @@ _NEEDS = {
     "causal": ("CAUSAL_LM", "causal language model"),
     "classification": ("SEQUENCE_CLASSIFICATION", ""),
     "multilabel": ("SEQUENCE_CLASSIFICATION", ""),
+    "entities": ("TOKEN_CLASSIFICATION", ""),
+    "qa": ("QUESTION_ANSWERING", ""),
 }
 _CARD = """---
 license: {license}
@@ -203,7 +205,9 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
     named = (config.architectures or [type(config).__name__])[0]
     wanted, fits = _NEEDS[task.name]
     mapping = getattr(transformers, f"MODEL_FOR_{wanted}_MAPPING")
-    if type(config) not in mapping or (fits and named not in {kind.__name__ for kind in mapping.values()}):
+    # There a head for answers stands beside two bodies, and what is the head, and trains whole, couldn't be told.
+    split = task.name == "qa" and config.is_encoder_decoder
+    if split or type(config) not in mapping or (fits and named not in {kind.__name__ for kind in mapping.values()}):
         raise InputError(
             f"model.source {source!r}: it is a {named}, and the task {task.name!r} needs a "
             f"{fits or 'model of a family that has a head for it'}; give one"

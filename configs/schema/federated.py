@@ -40,7 +40,8 @@ class FederatedSettings(Settings):
 
     task: TaskName = "causal"
     """What a record is to the model, and what is learnt of it; ``causal``: a text, token by token; ``classification``:
-    which one of ``labels`` a text has; ``multilabel``: which of them, any number."""
+    which one of ``labels`` a text has; ``multilabel``: which of them, any number; ``entities``: which of them, as tags
+    (``O``, ``B-NAME``, ``I-NAME``), each of its words has; ``qa``: where in a text a question's answer is."""
     labels: TaskLabels = ()
     """Labels of the federation, in their order, for a task that tells labels apart. Each silo maps its own words to
     them."""

@@ -32,8 +32,9 @@ FLOORS = {
     ),
     "trainer": (
         "data models rank",
+        "metrics",
         "objectives tasks",
-        "checkpoints metrics",
+        "checkpoints scoring",
         "pretraining",
         "export generation imported",
     ),

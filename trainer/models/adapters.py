@@ -11,7 +11,11 @@ from configs.schema.federated import BaseDtype, Train
 from trainer.models.bfloat16 import round_frozen
 from trainer.models.load import Head
 
-_TASK_TYPES = {"classification": "SEQ_CLS"}
+_TASK_TYPES = {
+    "classification": "SEQ_CLS",
+    "token classification": "TOKEN_CLS",
+    "question answering": "QUESTION_ANS",
+}
 
 
 class AdaptationError(InputError):

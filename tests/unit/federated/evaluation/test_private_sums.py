@@ -22,8 +22,8 @@ from privacy.mechanism.noise import grid, noised_sums
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC, MetricRelease, PlanTerms
 from trainer.data.tokenizer import load_tokenizer
-from trainer.metrics.score import score
 from trainer.models.adapters import Adaptation, trainable
+from trainer.scoring.score import score
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 

@@ -18,9 +18,9 @@ from federated.protocol import silo_pb2 as pb
 from federated.silo.personal import PersonalSettings, personalise
 from federated.silo.silo import Silo
 from privacy.plan import PlanTerms
-from trainer.metrics.score import score
 from trainer.models.families import new_model
 from trainer.models.load import load_model
+from trainer.scoring.score import score
 
 PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 WEIGHTS = "adapter_model.safetensors"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from configs.schema.tasks import CAUSAL
 from federated.simulation.in_the_clear import _summary
-from trainer.metrics.score import Score
+from trainer.scoring.score import Score
 from trainer.tasks.text import CausalTask
 
 records = st.tuples(st.floats(0, 1e6), st.integers(1, 1000))
