@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from trainer.data.tokenizer import first_token
+from trainer.tasks.task import WritingTask
 
 
 def generate(
     model: Any,
+    task: WritingTask,
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int,
@@ -17,19 +18,20 @@ def generate(
     seed: int,
     on_text: Callable[[str], None],
 ) -> str:
-    """Samples a continuation and hands each piece of text on as soon as it is complete.
+    """Samples what a model writes and hands each piece of text on as soon as it is complete.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        prompt: how the text starts.
+        model: that writes.
+        task: what the prompt is to it: the start of a text, or what it answers.
+        tokenizer: the model's.
+        prompt: what is written first.
         max_new_tokens: tokens to sample.
         temperature: softmax temperature.
         seed: seed of the sampling.
         on_text: receives the text piece by piece, the prompt first.
 
     Returns:
-        The whole text.
+        The whole text: an answer stands on lines of its own below the prompt.
     """
     from transformers import TextStreamer
 
@@ -42,7 +44,11 @@ def generate(
             pieces.append(text)
             on_text(text)
 
-    ids = torch.tensor([[first_token(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False)]])
+    opening = task.opening(prompt)
+    streamer = Streamer(tokenizer, skip_prompt=not opening.continued, skip_special_tokens=True)
+    if not opening.continued:
+        streamer.on_finalized_text(f"{prompt}\n")
+    ids = torch.tensor([opening.ids])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model.generate(
@@ -53,7 +59,8 @@ def generate(
             temperature=temperature,
             top_p=0.95,
             use_cache=True,
-            pad_token_id=tokenizer.eos_token_id,
-            streamer=Streamer(tokenizer, skip_special_tokens=True),
+            eos_token_id=list(opening.ends),
+            pad_token_id=opening.ends[0],
+            streamer=streamer,
         )
     return "".join(pieces)

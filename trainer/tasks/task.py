@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
@@ -39,6 +39,21 @@ class Encoded:
     characters: int
     truncated: bool
     target: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a model reads before it writes.
+
+    Attributes:
+        ids: tokens.
+        continued: whether what it writes goes on with the prompt's own words; else it is an answer to them.
+        ends: tokens that end what it writes.
+    """
+
+    ids: tuple[int, ...]
+    continued: bool
+    ends: tuple[int, ...]
 
 
 class Task(Protocol):
@@ -78,6 +93,14 @@ class Task(Protocol):
 
     def record_scores(self, model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
         """What is measured of the model's answer to each example, in the order of ``measures``. (B, S) float64."""
+
+
+@runtime_checkable
+class WritingTask(Task, Protocol):
+    """A task of which the model learns to write."""
+
+    def opening(self, prompt: str) -> Opening:
+        """What a prompt is to the model."""
 
 
 class TextTask(Task, Protocol):

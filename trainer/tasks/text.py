@@ -14,7 +14,7 @@ from trainer.data.tokenizer import first_token
 from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.measures import Measures, Ratio
-from trainer.tasks.task import IGNORED, Encoded, Row
+from trainer.tasks.task import IGNORED, Encoded, Opening, Row
 
 # Records are padded to multiples of this many tokens. That depends on a record's own length alone, gives many records
 # one shape, and fills whole vectors of the processor, in which no two records meet.
@@ -86,6 +86,11 @@ class CausalTask:
             return Encoded(tuple(whole), len(text), truncated=False)
         kept = whole[: self.context_length]
         return Encoded(tuple(kept), len(self._tokenizer.decode(kept[1:])), truncated=True)
+
+    def opening(self, prompt: str) -> Opening:
+        """How a text starts, which the model goes on with."""
+        ids = self._backend.encode(prompt, add_special_tokens=False).ids
+        return Opening((self._start, *ids), continued=True, ends=(self._tokenizer.eos_token_id,))
 
     def shape(self, record: Encoded) -> int:
         """What a record is padded to, in tokens: what decides the shape of its computation."""
