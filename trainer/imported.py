@@ -16,7 +16,7 @@ import torch
 
 from configs.errors import InputError, SiloweaveError
 from configs.schema.schema import RunConfig
-from configs.schema.tasks import TaskSpec
+from configs.schema.tasks import WRITES, TaskSpec
 from configs.storage.files import digest_file, digest_json, write_atomic
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, describe_files, finished
@@ -32,6 +32,9 @@ _NEEDS = {
     "causal": ("CAUSAL_LM", "causal language model"),
     "classification": ("SEQUENCE_CLASSIFICATION", ""),
     "multilabel": ("SEQUENCE_CLASSIFICATION", ""),
+    "chat": ("CAUSAL_LM", "causal language model"),
+    "translation": ("CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM", "language model, a decoder or an encoder-decoder"),
+    "summarisation": ("CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM", "language model, a decoder or an encoder-decoder"),
 }
 _CARD = """---
 license: {license}
@@ -201,8 +204,12 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
         config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     named = (config.architectures or [type(config).__name__])[0]
     wanted, fits = _NEEDS[task.name]
-    mapping = getattr(transformers, f"MODEL_FOR_{wanted}_MAPPING")
-    if type(config) not in mapping or (fits and named not in {kind.__name__ for kind in mapping.values()}):
+    kinds = {
+        kind.__name__
+        for one in wanted.split()
+        if (kind := getattr(transformers, f"MODEL_FOR_{one}_MAPPING").get(type(config), None))
+    }
+    if not kinds or (fits and named not in kinds):
         raise InputError(
             f"model.source {source!r}: it is a {named}, and the task {task.name!r} needs a "
             f"{fits or 'model of a family that has a head for it'}; give one"
@@ -250,10 +257,15 @@ def _check(model: Any, tokenizer: Any, source: str, context_length: int, task: T
     """What a task takes for granted."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"model.source {source!r}: its tokenizer has no fast form (tokenizer.json); give one that has")
-    if tokenizer.eos_token_id is None and task.name == "causal":
+    if tokenizer.eos_token_id is None and task.name in WRITES:
         raise InputError(f"model.source {source!r}: its tokenizer has no end-of-text token; name one as eos_token")
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise InputError(f"model.source {source!r}: its tokenizer has no token that fills up; name one as pad_token")
+    if task.name == "chat" and not task.template and not tokenizer.chat_template:
+        raise InputError(
+            f"model.source {source!r}: its tokenizer has no chat template; give a model that has one, or "
+            "federated.template"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(

@@ -213,7 +213,13 @@ def _cap(rows: list[Row], key: bytes, largest: int) -> list[Row]:
 
 
 def _with_texts(row: Row, treat: Callable[[str], str]) -> Row:
-    return {name: treat(value) if isinstance(value, str) else value for name, value in row.items()}
+    return {name: _with_text(value, treat) for name, value in row.items()}
+
+
+def _with_text(value: Any, treat: Callable[[str], str]) -> Any:
+    if isinstance(value, tuple):  # a dialogue's messages, for instance
+        return tuple(_with_text(part, treat) for part in value)
+    return treat(value) if isinstance(value, str) else value
 
 
 def _keyed_hash(key: bytes, value: str) -> int:

@@ -129,10 +129,13 @@ class TaskKind(Protocol):
 
 
 def _tasks() -> dict[str, Any]:  # of TaskKind: mypy takes no class for a protocol with __call__
+    from trainer.tasks.chat import ChatTask
     from trainer.tasks.classification import ClassificationTask, MultilabelTask
     from trainer.tasks.text import CausalTask  # which needs the examples above
+    from trainer.tasks.text_to_text import SummarisationTask, TranslationTask
 
-    return {kind.name: kind for kind in (CausalTask, ClassificationTask, MultilabelTask)}
+    answering = (ChatTask, TranslationTask, SummarisationTask)
+    return {kind.name: kind for kind in (CausalTask, ClassificationTask, MultilabelTask, *answering)}
 
 
 def kind_of(name: str) -> TaskKind:
@@ -155,7 +158,17 @@ def task_of(spec: TaskSpec, model_directory: Path) -> Task:
         InputError: there is no such task, or the model's manifest does not name a context length.
     """
     kind = kind_of(spec.name)
+    other = getattr(kind, "with_encoder", None)  # of a kind that serves two sorts of models
+    if other is not None and has_both_sides(model_directory):
+        kind = other
     return kind(load_tokenizer(model_directory), context_length_of(model_directory), spec)
+
+
+def has_both_sides(model_directory: Path) -> bool:
+    """Whether an exported model has an encoder and a decoder."""
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(model_directory, local_files_only=True).is_encoder_decoder)
 
 
 def text_task(spec: TaskSpec, model_directory: Path) -> TextTask:

@@ -121,7 +121,7 @@ class CausalTask:
 
     def record_nats(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Negative log-likelihood of each record in nats, shape (B,)."""
-        return _nats(model(input_ids=batch["input_ids"]).logits.float(), batch["targets"])
+        return token_nats(model(input_ids=batch["input_ids"]).logits.float(), batch["targets"])
 
     def record_scores(self, model: Any, records: Sequence[Encoded]) -> torch.Tensor:
         """For each record: nats, characters, tokens that were held likeliest, tokens. Shape (B, 4), float64."""
@@ -130,7 +130,7 @@ class CausalTask:
         correct = (logits_BTV.argmax(dim=2) == targets).sum(dim=1)
         tokens = (targets != IGNORED).sum(dim=1)
         characters = torch.tensor([record.characters for record in records])
-        found = (_nats(logits_BTV, targets), characters, correct, tokens)
+        found = (token_nats(logits_BTV, targets), characters, correct, tokens)
         return torch.stack([values_B.double() for values_B in found], dim=1)
 
     def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -156,7 +156,8 @@ def random_ids(shape: int, number: int, vocab_size: int, shortest: int) -> list[
     return [tuple(rng.integers(vocab_size, size=length).tolist()) for length in lengths]
 
 
-def _nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+def token_nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each row's targets in nats, shape (B,)."""
     # Row by row of the vocabulary: across it, how numbers are shared among threads would depend on the batch.
     losses_N = functional.cross_entropy(
         logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
