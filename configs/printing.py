@@ -27,6 +27,9 @@ FIGURES = {
     "loss": "nats per example",
     "nats_per_token": "nats per token of an answer",
     "macro_f1": "macro F1",
+    "entity_f1": "entity F1",
+    "answer_f1": "answer F1",
+    "exact_match": "exact match",
 }
 """How people call the figures that machines find under these names."""
 

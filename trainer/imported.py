@@ -32,6 +32,8 @@ _NEEDS = {
     "causal": ("CAUSAL_LM", "causal language model"),
     "classification": ("SEQUENCE_CLASSIFICATION", ""),
     "multilabel": ("SEQUENCE_CLASSIFICATION", ""),
+    "entities": ("TOKEN_CLASSIFICATION", ""),
+    "qa": ("QUESTION_ANSWERING", ""),
     "chat": ("CAUSAL_LM", "causal language model"),
     "translation": ("CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM", "language model, a decoder or an encoder-decoder"),
     "summarisation": ("CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM", "language model, a decoder or an encoder-decoder"),
@@ -209,7 +211,9 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
         for one in wanted.split()
         if (kind := getattr(transformers, f"MODEL_FOR_{one}_MAPPING").get(type(config), None))
     }
-    if not kinds or (fits and named not in kinds):
+    # At each token an answer's head has to see the text, and a decoder that writes has seen none of what comes.
+    blind = task.name == "qa" and config.is_encoder_decoder
+    if blind or not kinds or (fits and named not in kinds):
         raise InputError(
             f"model.source {source!r}: it is a {named}, and the task {task.name!r} needs a "
             f"{fits or 'model of a family that has a head for it'}; give one"

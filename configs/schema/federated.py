@@ -34,8 +34,9 @@ class FederatedSettings(Settings):
 
     task: TaskName = "causal"
     """What a record is to the model, and what is learnt of it; ``causal``: a text, token by token; ``classification``:
-    which one of ``labels`` a text has; ``multilabel``: which of them, any number; ``chat``: what the
-    assistant says in a dialogue; ``translation`` or ``summarisation``: a text of a text."""
+    which one of ``labels`` a text has; ``multilabel``: which of them, any number; ``entities``: which of them, as tags
+    (``O``, ``B-NAME``, ``I-NAME``), each of its words has; ``qa``: where in a text a question's answer is; ``chat``:
+    what the assistant says in a dialogue; ``translation`` or ``summarisation``: a text of a text."""
     labels: TaskLabels = ()
     """Labels of the federation, in their order, for a task that tells labels apart. Each silo maps its own words to
     them."""

@@ -12,6 +12,7 @@ from configs.schema.data import DATA, DataSettings, RecordSettings, TokenizerSet
 from configs.schema.federated import ROBUST, FederatedSettings
 from configs.schema.places import Place
 from configs.schema.pretrain import ClusterSettings, ModelSettings, PretrainSettings
+from configs.schema.tasks import deidentify_problem
 
 LARGEST_RUN_NAME = 220  # a file system holds 255 bytes: a run that is set aside gets its time as well
 LARGEST_NUMBER_OF_CLIENTS = 2**16  # an exact sum has room for so many updates
@@ -191,6 +192,12 @@ class RunConfig(Settings):
     def _shares(self, size: int) -> bool:
         """Whether so many ranks can share the batch."""
         return self.pretrain.batch_size % (size * self.pretrain.micro_batch_size) == 0
+
+    @model_validator(mode="after")
+    def _words_stay(self) -> "RunConfig":
+        if problem := deidentify_problem(self.federated.task, self.data.deidentify.enabled):
+            raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

@@ -18,7 +18,7 @@ from configs.schema.base import (
 from configs.schema.data import DeidentifySettings, RecordSettings
 from configs.schema.federated import ClippingMethod
 from configs.schema.places import Place, rooted
-from configs.schema.tasks import TaskLabels, TaskName, TaskSpec, task_problems
+from configs.schema.tasks import TaskLabels, TaskName, TaskSpec, deidentify_problem, task_problems
 
 LARGEST_NAME = 100  # characters of a silo's
 MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # the requests of a simulation come from its own user
@@ -76,8 +76,9 @@ class SiloPolicy(Settings):
     ``client`` trusts the coordinators: they get this silo's updates without noise, and add the noise to the sum."""
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=1)] = ("causal",)
     """What may be trained and evaluated: ``causal``, the text token by token; ``classification`` or ``multilabel``, its
-    label or labels; ``chat``, what the assistant says; ``translation`` or ``summarisation``, a text of a text. Exactly
-    one, since the records are read for one task."""
+    label or labels; ``entities``, a tag for each of its words; ``qa``, where in it a question's answer is; ``chat``,
+    what the assistant says; ``translation`` or ``summarisation``, a text of a text. Exactly one, since the records are
+    read for one task."""
     labels: TaskLabels = ()
     """Labels that may be learnt, in the federation's order; ``[data.labels]`` maps this silo's own words to them."""
     template: str = ""
@@ -156,6 +157,12 @@ class SiloConfig(Settings):
     silo: SiloSettings
     data: SiloDataSettings
     policy: SiloPolicy
+
+    @model_validator(mode="after")
+    def _words_stay(self) -> "SiloConfig":
+        if problem := deidentify_problem(self.policy.tasks[0], self.data.deidentify.enabled):
+            raise ValueError(problem)
+        return self
 
     @model_validator(mode="after")
     def _anchor_is_apart(self) -> "SiloConfig":

@@ -9,12 +9,12 @@ from pydantic import AfterValidator, Field
 
 from configs.schema.base import Label, Settings, composed
 
-TaskName = Literal["causal", "classification", "multilabel", "chat", "translation", "summarisation"]
+TaskName = Literal["causal", "classification", "multilabel", "entities", "qa", "chat", "translation", "summarisation"]
 MOST_LABELS = 300  # three counts for each are in a private evaluation
 LARGEST_TEMPLATE = 2000  # characters
 TaskLabels = Annotated[tuple[Label, ...], Field(max_length=MOST_LABELS), AfterValidator(composed)]
 """The federation's labels in their order, in Unicode's form NFC."""
-WITH_LABELS = ("classification", "multilabel")
+WITH_LABELS = ("classification", "multilabel", "entities")
 WITH_TEMPLATE = ("classification", "multilabel", "chat", "translation", "summarisation")
 WRITES = ("causal", "chat", "translation", "summarisation")
 _COLUMN = re.compile(r"[A-Za-z_]\w*")
@@ -62,6 +62,8 @@ def task_problems(where: str, task: TaskName, labels: tuple[str, ...], template:
         yield f"{where}.labels is empty: the task {task!r} needs the labels that it tells apart; give two or more"
     if labels and task not in WITH_LABELS:
         yield f"{where}.labels is {list(labels)}: the task {task!r} has no use for labels; leave them out"
+    if task == "entities" and (wrong := _tag_problem(labels)):
+        yield f"{where}.labels is {list(labels)}: {wrong}"
     if template and task not in WITH_TEMPLATE:
         yield f"{where}.template is {template!r}: the task {task!r} has no use for a template; leave it out"
         return
@@ -75,3 +77,26 @@ def task_problems(where: str, task: TaskName, labels: tuple[str, ...], template:
         return
     if template and not found:
         yield f"{where}.template is {template!r}: it names no field; name at least one in braces, as in '{{text}}'"
+
+
+def _tag_problem(tags: tuple[str, ...]) -> str:
+    """Why these are no tags of entities, where they aren't."""
+    types = [tag[2:] for tag in tags if tag.startswith("B-")]
+    if "O" not in tags:
+        return "there is no 'O', the tag of a word outside of all entities; give it, too"
+    for tag in tags:
+        if tag != "O" and not re.fullmatch(r"[BI]-.+", tag):
+            return f"{tag!r} is no tag; give 'O', and 'B-NAME' and 'I-NAME' for each kind of entity"
+        if tag.startswith("I-") and tag[2:] not in types:
+            return f"{tag!r} has no {'B' + tag[1:]!r}, with which its entities begin; give that, too"
+    return "" if types else "there is no entity among them; give 'B-NAME' and 'I-NAME' for each kind"
+
+
+def deidentify_problem(task: TaskName, enabled: bool) -> str:
+    """Why a task's records can't be de-identified, where they can't."""
+    if not enabled or task != "entities":
+        return ""
+    return (
+        "data.deidentify.enabled is true: the task 'entities' has tags for single words, inside which nothing can be "
+        "replaced; set it to false, and take out identifiers where the tags are made"
+    )

@@ -21,8 +21,8 @@ from privacy.audit.canaries import NO_CANARY, CanaryLayer, Released, gradient_sc
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms
-from trainer.metrics.record_losses import record_losses
 from trainer.models.adapters import trainable
+from trainer.scoring.record_losses import record_losses
 from trainer.tasks.task import Encoded, TextTask
 
 GRADIENT, WHITE_BOX, BLACK_BOX = "gradient_white_box", "example_white_box", "example_black_box"

@@ -14,7 +14,7 @@ from federated.coordinator.final_model import final_model
 from federated.silo.units import Rows, units_of
 from federated.simulation.simulation import simulated_silos
 from privacy.audit.attacks import membership_figures
-from trainer.metrics.record_losses import record_losses
+from trainer.scoring.record_losses import record_losses
 from trainer.tasks.task import Encoded, Task, task_of
 
 

@@ -129,9 +129,19 @@ def _unit_values(model: Any, task: Task, unit: Sequence[Encoded]) -> npt.NDArray
         with torch.no_grad():
             scores = np.nan_to_num(task.record_scores(model, [example]).numpy()[0], nan=np.inf)
         values = np.clip(scores[:bounded] / task.measures.scale, 0.0, 1.0)
-        found += np.concatenate([values, scores[bounded:]]) / len(unit)
+        found += np.concatenate([values, _shortened(scores[bounded:], task.measures.counts_norm)]) / len(unit)
     # Counts are rounded down: rounded up, they could be longer than their bound.
     return np.concatenate([np.rint(found[:bounded] / _STEP), np.floor(found[bounded:] / _STEP)]) * _STEP
+
+
+def _shortened(counts: npt.NDArray[np.float64], longest: float) -> npt.NDArray[np.float64]:
+    """One example's counts, all by the same factor, so that they are no longer than their bound (2-norm).
+
+    Counts are whole numbers, so their norm has one rounding, the factor another, each product a third: together less
+    than the 2^-50 that is taken off.
+    """
+    length = float(np.linalg.norm(counts))
+    return counts if length <= longest else counts * (longest / length * (1 - 2.0**-50))
 
 
 def checked_sums(sums: Sequence[float], bounds: Bounds) -> list[float]:

@@ -19,9 +19,9 @@ from configs.storage.layout import SiloFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.sealing import MasterKey, load_key, opened, sealing
 from federated.silo.units import units_of
-from trainer.metrics.score import score
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.load import load_model
+from trainer.scoring.score import score
 from trainer.tasks.task import Encoded, Task, by_length, task_of
 
 _OTHERS = 0o077
@@ -81,9 +81,8 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     require_manifest(base_model, "model", "export")
     task = task_of(config.policy.task_spec, base_model)
     units = units_of(config)
-    train, held_out = (
-        [example for unit in part for example in task.examples(unit)] for part in (units.train, units.held_out)
-    )
+    train = [example for unit in units.train for example in task.examples(unit)]
+    held_out = [example for unit in units.held_out for example in task.scored(unit)]
     if not train or not held_out:
         raise InputError(f"silo {config.silo.id!r}: {len(train)} training and {len(held_out)} held-out units; add some")
     # A model of its own: the service's warm one must never have seen this.

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +15,12 @@ from configs.schema.tasks import CAUSAL, TaskSpec
 from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_or_create_secret, load_secret
 from privacy.ledger.client_runs import UNNOISED
-from trainer.data.deidentify import open_deidentifier
+from trainer.data.deidentify import Deidentifier, open_deidentifier
 from trainer.data.reading.counts import ReadCounts
 from trainer.data.reading.files import SourceFiles
 from trainer.data.sources import all_columns
-from trainer.tasks.fields import FieldReader
-from trainer.tasks.task import Row
+from trainer.tasks.fields import FieldReader, with_texts
+from trainer.tasks.task import Row, kind_of
 
 Rows = tuple[Row, ...]
 
@@ -35,6 +34,8 @@ class Units:
         held_out: units that never are.
         counts: what was seen while reading; exact, so for the steward's eyes.
         beyond_cap: rows left out since their unit had ``max_rows_per_unit`` without them. For the steward's eyes, too.
+        torn: rows left out since de-identification replaced what makes them whole: an answer in its context, for
+            instance. For the steward's eyes, too.
         deidentified: spans replaced, by kind; None where de-identification is off. For the steward's eyes, too.
         notes: lines for the steward: which files were read, and how many ids were written in several ways or look
             alike. No values of records, but names of files.
@@ -44,6 +45,7 @@ class Units:
     held_out: tuple[Rows, ...]
     counts: ReadCounts
     beyond_cap: int = 0
+    torn: int = 0
     deidentified: dict[str, int] | None = None
     notes: tuple[str, ...] = ()
 
@@ -81,17 +83,20 @@ def load_units(config: SiloConfig, split_key: bytes) -> Units:
     deidentifier = open_deidentifier(config.data.deidentify)
     train: list[Rows] = []
     held_out: list[Rows] = []
-    beyond_cap = 0
+    beyond_cap = torn = 0
     for unit, found in _group(rows, has_units=bool(config.data.unit)):
         kept = _cap(found, split_key, config.data.max_rows_per_unit)
         beyond_cap += len(found) - len(kept)
         # After split and cap, which go by the rows as they came: turning it on moves no unit to the other part.
-        unit_rows = tuple(kept if deidentifier is None else (_with_texts(row, deidentifier) for row in kept))
+        unit_rows = _treated(kept, deidentifier, config.policy.task_spec)
+        torn += len(kept) - len(unit_rows)
+        if not unit_rows:
+            continue
         is_held_out = _keyed_hash(split_key, unit) < config.data.held_out_fraction * 2**64
         (held_out if is_held_out else train).append(unit_rows)
     deidentified = dict(deidentifier.counts) if deidentifier else None
     notes = _notes(config.data, source, own)
-    return Units(tuple(train), tuple(held_out), _counts(source, own), beyond_cap, deidentified, notes)
+    return Units(tuple(train), tuple(held_out), _counts(source, own), beyond_cap, torn, deidentified, notes)
 
 
 def _counts(source: SourceRows, own: str) -> ReadCounts:
@@ -212,14 +217,11 @@ def _cap(rows: list[Row], key: bytes, largest: int) -> list[Row]:
     return sorted(rows, key=lambda row: _keyed_hash(key, _words(row)))[:largest]
 
 
-def _with_texts(row: Row, treat: Callable[[str], str]) -> Row:
-    return {name: _with_text(value, treat) for name, value in row.items()}
-
-
-def _with_text(value: Any, treat: Callable[[str], str]) -> Any:
-    if isinstance(value, tuple):  # a dialogue's messages, for instance
-        return tuple(_with_text(part, treat) for part in value)
-    return treat(value) if isinstance(value, str) else value
+def _treated(rows: list[Row], treat: Deidentifier | None, spec: TaskSpec) -> Rows:
+    """The rows without identifiers, but for those that no longer fit together."""
+    if treat is None:
+        return tuple(rows)
+    return tuple(row for row in (with_texts(row, treat) for row in rows) if not kind_of(spec.name).misfit(row))
 
 
 def _keyed_hash(key: bytes, value: str) -> int:

@@ -64,6 +64,11 @@ class Workbench:
             *reading(counts),
             Changed("dropped: no silo or unit", counts.without_unit, counts.rows),
             Changed("dropped: beyond data.max_rows_per_unit", self._units.beyond_cap, counts.rows),
+            *(
+                [Changed("dropped: torn by de-identification", self._units.torn, counts.rows)]
+                if self._units.torn
+                else []
+            ),
             Changed("shortened: training units beyond the context", cut, len(records)),
             Changed("dropped: training units with nothing to learn within the context", empty, len(records)),
         ]
@@ -76,8 +81,8 @@ class Workbench:
 
     @cached_property
     def held_out(self) -> list[tuple[Encoded, ...]]:
-        """The held-out units, each as its examples. Private."""
-        return [self.task.examples(unit) for unit in self._units.held_out]
+        """The held-out units, each as what is scored of it. Private."""
+        return [self.task.scored(unit) for unit in self._units.held_out]
 
     def model(self, asked: pb.Train | pb.Evaluate) -> Any:
         """The warm base model with the adapter that a request describes.

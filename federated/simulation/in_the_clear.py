@@ -19,7 +19,7 @@ from federated.coordinator.outcome import over_flower
 from federated.silo.units import units_of
 from federated.simulation.simulation import simulated_silos
 from trainer.data.sources import ReadCounts, all_columns
-from trainer.metrics.score import Score, score
+from trainer.scoring.score import Score, score
 from trainer.tasks.fields import FieldReader
 from trainer.tasks.task import Row, kind_of, task_of
 
@@ -154,7 +154,7 @@ def _score(
 ) -> Score:
     task, federated = task_of(config.federated.task_spec, base_model), config.federated
     model = warm_model(base_model, federated.lora_rank, federated.lora_alpha, key_file, head=task.head)
-    records = [example for unit in units for example in task.examples(unit)]
+    records = [example for unit in units for example in task.scored(unit)]
     if adapter is None:
         with model.disable_adapter():
             return score(model.eval(), task, records, config.federated.micro_batch_size)

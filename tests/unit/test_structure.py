@@ -32,8 +32,9 @@ FLOORS = {
     ),
     "trainer": (
         "data models objectives rank",
+        "metrics",
         "tasks",
-        "checkpoints metrics",
+        "checkpoints scoring",
         "pretraining",
         "export generation imported",
     ),

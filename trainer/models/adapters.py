@@ -7,7 +7,11 @@ import torch
 
 from trainer.models.load import Head
 
-_TASK_TYPES = {"classification": "SEQ_CLS"}
+_TASK_TYPES = {
+    "classification": "SEQ_CLS",
+    "token classification": "TOKEN_CLS",
+    "question answering": "QUESTION_ANS",
+}
 
 
 def add_adapter(model: Any, rank: int, alpha: float, seed: int, head: Head | None = None) -> Any:

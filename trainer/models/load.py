@@ -12,7 +12,11 @@ from configs.storage.sealing import MasterKey, opened
 from trainer.models.llama import attention
 
 MODEL = "model"
-_HEADS = {"classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"}
+_HEADS = {
+    "classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "token classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "question answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+}
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,13 @@ class Head:
     """What a task puts in the place of a model's words.
 
     Attributes:
-        kind: ``classification``: numbers of a whole text.
+        kind: ``classification``: numbers of a whole text; ``token classification``: of each token; ``question
+            answering``: two of each token, by which an answer begins and ends there.
         size: how many numbers.
         pad: the token that fills up what is shorter.
     """
 
-    kind: Literal["classification"]
+    kind: Literal["classification", "token classification", "question answering"]
     size: int
     pad: int
 
@@ -82,4 +87,5 @@ def model_class(config: Any, where: str, head: Head | None = None) -> Any:
 def _with_head(config: Any, head: Head | None) -> Any:
     if head is not None:
         config.num_labels, config.pad_token_id = head.size, head.pad
+        config.classifier_dropout = 0.0  # some heads have one where the configuration names none
     return config

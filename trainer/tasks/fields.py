@@ -1,8 +1,9 @@
 """A record's fields: from a source's columns and words to the task's, or a refusal that names the place."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from configs.errors import InputError
@@ -70,6 +71,92 @@ def label_set(value: Any, column: str, where: str, words: Words, _counts: ReadCo
     return tuple(sorted({words.index(word, column, where) for word in named if word}))
 
 
+def words(value: Any, column: str, where: str, _words: Words, counts: ReadCounts) -> tuple[str, ...] | None:
+    """The words of a text: of a list, or of a text with blanks between them. None at all are no record."""
+    found = _listed(value, column, where)
+    if not all(isinstance(part, str) for part in found):
+        raise InputError(f"{where}: column {column!r} holds a list in which not all are texts; give a list of words")
+    return tuple(mended(part, counts) for part in found) or None
+
+
+def tags(value: Any, column: str, where: str, words: Words, _counts: ReadCounts) -> tuple[int, ...]:
+    """The numbers of labels, one for each word: of a list, or of a text with blanks between them."""
+    found = tuple(words.index(_word(part, column, where), column, where) for part in _listed(value, column, where))
+    for before, tag in pairwise(["O", *(words.labels[number] for number in found)]):
+        if tag.startswith("I-") and before[2:] != tag[2:]:
+            raise InputError(f"{where}: column {column!r} has an I- that continues no entity; begin each with its B-")
+    return found
+
+
+def _listed(value: Any, column: str, where: str) -> Sequence[Any]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return value.split()
+    if isinstance(value, list | tuple):
+        return value
+    raise InputError(
+        f"{where}: column {column!r} holds a value of the type {type(value).__name__}; give a list, or a text with "
+        "blanks between the words"
+    )
+
+
+def full_text(value: Any, column: str, where: str, words: Words, counts: ReadCounts) -> str:
+    """A text that has to be there."""
+    found = text(value, column, where, words, counts)
+    if found is None:
+        raise InputError(f"{where}: column {column!r} is empty; give a text, or take the record out")
+    return found
+
+
+class Answers(NamedTuple):
+    """The answers that are right.
+
+    Attributes:
+        texts: of the answers, the one that is learnt first.
+        starts: where each begins in its context, in characters; -1 where that isn't known.
+    """
+
+    texts: tuple[str, ...]
+    starts: tuple[int, ...]
+
+    def treated(self, treat: Callable[[str], str]) -> "Answers":
+        """The same with other texts, of which nobody knows where they are."""
+        return Answers(tuple(map(treat, self.texts)), (-1,) * len(self.texts))
+
+
+def answers(value: Any, column: str, where: str, _words: Words, counts: ReadCounts) -> Answers:
+    """A text, or SQuAD's ``{"text": [...], "answer_start": [...]}``."""
+    texts, starts = [value], [-1]
+    if isinstance(value, dict):
+        texts, starts = (_several(value.get(key)) for key in ("text", "answer_start"))
+        starts = starts or [-1] * len(texts)
+    whole = all(isinstance(start, int) for start in starts) and len(starts) == len(texts) > 0
+    if not whole or not all(isinstance(one, str) and one.strip() for one in texts):
+        raise InputError(
+            f"{where}: column {column!r} holds no answer, or one without its place; give a text, or "
+            '{"text": [...], "answer_start": [...]}, or take the record out'
+        )
+    return Answers(tuple(mended(one, counts) for one in texts), tuple(starts))
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value is not None else []
+
+
+def with_texts(row: Mapping[str, Any], treat: Callable[[str], str]) -> dict[str, Any]:
+    """A record's fields with other texts in place of its own."""
+    return {name: _treated(value, treat) for name, value in row.items()}
+
+
+def _treated(value: Any, treat: Callable[[str], str]) -> Any:
+    if isinstance(value, Answers):
+        return value.treated(treat)
+    if isinstance(value, tuple):  # a dialogue's messages, for instance
+        return tuple(_treated(part, treat) for part in value)
+    return treat(value) if isinstance(value, str) else value
+
+
 def _word(value: Any, column: str, where: str) -> str:
     """A label as text: files hold numbers and truth values, too."""
     if isinstance(value, bool):
@@ -91,7 +178,8 @@ class FieldReader:
     """
 
     def __init__(self, data: RecordSettings, spec: TaskSpec) -> None:
-        self._kinds = kind_of(spec.name).fields(spec)
+        self._task = kind_of(spec.name)
+        self._kinds = self._task.fields(spec)
         self._words = Words(spec.labels, self._checked(data, spec))
         self._columns = {field: data.column(field) for field in self._kinds}
 
@@ -120,10 +208,14 @@ class FieldReader:
         """A row's fields; None where one of them is empty.
 
         Raises:
-            InputError: a value is of another kind, or a word no label.
+            InputError: a value is of another kind, a word no label, or the fields don't fit together.
         """
         values = {
             field: kind(row[column], column, where, self._words, counts)
             for (field, kind), column in zip(self._kinds.items(), self._columns.values(), strict=True)
         }
-        return None if None in values.values() else values
+        if None in values.values():
+            return None
+        if misfit := self._task.misfit(values):
+            raise InputError(f"{where}: {misfit}, or take the record out")
+        return values

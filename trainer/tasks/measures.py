@@ -16,7 +16,7 @@ class Ratio:
     """A figure: one weighted sum over another.
 
     Attributes:
-        above: weights of the sums above the line, by name.
+        above: weights of the sums above the line, by name; a count's name is its sum over all labels.
         below: those below it.
     """
 
@@ -71,6 +71,8 @@ class Measures:
         values, counts = np.split(np.asarray(sums, dtype=np.float64), [len(self.bounds)])
         by_name = dict(zip(self.bounds, values, strict=True))
         deviations = {name: errors * bound for name, bound in self.bounds.items()}
+        by_name |= zip(COUNTS, counts.reshape(len(COUNTS), -1).sum(axis=1), strict=True)
+        deviations |= dict.fromkeys(COUNTS, errors * math.sqrt(len(self.labels)))
         found: dict[str, Any] = {}
         for name, ratio in self.ratios.items():
             found |= _named(name, *_ratio(ratio, by_name, deviations), errors)

@@ -76,6 +76,9 @@ class Task(Protocol):
     def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
         """The examples that a unit's rows make: one or several, of which a step takes one."""
 
+    def scored(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
+        """What is scored of a unit's rows: mostly the examples themselves."""
+
     def shape(self, example: Encoded) -> Hashable:
         """All that decides the shape of an example's computation; a function of that example alone."""
 
@@ -92,7 +95,7 @@ class Task(Protocol):
         """Training loss of each example, shape (B,)."""
 
     def record_scores(self, model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
-        """What is measured of the model's answer to each example, in the order of ``measures``. (B, S) float64."""
+        """What is measured of each answer of the model, in the order of ``measures``. Shape (B, S), float64."""
 
 
 @runtime_checkable
@@ -124,6 +127,9 @@ class TaskKind(Protocol):
     def fields(self, spec: TaskSpec) -> dict[str, Kind]:
         """The fields of a record, and how each is read."""
 
+    def misfit(self, row: Row) -> str:
+        """What does not fit together in a record, in words without any of its values; empty: nothing."""
+
     def measured(self, spec: TaskSpec, context_length: int) -> Measures:
         """What is measured of an answer: the same at whoever computes it and whoever adds it up."""
 
@@ -131,11 +137,14 @@ class TaskKind(Protocol):
 def _tasks() -> dict[str, Any]:  # of TaskKind: mypy takes no class for a protocol with __call__
     from trainer.tasks.chat import ChatTask
     from trainer.tasks.classification import ClassificationTask, MultilabelTask
+    from trainer.tasks.entities import EntitiesTask
+    from trainer.tasks.qa import AnswersTask
     from trainer.tasks.text import CausalTask  # which needs the examples above
     from trainer.tasks.text_to_text import SummarisationTask, TranslationTask
 
-    answering = (ChatTask, TranslationTask, SummarisationTask)
-    return {kind.name: kind for kind in (CausalTask, ClassificationTask, MultilabelTask, *answering)}
+    labelling = (ClassificationTask, MultilabelTask, EntitiesTask, AnswersTask)
+    writing = (CausalTask, ChatTask, TranslationTask, SummarisationTask)
+    return {kind.name: kind for kind in (*labelling, *writing)}
 
 
 def kind_of(name: str) -> TaskKind:

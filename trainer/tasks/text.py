@@ -42,6 +42,11 @@ class CausalTask:
         return {"text": fields.text}
 
     @staticmethod
+    def misfit(_row: Row) -> str:
+        """A text fits itself."""
+        return ""
+
+    @staticmethod
     def measured(_spec: TaskSpec, context_length: int) -> Measures:
         """Bits per character and next-token accuracy."""
         bounds = {
@@ -75,6 +80,8 @@ class CausalTask:
     def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
         """One: the texts of all rows."""
         return (self.encode(joined(rows)),)
+
+    scored = examples
 
     def encode(self, text: str) -> Encoded:
         """Tokens of a record between the model's first token and end-of-text, truncated to the context."""

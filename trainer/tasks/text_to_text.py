@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from configs.schema.tasks import TaskSpec
-from trainer.tasks.answers import AnswerTask, asked_with, filled, filled_up
 from trainer.tasks.marked import own_backend
 from trainer.tasks.task import IGNORED, Encoded, Opening, Row
 from trainer.tasks.text import padded, random_ids
+from trainer.tasks.written import WrittenAnswerTask, asked_with, filled, filled_up
 
 
-class EncoderDecoderTask(AnswerTask):
+class EncoderDecoderTask(WrittenAnswerTask):
     """The encoder reads what is asked, and the decoder learns the answer."""
 
     @cached_property
@@ -90,7 +90,7 @@ class EncoderDecoderTask(AnswerTask):
         return self._text(self.greedy(model, ids, self.context_length))
 
 
-class TranslationTask(AnswerTask):
+class TranslationTask(WrittenAnswerTask):
     """A text in one language into another one."""
 
     name = "translation"

@@ -15,9 +15,9 @@ from privacy.audit.canaries import NO_CANARY
 from privacy.mechanism.streams import SEED_BYTES
 from privacy.plan import PrivacyPlan
 from trainer.data.tokenizer import load_tokenizer
-from trainer.metrics.record_losses import record_losses
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.load import load_model
+from trainer.scoring.record_losses import record_losses
 from trainer.tasks.text import CausalTask
 
 SETTINGS = AuditSettings(

@@ -11,8 +11,7 @@ from configs.errors import InputError
 from configs.schema.data import RecordSettings
 from configs.schema.tasks import TaskSpec
 from trainer.data.sources import ReadCounts, all_columns
-from trainer.tasks.chat import ChatTask
-from trainer.tasks.dialogue import ROLES, ChatTemplate
+from trainer.tasks.chat import ROLES, ChatTask, ChatTemplate
 from trainer.tasks.fields import FieldReader
 from trainer.tasks.task import IGNORED
 

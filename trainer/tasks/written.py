@@ -19,7 +19,7 @@ from trainer.tasks.text import padded, random_ids, token_nats
 _MOST_NATS = 8.0  # of a token: a uniform guess among 3,000 tokens
 
 
-class AnswerTask:
+class WrittenAnswerTask:
     """A decoder goes on with a template up to its last field, which is the answer. Each row is an example."""
 
     name = ""
@@ -35,6 +35,11 @@ class AnswerTask:
     def fields(cls, spec: TaskSpec) -> dict[str, fields.Kind]:
         """The fields of the template."""
         return dict.fromkeys(TaskSpec(template=spec.template or cls.default_template).fields, fields.text)
+
+    @staticmethod
+    def misfit(_row: Row) -> str:
+        """A question fits any answer."""
+        return ""
 
     @staticmethod
     def measured(_spec: TaskSpec, _context_length: int) -> Measures:
@@ -67,6 +72,8 @@ class AnswerTask:
     def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
         """One for each row of which some of the answer fits the context."""
         return tuple(found for row in rows if (found := self._encoded(row)) is not None)
+
+    scored = examples
 
     def _encoded(self, row: Row) -> Encoded | None:
         asked, answer = filled(self._template, row)

@@ -13,8 +13,8 @@ from configs.schema.tasks import TaskSpec
 from configs.storage.manifests import Manifest, commit_manifest
 from privacy.clipping.clipping import clipping
 from privacy.clipping.independence import Together
-from trainer.metrics.score import score
 from trainer.models.adapters import add_adapter, trainable
+from trainer.scoring.score import score
 from trainer.tasks.chat import ChatTask
 from trainer.tasks.task import IGNORED, WritingTask, task_of
 from trainer.tasks.text_to_text import EncoderDecoderTask, SummarisationTask, TranslationTask

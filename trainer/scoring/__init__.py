@@ -1,0 +1,1 @@
+"""A model's figures and losses on records, whatever their task."""
