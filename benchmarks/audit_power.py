@@ -42,7 +42,7 @@ from privacy.plan import PrivacyPlan
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import train_tokenizer
 from trainer.models.adapters import add_adapter
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.tasks.text import CausalTask
 
 LIBRARIES = ("siloweave", "torch", "opacus", "dp-accounting", "numpy", "scipy")

@@ -74,7 +74,7 @@ class Workload:
     def _write(self, vocab_size: int) -> None:
         from trainer.data.batches import Batches
         from trainer.data.packing import token_dtype
-        from trainer.models.llama import attention, model_config, parameter_sizes
+        from trainer.models.families import attention, model_config, parameter_sizes
         from trainer.pretraining.deepspeed_settings import deepspeed_config
         from trainer.pretraining.optimizers import learning_rate
 

@@ -20,6 +20,7 @@ from configs.events import EventLog
 from configs.parse import reading
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
+from configs.schema.tasks import WRITES
 from configs.storage.files import write_atomic
 from configs.storage.layout import FEDERATED, NO_DP, RunFiles
 from configs.storage.manifests import MANIFEST, read_manifest, require_manifest
@@ -31,6 +32,7 @@ Printer = Callable[[str], None]
 def demo(run: Run, on_text: Printer) -> dict[str, Any]:
     """The whole job. Returns the report."""
     from_elsewhere = bool(run.config.model.source)
+    _task_fits(run.config)
     (import_model if from_elsewhere else prepare)(run)
     with run.ray():
         if not from_elsewhere:
@@ -51,6 +53,7 @@ def prepare(run: Run) -> dict[str, Any]:
     from trainer.data.prepare import prepare as prepare_corpus
 
     _trains_its_own(run.config)
+    _is_a_model(run.config)
     workers = run.config.data.workers
     with run.stage("prepare"), ray_session(run.config.cluster, workers) if workers > 1 else nullcontext():
         manifest = prepare_corpus(
@@ -108,6 +111,7 @@ def pretrain(run: Run) -> None:
 
     _trains_its_own(run.config)
     corpus = require_manifest(run.files.corpus, "corpus", "prepare")
+    _is_a_model(run.config)
     digest, commits = pretrain_digest(run.config, corpus.content_digest), storage(run.config, run.directory)
     check_same_corpus(commits, digest)
     commit = newest(commits, digest, lambda _: None)
@@ -165,11 +169,31 @@ def _trains_its_own(config: RunConfig) -> None:
         )
 
 
+def _is_a_model(config: RunConfig) -> None:
+    """Refuses a configuration file that gives none. What families need is known to the settings."""
+    if config.model.config:
+        from trainer.models.families import empty_model
+
+        empty_model(config.model, config.tokenizer.vocab_size, config.objective)
+
+
+def _task_fits(config: RunConfig) -> None:
+    task, writes = config.federated.task, ["causal"]
+    if task in ("translation", "summarisation"):
+        writes.append("span_corruption")
+    if task in WRITES and config.objective not in writes and not config.model.source:
+        raise InputError(
+            f"federated.task is {task!r}: a base model that is pretrained by {config.objective!r} predicts no next "
+            "token of it; it can be pretrained and exported here, and a federation needs another model.family"
+        )
+
+
 def federate(run: Run) -> None:
     """Fine-tunes across the silos under DP; then the same without DP where the settings ask for it."""
     from federated.coordinator.final_model import publish
     from federated.simulation.simulation import simulate
 
+    _task_fits(run.config)
     model = require_manifest(run.model, "model", run.config.model.made_by).content_digest
     for stage, with_dp in _federations(run.config):
         directory = run.directory / stage

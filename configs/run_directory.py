@@ -62,6 +62,9 @@ _LATER = {
     "federated.labels": (),
     "federated.template": "",
     **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
+    "model.family": "llama",
+    "model.config": "",
+    "pretrain.objective": "auto",
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }
 
@@ -70,6 +73,11 @@ def config_digest(config: RunConfig) -> str:
     """Digest of the settings that shape results, for manifests."""
     settings = (item for item in flatten(config) if item not in _LATER.items())
     return digest_json({name: value for name, value in settings if name not in _MOVABLE})
+
+
+def without_later(group: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A group's settings but those that were added later and have the value that stands for what was done before."""
+    return {name: value for name, value in settings.items() if (f"{group}.{name}", value) not in _LATER.items()}
 
 
 def bind_run_directory(config: RunConfig) -> Path:

@@ -26,7 +26,7 @@ def _is_names(value: object) -> bool:
 _STEP: Figures = {"step": is_number, "loss": _is_loss, "tokens": is_number, "seconds": is_number}
 _FIGURES: dict[tuple[str, str], Figures] = {
     ("pretrain", "step"): _STEP,
-    ("pretrain", "validation"): {"bits_per_char": _is_loss},
+    ("pretrain", "validation"): {"loss": _is_loss, "bits_per_char": lambda value: value is None or _is_loss(value)},
     (FEDERATED, "round"): {"round": is_number, "answered": _is_names},
 }
 _END: Figures = {"seconds": is_number}

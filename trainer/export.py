@@ -1,4 +1,4 @@
-"""From a sharded checkpoint to a directory that ``AutoModelForCausalLM.from_pretrained`` loads."""
+"""From a sharded checkpoint to a directory that transformers loads, by the class that its configuration names."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from configs.storage.sealing import load_key, opened, sealing
 from trainer.checkpoints import checkpoints
 from trainer.checkpoints.checkpoints import pretrain_digest
 from trainer.data.batches import corpus_counts
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.models.load import MODEL
 from trainer.pretraining.optimizers import new_optimizer
 
@@ -27,12 +27,12 @@ library_name: transformers
 ---
 # {name}
 
-A Llama-style language model of {parameters:,} parameters, pretrained from a random start by Siloweave.
+{architecture} of {parameters:,} parameters, pretrained from a random start by Siloweave.
 
 - **Data**: {source} ({tokens:,} tokens, {characters:,} characters after cleaning). Public text only: no private record
   has touched the weights or the tokenizer.
-- **Training**: {steps} steps of {batch_size} sequences of {context} tokens, {optimizer}, ZeRO stage {stage} on {ranks}
-  ranks.
+- **Training**: {steps} steps of {batch_size} sequences of {context} tokens, objective {objective}, {optimizer}, ZeRO
+  stage {stage} on {ranks} ranks.
 - **Use**: a starting point for fine-tuning across silos. It is far too small to answer questions.
 """
 
@@ -57,16 +57,21 @@ def export(config: RunConfig, run_directory: Path) -> Manifest:
         raise InputError(f"{storage}: pretraining {at}; run `siloweave pretrain` first")
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(files.tokenizer, target, ignore=shutil.ignore_patterns(MANIFEST))
-    model = new_model(config.model, corpus.metadata["vocab_size"], config.run.seed)
+    model = new_model(config.model, corpus.metadata["vocab_size"], config.run.seed, objective=config.objective)
     key = load_key(config.run.encryption_key_file)
     name = checkpoint.directory.name
     with opened(checkpoint.directory, key, f"{digest}/{name}", older=name) as folder:
-        model.load_state_dict(_consolidated(folder, config.pretrain, model))
+        model.load_state_dict(_by_every_name(model, _consolidated(folder, config.pretrain, model)))
     with sealing(target, key, f"{digest}/{MODEL}") as folder:
         model.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    (target / "README.md").write_text(_card(config, corpus, parameters), encoding="utf-8")
-    metadata = {"parameters": parameters, "trained_on": "public", "context_length": config.model.context_length}
+    (target / "README.md").write_text(_card(config, corpus, model, parameters), encoding="utf-8")
+    metadata = {
+        "parameters": parameters,
+        "trained_on": "public",
+        "context_length": config.model.context_length,
+        "family": model.config.model_type if config.model.config else config.model.family,
+    }
     inputs = {"corpus": corpus.content_digest, "checkpoint": checkpoint.manifest.content_digest}
     return commit_manifest(target, Manifest("model", digest, inputs=inputs, metadata=metadata))
 
@@ -103,11 +108,21 @@ def _master_weights(states: dict[str, Any], settings: PretrainSettings, model: A
     return dict(zip(ordered, chain.from_iterable(states["optimizer"]["fp32_groups"]), strict=True))
 
 
-def _card(config: RunConfig, corpus: Manifest, parameters: int) -> str:
+def _by_every_name(model: Any, weights: dict[str, Any]) -> dict[str, Any]:
+    """Weights that are tied have one value under all of their names: of master weights, which bear the first alone."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        weights[name] = weights[first.setdefault(id(parameter), name)]
+    return weights
+
+
+def _card(config: RunConfig, corpus: Manifest, model: Any, parameters: int) -> str:
     counts = corpus_counts(corpus)
     return _CARD.format(
         name=f"{config.run.name} base model",
+        architecture=type(model).__name__,
         parameters=parameters,
+        objective=config.objective,
         source=", ".join(source.source for source in corpora(config.data).values()),
         tokens=counts["tokens"],
         characters=counts["characters"],

@@ -21,7 +21,7 @@ from configs.storage.files import digest_file, digest_json, write_atomic
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, describe_files, finished
 from configs.storage.sealing import load_key, sealing
-from trainer.models.llama import attention
+from trainer.models.families import attention
 from trainer.models.load import MODEL, model_class
 
 HUB, GGUF = "hf:", "gguf:"

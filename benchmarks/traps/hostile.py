@@ -9,7 +9,7 @@ from configs.schema.pretrain import ModelSettings
 from federated.audit import hostile_adapters
 from federated.audit.hostile_adapters import Movement
 from trainer.models.adapters import add_adapter, trainable
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.tasks.task import Encoded, Task
 from trainer.tasks.text import CausalTask
 

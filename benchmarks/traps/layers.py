@@ -82,7 +82,7 @@ def gpt2() -> nn.Module:
 def lora() -> nn.Module:
     from configs.schema.pretrain import ModelSettings
     from trainer.models.adapters import add_adapter, trainable
-    from trainer.models.llama import new_model
+    from trainer.models.families import new_model
 
     settings = ModelSettings(hidden_size=8, layers=1, heads=2, intermediate_size=12, context_length=16)
     model = add_adapter(new_model(settings, 10, seed=1), 2, 4.0, seed=2)

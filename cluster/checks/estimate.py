@@ -13,7 +13,7 @@ from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
 from trainer.imported import outline
 from trainer.models.adapters import add_adapter, trainable
-from trainer.models.llama import empty_model
+from trainer.models.families import empty_model
 from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_device, unsupported
 from trainer.pretraining.memory import placed_bytes, state_bytes
 
@@ -75,7 +75,7 @@ def _base_model(config: RunConfig) -> Any:
     """The base model without values; one that others have made is looked at where it lies, and not downloaded."""
     if config.model.source:
         return outline(config.model.source, config.federated.task_spec)
-    return empty_model(config.model, config.tokenizer.vocab_size)
+    return empty_model(config.model, config.tokenizer.vocab_size, config.objective)
 
 
 def _pretrain(config: RunConfig, sizes: list[int]) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def verify_resume(config: RunConfig, directory: Path, tell: Listener, sizes: Seq
         for name in ("single", "legs"):
             RunFiles(folder / name).checkpoints.mkdir(parents=True)
             RunFiles(folder / name).corpus.symlink_to(RunFiles(directory).corpus)
+            RunFiles(folder / name).tokenizer.symlink_to(RunFiles(directory).tokenizer)
         legs = _train(config, folder, tell, sizes)
     finally:
         _remove(folder)

@@ -12,7 +12,7 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
         known = {name: event[name] for name in _STEP if event.get(name) is not None}
         return {**known, "tokens_per_s": rate}
     if event["event"] == "validation":
-        return {"validation_loss": event["loss"], "validation_bits_per_char": event["bits_per_char"]}
+        return {f"validation_{name}": event[name] for name in ("loss", "bits_per_char") if name in event}
     if event["event"] == "private_evaluation":
         names = ("bits_per_char", "accuracy", "macro_f1")
         return {f"private_{name}": event[name] for name in names if event.get(name) is not None}

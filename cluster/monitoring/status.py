@@ -119,7 +119,7 @@ def _pretrain(
         "memory_bytes": last.get("peak_memory_bytes"),
         "gpu_memory_bytes": last.get("gpu_memory_bytes"),
         "seconds_left": None if seconds is None or total is None else seconds * (total - last["step"]),
-        "validation_bits_per_char": checks[-1]["bits_per_char"] if checks else None,
+        "validation_bits_per_char": checks[-1].get("bits_per_char") if checks else None,
         "last_commit_age_s": round(max(time.time() - commits[-1], 0), 1) if commits else None,
         "restarts": restarts,
         # One more than the restarts where the last failure was one too many.

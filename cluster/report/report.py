@@ -113,7 +113,7 @@ def _pretrain(config: RunConfig, events: list[dict[str, Any]]) -> dict[str, Any]
         "tokens_per_s": statistics.median(steady),
         "loss_first": ordered[0]["loss"],
         "loss_last": ordered[-1]["loss"],
-        "validation_bits_per_char": validations[-1]["bits_per_char"] if validations else None,
+        "validation_bits_per_char": validations[-1].get("bits_per_char") if validations else None,
         "restarts": sum(event["event"] == "restart" for event in events),
         "rollbacks": [event["skipped_batches"] for event in events if event["event"] == "rollback"],
         "losses": [round(event["loss"], 4) for event in ordered],

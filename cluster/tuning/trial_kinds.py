@@ -19,6 +19,7 @@ from configs.storage.files import digest_json
 from configs.storage.layout import FEDERATED, RunFiles, SiloFiles
 from configs.storage.manifests import read_manifest, require_manifest
 from trainer.data.origins import since_prepared
+from trainer.data.tokenizer import special_tokens
 
 _VALIDATIONS = {"validation_loss": "loss", "validation_bits_per_char": "bits_per_char"}
 _HELD_OUT = "held_out_bits_per_char"
@@ -28,7 +29,7 @@ def validations(config: RunConfig) -> list[dict[str, Any]]:
     """A trial's validations so far, by step; a step that was done again counts as it came out last."""
     events = read_events(RunFiles(run_directory(config)).events, "pretrain")
     found = {event["step"]: event for event in events if event["event"] == "validation"}
-    return [{"step": at, **{name: found[at][key] for name, key in _VALIDATIONS.items()}} for at in sorted(found)]
+    return [{"step": at, **{name: found[at].get(key) for name, key in _VALIDATIONS.items()}} for at in sorted(found)]
 
 
 def _pretrain(config: RunConfig, on_event: Listener) -> None:
@@ -74,7 +75,9 @@ def _link(target: Path, link: Path) -> None:
 def _shaping(config: RunConfig) -> str:
     """Digest of the settings that a prepared corpus may depend on."""
     data = config.data.model_dump(exclude={"private"})
-    return digest_json([data, config.tokenizer.model_dump(), config.model.context_length, config.run.seed])
+    special = special_tokens(config.objective, config.model.context_length)[1:]
+    shaping = [data, config.tokenizer.model_dump(), config.model.context_length, config.run.seed]
+    return digest_json([*shaping, *([special] if special else [])])
 
 
 def _corpus_run(run: Run, config: RunConfig, key: str) -> Run:

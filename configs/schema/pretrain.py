@@ -7,25 +7,49 @@ from pydantic import Field, model_validator
 from configs.schema.base import Count, Positive, Settings
 from configs.schema.places import Place
 
+Family = Literal["llama", "gpt2", "bert", "t5", "rnn", "lstm", "gru"]
+RECURRENT = ("rnn", "lstm", "gru")
+Objective = Literal["causal", "masked", "next_sentence", "span_corruption"]
+# What each family can be pretrained on; the first is its own.
+OBJECTIVES: dict[Family, tuple[Objective, ...]] = {
+    "llama": ("causal",),
+    "gpt2": ("causal",),
+    "bert": ("masked", "next_sentence"),
+    "t5": ("span_corruption",),
+    "rnn": ("causal",),
+    "lstm": ("causal",),
+    "gru": ("causal",),
+}
+ANY_MODEL: tuple[Objective, ...] = ("causal", "masked", "span_corruption")
+"""What a model of ``model.config`` can be pretrained on, as far as it has the head for it; the first where none is
+named."""
+
 
 class ModelSettings(Settings):
-    """The base model: a Llama-style decoder that is pretrained from a random start, or one that others have made."""
+    """The base model: one that is pretrained from a random start, or one that others have made."""
 
     source: Annotated[str, Place("the base model", unless="hf:.*", prefix="gguf:")] = ""
     """A model that others have made, instead of pretraining: the folder of a Hugging Face causal language model,
     ``hf:ORG/NAME@REVISION`` or ``gguf:FILE`` (extra ``gguf``). It has widths and layers of its own, so
     ``hidden_size``, ``layers``, ``heads`` and ``intermediate_size`` are not read. With it you declare, signed by the
     key in ``federated.state_dir``, that public text alone has made it. Empty: pretrain."""
+    family: Family = "llama"
+    """Architecture of the model that is pretrained: decoder (``llama``, ``gpt2``), encoder (``bert``), encoder-decoder
+    (``t5``) or recurrent (``rnn``, ``lstm``, ``gru``). Not read with ``source`` or ``config``."""
+    config: Annotated[str, Place("the model's configuration")] = ""
+    """A Hugging Face ``config.json``: any other architecture that the installed transformers knows, with random
+    weights. Vocabulary, special tokens and dropout are the run's; ``hidden_size``, ``layers``, ``heads`` and
+    ``intermediate_size`` are not read. Empty: ``family``."""
     hidden_size: Count = 128
     """Width of the residual stream."""
     layers: Count = 4
-    """Number of blocks."""
+    """Number of blocks; of ``t5``, of encoder and decoder each."""
     heads: Count = 4
-    """Attention heads of a block; divides ``hidden_size``."""
+    """Attention heads of a block; divides ``hidden_size``. A recurrent model has none."""
     intermediate_size: Count = 384
-    """Width of the gated feed-forward layer."""
+    """Width of the feed-forward layer, which is gated in ``llama`` and ``t5``. A recurrent model has none."""
     context_length: Annotated[int, Field(ge=8)] = 128
-    """Longest sequence, in tokens; of a model that others have made, at most its own. A longer private record is
+    """Longest sequence, in tokens; with ``source`` or ``config``, at most the model's own. A longer private record is
     truncated."""
 
     @property
@@ -34,11 +58,25 @@ class ModelSettings(Settings):
         return "import" if self.source else "export"
 
     @model_validator(mode="after")
+    def _one_architecture(self) -> "ModelSettings":
+        if self.config and (self.source or self.family != "llama"):
+            other = f"model.source {self.source!r}" if self.source else f"model.family {self.family!r}"
+            raise ValueError(
+                f"model.config is {self.config!r}: it is the architecture, and so is {other}; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _heads_divide(self) -> "ModelSettings":
-        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+        width, rest = divmod(self.hidden_size, self.heads)
+        if self.family == "llama" and (rest or width % 2):
             raise ValueError(
                 f"model.heads is {self.heads}: model.hidden_size {self.hidden_size} must be an even multiple of it "
                 "(rotary embeddings pair the dimensions)"
+            )
+        if self.family not in RECURRENT and rest:
+            raise ValueError(
+                f"model.heads is {self.heads}: model.hidden_size {self.hidden_size} must be a multiple of it"
             )
         return self
 
@@ -46,6 +84,10 @@ class ModelSettings(Settings):
 class PretrainSettings(Settings):
     """Pretraining on public text."""
 
+    objective: Literal["auto", Objective] = "auto"
+    """What is minimised: the next token (``causal``), masked words (``masked``, with ``next_sentence`` whether two
+    texts belong together as well; ``bert``), or spans that are cut out (``span_corruption``; ``t5``). ``auto``: the
+    family's own, and ``causal`` with ``model.config``."""
     steps: Count = 600
     """Optimizer steps."""
     batch_size: Count = 8
@@ -74,8 +116,8 @@ class PretrainSettings(Settings):
     max_grad_norm: Positive = 1.0
     """Global gradient norm is clipped to this (optimization, not privacy)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout while pretraining, on attention weights (a Llama has no other). The loss curve then depends on the number
-    of ranks; the exported model has none."""
+    """Dropout while pretraining, wherever the family has any (a Llama: on attention weights alone). The loss curve then
+    depends on the number of ranks; the exported model has none."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed ZeRO stage."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -11,7 +11,15 @@ from configs.schema.base import ComposedLabels, Count, Positive, Probability, Se
 from configs.schema.data import DATA, DataSettings, RecordSettings, TokenizerSettings
 from configs.schema.federated import ROBUST, FederatedSettings
 from configs.schema.places import Place
-from configs.schema.pretrain import ClusterSettings, ModelSettings, PretrainSettings
+from configs.schema.pretrain import (
+    ANY_MODEL,
+    OBJECTIVES,
+    RECURRENT,
+    ClusterSettings,
+    ModelSettings,
+    Objective,
+    PretrainSettings,
+)
 from configs.schema.tasks import deidentify_problem
 
 LARGEST_RUN_NAME = 220  # a file system holds 255 bytes: a run that is set aside gets its time as well
@@ -188,6 +196,34 @@ class RunConfig(Settings):
         """The numbers of ranks that a start may have, largest first."""
         most = self.cluster.world_size
         return [size for size in range(most, (self.cluster.min_world_size or most) - 1, -1) if self._shares(size)]
+
+    @property
+    def objective(self) -> Objective:
+        """What the base model is pretrained on."""
+        named = self.pretrain.objective
+        return self._objectives[0] if named == "auto" else named
+
+    @property
+    def _objectives(self) -> tuple[Objective, ...]:
+        return ANY_MODEL if self.model.config else OBJECTIVES[self.model.family]
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> "RunConfig":
+        model, pretrain = self.model, self.pretrain
+        if model.source:
+            return self
+        if self.objective not in self._objectives:
+            what = "model.config" if model.config else f"model.family {model.family!r}"
+            raise ValueError(
+                f"pretrain.objective is {self.objective!r}: {what} is pretrained by {' or '.join(self._objectives)}; "
+                "give one of these, or another model.family"
+            )
+        if pretrain.activation_checkpointing and not model.config and model.family in RECURRENT:
+            raise ValueError(
+                f"pretrain.activation_checkpointing is true: model.family {model.family!r} has no blocks to compute "
+                "again; give false"
+            )
+        return self
 
     def _shares(self, size: int) -> bool:
         """Whether so many ranks can share the batch."""

@@ -27,7 +27,14 @@ def frozen_digest(adapter: Arrays) -> str:
 
 def cut(adapter: Arrays, rank: int) -> Arrays:
     """The first ``rank`` directions of an adapter; of one that ``factored`` made, the best approximation."""
-    return {name: array[:rank] if frozen(name) else array[:, :rank] for name, array in adapter.items()}
+    return {name: _cut(name, array, rank) for name, array in adapter.items()}
+
+
+def _cut(name: str, array: npt.NDArray[np.float32], rank: int) -> npt.NDArray[np.float32]:
+    """A head has no directions, and stays whole."""
+    if frozen(name):
+        return array[:rank]
+    return array[:, :rank] if _B in name else array
 
 
 def products(adapter: Arrays) -> Arrays:

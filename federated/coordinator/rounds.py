@@ -271,7 +271,7 @@ class Coordinator:
             number=number,
             metric=METRIC,
             **self._model(),
-            adapter_spec=self._adapter_spec(),
+            adapter_spec=pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha),
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
@@ -292,9 +292,6 @@ class Coordinator:
         spec = self.config.federated.task_spec
         said = {"plan_digest": self.plan.digest, "base_model_digest": self.base.content_digest, "task": spec.name}
         return {**said, "task_spec": pb.TaskSpec(labels=spec.labels, template=spec.template)}
-
-    def _adapter_spec(self) -> pb.AdapterSpec:
-        return pb.AdapterSpec(rank=self.config.federated.lora_rank, alpha=self.config.federated.lora_alpha)
 
     def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
         """The same request to each silo that is there and has reserved."""

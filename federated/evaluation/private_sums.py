@@ -109,27 +109,29 @@ def private_sums(
         noise_multiplier: of the plan's release; the noise on each sum has ``noise_multiplier * bounds.sensitivity``.
         streams: the charge's random streams.
     """
-    sums = np.zeros(task.measures.num_sums)
+    sums, bounded = np.zeros(bounds.num_sums), len(bounds.measures.bounds)
     for unit in units:
-        sums += _unit_values(model, task, unit)
-    if bounds.num_sums > len(sums):
-        sums = np.concatenate([sums, label_counts(model, task, examples, len(bounds.measures.labels)).ravel()])
+        found = _unit_values(model, task, unit, bounds.measures)
+        sums[: len(found)] += found
+    if examples:
+        sums[bounded:] += label_counts(model, task, examples, len(bounds.measures.labels)).ravel()
     return [float(value) for value in noised_sums(sums, noise_multiplier * bounds.sensitivity, streams, METRIC)]
 
 
-def _unit_values(model: Any, task: Task, unit: Sequence[Encoded]) -> npt.NDArray[np.float64]:
+def _unit_values(model: Any, task: Task, unit: Sequence[Encoded], measures: Measures) -> npt.NDArray[np.float64]:
     """A unit's values, from 0 to 1, and its counts: the mean over its examples. A loss that isn't finite is the worst.
 
     Each example is scored by itself: beside others its values would be rounded differently, and one unit could move
     another one's values.
     """
-    found = np.zeros(task.measures.num_sums)
-    bounded = len(task.measures.bounds)
-    for example in unit:
+    bounded, found = len(measures.bounds), np.zeros(0)
+    for number, example in enumerate(unit):
         with torch.no_grad():
             scores = np.nan_to_num(task.record_scores(model, [example]).numpy()[0], nan=np.inf)
-        values = np.clip(scores[:bounded] / task.measures.scale, 0.0, 1.0)
-        found += np.concatenate([values, _shortened(scores[bounded:], task.measures.counts_norm)]) / len(unit)
+        scores[:bounded] = np.clip(scores[:bounded] / measures.scale, 0.0, 1.0)
+        scores[bounded:] = _shortened(scores[bounded:], measures.counts_norm)
+        found = scores if number == 0 else found + scores
+    found /= max(len(unit), 1)
     # Counts are rounded down: rounded up, they could be longer than their bound.
     return np.concatenate([np.rint(found[:bounded] / _STEP), np.floor(found[bounded:] / _STEP)]) * _STEP
 

@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.errors import InputError
-from privacy.clipping.gradients import ByParameter, combine
-from privacy.clipping.layers import expanded_ids, is_activation, is_product, relative_bias_pieces, rule_for
+from privacy.clipping.gradients import ByParameter, Dense, combine
+from privacy.clipping.layers import (
+    expanded_ids,
+    is_activation,
+    is_product,
+    of_positions,
+    relative_bias_pieces,
+    rule_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +45,8 @@ class BookKeeper:
     def __init__(self, model: Any) -> None:
         self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         names = {id(value): name for name, value in self._parameters.items()}
-        self._biased = list(_relative_biases(model, names))
+        self._biased = [(module, names[bias]) for module, bias in _relative_biases(model) if bias in names]
+        self._frozen_biased = [module for module, bias in _relative_biases(model) if bias not in names]
         inside = {id(module.relative_attention_bias) for module, _ in self._biased}
         modules = list(model.modules())
         self._products = [module for module in modules if is_product(module)]
@@ -107,6 +115,9 @@ class BookKeeper:
             for module, name in self._biased:
                 module.compute_bias = partial(book.relative_bias, module, name, module.compute_bias)
                 stack.callback(delattr, module, "compute_bias")
+            for module in self._frozen_biased:
+                module.compute_bias = partial(_bias_of_positions, module.compute_bias)
+                stack.callback(delattr, module, "compute_bias")
             yield
 
 
@@ -132,12 +143,23 @@ def _vectors_one_by_one(
     return _one_by_one(num_records, forward, x) if x.dim() == 2 else forward(x)
 
 
-def _relative_biases(model: Any, names: dict[int, str]) -> Iterator[tuple[Any, str]]:
-    """T5: attention layers with one bias for all records, made from an embedding without a records' dimension."""
+def _relative_biases(model: Any) -> Iterator[tuple[Any, int]]:
+    """T5: attention layers with one bias for all records, made from an embedding without a records' dimension.
+
+    Each with the identity of its weight.
+    """
     for module in model.modules():
         bias = getattr(module, "relative_attention_bias", None)
-        if bias is not None and hasattr(module, "compute_bias") and id(bias.weight) in names:
-            yield module, names[id(bias.weight)]
+        if bias is not None and hasattr(module, "compute_bias"):
+            yield module, id(bias.weight)
+
+
+def _bias_of_positions(compute: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A bias; where no tensor goes in, no record does."""
+    if any(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+        return compute(*args, **kwargs)
+    with of_positions():
+        return compute(*args, **kwargs)
 
 
 class _Book:
@@ -173,14 +195,19 @@ class _Book:
         self, rule: Rule, names: dict[str, str], module: Any, entry: torch.Tensor, gradient: torch.Tensor
     ) -> None:
         for own, piece in rule(module, entry, gradient, names.keys()):
-            self.pieces[names[own]].append(piece)
+            before = self.pieces[names[own]]
+            if before and isinstance(piece, Dense) and isinstance(before[-1], Dense):
+                # A recurrent layer is called for every token: to keep each call's would take a model for each of them.
+                before[-1] = Dense(before[-1].gradient + piece.gradient)
+            else:
+                before.append(piece)
 
     def relative_bias(self, module: Any, name: str, original: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """T5's bias, repeated for each record so that each has a gradient of its own."""
         ids: list[torch.Tensor] = []
         embedding = module.relative_attention_bias
         hook = embedding.register_forward_hook(lambda _, given, __: ids.append(given[0]))
-        bias_1HQK: torch.Tensor = original(*args, **kwargs)
+        bias_1HQK = _bias_of_positions(original, *args, **kwargs)
         hook.remove()
         bias_BHQK = bias_1HQK.expand(self.num_records, -1, -1, -1).clone()
 

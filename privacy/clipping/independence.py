@@ -23,6 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from privacy.clipping.clipping import MOST_AT_ONCE, Clipper, Losses
+from privacy.clipping.layers import is_of_positions
 
 Unit = TypeVar("Unit")
 _SIZES = (MOST_AT_ONCE, 8, 4, 2)  # powers of two: few different shapes to prove
@@ -32,13 +33,12 @@ _LARGEST_NUMBERS = 2**27  # of per-record gradients held at once; 4 bytes each
 # These work row by row (products, softmax, norms, sums of a row), move numbers, or are one correctly rounded operation.
 _NAMES = """
 _local_scalar_dense _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data _to_copy _unique2
-_unsafe_view abs add add_ addmm alias all any arange bincount bitwise_and bitwise_or bmm cat clone copy_ cumsum detach
-div embedding empty eq expand fill_ flip floor_divide full full_like gather ge gt index index_add_ index_put_ le
-lift_fresh linalg_vector_norm lt masked_fill masked_fill_ max mean minimum mm mul native_layer_norm
+_unsafe_view abs add add_ addmm alias all any arange argmax bincount bitwise_and bitwise_or bmm cat clone copy_ cumsum
+detach div embedding empty eq expand fill_ flip floor_divide full full_like gather ge gt index index_add_ index_put
+index_put_ le lift_fresh linalg_vector_norm lt masked_fill masked_fill_ max mean minimum mm mul native_layer_norm
 native_layer_norm_backward ne neg new_zeros nll_loss2d_backward nll_loss2d_forward nll_loss_backward nll_loss_forward
-ones_like permute relu remainder rsqrt scalar_tensor select select_backward slice slice_backward split
-split_with_sizes sqrt squeeze stack sub sum t threshold_backward transpose unbind unsqueeze view where zeros
-zeros_like
+ones_like permute relu remainder rsqrt scalar_tensor select select_backward slice slice_backward split split_with_sizes
+sqrt squeeze stack sub sum t threshold_backward transpose unbind unsqueeze view where zeros zeros_like
 """
 _BY_ROW = {*(f"aten.{name}" for name in _NAMES.split()), "mkldnn._linear_pointwise"}
 # Proofs by model, kept for as long as it lives: a silo proves once what all its charges need.
@@ -128,7 +128,7 @@ class _Operations(TorchDispatchMode):
         tensors = [value for value in args if isinstance(value, torch.Tensor)]
         one = all(tensor.dim() == 0 or len(tensor) == 1 for tensor in tensors)  # a record's own, or public
         exact = str(func.overloadpacket) in _BY_ROW or (str(func.overloadpacket) == "aten.pow" and args[1] in (1, 2, 3))
-        self.by_record &= exact or one
+        self.by_record &= exact or one or is_of_positions()
         return func(*args, **kwargs or {})
 
 

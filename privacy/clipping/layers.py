@@ -6,6 +6,8 @@ Shape suffixes: B records, T positions, M outputs, N inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -85,6 +87,24 @@ def _rows(module: Any, ids_BT: torch.Tensor, gradient_BTN: torch.Tensor) -> Rows
     if module.padding_idx is not None:  # torch gives the padding row no gradient
         gradient_BTN = gradient_BTN.masked_fill((ids_BT == module.padding_idx)[..., None], 0.0)
     return rows(ids_BT, gradient_BTN)
+
+
+_of_positions = ContextVar("of_positions", default=False)
+
+
+@contextmanager
+def of_positions() -> Iterator[None]:
+    """Inside the context positions alone are computed with: no record's numbers, nor how many records there are."""
+    before = _of_positions.set(True)
+    try:
+        yield
+    finally:
+        _of_positions.reset(before)
+
+
+def is_of_positions() -> bool:
+    """Whether what is computed now is the same for any records."""
+    return _of_positions.get()
 
 
 def relative_bias_pieces(module: Any, ids_QK: torch.Tensor, gradient_BHQK: torch.Tensor) -> Rows:

@@ -32,6 +32,8 @@ def one_line(done, status):
         ),
         (["export", "-c", "tiny"], "run `siloweave prepare` first"),
         (["federate", "-c", "tiny"], "run `siloweave export` first"),
+        (["federate", "-c", "tiny", "--set", "model.family=bert"], "'masked' predicts no next token"),
+        (["prepare", "-c", "tiny", "--set", "model.config=a.jsonl"], "model_type is None"),
         (["evaluate", "-c", "tiny"], "run `siloweave federate` first"),
         (["generate", "-c", "tiny"], "run `siloweave federate` first"),
         (["report", "-c", "tiny"], "run `siloweave federate` first"),

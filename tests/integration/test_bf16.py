@@ -11,7 +11,7 @@ from repository import SUPPORT
 
 from trainer.checkpoints.checkpoints import step_name
 from trainer.export import _consolidated
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 
 OTHERS = [(stage, gang) for stage in STAGES for gang in ("same", "more", "fewer")]
 SCRIPT = SUPPORT / "bf16_gangs.py"

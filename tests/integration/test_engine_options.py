@@ -12,7 +12,7 @@ from engine_pair import SAVED, STEPS, VOCABULARY, batch, settings
 from ports import free_port
 from repository import SUPPORT
 
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.objectives.causal import next_token_nats
 from trainer.pretraining.optimizers import learning_rate
 

@@ -101,7 +101,7 @@ def main():
     # 1. Once for all ranks, which are forked: what they import, at once or when it is first used.
     prepare_process(Rank(0, 1, 0, 1, "127.0.0.1", 0, "cpu", 1))
     import_libraries()
-    from trainer.models.llama import new_model
+    from trainer.models.families import new_model
 
     new_model(settings([], 1).model, VOCABULARY, 0)
     # 2. The gangs.

@@ -12,7 +12,9 @@ from transformers import (
     T5Config,
 )
 
+from configs.schema.pretrain import ModelSettings
 from trainer.models.adapters import trainable
+from trainer.models.families import new_model
 
 VOCABULARY = 50
 
@@ -52,6 +54,12 @@ def t5(tied):
         decoder_start_token_id=0, pad_token_id=0, tie_word_embeddings=tied,
     )  # fmt: skip
     return language_model(config, AutoModelForSeq2SeqLM)
+
+
+def of_family(family):
+    """As a run starts it from random weights."""
+    settings = ModelSettings(family=family, hidden_size=16, layers=2, heads=2, intermediate_size=24, context_length=16)
+    return new_model(settings, VOCABULARY, seed=2).train()
 
 
 def token_losses(logits_BTV, targets_BT):

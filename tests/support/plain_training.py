@@ -3,7 +3,7 @@
 import torch
 
 from trainer.data.batches import Batches
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.objectives.causal import next_token_nats
 from trainer.pretraining.optimizers import learning_rate
 
@@ -19,11 +19,12 @@ def plain_losses(config, corpus, steps, skipped=()):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses = {}
     for step in range(steps):
-        share = batches.share(step, 0, 1)
+        windows = batches.share(step, 0, 1).windows
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
-        positions = None if share.positions is None else torch.from_numpy(share.positions)
-        loss = next_token_nats(model, torch.from_numpy(share.tokens), positions) / share.num_targets
+        positions = None if windows.positions is None else torch.from_numpy(windows.positions)
+        targets = windows.tokens[:, 1:].size if positions is None else int(positions.count_nonzero())
+        loss = next_token_nats(model, torch.from_numpy(windows.tokens), positions) / targets
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)

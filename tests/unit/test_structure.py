@@ -31,8 +31,8 @@ FLOORS = {
         "load run_directory salvage",
     ),
     "trainer": (
-        "data models objectives rank",
-        "metrics",
+        "data models rank",
+        "metrics objectives",
         "tasks",
         "checkpoints scoring",
         "pretraining",

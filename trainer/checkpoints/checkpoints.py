@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
+from configs.run_directory import without_later
 from configs.schema.data import corpora
 from configs.schema.schema import RunConfig
 from configs.storage.bucket import Bucket
@@ -16,6 +17,7 @@ from configs.storage.manifests import Manifest
 from configs.storage.sealing import MasterKey, read_sealed, seal
 from configs.storage.storage import Folder, Storage, committed, newest_commit, read_commit
 from trainer.checkpoints.scratch import scratch_folder
+from trainer.models import config_file
 
 # No weight depends on the number of ranks either: it may change at any restart.
 _NO_WEIGHT_DEPENDS_ON = {
@@ -144,10 +146,11 @@ def pretrain_digest(config: RunConfig, corpus_digest: str) -> str:
     """Digest of everything that shapes the weights; checkpoints of another one are not continued."""
     return digest_json(
         [
-            config.model.model_dump(exclude={"source"}),  # which is empty here
-            config.pretrain.model_dump(exclude=_NO_WEIGHT_DEPENDS_ON),
+            without_later("model", config.model.model_dump(exclude={"config"})),
+            without_later("pretrain", config.pretrain.model_dump(exclude=_NO_WEIGHT_DEPENDS_ON)),
             {name: source.weight for name, source in corpora(config.data).items()},
             config.run.seed,
             corpus_digest,
+            *([config_file.digest_of(config.model.config)] if config.model.config else []),
         ]
     )

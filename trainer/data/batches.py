@@ -1,6 +1,6 @@
 """A rank's share of each global batch, and the proof at the first step that the shares are what they should be."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from configs.schema.schema import RunConfig
 from configs.storage.files import digest_bytes
 from configs.storage.manifests import Manifest
 from trainer.data.order import Int64s, Order, SkippedData
-from trainer.data.packing import TokenFile, stored_dtype, train_tokens
+from trainer.data.packing import TokenFile, Windows, stored_dtype, train_tokens
 
 
 @dataclass(frozen=True)
@@ -21,25 +21,16 @@ class Share:
 
     Attributes:
         samples: places in the global batch, shape (b,).
-        tokens: shape (b, context_length).
-        positions: every token's position in its piece of a document, same shape; None where windows are whole.
-        num_targets: target tokens of the GLOBAL batch, which the loss is divided by.
+        windows: what stands there.
     """
 
     samples: Int64s
-    tokens: Int64s
-    positions: Int64s | None
-    num_targets: int
-
-    def micro_batches(self, size: int) -> Iterator[tuple[Int64s, Int64s | None]]:
-        """Tokens and positions of at most ``size`` samples at a time."""
-        for start in range(0, len(self.samples), size):
-            part = slice(start, start + size)
-            yield self.tokens[part], None if self.positions is None else self.positions[part]
+    windows: Windows
 
     def digests(self) -> dict[int, str]:
         """What stands at each place of the global batch."""
-        return {int(sample): digest_bytes(row.tobytes()) for sample, row in zip(self.samples, self.tokens, strict=True)}
+        rows = zip(self.samples, self.windows.tokens, strict=True)
+        return {int(sample): digest_bytes(row.tobytes()) for sample, row in rows}
 
 
 class Batches:
@@ -74,11 +65,9 @@ class Batches:
         """One rank's part: places rank, rank + world_size, ... of the global batch."""
         origins, windows = self._order.batch(step)
         samples = np.arange(rank, self._batch_size, world_size)
-        rows = [(self._files[origins[i]], windows[i : i + 1]) for i in samples]
-        tokens = np.concatenate([file.windows(window) for file, window in rows])
-        places = [place for file, window in rows if (place := file.positions(window)) is not None]
-        targets = sum(file.num_targets(windows[origins == index]) for index, file in enumerate(self._files))
-        return Share(samples, tokens, np.concatenate(places) if places else None, targets)
+        files = tuple(self._files[origin] for origin in origins[samples])
+        numbers = self.number(step) * self._batch_size + samples
+        return Share(samples, Windows(files, windows[samples], numbers))
 
 
 def prove_disjoint(shares: Sequence[dict[int, str]], expected: dict[int, str]) -> None:

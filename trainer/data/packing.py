@@ -9,6 +9,8 @@ a second file has every token's position in its piece, so that attention and los
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +26,7 @@ VALIDATION_TOKENS = "tokens-validation.bin"
 Packing = Literal["concatenate", "documents"]
 DTYPE_FIELD = "token_dtype"  # in a corpus' metadata
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
-_POSITIONS, _TARGETS = ".positions", ".targets"
+_POSITIONS = ".positions"
 _BUFFER_TOKENS = 2**22
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
@@ -95,7 +97,6 @@ def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int, dtype
     with (
         path.open("wb") as tokens,
         path.with_suffix(_POSITIONS).open("wb") as positions,
-        path.with_suffix(_TARGETS).open("wb") as targets,
     ):
         for pieces in _buffers(documents, context_length):
             for window in best_fit([len(piece) for piece in pieces], context_length):
@@ -108,7 +109,6 @@ def _pack_whole(documents: Iterable[Ids], path: Path, context_length: int, dtype
                     start += len(piece)
                 row.tofile(tokens)
                 place.tofile(positions)
-                np.asarray(np.count_nonzero(place), dtype=place_dtype).tofile(targets)
                 windows += 1
     return windows
 
@@ -166,10 +166,9 @@ class TokenFile:
         self._context_length, place_dtype = context_length, token_dtype(context_length)
         self._tokens = np.memmap(path, dtype=dtype, mode="r")
         self.num_windows = len(self._tokens) // context_length
-        self._positions = self._targets = None
+        self._positions = None
         if path.with_suffix(_POSITIONS).exists():
             self._positions = np.memmap(path.with_suffix(_POSITIONS), dtype=place_dtype, mode="r")
-            self._targets = np.memmap(path.with_suffix(_TARGETS), dtype=place_dtype, mode="r")
 
     def windows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens of the given windows, shape (len(indices), context_length)."""
@@ -182,15 +181,53 @@ class TokenFile:
         """
         return None if self._positions is None else self._rows(self._positions, indices)
 
-    def num_targets(self, indices: npt.NDArray[np.int64]) -> int:
-        """Tokens of the given windows that a loss is summed over."""
-        if self._targets is None:
-            return len(indices) * (self._context_length - 1)
-        return int(self._targets[indices].sum(dtype=np.int64))
-
     def _rows(self, values: Ids, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         starts = indices[:, None] * self._context_length
         return np.asarray(values[starts + np.arange(self._context_length)], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of packed files, and where they stand in the order of the data.
+
+    Attributes:
+        files: of each window.
+        indices: of each window in its file, shape (b,).
+        numbers: of each window in the order of the data, shape (b,). What an objective draws for a window depends on
+            this number, and on no rank or step.
+        held_out: whether they are validated on; the numbers are then those of the validation file.
+    """
+
+    files: tuple[TokenFile, ...]
+    indices: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    held_out: bool = False
+
+    @cached_property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Shape (b, context_length)."""
+        return np.concatenate([file.windows(index) for file, index in self._each()])
+
+    @cached_property
+    def positions(self) -> npt.NDArray[np.int64] | None:
+        """Every token's position in its piece of a document, same shape; None where windows are whole."""
+        places = [place for file, index in self._each() if (place := file.positions(index)) is not None]
+        return np.concatenate(places) if places else None
+
+    def _each(self) -> Iterator[tuple[TokenFile, npt.NDArray[np.int64]]]:
+        return zip(self.files, np.split(self.indices, len(self.indices)), strict=True)
+
+    def micro_batches(self, size: int) -> Iterator["Windows"]:
+        """At most ``size`` of them at a time."""
+        for start in range(0, len(self.indices), size):
+            part = slice(start, start + size)
+            yield Windows(self.files[part], self.indices[part], self.numbers[part], self.held_out)
+
+    def another(self, row: int, generator: np.random.Generator) -> "Windows":
+        """Another window of the same file as a row's; the same one where the file has no other."""
+        file, others = self.files[row], self.files[row].num_windows - 1
+        step = 1 + int(generator.integers(others)) if others else 0
+        return Windows((file,), (self.indices[row : row + 1] + step) % file.num_windows, self.numbers[row : row + 1])
 
 
 def train_tokens(corpus: str) -> str:

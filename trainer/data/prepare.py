@@ -19,7 +19,7 @@ from trainer.data.origins import ORIGINS, digests, origin, since, since_prepared
 from trainer.data.packing import DTYPE_FIELD, VALIDATION_TOKENS, pack, token_dtype, train_tokens
 from trainer.data.parts import Deidentify, MapParts, Parts, one_after_the_other
 from trainer.data.sources import ReadCounts, read_rows
-from trainer.data.tokenizer import train_tokenizer
+from trainer.data.tokenizer import special_tokens, train_tokenizer
 
 
 def prepare(
@@ -132,7 +132,13 @@ def _tokenizer(config: RunConfig, directory: Path, wanted: Manifest, texts: Iter
         return int(done.metadata["vocab_size"])
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    size = len(train_tokenizer(texts, config.tokenizer.vocab_size, directory))
+    special = config.objective, config.model.context_length
+    size = len(train_tokenizer(texts, config.tokenizer.vocab_size, directory, *special))
+    if size > config.tokenizer.vocab_size:
+        raise InputError(
+            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}: the bytes and the special tokens of "
+            f"pretrain.objective {config.objective!r} are {size}; give that or more, or lower model.context_length"
+        )
     commit_manifest(directory, replace(wanted, metadata={"vocab_size": size, "trained_on": "public"}))
     return size
 
@@ -143,7 +149,9 @@ def _shaping(config: RunConfig) -> list[Any]:
     cleaning = [data.validation_fraction, data.min_characters, data.near_duplicate_similarity]
     # A concatenated corpus is cut into windows as it is read, a packed one as it is written.
     packing = [data.packing, config.model.context_length] if data.packing == "documents" else [data.packing]
-    return [sources, *cleaning, *packing, config.tokenizer.model_dump()]
+    # Beside end-of-text, which every tokenizer has.
+    special = special_tokens(config.objective, config.model.context_length)[1:]
+    return [sources, *cleaning, *packing, config.tokenizer.model_dump(), *([special] if special else [])]
 
 
 def _read_public(config: RunConfig, parts: Parts, on_note: Callable[[str], object]) -> tuple[int, dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from configs.errors import InputError
 from configs.storage.manifests import read_manifest
 from configs.storage.sealing import MasterKey, opened
-from trainer.models.llama import attention
+from trainer.models.families import attention
 
 MODEL = "model"
 _HEADS = {
@@ -48,6 +48,8 @@ def load_model(directory: Path, key: MasterKey | None = None, head: Head | None 
             or no such head fits it.
     """
     from transformers import AutoConfig
+
+    import trainer.models.recurrent  # noqa: F401  # which the Auto classes know from then on
 
     manifest = read_manifest(directory, MODEL)
     owner = manifest.config_digest if manifest else ""

@@ -117,9 +117,9 @@ def require_supported(config: RunConfig, rank: Rank, vocab_size: int) -> None:
 
 
 def _no_room(config: RunConfig, rank: Rank, vocab_size: int) -> Iterator[str]:
-    from trainer.models.llama import parameter_sizes
+    from trainer.models.families import parameter_sizes
 
-    folder, sizes = config.pretrain.offload_folder, parameter_sizes(config.model, vocab_size)
+    folder, sizes = config.pretrain.offload_folder, parameter_sizes(config.model, vocab_size, config.objective)
     needed = rank.local_world_size * placed_bytes(config.pretrain, sizes, rank.world_size)["nvme"]
     free = shutil.disk_usage(folder).free
     if free < needed:

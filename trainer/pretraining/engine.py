@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from trainer.pretraining.deepspeed_settings import deepspeed_config, require_supported
 from trainer.pretraining.optimizers import learning_rate, new_optimizer
@@ -17,17 +18,17 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     """The engine around a model at its random start and its optimizer.
 
     Raises:
-        InputError: the settings ask for what this rank's machine can't do.
+        InputError: the settings ask for what this rank's machine, or this architecture, can't do.
     """
     require_supported(config, rank, vocab_size)
     import deepspeed
     from deepspeed.checkpoint import constants
 
-    from trainer.models.llama import new_model
+    from trainer.models.families import new_model
     from trainer.pretraining.onednn import use_onednn
 
     settings = config.pretrain
-    model = new_model(config.model, vocab_size, config.run.seed, settings.dropout).train()
+    model = new_model(config.model, vocab_size, config.run.seed, settings.dropout, config.objective).train()
     if products(config, rank).onednn:
         use_onednn(model)
     # With this, DeepSpeed's own converter reads our commits.
@@ -35,6 +36,10 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, version)
     sizes = [parameter.numel() for parameter in model.parameters()]
     if settings.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise InputError(
+                f"pretrain.activation_checkpointing is true: a {type(model).__name__} of transformers can't; give false"
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.events import Listener
+from configs.schema.pretrain import ModelSettings
 from configs.schema.schema import RunConfig
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
@@ -20,6 +21,8 @@ from trainer.checkpoints.scratch import scratch_folder
 from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.order import SkippedData
 from trainer.objectives.causal import next_token_nats
+from trainer.objectives.objective import Objective, new_objective
+from trainer.objectives.pieces import Examples
 from trainer.pretraining.agreement import first_on_its_node, prove_shared, require_same_step
 from trainer.pretraining.deepspeed_settings import accumulation_steps
 from trainer.pretraining.engine import build_engine, gradient_trouble, products, set_step, weight_trouble
@@ -40,10 +43,11 @@ def warm_up(config: RunConfig) -> None:
     import_libraries()
     import torch
 
-    from trainer.models.llama import new_model
+    from trainer.models.families import empty_model, new_model
 
     torch.set_num_threads(config.cluster.threads_per_rank)
-    small = config.model.model_copy(update={"hidden_size": 2 * config.model.heads, "intermediate_size": 8, "layers": 1})
+    empty_model(config.model, 16, config.objective)
+    small = ModelSettings(hidden_size=2, heads=1, intermediate_size=8, layers=1)
     model = new_model(small, vocab_size=16, seed=0)
     next_token_nats(model, torch.zeros(1, 8, dtype=torch.int64)).backward()
     new_optimizer(config.pretrain, model).step()
@@ -76,7 +80,8 @@ def pretrain(
     """
     settings = config.pretrain
     report = report if rank.rank == 0 else _ignore
-    engine, corpus, facts, progress, commits, batches = _begin(config, run_directory, rank, report, enter, skipped)
+    begun = _begin(config, run_directory, rank, report, enter, skipped)
+    engine, corpus, facts, progress, commits, batches, objective = begun
     rates = Throughput(engine.module, config, rank)
     import torch
     from torch import distributed
@@ -86,31 +91,33 @@ def pretrain(
         enter(done, "data")
         # 1. The rank's share of the global batch, a pure function of (seed, step, place).
         share = batches.share(step, rank.rank, rank.world_size)
+        micro_batches = [objective.examples(part) for part in share.windows.micro_batches(settings.micro_batch_size)]
+        targets = _targets(micro_batches, engine)
         # DeepSpeed averages over ranks and micro-batches; the loss is the global sum over the global number of targets.
-        scale = rank.world_size * accumulation_steps(settings, rank.world_size) / share.num_targets
+        scales = (rank.world_size * accumulation_steps(settings, rank.world_size) / targets).float()
         set_step(engine, config, step, rank)
         # 2. Forward and backward, micro-batch by micro-batch; the optimizer steps after the last.
-        nats = torch.zeros((), device=engine.device)
-        for tokens, positions in share.micro_batches(settings.micro_batch_size):
+        sums = torch.zeros(objective.terms, device=engine.device)
+        for examples in micro_batches:
             enter(done, "forward")
-            micro_nats = next_token_nats(engine, *to_tensors(tokens, positions, engine))
+            micro_sums = objective.sums(engine, to_tensors(examples.inputs, engine))
             enter(done, "backward")
-            engine.backward(micro_nats * scale)
+            engine.backward((micro_sums * scales).sum())
             enter(done, "step")
             engine.step()
-            nats += micro_nats.detach()
+            sums += micro_sums.detach()
         # 3. The global loss, for people, and for the decision whether to go on from here.
         enter(done, "loss")
         since_commit = batches.number(progress.committed), batches.number(step) + 1
         progress.require(gradient_trouble(engine), done, since_commit)
-        distributed.all_reduce(nats)
-        loss = nats.item() / share.num_targets
+        distributed.all_reduce(sums)
+        loss = (sums / targets).sum().item()
         progress.require_good_loss(loss, done, since_commit)
         report(_step_event(config, done, loss, time.perf_counter() - began, rates))
         # 4. Validation and commit.
         if done % settings.validate_every == 0 or done == settings.steps:
             enter(done, "validation")
-            report({"event": "validation", "step": done, **validate(engine, config, corpus, facts, rank)})
+            report({"event": "validation", "step": done, **validate(engine, objective, config, corpus, facts, rank)})
         if done % settings.commit_every == 0 or done == settings.steps:
             enter(done, "commit")
             progress.require(weight_trouble(engine), done, since_commit)
@@ -130,6 +137,7 @@ class _Begun(NamedTuple):
     progress: Progress
     commits: Committer
     batches: Batches
+    objective: Objective
 
 
 def _begin(
@@ -149,6 +157,8 @@ def _begin(
     digest = pretrain_digest(config, manifest.content_digest)
     begin.phase("build")
     engine = build_engine(config, rank, manifest.metadata["vocab_size"])
+    tokenizer = first_on_its_node(rank, config, lambda: local_stage(config, RunFiles(run_directory).tokenizer))
+    objective = new_objective(config, tokenizer)
     key = load_key(config.run.encryption_key_file)
     if key is not None:
         checkpoints.keep_sealed(engine, key, digest)
@@ -159,7 +169,17 @@ def _begin(
     batches = Batches(config, corpus, progress.skipped)
     _prove_shares(batches, progress.committed, rank)
     report({"event": "started", "seconds": begin.seconds(), "products": vars(products(config, rank))})
-    return _Begun(engine, corpus, manifest.metadata, progress, commits, batches)
+    return _Begun(engine, corpus, manifest.metadata, progress, commits, batches, objective)
+
+
+def _targets(micro_batches: list[Examples], engine: Any) -> Any:
+    """Number of targets of each of the loss' terms, over all ranks, shape (terms,)."""
+    import torch
+    from torch import distributed
+
+    counts = torch.tensor([examples.counts for examples in micro_batches], device=engine.device).sum(dim=0)
+    distributed.all_reduce(counts)
+    return counts.clamp(min=1).double()
 
 
 def _prove_shares(batches: Batches, step: int, rank: Rank) -> None:

@@ -2,7 +2,8 @@
 
 Operations are the model's own: two per weight and token forward, four backward, and attention's two matrix products
 (Chowdhery et al. 2022, PaLM, appendix B; the 6 N D of Hoffmann et al. 2022, Chinchilla, appendix F, with its attention
-term). What is done twice, as activation checkpointing does, is not counted twice.
+term). What is done twice, as activation checkpointing does, is not counted twice. Where an encoder and a decoder share
+the work, or where the architecture is anyone's, torch counts them on a model without values.
 """
 
 import resource
@@ -58,6 +59,27 @@ def flops_per_token(model: Any, context_length: int) -> float:
     return 6.0 * matmul_parameters(model) + 12.0 * layers * width * context_length
 
 
+def counted_flops(config: RunConfig, vocab_size: int) -> float | None:
+    """Operations of forward and backward for one token of a window, as torch counts them; None where it can't."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from trainer.models.families import empty_model
+    from trainer.objectives.span_corruption import lengths
+
+    context_length = config.model.context_length
+    names = {"input_ids": context_length}
+    if config.objective == "span_corruption":
+        names = dict(zip(("input_ids", "decoder_input_ids"), lengths(context_length), strict=True))
+    inputs = {name: torch.zeros(1, size, dtype=torch.long, device="meta") for name, size in names.items()}
+    try:
+        with FlopCounterMode(display=False) as counter:
+            empty_model(config.model, vocab_size, config.objective)(**inputs).logits.sum().backward()
+    except (RuntimeError, NotImplementedError, ValueError):  # what it computes depends on values, as in a mixture
+        return None
+    return float(counter.get_total_flops()) / context_length
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Peak of one device in bf16, or None where it is not known."""
     if precision != "bf16":
@@ -78,7 +100,11 @@ class Throughput:
         import psutil
         import torch
 
-        self._flops_per_token = flops_per_token(model, config.model.context_length)
+        self._flops_per_token: float | None
+        if config.model.config or config.objective == "span_corruption":
+            self._flops_per_token = counted_flops(config, model.config.get_text_config().vocab_size)
+        else:
+            self._flops_per_token = flops_per_token(model, config.model.context_length)
         self._cuda: Any = torch.cuda if rank.device == "cuda" else None
         peak = peak_flops(self._cuda.get_device_name(), config.pretrain.precision) if self._cuda else None
         self._peak = peak and peak * rank.world_size
@@ -88,15 +114,16 @@ class Throughput:
         """A step's rates over all ranks, and this rank's memory.
 
         Returns:
-            ``gflop_per_s``; ``mfu``, the share of the devices' peak (None where that is not known);
+            ``gflop_per_s`` (None where operations can't be counted); ``mfu``, the share of the devices' peak (None
+            where that is not known);
             ``memory_bytes`` and ``peak_memory_bytes``, resident in this rank's process; ``gpu_memory_bytes``, the most
             that was allocated on its GPU (None on a CPU).
         """
-        achieved = self._flops_per_token * tokens / seconds
+        achieved = self._flops_per_token * tokens / seconds if self._flops_per_token is not None else None
         resident = self._process.memory_info().rss
         return {
-            "gflop_per_s": achieved / 1e9,
-            "mfu": achieved / self._peak if self._peak else None,
+            "gflop_per_s": None if achieved is None else achieved / 1e9,
+            "mfu": achieved / self._peak if achieved is not None and self._peak else None,
             "memory_bytes": resident,
             "peak_memory_bytes": max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
             "gpu_memory_bytes": self._cuda.max_memory_allocated() if self._cuda else None,

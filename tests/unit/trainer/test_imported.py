@@ -22,7 +22,7 @@ from trainer.data.embedded import python_docs
 from trainer.data.tokenizer import first_token, load_tokenizer, train_tokenizer
 from trainer.imported import import_model, outline
 from trainer.models.adapters import add_adapter, linear_names, trainable
-from trainer.models.llama import attention
+from trainer.models.families import attention
 from trainer.models.load import load_model
 from trainer.tasks.task import task_of
 
@@ -81,7 +81,7 @@ def test_the_same_model_comes_out(source, taken):
     folder, manifest = taken(source)
     assert torch.equal(load_model(folder)(input_ids=torch.arange(20)[None]).logits, logits(source))
     assert (folder / "LICENSE").read_text() == "MIT"
-    task = task_of("causal", folder)
+    task = task_of(CAUSAL, folder)
     assert (task.context_length, task.vocab_size) == (32, VOCABULARY)
     declared = declaration_of(folder, manifest)
     assert (declared.declared_public_by, declared.license, declared.source) == (taken.key, "mit", str(source))
@@ -120,7 +120,7 @@ def test_a_head_that_shares_the_embeddings_weight_has_no_adapter(source, tmp_pat
 
 
 def test_a_records_words_are_never_the_models_special_tokens(source, taken):
-    task, tokenizer = task_of("causal", taken(source)[0]), load_tokenizer(source)
+    task, tokenizer = task_of(CAUSAL, taken(source)[0]), load_tokenizer(source)
     ids = task.encode("a <|endoftext|> b").ids
     assert ids[0] == first_token(tokenizer) == ids[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in ids[1:-1]
@@ -199,7 +199,10 @@ CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "can't be read"),
         (configured(model_type="evil", auto_map=CODE), "can't be read"),
-        (configured(architectures=["LlamaForSequenceClassification"]), "the task needs a causal language model"),
+        (
+            configured(architectures=["LlamaForSequenceClassification"]),
+            "the task 'causal' needs a causal language model",
+        ),
         (configured(hidden_size=32), "can't be read"),
         (with_a_larger_tokenizer, f"350 tokens and its model {VOCABULARY} embeddings"),
         (without_an_end, "no end-of-text token"),
@@ -221,7 +224,7 @@ def test_an_encoder_is_no_language_model(tmp_path, taken):
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
     )
-    with pytest.raises(InputError, match="it is a BertModel, and the task needs a causal language model"):
+    with pytest.raises(InputError, match="it is a BertModel, and the task 'causal' needs a causal language model"):
         taken(written(tmp_path / "bert", config, BertModel))
 
 

@@ -13,9 +13,11 @@ from silo_requests import TRUSTED, ask
 from configs.errors import InputError, PolicyRefusal
 from configs.load import load
 from configs.schema.silo import SiloConfig, SiloPolicy
+from configs.schema.tasks import CAUSAL
+from configs.storage.manifests import Manifest
 from federated.adapters.warm_model import warm_model
-from federated.evaluation.label_counts import Example, examples_of, f1_figures, label_counts
-from federated.evaluation.private_sums import Bounds, checked_sums, figures, private_sums
+from federated.evaluation.label_counts import Example, examples_of, label_counts
+from federated.evaluation.private_sums import bounds_of, checked_sums, figures, private_sums
 from federated.protocol import silo_pb2 as pb
 from federated.silo.policy import check_plan
 from federated.silo.silo import Silo
@@ -102,9 +104,9 @@ def test_the_counts_are_those_of_a_loop_over_units(model, task, tiny_model):
     assert (expected.sum(axis=1) > 0).all()  # the tiny model is right once and wrong once, at least
     units = [task.encode(text) for text in TEXTS]
     np.testing.assert_array_equal(label_counts(model, task, examples, 3), expected)
-    found = private_sums(model, task, units, examples, Bounds(CONTEXT, LABELS), 1e-9, streams(1))
+    found = private_sums(model, task, alone(units), examples, bounds_for(CONTEXT, LABELS), 1e-9, streams(1))
     np.testing.assert_allclose(found[4:], expected.ravel(), atol=1e-6)
-    without = private_sums(model, task, units, [], Bounds(CONTEXT), 1e-9, streams(1))
+    without = private_sums(model, task, alone(units), [], bounds_for(CONTEXT), 1e-9, streams(1))
     np.testing.assert_allclose(found[:4], without, atol=1e-6)
 
 
@@ -133,11 +135,11 @@ def test_a_label_is_found_in_every_unicode_form(task, labels):
 
 def test_adding_a_unit_moves_the_vector_by_no_more_than_its_sensitivity(model, task):
     """Each unit, taken out of all the others: those count for exactly what they counted for before."""
-    bounds = Bounds(CONTEXT, LABELS)
+    bounds = bounds_for(CONTEXT, LABELS)
 
     def exact(texts):
         units, examples = [task.encode(text) for text in texts], examples_of(task, texts, LABELS)
-        return np.array(private_sums(model, task, units, examples, bounds, 1e-9, streams(1)))
+        return np.array(private_sums(model, task, alone(units), examples, bounds, 1e-9, streams(1)))
 
     whole, norms = exact(TEXTS), set()
     for index in range(len(TEXTS)):
@@ -159,8 +161,8 @@ class Scripted(CausalTask):
         self.asked += 1
         return torch.tensor([self.nats[(self.asked - 1) % len(self.nats)]])
 
-    def record_scores(self, model, batch):
-        return torch.tensor([[math.inf, CONTEXT, CONTEXT]] * len(batch["input_ids"]), dtype=torch.float64)
+    def record_scores(self, model, records):
+        return torch.tensor([[math.inf, 8 * CONTEXT, CONTEXT, CONTEXT]] * len(records), dtype=torch.float64)
 
 
 def test_whatever_the_model_answers_the_sensitivity_holds_and_is_not_larger_than_it_need_be(tiny_model):
@@ -170,19 +172,19 @@ def test_whatever_the_model_answers_the_sensitivity_holds_and_is_not_larger_than
     for task.nats in itertools.product(values, repeat=3):
         for truth in range(3):
             sums = private_sums(
-                None, task, [unit], [Example((unit,) * 3, truth)], Bounds(CONTEXT, LABELS), 1e-9, streams(1)
+                None, task, [(unit,)], [Example((unit,) * 3, truth)], bounds_for(CONTEXT, LABELS), 1e-9, streams(1)
             )
             found.add(round(float(np.linalg.norm(sums)), 5))
-    assert max(found) == pytest.approx(Bounds(CONTEXT, LABELS).sensitivity, abs=1e-4)
+    assert max(found) == pytest.approx(bounds_for(CONTEXT, LABELS).sensitivity, abs=1e-4)
     assert found == {round(math.sqrt(5), 5), round(math.sqrt(6), 5)}
     task.nats = (2.0, 2.0, 3.0)
     assert label_counts(None, task, [Example((unit,) * 3, 0)], 3)[0, 0] == 1  # of equals the first
-    assert Bounds(CONTEXT).sensitivity == 2.0
+    assert bounds_for(CONTEXT).sensitivity == 2.0
 
 
 @pytest.mark.parametrize(("labels", "sensitivity"), [((), 2.0), (LABELS, math.sqrt(6))])
 def test_the_noise_is_the_plans_multiple_of_the_sensitivity(labels, sensitivity):
-    bounds = Bounds(CONTEXT, labels)
+    bounds = bounds_for(CONTEXT, labels)
     drawn = np.array([private_sums(None, None, [], [], bounds, NOISE, streams(n)) for n in range(3000)])
     assert drawn.shape[1] == bounds.num_sums == 4 + 3 * len(labels)
     np.testing.assert_allclose(drawn.std(axis=0), NOISE * sensitivity, rtol=0.06)
@@ -197,6 +199,20 @@ def test_labels_change_the_plan_and_its_digest_but_no_epsilon():
     assert with_labels.digest not in (without.digest, plan(*reversed(LABELS)).digest)
     assert "labels" not in without.model_dump()["metric_releases"][0]  # as before there were any
     assert PlanTerms(**json.loads(with_labels.model_dump_json())) == with_labels
+
+
+def bounds_for(context_length, labels=()):
+    return bounds_of(Manifest("model", "", metadata={"context_length": context_length}), CAUSAL, labels)
+
+
+def alone(units):
+    """Units of one example each."""
+    return [(unit,) for unit in units]
+
+
+def f1_figures(counts, error, labels):
+    values = np.concatenate([np.zeros(4), counts.ravel()])
+    return bounds_for(CONTEXT, labels).measures.figures(values, error)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +246,7 @@ def test_f1_is_the_textbooks():
 
 def test_its_errors_are_those_of_repeated_noise():
     counts, generator = np.array([[300.0, 90.0], [40.0, 60.0], [50.0, 45.0]]), np.random.default_rng(1)
-    bounds, silos = Bounds(CONTEXT, ("a", "b")), 2
+    bounds, silos = bounds_for(CONTEXT, ("a", "b")), 2
     sums = np.array([400.0, 200.0, 100.0, 150.0, *counts.ravel()]) / silos
     std = NOISE * bounds.sensitivity
     drawn = [figures(sums + std * generator.standard_normal((silos, 10)), bounds, NOISE) for _ in range(1500)]
@@ -249,7 +265,7 @@ def test_noise_alone_gives_no_f1():
 
 
 def test_a_vector_of_another_length_is_rejected():
-    bounds = Bounds(CONTEXT, ("a", "b"))
+    bounds = bounds_for(CONTEXT, ("a", "b"))
     assert checked_sums([1.0] * 10, bounds) == [1.0] * 10
     for length in (4, 9, 11):
         with pytest.raises(ValueError, match=r"should be 10: nats.*of each label"):
@@ -312,7 +328,7 @@ def test_a_silo_counts_only_the_labels_that_its_policy_lists(open_silo):
         adapter_spec=pb.AdapterSpec(rank=4, alpha=8.0),
     )
     reply = ask(listing, "evaluation-1", evaluate=evaluate)[0]
-    checked_sums(reply.evaluated.sums, Bounds(CONTEXT, ("yes", "no")))
+    checked_sums(reply.evaluated.sums, bounds_for(CONTEXT, ("yes", "no")))
     evaluate.plan_digest = plan().digest  # the vector without labels was not reserved
     assert ask(listing, "evaluation-2", evaluate=evaluate)[0].refusal.rule == "reservation"
 

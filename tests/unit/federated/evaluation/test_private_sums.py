@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from silo_requests import COORDINATOR, TRUSTED, ask, ward
-from trainer.metrics.bits_per_char import score
 
+from configs.schema.tasks import CAUSAL
+from configs.storage.manifests import Manifest
 from federated.adapters.arrays import to_bytes
 from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import initial_adapter, warm_model
-from federated.evaluation.private_sums import Bounds, checked_sums, evaluated, figures, private_sums
+from federated.evaluation.private_sums import bounds_of, checked_sums, evaluated, figures, private_sums
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
 from privacy.ledger.replay import replay
@@ -22,6 +23,7 @@ from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC, MetricRelease, PlanTerms
 from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import trainable
+from trainer.scoring.score import score
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
@@ -42,6 +44,15 @@ SENSITIVITY = 2.0  # of four values from 0 to 1
 
 def streams(number):
     return Streams(number.to_bytes(32, "big"), DIGEST)
+
+
+def bounds_for(context_length, labels=()):
+    return bounds_of(Manifest("model", "", metadata={"context_length": context_length}), CAUSAL, labels)
+
+
+def alone(units):
+    """Units of one example each."""
+    return [(unit,) for unit in units]
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +82,13 @@ def unit_by_unit(model, task, units):
 
 def test_the_sums_are_those_of_a_loop_over_units(scored):
     model, task, units = scored
-    bounds, plain = Bounds(CONTEXT), unit_by_unit(*scored)
+    bounds, plain = bounds_for(CONTEXT), unit_by_unit(*scored)
     expected = np.clip(plain / bounds.scale, 0, 1).sum(axis=0)
-    found = private_sums(model, task, units, [], bounds, 1e-9, streams(1))
+    found = private_sums(model, task, alone(units), [], bounds, 1e-9, streams(1))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     whole = score(model, task, units, 2)
     shown = figures([found], bounds, 1e-9)
-    assert shown["bits_per_char"] == pytest.approx(whole.bits_per_char, rel=1e-4)  # nothing was clipped
+    assert shown["bits_per_char"] == pytest.approx(whole.main, rel=1e-4)  # nothing was clipped
     assert shown["accuracy"] == pytest.approx(plain[:, 2].sum() / plain[:, 3].sum(), rel=1e-4)
     assert shown["accuracy"] > 0.01
 
@@ -86,7 +97,7 @@ def test_a_units_values_do_not_depend_on_the_others(scored):
     """Nor on how they are rounded beside others: the sensitivity is exact."""
     model, task, units = scored
     noiseless = [
-        private_sums(model, task, part, [], Bounds(CONTEXT), 1e-30, streams(1))
+        private_sums(model, task, alone(part), [], bounds_for(CONTEXT), 1e-30, streams(1))
         for part in (units, *map(list, zip(units)))
     ]
     assert noiseless[0] == pytest.approx(np.sum(noiseless[1:], axis=0), rel=0, abs=1e-12)
@@ -105,8 +116,8 @@ def test_adding_a_unit_moves_the_vector_by_no_more_than_the_sensitivity(scored):
     for loss in (1e9, math.inf, math.nan, -5.0):
         task = Broken(load_tokenizer_of(scored), CONTEXT)
         task.loss = loss
-        arguments = ([], Bounds(CONTEXT), 1e-9, streams(1))
-        moved = np.subtract(*(private_sums(model, task, part, *arguments) for part in (units, units[:-1])))
+        arguments = ([], bounds_for(CONTEXT), 1e-9, streams(1))
+        moved = np.subtract(*(private_sums(model, task, alone(part), *arguments) for part in (units, units[:-1])))
         assert np.isfinite(moved).all()
         assert ((moved > -1e-6) & (moved < 1 + 1e-6)).all()
         assert np.linalg.norm(moved) <= SENSITIVITY
@@ -132,7 +143,7 @@ def test_the_noise_has_the_plans_size_and_lies_on_the_public_grid():
 
 
 def test_the_figures_errors_are_those_of_repeated_noise():
-    bounds, silos, units = Bounds(128), 3, np.array([200.0, 90.0, 40.0, 80.0])
+    bounds, silos, units = bounds_for(128), 3, np.array([200.0, 90.0, 40.0, 80.0])
     drawn = []
     for number in range(600):
         sums = [noised_sums(units, NOISE * SENSITIVITY, streams(10 * number + silo), METRIC) for silo in range(silos)]
@@ -145,7 +156,7 @@ def test_the_figures_errors_are_those_of_repeated_noise():
 @pytest.mark.parametrize("labels", [(), ("yes", "no")])
 @pytest.mark.parametrize("silos", [0, 1, 3])
 def test_no_unit_gives_no_figure(silos, labels):
-    bounds = Bounds(128, labels)
+    bounds = bounds_for(128, labels)
     for noise in (0.0, NOISE):
         found = figures([[0.0] * bounds.num_sums] * silos, bounds, noise)
         by_label = found.pop("f1_by_label", {})
@@ -154,13 +165,13 @@ def test_no_unit_gives_no_figure(silos, labels):
 
 
 def test_noise_alone_gives_no_figure():
-    assert figures([[0.1, 0.2, 0.1, 0.2]], Bounds(128), NOISE)["bits_per_char"] is None
+    assert figures([[0.1, 0.2, 0.1, 0.2]], bounds_for(128), NOISE)["bits_per_char"] is None
 
 
 @pytest.mark.parametrize("sums", [[], [1.0] * 3, [1.0, 2.0, 3.0, math.nan], [math.inf] * 4])
 def test_sums_that_are_none_are_rejected(sums):
     with pytest.raises(ValueError, match="its sums are"):
-        checked_sums(sums, Bounds(128))
+        checked_sums(sums, bounds_for(128))
 
 
 # In a silo
@@ -287,7 +298,7 @@ def test_training_units_are_not_read(tmp_path, tiny_model, adapter, silo):
     (tmp_path / "other" / "state" / "split.key").write_bytes(key)
     other = silo_of(tmp_path / "other", tiny_model, 120, releases_metrics=True)
     units = other.workbench._units
-    other.workbench._units = type(units)(("another text",), units.held_out, units.counts)
+    other.workbench._units = type(units)((({"text": "another text"},),), units.held_out, units.counts)
     reserve(other)
     assert list(evaluate(other, adapter).evaluated.sums) == list(first.evaluated.sums)
     other.close()

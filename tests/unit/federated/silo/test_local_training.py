@@ -14,7 +14,7 @@ from privacy.mechanism.sampler import poisson_sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms
 from trainer.models.adapters import add_adapter, trainable
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
@@ -86,10 +86,14 @@ def by_hand(model, adapter, noise_std, rate, extra):
 
 
 def private_update(plan, streams, model, task, adapter, records, settings):
-    return PrivateUpdate(plan, model, task, adapter, settings).run(streams, records)
+    return PrivateUpdate(plan, model, task, adapter, settings).run(streams, [(record,) for record in records])
 
 
-@pytest.mark.parametrize(("update", "noise_std"), [(private_update, PLAN.noise_std), (public_update, 0.0)])
+def in_the_clear(plan, streams, model, task, adapter, records, settings):
+    return public_update(plan, streams, model, task, adapter, [(record,) for record in records], settings)
+
+
+@pytest.mark.parametrize(("update", "noise_std"), [(private_update, PLAN.noise_std), (in_the_clear, 0.0)])
 @pytest.mark.parametrize(("mu", "corrected"), [(0.0, False), (3.0, False), (0.0, True)])
 def test_the_steps_are_those_written_by_hand(update, noise_std, mu, corrected):
     model = lora_model()

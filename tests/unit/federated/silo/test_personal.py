@@ -102,7 +102,7 @@ def test_it_serves_its_silo_and_lies_there_privately(open_silo, tiny_run, silowe
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["personal_bits_per_char"] < found["shared_bits_per_char"] - 0.5  # 200 notes that differ by a number
+    assert found["personal"] < found["shared"] - 0.5  # 200 notes that differ by a number
     folder = tmp_path / "north" / "personal"
     assert found["folder"] == str(folder)
     assert (folder / WEIGHTS).is_file()
@@ -115,17 +115,17 @@ def test_the_saved_adapter_is_the_one_that_was_measured(open_silo, tiny_run):
     """Base plus shared plus personal, put together by peft from the folders, scores what was reported."""
     from peft import PeftModel
 
-    from trainer.metrics.bits_per_char import score
     from trainer.models.load import load_model
+    from trainer.scoring.score import score
 
     silo = open_silo("north")
     result = personalise(silo.config, shared_adapter(tiny_run), SETTINGS)
     model = PeftModel.from_pretrained(load_model(tiny_run.model), shared_adapter(tiny_run)).merge_and_unload()
-    held_out, task = silo.workbench.held_out, silo.workbench.task
-    assert score(model, task, held_out, 4).bits_per_char == pytest.approx(result.shared_bits_per_char, rel=1e-6)
+    held_out, task = [unit[0] for unit in silo.workbench.held_out], silo.workbench.task
+    assert score(model, task, held_out, 4).main == pytest.approx(result.shared, rel=1e-6)
     model = PeftModel.from_pretrained(model, result.folder).eval()
-    assert score(model, task, held_out, 4).bits_per_char == pytest.approx(result.personal_bits_per_char, rel=1e-6)
-    assert np.isfinite(result.personal_bits_per_char)
+    assert score(model, task, held_out, 4).main == pytest.approx(result.personal, rel=1e-6)
+    assert np.isfinite(result.personal)
     silo.close()
 
 

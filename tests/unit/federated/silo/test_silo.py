@@ -29,6 +29,7 @@ from privacy.ledger.journal import default_anchor_dir
 from privacy.ledger.statements import Receipt, RunStatement
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.plan import MetricRelease, PlanTerms
+from trainer.tasks.text import joined
 
 PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 SEED = bytes(range(32))
@@ -547,7 +548,7 @@ def test_what_was_replaced_dropped_and_shortened_is_told_to_the_steward_and_to_n
     reserve(silo)
     reply, _ = ask(silo, "round-1", **train_kind(silo, adapter))
     silo.close()
-    train = units_of(silo.config).train
+    train = [joined(unit) for unit in units_of(silo.config).train]
     cut = sum("long story" in unit for unit in train)
     shown = [" ".join(note.split()) for note in silo.workbench.notes]
     assert shown[:9] == [

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,11 +10,19 @@ import pytest
 from configs.errors import InputError
 from configs.load import load
 from configs.schema.silo import SiloConfig
-from federated.silo.units import load_units, rows_of
+from federated.silo import units as of_silo
+from federated.silo.units import rows_of
 from federated.simulation.simulated_places import simulated_silo
 from trainer.data.reading.counts import ReadCounts
+from trainer.tasks.text import joined
 
 KEY = bytes(range(32))
+
+
+def load_units(config, key):
+    """A silo's units, each as the one text that its rows make."""
+    found = of_silo.load_units(config, key)
+    return replace(found, train=tuple(map(joined, found.train)), held_out=tuple(map(joined, found.held_out)))
 
 
 def config(path, **data):

@@ -27,7 +27,7 @@ def test_a_public_text_is_scored_as_transformers_does(tiny_model, tmp_path):
         tokens = torch.tensor([[end, *tokenizer.encode(text), end]])
         nats += model(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
     assert found.records == 2
-    assert found.bits_per_char == pytest.approx(nats / math.log(2) / sum(map(len, TEXTS[:2])), rel=1e-4)
+    assert found.main == pytest.approx(nats / math.log(2) / sum(map(len, TEXTS[:2])), rel=1e-4)
 
 
 def test_a_silo_without_a_held_out_record_is_not_available_and_the_rest_is_there(tiny_model, tmp_path):
@@ -51,6 +51,7 @@ def test_a_silo_without_a_held_out_record_is_not_available_and_the_rest_is_there
     for silo in silos.values():
         load_or_create_secret(SiloFiles(Path(silo.silo.state_dir)).split_key)
     found = _summary(score_silos(config, silos, None, 20))
-    assert found["by_silo"]["tiny"] == {"bits_per_char": None, "records": 0}
-    assert found["by_silo"]["big"] == {"bits_per_char": found["bits_per_char"], "records": 20}
+    assert found["by_silo"]["tiny"] == {"bits_per_char": None, "accuracy": None, "records": 0}
+    figures = {name: found[name] for name in ("bits_per_char", "accuracy")}
+    assert found["by_silo"]["big"] == {**figures, "records": 20}
     assert found["bits_per_char"] > 0

@@ -1,6 +1,7 @@
 """Book-keeping and Opacus' modes against a loop over single records, which is slow and obviously right."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from model_families import (
     lora,
     masked,
     next_token,
+    of_family,
     t5,
     translated,
 )
@@ -150,6 +152,15 @@ MODELS = {
     "bert, tied": (lambda: bert(AutoModelForMaskedLM), masked),
     "t5, tied, relative bias": (lambda: t5(tied=True), translated),
     "t5": (lambda: t5(tied=False), translated),
+    **{
+        f"{family}, as pretrained here": (partial(of_family, family), losses)
+        for family, losses in {
+            "gpt2": next_token,
+            "bert": masked,
+            "t5": translated,
+            **dict.fromkeys(("rnn", "lstm", "gru"), next_token),
+        }.items()
+    },
 }
 
 
@@ -165,6 +176,7 @@ LORA = {
     "gpt2": (gpt2, next_token, ["c_attn", "c_proj"]),
     "bert": (lambda: bert(AutoModelForSequenceClassification), classified, ["query", "dense"]),
     "t5": (lambda: t5(tied=True), translated, ["q", "v", "wo"]),
+    "lstm": (lambda: of_family("lstm"), next_token, ["input_gates", "hidden_gates", "lm_head"]),
 }
 
 

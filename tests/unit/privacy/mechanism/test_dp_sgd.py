@@ -15,7 +15,7 @@ from privacy.mechanism.sampler import poisson_sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms
 from trainer.models.adapters import adapter_weights, add_adapter, trainable
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.tasks.task import Encoded
 from trainer.tasks.text import CausalTask
 
@@ -32,6 +32,11 @@ class Words:
 
 
 TASK = CausalTask(Words(), 16)
+
+
+def alone(records):
+    """Units of one example each."""
+    return [(record,) for record in records]
 
 
 def record(seed, length=10):
@@ -90,7 +95,7 @@ STREAMS = Streams(b"s" * 32, DIGEST)
 
 
 def run(model, records, seed=b"s" * 32, **options):
-    training(model, **options).run(Streams(seed, DIGEST), records)
+    training(model, **options).run(Streams(seed, DIGEST), alone(records))
     return adapter_weights(model)
 
 
@@ -122,7 +127,7 @@ def test_the_micro_batch_size_changes_no_bit():
 def run_in(model, micro_batch_size):
     steps = training(model)
     steps.micro_batch_size = micro_batch_size
-    steps.run(STREAMS, RECORDS)
+    steps.run(STREAMS, alone(RECORDS))
     return adapter_weights(model)
 
 
@@ -170,9 +175,9 @@ def test_a_proof_counts_for_one_run(monkeypatch):
     steps, proofs, prove = training(lora_model()), [], PrivateTraining.prove
     monkeypatch.setattr(PrivateTraining, "prove", lambda self: proofs.append(1) or prove(self))
     steps.prove()
-    steps.run(STREAMS, RECORDS)
+    steps.run(STREAMS, alone(RECORDS))
     assert len(proofs) == 1
-    steps.run(STREAMS, RECORDS)
+    steps.run(STREAMS, alone(RECORDS))
     assert len(proofs) == 2
 
 
@@ -222,7 +227,7 @@ QUANTILE = PlanTerms(
 
 def test_quantile_clipping_is_the_papers_rule_by_hand():
     found = training(lora_model(), plan=QUANTILE)
-    found.run(STREAMS, RECORDS)
+    found.run(STREAMS, alone(RECORDS))
     model, streams, norm = lora_model(), Streams(b"s" * 32, DIGEST), 0.3
     optimizer = torch.optim.Adam(list(trainable(model).values()), lr=1e-2)
     for step in range(6):
@@ -252,7 +257,7 @@ def test_quantile_clipping_finds_the_norm_from_afar(start):
     """Most records are out of the sampler's reach of chance: the norm ends near the middle of their norms."""
     plan = QUANTILE.terms.model_copy(update={"max_grad_norm": start, "steps_per_round": 150}).bind(64)
     found = training(lora_model(), plan=plan, optimizer=NoStep)
-    found.run(STREAMS, RECORDS * 2)
+    found.run(STREAMS, alone(RECORDS * 2))
     middle = torch.tensor(list(lengths(lora_model(), RECORDS))).median().item()
     assert middle / 2 < found.max_grad_norm < middle * 2
 

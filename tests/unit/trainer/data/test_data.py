@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from configs.errors import SiloweaveError
+from configs.errors import InputError, SiloweaveError
 from configs.load import load
 from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.cleaning import CleaningCounts, Copies, candidates, normalise
@@ -62,7 +62,6 @@ def test_packed_tokens_read_back_as_the_documents(tokens):
     assert counts["tokens"] // 16 == file.num_windows == counts["windows"]
     assert counts["tokens"] - counts["tokens_kept"] < 16
     assert file.positions(np.arange(2)) is None
-    assert file.num_targets(np.arange(3)) == 3 * 15
     stream = file.windows(np.arange(file.num_windows)).reshape(-1).tolist()
     texts = tokenizer.decode(stream).split("<|endoftext|>")
     assert texts[:50] == documents[:50]
@@ -84,16 +83,14 @@ def test_documents_packed_whole_keep_every_token_and_know_their_places(tokens):
     ids, positions = file.windows(everything), file.positions(everything)
     whole = [document.ids.tolist() for document in encoded(documents, tokenizer)]
     expected = [tuple(ids[start : start + 32]) for ids in whole for start in range(0, len(ids), 32)]
-    found, targets = [], 0
+    found = []
     for row, places in zip(ids, positions, strict=True):
         starts = [*np.flatnonzero(places == 0), 32]
         for a, b in pairwise(starts):
             assert places[a:b].tolist() == list(range(b - a))
-            targets += b - a - 1
             found.append(tuple(row[a:b]))
     padding = (int(tokenizer.eos_token_id),)  # alone, at position 0
     assert sorted(piece for piece in found if piece != padding) == sorted(p for p in expected if p != padding)
-    assert file.num_targets(everything) == targets == sum(file.num_targets(everything[i : i + 1]) for i in everything)
     assert counts["tokens_kept"] == counts["tokens"] == sum(map(len, whole))
 
 
@@ -201,11 +198,13 @@ def test_ranks_share_each_global_batch_without_overlap(corpus, world_size):
     for step in (0, 1, 7, 500):
         whole = batches.share(step, 0, 1)
         shares = [batches.share(step, rank, world_size) for rank in range(world_size)]
-        assert {share.num_targets for share in shares} == {whole.num_targets}
         prove_disjoint([share.digests() for share in shares], whole.digests())
-        counted = (whole.positions[:, 1:] > 0).sum() if whole.positions is not None else whole.tokens[:, 1:].size
-        assert counted == whole.num_targets
-        assert [len(tokens) for tokens, _ in whole.micro_batches(3)] == [3, 3, 2]
+        # What is drawn for a sample hangs on its number alone: its place among all samples, whoever reads it.
+        numbers = np.sort(np.concatenate([share.windows.numbers for share in shares]))
+        assert numbers.tolist() == whole.windows.numbers.tolist() == [step * 8 + place for place in range(8)]
+        parts = list(whole.windows.micro_batches(3))
+        assert [len(part.tokens) for part in parts] == [3, 3, 2]
+        assert np.concatenate([part.tokens for part in parts]).tolist() == whole.windows.tokens.tolist()
 
 
 def test_ranks_that_train_on_the_same_samples_are_found_out(corpus):
@@ -281,3 +280,11 @@ def test_parts_of_other_settings_are_not_used(corpus, tmp_path):
     stale.write_rows([("public", "stale")])
     prepare(config, tmp_path)
     assert not stale.folder.exists()
+
+
+def test_a_vocabulary_has_room_for_bytes_and_sentinels(tmp_path):
+    lines = [json.dumps({"text": f"The {number}th of many lines that are long enough."}) for number in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    overrides = [f"data.public.source={tmp_path / 'a.jsonl'}", "tokenizer.vocab_size=260", "model.family=t5"]
+    with pytest.raises(InputError, match=r"tokenizer.vocab_size is 260: the bytes and the special tokens .* are 268"):
+        prepare(load("tiny", [*overrides, "model.context_length=220"]), tmp_path)

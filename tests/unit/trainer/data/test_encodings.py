@@ -237,4 +237,4 @@ def test_a_simulated_silo_reads_in_the_encoding_of_the_run(tmp_path):
     (tmp_path / "d.csv").write_bytes(f'text,silo\n"{TEXT}",north\n'.encode("cp1252"))
     private = [f'data.private.source="{tmp_path}/d.csv"', "data.private.encoding=cp1252"]
     silo = simulated_silo(load("tiny", private), "north", tmp_path)
-    assert rows_of(silo.data).by_silo == {"north": (("", TEXT),)}
+    assert rows_of(silo.data).by_silo == {"north": (("", {"text": TEXT}),)}

@@ -8,7 +8,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from configs.schema.pretrain import ModelSettings
 from trainer.models.adapters import add_adapter, trainable
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 
 BEFORE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 

@@ -7,13 +7,14 @@ import torch
 
 from configs.errors import SiloweaveError
 from configs.load import load
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.objectives.causal import next_token_nats
 from trainer.pretraining.rollback import Progress, RollBack
 
 
-def test_attention_and_loss_stay_inside_a_document():
-    config = load("tiny")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_attention_and_loss_stay_inside_a_document(family):
+    config = load("tiny", [f"model.family={family}"])
     model = new_model(config.model, 512, seed=0)
     pieces = [torch.randint(512, (length,)) for length in (20, 1, 9)]
     padding = 64 - sum(map(len, pieces))
@@ -26,7 +27,7 @@ def test_attention_and_loss_stay_inside_a_document():
     )  # beside a window that is one piece
     assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
     crossing = next_token_nats(model, torch.cat([tokens, whole]))
-    assert crossing.item() != pytest.approx(alone.item(), rel=1e-2)
+    assert crossing.item() != pytest.approx(alone.item(), rel=1e-4)
 
 
 def test_a_spike_and_what_is_not_finite_roll_back_and_a_commit_remembers():

@@ -8,7 +8,7 @@ from cluster.checks.doctor import examine
 from cluster.checks.estimate import estimate
 from configs.errors import InputError
 from configs.load import load
-from trainer.models.llama import model_config, new_model, parameter_sizes
+from trainer.models.families import model_config, new_model, parameter_sizes
 from trainer.pretraining.deepspeed_settings import deepspeed_config, require_supported, unsupported
 from trainer.pretraining.dropout import seed_dropout
 from trainer.pretraining.optimizers import learning_rate, new_optimizer

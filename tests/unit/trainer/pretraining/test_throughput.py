@@ -5,9 +5,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.load import load
-from trainer.models.llama import new_model
+from trainer.models.families import new_model
 from trainer.objectives.causal import next_token_nats
-from trainer.pretraining.throughput import Throughput, flops_per_token, matmul_parameters, peak_flops
+from trainer.objectives.span_corruption import lengths
+from trainer.pretraining.throughput import (
+    Throughput,
+    counted_flops,
+    flops_per_token,
+    matmul_parameters,
+    peak_flops,
+)
 from trainer.rank import Rank
 
 RANK = Rank(0, 2, 0, 2, "127.0.0.1", 0, "cpu", 1)
@@ -22,6 +29,28 @@ def test_the_formula_is_what_torch_counts(overrides):
         next_token_nats(model, batch).backward()
     expected = flops_per_token(model, config.model.context_length) * batch.numel()
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "rnn", "gru", "lstm"])
+def test_the_formula_holds_for_other_families(family):
+    config = load("tiny", [f"model.family={family}"])
+    model = new_model(config.model, 512, seed=0, objective=config.objective)
+    batch = torch.randint(512, (2, config.model.context_length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=batch).logits.sum().backward()
+    expected = flops_per_token(model, config.model.context_length) * batch.numel()
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_an_encoder_and_a_decoder_are_counted_on_what_each_of_them_reads():
+    config = load("tiny", ["model.family=t5"])
+    model = new_model(config.model, 512, seed=0, objective=config.objective)
+    tokens, (read, written) = config.model.context_length, lengths(config.model.context_length)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(input_ids=torch.ones(3, read).long(), decoder_input_ids=torch.ones(3, written).long()).logits
+        logits.sum().backward()
+    assert counted_flops(config, 512) == counter.get_total_flops() / (3 * tokens)
+    assert (read + written) < 1.3 * tokens
 
 
 def test_embeddings_count_only_where_they_are_the_head_too():

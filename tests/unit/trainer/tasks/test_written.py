@@ -189,10 +189,8 @@ def test_private_gradients_are_those_of_single_records(case):
     assert_equal(found, oracle(model, losses, examples, fixed(norm)), tolerance=3e-4)
 
 
-def test_records_of_one_shape_are_computed_together_where_that_is_proved(case, request):
+def test_records_of_one_shape_are_computed_together_where_that_is_proved(case):
     task, model = case
-    if isinstance(task, EncoderDecoderTask):
-        request.applymarker(pytest.mark.xfail(reason="a logarithm in T5's bias of positions", strict=True))
     examples = task.made_up(task.shape(examples_of(task)[0]), 4)
     with clipping(model, 1.0) as clipper:
         parts = list(Together(clipper, losses_of(task, model), task.shape, task.made_up, 4).cut(examples))

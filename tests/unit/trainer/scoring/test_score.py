@@ -3,19 +3,29 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.schema.tasks import CAUSAL
 from federated.simulation.in_the_clear import _summary
-from trainer.metrics.bits_per_char import Score
+from trainer.scoring.score import Score
+from trainer.tasks.text import CausalTask
 
 records = st.tuples(st.floats(0, 1e6), st.integers(1, 1000))
-silos = st.dictionaries(st.sampled_from(["north", "south", "tiny"]), st.lists(records, max_size=4))
+silos = st.dictionaries(st.sampled_from(["north", "south", "tiny"]), st.lists(records, max_size=4), min_size=1)
+
+
+MEASURES = CausalTask.measured(CAUSAL, 64)
+
+
+def one(nats, characters):
+    return Score(MEASURES, np.array([nats, characters, 0.0, 0.0]), 1)
 
 
 def scored(units):
-    return sum((Score(nats, characters, 1) for nats, characters in units), Score(0.0, 0, 0))
+    return sum((one(*unit) for unit in units), Score(MEASURES, np.zeros(4), 0))
 
 
 @given(silos)
@@ -34,9 +44,9 @@ def test_a_figure_is_that_of_all_records_or_not_available(units):
 
 @given(records, st.integers(1, 9))
 def test_equal_records_have_the_figure_of_one(unit, count):
-    assert scored([unit] * count).bits_per_char == pytest.approx(scored([unit]).bits_per_char)
+    assert scored([unit] * count).main == pytest.approx(scored([unit]).main)
 
 
 @pytest.mark.parametrize("nats", [math.nan, math.inf, -math.inf])
 def test_a_model_that_has_diverged_has_no_figure(nats):
-    assert (Score(1.0, 5, 1) + Score(nats, 5, 1)).bits_per_char is None
+    assert (one(1.0, 5) + one(nats, 5)).main is None
