@@ -97,6 +97,7 @@ def import_model(
     origin = open_origin(settings.source)
     done, content = finished(target, "model", digest), origin.digest()
     if done is not None and done.inputs["source"] == content:
+        _configuration(Origin(target), settings.source, task)  # the task may be another one by now
         return done
     with _reading(settings.source):
         model, tokenizer = _read(origin, settings.source, task)

@@ -143,8 +143,8 @@ def _tasks() -> dict[str, Any]:  # of TaskKind: mypy takes no class for a protoc
     from trainer.tasks.text_to_text import SummarisationTask, TranslationTask
 
     labelling = (ClassificationTask, MultilabelTask, EntitiesTask, AnswersTask)
-    writing = (CausalTask, ChatTask, TranslationTask, SummarisationTask)
-    return {kind.name: kind for kind in (*labelling, *writing)}
+    writing = (ChatTask, TranslationTask, SummarisationTask)
+    return {kind.name: kind for kind in (CausalTask, *labelling, *writing)}
 
 
 def kind_of(name: str) -> TaskKind:
