@@ -266,6 +266,12 @@ def _check(model: Any, tokenizer: Any, source: str, context_length: int, task: T
         raise InputError(f"model.source {source!r}: its tokenizer has no end-of-text token; name one as eos_token")
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise InputError(f"model.source {source!r}: its tokenizer has no token that fills up; name one as pad_token")
+    both = model.config.is_encoder_decoder and task.name in WRITES
+    if both and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise InputError(
+            f"model.source {source!r}: a {type(model).__name__} does not say what its decoder reads before each token; "
+            "give a model of another family, T5 or BART for instance"
+        )
     if task.name == "chat" and not task.template and not tokenizer.chat_template:
         raise InputError(
             f"model.source {source!r}: its tokenizer has no chat template; give a model that has one, or "

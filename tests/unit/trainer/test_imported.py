@@ -15,6 +15,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     LlamaConfig,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -246,6 +248,15 @@ def test_an_encoder_decoder_translates_and_does_not_chat(tmp_path, taken):
     assert isinstance(task_of(TaskSpec(name="translation"), model), EncoderDecoderTask)
     with pytest.raises(InputError, match="it is a T5ForConditionalGeneration, and the task 'chat' needs a causal lang"):
         taken(folder, "federated.task=chat")
+
+
+def test_a_decoder_that_says_not_what_it_reads_is_refused(tmp_path, taken):
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = M2M100Config(vocab_size=VOCABULARY, pad_token_id=1, eos_token_id=0, **sizes, **heads)
+    folder = written(tmp_path / "m2m", config, M2M100ForConditionalGeneration)
+    with pytest.raises(InputError, match="a M2M100ForConditionalGeneration does not say what its decoder reads"):
+        taken(folder, "federated.task=translation")
 
 
 def test_a_model_that_chats_has_a_chat_template_or_the_federation_one(source, taken):
