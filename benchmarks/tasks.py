@@ -32,9 +32,9 @@ from federated.silo.local_training import LocalSettings, PrivateUpdate, plain_up
 from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PlanTerms, PrivacyPlan
 from trainer.data.tokenizer import load_tokenizer
-from trainer.metrics.score import score
 from trainer.models.adapters import adapted, adapter_weights
 from trainer.models.load import load_model
+from trainer.scoring.score import score
 from trainer.tasks.task import Encoded, Task, kind_of
 
 LIBRARIES = ("siloweave", "torch", "transformers", "peft", "opacus", "numpy")

@@ -20,6 +20,7 @@ from configs.events import EventLog
 from configs.parse import reading
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
+from configs.schema.tasks import WRITES
 from configs.storage.files import write_atomic
 from configs.storage.layout import FEDERATED, NO_DP, RunFiles
 from configs.storage.manifests import MANIFEST, read_manifest, require_manifest
@@ -177,10 +178,13 @@ def _is_a_model(config: RunConfig) -> None:
 
 
 def _task_fits(config: RunConfig) -> None:
-    if config.federated.task == "causal" and config.objective != "causal" and not config.model.source:
+    task, writes = config.federated.task, ["causal"]
+    if task in ("translation", "summarisation"):
+        writes.append("span_corruption")
+    if task in WRITES and config.objective not in writes and not config.model.source:
         raise InputError(
-            f"federated.task is 'causal': a base model that is pretrained by {config.objective!r} predicts no next "
-            "token; it can be pretrained and exported here, and a federation needs another model.family"
+            f"federated.task is {task!r}: a base model that is pretrained by {config.objective!r} predicts no next "
+            "token of it; it can be pretrained and exported here, and a federation needs another model.family"
         )
 
 
@@ -232,26 +236,36 @@ def evaluate(run: Run) -> None:
 
 
 def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
-    """A sample from the final model, streamed."""
+    """A sample from the final model, streamed; nothing where the task teaches it no writing, and a line says so."""
+    from trainer.tasks.task import WritingTask, task_of
+
+    require_manifest(run.files.federated, FEDERATED, "federate")
+    task, text = task_of(run.config.federated.task_spec, run.model), ""
+    with run.stage("generate"):
+        if isinstance(task, WritingTask):
+            text = _sample(run, task, on_text, prompt or run.config.evaluate.prompt)
+        else:
+            on_text(f"federated.task is {run.config.federated.task!r}: this model writes no text")
+        on_text("\n")
+    write_atomic(run.files.sample, text.encode())
+    return text
+
+
+def _sample(run: Run, task: Any, on_text: Printer, prompt: str) -> str:
     from federated.coordinator.final_model import final_model
     from trainer.data.tokenizer import load_tokenizer
     from trainer.generation import generate as sample
 
-    require_manifest(run.files.federated, FEDERATED, "federate")
-    settings = run.config.evaluate
-    with run.stage("generate"):
-        text = sample(
-            final_model(run.config, run.model, run.files.federated),
-            load_tokenizer(run.model),
-            prompt or settings.prompt,
-            settings.sample_tokens,
-            settings.temperature,
-            run.config.run.seed,
-            on_text,
-        )
-        on_text("\n")
-    write_atomic(run.files.sample, text.encode())
-    return text
+    return sample(
+        final_model(run.config, run.model, run.files.federated),
+        task,
+        load_tokenizer(run.model),
+        prompt,
+        run.config.evaluate.sample_tokens,
+        run.config.evaluate.temperature,
+        run.config.run.seed,
+        on_text,
+    )
 
 
 def report(run: Run) -> dict[str, Any]:

@@ -25,6 +25,7 @@ FIGURES = {
     "bits_per_char": "bits per character",
     "accuracy": "accuracy",
     "loss": "nats per example",
+    "nats_per_token": "nats per token of an answer",
     "macro_f1": "macro F1",
     "entity_f1": "entity F1",
     "answer_f1": "answer F1",

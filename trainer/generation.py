@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from trainer.data.tokenizer import first_token, special_tokens
-
-_WRITES_NOTHING = "This base model is an encoder: it fills in words that are masked, and writes no text."
+from trainer.tasks.task import WritingTask
 
 
 def generate(
     model: Any,
+    task: WritingTask,
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int,
@@ -19,26 +18,21 @@ def generate(
     seed: int,
     on_text: Callable[[str], None],
 ) -> str:
-    """Samples a continuation and hands each piece of text on as soon as it is complete.
-
-    An encoder-decoder reads the prompt, and after it the sentinel of a span where its tokenizer has one: what it writes
-    is the span. An encoder writes nothing, and the text says so.
+    """Samples what a model writes and hands each piece of text on as soon as it is complete.
 
     Args:
-        model: a decoder, an encoder-decoder or a recurrent model; or an encoder.
-        tokenizer: its tokenizer.
-        prompt: how the text starts.
+        model: that writes.
+        task: what the prompt is to it: the start of a text, or what it answers.
+        tokenizer: the model's.
+        prompt: what is written first.
         max_new_tokens: tokens to sample.
         temperature: softmax temperature.
         seed: seed of the sampling.
         on_text: receives the text piece by piece, the prompt first.
 
     Returns:
-        The whole text.
+        The whole text: an answer stands on lines of its own below the prompt.
     """
-    if not model.can_generate():
-        on_text(_WRITES_NOTHING)
-        return _WRITES_NOTHING
     from transformers import TextStreamer
 
     pieces: list[str] = []
@@ -50,10 +44,11 @@ def generate(
             pieces.append(text)
             on_text(text)
 
-    ids = torch.tensor([_asked(model, tokenizer, prompt)])
-    if model.config.is_encoder_decoder:  # which writes what follows, and does not repeat the prompt
-        pieces.append(prompt)
-        on_text(prompt)
+    opening = task.opening(prompt)
+    streamer = Streamer(tokenizer, skip_prompt=not opening.continued, skip_special_tokens=True)
+    if not opening.continued:
+        streamer.on_finalized_text(f"{prompt}\n")
+    ids = torch.tensor([opening.ids])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model.generate(
@@ -64,16 +59,8 @@ def generate(
             temperature=temperature,
             top_p=0.95,
             use_cache=True,
-            pad_token_id=tokenizer.eos_token_id,
-            streamer=Streamer(tokenizer, skip_special_tokens=True),
+            eos_token_id=list(opening.ends),
+            pad_token_id=opening.ends[0],
+            streamer=streamer,
         )
     return "".join(pieces)
-
-
-def _asked(model: Any, tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens that a model is given for it to go on."""
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if not model.config.is_encoder_decoder:
-        return [first_token(tokenizer), *ids]
-    sentinel = tokenizer.get_vocab().get(special_tokens("span_corruption", 1)[1])
-    return [*ids, *([] if sentinel is None else [sentinel]), tokenizer.eos_token_id]

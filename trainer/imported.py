@@ -16,7 +16,7 @@ import torch
 
 from configs.errors import InputError, SiloweaveError
 from configs.schema.schema import RunConfig
-from configs.schema.tasks import TaskSpec
+from configs.schema.tasks import WRITES, TaskSpec
 from configs.storage.files import digest_file, digest_json, write_atomic
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, describe_files, finished
@@ -34,6 +34,9 @@ _NEEDS = {
     "multilabel": ("SEQUENCE_CLASSIFICATION", ""),
     "entities": ("TOKEN_CLASSIFICATION", ""),
     "qa": ("QUESTION_ANSWERING", ""),
+    "chat": ("CAUSAL_LM", "causal language model"),
+    "translation": ("CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM", "language model, a decoder or an encoder-decoder"),
+    "summarisation": ("CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM", "language model, a decoder or an encoder-decoder"),
 }
 _CARD = """---
 license: {license}
@@ -94,6 +97,7 @@ def import_model(
     origin = open_origin(settings.source)
     done, content = finished(target, "model", digest), origin.digest()
     if done is not None and done.inputs["source"] == content:
+        _configuration(Origin(target), settings.source, task)  # the task may be another one by now
         return done
     with _reading(settings.source):
         model, tokenizer = _read(origin, settings.source, task)
@@ -204,10 +208,14 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
         config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     named = (config.architectures or [type(config).__name__])[0]
     wanted, fits = _NEEDS[task.name]
-    mapping = getattr(transformers, f"MODEL_FOR_{wanted}_MAPPING")
-    # There a head for answers stands beside two bodies, and what is the head, and trains whole, couldn't be told.
-    split = task.name == "qa" and config.is_encoder_decoder
-    if split or type(config) not in mapping or (fits and named not in {kind.__name__ for kind in mapping.values()}):
+    kinds = {
+        kind.__name__
+        for one in wanted.split()
+        if (kind := getattr(transformers, f"MODEL_FOR_{one}_MAPPING").get(type(config), None))
+    }
+    # At each token an answer's head has to see the text, and a decoder that writes has seen none of what comes.
+    blind = task.name == "qa" and config.is_encoder_decoder
+    if blind or not kinds or (fits and named not in kinds):
         raise InputError(
             f"model.source {source!r}: it is a {named}, and the task {task.name!r} needs a "
             f"{fits or 'model of a family that has a head for it'}; give one"
@@ -267,13 +275,24 @@ def _check(model: Any, tokenizer: Any, source: str, context_length: int, task: T
     """What a task takes for granted."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"model.source {source!r}: its tokenizer has no fast form (tokenizer.json); give one that has")
-    if tokenizer.eos_token_id is None and task.name == "causal":
+    if tokenizer.eos_token_id is None and task.name in WRITES:
         raise InputError(f"model.source {source!r}: its tokenizer has no end-of-text token; name one as eos_token")
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise InputError(f"model.source {source!r}: its tokenizer has no token that fills up; name one as pad_token")
-    if task.name == "causal" and _looks_ahead(model):
+    if task.name in WRITES and not model.config.is_encoder_decoder and _looks_ahead(model):
         raise InputError(
             f"model.source {source!r}: a token of it sees those that follow, which it should predict; give a decoder"
+        )
+    both = model.config.is_encoder_decoder and task.name in WRITES
+    if both and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise InputError(
+            f"model.source {source!r}: a {type(model).__name__} does not say what its decoder reads before each token; "
+            "give a model of another family, T5 or BART for instance"
+        )
+    if task.name == "chat" and not task.template and not tokenizer.chat_template:
+        raise InputError(
+            f"model.source {source!r}: its tokenizer has no chat template; give a model that has one, or "
+            "federated.template"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, Settings
 from configs.schema.places import Place
-from configs.schema.tasks import TaskLabels, TaskName, TaskSpec, task_problems
+from configs.schema.tasks import WRITES, TaskLabels, TaskName, TaskSpec, task_problems
 
 MOST_TARGETS = 100  # names of layers in a request
 
@@ -41,13 +41,15 @@ class FederatedSettings(Settings):
     task: TaskName = "causal"
     """What a record is to the model, and what is learnt of it; ``causal``: a text, token by token; ``classification``:
     which one of ``labels`` a text has; ``multilabel``: which of them, any number; ``entities``: which of them, as tags
-    (``O``, ``B-NAME``, ``I-NAME``), each of its words has; ``qa``: where in a text a question's answer is."""
+    (``O``, ``B-NAME``, ``I-NAME``), each of its words has; ``qa``: where in a text a question's answer is; ``chat``:
+    what the assistant says in a dialogue; ``translation`` or ``summarisation``: a text of a text."""
     labels: TaskLabels = ()
     """Labels of the federation, in their order, for a task that tells labels apart. Each silo maps its own words to
     them."""
     template: str = ""
     """How a text is made of a record's fields, ``"Title: {title} Text: {text}"`` for instance; empty: the text is the
-    column of that name."""
+    column of that name. Of a task that writes, the last field is the answer, which alone is learnt; empty: the model's
+    own chat template, or both texts with a blank line between them."""
     rounds: Count = 3
     """Rounds; every silo takes part in each."""
     local_steps: Count = 12
@@ -135,7 +137,7 @@ class FederatedSettings(Settings):
         return TaskSpec(name=self.task, labels=self.labels, template=self.template)
 
     def _head_problem(self) -> str:
-        if self.task == "causal" or self.adapters != "product":
+        if self.task in WRITES or self.adapters != "product":
             return ""
         return (
             f"federated.adapters is 'product': the head of the task {self.task!r} is no product of two factors; give "

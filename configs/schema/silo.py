@@ -76,8 +76,9 @@ class SiloPolicy(Settings):
     ``client`` trusts the coordinators: they get this silo's updates without noise, and add the noise to the sum."""
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1, max_length=1)] = ("causal",)
     """What may be trained and evaluated: ``causal``, the text token by token; ``classification`` or ``multilabel``, its
-    label or labels; ``entities``, a tag for each of its words; ``qa``, where in it a question's answer is. Exactly one,
-    since the records are read for one task."""
+    label or labels; ``entities``, a tag for each of its words; ``qa``, where in it a question's answer is; ``chat``,
+    what the assistant says; ``translation`` or ``summarisation``, a text of a text. Exactly one, since the records are
+    read for one task."""
     labels: TaskLabels = ()
     """Labels that may be learnt, in the federation's order; ``[data.labels]`` maps this silo's own words to them."""
     template: str = ""

@@ -9,13 +9,14 @@ from pydantic import AfterValidator, Field
 
 from configs.schema.base import Label, Settings, composed
 
-TaskName = Literal["causal", "classification", "multilabel", "entities", "qa"]
+TaskName = Literal["causal", "classification", "multilabel", "entities", "qa", "chat", "translation", "summarisation"]
 MOST_LABELS = 300  # three counts for each are in a private evaluation
 LARGEST_TEMPLATE = 2000  # characters
 TaskLabels = Annotated[tuple[Label, ...], Field(max_length=MOST_LABELS), AfterValidator(composed)]
 """The federation's labels in their order, in Unicode's form NFC."""
 WITH_LABELS = ("classification", "multilabel", "entities")
-WITH_TEMPLATE = ("classification", "multilabel")
+WITH_TEMPLATE = ("classification", "multilabel", "chat", "translation", "summarisation")
+WRITES = ("causal", "chat", "translation", "summarisation")
 _COLUMN = re.compile(r"[A-Za-z_]\w*")
 
 

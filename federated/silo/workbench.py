@@ -60,6 +60,7 @@ class Workbench:
 
     def _table(self, records: list[tuple[Encoded, ...]]) -> list[str]:
         counts, cut = self._units.counts, sum(any(one.truncated for one in unit) for unit in records)
+        empty = sum(not unit for unit in records)
         lines = [
             *reading(counts),
             Changed("dropped: no silo or unit", counts.without_unit, counts.rows),
@@ -70,6 +71,7 @@ class Workbench:
                 else []
             ),
             Changed("shortened: training units beyond the context", cut, len(records)),
+            Changed("dropped: training units with nothing to learn within the context", empty, len(records)),
         ]
         return table("text of this silo's records", lines)
 

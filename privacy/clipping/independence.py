@@ -35,7 +35,7 @@ _NAMES = """
 _local_scalar_dense _log_softmax _log_softmax_backward_data _softmax _softmax_backward_data _to_copy _unique2
 _unsafe_view abs add add_ addmm alias all any arange argmax bincount bitwise_and bitwise_or bmm cat clone copy_ cumsum
 detach div embedding empty eq expand fill_ flip floor_divide full full_like gather ge gt index index_add_ index_put
-index_put_ le lift_fresh linalg_vector_norm lt masked_fill max mean minimum mm mul native_layer_norm
+index_put_ le lift_fresh linalg_vector_norm lt masked_fill masked_fill_ max mean minimum mm mul native_layer_norm
 native_layer_norm_backward ne neg new_zeros nll_loss2d_backward nll_loss2d_forward nll_loss_backward nll_loss_forward
 ones_like permute relu remainder rsqrt scalar_tensor select select_backward slice slice_backward split split_with_sizes
 sqrt squeeze stack sub sum t threshold_backward transpose unbind unsqueeze view where zeros zeros_like

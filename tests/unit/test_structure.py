@@ -32,8 +32,8 @@ FLOORS = {
     ),
     "trainer": (
         "data models rank",
-        "metrics",
-        "objectives tasks",
+        "metrics objectives",
+        "tasks",
         "checkpoints scoring",
         "pretraining",
         "export generation imported",

@@ -45,7 +45,9 @@ def all_columns(source: SourceSettings, columns: Iterable[str], counts: ReadCoun
 
     That is not added to ``counts``, which is told of files and places alone.
     """
-    for row in _open(source, Wanted(tuple(dict.fromkeys(columns)), source.encoding, counts)):
+    names = tuple(dict.fromkeys(columns))
+    text = source.text if source.text in names else ""
+    for row in _open(source, Wanted(names, source.encoding, counts, text)):
         yield row, ReadCounts(rows=1)
 
 

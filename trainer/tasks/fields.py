@@ -156,9 +156,11 @@ def with_texts(row: Mapping[str, Any], treat: Callable[[str], str]) -> dict[str,
 
 
 def _treated(value: Any, treat: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return treat(value)
-    return value.treated(treat) if isinstance(value, Answers) else value
+    if isinstance(value, Answers):
+        return value.treated(treat)
+    if isinstance(value, tuple):  # a dialogue's messages, for instance
+        return tuple(_treated(part, treat) for part in value)
+    return treat(value) if isinstance(value, str) else value
 
 
 def _word(value: Any, column: str, where: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
@@ -39,6 +39,21 @@ class Encoded:
     characters: int
     truncated: bool
     target: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a model reads before it writes.
+
+    Attributes:
+        ids: tokens.
+        continued: whether what it writes goes on with the prompt's own words; else it is an answer to them.
+        ends: tokens that end what it writes.
+    """
+
+    ids: tuple[int, ...]
+    continued: bool
+    ends: tuple[int, ...]
 
 
 class Task(Protocol):
@@ -83,6 +98,14 @@ class Task(Protocol):
         """What is measured of each answer of the model, in the order of ``measures``. Shape (B, S), float64."""
 
 
+@runtime_checkable
+class WritingTask(Task, Protocol):
+    """A task of which the model learns to write."""
+
+    def opening(self, prompt: str) -> Opening:
+        """What a prompt is to the model."""
+
+
 class TextTask(Task, Protocol):
     """A task whose records are texts, of which the model says every word."""
 
@@ -112,13 +135,16 @@ class TaskKind(Protocol):
 
 
 def _tasks() -> dict[str, Any]:  # of TaskKind: mypy takes no class for a protocol with __call__
+    from trainer.tasks.chat import ChatTask
     from trainer.tasks.classification import ClassificationTask, MultilabelTask
     from trainer.tasks.entities import EntitiesTask
     from trainer.tasks.qa import AnswersTask
     from trainer.tasks.text import CausalTask  # which needs the examples above
+    from trainer.tasks.text_to_text import SummarisationTask, TranslationTask
 
-    kinds = (CausalTask, ClassificationTask, MultilabelTask, EntitiesTask, AnswersTask)
-    return {kind.name: kind for kind in kinds}
+    labelling = (ClassificationTask, MultilabelTask, EntitiesTask, AnswersTask)
+    writing = (ChatTask, TranslationTask, SummarisationTask)
+    return {kind.name: kind for kind in (CausalTask, *labelling, *writing)}
 
 
 def kind_of(name: str) -> TaskKind:
@@ -141,7 +167,17 @@ def task_of(spec: TaskSpec, model_directory: Path) -> Task:
         InputError: there is no such task, or the model's manifest does not name a context length.
     """
     kind = kind_of(spec.name)
+    other = getattr(kind, "with_encoder", None)  # of a kind that serves two sorts of models
+    if other is not None and has_both_sides(model_directory):
+        kind = other
     return kind(load_tokenizer(model_directory), context_length_of(model_directory), spec)
+
+
+def has_both_sides(model_directory: Path) -> bool:
+    """Whether an exported model has an encoder and a decoder."""
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(model_directory, local_files_only=True).is_encoder_decoder)
 
 
 def text_task(spec: TaskSpec, model_directory: Path) -> TextTask:

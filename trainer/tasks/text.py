@@ -14,7 +14,7 @@ from trainer.data.tokenizer import first_token
 from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.measures import Measures, Ratio
-from trainer.tasks.task import IGNORED, Encoded, Row
+from trainer.tasks.task import IGNORED, Encoded, Opening, Row
 
 # Records are padded to multiples of this many tokens. That depends on a record's own length alone, gives many records
 # one shape, and fills whole vectors of the processor, in which no two records meet.
@@ -94,6 +94,11 @@ class CausalTask:
         kept = whole[: self.context_length]
         return Encoded(tuple(kept), len(self._tokenizer.decode(kept[1:])), truncated=True)
 
+    def opening(self, prompt: str) -> Opening:
+        """How a text starts, which the model goes on with."""
+        ids = self._backend.encode(prompt, add_special_tokens=False).ids
+        return Opening((self._start, *ids), continued=True, ends=(self._tokenizer.eos_token_id,))
+
     def shape(self, record: Encoded) -> int:
         """What a record is padded to, in tokens: what decides the shape of its computation."""
         return padded(len(record.ids), self.context_length)
@@ -123,7 +128,7 @@ class CausalTask:
 
     def record_nats(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Negative log-likelihood of each record in nats, shape (B,)."""
-        return _nats(model(input_ids=batch["input_ids"]).logits.float(), batch["targets"])
+        return token_nats(model(input_ids=batch["input_ids"]).logits.float(), batch["targets"])
 
     def record_scores(self, model: Any, records: Sequence[Encoded]) -> torch.Tensor:
         """For each record: nats, characters, tokens that were held likeliest, tokens. Shape (B, 4), float64."""
@@ -132,7 +137,7 @@ class CausalTask:
         correct = (logits_BTV.argmax(dim=2) == targets).sum(dim=1)
         tokens = (targets != IGNORED).sum(dim=1)
         characters = torch.tensor([record.characters for record in records])
-        found = (_nats(logits_BTV, targets), characters, correct, tokens)
+        found = (token_nats(logits_BTV, targets), characters, correct, tokens)
         return torch.stack([values_B.double() for values_B in found], dim=1)
 
     def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -158,7 +163,8 @@ def random_ids(shape: int, number: int, vocab_size: int, shortest: int) -> list[
     return [tuple(rng.integers(vocab_size, size=length).tolist()) for length in lengths]
 
 
-def _nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+def token_nats(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each row's targets in nats, shape (B,)."""
     # Row by row of the vocabulary: across it, how numbers are shared among threads would depend on the batch.
     losses_N = functional.cross_entropy(
         logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"

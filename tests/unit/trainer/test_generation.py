@@ -1,12 +1,17 @@
-"""Text of every family: tokens are those that the model makes likely, step by step, and an encoder writes none."""
+"""What a model writes: a text that goes on with the prompt, or an answer below it; or nothing, where it learnt none."""
 
 import pytest
 import torch
 
 from configs.load import load
+from configs.schema.tasks import TaskSpec
 from trainer.data.tokenizer import load_tokenizer, special_tokens, train_tokenizer
 from trainer.generation import generate
 from trainer.models.families import new_model
+from trainer.tasks.classification import ClassificationTask
+from trainer.tasks.task import WritingTask
+from trainer.tasks.text import CausalTask
+from trainer.tasks.text_to_text import TranslationTask
 
 DOCUMENTS = [f"the {name} ship sails to island number {number}" for number in range(40) for name in ("red", "old")]
 
@@ -40,26 +45,36 @@ def test_a_family_writes_what_its_logits_say(family, tokenizers):
     config = load("tiny", [f"model.family={family}", "tokenizer.vocab_size=300"])
     tokenizer = tokenizers[config.objective]
     model = new_model(config.model, len(tokenizer), 0, objective=config.objective).eval()
+    prompt = tokenizer.encode("the old ship", add_special_tokens=False)
+    task, asked, shown = CausalTask(tokenizer, 64), [0, *prompt], "the old ship"
+    if family == "t5":
+        spec = TaskSpec(name="translation")
+        task, asked, shown = TranslationTask.with_encoder(tokenizer, 64, spec), [*prompt, 0], "the old ship\n"
     pieces = []
     # As good as greedy, and so a function of the logits alone.
-    text = generate(model, tokenizer, "the old ship", 12, 1e-6, 0, pieces.append)
-    prompt = tokenizer.encode("the old ship", add_special_tokens=False)
-    asked = [*prompt, tokenizer.get_vocab()["<extra_id_0>"], 0] if family == "t5" else [0, *prompt]
+    text = generate(model, task, tokenizer, "the old ship", 12, 1e-6, 0, pieces.append)
     with torch.no_grad():
         expected = tokenizer.decode(likeliest(model, asked, 12), skip_special_tokens=True)
     assert text == "".join(pieces)
-    assert text.startswith("the old ship")
-    assert text.removeprefix("the old ship") == expected
+    assert text == shown + expected
 
 
-def test_an_encoder_says_that_it_writes_no_text(tokenizers):
-    config = load("tiny", ["model.family=bert"])
-    model = new_model(config.model, len(tokenizers["masked"]), 0, objective=config.objective)
-    pieces = []
-    text = generate(model, tokenizers["masked"], "the", 5, 1.0, 0, pieces.append)
-    assert "encoder" in text
-    assert "writes no text" in text
-    assert pieces == [text]
+def test_a_text_is_the_same_for_a_seed(tokenizers):
+    model = new_model(load("tiny").model, len(tokenizers["causal"]), 0).eval()
+    task = CausalTask(tokenizers["causal"], 64)
+    texts = [generate(model, task, tokenizers["causal"], "the", 12, 0.8, seed, lambda _: None) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_what_a_prompt_spells_is_text(tokenizers):
+    opening = CausalTask(tokenizers["causal"], 64).opening("a <|endoftext|> b")
+    assert opening.ends == (tokenizers["causal"].eos_token_id,)
+    assert tokenizers["causal"].eos_token_id not in opening.ids[1:]
+
+
+def test_a_task_with_labels_teaches_no_writing(tokenizers):
+    spec = TaskSpec(name="classification", labels=("no", "yes"))
+    assert not isinstance(ClassificationTask(tokenizers["masked"], 64, spec), WritingTask)
 
 
 def test_special_tokens_have_the_first_ids_and_are_told_from_text(tokenizers):

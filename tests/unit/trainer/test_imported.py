@@ -9,13 +9,23 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    LlamaConfig,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from configs.errors import InputError
 from configs.load import load
 from configs.parse import PRESETS, parse, read_toml
 from configs.schema.schema import RunConfig
-from configs.schema.tasks import CAUSAL
+from configs.schema.tasks import CAUSAL, TaskSpec
 from privacy.declaration import DECLARATION, declaration_of, declare
 from privacy.signing import Signer
 from trainer.data.embedded import python_docs
@@ -25,6 +35,7 @@ from trainer.models.adapters import add_adapter, linear_names, trainable
 from trainer.models.families import attention
 from trainer.models.load import load_model
 from trainer.tasks.task import task_of
+from trainer.tasks.text_to_text import EncoderDecoderTask
 
 VOCABULARY = 300
 TEXTS = [row["text"] for row, _ in zip(python_docs(), range(50), strict=False)]
@@ -233,6 +244,32 @@ def test_an_encoder_is_no_language_model(tmp_path, taken):
     )
     with pytest.raises(InputError, match="it is a BertModel, and the task 'causal' needs a causal language model"):
         taken(written(tmp_path / "bert", config, BertModel))
+
+
+def test_an_encoder_decoder_translates_and_does_not_chat(tmp_path, taken):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    config = T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, pad_token_id=0, eos_token_id=0, **sizes)
+    folder = written(tmp_path / "t5", config, T5ForConditionalGeneration)
+    model, _ = taken(folder, "federated.task=translation")
+    assert load_model(model).config.dropout_rate == 0
+    assert isinstance(task_of(TaskSpec(name="translation"), model), EncoderDecoderTask)
+    with pytest.raises(InputError, match="it is a T5ForConditionalGeneration, and the task 'chat' needs a causal lang"):
+        taken(folder, "federated.task=chat")
+
+
+def test_a_decoder_that_says_not_what_it_reads_is_refused(tmp_path, taken):
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = M2M100Config(vocab_size=VOCABULARY, pad_token_id=1, eos_token_id=0, **sizes, **heads)
+    folder = written(tmp_path / "m2m", config, M2M100ForConditionalGeneration)
+    with pytest.raises(InputError, match="a M2M100ForConditionalGeneration does not say what its decoder reads"):
+        taken(folder, "federated.task=translation")
+
+
+def test_a_model_that_chats_has_a_chat_template_or_the_federation_one(source, taken):
+    with pytest.raises(InputError, match=r"its tokenizer has no chat template; give a model that has one, or federat"):
+        taken(source, "federated.task=chat")
+    taken(source, "federated.task=chat", 'federated.template="{question} {answer}"')
 
 
 def test_a_context_is_at_most_the_models_own(source, taken):

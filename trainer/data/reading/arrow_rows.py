@@ -11,16 +11,14 @@ BATCH_ROWS = 1024
 
 
 def check_schema(schema: Any, name: str, wanted: Wanted) -> None:
-    """The wanted columns are there, and the first one holds texts.
+    """The wanted columns are there, and the text's holds texts.
 
     Raises:
         InputError: they are not.
     """
     check_columns(schema.names, wanted.columns, name)
-    text = wanted.columns[0]
-    kind = schema.field(text).type
-    if not _is_text(kind):
-        raise no_text(name, text, f"the type {type_name(kind)}")
+    if wanted.text and not _is_text(kind := schema.field(wanted.text).type):
+        raise no_text(name, wanted.text, f"the type {type_name(kind)}")
 
 
 def _is_text(kind: Any) -> bool:

@@ -22,14 +22,16 @@ class Wanted:
     """What a reader is asked for.
 
     Attributes:
-        columns: those that every row has and that are read, the text first; no other one is looked at.
+        columns: those that every row has and that are read; no other one is looked at.
         encoding: of text without a byte order mark.
         counts: told of files and places.
+        text: the one of them that holds texts; empty for none.
     """
 
     columns: tuple[str, ...]
     encoding: str
     counts: ReadCounts
+    text: str
 
 
 def pick(row: Mapping[str, Any], wanted: Wanted) -> Row:

@@ -1,0 +1,210 @@
+"""Answers to what is asked: the model reads all of an example, and learns the words of the answer alone."""
+
+import string
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from configs.schema.tasks import TaskSpec
+from trainer.data.tokenizer import first_token
+from trainer.models.load import Head
+from trainer.tasks import fields
+from trainer.tasks.marked import Marked, Part, encoded, plain_backend
+from trainer.tasks.measures import Measures, Ratio
+from trainer.tasks.task import IGNORED, Encoded, Opening, Row
+from trainer.tasks.text import padded, random_ids, token_nats
+
+_MOST_NATS = 8.0  # of a token: a uniform guess among 3,000 tokens
+
+
+class WrittenAnswerTask:
+    """A decoder goes on with a template up to its last field, which is the answer. Each row is an example."""
+
+    name = ""
+    default_template = ""
+    head: Head | None = None
+
+    def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
+        self._tokenizer, self.context_length = tokenizer, context_length
+        self._template = spec.template or self.default_template
+        self.measures = self.measured(spec, context_length)
+
+    @classmethod
+    def fields(cls, spec: TaskSpec) -> dict[str, fields.Kind]:
+        """The fields of the template."""
+        return dict.fromkeys(TaskSpec(template=spec.template or cls.default_template).fields, fields.text)
+
+    @staticmethod
+    def misfit(_row: Row) -> str:
+        """A question fits any answer."""
+        return ""
+
+    @staticmethod
+    def measured(_spec: TaskSpec, _context_length: int) -> Measures:
+        """Nats per token of the answer, and the share of its tokens that the model held likeliest.
+
+        Every answer counts the same, however long: as sums of tokens, most would be far below what the longest answer
+        could add, and noise is measured by that.
+        """
+        bounds = {"nats per token": _MOST_NATS, "share of tokens": 1.0, "examples": 1.0}
+        ratios = {
+            "nats_per_token": Ratio({"nats per token": 1.0}, {"examples": 1.0}),
+            "accuracy": Ratio({"share of tokens": 1.0}, {"examples": 1.0}),
+        }
+        return Measures(bounds, ratios, lower_is_better=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
+        return len(self._tokenizer)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return (self._tokenizer.eos_token_id,)
+
+    @cached_property
+    def _backend(self) -> Any:
+        return plain_backend(self._tokenizer)
+
+    def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
+        """One for each row of which some of the answer fits the context."""
+        return tuple(found for row in rows if (found := self._encoded(row)) is not None)
+
+    scored = examples
+
+    def _encoded(self, row: Row) -> Encoded | None:
+        asked, answer = filled(self._template, row)
+        return self._tokens([(asked, False), (answer, True)], ended=True).example(self.context_length)
+
+    def _tokens(self, parts: Sequence[Part], *, ended: bool) -> Marked:
+        found = Marked([first_token(self._tokenizer)], [False])
+        found.add(*encoded(self._backend, parts))
+        if ended:
+            found.add([self._tokenizer.eos_token_id], [True])
+        return found
+
+    def opening(self, prompt: str) -> Opening:
+        """The prompt as what is asked."""
+        asked = self._tokens([(asked_with(self._template, prompt), False)], ended=False)
+        return Opening(tuple(asked.ids), continued=False, ends=self.ends)
+
+    def shape(self, example: Encoded) -> Any:
+        """What an example is padded to, in tokens."""
+        return padded(len(example.ids), self.context_length)
+
+    def made_up(self, shape: Any, number: int) -> list[Encoded]:
+        """Random tokens, the latter half of which are an answer."""
+        rows = random_ids(shape, number, self.vocab_size, shortest=2)
+        return [Encoded(ids, 0, truncated=False, target=_latter_half(ids)) for ids in rows]
+
+    def synthetic(self) -> list[Encoded]:
+        """Made-up examples of two shapes."""
+        return [*self.made_up(padded(2, self.context_length), 2), *self.made_up(padded(20, self.context_length), 1)]
+
+    def collate(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """``input_ids`` and ``targets``, both (B, T), padded on the right, where nothing attends to."""
+        longest = max(self.shape(example) for example in examples)
+        followed = [(*example.target[1:], IGNORED) for example in examples]
+        input_ids = filled_up([example.ids for example in examples], longest, 0)
+        return {"input_ids": input_ids, "targets": filled_up(followed, longest, IGNORED)}
+
+    def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the model holds of each token of the targets, (B, T, V)."""
+        logits_BTV: torch.Tensor = model(input_ids=batch["input_ids"]).logits.float()
+        return logits_BTV
+
+    def record_losses(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Nats per token of each answer, shape (B,)."""
+        return _nats_per_token(self.logits(model, batch), batch["targets"])
+
+    def record_scores(self, model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
+        """For each answer: nats per token, share of tokens held likeliest, one. Shape (B, 3), float64."""
+        batch = self.collate(examples)
+        logits_BTV, targets_BT = self.logits(model, batch), batch["targets"]
+        correct_B = (logits_BTV.argmax(dim=2) == targets_BT).sum(dim=1) / _tokens_of(targets_BT)
+        found = (_nats_per_token(logits_BTV, targets_BT), correct_B, torch.ones(len(examples)))
+        return torch.stack([values_B.double() for values_B in found], dim=1)
+
+    def answers(self, model: Any, examples: Sequence[Encoded]) -> list[str]:
+        """What the model writes by itself where each example's last answer stands, always its likeliest token."""
+        return [self._written(model, self.asked(example)) for example in examples]
+
+    def references(self, examples: Sequence[Encoded]) -> list[str]:
+        """The last answers of the examples themselves, as far as they fit the context."""
+        return [self._text(example.target[len(self.asked(example)) :]) for example in examples]
+
+    def asked(self, example: Encoded) -> tuple[int, ...]:
+        """What is read before the last answer."""
+        place = len(example.ids)
+        while example.target[place - 1] != IGNORED:
+            place -= 1
+        return example.ids[:place]
+
+    def _written(self, model: Any, ids: Sequence[int]) -> str:
+        written = self.greedy(model, ids, self.context_length - len(ids))
+        return self._text(written[len(ids) :])
+
+    def greedy(self, model: Any, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The tokens of the text that a model holds likeliest, token by token."""
+        read = torch.tensor([list(ids)])
+        with torch.no_grad():
+            found = model.generate(
+                input_ids=read,
+                attention_mask=torch.ones_like(read),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=list(self.ends),
+                pad_token_id=self.ends[0],
+            )
+        tokens: list[int] = found[0].tolist()
+        return tokens
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def filled(template: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    """What is asked, and the answer with all that follows it.
+
+    Spaces between them are the answer's: most tokenizers make one token of a space and a word.
+    """
+    asked, field, rest = _cut(template)
+    before, answer = asked.format_map(row), f"{row[field]}{rest.format_map(row)}"
+    kept = before.rstrip(" ")
+    return kept, before[len(kept) :] + answer
+
+
+def asked_with(template: str, prompt: str) -> str:
+    """What is asked where a prompt stands in the first field, and nothing in the others."""
+    asked, _, _ = _cut(template)
+    names = TaskSpec(template=asked).fields
+    return asked.format_map({name: prompt if name == names[0] else "" for name in names}).rstrip(" ")
+
+
+def _cut(template: str) -> tuple[str, str, str]:
+    """The template before its last field, that field, and the template after it."""
+    field = [name for _, name, _, _ in string.Formatter().parse(template) if name][-1]
+    before, _, after = template.rpartition(f"{{{field}}}")
+    return before, field, after
+
+
+def filled_up(rows: Sequence[Sequence[int]], length: int, value: int) -> torch.Tensor:
+    """The rows with this value after them."""
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+
+def _latter_half(ids: tuple[int, ...]) -> tuple[int, ...]:
+    half = max(1, len(ids) // 2)
+    return (*[IGNORED] * half, *ids[half:])
+
+
+def _tokens_of(targets_BT: torch.Tensor) -> torch.Tensor:
+    return (targets_BT != IGNORED).sum(dim=1)
+
+
+def _nats_per_token(logits_BTV: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    return token_nats(logits_BTV, targets_BT) / _tokens_of(targets_BT)
