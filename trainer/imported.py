@@ -18,7 +18,7 @@ from configs.errors import InputError, SiloweaveError
 from configs.schema.schema import RunConfig
 from configs.schema.tasks import WRITES, TaskSpec
 from configs.storage.files import digest_file, digest_json, write_atomic
-from configs.storage.layout import RunFiles
+from configs.storage.layout import CERTIFICATE, RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, describe_files, finished
 from configs.storage.sealing import load_key, sealing
 from trainer.models.families import attention
@@ -149,6 +149,11 @@ def open_origin(source: str, *, download: bool = True) -> Origin:
         raise InputError(
             f"model.source {source!r}: no config.json in that folder; give the folder of a Hugging Face model, "
             "hf:ORG/NAME@REVISION or gguf:FILE"
+        )
+    if (folder / CERTIFICATE).is_file():
+        raise InputError(
+            f"model.source {source!r}: silos' records have made it, as its {CERTIFICATE} says; a base model is of "
+            "public text alone"
         )
     if not list(folder.glob("*.safetensors")):
         found = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".h5"))

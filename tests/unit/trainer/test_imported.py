@@ -224,6 +224,7 @@ FOUR_BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quan
         ),
         (with_a_larger_tokenizer, f"350 tokens and its model {VOCABULARY} embeddings"),
         (without_an_end, "no end-of-text token"),
+        (lambda folder: (folder / "certificate.json").write_text("{}"), "silos' records have made it"),
         (without_a_tokenizer, "can't be read"),
     ],
 )
