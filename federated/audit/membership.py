@@ -61,8 +61,13 @@ def _records(silos: Mapping[str, SiloConfig], task: Task, limit: int) -> tuple[l
     for silo in silos.values():
         units = units_of(silo)
         count = min(limit, len(units.train), len(units.held_out))
-        members += [task.examples(unit)[0] for unit in _spread(units.train, count)]
-        others += [task.examples(unit)[0] for unit in _spread(units.held_out, count)]
+        inside, outside = (
+            [one for unit in _spread(part, count) for one in task.examples(unit)[:1]]
+            for part in (units.train, units.held_out)
+        )
+        found = min(len(inside), len(outside))  # a unit may have no example
+        members += inside[:found]
+        others += outside[:found]
     return members, others
 
 
