@@ -118,12 +118,6 @@ def silos(model: Path, data: Path, name: str) -> Silos:
     return dict(found)
 
 
-@cache
-def warm(model: Path, data: Path, name: str, settings: FederatedSettings) -> Any:
-    head = task_of(model, data, name).head
-    return adapted(load_model(model, head=head), adaptation(settings, head), 0)
-
-
 def plan(used: Setting, epsilon: float) -> PrivacyPlan:
     terms = PlanTerms(
         sampling_rate=used.sampling_rate,
@@ -145,8 +139,9 @@ class Runs:
         self.settings = FederatedSettings(
             task="classification", labels=labels(*where[1:]), lora_rank=arguments.rank, lora_alpha=2.0 * arguments.rank
         )
-        self.task, self.silos, self.model = task_of(*where), silos(*where), warm(*where, self.settings)
+        self.task, self.silos = task_of(*where), silos(*where)
         head = self.task.head
+        self.model = adapted(load_model(arguments.model, head=head), adaptation(self.settings, head), 0)
         fresh = adapted(load_model(arguments.model, head=head), adaptation(self.settings, head), seed)
         self.start = {name: value.numpy() for name, value in adapter_weights(fresh).items()}
         self.travelled = 0
