@@ -81,7 +81,7 @@ class AnswersTask(HeadedTask):
             if text not in row["context"]:
                 return "its answer is not in its context; give one that is, letter by letter"
             if start >= 0 and not row["context"].startswith(text, start):
-                return "its answer does not begin at answer_start; count in characters from 0, or leave the start out"
+                return "its answer does not begin at answer_start; count in characters from 0, leave the start out"
         return ""
 
     @staticmethod
