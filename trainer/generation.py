@@ -52,7 +52,7 @@ def generate(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model.generate(
-            ids,
+            input_ids=ids,  # by its name: peft's encoder-decoders take no other
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=True,

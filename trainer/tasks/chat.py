@@ -148,6 +148,8 @@ class ChatTemplate:
         except Exception:  # a template raises whatever its maker wants: that the system speaks, or a user twice
             return None
         kept = {int(place): _Said(int(place), bool(left), bool(right)) for left, place, right in _MARK.findall(text)}
+        if any(place >= len(roles) for place in kept):  # the template spells a mark of its own
+            return None
         text = _MARK.sub(r"[[message \2]]", text)
         return tuple(_with_answers(self._cut(text, kept), roles))
 

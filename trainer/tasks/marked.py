@@ -64,11 +64,5 @@ def own_backend(tokenizer: Any) -> Tokenizer:
 def encoded(backend: Tokenizer, parts: Sequence[Part]) -> tuple[list[int], list[bool]]:
     """Tokens of the parts as one text: a token that reaches into a part that is to be learnt is to be learnt."""
     found = backend.encode("".join(text for text, _ in parts), add_special_tokens=False)
-    learnt, start = [False] * len(found.ids), 0
-    for text, is_learnt in parts:
-        end = start + len(text)
-        if is_learnt:
-            for place, (first, last) in enumerate(found.offsets):
-                learnt[place] |= first < end and max(last, first + 1) > start
-        start = end
-    return found.ids, learnt
+    wanted = b"".join(bytes([learnt]) * len(text) for text, learnt in parts)  # of each character
+    return found.ids, [any(wanted[first : max(last, first + 1)]) for first, last in found.offsets]

@@ -135,7 +135,10 @@ def test_a_model_without_a_template_needs_one_of_the_federation(make):
     assert learnt(task._tokenizer, example) == [" I.<|endoftext|>"]
 
 
-@pytest.mark.parametrize("template", ["{{ 'nothing' }}", "{{ messages[7] }}{{ raise_exception('no') }}", "{% if %}"])
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 'nothing' }}", "{{ messages[7] }}{{ raise_exception('no') }}", "{% if %}", "[[message 7]]" + CHATML],
+)
 def test_a_template_that_writes_no_dialogue_is_refused(make, template):
     with pytest.raises(InputError, match=r"^the model's chat template writes no dialogue of a user and an assistant"):
         ChatTemplate(make(template))
