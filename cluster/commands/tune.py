@@ -23,7 +23,8 @@ def tune(
     ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Number of trials; more extend a search.")] = 8,
     metric: Annotated[
-        str, typer.Option(help="What is minimised. Default: validation_loss, or held_out_bits_per_char.")
+        str,
+        typer.Option(help="What is minimised. Default: validation_loss, or a federation's held-out figure."),
     ] = "",
     max_parallel: Annotated[
         int, typer.Option(min=0, help="Most trials at once. Default: as many as there is room for.")

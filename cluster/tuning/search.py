@@ -12,7 +12,7 @@ from typing import Any
 from cluster.run import Run
 from cluster.tuning import ray_tune as tuning
 from cluster.tuning.search_space import Parameter, Trial, draw_trials, is_federated, with_values
-from cluster.tuning.trial_kinds import FEDERATE, PRETRAIN, check_budget, give_corpora, give_model, spent
+from cluster.tuning.trial_kinds import PRETRAIN, check_budget, federate_kind, give_corpora, give_model, spent
 from configs.errors import InputError, SiloweaveError
 from configs.parse import to_toml
 from configs.run_directory import bind_run_directory, run_directory
@@ -37,7 +37,7 @@ class Search:
     """
 
     def __init__(self, base: RunConfig, parameters: Sequence[Parameter], count: int, metric: str) -> None:
-        self.kind = FEDERATE if is_federated(parameters) else PRETRAIN
+        self.kind = federate_kind(base) if is_federated(parameters) else PRETRAIN
         self.base, self.metric = base, metric or self.kind.metrics[0]
         _check_metric(self.kind, self.metric, parameters)
         if base.run.url is not None:
@@ -136,7 +136,7 @@ def tune(run: Run, search: Search, max_parallel: int) -> dict[str, Any]:
     """
     with run.stage("tune"):
         waiting = [trial for trial in search.trials if search.status(trial) not in _ENDED]
-        if search.kind is FEDERATE:
+        if search.kind is not PRETRAIN:
             check_budget(run, waiting)
             give_model(run, waiting)
         else:
@@ -180,7 +180,7 @@ def _run(run: Run, search: Search, waiting: list[Trial], max_parallel: int) -> N
 
 
 def _publish(run: Run, search: Search) -> dict[str, Any]:
-    if search.kind is FEDERATE:
+    if search.kind is not PRETRAIN:
         search.reserved = spent(run.config, run.model, search.trials)
     document = search.write()
     if document["best"] is None:

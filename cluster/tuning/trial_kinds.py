@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trainer.data.origins import since_prepared
 from trainer.data.tokenizer import special_tokens
 
 _VALIDATIONS = {"validation_loss": "loss", "validation_bits_per_char": "bits_per_char"}
-_HELD_OUT = "held_out_bits_per_char"
+_HELD_OUT, _HELD_OUT_ERROR = "held_out_bits_per_char", "held_out_error"
 
 
 def validations(config: RunConfig) -> list[dict[str, Any]]:
@@ -86,12 +87,20 @@ def _corpus_run(run: Run, config: RunConfig, key: str) -> Run:
 
 
 def held_out(config: RunConfig) -> list[dict[str, Any]]:
-    """Bits per character on the silos' held-out records by round, once a trial is evaluated."""
+    """A figure of the silos' held-out records by round, once a trial is evaluated: lower is better.
+
+    Bits per character of texts; of other tasks their main figure, or what it lacks to 1 where higher is better.
+    """
     path = RunFiles(run_directory(config)).evaluation
     if not path.exists():
         return []
-    rounds = json.loads(path.read_text(encoding="utf-8"))[FEDERATED]
-    return [{"step": number, _HELD_OUT: found["bits_per_char"]} for number, found in enumerate(rounds, 1)]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    metric, lower = document.get("metric", "bits_per_char"), document.get("lower_is_better", True)
+    name = _HELD_OUT if metric == "bits_per_char" else _HELD_OUT_ERROR
+    return [
+        {"step": number, name: found[metric] if lower or found[metric] is None else 1 - found[metric]}
+        for number, found in enumerate(document[FEDERATED], 1)
+    ]
 
 
 def _federate(config: RunConfig, on_event: Listener) -> None:
@@ -112,6 +121,11 @@ def _workers(config: RunConfig) -> list[dict[str, float]]:
 # Stopping a federation early would save time and no epsilon: its reservation is spent whole. One at a time: a silo's
 # ledger answers one run after the other.
 FEDERATE = Kind((_HELD_OUT,), _federate, held_out, _last_round, _workers, comparable=False, one_at_a_time=True)
+
+
+def federate_kind(config: RunConfig) -> Kind:
+    """What a trial of a federation is, with the figure that its task has."""
+    return FEDERATE if config.federated.task == "causal" else replace(FEDERATE, metrics=(_HELD_OUT_ERROR,))
 
 
 def give_model(run: Run, trials: Sequence[Trial]) -> None:

@@ -13,7 +13,7 @@ from configs.storage.manifests import MANIFEST, Manifest, commit_manifest, requi
 from configs.storage.sealing import MasterKey, opened, sealing
 from privacy.declaration import DECLARATION
 from trainer.models.adapters import shapes
-from trainer.models.load import load_model
+from trainer.models.load import Head, load_model
 
 ADAPTER, WHOLE = "adapter", "model"  # what a federation publishes: an adapter, or the whole model where that trained
 _LORA, _CONFIG = "adapter_config.json", "config.json"
@@ -94,8 +94,14 @@ def merge(place: Path, output: Path | None, key: MasterKey | None) -> tuple[Path
     inputs = {"model": manifest.content_digest}
     with opened(federation / ADAPTER, key, f"{_stage(federation)}/{ADAPTER}") as folder:
         inputs |= {f"{ADAPTER}/{name}": digest_file(folder / name) for name in (_LORA, "adapter_model.safetensors")}
-        model = with_shared(load_model(base, key), folder)
+        model = with_shared(load_model(base, key, _head(made)), folder)
     return target, _write(model, base, federation, target, key, inputs)
+
+
+def _head(made: Manifest) -> Head | None:
+    """What the federation's task has put on the base model."""
+    said = made.metadata.get("head")
+    return Head(**{**said, "labels": tuple(said["labels"])}) if said else None
 
 
 def _stage(federation: Path) -> str:

@@ -1,5 +1,6 @@
 """A federation's final model, and its publication: the shared adapter, or the whole model, and the manifest."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
 def publish(config: RunConfig, base_model: Path, federation: Path, kind: str) -> None:
     """Writes the manifest of a finished federation, by which later stages know it."""
     model = require_manifest(base_model, "model", config.model.made_by).content_digest
-    commit_manifest(federation, Manifest(kind, config_digest(config), inputs={"model": model}))
+    head = task_of(config.federated.task_spec, base_model).head
+    metadata = {"head": asdict(head)} if head else {}
+    commit_manifest(federation, Manifest(kind, config_digest(config), inputs={"model": model}, metadata=metadata))
 
 
 def published(config: RunConfig) -> str:

@@ -29,11 +29,13 @@ class Head:
             answering``: two of each token, by which an answer begins and ends there.
         size: how many numbers.
         pad: the token that fills up what is shorter.
+        labels: what the numbers stand for, where that has names.
     """
 
     kind: Literal["classification", "token classification", "question answering"]
     size: int
     pad: int
+    labels: tuple[str, ...] = ()
 
 
 def load_model(directory: Path, key: MasterKey | None = None, head: Head | None = None) -> Any:
@@ -94,5 +96,8 @@ def model_class(config: Any, where: str, head: Head | None = None) -> Any:
 def _with_head(config: Any, head: Head | None) -> Any:
     if head is not None:
         config.num_labels, config.pad_token_id = head.size, head.pad
+        if head.labels:  # whoever loads the result elsewhere reads them there
+            config.id2label = dict(enumerate(head.labels))
+            config.label2id = {label: index for index, label in enumerate(head.labels)}
         config.classifier_dropout = 0.0  # some heads have one where the configuration names none
     return config

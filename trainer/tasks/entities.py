@@ -30,7 +30,7 @@ class EntitiesTask(HeadedTask):
 
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         super().__init__(tokenizer, context_length, spec)
-        self.head = Head("token classification", len(spec.labels), self.pad)
+        self.head = Head("token classification", len(spec.labels), self.pad, spec.labels)
         self.measures = self.measured(spec, context_length)
 
     @staticmethod
