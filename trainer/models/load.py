@@ -1,5 +1,7 @@
 """Loads a model from where a run, or a person, has put it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,15 +62,30 @@ def load_model(directory: Path, key: MasterKey | None = None, head: Head | None 
     with opened(directory, key, f"{owner}/{MODEL}", older=MODEL) as folder, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of a head: the same one wherever it is put on
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = model_class(config, str(directory), head).from_pretrained(
-            folder,
-            config=_with_head(config, head),
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            attn_implementation=attention(),
-        )
+        kind = model_class(config, str(directory), head)
+        with _without_report():
+            model = kind.from_pretrained(
+                folder,
+                config=_with_head(config, head),
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                attn_implementation=attention(),
+            )
     return model.eval()
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Transformers reports weights that the files lack: here they are the head's, which is meant to be new."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def model_class(config: Any, where: str, head: Head | None = None) -> Any:
