@@ -77,7 +77,7 @@ def whole_step(net: Any, seed: int) -> float:
         shape_of=start,
         made_up=lambda _, number: torch.randint(VOCABULARY, (number, CONTEXT)).unbind(),
         synthetic=tokens[:2],
-    ).run(Streams(seed.to_bytes(32, "little"), DIGEST), tokens)
+    ).run(Streams(seed.to_bytes(32, "little"), DIGEST), [(row,) for row in tokens])
     return time.perf_counter() - began
 
 

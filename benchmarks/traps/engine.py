@@ -20,7 +20,7 @@ def train_privately(
     a_plan: PrivacyPlan, streams: Streams, model: nn.Module, optimizer: Any, units: Sequence[Any], **options: Any
 ) -> None:
     """All steps of one charge; the tests put broken engines in its place."""
-    PrivateTraining(a_plan, model, optimizer, **options).run(streams, units)
+    PrivateTraining(a_plan, model, optimizer, **options).run(streams, [(unit,) for unit in units])
 
 
 def plan(num_records: int, **changes: float) -> PrivacyPlan:

@@ -157,6 +157,11 @@ class SiloFiles:
         return self.directory / "silo.key"
 
     @property
+    def source(self) -> Path:
+        """Names, sizes and digests of the files that the records were last read from. Private."""
+        return self.directory / "source.json"
+
+    @property
     def split_key(self) -> Path:
         """Decides which units are held out."""
         return self.directory / "split.key"

@@ -117,6 +117,7 @@ def serve(
         )
     from federated.deployment.silo_site import service_tls
     from federated.silo.silo import Silo
+    from federated.silo.source_record import source_note
     from federated.transport.service import serve as start
     from privacy.register import only_ledger
 
@@ -124,7 +125,11 @@ def serve(
     known = only_ledger(settings.silo.dataset_id, files.directory, files.key)
     with nullcontext() if settings.data.public else known:
         silo = Silo(settings, file=config.absolute())
-    notes = silo.workbench.notes  # before the first request, whose time would tell how much text there is
+    newer = source_note(settings)
+    notes = [
+        *silo.workbench.notes,
+        *([newer] if newer else []),
+    ]  # before the first request, whose time would tell how much text there is
     answers = partial(start, silo.handle, settings.policy.max_request_bytes)
     server, _ = answers(place) if socket else answers(place, service_tls(settings))
     if socket and relay_user:

@@ -71,8 +71,11 @@ class Workbench:
                 else []
             ),
             Changed("shortened: training units beyond the context", cut, len(records)),
-            Changed("dropped: training units with nothing to learn within the context", empty, len(records)),
         ]
+        if empty:
+            lines.append(
+                Changed("dropped: training units with nothing to learn within the context", empty, len(records))
+            )
         return table("text of this silo's records", lines)
 
     @property
@@ -91,6 +94,7 @@ class Workbench:
         Raises:
             PolicyRefusal: the model hasn't got it, or another A is drawn here than the request's digest is of.
         """
+        self._check_task(asked)
         silo, spec = self._config.silo, asked.adapter_spec
         seed = spec.frozen_seed if spec.frozen_digest else None
         ours = silo.clipping == "bookkeeping"
@@ -105,6 +109,12 @@ class Workbench:
             if drawn != spec.frozen_digest:
                 raise PolicyRefusal.of("frozen_digest", spec.frozen_digest, drawn)
         return model
+
+    def _check_task(self, asked: pb.Train | pb.Evaluate) -> None:
+        """Refuses another task than the records were read for: the policy may have changed since the silo started."""
+        own, said = self._config.policy.task_spec, (asked.task, tuple(asked.task_spec.labels), asked.task_spec.template)
+        if said != (own.name, own.labels, own.template):
+            raise PolicyRefusal.of("task", asked.task, f"{own.name}, as the records were read when this silo started")
 
     def fitted(self, asked: pb.Train | pb.Evaluate, policy: SiloPolicy) -> tuple[Any, Arrays]:
         """The warm model and the request's adapter, which fits it.

@@ -71,7 +71,7 @@ def since(config: RunConfig, origins: Mapping[str, Origin]) -> Since:
         if "files" not in known:
             continue
         try:
-            found = _differences(known["files"], source_files(Path(source.source)))
+            found = differences(known["files"], source_files(Path(source.source)))
         except InputError as error:
             unknown.append(f"{field}: can't be compared with what was prepared ({error})")
             continue
@@ -85,7 +85,8 @@ def since_prepared(config: RunConfig, corpus: Manifest) -> Since:
     return since(config, corpus.metadata.get(ORIGINS, {}))
 
 
-def _differences(before: Mapping[str, Mapping[str, Any]], source: SourceFiles) -> str:
+def differences(before: Mapping[str, Mapping[str, Any]], source: SourceFiles) -> str:
+    """Files that were changed, added or removed since, in words; empty for none."""
     now = {file.name: file for file in source.files}
     found = {
         "changed": [name for name, file in now.items() if name in before and not _same(before[name], file)],

@@ -35,7 +35,7 @@ def test_every_preset_loads_and_survives_toml(preset, tmp_path):
 
 
 def test_shipped_presets_are_the_documented_ones():
-    assert presets() == ["demo", "entities", "gpu", "qa", "tiny"]
+    assert presets() == ["chat", "classify", "demo", "entities", "gpu", "qa", "summarise", "tiny", "translate"]
 
 
 @pytest.mark.parametrize("schema", [RunConfig, SiloConfig, FederationConfig, RelayConfig])

@@ -140,6 +140,18 @@ def test_adapter_and_head_travel_and_a_private_evaluation_counts_labels(silo, ad
     assert len(ask(silo, "evaluation", evaluate=evaluate)[0].evaluated.sums) == 3 + 3 * len(LABELS)
 
 
+def test_a_policy_that_has_changed_since_the_records_were_read_counts_from_the_next_start_on(silo, config, adapter):
+    before, others = silo.config, ("urgent", "calm")
+    policy = before.policy.model_copy(update={"labels": others})
+    silo.config = before.model_copy(update={"policy": policy})
+    train = pb.Train(**asked(silo, adapter, pb.TaskSpec(labels=others)), round=2, learning_rate=0.01, optimizer="sgd")
+    charged = kinds(silo)
+    refusal = ask(silo, "round-2", train=train)[0].refusal
+    silo.config = before
+    assert (refusal.rule, "when this silo started" in refusal.allowed) == ("task", True)
+    assert kinds(silo) == charged
+
+
 def test_a_persons_records_are_one_unit_of_several_examples(silo):
     units = silo.workbench.records
     assert len(units) + len(silo.workbench.held_out) == 60
