@@ -126,10 +126,8 @@ def serve(
     with nullcontext() if settings.data.public else known:
         silo = Silo(settings, file=config.absolute())
     newer = source_note(settings)
-    notes = [
-        *silo.workbench.notes,
-        *([newer] if newer else []),
-    ]  # before the first request, whose time would tell how much text there is
+    # Before the first request, whose time would tell how much text there is.
+    notes = [*silo.workbench.notes, *([newer] if newer else [])]
     answers = partial(start, silo.handle, settings.policy.max_request_bytes)
     server, _ = answers(place) if socket else answers(place, service_tls(settings))
     if socket and relay_user:

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from configs.parse import json_object
 from configs.schema.silo import SiloConfig
-from configs.storage.files import json_object, write_atomic
+from configs.storage.files import write_atomic
 from configs.storage.layout import SiloFiles
 from federated.silo.units import rows_of
 from trainer.data.origins import differences, origin
@@ -28,6 +29,6 @@ def source_note(config: SiloConfig) -> str:
     if not found:
         return ""
     return (
-        f"data.source {config.data.source!r}: other files than at the last start: {found}; the ledger goes on, since what "
-        "was spent was spent on the same people. If others are in the files now, give them a dataset_id of their own"
+        f"data.source {config.data.source!r}: other files than at the last start: {found}; the ledger goes on, since "
+        "what was spent was spent on the same people; if others are in them now, give those a dataset_id of their own"
     )
