@@ -20,7 +20,7 @@ def train_privately(
     a_plan: PrivacyPlan, streams: Streams, model: nn.Module, optimizer: Any, units: Sequence[Any], **options: Any
 ) -> None:
     """All steps of one charge; the tests put broken engines in its place."""
-    PrivateTraining(a_plan, model, optimizer, **options).run(streams, [(unit,) for unit in units])
+    PrivateTraining(a_plan, model, optimizer, **options).run(streams, OneExampleEach(units))
 
 
 def plan(num_records: int, **changes: float) -> PrivacyPlan:
@@ -71,6 +71,19 @@ def train(
     scale = a_plan.expected_batch_size
     lost = {name: (before[name] - value.detach()) * scale for name, value in trainable(model).items()}
     return lost, units.batches
+
+
+class OneExampleEach(Sequence[tuple[Any]]):
+    """Units of a single example, which are asked for one by one as the engine asks."""
+
+    def __init__(self, units: Sequence[Any]) -> None:
+        self._units = units
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self._units[index],)
 
 
 class Taken(Sequence[int]):

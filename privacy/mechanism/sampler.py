@@ -46,8 +46,11 @@ def one_example_each(
     A unit's draw depends on that unit's place alone, so what a step takes of one unit depends on no other one. A unit
     without examples adds nothing.
     """
-    draws = streams.generator("example", step).integers(2**64, size=len(units), dtype=np.uint64)
-    return [units[index][int(draws[index]) * len(units[index]) >> 64] for index in chosen if units[index]]
+    places = list(chosen)
+    # A generator's draws are the same however many are asked for: those beyond the last chosen unit are left out.
+    draws = streams.generator("example", step).integers(2**64, size=max(places, default=-1) + 1, dtype=np.uint64)
+    found = [(units[place], int(draws[place])) for place in places]
+    return [examples[draw * len(examples) >> 64] for examples, draw in found if examples]
 
 
 def _truncated(drawn: Indices, max_batch_size: int, streams: Streams, step: int) -> Indices:

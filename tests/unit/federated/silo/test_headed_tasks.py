@@ -87,7 +87,7 @@ def test_a_round_and_an_evaluation(config):
     silo = Silo(config, TRUSTED, bytes(range(32)))
     try:
         ask(silo, "reserve", reserve=pb.Reserve(plan=PLAN.model_dump_json()))
-        model = silo.workbench.model(pb.Train(adapter_spec=pb.AdapterSpec(rank=2, alpha=4.0)))
+        model = silo.workbench.model(pb.Train(**asked(silo, config)))
         adapter = {name: value.numpy() for name, value in adapter_weights(model).items()}
         content = to_bytes(adapter)
         train = pb.Train(**asked(silo, config, round=1, adapter=content, learning_rate=0.01, optimizer="sgd"))
@@ -116,7 +116,7 @@ def test_what_the_tags_or_the_place_say_is_learnt(config):
     silo = Silo(config, TRUSTED, bytes(range(32)))
     try:
         bench, task = silo.workbench, silo.workbench.task
-        model = bench.model(pb.Train(adapter_spec=pb.AdapterSpec(rank=2, alpha=4.0)))
+        model = bench.model(pb.Train(**asked(silo, config)))
         adapter = {name: value.numpy() for name, value in adapter_weights(model).items()}
         train, held_out = ([one for unit in part for one in unit] for part in (bench.records, bench.held_out))
         before = score(model.eval(), task, held_out, 16).main
