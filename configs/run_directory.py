@@ -64,6 +64,7 @@ _LATER = {
     "model.source": "",
     "federated.labels": (),
     "federated.template": "",
+    "federated.pooling": "model",
     **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
     "model.family": "llama",
     "model.config": "",

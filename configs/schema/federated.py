@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, Settings
 from configs.schema.places import Place
-from configs.schema.tasks import WRITES, TaskLabels, TaskName, TaskSpec, task_problems
+from configs.schema.tasks import WRITES, Pooling, TaskLabels, TaskName, TaskSpec, task_problems
 
 MOST_TARGETS = 100  # names of layers in a request
 
@@ -50,6 +50,9 @@ class FederatedSettings(Settings):
     """How a text is made of a record's fields, ``"Title: {title} Text: {text}"`` for instance; empty: the text is the
     column of that name. Of a task that writes, the last field is the answer, which alone is learnt; empty: the model's
     own chat template, or both texts with a blank line between them."""
+    pooling: Pooling = "model"
+    """What of a text the labels' head looks at: ``model``: what the model's own head does, its first token in BERT, its
+    last in a decoder; ``mean``: the mean over its tokens, as models that embed sentences were trained for."""
     rounds: Count = 3
     """Rounds; every silo takes part in each."""
     local_steps: Count = 12
@@ -125,7 +128,7 @@ class FederatedSettings(Settings):
             self._enough_problem(),
             self._head_problem(),
         )
-        of_task = task_problems("federated", self.task, self.labels, self.template)
+        of_task = task_problems("federated", self.task, self.labels, self.template, self.pooling)
         for problem in (*of_task, *self._unused(), *problems, self._pull_problem()):
             if problem:
                 raise ValueError(problem)
@@ -134,7 +137,7 @@ class FederatedSettings(Settings):
     @property
     def task_spec(self) -> TaskSpec:
         """What a record is to the model, as requests say it."""
-        return TaskSpec(name=self.task, labels=self.labels, template=self.template)
+        return TaskSpec(name=self.task, labels=self.labels, template=self.template, pooling=self.pooling)
 
     def _head_problem(self) -> str:
         if self.task in WRITES or self.adapters != "product":

@@ -18,7 +18,7 @@ from configs.schema.base import (
 from configs.schema.data import DeidentifySettings, RecordSettings
 from configs.schema.federated import ClippingMethod, Train
 from configs.schema.places import Place, rooted
-from configs.schema.tasks import TaskLabels, TaskName, TaskSpec, deidentify_problem, task_problems
+from configs.schema.tasks import Pooling, TaskLabels, TaskName, TaskSpec, deidentify_problem, task_problems
 
 LARGEST_NAME = 100  # characters of a silo's
 MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # the requests of a simulation come from its own user
@@ -84,6 +84,8 @@ class SiloPolicy(Settings):
     template: str = ""
     """How a text may be made of a record's fields, as the federation has it; empty: the text is the column of that
     name."""
+    pooling: Pooling = "model"
+    """What of a text the labels' head looks at, as the federation has it."""
     train: Annotated[tuple[Train, ...], Field(min_length=1)] = ("lora",)
     """What of the model may train and travel: ``lora`` adapters, or with ``full``, ``head`` and ``bitfit`` parameters
     of the model itself."""
@@ -139,7 +141,7 @@ class SiloPolicy(Settings):
 
     @model_validator(mode="after")
     def _task_is_whole(self) -> "SiloPolicy":
-        for problem in task_problems("policy", self.tasks[0], self.labels, self.template):
+        for problem in task_problems("policy", self.tasks[0], self.labels, self.template, self.pooling):
             raise ValueError(problem)
         if self.label_sets and self.tasks[0] != "causal":
             raise ValueError(
@@ -151,7 +153,7 @@ class SiloPolicy(Settings):
     @property
     def task_spec(self) -> TaskSpec:
         """What a record is to the model, as requests have to say it."""
-        return TaskSpec(name=self.tasks[0], labels=self.labels, template=self.template)
+        return TaskSpec(name=self.tasks[0], labels=self.labels, template=self.template, pooling=self.pooling)
 
 
 class SiloConfig(Settings):

@@ -10,11 +10,13 @@ from pydantic import AfterValidator, Field
 from configs.schema.base import Label, Settings, composed
 
 TaskName = Literal["causal", "classification", "multilabel", "entities", "qa", "chat", "translation", "summarisation"]
+Pooling = Literal["model", "mean"]
 MOST_LABELS = 300  # three counts for each are in a private evaluation
 LARGEST_TEMPLATE = 2000  # characters
 TaskLabels = Annotated[tuple[Label, ...], Field(max_length=MOST_LABELS), AfterValidator(composed)]
 """The federation's labels in their order, in Unicode's form NFC."""
 WITH_LABELS = ("classification", "multilabel", "entities")
+POOLED = ("classification", "multilabel")
 WITH_TEMPLATE = ("classification", "multilabel", "chat", "translation", "summarisation")
 WRITES = ("causal", "chat", "translation", "summarisation")
 _COLUMN = re.compile(r"[A-Za-z_]\w*")
@@ -27,11 +29,13 @@ class TaskSpec(Settings):
         name: of the task.
         labels: what it tells apart, where it tells something apart.
         template: how a record's text is made of its columns; empty: the column ``text`` is the text.
+        pooling: what of a text a head looks at, where it looks at the whole of it.
     """
 
     name: TaskName = "causal"
     labels: TaskLabels = ()
     template: Annotated[str, Field(max_length=LARGEST_TEMPLATE)] = ""
+    pooling: Pooling = "model"
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -56,8 +60,12 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, names)))
 
 
-def task_problems(where: str, task: TaskName, labels: tuple[str, ...], template: str) -> Iterator[str]:
+def task_problems(
+    where: str, task: TaskName, labels: tuple[str, ...], template: str, pooling: Pooling
+) -> Iterator[str]:
     """What does not fit together in a task's settings, one line each; ``where`` is the table that they stand in."""
+    if pooling != "model" and task not in POOLED:
+        yield f"{where}.pooling is {pooling!r}: the task {task!r} has no use for it; leave it out"
     if task in WITH_LABELS and not labels:
         yield f"{where}.labels is empty: the task {task!r} needs the labels that it tells apart; give two or more"
     if labels and task not in WITH_LABELS:

@@ -11,6 +11,7 @@ from flwr.app import Message
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
 from configs.schema.federated import FederatedSettings
+from configs.schema.tasks import TaskSpec
 from configs.storage.files import digest_bytes
 from federated.adapters.warm_model import adaptation
 from federated.coordinator.flower_grid import Nodes
@@ -58,6 +59,12 @@ def adapter_spec(settings: FederatedSettings, rank: int, alpha: float, **frozen:
     train = "" if how.train == "lora" else how.train
     dtype = "" if how.base_dtype == "float32" else how.base_dtype
     return pb.AdapterSpec(rank=rank, alpha=alpha, train=train, targets=how.targets, base_dtype=dtype, **frozen)
+
+
+def task_spec(spec: TaskSpec) -> pb.TaskSpec:
+    """What a request says of its task beside the name."""
+    pooling = "" if spec.pooling == "model" else spec.pooling
+    return pb.TaskSpec(labels=spec.labels, template=spec.template, pooling=pooling)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import initial_adapter
 from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec
+from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, task_spec
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
@@ -292,7 +292,7 @@ class Coordinator:
         """What a request says of plan, base model and task."""
         spec = self.config.federated.task_spec
         said = {"plan_digest": self.plan.digest, "base_model_digest": self.base.content_digest, "task": spec.name}
-        return {**said, "task_spec": pb.TaskSpec(labels=spec.labels, template=spec.template)}
+        return {**said, "task_spec": task_spec(spec)}
 
     def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
         """The same request to each silo that is there and has reserved."""

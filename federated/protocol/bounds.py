@@ -37,6 +37,7 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "Train.correction": WHOLE,
     "TaskSpec.labels": LABELS,
     "TaskSpec.template": TEMPLATE,
+    "TaskSpec.pooling": NAME,
     "AdapterSpec.frozen_digest": DIGEST,
     "AdapterSpec.train": NAME,
     "AdapterSpec.targets": MOST_TARGETS,

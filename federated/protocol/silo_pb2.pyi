@@ -97,12 +97,14 @@ class Contribute(_message.Message):
     def __init__(self, train: _Optional[_Union[Train, _Mapping]] = ..., local_steps: _Optional[int] = ..., sampling_rate: _Optional[float] = ...) -> None: ...
 
 class TaskSpec(_message.Message):
-    __slots__ = ("labels", "template")
+    __slots__ = ("labels", "template", "pooling")
     LABELS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     labels: _containers.RepeatedScalarFieldContainer[str]
     template: str
-    def __init__(self, labels: _Optional[_Iterable[str]] = ..., template: _Optional[str] = ...) -> None: ...
+    pooling: str
+    def __init__(self, labels: _Optional[_Iterable[str]] = ..., template: _Optional[str] = ..., pooling: _Optional[str] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
     __slots__ = ("rank", "alpha", "frozen_digest", "frozen_seed", "train", "targets", "base_dtype")

@@ -134,6 +134,8 @@ def check_model(asked: pb.Train | pb.Evaluate, policy: SiloPolicy, base_model_di
         raise PolicyRefusal.of("labels", ", ".join(asked.task_spec.labels) or "none", ", ".join(task.labels) or "none")
     if asked.task_spec.template != task.template:
         raise PolicyRefusal.of("template", asked.task_spec.template or "none", task.template or "none")
+    if (asked.task_spec.pooling or "model") != task.pooling:
+        raise PolicyRefusal.of("pooling", asked.task_spec.pooling or "model", task.pooling)
     spec = asked.adapter_spec
     if (train := spec.train or "lora") not in policy.train:
         raise PolicyRefusal.of("train", train, ", ".join(policy.train))

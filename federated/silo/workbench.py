@@ -112,8 +112,9 @@ class Workbench:
 
     def _check_task(self, asked: pb.Train | pb.Evaluate) -> None:
         """Refuses another task than the records were read for: the policy may have changed since the silo started."""
-        own, said = self._config.policy.task_spec, (asked.task, tuple(asked.task_spec.labels), asked.task_spec.template)
-        if said != (own.name, own.labels, own.template):
+        own, said = self._config.policy.task_spec, asked.task_spec
+        words = (asked.task, tuple(said.labels), said.template, said.pooling or "model")
+        if words != (own.name, own.labels, own.template, own.pooling):
             raise PolicyRefusal.of("task", asked.task, f"{own.name}, as the records were read when this silo started")
 
     def fitted(self, asked: pb.Train | pb.Evaluate, policy: SiloPolicy) -> tuple[Any, Arrays]:

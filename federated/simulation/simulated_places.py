@@ -111,6 +111,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             tasks=(config.federated.task,),
             labels=config.federated.labels,
             template=config.federated.template,
+            pooling=config.federated.pooling,
             train=(config.federated.train,),
             releases_metrics=True,
             max_runs_per_day=MOST_SIMULATED_RUNS,

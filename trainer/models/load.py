@@ -10,6 +10,7 @@ import torch
 
 from configs.errors import InputError
 from configs.imports import import_large
+from configs.schema.tasks import Pooling
 from configs.storage.manifests import read_manifest
 from configs.storage.sealing import MasterKey, opened
 from trainer.models.families import attention
@@ -32,12 +33,14 @@ class Head:
         size: how many numbers.
         pad: the token that fills up what is shorter.
         labels: what the numbers stand for, where that has names.
+        pooling: of a whole text: what the head looks at.
     """
 
     kind: Literal["classification", "token classification", "question answering"]
     size: int
     pad: int
     labels: tuple[str, ...] = ()
+    pooling: Pooling = "model"
 
 
 def load_model(directory: Path, key: MasterKey | None = None, head: Head | None = None) -> Any:
@@ -96,13 +99,18 @@ def model_class(config: Any, where: str, head: Head | None = None) -> Any:
     """
     import transformers
 
+    from trainer.models.pooled import MeanPooledClassifier, mean_pooled
     from trainer.models.recurrent import RecurrentForCausalLM
 
+    if head is not None and head.pooling == "mean":
+        return mean_pooled(config)
     if head is not None:
         found = getattr(transformers, _HEADS[head.kind]).get(type(config), None)
         wanted = f"{config.model_type} with a head for {head.kind}"
     else:
         wanted = (config.architectures or [config.model_type])[0]
+        if wanted == MeanPooledClassifier.__name__:
+            return mean_pooled(config)
         ours = {RecurrentForCausalLM.__name__: RecurrentForCausalLM}
         found = ours.get(wanted) or getattr(transformers, wanted, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):

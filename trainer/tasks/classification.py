@@ -23,7 +23,7 @@ class ClassificationTask(HeadedTask):
 
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         super().__init__(tokenizer, context_length, spec)
-        self.head = Head("classification", len(spec.labels), self.pad, spec.labels)
+        self.head = Head("classification", len(spec.labels), self.pad, spec.labels, spec.pooling)
         self.measures = self.measured(spec, context_length)
 
     @classmethod

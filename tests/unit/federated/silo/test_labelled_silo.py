@@ -113,6 +113,8 @@ def kinds(silo):
         ({"spec": pb.TaskSpec(labels=["x"] * 301)}, "labels", "at most 300"),
         ({"spec": pb.TaskSpec(labels=LABELS, template="{note} {name}")}, "template", "none"),
         ({"spec": pb.TaskSpec(labels=LABELS, template="x" * 2001)}, "template", "at most 2000"),
+        ({"spec": pb.TaskSpec(labels=LABELS, pooling="mean")}, "pooling", "model"),
+        ({"spec": pb.TaskSpec(labels=LABELS, pooling="max")}, "pooling", "model"),
     ],
 )
 def test_other_words_than_the_policys_are_refused_before_any_charge(silo, adapter, changes, rule, said):
@@ -203,6 +205,7 @@ def test_a_record_without_a_place_is_named_at_the_start_and_nothing_is_made(tmp_
         ({"template": "words alone"}, "it names no field"),
         ({"label_sets": [["yes", "no"]]}, "policy.label_sets"),
         ({"tasks": ["causal"]}, "the task 'causal' has no use for labels"),
+        ({"tasks": ["causal"], "labels": (), "pooling": "mean"}, "policy.pooling is 'mean'"),
     ],
 )
 def test_a_policy_that_is_no_task_is_refused(tmp_path, tiny_model, policy, said):

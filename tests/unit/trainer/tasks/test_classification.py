@@ -29,6 +29,7 @@ from trainer.tasks.task import task_of
 
 LABELS = ("negative", "neutral", "positive")
 ONE, MANY = (TaskSpec(name=name, labels=LABELS) for name in ("classification", "multilabel"))
+MEAN = TaskSpec(name="classification", labels=LABELS, pooling="mean")
 TEXTS = ["A fine film.", "It is long, and nothing happens in it at all, twice.", "[CLS] was said </s>", "so so"]
 CONTEXT, VOCABULARY = 48, 300
 TASKS = {}  # for properties, which take no fixtures
@@ -70,11 +71,11 @@ def moved(model):
 
 def rows(spec):
     given = {"label": lambda number: number % 3, "labels": lambda number: tuple(range(number % 4))}
-    field = "label" if spec is ONE else "labels"
+    field = "labels" if spec is MANY else "label"
     return [{"text": text, field: given[field](number)} for number, text in enumerate(TEXTS)]
 
 
-@pytest.mark.parametrize("spec", [ONE, MANY])
+@pytest.mark.parametrize("spec", [ONE, MANY, MEAN])
 def test_clipped_gradients_are_those_of_single_records(folder, spec):
     task = task_of(spec, folder)
     model = moved(wrapped(folder, task))
@@ -87,7 +88,7 @@ def test_clipped_gradients_are_those_of_single_records(folder, spec):
     assert_equal(clipped(model, losses, [units[:3], units[3:]], 0.3), oracle(model, losses, units, fixed(0.3)))
 
 
-@pytest.mark.parametrize("spec", [ONE, MANY])
+@pytest.mark.parametrize("spec", [ONE, MANY, MEAN])
 def test_records_of_one_shape_are_computed_together_to_the_same_bits(folder, spec):
     task = task_of(spec, folder)
     model = wrapped(folder, task)
@@ -111,8 +112,27 @@ def test_a_head_trains_whole_and_starts_alike_everywhere(folder):
     assert not any("lora" in parameter for parameter in of_head)
 
 
-def test_padding_and_neighbours_change_no_answer(folder):
-    task = task_of(ONE, folder)
+def test_the_mean_is_over_a_texts_own_tokens(folder, tmp_path):
+    """By hand, from the body's hidden states; and what is saved is loaded as the same model."""
+    task = task_of(MEAN, folder)
+    model = load_model(folder, head=task.head)
+    (example,) = task.examples([{"text": TEXTS[1], "label": 0}])
+    body = getattr(model, model.base_model_prefix)
+    with torch.no_grad():
+        ids = torch.tensor([example.ids])
+        hidden_TD = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        found = model(**{name: task.collate([example])[name] for name in ("input_ids", "attention_mask")}).logits[0]
+        by_hand = model.classifier(hidden_TD.mean(dim=0))
+    np.testing.assert_allclose(found, by_hand, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("spec", [ONE, MEAN])
+def test_padding_and_neighbours_change_no_answer(folder, spec):
+    task = task_of(spec, folder)
     model = wrapped(folder, task).eval()
     examples = task.examples(rows(ONE))
     with torch.no_grad():
