@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ def _rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 SETTINGS = {
-    "sentiment": Setting(_snippets, 48, 2500, 200, 0.02, 4, 8, 1e-3, 1e-3),
-    "intent": Setting(_intents, 32, 2500, 200, 0.05, 6, 12, 2e-3, 2e-3),
+    "sentiment": Setting(_snippets, 48, 2500, 200, 0.1, 3, 8, 2e-3, 2e-3),
+    "intent": Setting(_intents, 32, 2500, 200, 0.1, 6, 10, 5e-3, 5e-3),
 }
 
 
@@ -99,7 +99,7 @@ def labels(data: Path, name: str) -> tuple[str, ...]:
 
 @cache
 def task_of(model: Path, data: Path, name: str) -> Task:
-    spec = TaskSpec(name="classification", labels=labels(data, name))
+    spec = TaskSpec(name="classification", labels=labels(data, name), pooling="mean")
     return kind_of(spec.name)(load_tokenizer(model), SETTINGS[name].context, spec)
 
 
@@ -135,9 +135,17 @@ class Runs:
 
     def __init__(self, arguments: argparse.Namespace, name: str, seed: int) -> None:
         self.used, self.seed = SETTINGS[name], seed
+        if arguments.rate:
+            self.used = replace(self.used, rate=arguments.rate, private_rate=arguments.rate)
         where = (arguments.model, arguments.data, name)
         self.settings = FederatedSettings(
-            task="classification", labels=labels(*where[1:]), lora_rank=arguments.rank, lora_alpha=2.0 * arguments.rank
+            task="classification",
+            labels=labels(*where[1:]),
+            pooling="mean",
+            train=arguments.train,
+            adapter_targets=("query", "value") if arguments.train == "lora" else "all-linear",
+            lora_rank=arguments.rank,
+            lora_alpha=2.0 * arguments.rank,
         )
         self.task, self.silos = task_of(*where), silos(*where)
         head = self.task.head
@@ -221,7 +229,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of vader_snippets/ and clinc150/")
     parser.add_argument("--task", choices=SETTINGS, required=True)
     parser.add_argument("--only", nargs="+", help="of the runs, by name")
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--train", choices=("lora", "head", "bitfit"), default="lora")
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--rate", type=float, help="of Adam, with noise and without")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()

@@ -17,7 +17,7 @@ def one_line(done, status):
     [
         (
             ["prepare", "-c", "nowhere.toml"],
-            "nowhere.toml: no such file; give a TOML file or a preset (demo, gpu, tiny)",
+            "nowhere.toml: no such file; give a TOML file or a preset (chat, classify, demo, entities, gpu, qa,",
         ),
         (["prepare", "-c", "tiny", "--set", "model.size=3"], "model.size: no such setting"),
         (["plan", "-c", "tiny", "--set", "privacy.delta=1"], "privacy.delta is 1"),

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from repository import SUPPORT
 
 from cluster.runtime.preparation import ray_map
 from configs.errors import SiloweaveError
@@ -23,6 +22,8 @@ def content(run):
 
 def held(folder):
     """An environment in which a preparation comes no further than its first part: whoever kills it is in time."""
+    from repository import SUPPORT  # here: Ray's workers import this module, and have not that one
+
     (folder / "hold").touch()
     path = os.pathsep.join([str(SUPPORT / "held_parts"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "SILOWEAVE_TEST_HOLD": str(folder / "hold")}
