@@ -9,18 +9,25 @@ from typing import Any
 from configs.imports import uncollected
 
 
-def import_libraries() -> None:
+def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
     """Imports torch, DeepSpeed and transformers' models; idempotent.
+
+    ``tell`` hears which one is next: on a busy machine all of them take as long as a rank may be silent.
 
     DeepSpeed's autotuner imports mlflow where it is installed (two seconds), and its Muon optimizer, which every first
     backward imports, has its kernels compiled by torch's inductor (another one and a half). Neither is used here.
     """
     with uncollected():
+        tell("import of torch")
+        import torch  # noqa: F401
+
+        tell("import of deepspeed")
         with _hidden("mlflow"):
             from deepspeed.runtime import compiler
         with replaced(compiler, "compile", _not_compiled):
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
+        tell("import of transformers")
         import transformers.models.llama.modeling_llama  # noqa: F401
 
 
@@ -38,7 +45,7 @@ class Start:
     def imports(self) -> None:
         """Runs the first phase, the imports."""
         self.phase("import")
-        import_libraries()
+        import_libraries(lambda name: self._enter(0, name))
 
     def phase(self, name: str) -> None:
         """Begins the next phase."""
