@@ -49,6 +49,7 @@ ON_DISK = {
         "split_key": "split.key",
         "ledger": "ledger.sqlite",
         "log": "silo.log",
+        "source": "source.json",
         "traffic": "audit.jsonl",
         "strangers": "strangers.jsonl",
         "personal": "personal",
