@@ -52,6 +52,11 @@ def adaptation(settings: FederatedSettings, head: Head | None = None) -> Adaptat
     return Adaptation(settings.lora_rank, settings.lora_alpha, settings.train, targets, settings.base_dtype, head)
 
 
+def adaptation_for(config: RunConfig, base_model: Path) -> Adaptation:
+    """The same with the head that the run's task puts on its base model."""
+    return adaptation(config.federated, task_of(config.federated.task_spec, base_model).head)
+
+
 def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
     """What travels before the first round: A at random from the run's seed, B zero; or parameters of the model itself.
 
@@ -60,7 +65,7 @@ def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
     Raises:
         AdaptationError: the model hasn't got what is to train.
     """
-    how = adaptation(config.federated, task_of(config.federated.task_spec, base_model).head)
+    how = adaptation_for(config, base_model)
     base = load_model(base_model, load_key(config.run.encryption_key_file), how.head)
     model = adapted(base, how, config.run.seed)
     return {name: weight.numpy() for name, weight in adapter_weights(model).items()}

@@ -11,10 +11,9 @@ from configs.storage.manifests import Manifest, commit_manifest, require_manifes
 from configs.storage.sealing import load_key, sealing
 from federated.adapters.arrays import from_bytes
 from federated.adapters.merged import ADAPTER, WHOLE, write_model
-from federated.adapters.warm_model import adaptation, put_on, warm_model
+from federated.adapters.warm_model import adaptation_for, put_on, warm_model
 from federated.coordinator import round_commits as commits
 from privacy.certificate.model_digests import published_digests
-from trainer.tasks.task import task_of
 
 _HEADS = {
     ADAPTER: "---\nbase_model: ../../model\nlibrary_name: peft\n---\n\n# LoRA adapter\n\n",
@@ -25,8 +24,8 @@ _WITHOUT_DP = "Trained WITHOUT differential privacy, for comparison on public da
 
 def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
     """The base model with what the federation's last committed round has left."""
-    key_file, head = config.run.encryption_key_file, task_of(config.federated.task_spec, base_model).head
-    model = warm_model(base_model, adaptation(config.federated, head), key_file)
+    key_file = config.run.encryption_key_file
+    model = warm_model(base_model, adaptation_for(config, base_model), key_file)
     adapter = from_bytes(commits.all_rounds(federation, load_key(key_file))[-1].adapter)
     put_on(model, adapter)
     return model.eval()
@@ -35,7 +34,7 @@ def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
 def publish(config: RunConfig, base_model: Path, federation: Path, kind: str) -> None:
     """Writes the manifest of a finished federation, by which later stages know it."""
     model = require_manifest(base_model, "model", config.model.made_by).content_digest
-    head = task_of(config.federated.task_spec, base_model).head
+    head = adaptation_for(config, base_model).head
     metadata = {"head": asdict(head)} if head else {}
     commit_manifest(federation, Manifest(kind, config_digest(config), inputs={"model": model}, metadata=metadata))
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.schema.data import SourceSettings
 from trainer.data.embedded import EMBEDDED
-from trainer.data.reading.counts import ReadCounts, mended
+from trainer.data.reading.counts import ReadCounts
 from trainer.data.reading.csv_rows import read_csv
 from trainer.data.reading.files import opened, source_files
 from trainer.data.reading.hugging_face import read_hugging_face
 from trainer.data.reading.json_rows import read_json, read_jsonl
 from trainer.data.reading.parquet_rows import read_parquet
-from trainer.data.reading.rows import Row, Wanted, pick, text_of
+from trainer.data.reading.rows import Row, Wanted, pick, said
 from trainer.data.reading.text_rows import read_text_file
 
 __all__ = ["ReadCounts", "Row", "read_rows"]
@@ -33,8 +33,8 @@ def read_rows(source: SourceSettings, columns: Iterable[str], counts: ReadCounts
         InputError: the file is missing, unreadable or malformed, a column is not there, or a text is none.
     """
     for row, found in all_columns(source, [source.text, *columns], counts):
-        row[source.text] = text = mended(text_of(row[source.text], source.text, counts.where), found)
-        found.empty = int(not text or text.isspace())
+        row[source.text] = text = said(row[source.text], source.text, counts.where, found)
+        found.empty = int(text is None)
         counts.add(found)
         if not found.empty:
             yield row

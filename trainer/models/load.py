@@ -102,16 +102,14 @@ def model_class(config: Any, where: str, head: Head | None = None) -> Any:
     from trainer.models.pooled import MeanPooledClassifier, mean_pooled
     from trainer.models.recurrent import RecurrentForCausalLM
 
-    if head is not None and head.pooling == "mean":
-        return mean_pooled(config)
+    found: Any
     if head is not None:
-        found = getattr(transformers, _HEADS[head.kind]).get(type(config), None)
         wanted = f"{config.model_type} with a head for {head.kind}"
+        of_family = getattr(transformers, _HEADS[head.kind]).get(type(config), None)
+        found = mean_pooled(config) if head.pooling == "mean" else of_family
     else:
         wanted = (config.architectures or [config.model_type])[0]
-        if wanted == MeanPooledClassifier.__name__:
-            return mean_pooled(config)
-        ours = {RecurrentForCausalLM.__name__: RecurrentForCausalLM}
+        ours = {RecurrentForCausalLM.__name__: RecurrentForCausalLM, MeanPooledClassifier.__name__: mean_pooled(config)}
         found = ours.get(wanted) or getattr(transformers, wanted, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise InputError(f"{where}: transformers has no {wanted}; give a model of another family")

@@ -35,9 +35,11 @@ class MeanPooledClassifier(PreTrainedModel):  # type: ignore[misc]
         return SequenceClassifierOutput(logits=self.classifier(mean_BD))
 
 
-def mean_pooled(config: Any) -> type[MeanPooledClassifier]:
-    """The class for a configuration's family."""
+def mean_pooled(config: Any) -> type[MeanPooledClassifier] | None:
+    """The class for a configuration's family; None where transformers has no body of that family."""
     family = type(config)
-    body = MODEL_MAPPING[family]
+    body = MODEL_MAPPING.get(family, None)
+    if body is None:
+        return None
     own = {"base_model_prefix": body.base_model_prefix, "config_class": family, "body_class": body}
     return type(MeanPooledClassifier.__name__, (MeanPooledClassifier,), own)

@@ -11,7 +11,7 @@ from configs.printing import printable
 from configs.schema.data import RecordSettings
 from configs.schema.tasks import TaskSpec
 from trainer.data.reading.counts import ReadCounts, mended
-from trainer.data.reading.rows import Row, text_of
+from trainer.data.reading.rows import Row, said
 from trainer.tasks.task import kind_of
 
 _SHOWN = 40  # characters of a word that should be a label; a longer one is likely a record's text
@@ -51,8 +51,7 @@ Kind = Callable[[Any, str, str, Words, ReadCounts], Any]
 
 def text(value: Any, column: str, where: str, _words: Words, counts: ReadCounts) -> str | None:
     """A text that is not blank, with what was lost in it replaced and counted."""
-    found = mended(text_of(value, column, where), counts)
-    return None if not found or found.isspace() else found
+    return said(value, column, where, counts)
 
 
 def label(value: Any, column: str, where: str, words: Words, _counts: ReadCounts) -> int:

@@ -10,7 +10,7 @@ from math import isnan
 from typing import Any
 
 from configs.errors import InputError
-from trainer.data.reading.counts import ReadCounts
+from trainer.data.reading.counts import ReadCounts, mended
 
 LARGEST_RECORD = 2**27
 """Characters of one record. A quote that is never closed, or a file without line ends, would fill the memory."""
@@ -78,6 +78,16 @@ def text_of(value: Any, column: str, where: str) -> str:
     if value is None or (isinstance(value, float) and isnan(value)):  # what programs write for a missing text
         return ""
     raise no_text(where, column, _KINDS.get(type(value), f"a value of the type {type(value).__name__}"))
+
+
+def said(value: Any, column: str, where: str, counts: ReadCounts) -> str | None:
+    """A text that is not blank, with what was lost in it replaced and counted; None where there is none.
+
+    Raises:
+        InputError: as ``text_of``.
+    """
+    text = mended(text_of(value, column, where), counts)
+    return None if not text or text.isspace() else text
 
 
 def no_text(where: str, column: str, kind: str) -> InputError:

@@ -5,6 +5,7 @@ import math
 import struct
 
 import pytest
+from evaluations import bounds_for
 from flwr.app import Error, Message
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from google.protobuf.message import DecodeError
@@ -14,13 +15,11 @@ from signed_silos import InProcess, SignedSilo, adapter, coordinator
 
 from configs.errors import InputError, SiloweaveError
 from configs.events import read_events
-from configs.schema.tasks import CAUSAL
 from configs.storage.files import canonical_json, digest_bytes, digest_file
-from configs.storage.manifests import Manifest
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.aggregation.aggregation import RoundAggregation
 from federated.coordinator.flower_grid import OneByOne
-from federated.evaluation.private_sums import bounds_of, checked_sums, figures
+from federated.evaluation.private_sums import checked_sums, figures
 from federated.protocol import silo_pb2 as pb
 from federated.transport.flower_messages import pack
 from privacy.certificate.check import check_certificate
@@ -245,7 +244,7 @@ def test_what_a_silo_says_is_logged_as_one_line_without_control_characters(tmp_p
 
 def test_figures_of_any_accepted_sums_are_numbers():
     """Before: sums of 1e308 made an infinity, and NaN, of the figures of all."""
-    bounds = bounds_of(Manifest("model", "", metadata={"context_length": 64}), CAUSAL, ("yes", "no"))
+    bounds = bounds_for(64, ("yes", "no"))
     for bad in (1e308, -1e308, math.inf, math.nan, 2.0**41):
         with pytest.raises(ValueError, match="not finite or beyond"):
             checked_sums([bad] * bounds.num_sums, bounds)

@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluations import alone, bounds_for
 from silo_requests import TRUSTED, ask
 
 from configs.errors import InputError, PolicyRefusal
 from configs.load import load
 from configs.schema.silo import SiloConfig, SiloPolicy
-from configs.schema.tasks import CAUSAL
-from configs.storage.manifests import Manifest
 from federated.adapters.warm_model import warm_model
 from federated.evaluation.label_counts import Example, examples_of, label_counts
-from federated.evaluation.private_sums import bounds_of, checked_sums, figures, private_sums
+from federated.evaluation.private_sums import checked_sums, figures, private_sums
 from federated.protocol import silo_pb2 as pb
 from federated.silo.policy import check_plan
 from federated.silo.silo import Silo
@@ -200,15 +199,6 @@ def test_labels_change_the_plan_and_its_digest_but_no_epsilon():
     assert with_labels.digest not in (without.digest, plan(*reversed(LABELS)).digest)
     assert "labels" not in without.model_dump()["metric_releases"][0]  # as before there were any
     assert PlanTerms(**json.loads(with_labels.model_dump_json())) == with_labels
-
-
-def bounds_for(context_length, labels=()):
-    return bounds_of(Manifest("model", "", metadata={"context_length": context_length}), CAUSAL, labels)
-
-
-def alone(units):
-    """Units of one example each."""
-    return [(unit,) for unit in units]
 
 
 def f1_figures(counts, error, labels):

@@ -6,14 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluations import alone, bounds_for
 from silo_requests import COORDINATOR, TRUSTED, ask, ward
 
-from configs.schema.tasks import CAUSAL
-from configs.storage.manifests import Manifest
 from federated.adapters.arrays import to_bytes
 from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import initial_adapter, warm_model
-from federated.evaluation.private_sums import bounds_of, checked_sums, evaluated, figures, private_sums
+from federated.evaluation.private_sums import checked_sums, evaluated, figures, private_sums
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
 from privacy.ledger.replay import replay
@@ -44,15 +43,6 @@ SENSITIVITY = 2.0  # of four values from 0 to 1
 
 def streams(number):
     return Streams(number.to_bytes(32, "big"), DIGEST)
-
-
-def bounds_for(context_length, labels=()):
-    return bounds_of(Manifest("model", "", metadata={"context_length": context_length}), CAUSAL, labels)
-
-
-def alone(units):
-    """Units of one example each."""
-    return [(unit,) for unit in units]
 
 
 @pytest.fixture(scope="module")

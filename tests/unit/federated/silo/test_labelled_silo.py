@@ -2,13 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
-from silo_requests import TRUSTED, ask
+from silo_requests import TRUSTED, ask, ward
 
 from configs.errors import InputError
-from configs.schema.silo import SiloConfig
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.adapters.warm_model import adaptation, initial_adapter
 from federated.protocol import silo_pb2 as pb
@@ -39,33 +39,12 @@ ROWS = [
 
 
 def settings(folder, model, rows=ROWS, **policy):
-    data = folder / "notes.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return SiloConfig(
-        silo={
-            "id": "north",
-            "dataset_id": "ward",
-            "state_dir": str(folder / "state"),
-            "base_model": str(model),
-            "public_record_count": 100,
-        },
-        data={
-            "source": str(data),
-            "text": "note",
-            "unit": "patient",
-            "columns": {"label": "triage"},
-            "labels": {"ruhig": "calm"},
-        },
-        policy={
-            "budget_epsilon": 100.0,
-            "budget_delta": 1e-3,
-            "max_epsilon_per_run": 50.0,
-            "releases_metrics": True,
-            "tasks": ["classification"],
-            "labels": LABELS,
-            **policy,
-        },
-    )
+    """The ward, with labels beside its notes."""
+    given = {"budget_epsilon": 100.0, "budget_delta": 1e-3, "max_epsilon_per_run": 50.0, "releases_metrics": True}
+    config = ward(folder, model, **{**given, "tasks": ["classification"], "labels": LABELS, **policy})
+    Path(config.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = {"text": "note", "unit": "patient", "columns": {"label": "triage"}, "labels": {"ruhig": "calm"}}
+    return config.model_copy(update={"data": config.data.model_copy(update=named)})
 
 
 @pytest.fixture(scope="module")

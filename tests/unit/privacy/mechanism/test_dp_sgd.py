@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluations import alone
 
 from configs.errors import InputError
 from configs.schema.pretrain import ModelSettings
@@ -32,11 +33,6 @@ class Words:
 
 
 TASK = CausalTask(Words(), 16)
-
-
-def alone(records):
-    """Units of one example each."""
-    return [(record,) for record in records]
 
 
 def record(seed, length=10):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluations import bounds_for
 from hypothesis import given
 from hypothesis import strategies as st
 from per_record import assert_equal, clipped, fixed, oracle
@@ -16,14 +17,15 @@ from configs.errors import InputError
 from configs.schema.data import RecordSettings
 from configs.schema.tasks import TaskSpec
 from configs.storage.manifests import Manifest, commit_manifest
-from federated.evaluation.private_sums import bounds_of, figures, private_sums
+from federated.evaluation.private_sums import figures, private_sums
 from privacy.clipping.clipping import clipping
 from privacy.clipping.independence import Together
 from privacy.mechanism.streams import Streams
 from trainer.data.reading.counts import ReadCounts
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.models.adapters import add_adapter, head_names, trainable
-from trainer.models.load import load_model
+from trainer.models.load import Head, load_model, model_class
+from trainer.models.recurrent import RecurrentConfig
 from trainer.tasks.fields import FieldReader
 from trainer.tasks.task import task_of
 
@@ -128,6 +130,11 @@ def test_the_mean_is_over_a_texts_own_tokens(folder, tmp_path):
     again = load_model(tmp_path)
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_a_family_without_a_body_of_transformers_has_no_mean():
+    with pytest.raises(InputError, match="no siloweave-recurrent with a head for classification"):
+        model_class(RecurrentConfig(), "here", Head("classification", 2, 0, pooling="mean"))
 
 
 @pytest.mark.parametrize("spec", [ONE, MEAN])
@@ -240,7 +247,7 @@ def test_no_unit_moves_the_sums_by_more_than_the_sensitivity(logits, truth, exam
     for spec in (ONE, MANY):
         task = TASKS[spec.name]
         row = {"text": "a", "label": truth % 3, "labels": tuple(label for label in range(3) if truth >> label & 1)}
-        bounds = bounds_of(Manifest("model", "", metadata={"context_length": CONTEXT}), spec, ())
+        bounds = bounds_for(CONTEXT, spec=spec)
         model = Answers(torch.tensor([logits]))
         unit = task.examples([row] * examples)
         sums = private_sums(model, task, [unit], [], bounds, 1e-12, Streams(bytes(32), "ab" * 32))
@@ -254,7 +261,7 @@ def tasks(folder):
 
 
 def test_figures_are_those_of_a_confusion_matrix_by_hand():
-    bounds = bounds_of(Manifest("model", "", metadata={"context_length": CONTEXT}), ONE, ())
+    bounds = bounds_for(CONTEXT, spec=ONE)
     task = TASKS[ONE.name]
     answers, truths = [0, 0, 1, 2, 2, 2, 1, 0], [0, 1, 1, 2, 0, 2, 2, 0]
     sums = np.zeros(bounds.num_sums)
@@ -273,7 +280,7 @@ def test_figures_are_those_of_a_confusion_matrix_by_hand():
 
 def test_the_stated_error_covers_what_noise_does():
     """At least 90 of 100 within two standard errors: with this seed, 96."""
-    bounds = bounds_of(Manifest("model", "", metadata={"context_length": CONTEXT}), ONE, ())
+    bounds = bounds_for(CONTEXT, spec=ONE)
     exact = np.array([700.0, 120.0, 1000.0, 300, 200, 200, 100, 120, 80, 110, 100, 90])
     true = bounds.measures.figures(exact)
     generator, noise = np.random.default_rng(7), 2.0
