@@ -5,7 +5,10 @@ One thread. Every private step is timed between two plain steps and divided by t
 drawn anew each time. A step is forward, backward, clipping and optimizer; noise is left out everywhere (see noise.py).
 Peak memory (VmHWM) is taken in a process of its own for every mode.
 
+Models of others come in where their folders are given: MiniLM as a classifier, SmolLM2 with tied embeddings.
+
 python benchmarks/dp_step.py --json dp_step.json
+python benchmarks/dp_step.py --minilm FOLDER --smollm2 FOLDER --only minilm smollm2 --json dp_step_real.json
 """
 
 import argparse
@@ -66,7 +69,7 @@ def llama(**sizes: int) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
-def lora_llama() -> Workload:
+def lora_llama(_: Path) -> Workload:
     from peft import LoraConfig, get_peft_model
 
     sizes = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 688}
@@ -75,21 +78,24 @@ def lora_llama() -> Workload:
     return causal(get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets)), 2048, 16, 128)
 
 
-def full_llama() -> Workload:
+def full_llama(_: Path) -> Workload:
     """The shape of the 260k-parameter stories model."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
     return causal(llama(vocab_size=512, intermediate_size=172, **sizes), 512, 32, 128)
 
 
-def bert() -> Workload:
+def bert(_: Path) -> Workload:
     from transformers import AutoModelForSequenceClassification, BertConfig
 
     config = BertConfig(
         vocab_size=4096, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, intermediate_size=768,
         max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=4,
     )  # fmt: skip
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-    all_ids, labels = torch.randint(4096, (64, 64)), torch.randint(4, (64,))
+    return classifier(AutoModelForSequenceClassification.from_config(config, attn_implementation="eager"), 4096, 4)
+
+
+def classifier(model: Any, vocab_size: int, classes: int) -> Workload:
+    all_ids, labels = torch.randint(vocab_size, (64, 64)), torch.randint(classes, (64,))
 
     def losses(call: Any, chosen: Sequence[int]) -> torch.Tensor:
         ids = all_ids[list(chosen)]
@@ -101,12 +107,39 @@ def bert() -> Workload:
     return Workload(model, 32, losses)
 
 
-WORKLOADS = {"lora_llama": lora_llama, "full_llama": full_llama, "full_bert": bert}
+def minilm(folder: Path) -> Workload:
+    """Two labels; LoRA r=8 on all linear layers, and the head as a whole."""
+    from trainer.data.tokenizer import load_tokenizer
+    from trainer.models.adapters import Adaptation, adapted
+    from trainer.models.load import Head, load_model
+
+    head = Head("classification", 2, load_tokenizer(folder).pad_token_id, ("negative", "positive"))
+    model = adapted(load_model(folder, head=head), Adaptation(8, 16.0, head=head), 0)
+    return classifier(model, model.config.vocab_size, 2)
+
+
+def smollm2(folder: Path) -> Workload:
+    """LoRA r=8 on all linear layers: the output head, whose weight is the embedding's, has none."""
+    from trainer.models.adapters import add_adapter
+    from trainer.models.load import load_model
+
+    model = add_adapter(load_model(folder), 8, 16.0, seed=0)
+    return causal(model, model.config.vocab_size, 8, 128)
+
+
+WORKLOADS = {
+    "lora_llama": lora_llama,
+    "full_llama": full_llama,
+    "full_bert": bert,
+    "minilm": minilm,
+    "smollm2": smollm2,
+}
+FOLDERS: dict[str, Path] = {}
 
 
 def build(name: str) -> Workload:
     torch.manual_seed(0)
-    workload = WORKLOADS[name]()
+    workload = WORKLOADS[name](FOLDERS.get(name, Path()))
     workload.model.train()
     return workload
 
@@ -245,7 +278,10 @@ def peak_memory(name: str, repetitions: int) -> dict[str, Any]:
     for _ in range(repetitions):
         for mode in ("plain", *MODES):
             done = subprocess.run(
-                [sys.executable, __file__, "--peak", name, mode], capture_output=True, text=True, check=False
+                [sys.executable, __file__, *sys.argv[1:], "--peak", name, mode],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if done.returncode == 0:
                 peaks.setdefault(mode, []).append(float(done.stdout.split()[-1]))
@@ -268,17 +304,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--memory-repetitions", type=int, default=3)
-    parser.add_argument("--only", choices=WORKLOADS)
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, help="of the workloads; else all that need no folder")
+    parser.add_argument("--minilm", type=Path, help="folder of the model, as `siloweave import` writes it")
+    parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    FOLDERS.update({name: folder for name in ("minilm", "smollm2") if (folder := getattr(arguments, name))})
     if arguments.peak:
         print_peak(*arguments.peak)
         return
     figures: dict[str, Any] = {}
-    for name in [arguments.only] if arguments.only else WORKLOADS:
+    for name in arguments.only or [name for name in WORKLOADS if name not in ("minilm", "smollm2") or name in FOLDERS]:
         figures[name] = {**compare(name, arguments.repetitions), **peak_memory(name, arguments.memory_repetitions)}
         show(name, figures[name])
     document = {
