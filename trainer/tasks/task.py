@@ -115,11 +115,11 @@ class Task(Protocol):
 class AnsweringTask(Task, Protocol):
     """A task that asks for an answer, which is right or not."""
 
-    def predictions(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int) -> list[Prediction]:
+    def predictions(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int, /) -> list[Prediction]:
         """What the model answers to each example; where it writes, in so many tokens at most."""
 
-    def references(self, examples: Sequence[Encoded]) -> list[Any]:
-        """The right answers, as those of predictions; of a question all that are right."""
+    def references(self, examples: Sequence[Encoded], /) -> list[Any]:
+        """The right answers, each as a prediction's; of a question all that are right."""
 
 
 @runtime_checkable
