@@ -30,7 +30,7 @@ def test_a_confusion_matrix_has_its_labels_and_counts_where_there_is_room(labels
 def test_a_reliability_diagram_has_a_point_for_each_bin():
     tree = ElementTree.fromstring(reliability_plot([[0.1, 0.0, 4], [0.55, 0.6, 2], [0.97, 1.0, 9]]))
     (points,) = (group for group in tree.iter() if group.get("id") == "PathCollection_1")
-    assert len([one for one in points.iter() if one.tag.endswith("use")]) == 3
+    assert len([one for one in points.iter() if one.tag.endswith("path")]) == 3
 
 
 def test_the_page_has_the_plots_of_what_there_is():
