@@ -17,8 +17,16 @@ from trainer.tasks.measures import Measures, Ratio
 from trainer.tasks.task import IGNORED, Encoded, Opening, Prediction, Row
 from trainer.tasks.text import padded, random_ids, token_nats
 
-# Whatever a model's own generation_config.json says: one way to go on, and no end but by tokens.
-_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_time": None, "stop_strings": None}
+# Whatever a model's own generation_config.json says: one way to go on, and no end or length but ours.
+_GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "max_time": None,
+    "stop_strings": None,
+}
 _MOST_NATS = 8.0  # of a token: a uniform guess among 3,000 tokens
 
 

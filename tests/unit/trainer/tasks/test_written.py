@@ -248,9 +248,13 @@ def test_a_model_that_has_learnt_its_answers_writes_them(case):
 
 def test_what_is_written_has_its_cap_and_ends_where_the_model_ends_it(case):
     task, model = case
+    # What models bring along: it would search, wait, or stop by the clock.
+    brought = {"num_beams": 3, "num_return_sequences": 2, "min_length": 40, "max_time": 1e-9, "stop_strings": ["e"]}
+    model.get_base_model().generation_config.update(**brought, temperature=None)
     examples = examples_of(task)[:2]
     for most in (1, 5, 10_000):
         written = [found.answer for found in task.predictions(model.eval(), examples, most)]
+        assert task.overlaps(model, examples, most) == list(map(chrf, written, task.references(examples)))
         for example, text in zip(examples, written, strict=True):
             asked = task.asked(example)
             room = CONTEXT - (0 if isinstance(task, EncoderDecoderTask) else len(asked))
