@@ -218,8 +218,9 @@ def _federations(config: RunConfig) -> list[tuple[str, bool]]:
     return [(FEDERATED, True), *([(NO_DP, False)] if config.evaluate.without_dp else [])]
 
 
-def evaluate(run: Run) -> None:
-    """Bits per character before, by round, and after: of a simulation's public silos, and of one's own public text."""
+def evaluate(run: Run) -> dict[str, Any]:
+    """A task's figures before, by round, and after: of a simulation's public silos, and of one's own public text."""
+    from cluster.report.report import missing
     from federated.coordinator.outcome import over_flower
     from federated.simulation.in_the_clear import evaluate_rounds
 
@@ -232,7 +233,10 @@ def evaluate(run: Run) -> None:
         scores = evaluate_rounds(
             ray, run.config, run.model, federations, lambda **v: run.log.emit("evaluate", "scored", **v)
         )
+        for line in missing(scores):
+            run.log.emit("evaluate", "missing", message=line)
     write_atomic(run.files.evaluation, json.dumps(scores, indent=2, sort_keys=True).encode())
+    return scores
 
 
 def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:

@@ -30,6 +30,7 @@ FIGURES = {
     "entity_f1": "entity F1",
     "answer_f1": "answer F1",
     "exact_match": "exact match",
+    "answer_chrf": "chrF of an answer",
 }
 """How people call the figures that machines find under these names."""
 

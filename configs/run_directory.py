@@ -42,6 +42,8 @@ _MOVABLE = {
     "evaluate.public.source",
     "evaluate.public.text",
     "evaluate.public.split",
+    "evaluate.language",
+    "evaluate.max_new_tokens",
     "evaluate.prompt",
     "evaluate.sample_tokens",
     "evaluate.temperature",
@@ -69,6 +71,7 @@ _LATER = {
     "model.family": "llama",
     "model.config": "",
     "pretrain.objective": "auto",
+    "privacy.evaluation_max_new_tokens": 0,
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }
 

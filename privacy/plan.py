@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from configs.errors import PolicyRefusal
-from configs.schema.base import Labels
+from configs.schema.base import Labels, MaxNewTokens
 from configs.storage.files import digest_json
 from privacy.accounting.schedule import Schedule
 from privacy.accounting.truncation import Truncation, size_margin, size_noise
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from privacy.accounting.accountant import Guarantee
 
 METRIC = "held_out"
-
+_LATER = ("labels", "max_new_tokens")  # of a metric's release
 
 SMALLEST_DELTA, LARGEST_DELTA = 1e-100, 1e-5
 SMALLEST_RATE = 2.0**-64  # below it the sampler's 64 bits never choose a unit, and accounting ends in floating point
@@ -47,6 +47,7 @@ class MetricRelease(BaseModel):
         noise_multiplier: standard deviation of the noise over the most that one unit can move the vector (2-norm).
         releases: how often it is released in the whole run.
         labels: public classes whose counts are part of the vector: they decide its length, and how far a unit moves it.
+        max_new_tokens: most tokens that the model writes for an example, where what it writes is part of the vector.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,12 +56,13 @@ class MetricRelease(BaseModel):
     noise_multiplier: Finite
     releases: Rounds
     labels: Labels = ()
+    max_new_tokens: MaxNewTokens = 0
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A release without labels is written as before there were any, so that its plan's digest stays."""
+        """What a release has not got is written as before there was any, so that its plan's digest stays."""
         tree: dict[str, Any] = handler(self)
-        return {name: value for name, value in tree.items() if name != "labels" or value}
+        return {name: value for name, value in tree.items() if name not in _LATER or value}
 
 
 class PlanTerms(BaseModel):

@@ -25,8 +25,15 @@ def plan_terms(config: RunConfig) -> PlanTerms:
         cap = {"max_batch_size": privacy.max_batch_size, "max_units": max_units}
     metrics = []
     if privacy.evaluations:
-        noise, labels = privacy.evaluation_noise_multiplier, privacy.evaluation_labels
-        metrics = [{"name": METRIC, "noise_multiplier": noise, "releases": privacy.evaluations, "labels": labels}]
+        metrics = [
+            {
+                "name": METRIC,
+                "noise_multiplier": privacy.evaluation_noise_multiplier,
+                "releases": privacy.evaluations,
+                "labels": privacy.evaluation_labels,
+                "max_new_tokens": privacy.evaluation_max_new_tokens,
+            }
+        ]
     tree = {
         "unit": privacy.unit,
         "sampler": privacy.sampler,

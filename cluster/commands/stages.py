@@ -141,8 +141,17 @@ def federate(
 def evaluate(
     config: ConfigOption = "demo", override: SetOption = None, address: AddressOption = "", as_json: JsonOption = False
 ) -> None:
-    """Bits per character on a simulation's public silos, and on `evaluate.public`, a public text of one's own."""
-    _stage("evaluate", config, override, address, as_json)
+    """A task's figures on a simulation's public silos, and on `evaluate.public`, a public text of one's own."""
+    from cluster import pipeline
+    from cluster.monitoring.console import Terminal, figure_tables
+    from cluster.report.report import in_full
+
+    scores, directory = with_run(load(config, overrides(override, address)), pipeline.evaluate, as_json)
+    found = in_full(scores)
+    for table in figure_tables(found) if not as_json else []:
+        Terminal().print(table)
+    done = {"stage": "evaluate", "directory": str(directory), "in_full": found}
+    answer(as_json, done, f"evaluate: done in {directory}")
 
 
 def report(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:

@@ -24,7 +24,19 @@ from configs.printing import FIGURES, printable, rounded, say
 
 _TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of", "trial": "of"}
 _POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done", "trial": "done"}
-_SHOWN = {"convert", "damaged", "restart", "rollback", "refused", "rejected", "resume", "source", "timeout", "waiting"}
+_SHOWN = {
+    "convert",
+    "damaged",
+    "missing",
+    "restart",
+    "rollback",
+    "refused",
+    "rejected",
+    "resume",
+    "source",
+    "timeout",
+    "waiting",
+}
 _PLAIN_EVERY_S = 10.0
 
 
@@ -132,6 +144,44 @@ def refresh(show: Callable[[], list[str]], seconds: float) -> None:
             time.sleep(seconds)
 
 
+_RECORDS = {"silos": "the silos' held-out records", "public": "the public text"}
+_MODELS = {"base": "base model", "dp": "with DP", "no_dp": "without DP"}
+
+
+def figure_tables(in_full: dict[str, dict[str, Any]]) -> list[Table]:
+    """What was found of each model in full, on whosever records there were any."""
+    return [
+        _figures(_RECORDS[whose], models)
+        for whose, models in in_full.items()
+        if any(model["figures"] for model in models.values())
+    ]
+
+
+def _figures(records: str, models: dict[str, Any]) -> Table:
+    one = next(iter(models.values()))
+    table = Table(title=f"{records}: {one['records']:,} of {one['units']:,} units", title_justify="left")
+    table.add_column("figure")
+    table.add_column("by")
+    for model in models:
+        table.add_column(_MODELS[model], justify="right")
+    made = [found["figures"] for found in models.values()]
+    rows = [(by, name) for figures in made for by, own in figures.items() for name in own]
+    for by, name in dict.fromkeys(rows):
+        table.add_row(name, by, *(_with_interval(figures.get(by, {}).get(name)) for figures in made))
+    table.caption = "in brackets: 95% of bootstrap draws of whole units"
+    return table
+
+
+def _with_interval(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return rounded(None)
+    return f"{rounded(figure['value'])}{_between(figure['interval'])}"
+
+
+def _between(interval: list[float] | None) -> str:
+    return f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+
+
 def result_table(report: dict[str, Any]) -> Table:
     """The demo's result at a glance."""
     federated, privacy, pretrain = report["federated"], report["privacy"], report["pretrain"]
@@ -142,19 +192,22 @@ def result_table(report: dict[str, Any]) -> Table:
     table.add_column("epsilon (delta)", justify="right")
     base, claim = federated[f"{metric}_base"], privacy["headline"]
     rows = [
-        ("base model, public text only", base, "0"),
-        ("federated with DP", federated[f"{metric}_dp"], f"{claim['epsilon']:.2f} ({claim['delta']:g})"),
-        ("federated without DP", federated[f"{metric}_no_dp"], "unbounded"),
+        ("base model, public text only", "base", "0"),
+        ("federated with DP", "dp", f"{claim['epsilon']:.2f} ({claim['delta']:g})"),
+        ("federated without DP", "no_dp", "unbounded"),
     ]
-    for label, value, epsilon in rows:
+    for label, model, epsilon in rows:
+        value, found = federated[f"{metric}_{model}"], federated["in_full"]["silos"].get(model, {}).get("figures", {})
         change = f"  ({100 * (value / base - 1):+.1f}%)" if value and base and value is not base else ""
-        table.add_row(label, f"{rounded(value)}{change}", epsilon)
+        interval = found.get("siloweave", {}).get(metric, {}).get("interval")
+        table.add_row(label, f"{rounded(value)}{_between(interval)}{change}", epsilon)
     for found in federated["private_evaluation"]:
         label = f"round {found['round']}" if found["round"] else "base model"
         value, error = found[metric], found[f"{metric}_error"]
         shown = f"{value:.3f} ± {error:.3f}" if value is not None else "lost in the noise"
-        if found.get("macro_f1") is not None:
-            shown += f"; macro F1 {found['macro_f1']:.3f} ± {found['macro_f1_error']:.3f}"
+        for other in ("macro_f1", "answer_chrf"):
+            if found.get(other) is not None:
+                shown += f"; {FIGURES[other]} {found[other]:.3f} ± {found[f'{other}_error']:.3f}"
         table.add_row(f"{label}, by private evaluation", shown, "included above")
     pretrained = (
         f"{pretrain['tokens']:,} tokens at {pretrain['tokens_per_s']:,.0f} tokens/s on {pretrain['world_size']} ranks; "

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from cluster.report.label_plots import confusion_plot, reliability_plot
 from cluster.report.plots import ACCENT, INK, MUTED, new_figure, svg
 from configs.printing import FIGURES, printable
 from privacy.plan import PlanTerms
@@ -17,8 +18,16 @@ def render(report: dict[str, Any]) -> str:
         "loss": _loss_plot(report) if report["pretrain"] else "",
         "rounds": _rounds_plot(report) if _has_scores(report["federated"]) else "",
         "epsilon": _epsilon_plot(report),
+        "labels": _label_plots(report["federated"]["in_full"]),
     }
     return environment.get_template("report.html.j2").render(report=report, plots=plots, figures=FIGURES)
+
+
+def _label_plots(in_full: dict[str, dict[str, Any]]) -> str:
+    """Of the model with DP: on the silos' records, or on one's own public text where the silos keep theirs."""
+    found = in_full["silos"].get("dp") or in_full["public"].get("dp") or {}
+    plots = [confusion_plot(found["labels"], found["confusion"])] if "confusion" in found else []
+    return "".join([*plots, *([reliability_plot(found["reliability"])] if found.get("reliability") else [])])
 
 
 def _has_scores(federated: dict[str, Any]) -> bool:

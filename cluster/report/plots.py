@@ -18,6 +18,7 @@ def new_figure(width: float = 4.6, height: float = 3.0, panels: int = 1) -> tupl
 
     mpl.use("svg")
     mpl.rcParams["text.parse_math"] = False  # a silo may be called anything
+    mpl.rcParams["svg.hashsalt"] = "siloweave"  # or names inside would differ from one time to the next
     from matplotlib import pyplot as plt
 
     figure, grid = plt.subplots(1, panels, figsize=(width * panels, height), layout="constrained", squeeze=False)

@@ -25,6 +25,7 @@ LOOK = "`siloweave status` says what of the run can be read"
 _SIMULATION_ONLY = (
     "federated.by_silo",
     "federated.by_round",
+    "federated.in_full.silos",
     "privacy.silos.*.charges",
     "privacy.silos.*.rounds_charged",
 )
@@ -71,6 +72,30 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         "versions": {name: version(name) for name in _LIBRARIES},
         "seconds": seconds,
     }
+
+
+def in_full(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Whose records were scored in full, and there for each model what was found."""
+    found = {"silos": evaluation, "public": evaluation.get("public") or {}}
+    return {
+        whose: {
+            model: entry["in_full"]
+            for model, entry in (("base", of.get("base")), ("dp", _last(of, FEDERATED)), ("no_dp", _last(of, NO_DP)))
+            if entry and "in_full" in entry  # an earlier version scored nothing in full
+        }
+        for whose, of in found.items()
+    }
+
+
+def _last(evaluation: dict[str, Any], federation: str) -> dict[str, Any] | None:
+    rounds = evaluation.get(federation)
+    return rounds[-1] if rounds else None
+
+
+def missing(evaluation: dict[str, Any]) -> list[str]:
+    """Why some figures are not there, each reason once."""
+    models = [model for whose in in_full(evaluation).values() for model in whose.values()]
+    return list(dict.fromkeys(line for model in models for line in model["missing"]))
 
 
 def _text(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,6 +174,7 @@ def _federated(
         "by_round": {"dp": [overall(entry) for entry in dp], "no_dp": [overall(entry) for entry in no_dp]},
         "public_text": [overall(entry) for entry in (public["base"], *public["federated"])] if public else [],
         "private_evaluation": _private_evaluations(events),
+        "in_full": in_full(evaluation),
         "not_available": evaluation.get("not_available"),
     }
 

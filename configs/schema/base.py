@@ -13,7 +13,9 @@ Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Bounds each value of an adapter, and of what is added to its gradients: silos refuse more, coordinators send no more.
 LARGEST_ADAPTER_VALUE = 1000.0
+LARGEST_ANSWER = 10_000  # tokens that a model is asked to write
 Count = Annotated[int, Field(ge=1)]
+MaxNewTokens = Annotated[int, Field(ge=0, le=LARGEST_ANSWER)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal; a public key looks alike."""
 

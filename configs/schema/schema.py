@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import ComposedLabels, Count, Positive, Probability, Settings
+from configs.schema.base import ComposedLabels, Count, MaxNewTokens, Positive, Probability, Settings
 from configs.schema.data import DATA, DataSettings, RecordSettings, TokenizerSettings
 from configs.schema.federated import ROBUST, FederatedSettings
+from configs.schema.monitoring import MonitoringSettings
 from configs.schema.places import Place
 from configs.schema.pretrain import (
     ANY_MODEL,
@@ -20,7 +21,7 @@ from configs.schema.pretrain import (
     Objective,
     PretrainSettings,
 )
-from configs.schema.tasks import deidentify_problem
+from configs.schema.tasks import WRITTEN, deidentify_problem
 
 LARGEST_RUN_NAME = 220  # a file system holds 255 bytes: a run that is set aside gets its time as well
 LARGEST_NUMBER_OF_CLIENTS = 2**16  # an exact sum has room for so many updates
@@ -96,6 +97,10 @@ class PrivacySettings(Settings):
     evaluation_labels: ComposedLabels = ()
     """Classes of the private evaluation, for F1: a held-out unit whose text ends in one of them is an example of it.
     The silos' ``policy.label_sets`` has to list them. Empty: no F1."""
+    evaluation_max_new_tokens: MaxNewTokens = 0
+    """Tokens that a private evaluation has the model write for each held-out record, at most, where the task's answer
+    is text: how much they have in common with the right answer (chrF) is then among the sums. The silos'
+    ``policy.max_new_tokens`` has to allow it, and each token takes a forward pass. 0: it writes none."""
     budget_epsilon: Positive = 32.0
     """Epsilon that a silo's dataset may ever spend (the simulated steward's policy); with unit ``client``, what the
     aggregator's ledger may spend on the same clients."""
@@ -104,10 +109,17 @@ class PrivacySettings(Settings):
 
     @model_validator(mode="after")
     def _labels_are_read(self) -> "PrivacySettings":
-        if self.evaluation_labels and not self.evaluations:
+        if self.evaluations:
+            return self
+        if self.evaluation_labels:
             raise ValueError(
                 f"privacy.evaluation_labels is {list(self.evaluation_labels)} and privacy.evaluations is 0: nothing "
                 "would be evaluated; give privacy.evaluations, or leave the labels out"
+            )
+        if self.evaluation_max_new_tokens:
+            raise ValueError(
+                f"privacy.evaluation_max_new_tokens is {self.evaluation_max_new_tokens} and privacy.evaluations is 0: "
+                "nothing would be evaluated; give privacy.evaluations, or leave it out"
             )
         return self
 
@@ -126,6 +138,11 @@ class EvaluateSettings(Settings):
     """A public text of one's own, which every round is scored on, wherever the silos are."""
     max_records_per_silo: Count = 200
     """Held-out records read for each silo, and of the public text."""
+    max_new_tokens: MaxNewTokens = 64
+    """Tokens that the base model and the final ones write for each of these records, at most, where the task's answer
+    is text; each takes a forward pass. 0: they write none, and their texts are not compared."""
+    language: Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}([-_]\w*)*$", max_length=35)] = "en"
+    """Language of the right answers, as an ISO 639 code: ``de``, ``zh``. What a word is follows from it."""
     without_dp: bool = False
     """Also run the same federation without DP, to show what privacy costs; needs ``data.private.public``."""
     prompt: str = "What is"
@@ -145,35 +162,6 @@ class TuneSettings(Settings):
     """No trial is stopped before this step; 0: ``pretrain.validate_every``."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """Of the trials that reach a rung (the grace steps times a power of this), the best one in this many goes on."""
-
-
-class MonitoringSettings(Settings):
-    """Where a run's events are shown besides ``events.jsonl``."""
-
-    tensorboard: bool = False
-    """Write TensorBoard scalars to ``tensorboard/`` in the run's directory; needs the extra ``monitoring``."""
-    mlflow: str = ""
-    """MLflow tracking address (``https://HOST``, ``sqlite:///FILE``, ...); empty: none. Needs the extra ``mlflow``.
-    Credentials belong in MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN."""
-    mlflow_experiment: str = "siloweave"
-    """MLflow experiment that holds the run."""
-    ray_metrics: bool = True
-    """Set Ray's Prometheus metrics (``ray_siloweave_...``, by run), at most once per second."""
-
-    @model_validator(mode="after")
-    def _no_secret(self) -> "MonitoringSettings":
-        # Settings are stored beside the run, printed and reported: a password has no place in them.
-        address, _, rest = self.mlflow.partition("://")
-        if "@" in rest.split("/")[0] and ":" in rest.split("@")[0]:
-            raise ValueError(
-                "monitoring.mlflow holds a password: settings are stored and shown; give the address without it and "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            )
-        if self.mlflow and (not rest or address == "file"):
-            raise ValueError(
-                f"monitoring.mlflow is {self.mlflow!r}: give an address such as https://HOST or sqlite:////absolute/FILE"
-            )
-        return self
 
 
 class RunConfig(Settings):
@@ -233,6 +221,16 @@ class RunConfig(Settings):
     def _words_stay(self) -> "RunConfig":
         if problem := deidentify_problem(self.federated.task, self.data.deidentify.enabled):
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _answers_are_written(self) -> "RunConfig":
+        most, task = self.privacy.evaluation_max_new_tokens, self.federated.task
+        if most and task not in WRITTEN:
+            raise ValueError(
+                f"privacy.evaluation_max_new_tokens is {most}: the answer of the task {task!r} is no text that is "
+                "written; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from configs.schema.base import (
     ComposedLabels,
     Count,
     Digest,
+    MaxNewTokens,
     Positive,
     Probability,
     Settings,
@@ -18,7 +19,15 @@ from configs.schema.base import (
 from configs.schema.data import DeidentifySettings, RecordSettings
 from configs.schema.federated import ClippingMethod, Train
 from configs.schema.places import Place, rooted
-from configs.schema.tasks import Pooling, TaskLabels, TaskName, TaskSpec, deidentify_problem, task_problems
+from configs.schema.tasks import (
+    WRITTEN,
+    Pooling,
+    TaskLabels,
+    TaskName,
+    TaskSpec,
+    deidentify_problem,
+    task_problems,
+)
 
 LARGEST_NAME = 100  # characters of a silo's
 MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # the requests of a simulation come from its own user
@@ -127,6 +136,10 @@ class SiloPolicy(Settings):
     """Whether noised sums over the held-out units may leave, charged as any other release."""
     label_sets: tuple[ComposedLabels, ...] = ()
     """Sets of labels, ``[["yes", "no"]]`` for instance, whose noised counts may be among these sums."""
+    max_new_tokens: MaxNewTokens = 0
+    """Most tokens that a private evaluation may have the model write for each held-out record, one forward pass each,
+    so that what they have in common with the record's own answer is among these sums; 0: it may not. For tasks whose
+    answer is text."""
     max_request_bytes: Count = 256 * 2**20
     """Bytes of one request, its adapter included."""
     max_requests_per_day: Count = 10_000
@@ -147,6 +160,11 @@ class SiloPolicy(Settings):
             raise ValueError(
                 f"policy.label_sets is {[list(labels) for labels in self.label_sets]}: they are for texts that end in "
                 f"a label; the task {self.tasks[0]!r} counts its own labels, so leave them out"
+            )
+        if self.max_new_tokens and self.tasks[0] not in WRITTEN:
+            raise ValueError(
+                f"policy.max_new_tokens is {self.max_new_tokens}: the answer of the task {self.tasks[0]!r} is no text "
+                "that is written; leave it out"
             )
         return self
 

@@ -18,7 +18,8 @@ TaskLabels = Annotated[tuple[Label, ...], Field(max_length=MOST_LABELS), AfterVa
 WITH_LABELS = ("classification", "multilabel", "entities")
 POOLED = ("classification", "multilabel")
 WITH_TEMPLATE = ("classification", "multilabel", "chat", "translation", "summarisation")
-WRITES = ("causal", "chat", "translation", "summarisation")
+WRITTEN = ("chat", "translation", "summarisation")  # whose answer is text
+WRITES = ("causal", *WRITTEN)
 _COLUMN = re.compile(r"[A-Za-z_]\w*")
 
 

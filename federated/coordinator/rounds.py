@@ -267,7 +267,7 @@ class Coordinator:
         number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
         if number is None or not self.certify:
             return
-        federated = self.config.federated
+        federated, privacy = self.config.federated, self.config.privacy
         evaluate = pb.Evaluate(
             number=number,
             metric=METRIC,
@@ -276,7 +276,8 @@ class Coordinator:
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
-        bounds = bounds_of(self.base, self.config.federated.task_spec, self.config.privacy.evaluation_labels)
+        released = privacy.evaluation_labels, privacy.evaluation_max_new_tokens
+        bounds = bounds_of(self.base, federated.task_spec, *released)
 
         def take(answer: Answer) -> None:
             self.silo_records.take_receipt(answer.silo, answer.reply.evaluated.receipt)
@@ -284,8 +285,7 @@ class Coordinator:
 
         bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
         answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", "evaluated", take)
-        noise = self.config.privacy.evaluation_noise_multiplier
-        found = figures([sums[silo] for silo in answered], bounds, noise)
+        found = figures([sums[silo] for silo in answered], bounds, privacy.evaluation_noise_multiplier)
         self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
 
     def _model(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ A unit gives what its task measures of it (``Task.measures``), the mean over its
 a public bound, and counts of labels whose length is bounded as a whole. So adding or removing a unit moves the vector
 of sums by at most the length that such a vector can have, and the Gaussian noise is the plan's multiple of that. For a
 text the values are clipped nats, clipped characters, tokens that the model holds likeliest, and tokens; where the plan
-names labels, their counts (``label_counts.py``) follow. Bits per character, accuracy and F1 are post-processing.
+names labels, their counts (``label_counts.py``) follow. Where it has the model write its answers, what they have in
+common with the right ones is one value more. Bits per character, accuracy and F1 are post-processing.
 """
 
 import math
@@ -38,9 +39,11 @@ class Bounds:
 
     Attributes:
         measures: what is measured of a unit.
+        max_new_tokens: most tokens that the model writes for an example; 0: it writes none.
     """
 
     measures: Measures
+    max_new_tokens: int = 0
 
     @property
     def scale(self) -> npt.NDArray[np.float64]:
@@ -58,18 +61,19 @@ class Bounds:
         return math.hypot(math.sqrt(len(self.measures.bounds)), self.measures.counts_norm)
 
 
-def bounds_of(base_model: Manifest, spec: TaskSpec, labels: tuple[str, ...]) -> Bounds:
+def bounds_of(base_model: Manifest, spec: TaskSpec, labels: tuple[str, ...], max_new_tokens: int = 0) -> Bounds:
     """Bounds for a base model, from its manifest, and a task: the same at the silos and at the coordinator.
 
     Args:
         base_model: whose context bounds a text.
         spec: the task.
         labels: of the plan's release, for texts that end in one of them.
+        max_new_tokens: of the plan's release, for tasks whose answer is text.
     """
     measures = kind_of(spec.name).measured(spec, base_model.metadata["context_length"])
     if labels:
         measures = replace(measures, labels=labels, counts_norm=math.sqrt(SQUARED_SENSITIVITY))
-    return Bounds(measures)
+    return Bounds(measures.with_overlap() if max_new_tokens else measures, max_new_tokens)
 
 
 @contextmanager
@@ -111,29 +115,38 @@ def private_sums(
     """
     sums, bounded = np.zeros(bounds.num_sums), len(bounds.measures.bounds)
     for unit in units:
-        found = _unit_values(model, task, unit, bounds.measures)
+        found = _unit_values(model, task, unit, bounds)
         sums[: len(found)] += found
     if examples:
         sums[bounded:] += label_counts(model, task, examples, len(bounds.measures.labels)).ravel()
     return [float(value) for value in noised_sums(sums, noise_multiplier * bounds.sensitivity, streams, METRIC)]
 
 
-def _unit_values(model: Any, task: Task, unit: Sequence[Encoded], measures: Measures) -> npt.NDArray[np.float64]:
+def _unit_values(model: Any, task: Task, unit: Sequence[Encoded], bounds: Bounds) -> npt.NDArray[np.float64]:
     """A unit's values, from 0 to 1, and its counts: the mean over its examples. A loss that isn't finite is the worst.
 
     Each example is scored by itself: beside others its values would be rounded differently, and one unit could move
     another one's values.
     """
-    bounded, found = len(measures.bounds), np.zeros(0)
+    measures, found = bounds.measures, np.zeros(0)
+    bounded = len(measures.bounds)
     for number, example in enumerate(unit):
-        with torch.no_grad():
-            scores = np.nan_to_num(task.record_scores(model, [example]).numpy()[0], nan=np.inf)
+        scores = np.nan_to_num(_example_values(model, task, example, bounds.max_new_tokens), nan=np.inf)
         scores[:bounded] = np.clip(scores[:bounded] / measures.scale, 0.0, 1.0)
         scores[bounded:] = _shortened(scores[bounded:], measures.counts_norm)
         found = scores if number == 0 else found + scores
     found /= max(len(unit), 1)
     # Counts are rounded down: rounded up, they could be longer than their bound.
     return np.concatenate([np.rint(found[:bounded] / _STEP), np.floor(found[bounded:] / _STEP)]) * _STEP
+
+
+def _example_values(model: Any, task: Any, example: Encoded, max_new_tokens: int) -> npt.NDArray[np.float64]:
+    """What the task measures; and where the model writes, after the bounded values, what its answer has in common."""
+    with torch.no_grad():
+        scores: npt.NDArray[np.float64] = task.record_scores(model, [example]).numpy()[0]
+    if not max_new_tokens:
+        return scores
+    return np.insert(scores, len(task.measures.bounds), task.overlaps(model, [example], max_new_tokens))
 
 
 def _shortened(counts: npt.NDArray[np.float64], longest: float) -> npt.NDArray[np.float64]:

@@ -55,6 +55,9 @@ def check_plan(terms: PlanTerms, policy: SiloPolicy, public_record_count: int) -
     if not set(names) <= set(allowed):
         raise PolicyRefusal.of("metric_releases", ", ".join(names), ", ".join(allowed) or "none")
     _check_labels(terms, policy)
+    longest = max((metric.max_new_tokens for metric in terms.metric_releases), default=0)
+    if longest > policy.max_new_tokens:
+        raise PolicyRefusal.of("max_new_tokens", f"{longest}", f"{policy.max_new_tokens}")
     _check_rounds(terms, policy)
     return plan
 

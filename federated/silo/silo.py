@@ -237,7 +237,7 @@ class Silo:
         streams = _streams(charge, digest)
         with evaluated(model, adapter):
             spec, multiplier = self.config.policy.task_spec, release.noise_multiplier
-            bounds = bounds_of(bench.base_model, spec, release.labels)
+            bounds = bounds_of(bench.base_model, spec, release.labels, release.max_new_tokens)
             examples = examples_of(bench.task, bench.held_out_texts, release.labels) if release.labels else []
             sums = private_sums(model, bench.task, bench.held_out, examples, bounds, multiplier, streams)
         reply = _serialized(self._reply(digest, evaluated=pb.Evaluated(receipt=self._receipt(request), sums=sums)))

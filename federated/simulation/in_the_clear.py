@@ -13,18 +13,21 @@ from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import from_bytes
-from federated.adapters.warm_model import adaptation, put_on, warm_model
+from federated.adapters.warm_model import adaptation, warm_model
 from federated.coordinator import round_commits as commits
 from federated.coordinator.outcome import over_flower
+from federated.evaluation.private_sums import evaluated
 from federated.silo.units import units_of
 from federated.simulation.simulation import simulated_silos
 from trainer.data.sources import ReadCounts, all_columns
-from trainer.scoring.score import Score, score
+from trainer.scoring.in_full import in_full
+from trainer.scoring.score import Score, score, score_in_full
 from trainer.tasks.fields import FieldReader
 from trainer.tasks.task import Row, kind_of, task_of
 
 BASE, PUBLIC, _SILOS = "base", "public", "silos"
-Scorer = Callable[[bytes | None, int], dict[str, Score]]  # of an adapter, None for the base model; on so many records
+# Of an adapter, None for the base model; on so many records; and whether it is asked for its answers, too.
+Scorer = Callable[[bytes | None, int, bool], dict[str, Score]]
 
 
 def evaluate_rounds(
@@ -37,31 +40,31 @@ def evaluate_rounds(
     """Scores the base model, and every committed round of every federation: on what may be read in the clear.
 
     These are every public silo's held-out records in a simulation, and the coordinator's own public text. The rounds
-    before the last are read on a quarter of the records: they are for a plot.
+    before the last are read on a quarter of the records: they are for a plot. The base model and the last rounds are
+    scored in full, over all silos: by the standard libraries, and with intervals.
 
     Returns:
         {"simulation_only": True, "metric": the task's main figure, "base": by silo, federation: [by silo, for each
         round]}; without these, and with the reason, where the silos can't be read. Under "public" the same of the
-        public text, where there is one.
+        public text, where there is one. What is scored in full has that under "in_full".
     """
     limit = config.evaluate.max_records_per_silo
-    models: list[tuple[str, int, bytes | None, int]] = []
+    models: list[tuple[str, int, bytes | None, int, bool]] = []
     for name, directory in federations.items():
         start, *rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))
         if not models:  # without LoRA the base model is what every federation has begun with
-            models.append((BASE, 0, None if config.federated.train == "lora" else start.adapter, limit))
+            models.append((BASE, 0, None if config.federated.train == "lora" else start.adapter, limit, True))
         for found in rounds:
-            records = limit if found is rounds[-1] else max(1, limit // 4)
-            models.append((name, found.round_number, found.adapter, records))
+            last = found is rounds[-1]
+            models.append((name, found.round_number, found.adapter, limit if last else max(1, limit // 4), last))
     reason, scorers = _scorers(config, base_model, federations)
-    threads = config.cluster.threads_per_rank
-    remote = ray.remote(num_cpus=threads)(_scored)
+    remote = ray.remote(num_cpus=config.cluster.threads_per_rank)(_scored)
     running = {
-        remote.remote(scorer, threads, adapter, records): (which, name, number)
+        remote.remote(config, scorer, adapter, records, whole): (which, name, number)
         for which, scorer in scorers.items()
-        for name, number, adapter, records in models
+        for name, number, adapter, records, whole in models
     }
-    scores: dict[tuple[str, str, int], dict[str, Score]] = {}
+    scores: dict[tuple[str, str, int], dict[str, Any]] = {}
     waiting = list(running)
     while waiting:
         (reference,), waiting = ray.wait(waiting)
@@ -70,8 +73,8 @@ def evaluate_rounds(
 
     def figures(which: str) -> dict[str, Any]:
         keys = sorted(key for key in scores if key[0] == which)
-        rounds = {name: [_summary(scores[key]) for key in keys if key[1] == name] for name in federations}
-        return {BASE: _summary(scores[which, BASE, 0]), **rounds}
+        rounds = {name: [scores[key] for key in keys if key[1] == name] for name in federations}
+        return {BASE: scores[which, BASE, 0], **rounds}
 
     silos = {"not_available": reason} if reason else figures(_SILOS)
     measures = kind_of(config.federated.task).measured(config.federated.task_spec, config.model.context_length)
@@ -95,26 +98,36 @@ def _scorers(
     return reason, scorers
 
 
-def _scored(scorer: Scorer, threads: int, adapter: bytes | None, records: int) -> dict[str, Score]:
-    torch.set_num_threads(threads)
-    return scorer(adapter, records)
+def _scored(config: RunConfig, scorer: Scorer, adapter: bytes | None, records: int, whole: bool) -> dict[str, Any]:
+    torch.set_num_threads(config.cluster.threads_per_rank)
+    found = scorer(adapter, records, whole)
+    if not whole:
+        return _summary(found)
+    figures = in_full(_overall(found), config.federated.task_spec, config.evaluate.language, config.run.seed)
+    return {**_summary(found), "in_full": figures}
 
 
 def _summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
-    first, *others = by_silo.values()
     silos = {name: {**score.figures, "records": score.records} for name, score in by_silo.items()}
-    overall = sum(others, first)
+    overall = _overall(by_silo)
     return {**overall.figures, "records": overall.records, "by_silo": silos}
 
 
+def _overall(by_silo: Mapping[str, Score]) -> Score:
+    first, *others = by_silo.values()
+    return sum(others, first)
+
+
 def score_silos(
-    config: RunConfig, silos: Mapping[str, SiloConfig], adapter: bytes | None, limit: int
+    config: RunConfig, silos: Mapping[str, SiloConfig], adapter: bytes | None, limit: int, whole: bool = False
 ) -> dict[str, Score]:
     """``score_held_out`` for several silos."""
-    return {name: score_held_out(config, silo, adapter, limit) for name, silo in silos.items()}
+    return {name: score_held_out(config, silo, adapter, limit, whole) for name, silo in silos.items()}
 
 
-def score_public(config: RunConfig, base_model: Path, adapter: bytes | None, limit: int) -> dict[str, Score]:
+def score_public(
+    config: RunConfig, base_model: Path, adapter: bytes | None, limit: int, whole: bool = False
+) -> dict[str, Score]:
     """The task's figures on the first records of the coordinator's public text.
 
     Raises:
@@ -124,10 +137,12 @@ def score_public(config: RunConfig, base_model: Path, adapter: bytes | None, lim
     fields, counts = FieldReader(source, config.federated.task_spec), ReadCounts()
     read = (fields.read(row, counts.where, found) for row, found in all_columns(source, fields.columns, counts))
     units = [(row,) for row in islice(filter(None, read), limit)]
-    return {PUBLIC: _score(config, base_model, config.run.encryption_key_file, units, adapter)}
+    return {PUBLIC: _score(config, base_model, config.run.encryption_key_file, units, adapter, whole)}
 
 
-def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, limit: int) -> Score:
+def score_held_out(
+    config: RunConfig, silo: SiloConfig, adapter: bytes | None, limit: int, whole: bool = False
+) -> Score:
     """The task's figures on a silo's held-out units, read in the clear: ``simulation_only``.
 
     Args:
@@ -135,6 +150,7 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
         silo: the silo.
         adapter: safetensors, or None for the base model.
         limit: units read at most.
+        whole: whether the model is asked for its answers, too.
 
     Raises:
         PolicyRefusal: the data is not declared public; an exact figure of private data would leave the silo.
@@ -148,17 +164,21 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
         )
     units = units_of(silo)
     found = units.held_out[:limit]
-    return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, found, adapter)
+    return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, found, adapter, whole)
 
 
 def _score(
-    config: RunConfig, base_model: Path, key_file: str, units: Sequence[Sequence[Row]], adapter: bytes | None
+    config: RunConfig,
+    base_model: Path,
+    key_file: str,
+    units: Sequence[Sequence[Row]],
+    adapter: bytes | None,
+    whole: bool,
 ) -> Score:
     task = task_of(config.federated.task_spec, base_model)
     model = warm_model(base_model, adaptation(config.federated, task.head), key_file)
-    records = [example for unit in units for example in task.scored(unit)]
-    if adapter is None:
-        with model.disable_adapter():
-            return score(model.eval(), task, records, config.federated.micro_batch_size)
-    put_on(model, from_bytes(adapter))
-    return score(model.eval(), task, records, config.federated.micro_batch_size)
+    examples, size = [task.scored(unit) for unit in units], config.federated.micro_batch_size
+    with evaluated(model, from_bytes(adapter) if adapter else None):
+        if whole:
+            return score_in_full(model, task, examples, size, config.evaluate.max_new_tokens)
+        return score(model, task, [example for unit in examples for example in unit], size)

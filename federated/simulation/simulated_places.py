@@ -117,6 +117,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             max_runs_per_day=MOST_SIMULATED_RUNS,
             max_open_runs=MOST_SIMULATED_RUNS,
             max_rounds_per_run=MOST_SIMULATED_ROUNDS,
+            max_new_tokens=privacy.evaluation_max_new_tokens,
             label_sets=(privacy.evaluation_labels,) if privacy.evaluation_labels else (),
             # Without a unit column a row is a unit, and a row is in one silo.
             attests_disjoint_units=not private.unit,

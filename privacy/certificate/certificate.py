@@ -180,6 +180,8 @@ def _left_each_silo(plan: PlanTerms) -> str:
     for metric in plan.metric_releases:
         left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"
         left += f" with counts of the labels {', '.join(metric.labels)}" if metric.labels else ""
+        written = f" with what answers of up to {metric.max_new_tokens} tokens have in common with the right ones"
+        left += written if metric.max_new_tokens else ""
     return left
 
 

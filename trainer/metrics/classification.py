@@ -38,18 +38,15 @@ def scores(
             scikit-learn is not installed.
     """
     guess, truth = _single(predictions, references, labels)
-    calibration = _calibration(confidences, guess == truth)
     metrics = library("sklearn.metrics")
-
-    def figures(drawn: Indices) -> dict[str, float]:
-        found, wanted = guess[drawn], truth[drawn]
-        return {
-            "accuracy": float(metrics.accuracy_score(wanted, found)),
-            **_averages(metrics, wanted, found, np.union1d(wanted, found)),
-            **calibration(drawn),
-        }
-
-    return Scores(len(truth), figures)
+    whole = {
+        "accuracy": float(metrics.accuracy_score(truth, guess)),
+        **_averages(metrics, truth, guess, np.union1d(truth, guess)),
+    }
+    every = np.arange(len(labels))
+    return _with_draws(
+        guess[:, None] == every, truth[:, None] == every, whole, _calibration(confidences, guess == truth)
+    )
 
 
 def multilabel_scores(
@@ -72,19 +69,13 @@ def multilabel_scores(
         InputError: as ``scores``, or labels of one example are a text instead of a list.
     """
     guess, truth = _several(predictions, references, labels)
-    calibration = _calibration(probabilities, truth)
     metrics = library("sklearn.metrics")
-    all_found, all_wanted = _targets(guess), _targets(truth)
-
-    def figures(drawn: Indices) -> dict[str, float]:
-        found, wanted = all_found[drawn], all_wanted[drawn]
-        return {
-            "accuracy": float(metrics.accuracy_score(wanted, found)),
-            **_averages(metrics, wanted, found, np.unique((found + wanted).indices)),
-            **calibration(drawn),
-        }
-
-    return Scores(len(truth), figures)
+    found, wanted = _targets(guess), _targets(truth)
+    whole = {
+        "accuracy": float(metrics.accuracy_score(wanted, found)),
+        **_averages(metrics, wanted, found, np.unique((found + wanted).indices)),
+    }
+    return _with_draws(guess, truth, whole, _calibration(probabilities, truth))
 
 
 def confusion_matrix(
@@ -113,6 +104,23 @@ def multilabel_confusion_matrix(
     return np.asarray(counts[: len(labels)], np.int64)
 
 
+def reliability(probabilities: npt.ArrayLike, happened: npt.ArrayLike) -> list[list[float]]:
+    """A reliability diagram: mean probability, frequency, and number of predictions, of each of 15 bins that has some.
+
+    Args:
+        probabilities: what a model gives to each of its predictions.
+        happened: whether each was right, in the same shape.
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
+    given, right = np.clip(np.ravel(probabilities), 0, 1), np.ravel(happened)
+    calibration = library("sklearn.calibration")
+    frequencies, means = calibration.calibration_curve(right, given, n_bins=len(_BINS) + 1, pos_label=True)
+    counts = np.bincount(np.searchsorted(_BINS, given))
+    return [list(one) for one in zip(means.tolist(), frequencies.tolist(), counts[counts > 0].tolist(), strict=True)]
+
+
 def _single(predictions: Sequence[str], references: Sequence[str], labels: Sequence[str]) -> tuple[Indices, Indices]:
     check_pairs(predictions, references)
     return codes("predictions", predictions, labels), codes("references", references, labels)
@@ -137,6 +145,37 @@ def _indicators(name: str, values: Sequence[Collection[str]], labels: Sequence[s
 def _targets(has: npt.NDArray[np.bool_]) -> csr_array:
     """Sparse, since of many labels few are there, and with an empty column: one alone would be no multi-label task."""
     return csr_array(np.pad(has, ((0, 0), (0, 1))), dtype=np.int8)
+
+
+def _with_draws(
+    guess_NL: npt.NDArray[np.bool_],
+    truth_NL: npt.NDArray[np.bool_],
+    whole: dict[str, float],
+    calibration: Callable[[Indices], dict[str, float]],
+) -> Scores:
+    """Scikit-learn's figures; those of a bootstrap's draws by the same counts, in a hundredth of its time."""
+    equal_N, both_NL = (guess_NL == truth_NL).all(axis=1), guess_NL & truth_NL
+
+    def figures(drawn: Indices) -> dict[str, float]:
+        counts_3L = np.array([has_NL[drawn].sum(axis=0) for has_NL in (both_NL, guess_NL, truth_NL)])
+        return {"accuracy": float(equal_N[drawn].mean()), **_by_counts(counts_3L), **calibration(drawn)}
+
+    return Scores(len(truth_NL), figures, {**whole, **calibration(np.arange(len(truth_NL)))})
+
+
+def _by_counts(counts_3L: npt.NDArray[np.intp]) -> dict[str, float]:
+    """As ``_averages``, of how often each label is rightly there, there, and right."""
+    present_3L = counts_3L[:, counts_3L[1:].sum(axis=0) > 0]
+    figures: dict[str, float] = {}
+    for average, (both, found, wanted) in (("micro", present_3L.sum(axis=1, keepdims=True)), ("macro", present_3L)):
+        for name, above, below in (
+            ("precision", both, found),
+            ("recall", both, wanted),
+            ("f1", 2 * both, found + wanted),
+        ):
+            shares = np.divide(above, below, out=np.zeros(len(below)), where=below > 0)
+            figures[f"{name}_{average}"] = float(shares.mean()) if present_3L.size else math.nan
+    return figures
 
 
 def _averages(metrics: Any, truth: Any, guess: Any, present: Indices) -> dict[str, float]:

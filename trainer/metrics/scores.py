@@ -14,15 +14,19 @@ _TAILS = (0.025, 0.975)
 class Scores(Mapping[str, float]):
     """Figures of all examples. A figure that is 0/0 is nan: there was nothing to find, and nothing was found."""
 
-    def __init__(self, count: int, figures: Callable[[Indices], dict[str, float]]) -> None:
+    def __init__(
+        self, count: int, figures: Callable[[Indices], dict[str, float]], whole: dict[str, float] | None = None
+    ) -> None:
         """Computes the figures.
 
         Args:
             count: number of examples.
             figures: figures of the examples with these numbers, which may repeat; always with the same names.
+            whole: figures of all examples by a library that takes too long for a bootstrap's draws; None: by
+                ``figures`` as well.
         """
         self._count, self._figures = count, figures
-        self._values = figures(np.arange(count))
+        self._values = figures(np.arange(count)) if whole is None else whole
 
     def __getitem__(self, name: str) -> float:
         return self._values[name]

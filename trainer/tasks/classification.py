@@ -11,7 +11,7 @@ from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
 from trainer.tasks.measures import Measures, Ratio
-from trainer.tasks.task import Encoded, Row
+from trainer.tasks.task import Encoded, Prediction, Row
 
 _MOST_NATS = 8.0
 
@@ -65,8 +65,10 @@ class ClassificationTask(HeadedTask):
 
     def collate(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """``input_ids`` and ``attention_mask`` (B, T), padded on the right; ``targets`` (B, 1)."""
-        targets = torch.tensor([self._row(example) for example in examples])
-        return {**self.inputs(examples), "targets": targets}
+        return {**self.inputs(examples), "targets": self._targets(examples)}
+
+    def _targets(self, examples: Sequence[Encoded]) -> torch.Tensor:
+        return torch.tensor([self._row(example) for example in examples])
 
     def _row(self, example: Encoded) -> Sequence[int]:
         return example.target
@@ -88,6 +90,22 @@ class ClassificationTask(HeadedTask):
         nats_B = self._nats(logits_BL, batch["targets"])
         sums = torch.stack([right_B.double(), nats_B.double(), torch.ones(len(examples), dtype=torch.float64)], dim=1)
         return torch.cat([sums, *(found.double() for found in counts)], dim=1)
+
+    def predictions(self, model: Any, examples: Sequence[Encoded], _max_new_tokens: int) -> list[Prediction]:
+        """The labels that the model chooses, with the probability of each label that there is."""
+        logits_BL = logits_of(model, self.collate(examples))
+        found = zip(self._chosen(logits_BL), self._probabilities(logits_BL).tolist(), strict=True)
+        return [Prediction(self._named(chosen_L), tuple(probabilities)) for chosen_L, probabilities in found]
+
+    def references(self, examples: Sequence[Encoded]) -> list[Any]:
+        """The examples' own labels."""
+        return [self._named(truth_L) for truth_L in self._truths(self._targets(examples))]
+
+    def _named(self, has_L: torch.Tensor) -> str | tuple[str, ...]:
+        return self._spec.labels[int(has_L.int().argmax())]
+
+    def _probabilities(self, logits_BL: torch.Tensor) -> torch.Tensor:
+        return logits_BL.double().softmax(dim=1)
 
     def _chosen(self, logits_BL: torch.Tensor) -> torch.Tensor:
         likeliest = torch.nan_to_num(logits_BL, nan=-math.inf).argmax(dim=1)
@@ -129,6 +147,12 @@ class MultilabelTask(ClassificationTask):
         pairs_BL2 = torch.stack([torch.zeros_like(logits_BL), logits_BL], dim=2)
         nats_N = torch.nn.functional.cross_entropy(pairs_BL2.flatten(0, 1), targets_BL.flatten(), reduction="none")
         return nats_N.view_as(targets_BL).sum(dim=1)
+
+    def _named(self, has_L: torch.Tensor) -> tuple[str, ...]:
+        return tuple(label for label, has in zip(self._spec.labels, has_L.tolist(), strict=True) if has)
+
+    def _probabilities(self, logits_BL: torch.Tensor) -> torch.Tensor:
+        return logits_BL.double().sigmoid()
 
     def _chosen(self, logits_BL: torch.Tensor) -> torch.Tensor:
         return logits_BL > 0

@@ -13,7 +13,7 @@ from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
 from trainer.tasks.measures import COUNTS, Measures, Ratio
-from trainer.tasks.task import IGNORED, Encoded, Row
+from trainer.tasks.task import IGNORED, Encoded, Prediction, Row
 
 # Public caps of what one example adds to a private evaluation; beyond them nothing is refused, but shortened.
 _MOST_WORDS = 64
@@ -106,17 +106,29 @@ class EntitiesTask(HeadedTask):
 
     def record_scores(self, model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
         """For each example: right words, words; then the counts of each type. Shape (B, 2 + 3 K), float64."""
-        logits_BTL = torch.nan_to_num(logits_of(model, self.collate(examples)), nan=-torch.inf)
-        answers_BT = logits_BTL.argmax(dim=2).tolist()
-        return torch.tensor(
-            [self._scores(answer, one.target) for answer, one in zip(answers_BT, examples, strict=True)],
-            dtype=torch.float64,
-        )
+        return torch.tensor([self._scores(pairs) for pairs in self._tags(model, examples)], dtype=torch.float64)
 
-    def _scores(self, answer: Sequence[int], target: Sequence[int]) -> list[int]:
-        # The answer goes on over the tokens that fill up.
-        pairs = [(mine, truth) for mine, truth in zip(answer, target, strict=False) if truth != IGNORED]
-        mine, truth = ({*entities([self._spec.labels[pair[side]] for pair in pairs])} for side in (0, 1))
+    def predictions(self, model: Any, examples: Sequence[Encoded], _max_new_tokens: int) -> list[Prediction]:
+        """The tags of the words that the model has read."""
+        return [Prediction(tuple(mine for mine, _ in pairs)) for pairs in self._tags(model, examples)]
+
+    def references(self, examples: Sequence[Encoded]) -> list[Any]:
+        """The right tags of the same words. Where a tokenizer sees nothing of an entity's first word, it is none."""
+        return [
+            _of_whole_entities([self._spec.labels[tag] for tag in one.target if tag != IGNORED]) for one in examples
+        ]
+
+    def _tags(self, model: Any, examples: Sequence[Encoded]) -> Iterator[list[tuple[str, str]]]:
+        """Of each word that the model has read: its answer, and the right one."""
+        logits_BTL, labels = logits_of(model, self.collate(examples)), self._spec.labels
+        answers_BT = torch.nan_to_num(logits_BTL, nan=-torch.inf).argmax(dim=2).tolist()
+        for answer, one in zip(answers_BT, examples, strict=True):
+            # The answer goes on over the tokens that fill up.
+            found = zip(answer, one.target, strict=False)
+            yield [(labels[mine], labels[truth]) for mine, truth in found if truth != IGNORED]
+
+    def _scores(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
+        mine, truth = ({*entities([pair[side] for pair in pairs])} for side in (0, 1))
         counts = [
             sum(entity[0] == kind for entity in found)
             for found in (mine & truth, mine - truth, truth - mine)
@@ -139,3 +151,11 @@ def entities(tags: Sequence[str]) -> Iterator[Entity]:
             kind = ""
         if tag.startswith("B-"):
             start, kind = place, tag[2:]
+
+
+def _of_whole_entities(tags: Sequence[str]) -> tuple[str, ...]:
+    """The tags, without those that belong to no entity."""
+    kept = ["O"] * len(tags)
+    for _, start, end in entities(tags):
+        kept[start:end] = tags[start:end]
+    return tuple(kept)

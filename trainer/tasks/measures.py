@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 COUNTS = ("true positives", "false positives", "false negatives")
+OVERLAP = "answer_chrf"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Measures:
     def num_sums(self) -> int:
         """Length of the vector."""
         return len(self.bounds) + len(COUNTS) * len(self.labels)
+
+    def with_overlap(self) -> "Measures":
+        """The same, and what the answers that the model writes have in common with the right ones: from 0 to 1."""
+        ratios = {**self.ratios, OVERLAP: Ratio({OVERLAP: 1.0}, {"examples": 1.0})}
+        return replace(self, bounds={**self.bounds, OVERLAP: 1.0}, ratios=ratios)
 
     @property
     def scale(self) -> npt.NDArray[np.float64]:

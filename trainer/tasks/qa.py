@@ -16,7 +16,7 @@ from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask
 from trainer.tasks.measures import Measures, Ratio
-from trainer.tasks.task import Encoded, Row
+from trainer.tasks.task import Encoded, Prediction, Row
 
 _LONGEST_ANSWER = 30  # tokens, as is usual
 _OVERLAP = 3  # a window shares this part of its context with the next one, 1 / 3 of it
@@ -169,6 +169,14 @@ class AnswersTask(HeadedTask):
         found = [(self.answer(model, one), one.answers) for one in examples]
         scores = [(token_f1(answer, right), exact_match(answer, right), 1.0) for answer, right in found]
         return torch.tensor(scores, dtype=torch.float64)
+
+    def predictions(self, model: Any, examples: Sequence[Any], _max_new_tokens: int) -> list[Prediction]:
+        """The likeliest part of each context."""
+        return [Prediction(self.answer(model, one)) for one in examples]
+
+    def references(self, examples: Sequence[Any]) -> list[Any]:
+        """All that are right, of each question."""
+        return [one.answers for one in examples]
 
     def answer(self, model: Any, question: Question) -> str:
         """The part of the context that is likeliest to be the answer, over all windows; of several the first."""

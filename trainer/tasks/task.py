@@ -56,6 +56,19 @@ class Opening:
     ends: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a model answers to an example.
+
+    Attributes:
+        answer: a text; a label, or those that it chooses; or a tag for each word that it has read.
+        probabilities: what it gives each of the task's labels, in their order; empty where it chooses none for a text.
+    """
+
+    answer: str | tuple[str, ...]
+    probabilities: tuple[float, ...] = ()
+
+
 class Task(Protocol):
     """How records become a batch, and what an example's loss is: a function of that example alone.
 
@@ -96,6 +109,17 @@ class Task(Protocol):
 
     def record_scores(self, model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
         """What is measured of each answer of the model, in the order of ``measures``. Shape (B, S), float64."""
+
+
+@runtime_checkable
+class AnsweringTask(Task, Protocol):
+    """A task that asks for an answer, which is right or not."""
+
+    def predictions(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int, /) -> list[Prediction]:
+        """What the model answers to each example; where it writes, in so many tokens at most."""
+
+    def references(self, examples: Sequence[Encoded], /) -> list[Any]:
+        """The right answers, each as a prediction's; of a question all that are right."""
 
 
 @runtime_checkable

@@ -86,8 +86,13 @@ class EncoderDecoderTask(WrittenAnswerTask):
         """The answers, as far as they fit the context."""
         return [self._text(example.target) for example in examples]
 
-    def _written(self, model: Any, ids: Sequence[int]) -> str:
-        return self._text(self.greedy(model, ids, self.context_length))
+    def room(self, _example: Encoded) -> int:
+        """Most tokens of an answer: the decoder has read nothing else."""
+        return self.context_length
+
+    def read(self, _asked: Sequence[int]) -> int:
+        """The token that a decoder starts with."""
+        return 1
 
 
 class TranslationTask(WrittenAnswerTask):

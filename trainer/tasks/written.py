@@ -9,13 +9,24 @@ import torch
 
 from configs.schema.tasks import TaskSpec
 from trainer.data.tokenizer import first_token
+from trainer.metrics.chrf import chrf
 from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.marked import Marked, Part, encoded, plain_backend
 from trainer.tasks.measures import Measures, Ratio
-from trainer.tasks.task import IGNORED, Encoded, Opening, Row
+from trainer.tasks.task import IGNORED, Encoded, Opening, Prediction, Row
 from trainer.tasks.text import padded, random_ids, token_nats
 
+# Whatever a model's own generation_config.json says: one way to go on, and no end or length but ours.
+_GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "max_time": None,
+    "stop_strings": None,
+}
 _MOST_NATS = 8.0  # of a token: a uniform guess among 3,000 tokens
 
 
@@ -128,9 +139,17 @@ class WrittenAnswerTask:
         found = (_nats_per_token(logits_BTV, targets_BT), correct_B, torch.ones(len(examples)))
         return torch.stack([values_B.double() for values_B in found], dim=1)
 
-    def answers(self, model: Any, examples: Sequence[Encoded]) -> list[str]:
+    def predictions(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int) -> list[Prediction]:
         """What the model writes by itself where each example's last answer stands, always its likeliest token."""
-        return [self._written(model, self.asked(example)) for example in examples]
+        return [Prediction(self._written(model, example, max_new_tokens, stops=True)) for example in examples]
+
+    def overlaps(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int) -> list[float]:
+        """What the same texts have in common with the right answers, by chrF.
+
+        It writes as many tokens for each, also after it has ended its answer: how long that takes does not tell where.
+        """
+        written = [self._written(model, example, max_new_tokens, stops=False) for example in examples]
+        return [chrf(mine, right) for mine, right in zip(written, self.references(examples), strict=True)]
 
     def references(self, examples: Sequence[Encoded]) -> list[str]:
         """The last answers of the examples themselves, as far as they fit the context."""
@@ -143,28 +162,40 @@ class WrittenAnswerTask:
             place -= 1
         return example.ids[:place]
 
-    def _written(self, model: Any, ids: Sequence[int]) -> str:
-        written = self.greedy(model, ids, self.context_length - len(ids))
-        return self._text(written[len(ids) :])
+    def room(self, example: Encoded) -> int:
+        """Most tokens that can follow what is asked."""
+        return self.context_length - len(self.asked(example))
 
-    def greedy(self, model: Any, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """The tokens of the text that a model holds likeliest, token by token."""
-        read = torch.tensor([list(ids)])
-        with torch.no_grad():
-            found = model.generate(
-                input_ids=read,
-                attention_mask=torch.ones_like(read),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                use_cache=True,
-                eos_token_id=list(self.ends),
-                pad_token_id=self.ends[0],
-            )
-        tokens: list[int] = found[0].tolist()
-        return tokens
+    def read(self, asked: Sequence[int]) -> int:
+        """How many of the tokens that transformers gives back were not written: it repeats what a decoder has read."""
+        return len(asked)
+
+    def _written(self, model: Any, example: Encoded, max_new_tokens: int, *, stops: bool) -> str:
+        asked = self.asked(example)
+        most = min(max_new_tokens, self.room(example))
+        tokens = _greedy(model, asked, most, self.ends if stops else ())[self.read(asked) :]
+        ended = next((place for place, token in enumerate(tokens) if token in self.ends), len(tokens))
+        return self._text(tokens[:ended])
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+
+def _greedy(model: Any, ids: Sequence[int], max_new_tokens: int, ends: Sequence[int]) -> list[int]:
+    """Tokens that a model holds likeliest, one by one, for one text alone: no other one, and no padding, is near it."""
+    read = torch.tensor([list(ids)])
+    with torch.no_grad():
+        found = model.generate(
+            input_ids=read,
+            attention_mask=torch.ones_like(read),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(ends) or None,
+            pad_token_id=ends[0] if ends else None,
+            use_cache=True,
+            **_GREEDY,
+        )
+    tokens: list[int] = found[0].tolist()
+    return tokens
 
 
 def filled(template: str, row: Mapping[str, Any]) -> tuple[str, str]:

@@ -111,6 +111,7 @@ NO_PATHS = {
     "evaluate.public.text",
     "evaluate.public.split",
     "evaluate.public.encoding",
+    "evaluate.language",
     "evaluate.prompt",
     "federated.lora_ranks",
     "federated.adapter_targets",

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from rich.console import Console
 
-from cluster.monitoring.console import result_table
+from cluster.monitoring.console import figure_tables, result_table
 from cluster.report.page import render
-from cluster.report.report import build
+from cluster.report.report import build, missing
 from configs.storage.layout import RunFiles
 
 
@@ -28,6 +28,8 @@ def evaluation_without(files, names):
             entry["by_silo"][name] = {"bits_per_char": None, "records": 0}
         if not names:
             entry.update(bits_per_char=None, records=0)
+            if "in_full" in entry:
+                entry["in_full"] = {"records": 0, "units": 0, "figures": {}, "missing": []}
     files.evaluation.write_text(json.dumps(found))
 
 
@@ -55,6 +57,39 @@ def test_a_run_without_any_held_out_record_has_its_report(tiny_run, run, capsys)
     assert (found["bits_per_char_dp"], found["improvement_dp"]) == (None, None)
     assert "The federated model is finished" in page
     assert table.count("not available") == 3
+
+
+def test_the_report_has_the_figures_in_full_with_their_intervals(tiny_run, run, capsys):
+    found, page, table = shown(tiny_run.config(), run, capsys)
+    for model in ("base", "dp", "no_dp"):
+        figures = found["in_full"]["silos"][model]["figures"]["siloweave"]
+        assert figures["bits_per_char"]["value"] == pytest.approx(found[f"bits_per_char_{model}"])
+        shown_interval = "[{:.3f}, {:.3f}]".format(*figures["bits_per_char"]["interval"])
+        assert shown_interval in table
+        assert f"{figures['perplexity']['value']:.3f} [" in page
+    assert "federated.in_full.silos" in tiny_run.report["simulation_only"]
+    Console(width=200).print(*figure_tables(found["in_full"]))
+    assert "perplexity" in capsys.readouterr().out
+
+
+def test_an_evaluation_of_an_earlier_version_has_its_report(tiny_run, run, capsys):
+    evaluation = json.loads(run.evaluation.read_text())
+    for entry in (evaluation["base"], *evaluation["federated"], *evaluation["federated-no-dp"]):
+        entry.pop("in_full", None)
+    run.evaluation.write_text(json.dumps(evaluation))
+    found, page, _ = shown(tiny_run.config(), run, capsys)
+    assert found["in_full"] == {"silos": {}, "public": {}}
+    assert found["bits_per_char_dp"] == tiny_run.report["federated"]["bits_per_char_dp"]
+    assert "Figures of" not in page
+
+
+def test_a_figure_that_is_missing_has_its_reason_on_the_page(tiny_run, run, capsys):
+    evaluation = json.loads(run.evaluation.read_text())
+    evaluation["base"]["in_full"]["missing"] = ["sacrebleu is not installed"]
+    run.evaluation.write_text(json.dumps(evaluation))
+    assert missing(evaluation) == ["sacrebleu is not installed"]
+    _, page, _ = shown(tiny_run.config(), run, capsys)
+    assert "Not there: sacrebleu is not installed" in page
 
 
 def test_a_run_that_never_validated_has_its_page(tiny_run, run, capsys):

@@ -1,6 +1,7 @@
 """Scores on a public text of one's own, against transformers' loss."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from configs.load import load
 from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_or_create_secret
-from federated.simulation.in_the_clear import _summary, score_public, score_silos
+from federated.simulation.in_the_clear import _scored, _summary, score_public, score_silos
 from federated.simulation.simulation import simulated_silos
 
 TEXTS = ["The first public line of all.", "A second one, and shorter.", "The third is not read at all."]
@@ -28,6 +29,13 @@ def test_a_public_text_is_scored_as_transformers_does(tiny_model, tmp_path):
         nats += model(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
     assert found.records == 2
     assert found.main == pytest.approx(nats / math.log(2) / sum(map(len, TEXTS[:2])), rel=1e-4)
+    scored = _scored(config, partial(score_public, config, tiny_model), None, 2, True)
+    assert scored == {**_summary({"public": found}), "in_full": scored["in_full"]}
+    figures = scored["in_full"]["figures"]["siloweave"]
+    tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS[:2])
+    assert figures["perplexity"]["value"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    low, high = figures["bits_per_char"]["interval"]
+    assert low < found.main < high
 
 
 def test_a_silo_without_a_held_out_record_is_not_available_and_the_rest_is_there(tiny_model, tmp_path):

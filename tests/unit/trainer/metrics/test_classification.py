@@ -156,3 +156,20 @@ def test_confidences_are_probabilities_one_each(confidences, message):
 def test_a_softmax_that_rounds_above_one_is_a_probability():
     figures = scores(["a"], ["a"], ["a"], [1.0000002])
     assert figures["expected_calibration_error"] == pytest.approx(0, abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")), min_size=1, max_size=12))
+def test_a_bootstraps_draws_have_scikit_learns_figures(pairs):
+    guess, truth = zip(*pairs, strict=True)
+    figures = scores(guess, truth, list("abcde"))
+    assert figures._figures(np.arange(len(pairs))) == pytest.approx(dict(figures))
+
+
+subsets = st.sets(st.sampled_from("abc"))
+
+
+@given(st.lists(st.tuples(subsets, subsets), min_size=1, max_size=12))
+def test_a_bootstraps_draws_of_several_labels_have_scikit_learns_figures(pairs):
+    guess, truth = zip(*pairs, strict=True)
+    figures = multilabel_scores(guess, truth, list("abcd"))
+    assert figures._figures(np.arange(len(pairs))) == pytest.approx(dict(figures), nan_ok=True)

@@ -21,11 +21,11 @@ MEASURES = CausalTask.measured(CAUSAL, 64)
 
 
 def one(nats, characters):
-    return Score(MEASURES, np.array([nats, characters, 0.0, 0.0]), 1)
+    return Score(MEASURES, np.array([[nats, characters, 0.0, 0.0]]))
 
 
 def scored(units):
-    return sum((one(*unit) for unit in units), Score(MEASURES, np.zeros(4), 0))
+    return sum((one(*unit) for unit in units), Score(MEASURES, np.zeros((0, 4))))
 
 
 @given(silos)

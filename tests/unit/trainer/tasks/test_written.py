@@ -13,6 +13,7 @@ from configs.schema.tasks import TaskSpec
 from configs.storage.manifests import Manifest, commit_manifest
 from privacy.clipping.clipping import clipping
 from privacy.clipping.independence import Together
+from trainer.metrics.chrf import chrf
 from trainer.models.adapters import add_adapter, trainable
 from trainer.scoring.score import score
 from trainer.tasks.chat import ChatTask
@@ -240,5 +241,55 @@ def test_a_model_that_has_learnt_its_answers_writes_them(case):
         optimizer.step()
     references = [pair["target"] for pair in PAIRS[:2]]
     assert task.references(examples) == references
-    assert task.answers(model.eval(), examples) == references
+    assert [found.answer for found in task.predictions(model.eval(), examples, CONTEXT)] == references
+    assert task.overlaps(model, examples, CONTEXT) == [1.0, 1.0]  # what it writes on after their end doesn't count
     assert task.measures.figures(task.record_scores(model, examples).sum(dim=0).detach().numpy())["accuracy"] == 1.0
+
+
+def test_what_is_written_has_its_cap_and_ends_where_the_model_ends_it(case):
+    task, model = case
+    # What models bring along: it would search, wait, or stop by the clock.
+    brought = {"num_beams": 3, "num_return_sequences": 2, "min_length": 40, "max_time": 1e-9, "stop_strings": ["e"]}
+    model.get_base_model().generation_config.update(**brought, temperature=None)
+    examples = examples_of(task)[:2]
+    for most in (1, 5, 10_000):
+        written = [found.answer for found in task.predictions(model.eval(), examples, most)]
+        assert task.overlaps(model, examples, most) == list(map(chrf, written, task.references(examples)))
+        for example, text in zip(examples, written, strict=True):
+            asked = task.asked(example)
+            room = CONTEXT - (0 if isinstance(task, EncoderDecoderTask) else len(asked))
+            assert text == by_hand(task, model, example, min(most, room))
+
+
+def by_hand(task, model, example, most):
+    """Always the likeliest token, each from a whole forward pass over nothing but this example."""
+    written = []
+    for _ in range(most):
+        if isinstance(task, EncoderDecoderTask):
+            before = torch.tensor([[model.config.decoder_start_token_id, *written]])
+            logits = model(input_ids=torch.tensor([example.ids]), decoder_input_ids=before).logits
+        else:
+            logits = model(input_ids=torch.tensor([[*task.asked(example), *written]])).logits
+        written.append(int(logits[0, -1].argmax()))
+        if written[-1] in task.ends:
+            written.pop()
+            break
+    return task._tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+def test_overlaps_are_of_the_texts_that_are_written(case):
+    task, model = case
+    examples = examples_of(task)
+    found = task.overlaps(model.eval(), examples, 12)
+    pairs = zip(task.predictions(model, examples, 12), task.references(examples), strict=True)
+    assert found == [chrf(mine.answer, right) for mine, right in pairs]
+    assert found == [task.overlaps(model, [example], 12)[0] for example in examples]
+    assert all(0 <= value <= 1 for value in found)
+
+
+def test_a_model_that_has_diverged_writes_something_all_the_same(case):
+    task, model = case
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.fill_(float("nan"))
+    assert all(0 <= value <= 1 for value in task.overlaps(model.eval(), examples_of(task), 4))
