@@ -181,9 +181,10 @@ def _task_fits(config: RunConfig) -> None:
     task, writes = config.federated.task, ["causal"]
     if task in ("translation", "summarisation"):
         writes.append("span_corruption")
-    if task in WRITES and config.objective not in writes and not config.model.source:
+    if config.federated.task_spec.in_words and config.objective not in writes and not config.model.source:
+        asked = f"task is {task!r}" if task in WRITES else f"pooling is {config.federated.pooling!r}"
         raise InputError(
-            f"federated.task is {task!r}: a base model that is pretrained by {config.objective!r} predicts no next "
+            f"federated.{asked}: a base model that is pretrained by {config.objective!r} predicts no next "
             "token of it; it can be pretrained and exported here, and a federation needs another model.family"
         )
 
