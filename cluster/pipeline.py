@@ -17,7 +17,7 @@ from cluster.run import Run
 from cluster.runtime.session import ray_session
 from configs.errors import InputError
 from configs.events import EventLog
-from configs.parse import reading
+from configs.parse import json_object, reading
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.schema.tasks import WRITES
@@ -234,6 +234,19 @@ def evaluate(run: Run) -> None:
             ray, run.config, run.model, federations, lambda **v: run.log.emit("evaluate", "scored", **v)
         )
     write_atomic(run.files.evaluation, json.dumps(scores, indent=2, sort_keys=True).encode())
+
+
+def evaluate_base(run: Run, shots: int) -> dict[str, Any]:
+    """The base model before any fine-tuning, on a simulation's public silos; and what was fine-tuned, as evaluated."""
+    from federated.simulation.few_shot import score_base
+
+    require_manifest(run.model, "model", run.config.model.made_by)
+    found = score_base(run.config, run.model, shots)
+    if not run.files.evaluation.exists():
+        return found
+    with reading(run.files.evaluation, "run `siloweave evaluate` again"):
+        rounds = json_object(run.files.evaluation.read_bytes(), str(run.files.evaluation))
+        return {**found, **{stage: rounds[stage][-1] for stage in (FEDERATED, NO_DP) if rounds.get(stage)}}
 
 
 def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:

@@ -70,8 +70,8 @@ def evaluate_rounds(
 
     def figures(which: str) -> dict[str, Any]:
         keys = sorted(key for key in scores if key[0] == which)
-        rounds = {name: [_summary(scores[key]) for key in keys if key[1] == name] for name in federations}
-        return {BASE: _summary(scores[which, BASE, 0]), **rounds}
+        rounds = {name: [summary(scores[key]) for key in keys if key[1] == name] for name in federations}
+        return {BASE: summary(scores[which, BASE, 0]), **rounds}
 
     silos = {"not_available": reason} if reason else figures(_SILOS)
     measures = kind_of(config.federated.task).measured(config.federated.task_spec, config.model.context_length)
@@ -100,7 +100,8 @@ def _scored(scorer: Scorer, threads: int, adapter: bytes | None, records: int) -
     return scorer(adapter, records)
 
 
-def _summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
+def summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
+    """The figures over all silos, and those of each."""
     first, *others = by_silo.values()
     silos = {name: {**score.figures, "records": score.records} for name, score in by_silo.items()}
     overall = sum(others, first)

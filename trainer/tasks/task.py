@@ -99,6 +99,14 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class PromptedTask(Task, Protocol):
+    """A task that asks for an answer, and can show before that what answers are."""
+
+    def with_shots(self, rows: Sequence[Row]) -> Task:
+        """The same task, with these worked examples before each prompt."""
+
+
+@runtime_checkable
 class WritingTask(Task, Protocol):
     """A task of which the model learns to write."""
 
