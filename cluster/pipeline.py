@@ -17,7 +17,7 @@ from cluster.run import Run
 from cluster.runtime.session import ray_session
 from configs.errors import InputError
 from configs.events import EventLog
-from configs.parse import reading
+from configs.parse import json_object, reading
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.schema.tasks import WRITES
@@ -181,9 +181,10 @@ def _task_fits(config: RunConfig) -> None:
     task, writes = config.federated.task, ["causal"]
     if task in ("translation", "summarisation"):
         writes.append("span_corruption")
-    if task in WRITES and config.objective not in writes and not config.model.source:
+    if config.federated.task_spec.in_words and config.objective not in writes and not config.model.source:
+        asked = f"task is {task!r}" if task in WRITES else f"pooling is {config.federated.pooling!r}"
         raise InputError(
-            f"federated.task is {task!r}: a base model that is pretrained by {config.objective!r} predicts no next "
+            f"federated.{asked}: a base model that is pretrained by {config.objective!r} predicts no next "
             "token of it; it can be pretrained and exported here, and a federation needs another model.family"
         )
 
@@ -237,6 +238,19 @@ def evaluate(run: Run) -> dict[str, Any]:
             run.log.emit("evaluate", "missing", message=line)
     write_atomic(run.files.evaluation, json.dumps(scores, indent=2, sort_keys=True).encode())
     return scores
+
+
+def evaluate_base(run: Run, shots: int) -> dict[str, Any]:
+    """The base model before any fine-tuning, on a simulation's public silos; and what was fine-tuned, as evaluated."""
+    from federated.simulation.few_shot import score_base
+
+    require_manifest(run.model, "model", run.config.model.made_by)
+    found = score_base(run.config, run.model, shots)
+    if not run.files.evaluation.exists():
+        return found
+    with reading(run.files.evaluation, "run `siloweave evaluate` again"):
+        rounds = json_object(run.files.evaluation.read_bytes(), str(run.files.evaluation))
+        return {**found, **{stage: rounds[stage][-1] for stage in (FEDERATED, NO_DP) if rounds.get(stage)}}
 
 
 def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from configs.errors import InputError, SiloweaveError
 from configs.schema.schema import RunConfig
-from configs.schema.tasks import WRITES, TaskSpec
+from configs.schema.tasks import TaskSpec
 from configs.storage.files import digest_file, digest_json, write_atomic
 from configs.storage.layout import CERTIFICATE, RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, describe_files, finished
@@ -212,7 +212,8 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
     if origin.gguf:  # names none, and holds decoders alone
         config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
     named = (config.architectures or [type(config).__name__])[0]
-    wanted, fits = _NEEDS[task.name]
+    # Labels without a head are words of the model's own, as a text is.
+    wanted, fits = _NEEDS["causal" if task.pooling == "likelihood" else task.name]
     kinds = {
         kind.__name__
         for one in wanted.split()
@@ -280,15 +281,15 @@ def _check(model: Any, tokenizer: Any, source: str, context_length: int, task: T
     """What a task takes for granted."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"model.source {source!r}: its tokenizer has no fast form (tokenizer.json); give one that has")
-    if tokenizer.eos_token_id is None and task.name in WRITES:
+    if tokenizer.eos_token_id is None and task.in_words:
         raise InputError(f"model.source {source!r}: its tokenizer has no end-of-text token; name one as eos_token")
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise InputError(f"model.source {source!r}: its tokenizer has no token that fills up; name one as pad_token")
-    if task.name in WRITES and not model.config.is_encoder_decoder and _looks_ahead(model):
+    if task.in_words and not model.config.is_encoder_decoder and _looks_ahead(model):
         raise InputError(
             f"model.source {source!r}: a token of it sees those that follow, which it should predict; give a decoder"
         )
-    both = model.config.is_encoder_decoder and task.name in WRITES
+    both = model.config.is_encoder_decoder and task.in_words
     if both and not hasattr(model, "prepare_decoder_input_ids_from_labels"):
         raise InputError(
             f"model.source {source!r}: a {type(model).__name__} does not say what its decoder reads before each token; "

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, Settings
 from configs.schema.places import Place
-from configs.schema.tasks import WRITES, Pooling, TaskLabels, TaskName, TaskSpec, task_problems
+from configs.schema.tasks import Pooling, TaskLabels, TaskName, TaskSpec, task_problems
 
 MOST_TARGETS = 100  # names of layers in a request
 
@@ -52,7 +52,8 @@ class FederatedSettings(Settings):
     own chat template, or both texts with a blank line between them."""
     pooling: Pooling = "model"
     """What of a text the labels' head looks at: ``model``: what the model's own head does, its first token in BERT, its
-    last in a decoder; ``mean``: the mean over its tokens, as models that embed sentences were trained for."""
+    last in a decoder; ``mean``: the mean over its tokens, as models that embed sentences were trained for. With
+    ``likelihood`` there is no head: a decoder's answer is the label that it holds likeliest after the text."""
     rounds: Count = 3
     """Rounds; every silo takes part in each."""
     local_steps: Count = 12
@@ -140,7 +141,12 @@ class FederatedSettings(Settings):
         return TaskSpec(name=self.task, labels=self.labels, template=self.template, pooling=self.pooling)
 
     def _head_problem(self) -> str:
-        if self.task in WRITES or self.adapters != "product":
+        if self.train == "head" and self.pooling == "likelihood":
+            return (
+                "federated.train is 'head': with federated.pooling 'likelihood' there is no head for the labels; give "
+                "'lora', 'full' or 'bitfit'"
+            )
+        if self.task_spec.in_words or self.adapters != "product":
             return ""
         return (
             f"federated.adapters is 'product': the head of the task {self.task!r} is no product of two factors; give "

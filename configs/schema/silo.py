@@ -94,7 +94,7 @@ class SiloPolicy(Settings):
     """How a text may be made of a record's fields, as the federation has it; empty: the text is the column of that
     name."""
     pooling: Pooling = "model"
-    """What of a text the labels' head looks at, as the federation has it."""
+    """What of a text the labels' head looks at, or ``likelihood``, as the federation has it."""
     train: Annotated[tuple[Train, ...], Field(min_length=1)] = ("lora",)
     """What of the model may train and travel: ``lora`` adapters, or with ``full``, ``head`` and ``bitfit`` parameters
     of the model itself."""

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from configs.schema.base import Label, Settings, composed
 
 TaskName = Literal["causal", "classification", "multilabel", "entities", "qa", "chat", "translation", "summarisation"]
-Pooling = Literal["model", "mean"]
+Pooling = Literal["model", "mean", "likelihood"]
 MOST_LABELS = 300  # three counts for each are in a private evaluation
 LARGEST_TEMPLATE = 2000  # characters
 TaskLabels = Annotated[tuple[Label, ...], Field(max_length=MOST_LABELS), AfterValidator(composed)]
@@ -30,7 +30,7 @@ class TaskSpec(Settings):
         name: of the task.
         labels: what it tells apart, where it tells something apart.
         template: how a record's text is made of its columns; empty: the column ``text`` is the text.
-        pooling: what of a text a head looks at, where it looks at the whole of it.
+        pooling: what of a text a head looks at, where it looks at the whole of it; ``likelihood``: there is no head.
     """
 
     name: TaskName = "causal"
@@ -42,6 +42,11 @@ class TaskSpec(Settings):
     def fields(self) -> tuple[str, ...]:
         """The fields that the template names, each once."""
         return template_fields(self.template)
+
+    @property
+    def in_words(self) -> bool:
+        """Whether a model answers with its own words, and has no head for the task."""
+        return self.name in WRITES or self.pooling == "likelihood"
 
 
 CAUSAL = TaskSpec()
@@ -67,6 +72,8 @@ def task_problems(
     """What does not fit together in a task's settings, one line each; ``where`` is the table that they stand in."""
     if pooling != "model" and task not in POOLED:
         yield f"{where}.pooling is {pooling!r}: the task {task!r} has no use for it; leave it out"
+    if pooling == "likelihood" and task == "multilabel":
+        yield f"{where}.pooling is {pooling!r}: it finds one label, and the task {task!r} has several; leave it out"
     if task in WITH_LABELS and not labels:
         yield f"{where}.labels is empty: the task {task!r} needs the labels that it tells apart; give two or more"
     if labels and task not in WITH_LABELS:
@@ -86,6 +93,19 @@ def task_problems(
         return
     if template and not found:
         yield f"{where}.template is {template!r}: it names no field; name at least one in braces, as in '{{text}}'"
+    if task in POOLED and (wrong := _answer_problem(task, template, pooling)):
+        yield f"{where}.template is {template!r}: {wrong}"
+
+
+def _answer_problem(task: TaskName, template: str, pooling: Pooling) -> str:
+    """Why a template leaves a model nothing to find out, where it does."""
+    answer = "label" if task == "classification" else "labels"
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    if answer in (names[:-1] if pooling == "likelihood" else names):
+        return f"it would tell the {answer} that is asked for; leave {{{answer}}} out"
+    if names == [answer]:
+        return "it names no field by which that could be told; name one, as in '{text}'"
+    return ""
 
 
 def _tag_problem(tags: tuple[str, ...]) -> str:

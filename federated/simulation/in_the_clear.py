@@ -102,12 +102,13 @@ def _scored(config: RunConfig, scorer: Scorer, adapter: bytes | None, records: i
     torch.set_num_threads(config.cluster.threads_per_rank)
     found = scorer(adapter, records, whole)
     if not whole:
-        return _summary(found)
+        return summary(found)
     figures = in_full(_overall(found), config.federated.task_spec, config.evaluate.language, config.run.seed)
-    return {**_summary(found), "in_full": figures}
+    return {**summary(found), "in_full": figures}
 
 
-def _summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
+def summary(by_silo: Mapping[str, Score]) -> dict[str, Any]:
+    """The figures over all silos, and those of each."""
     silos = {name: {**score.figures, "records": score.records} for name, score in by_silo.items()}
     overall = _overall(by_silo)
     return {**overall.figures, "records": overall.records, "by_silo": silos}

@@ -81,17 +81,28 @@ class PublicSilo:
 
 
 def _own_keys(config: SiloConfig) -> tuple[Signer, bytes]:
-    """The silo's signing key, and that of its split, which it keeps for good once it has a ledger.
+    """The silo's signing key, and that of its split.
 
     Raises:
         InputError: one of them is lost, or its ledger is.
     """
     files = SiloFiles(Path(config.silo.state_dir))
-    files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    anchor = anchor_dir_of(files.directory, config.silo.anchor_dir)
     if files.ledger.exists():
         load_secret(files.key)  # never a new one beside it
-    elif Anchor(anchor).path.exists():
+    split = own_split_key(config)
+    return Signer(files.key), split
+
+
+def own_split_key(config: SiloConfig) -> bytes:
+    """The key of a simulated silo's split, which it keeps for good once it has a ledger.
+
+    Raises:
+        InputError: it is lost, or the ledger is.
+    """
+    files = SiloFiles(Path(config.silo.state_dir))
+    files.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    anchor = anchor_dir_of(files.directory, config.silo.anchor_dir)
+    if not files.ledger.exists() and Anchor(anchor).path.exists():
         raise InputError(f"{files.ledger}: missing, and {anchor} tells of it; put its backup back, or run {RECONCILE}")
     bodies = History.of(read_only(files.ledger)).bodies if files.ledger.exists() else []
-    return Signer(files.key), split_key(files, bodies)
+    return split_key(files, bodies)

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from configs.schema.tasks import WRITES
 from trainer.tasks.measures import Measures
-from trainer.tasks.task import AnsweringTask, Encoded, Prediction, Task, WritingTask
+from trainer.tasks.task import AnsweringTask, Encoded, Prediction, Task
 
 
 class Answer(NamedTuple):
@@ -94,7 +95,7 @@ def _answers(
 ) -> tuple[Answer, ...]:
     if not records or not isinstance(task, AnsweringTask):
         return ()
-    if isinstance(task, WritingTask) and not max_new_tokens:
+    if task.name in WRITES and not max_new_tokens:
         return ()
     given: dict[int, Prediction] = {}
     with torch.no_grad():

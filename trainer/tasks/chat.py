@@ -6,20 +6,21 @@ can open or end a turn, and what a template does depends on nothing but whose tu
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
 from trainer.data.reading.counts import ReadCounts, mended
 from trainer.tasks import fields
 from trainer.tasks.fields import Words
-from trainer.tasks.marked import Marked, encoded, own_backend, plain_backend
+from trainer.tasks.marked import Marked, Part, encoded, own_backend, plain_backend
 from trainer.tasks.task import Encoded, Opening, Row
 from trainer.tasks.written import WrittenAnswerTask
 
 ROLES = ("system", "user", "assistant")
-ASSISTANT = ROLES.index("assistant")
+SYSTEM, ASSISTANT = ROLES.index("system"), ROLES.index("assistant")
 Message = tuple[int, str]
 """Whose turn it is, by its place in ``ROLES``, and what is said."""
 _ROLES = {**{role: number for number, role in enumerate(ROLES)}, "human": ROLES.index("user"), "gpt": ASSISTANT}
@@ -114,11 +115,12 @@ class ChatTemplate:
         own = [part.id for part in frame if isinstance(part, _Token) and part.learnt]
         return tuple(dict.fromkeys([*own, self._tokenizer.eos_token_id]))
 
-    def tokens(self, dialogue: Sequence[Message], *, opening: bool = False) -> Marked | None:
+    def tokens(self, dialogue: Sequence[Message], *, shown: int = 0, opening: bool = False) -> Marked | None:
         """A dialogue's tokens, of which the assistant's words, and the token that ends them, are to be learnt.
 
         Args:
             dialogue: the messages.
+            shown: how many of them, from the first one on, are there to be read alone.
             opening: whether the assistant's turn is opened after it.
 
         Returns:
@@ -127,12 +129,16 @@ class ChatTemplate:
         frame = self._frame(tuple(role for role, _ in dialogue), opening=opening)
         if frame is None:
             return None
-        found = Marked()
+        found, message = Marked(), 0
         for part in frame:
             if isinstance(part, _Token):
-                found.add([part.id], [part.learnt])
-            else:
-                found.add(*encoded(self._plain, [(_text(one, dialogue), learnt) for one, learnt in part]))
+                found.add([part.id], [part.learnt and message >= shown])
+                continue
+            parts = list[Part]()
+            for one, learnt in part:
+                message = one.message if isinstance(one, _Said) else message
+                parts.append((_text(one, dialogue), learnt and message >= shown))
+            found.add(*encoded(self._plain, parts))
         return found
 
     def _made(self, roles: tuple[int, ...], *, opening: bool) -> _Frame | None:
@@ -202,11 +208,20 @@ class ChatTask(WrittenAnswerTask):
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         super().__init__(tokenizer, context_length, spec)
         self._chat = None if spec.template else ChatTemplate(tokenizer)
+        self._dialogues: tuple[Message, ...] = ()
 
     @classmethod
     def fields(cls, spec: TaskSpec) -> dict[str, fields.Kind]:
         """The fields of the template, or the messages."""
         return super().fields(spec) if spec.template else {"messages": messages}
+
+    def with_shots(self, rows: Sequence[Row]) -> Self:
+        """The same task, with these dialogues before each one, without what is said as the system."""
+        if self._chat is None:
+            return super().with_shots(rows)
+        found = copy(self)
+        found._dialogues = tuple(message for row in rows for message in row["messages"] if message[0] != SYSTEM)
+        return found
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -216,7 +231,10 @@ class ChatTask(WrittenAnswerTask):
     def _encoded(self, row: Row) -> Encoded | None:
         if self._chat is None:
             return super()._encoded(row)
-        found = self._chat.tokens(row["messages"])
+        said = row["messages"]
+        first = int(said[0][0] == SYSTEM)  # which has to come before all else
+        dialogue = (*said[:first], *self._dialogues, *said[first:])
+        found = self._chat.tokens(dialogue, shown=first + len(self._dialogues))
         return None if found is None else found.example(self.context_length)
 
     def opening(self, prompt: str) -> Opening:

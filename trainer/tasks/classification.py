@@ -85,11 +85,7 @@ class ClassificationTask(HeadedTask):
         batch = self.collate(examples)
         logits_BL = logits_of(model, batch)
         answers_BL, truths_BL = self._chosen(logits_BL), self._truths(batch["targets"])
-        counts = (answers_BL & truths_BL, answers_BL & ~truths_BL, truths_BL & ~answers_BL)
-        right_B = (answers_BL == truths_BL).all(dim=1)
-        nats_B = self._nats(logits_BL, batch["targets"])
-        sums = torch.stack([right_B.double(), nats_B.double(), torch.ones(len(examples), dtype=torch.float64)], dim=1)
-        return torch.cat([sums, *(found.double() for found in counts)], dim=1)
+        return scores_of(answers_BL, truths_BL, self._nats(logits_BL, batch["targets"]))
 
     def predictions(self, model: Any, examples: Sequence[Encoded], _max_new_tokens: int) -> list[Prediction]:
         """The labels that the model chooses, with the probability of each label that there is."""
@@ -108,8 +104,7 @@ class ClassificationTask(HeadedTask):
         return logits_BL.double().softmax(dim=1)
 
     def _chosen(self, logits_BL: torch.Tensor) -> torch.Tensor:
-        likeliest = torch.nan_to_num(logits_BL, nan=-math.inf).argmax(dim=1)
-        return torch.nn.functional.one_hot(likeliest, logits_BL.shape[1]).bool()
+        return likeliest(logits_BL)
 
     def _truths(self, targets_B1: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.one_hot(targets_B1.squeeze(1), len(self._spec.labels)).bool()
@@ -159,3 +154,17 @@ class MultilabelTask(ClassificationTask):
 
     def _truths(self, targets_BL: torch.Tensor) -> torch.Tensor:
         return targets_BL.bool()
+
+
+def likeliest(logits_BL: torch.Tensor) -> torch.Tensor:
+    """The label of each row that the model holds likeliest, as a row of truth values; of several the first."""
+    found_B = torch.nan_to_num(logits_BL, nan=-math.inf).argmax(dim=1)
+    return torch.nn.functional.one_hot(found_B, logits_BL.shape[1]).bool()
+
+
+def scores_of(answers_BL: torch.Tensor, truths_BL: torch.Tensor, nats_B: torch.Tensor) -> torch.Tensor:
+    """For each row: right or not, nats, one; then the counts of each label. Shape (B, 3 + 3 L), float64."""
+    right_B = (answers_BL == truths_BL).all(dim=1)
+    sums_B3 = torch.stack([right_B.double(), nats_B.double(), torch.ones_like(nats_B, dtype=torch.float64)], dim=1)
+    counts = (answers_BL & truths_BL, answers_BL & ~truths_BL, truths_BL & ~answers_BL)
+    return torch.cat([sums_B3, *(found.double() for found in counts)], dim=1)

@@ -73,11 +73,13 @@ class Task(Protocol):
     """How records become a batch, and what an example's loss is: a function of that example alone.
 
     Attributes:
+        name: of its kind.
         context_length: most tokens of an example.
         head: what the model has instead of the words that it would say; None: nothing else.
         measures: what is measured of an answer.
     """
 
+    name: str
     context_length: int
     head: Head | None
     measures: Measures
@@ -120,6 +122,14 @@ class AnsweringTask(Task, Protocol):
 
     def references(self, examples: Sequence[Encoded], /) -> list[Any]:
         """The right answers, each as a prediction's; of a question all that are right."""
+
+
+@runtime_checkable
+class PromptedTask(Task, Protocol):
+    """A task that asks for an answer, and can show before that what answers are."""
+
+    def with_shots(self, rows: Sequence[Row]) -> Task:
+        """The same task, with these worked examples before each prompt."""
 
 
 @runtime_checkable
@@ -188,12 +198,18 @@ def task_of(spec: TaskSpec, model_directory: Path) -> Task:
     """A task, with the tokenizer and the context length of an exported model.
 
     Raises:
-        InputError: there is no such task, or the model's manifest does not name a context length.
+        InputError: there is no such task, the model's manifest does not name a context length, or the task can't be
+            done with this model, tokenizer or context.
     """
     kind = kind_of(spec.name)
     other = getattr(kind, "with_encoder", None)  # of a kind that serves two sorts of models
     if other is not None and has_both_sides(model_directory):
         kind = other
+    if spec.pooling == "likelihood":
+        from trainer.tasks.likelihood import LikelihoodTask
+
+        refuse_all_but_decoders(model_directory)
+        kind = LikelihoodTask
     return kind(load_tokenizer(model_directory), context_length_of(model_directory), spec)
 
 
@@ -202,6 +218,25 @@ def has_both_sides(model_directory: Path) -> bool:
     from transformers import AutoConfig
 
     return bool(AutoConfig.from_pretrained(model_directory, local_files_only=True).is_encoder_decoder)
+
+
+def refuse_all_but_decoders(model_directory: Path) -> None:
+    """Refuses an exported model that says nothing of the next word.
+
+    Raises:
+        InputError: it is an encoder, or an encoder-decoder.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    import trainer.models.recurrent  # noqa: F401  # which the Auto classes know from then on
+
+    config = AutoConfig.from_pretrained(model_directory, local_files_only=True)
+    decoder, named = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), (config.architectures or [""])[0]
+    if config.is_encoder_decoder or decoder is None or decoder.__name__ != named:
+        raise InputError(
+            f"pooling is 'likelihood': the base model is a {named or config.model_type}, which does not go on with a "
+            "text; give a decoder, or another pooling"
+        )
 
 
 def text_task(spec: TaskSpec, model_directory: Path) -> TextTask:

@@ -26,7 +26,7 @@ class EncoderDecoderTask(WrittenAnswerTask):
     def _encoded(self, row: Row) -> Encoded:
         asked, answer = filled(self._template, row)
         target = self._ended(self._backend.encode(answer.lstrip(" ")).ids)
-        ids, cut = self._source(asked)
+        ids, cut = self._source(self._shown + asked)
         kept = tuple(target[: self.context_length])
         return Encoded(ids, len(asked), truncated=cut or len(kept) < len(target), target=kept)
 

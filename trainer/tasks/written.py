@@ -2,8 +2,9 @@
 
 import string
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -40,6 +41,7 @@ class WrittenAnswerTask:
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         self._tokenizer, self.context_length = tokenizer, context_length
         self._template = spec.template or self.default_template
+        self._shown = ""
         self.measures = self.measured(spec, context_length)
 
     @classmethod
@@ -86,9 +88,15 @@ class WrittenAnswerTask:
 
     scored = examples
 
+    def with_shots(self, rows: Sequence[Row]) -> Self:
+        """The same task, with these worked examples before each prompt."""
+        found = copy(self)
+        found._shown = "".join(f"{''.join(filled(self._template, row))}\n\n" for row in rows)
+        return found
+
     def _encoded(self, row: Row) -> Encoded | None:
         asked, answer = filled(self._template, row)
-        return self._tokens([(asked, False), (answer, True)], ended=True).example(self.context_length)
+        return self._tokens([(self._shown + asked, False), (answer, True)], ended=True).example(self.context_length)
 
     def _tokens(self, parts: Sequence[Part], *, ended: bool) -> Marked:
         found = Marked([first_token(self._tokenizer)], [False])
@@ -203,7 +211,7 @@ def filled(template: str, row: Mapping[str, Any]) -> tuple[str, str]:
 
     Spaces between them are the answer's: most tokenizers make one token of a space and a word.
     """
-    asked, field, rest = _cut(template)
+    asked, field, rest = cut(template)
     before, answer = asked.format_map(row), f"{row[field]}{rest.format_map(row)}"
     kept = before.rstrip(" ")
     return kept, before[len(kept) :] + answer
@@ -211,12 +219,12 @@ def filled(template: str, row: Mapping[str, Any]) -> tuple[str, str]:
 
 def asked_with(template: str, prompt: str) -> str:
     """What is asked where a prompt stands in the first field, and nothing in the others."""
-    asked, _, _ = _cut(template)
+    asked, _, _ = cut(template)
     names = TaskSpec(template=asked).fields
     return asked.format_map({name: prompt if name == names[0] else "" for name in names}).rstrip(" ")
 
 
-def _cut(template: str) -> tuple[str, str, str]:
+def cut(template: str) -> tuple[str, str, str]:
     """The template before its last field, that field, and the template after it."""
     field = [name for _, name, _, _ in string.Formatter().parse(template) if name][-1]
     before, _, after = template.rpartition(f"{{{field}}}")

@@ -121,6 +121,28 @@ def test_adapter_and_head_travel_and_a_private_evaluation_counts_labels(silo, ad
     assert len(ask(silo, "evaluation", evaluate=evaluate)[0].evaluated.sums) == 3 + 3 * len(LABELS)
 
 
+def test_labels_by_likelihood_travel_without_a_head(tmp_path, tiny_model, tiny_run):
+    given = {"pooling": "likelihood", "template": "{text}\nTriage:"}
+    likely = [f"federated.{name}={json.dumps(value)}" for name, value in given.items()]
+    labels = f"federated.labels={json.dumps(LABELS)}"
+    adapter = initial_adapter(tiny_run.config('federated.task="classification"', labels, *likely), tiny_model)
+    assert all("lora" in name for name in adapter)
+    silo = Silo(settings(tmp_path, tiny_model, **given), TRUSTED, bytes(range(32)))
+    try:
+        ask(silo, "reserve", reserve=pb.Reserve(plan=PLAN.model_dump_json()))
+        steps = {"round": 1, "learning_rate": 0.01, "optimizer": "sgd"}
+        with_head = asked(silo, adapter, pb.TaskSpec(labels=LABELS, template=given["template"]))
+        assert ask(silo, "head", train=pb.Train(**with_head, **steps))[0].refusal.rule == "pooling"
+        fields = asked(silo, adapter, pb.TaskSpec(labels=LABELS, **given))
+        update = from_bytes(ask(silo, "round-1", train=pb.Train(**fields, **steps))[0].trained.update)
+        assert any(array.any() for array in update.values())
+        evaluate = pb.Evaluate(**fields, number=1, metric=METRIC)
+        assert len(ask(silo, "evaluation", evaluate=evaluate)[0].evaluated.sums) == 3 + 3 * len(LABELS)
+        assert kinds(silo).count("charge") == 2
+    finally:
+        silo.close()
+
+
 def test_a_policy_that_has_changed_since_the_records_were_read_counts_from_the_next_start_on(silo, config, adapter):
     before, others = silo.config, ("urgent", "calm")
     policy = before.policy.model_copy(update={"labels": others})

@@ -1,5 +1,6 @@
 """Scores on a public text of one's own, against transformers' loss."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.load import load
-from configs.storage.layout import SiloFiles
+from configs.storage.layout import RunFiles, SiloFiles
 from configs.storage.secrets import load_or_create_secret
-from federated.simulation.in_the_clear import _scored, _summary, score_public, score_silos
+from federated.simulation.few_shot import score_base
+from federated.simulation.in_the_clear import _scored, score_public, score_silos, summary
 from federated.simulation.simulation import simulated_silos
 
 TEXTS = ["The first public line of all.", "A second one, and shorter.", "The third is not read at all."]
@@ -30,12 +32,22 @@ def test_a_public_text_is_scored_as_transformers_does(tiny_model, tmp_path):
     assert found.records == 2
     assert found.main == pytest.approx(nats / math.log(2) / sum(map(len, TEXTS[:2])), rel=1e-4)
     scored = _scored(config, partial(score_public, config, tiny_model), None, 2, True)
-    assert scored == {**_summary({"public": found}), "in_full": scored["in_full"]}
+    assert scored == {**summary({"public": found}), "in_full": scored["in_full"]}
     figures = scored["in_full"]["figures"]["siloweave"]
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS[:2])
     assert figures["perplexity"]["value"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
     low, high = figures["bits_per_char"]["interval"]
     assert low < found.main < high
+
+
+def test_the_base_model_alone_has_the_figures_from_before_the_first_round(tiny_run):
+    config = tiny_run.config(f"federated.state_dir={tiny_run.state / 'siloweave' / 'ledgers'}")
+    before = json.loads(RunFiles(tiny_run.directory).evaluation.read_text())["base"]
+    found = score_base(config, tiny_run.model, 0)["base"]
+    assert found["bits_per_char"] == pytest.approx(before["bits_per_char"], rel=1e-4)
+    assert {name: silo["records"] for name, silo in found["by_silo"].items()} == {
+        name: silo["records"] for name, silo in before["by_silo"].items()
+    }
 
 
 def test_a_silo_without_a_held_out_record_is_not_available_and_the_rest_is_there(tiny_model, tmp_path):
@@ -58,7 +70,7 @@ def test_a_silo_without_a_held_out_record_is_not_available_and_the_rest_is_there
     )
     for silo in silos.values():
         load_or_create_secret(SiloFiles(Path(silo.silo.state_dir)).split_key)
-    found = _summary(score_silos(config, silos, None, 20))
+    found = summary(score_silos(config, silos, None, 20))
     assert found["by_silo"]["tiny"] == {"bits_per_char": None, "accuracy": None, "records": 0}
     figures = {name: found[name] for name in ("bits_per_char", "accuracy")}
     assert found["by_silo"]["big"] == {**figures, "records": 20}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.schema.tasks import CAUSAL
-from federated.simulation.in_the_clear import _summary
+from federated.simulation.in_the_clear import summary
 from trainer.scoring.score import Score
 from trainer.tasks.text import CausalTask
 
@@ -30,7 +30,7 @@ def scored(units):
 
 @given(silos)
 def test_a_figure_is_that_of_all_records_or_not_available(units):
-    found = _summary({name: scored(mine) for name, mine in units.items()})
+    found = summary({name: scored(mine) for name, mine in units.items()})
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for name, mine in {**units, None: [unit for some in units.values() for unit in some]}.items():
         figure = found["by_silo"][name] if name else found

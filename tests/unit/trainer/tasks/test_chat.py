@@ -109,6 +109,26 @@ def test_a_dialogue_that_the_template_does_not_take_has_no_example(make):
     assert of(tokenizer, DIALOGUE[1:]) == ()
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_dialogues_shown_before_are_read_and_not_learnt(make, name):
+    tokenizer = make(TEMPLATES[name])
+    task, rows = ChatTask(tokenizer, 200, SPEC), [{"messages": DIALOGUE}]
+    shown = ((USER, "Say <|im_end|>."), (ASSISTANT, "No."))
+    (example,) = task.with_shots([{"messages": shown}]).examples(rows)
+    (joined,), (alone,) = task.examples([{"messages": (*shown, *DIALOGUE)}]), task.examples(rows)
+    assert example.ids == joined.ids
+    assert learnt(tokenizer, example) == learnt(tokenizer, alone) == learnt(tokenizer, joined)[1:]
+    assert task.examples(rows) == (alone,)  # the task itself shows none
+
+
+def test_the_system_speaks_first_and_once(tokenizer):
+    task, system = ChatTask(tokenizer, 200, SPEC), (ROLES.index("system"), "Be short.")
+    (example,) = task.with_shots([{"messages": (system, *DIALOGUE)}]).examples([{"messages": (system, *DIALOGUE[:2])}])
+    (joined,) = task.examples([{"messages": (system, *DIALOGUE, *DIALOGUE[:2])}])
+    assert example.ids == joined.ids
+    assert len(learnt(tokenizer, example)) == 1
+
+
 def test_what_is_too_long_is_cut_at_the_right(tokenizer):
     (whole,) = of(tokenizer, DIALOGUE)
     first = next(place for place, token in enumerate(whole.target) if token != IGNORED)

@@ -145,6 +145,20 @@ def test_an_encoder_decoder_reads_the_one_and_learns_the_other(tokenizer):
     assert tokenizer.decode(example.target) == "Une file.<|endoftext|>"
 
 
+def test_worked_examples_stand_before_what_is_asked(tokenizer):
+    shown, asked = [PAIRS[1]], [PAIRS[0]]
+    task = TranslationTask(tokenizer, 200, SPEC)
+    (example,) = task.with_shots(shown).examples(asked)
+    text = "<|endoftext|>Yes\n\nOui, et non\n\nWhat is a module?\n\nUne file.<|endoftext|>"
+    assert (tokenizer.decode(example.ids), learnt(tokenizer, example)) == (text, "Une file.<|endoftext|>")
+    assert not example.truncated
+    both = TranslationTask.with_encoder(tokenizer, 200, SPEC)
+    (example,), (alone,) = both.with_shots(shown).examples(asked), both.examples(asked)
+    assert tokenizer.decode(example.ids) == "Yes\n\nOui, et non\n\nWhat is a module?<|endoftext|>"
+    assert example.target == alone.target
+    assert both.with_shots([{"source": "a " * 300, "target": "b"}]).examples(asked)[0].truncated
+
+
 def test_an_answer_too_long_is_cut_and_one_without_room_is_left_out(tokenizer):
     task = TranslationTask(tokenizer, CONTEXT, SPEC)
     assert len(task.examples(PAIRS)) == 2  # the third source fills the context
