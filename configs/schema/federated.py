@@ -7,7 +7,17 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, Settings
 from configs.schema.places import Place
-from configs.schema.tasks import WRITES, Pooling, TaskLabels, TaskName, TaskSpec, task_problems
+from configs.schema.tasks import (
+    NO_AUGMENTATION,
+    WRITES,
+    AugmentationSettings,
+    Pooling,
+    TaskLabels,
+    TaskName,
+    TaskSpec,
+    augmentation_problem,
+    task_problems,
+)
 
 MOST_TARGETS = 100  # names of layers in a request
 
@@ -53,6 +63,8 @@ class FederatedSettings(Settings):
     pooling: Pooling = "model"
     """What of a text the labels' head looks at: ``model``: what the model's own head does, its first token in BERT, its
     last in a decoder; ``mean``: the mean over its tokens, as models that embed sentences were trained for."""
+    augmentation: AugmentationSettings = NO_AUGMENTATION
+    """What a step changes in the words that it reads."""
     rounds: Count = 3
     """Rounds; every silo takes part in each."""
     local_steps: Count = 12
@@ -127,6 +139,7 @@ class FederatedSettings(Settings):
             self._rank_problem(),
             self._enough_problem(),
             self._head_problem(),
+            augmentation_problem("federated.augmentation", self.task, self.augmentation.largest),
         )
         of_task = task_problems("federated", self.task, self.labels, self.template, self.pooling)
         for problem in (*of_task, *self._unused(), *problems, self._pull_problem()):

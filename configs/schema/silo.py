@@ -18,7 +18,16 @@ from configs.schema.base import (
 from configs.schema.data import DeidentifySettings, RecordSettings
 from configs.schema.federated import ClippingMethod, Train
 from configs.schema.places import Place, rooted
-from configs.schema.tasks import Pooling, TaskLabels, TaskName, TaskSpec, deidentify_problem, task_problems
+from configs.schema.tasks import (
+    Pooling,
+    Share,
+    TaskLabels,
+    TaskName,
+    TaskSpec,
+    augmentation_problem,
+    deidentify_problem,
+    task_problems,
+)
 
 LARGEST_NAME = 100  # characters of a silo's
 MOST_SIMULATED_RUNS, MOST_SIMULATED_ROUNDS = 10_000, 100_000  # the requests of a simulation come from its own user
@@ -117,6 +126,8 @@ class SiloPolicy(Settings):
     """Largest learning rate of a silo's steps."""
     max_proximal_mu: Positive = 100.0
     """Largest pull of FedProx."""
+    max_augmentation: Share = 0.0
+    """Largest share of a record's own words that a step may leave out, swap or mask, each by itself; 0: none."""
     max_lora_rank: Count = 64
     """Largest adapter rank."""
     max_lora_alpha: Positive = 1000.0
@@ -142,6 +153,8 @@ class SiloPolicy(Settings):
     @model_validator(mode="after")
     def _task_is_whole(self) -> "SiloPolicy":
         for problem in task_problems("policy", self.tasks[0], self.labels, self.template, self.pooling):
+            raise ValueError(problem)
+        if problem := augmentation_problem("policy.max_augmentation", self.tasks[0], self.max_augmentation):
             raise ValueError(problem)
         if self.label_sets and self.tasks[0] != "causal":
             raise ValueError(

@@ -22,7 +22,7 @@ from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import initial_adapter
 from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, task_spec
+from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, augmentation, task_spec
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
@@ -249,8 +249,7 @@ class Coordinator:
         return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
 
     def _train(self, round_number: int, sent: Sent, adapter: bytes, frozen: str) -> pb.Train:
-        federated = self.config.federated
-        seed = self.config.run.seed if frozen else 0
+        federated, seed = self.config.federated, self.config.run.seed if frozen else 0
         return pb.Train(
             round=round_number,
             **self._model(),
@@ -259,6 +258,7 @@ class Coordinator:
             learning_rate=federated.learning_rate,
             optimizer=federated.optimizer,
             proximal_mu=federated.proximal_mu,
+            augmentation=augmentation(federated),
             correction=to_bytes(sent.correction) if sent.correction else b"",
         )
 

@@ -14,7 +14,7 @@ from configs.schema.tasks import TaskSpec
 from trainer.data.reading.counts import ReadCounts, mended
 from trainer.tasks import fields
 from trainer.tasks.fields import Words
-from trainer.tasks.marked import Marked, encoded, own_backend, plain_backend
+from trainer.tasks.marked import Mark, Marked, encoded, own_backend, plain_backend
 from trainer.tasks.task import Encoded, Opening, Row
 from trainer.tasks.written import WrittenAnswerTask
 
@@ -130,9 +130,9 @@ class ChatTemplate:
         found = Marked()
         for part in frame:
             if isinstance(part, _Token):
-                found.add([part.id], [part.learnt])
+                found.add([part.id], [Mark.LEARNT if part.learnt else Mark.FRAME])
             else:
-                found.add(*encoded(self._plain, [(_text(one, dialogue), learnt) for one, learnt in part]))
+                found.add(*encoded(self._plain, [(_text(one, dialogue), _mark(one, learnt)) for one, learnt in part]))
         return found
 
     def _made(self, roles: tuple[int, ...], *, opening: bool) -> _Frame | None:
@@ -184,6 +184,12 @@ def _with_answers(pieces: Sequence[int | list[str | _Said]], roles: Sequence[int
             run.append((part, answering))
         frame.append(tuple(run))
     return frame
+
+
+def _mark(part: str | _Said, learnt: bool) -> Mark:
+    if learnt:
+        return Mark.LEARNT
+    return Mark.FRAME if isinstance(part, str) else Mark.READ
 
 
 def _text(part: str | _Said, dialogue: Sequence[Message]) -> str:
