@@ -65,6 +65,8 @@ _LATER = {
     "federated.labels": (),
     "federated.template": "",
     "federated.pooling": "model",
+    "federated.continue_from": "",
+    "federated.anchor": 0.0,
     **{f"federated.augmentation.{name}": 0.0 for name in ("dropout", "swap", "mask")},
     **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
     "model.family": "llama",

@@ -76,6 +76,12 @@ class FederatedSettings(Settings):
     moment."""
     proximal_mu: Annotated[float, Field(ge=0, le=100)] = 0.0
     """FedProx: how strongly a silo's steps are drawn back to the shared adapter; 0: not at all."""
+    continue_from: Annotated[str, Place("the earlier run")] = ""
+    """Directory of an earlier run with the same base model, whose adapter (or trained parameters) this federation
+    starts from; empty: from the base model. Its certificate is laid beside this run's own."""
+    anchor: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """How strongly all steps of all rounds are drawn back to where the federation started (L2), so that what was learnt
+    before is forgotten less; 0: not at all."""
     aggregation: Aggregation = "fedavg"
     """What becomes of a round's updates: their mean as it is (``fedavg``), with momentum (``fedavgm``), through an
     adaptive optimizer (``fedadam``, ``fedyogi``, ``fedadagrad``), or with control variates in the silos' steps
@@ -138,6 +144,7 @@ class FederatedSettings(Settings):
             self._lora_problem(),
             self._rank_problem(),
             self._enough_problem(),
+            self._anchor_problem(),
             self._head_problem(),
             augmentation_problem("federated.augmentation", self.task, self.augmentation.largest),
         )
@@ -151,6 +158,19 @@ class FederatedSettings(Settings):
     def task_spec(self) -> TaskSpec:
         """What a record is to the model, as requests say it."""
         return TaskSpec(name=self.task, labels=self.labels, template=self.template, pooling=self.pooling)
+
+    @property
+    def pull(self) -> float:
+        """What a silo's steps are drawn back by to the adapter that they start from: FedProx's share, and the anchor's.
+
+        The rest of the anchor's is the same in all steps of a round, and is sent as what they add.
+        """
+        return self.proximal_mu + self.anchor
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether what travels before the first round changes nothing of the base model."""
+        return self.train == "lora" and not self.continue_from
 
     def _head_problem(self) -> str:
         if self.task in WRITES or self.adapters != "product":
@@ -206,13 +226,27 @@ class FederatedSettings(Settings):
             )
         return ""
 
+    def _anchor_problem(self) -> str:
+        if not self.anchor:
+            return ""
+        for name, value in (("aggregation", "scaffold"), ("adapters", "product")):
+            if getattr(self, name) == value:
+                return (
+                    f"federated.anchor is {self.anchor:g}: with federated.{name} {value!r} there is nothing that stays "
+                    "comparable from round to round to be drawn back to; give another one, or leave it out"
+                )
+        return ""
+
     def _pull_problem(self) -> str:
-        pull = self.proximal_mu * self.learning_rate
+        pull = self.pull * self.learning_rate
         if pull <= 1:
             return ""
+        given = f"federated.proximal_mu is {self.proximal_mu:g}"
+        if self.anchor:
+            given += f", federated.anchor {self.anchor:g}"
         return (
-            f"federated.proximal_mu is {self.proximal_mu:g} and federated.learning_rate {self.learning_rate:g}: their "
-            f"product is {pull:g}, and a step of more than 1 overshoots the adapter that it is drawn back to; lower one"
+            f"{given} and federated.learning_rate {self.learning_rate:g}: their product is {pull:g}, and a step of "
+            "more than 1 overshoots the adapter that it is drawn back to; lower one"
         )
 
     def _lora_problem(self) -> str:
