@@ -101,7 +101,8 @@ def verify(
         results |= _replayed(ledger, key_file)
     if document is not None:
         results |= {"unit": document["unit"], "headline": document["headline"], "silos": list(ledgers_of(document))}
-        rounds = (document.get("model") or {}).get("rounds", [])
+        model_part = document.get("model") or {}
+        rounds, results["continues"] = model_part.get("rounds", []), model_part.get("continues")
         results["rounds_without_releases"] = [at for at, one in enumerate(rounds, 1) if not one["releases"]]
         if ledger is not None:
             results["silo"] = _in_ledger(document, ledger, key_file, str(certificate))
@@ -235,6 +236,11 @@ def _lines(results: dict[str, Any], ledger: Path | None, certificate: Path | Non
             f"{len(results['silos'])} silos hold" if results["unit"] == "record" else "the aggregator's ledger holds"
         )
         lines.append(f"{certificate}: {holds}; {spent}")
+    if earlier := results.get("continues"):
+        lines.append(
+            f"{certificate}: the model starts from what an earlier run has made; what that one spent comes on top, and "
+            f"is in the certificate with SHA-256 {earlier}"
+        )
     if unrecorded := results.get("rounds_without_releases"):
         rounds = ", ".join(map(str, unrecorded))
         lines.append(f"{certificate}: it doesn't say whose releases went into the model in rounds {rounds}")

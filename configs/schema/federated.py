@@ -7,7 +7,16 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, Settings
 from configs.schema.places import Place
-from configs.schema.tasks import Pooling, TaskLabels, TaskName, TaskSpec, task_problems
+from configs.schema.tasks import (
+    NO_AUGMENTATION,
+    AugmentationSettings,
+    Pooling,
+    TaskLabels,
+    TaskName,
+    TaskSpec,
+    augmentation_problem,
+    task_problems,
+)
 
 MOST_TARGETS = 100  # names of layers in a request
 
@@ -54,6 +63,8 @@ class FederatedSettings(Settings):
     """What of a text the labels' head looks at: ``model``: what the model's own head does, its first token in BERT, its
     last in a decoder; ``mean``: the mean over its tokens, as models that embed sentences were trained for. With
     ``likelihood`` there is no head: a decoder's answer is the label that it holds likeliest after the text."""
+    augmentation: AugmentationSettings = NO_AUGMENTATION
+    """What a step changes in the words that it reads."""
     rounds: Count = 3
     """Rounds; every silo takes part in each."""
     local_steps: Count = 12
@@ -65,6 +76,12 @@ class FederatedSettings(Settings):
     moment."""
     proximal_mu: Annotated[float, Field(ge=0, le=100)] = 0.0
     """FedProx: how strongly a silo's steps are drawn back to the shared adapter; 0: not at all."""
+    continue_from: Annotated[str, Place("the earlier run")] = ""
+    """Directory of an earlier run with the same base model, whose adapter (or trained parameters) this federation
+    starts from; empty: from the base model. Its certificate is laid beside this run's own."""
+    anchor: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """How strongly all steps of all rounds are drawn back to where the federation started (L2), so that what was learnt
+    before is forgotten less; 0: not at all."""
     aggregation: Aggregation = "fedavg"
     """What becomes of a round's updates: their mean as it is (``fedavg``), with momentum (``fedavgm``), through an
     adaptive optimizer (``fedadam``, ``fedyogi``, ``fedadagrad``), or with control variates in the silos' steps
@@ -127,7 +144,9 @@ class FederatedSettings(Settings):
             self._lora_problem(),
             self._rank_problem(),
             self._enough_problem(),
+            self._anchor_problem(),
             self._head_problem(),
+            augmentation_problem("federated.augmentation", self.task, self.augmentation.largest),
         )
         of_task = task_problems("federated", self.task, self.labels, self.template, self.pooling)
         for problem in (*of_task, *self._unused(), *problems, self._pull_problem()):
@@ -139,6 +158,19 @@ class FederatedSettings(Settings):
     def task_spec(self) -> TaskSpec:
         """What a record is to the model, as requests say it."""
         return TaskSpec(name=self.task, labels=self.labels, template=self.template, pooling=self.pooling)
+
+    @property
+    def pull(self) -> float:
+        """What a silo's steps are drawn back by to the adapter that they start from: FedProx's share, and the anchor's.
+
+        The rest of the anchor's is the same in all steps of a round, and is sent as what they add.
+        """
+        return self.proximal_mu + self.anchor
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether what travels before the first round changes nothing of the base model."""
+        return self.train == "lora" and not self.continue_from
 
     def _head_problem(self) -> str:
         if self.train == "head" and self.pooling == "likelihood":
@@ -199,13 +231,27 @@ class FederatedSettings(Settings):
             )
         return ""
 
+    def _anchor_problem(self) -> str:
+        if not self.anchor:
+            return ""
+        for name, value in (("aggregation", "scaffold"), ("adapters", "product")):
+            if getattr(self, name) == value:
+                return (
+                    f"federated.anchor is {self.anchor:g}: with federated.{name} {value!r} there is nothing that stays "
+                    "comparable from round to round to be drawn back to; give another one, or leave it out"
+                )
+        return ""
+
     def _pull_problem(self) -> str:
-        pull = self.proximal_mu * self.learning_rate
+        pull = self.pull * self.learning_rate
         if pull <= 1:
             return ""
+        given = f"federated.proximal_mu is {self.proximal_mu:g}"
+        if self.anchor:
+            given += f", federated.anchor {self.anchor:g}"
         return (
-            f"federated.proximal_mu is {self.proximal_mu:g} and federated.learning_rate {self.learning_rate:g}: their "
-            f"product is {pull:g}, and a step of more than 1 overshoots the adapter that it is drawn back to; lower one"
+            f"{given} and federated.learning_rate {self.learning_rate:g}: their product is {pull:g}, and a step of "
+            "more than 1 overshoots the adapter that it is drawn back to; lower one"
         )
 
     def _lora_problem(self) -> str:

@@ -22,9 +22,11 @@ from configs.schema.places import Place, rooted
 from configs.schema.tasks import (
     WRITTEN,
     Pooling,
+    Share,
     TaskLabels,
     TaskName,
     TaskSpec,
+    augmentation_problem,
     deidentify_problem,
     task_problems,
 )
@@ -126,6 +128,8 @@ class SiloPolicy(Settings):
     """Largest learning rate of a silo's steps."""
     max_proximal_mu: Positive = 100.0
     """Largest pull of FedProx."""
+    max_augmentation: Share = 0.0
+    """Largest share of a record's own words that a step may leave out, swap or mask, each by itself; 0: none."""
     max_lora_rank: Count = 64
     """Largest adapter rank."""
     max_lora_alpha: Positive = 1000.0
@@ -155,6 +159,8 @@ class SiloPolicy(Settings):
     @model_validator(mode="after")
     def _task_is_whole(self) -> "SiloPolicy":
         for problem in task_problems("policy", self.tasks[0], self.labels, self.template, self.pooling):
+            raise ValueError(problem)
+        if problem := augmentation_problem("policy.max_augmentation", self.tasks[0], self.max_augmentation):
             raise ValueError(problem)
         if self.label_sets and self.tasks[0] != "causal":
             raise ValueError(

@@ -20,6 +20,7 @@ POOLED = ("classification", "multilabel")
 WITH_TEMPLATE = ("classification", "multilabel", "chat", "translation", "summarisation")
 WRITTEN = ("chat", "translation", "summarisation")  # whose answer is text
 WRITES = ("causal", *WRITTEN)
+AUGMENTED = (*POOLED, *WRITTEN)  # what is read is apart from what is learnt
 _COLUMN = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -50,6 +51,26 @@ class TaskSpec(Settings):
 
 
 CAUSAL = TaskSpec()
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class AugmentationSettings(Settings):
+    """What a step changes in the words that it reads, drawn anew for each unit and step; what is learnt stays."""
+
+    dropout: Share = 0.0
+    """Share of the tokens that are left out."""
+    swap: Share = 0.0
+    """Share of the tokens that change places with the next one."""
+    mask: Share = 0.0
+    """Share of the tokens in whose place the model's mask token stands, for models that have one."""
+
+    @property
+    def largest(self) -> float:
+        """The largest of the shares; 0: nothing is changed."""
+        return max(self.dropout, self.swap, self.mask)
+
+
+NO_AUGMENTATION = AugmentationSettings()
 
 
 def template_fields(template: str) -> tuple[str, ...]:
@@ -119,6 +140,16 @@ def _tag_problem(tags: tuple[str, ...]) -> str:
         if tag.startswith("I-") and tag[2:] not in types:
             return f"{tag!r} has no {'B' + tag[1:]!r}, with which its entities begin; give that, too"
     return "" if types else "there is no entity among them; give 'B-NAME' and 'I-NAME' for each kind"
+
+
+def augmentation_problem(setting: str, task: TaskName, largest: float) -> str:
+    """Why what a task reads can't be changed, where it can't; ``setting`` is the one that asks for it."""
+    if not largest or task in AUGMENTED:
+        return ""
+    return (
+        f"{setting} is {largest:g}: the task {task!r} learns the tokens that it reads, or where they stand; give 0, or "
+        f"one of the tasks {', '.join(AUGMENTED)}"
+    )
 
 
 def deidentify_problem(task: TaskName, enabled: bool) -> str:

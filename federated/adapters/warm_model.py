@@ -11,6 +11,7 @@ from configs.schema.schema import RunConfig
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen
+from trainer.augmentation import augmentation
 from trainer.models.adapters import Adaptation, adapted, adapter_weights, load_adapter_weights, trainable
 from trainer.models.load import Head, load_model
 from trainer.pretraining.onednn import fastest_products, use_onednn
@@ -64,8 +65,11 @@ def initial_adapter(config: RunConfig, base_model: Path) -> Arrays:
 
     Raises:
         AdaptationError: the model hasn't got what is to train.
+        InputError: nor what ``federated.augmentation`` needs.
     """
-    how = adaptation_for(config, base_model)
+    task = task_of(config.federated.task_spec, base_model)
+    augmentation(task, config.federated.augmentation)  # said here, before a silo is asked for anything
+    how = adaptation(config.federated, task.head)
     base = load_model(base_model, load_key(config.run.encryption_key_file), how.head)
     model = adapted(base, how, config.run.seed)
     return {name: weight.numpy() for name, weight in adapter_weights(model).items()}

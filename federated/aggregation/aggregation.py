@@ -8,6 +8,7 @@ from configs.schema.base import LARGEST_ADAPTER_VALUE
 from configs.schema.federated import ROBUST, FederatedSettings
 from federated.adapters.arrays import Arrays, check_update
 from federated.adapters.lora_factors import change, cut, factored, frozen, products
+from federated.aggregation.anchor import Anchor
 from federated.aggregation.control_variates import ControlVariates
 from federated.aggregation.exact_sum import FixedPointSum
 from federated.aggregation.robust_means import HeldUpdates
@@ -24,7 +25,7 @@ class Sent:
         rank: of its adapter.
         alpha: scale of its adapter; with its rank it makes the same factor for every silo.
         adapter: the weights that travel and are trained.
-        correction: what its steps add to each gradient; empty without SCAFFOLD.
+        correction: what its steps add to each gradient: SCAFFOLD's variates, or the anchor's share; else empty.
     """
 
     rank: int
@@ -78,6 +79,7 @@ class RoundAggregation:
         else:
             self._fold = FixedPointSum(self._weights)
         self._variates: ControlVariates | None = None
+        self._anchor = Anchor(settings.anchor, self._weights, state) if settings.anchor else None
         if settings.aggregation == "scaffold":
             path = settings.learning_rate * settings.local_steps
             self._variates = ControlVariates(self._weights, state, path, num_silos)
@@ -93,8 +95,13 @@ class RoundAggregation:
             rank=rank,
             alpha=settings.lora_alpha * rank / settings.lora_rank,
             adapter={name: array for name, array in cut(self._adapter, rank).items() if self._trains(name)},
-            correction=self._variates.correction(silo) if self._variates else {},
+            correction=self._correction(silo),
         )
+
+    def _correction(self, silo: str) -> Arrays:
+        if self._variates:
+            return self._variates.correction(silo)
+        return self._anchor.correction() if self._anchor else {}
 
     def add(self, silo: str, update: Arrays) -> None:
         """Folds one silo's update in: its adapter after its steps minus before.
@@ -133,6 +140,8 @@ class RoundAggregation:
         after, state = server_step(self._settings, self._weights, mean, self._state)
         if self._variates:
             state = self._variates.after(mean, self._fold.count)
+        if self._anchor:
+            state = {**state, **self._anchor.state}
         if self._settings.adapters == "product":
             return _sendable(factored(after, self._settings.lora_rank)), state
         return _sendable({**self._adapter, **after}), state

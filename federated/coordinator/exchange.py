@@ -67,6 +67,12 @@ def task_spec(spec: TaskSpec) -> pb.TaskSpec:
     return pb.TaskSpec(labels=spec.labels, template=spec.template, pooling=pooling)
 
 
+def augmentation(settings: FederatedSettings) -> pb.Augmentation | None:
+    """What a request says of changed words; nothing where none are changed, as in requests of before."""
+    asked = settings.augmentation
+    return pb.Augmentation(**asked.model_dump()) if asked.largest else None
+
+
 @dataclass
 class SiloExchange:
     """One run's requests to the silos, and their checked replies.

@@ -1,25 +1,92 @@
-"""A federation's final model, and its publication: the shared adapter, or the whole model, and the manifest."""
+"""What a federation starts from, its final model, and that one's publication: adapter or whole model, and manifest."""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from configs.errors import InputError
+from configs.parse import json_object, read_toml
 from configs.run_directory import config_digest
+from configs.schema.federated import FederatedSettings
 from configs.schema.schema import RunConfig
-from configs.storage.files import write_atomic
+from configs.storage.files import digest_bytes, write_atomic
+from configs.storage.layout import EARLIER_CERTIFICATE, FEDERATED, RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, require_manifest
 from configs.storage.sealing import load_key, sealing
-from federated.adapters.arrays import from_bytes
+from federated.adapters.arrays import Arrays, from_bytes
+from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.merged import ADAPTER, WHOLE, write_model
-from federated.adapters.warm_model import adaptation_for, put_on, warm_model
+from federated.adapters.warm_model import adaptation_for, initial_adapter, put_on, warm_model
 from federated.coordinator import round_commits as commits
-from privacy.certificate.model_digests import published_digests
+from privacy.certificate.model_digests import ModelDigests, published_digests
 
 _HEADS = {
     ADAPTER: "---\nbase_model: ../../model\nlibrary_name: peft\n---\n\n# LoRA adapter\n\n",
     WHOLE: "---\nbase_model: ../../model\nlibrary_name: transformers\n---\n\n# Fine-tuned model\n\n",
 }
+_MEANING = ("train", "lora_alpha", "pooling", "labels")  # of the same numbers
 _WITHOUT_DP = "Trained WITHOUT differential privacy, for comparison on public data. No certificate speaks of it.\n"
+
+
+def start(config: RunConfig, base_model: Path, federation: Path) -> Arrays:
+    """What travels before the first round: of a federation that continues an earlier one, what that one has made.
+
+    The earlier one's certificate is laid into this federation's folder: what is made here rests on it, too.
+
+    Raises:
+        AdaptationError: the base model hasn't got what is to train.
+        InputError: the earlier run is unfinished, has no certificate, or is of another base model or of other settings.
+    """
+    fresh = initial_adapter(config, base_model)
+    if not config.federated.continue_from:
+        return fresh
+    earlier = RunFiles(Path(config.federated.continue_from))
+    require_manifest(earlier.federated, FEDERATED, "federate")
+    _require_alike(config, base_model, earlier)
+    key = load_key(config.run.encryption_key_file)
+    content = commits.all_rounds(earlier.federated, key)[-1].adapter
+    if digest_bytes(content) != _certified_adapter(earlier.certificate):
+        raise _other(config, f"a last round that is not {earlier.certificate.name}'s; put that run's backup back")
+    adapter = from_bytes(content)
+    if _sizes(adapter) != _sizes(fresh):
+        raise _other(config, "other names or shapes than this run's adapter; give the same [federated] as there")
+    if config.federated.adapters == "ffa" and frozen_digest(adapter) != frozen_digest(fresh):
+        raise _other(config, "another frozen A; give the run.seed that it was made with")
+    write_atomic(federation / EARLIER_CERTIFICATE, earlier.certificate.read_bytes())
+    return adapter
+
+
+def _require_alike(config: RunConfig, base_model: Path, earlier: RunFiles) -> None:
+    """What shapes alone would not show: the same values would mean something else."""
+    if not earlier.certificate.is_file():
+        raise _other(config, f"no {earlier.certificate.name}; give a run whose federation ended under DP")
+    theirs, ours = (
+        {name: entry["sha256"] for name, entry in found.files.items() if name.endswith(".safetensors")}
+        for found in (require_manifest(folder, "model", "export") for folder in (earlier.model, base_model))
+    )
+    if theirs != ours:
+        raise _other(config, "a base model of other weights; give a run of this one, or this run that base model")
+    before = read_toml(earlier.config).get("federated", {})
+    for name in _MEANING:
+        value = before.get(name, FederatedSettings.model_fields[name].default)
+        if value != (mine := config.federated.model_dump(mode="json")[name]):
+            raise _other(config, f"federated.{name} {value!r}, and here it is {mine!r}; give the same")
+
+
+def _certified_adapter(certificate: Path) -> str | None:
+    model = json_object(certificate.read_bytes(), str(certificate)).get("model")
+    try:
+        return ModelDigests.model_validate(model).rounds[-1].adapter
+    except (ValueError, IndexError):
+        return None
+
+
+def _sizes(adapter: Arrays) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in adapter.items()}
+
+
+def _other(config: RunConfig, what: str) -> InputError:
+    return InputError(f"federated.continue_from {config.federated.continue_from!r}: that run has {what}")
 
 
 def final_model(config: RunConfig, base_model: Path, federation: Path) -> Any:
@@ -72,13 +139,20 @@ def write_card(config: RunConfig, federation: Path, certificate: dict[str, Any] 
 
 def _certified(certificate: dict[str, Any]) -> str:
     claim, model = certificate["headline"], certificate["model"]
+    earlier = model.get("continues")
+    continued = (
+        f"\nIt starts from what an earlier run has made. What that one spent is in `../{EARLIER_CERTIFICATE}` (SHA-256 "
+        f"`{earlier}`),\nand comes on top for whoever was in both.\n"
+        if earlier
+        else ""
+    )
     digests = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(model["adapter"].items()))
     return f"""
 Trained in run `{certificate["run_id"]}` with epsilon {claim["epsilon"]:.4g} at delta {claim["delta"]:g} for one
 {certificate["unit"]} ({claim["rule"]}). `../certificate.json` says what that rests on and what it does not cover; it is
 about the files with these SHA-256 digests, and about the base model with the content digest
 `{model["base_model"]}`:
-
+{continued}
 | file, in the clear | SHA-256 |
 |---|---|
 {digests}

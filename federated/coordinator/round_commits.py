@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.storage.files import digest_bytes, write_failure
-from configs.storage.layout import CERTIFICATE
+from configs.storage.files import digest_bytes, digest_file, write_failure
+from configs.storage.layout import CERTIFICATE, EARLIER_CERTIFICATE
 from configs.storage.manifests import Manifest, commit_manifest, damaged_file, read_manifest
 from configs.storage.sealing import MasterKey, read_sealed, write_sealed
 from configs.storage.storage import COMMITTED, Folder, committed, newest_commit
@@ -115,6 +115,12 @@ def closing(
         return path, dict(document.get("silos", ())) if document["run_id"] == run_id else {}
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path}: no certificate that can be read; put its backup back, or delete it") from None
+
+
+def earlier_certificate(directory: Path) -> str | None:
+    """Digest of the certificate of the run that a federation continues; None where it starts from the base model."""
+    path = directory / EARLIER_CERTIFICATE
+    return digest_file(path) if path.exists() else None
 
 
 def newest(

@@ -19,10 +19,9 @@ from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen_digest
-from federated.adapters.warm_model import initial_adapter
 from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, task_spec
+from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, augmentation, task_spec
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
@@ -105,7 +104,7 @@ class Coordinator:
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
         if commit.round_number == 0:
-            self._evaluate(0, None if self.config.federated.train == "lora" else adapter)
+            self._evaluate(0, None if self.config.federated.starts_as_base else adapter)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
             began, self.exchange.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
@@ -137,8 +136,9 @@ class Coordinator:
         Raises:
             SiloweaveError: the model has an update of a silo that has not signed what it spent.
         """
-        base, by = self.base.content_digest, declared_by(self.base_model, self.base)
-        model = ModelDigests(base_model=base, rounds=self.digests, adapter=files, declared_public_by=by)
+        base, said = self.base.content_digest, {"declared_public_by": declared_by(self.base_model, self.base)}
+        said["continues"] = commits.earlier_certificate(self.directory)
+        model = ModelDigests(base_model=base, rounds=self.digests, adapter=files, **said)
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
             reserved = {AGGREGATOR: self.aggregator.close()}
         else:
@@ -249,8 +249,7 @@ class Coordinator:
         return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
 
     def _train(self, round_number: int, sent: Sent, adapter: bytes, frozen: str) -> pb.Train:
-        federated = self.config.federated
-        seed = self.config.run.seed if frozen else 0
+        federated, seed = self.config.federated, self.config.run.seed if frozen else 0
         return pb.Train(
             round=round_number,
             **self._model(),
@@ -258,7 +257,8 @@ class Coordinator:
             adapter=adapter,
             learning_rate=federated.learning_rate,
             optimizer=federated.optimizer,
-            proximal_mu=federated.proximal_mu,
+            proximal_mu=federated.pull,
+            augmentation=augmentation(federated),
             correction=to_bytes(sent.correction) if sent.correction else b"",
         )
 
@@ -340,11 +340,11 @@ def run_federation(
     certify: bool = True,
 ) -> None:
     """Runs a federation over a grid to its end, from its newest commit, and publishes what it has made."""
-    from federated.coordinator.final_model import save_final, write_card
+    from federated.coordinator.final_model import save_final, start, write_card
 
     directory.mkdir(parents=True, exist_ok=True)
     log = EventLog(directory / EVENTS, (on_event,))
     coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
-    coordinator.run(lambda: initial_adapter(config, base_model))
+    coordinator.run(lambda: start(config, base_model, directory))
     files = save_final(config, base_model, directory)
     write_card(config, directory, coordinator.certify_model(files) if certify else None)

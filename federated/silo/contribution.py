@@ -53,7 +53,7 @@ def contribution(
 
     def batch(step: int) -> list[Encoded]:
         drawn = streams.generator("batch", step).random(len(units)) < asked.sampling_rate
-        return one_example_each(streams, step, units, map(int, np.flatnonzero(drawn)))
+        return one_example_each(streams, step, units, map(int, np.flatnonzero(drawn)), settings.augment)
 
     batches = (batch(step) for step in range(asked.local_steps))
     expected = asked.sampling_rate * config.silo.public_record_count

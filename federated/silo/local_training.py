@@ -18,6 +18,7 @@ from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.sampler import one_example_each, sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
+from trainer.augmentation import Augment
 from trainer.models.adapters import adapter_weights, trainable
 from trainer.tasks.task import Encoded, Task, by_length
 
@@ -35,6 +36,7 @@ class LocalSettings:
         clipping: how per-record gradients are clipped.
         proximal_mu: FedProx (Li et al. 2020): pull of each step towards the adapter that came.
         correction: SCAFFOLD: what is added to each step's gradient; empty for nothing.
+        augment: what a step changes in the words that it reads; None: nothing.
     """
 
     learning_rate: float
@@ -43,6 +45,7 @@ class LocalSettings:
     clipping: ClippingMethod
     proximal_mu: float = 0.0
     correction: Arrays = field(default_factory=dict)
+    augment: Augment | None = None
 
 
 class PrivateUpdate:
@@ -65,6 +68,7 @@ class PrivateUpdate:
             micro_batch_size=settings.micro_batch_size,
             synthetic=task.synthetic(),
             method=settings.clipping,
+            augment=settings.augment,
         )
         self._training.prove()
 
@@ -85,7 +89,7 @@ def public_update(
 ) -> Arrays:
     """The same steps on the same batches without clipping and without noise: for data declared public only."""
     batches = (
-        one_example_each(streams, step, units, sample(plan, streams, step, len(units)))
+        one_example_each(streams, step, units, sample(plan, streams, step, len(units)), settings.augment)
         for step in range(plan.terms.steps_per_round)
     )
     return plain_update(batches, plan.expected_batch_size, model, task, adapter, settings)

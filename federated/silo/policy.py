@@ -6,6 +6,7 @@ from unicodedata import normalize
 from configs.errors import InputError, PolicyRefusal
 from configs.parse import parse
 from configs.schema.silo import SiloPolicy
+from configs.schema.tasks import AugmentationSettings
 from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import OPTIMIZERS
 from federated.silo.requests import json_object
@@ -167,3 +168,11 @@ def check_optimizer(train: pb.Train, policy: SiloPolicy) -> None:
         raise PolicyRefusal.of("proximal_mu", asked, "at most 1: a longer step overshoots")
     if train.optimizer not in OPTIMIZERS:
         raise PolicyRefusal.of("optimizer", train.optimizer or "none", ", ".join(OPTIMIZERS))
+    _check_augmentation(train.augmentation, policy.max_augmentation)
+
+
+def _check_augmentation(asked: pb.Augmentation, most: float) -> None:
+    for name in AugmentationSettings.model_fields:
+        share: float = getattr(asked, name)
+        if not 0 <= share <= most:  # true for a NaN, too
+            raise PolicyRefusal.of("max_augmentation", f"{share:g} for {name}", f"0 to {most:g}" if most else "0")

@@ -8,6 +8,7 @@ from typing import Any
 
 from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig, SiloPolicy
+from configs.schema.tasks import AugmentationSettings
 from configs.storage.manifests import Manifest, require_manifest
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen, frozen_digest
@@ -17,6 +18,7 @@ from federated.silo.local_training import LocalSettings
 from federated.silo.requests import adaptation_of, arrays, correction_of
 from federated.silo.units import Units
 from privacy.declaration import declaration_of
+from trainer.augmentation import Augment, augmentation
 from trainer.data.reading.counts import Changed, reading, table
 from trainer.models.adapters import AdaptationError, shapes, trainable
 from trainer.tasks.task import Encoded, Task, task_of
@@ -131,7 +133,11 @@ class Workbench:
         return model, adapter
 
     def local_settings(self, train: pb.Train, policy: SiloPolicy) -> LocalSettings:
-        """What the request says of the steps, and the silo of their speed."""
+        """What the request says of the steps, and the silo of their speed.
+
+        Raises:
+            PolicyRefusal: the request's correction is none, or this model reads no changed words as it wants.
+        """
         silo = self._config.silo
         return LocalSettings(
             train.learning_rate,
@@ -140,7 +146,16 @@ class Workbench:
             silo.clipping,
             train.proximal_mu,
             correction_of(train, policy.max_adapter_value),
+            self._augment(train),
         )
+
+    def _augment(self, train: pb.Train) -> Augment | None:
+        shares = {name: getattr(train.augmentation, name) for name in AugmentationSettings.model_fields}
+        try:
+            return augmentation(self.task, AugmentationSettings(**shares))
+        except InputError:
+            asked = ", ".join(f"{name} {share:g}" for name, share in shares.items() if share)
+            raise PolicyRefusal.of("augmentation", asked, "what this task and this model's tokenizer have") from None
 
 
 def public_base_model(config: SiloConfig) -> Manifest:

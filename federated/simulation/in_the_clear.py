@@ -52,8 +52,8 @@ def evaluate_rounds(
     models: list[tuple[str, int, bytes | None, int, bool]] = []
     for name, directory in federations.items():
         start, *rounds = commits.all_rounds(directory, load_key(config.run.encryption_key_file))
-        if not models:  # without LoRA the base model is what every federation has begun with
-            models.append((BASE, 0, None if config.federated.train == "lora" else start.adapter, limit, True))
+        if not models:  # what every federation has begun with
+            models.append((BASE, 0, None if config.federated.starts_as_base else start.adapter, limit, True))
         for found in rounds:
             last = found is rounds[-1]
             models.append((name, found.round_number, found.adapter, limit if last else max(1, limit // 4), last))

@@ -113,6 +113,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             template=config.federated.template,
             pooling=config.federated.pooling,
             train=(config.federated.train,),
+            max_augmentation=config.federated.augmentation.largest,
             releases_metrics=True,
             max_runs_per_day=MOST_SIMULATED_RUNS,
             max_open_runs=MOST_SIMULATED_RUNS,

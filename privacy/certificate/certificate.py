@@ -14,7 +14,7 @@ from privacy.certificate.model_digests import ModelDigests
 from privacy.ledger.statements import AuditStatement
 from privacy.plan import PlanTerms
 
-CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 5, (3, 4, 5), 4
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 6, (3, 4, 5, 6), 4
 NOT_AUDITED = "not audited"
 AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
@@ -34,12 +34,18 @@ _NOT_COVERED_IN_4 = (
     "each has alone is proved with made-up records, for each shape and machine",
     "how the coordinator made the model of the releases: each ledger shows its own, and nobody signs the rest",
 )
+_NOT_COVERED_IN_5 = (
+    *_NOT_COVERED_IN_4,
+    "what the base model was made from: that it was public text alone is the word of whoever made or declared it",
+)
 _NOT_COVERED = {
     3: _NOT_COVERED_IN_3,
     4: _NOT_COVERED_IN_4,
-    5: (
-        *_NOT_COVERED_IN_4,
-        "what the base model was made from: that it was public text alone is the word of whoever made or declared it",
+    5: _NOT_COVERED_IN_5,
+    6: (
+        *_NOT_COVERED_IN_5,
+        "what an earlier run has spent where this one continues it (model.continues): that run's own certificate says "
+        "it, and both add up for whoever was in both",
     ),
 }
 _TRUSTED = (
@@ -109,10 +115,11 @@ def certificate(
 
 
 def _model(model: ModelDigests | None) -> dict[str, Any] | None:
-    """Who declared a base model from elsewhere public is named where somebody did; version 4 had no such field."""
+    """Without what earlier versions had no field for, where there is nothing to say of it."""
     if model is None:
         return None
-    return model.model_dump(mode="json", exclude=None if model.declared_public_by else {"declared_public_by"})
+    nothing = {name for name in ("declared_public_by", "continues") if getattr(model, name) is None}
+    return model.model_dump(mode="json", exclude=nothing)
 
 
 def ledgers_of(document: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -63,6 +63,7 @@ class ModelDigests(BaseModel):
             itself have trained, the whole model's.
         declared_public_by: key of who declares that public text alone has made the base model; None where it was
             pretrained by Siloweave. The declaration is in the base model's folder, and its digest covers it.
+        continues: digest of the certificate of an earlier run, where this one has started from what that one made.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -71,6 +72,7 @@ class ModelDigests(BaseModel):
     rounds: tuple[RoundDigests, ...]
     adapter: Annotated[dict[str, Digest], AfterValidator(_of_all_files)]
     declared_public_by: Digest | None = None
+    continues: Digest | None = None
 
     def rounds_of(self, ledger: str) -> dict[int, str]:
         """Digests of what a ledger has released into the model, by round."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 
 from configs.schema.federated import ClippingMethod
@@ -41,6 +42,8 @@ class PrivateTraining(Generic[Unit]):
         synthetic: made-up units of several shapes for the start-up proof that per-record gradients are right.
         micro_batch_size: most units at once, for memory and speed; changes no bit of the result.
         method: how per-record gradients are formed.
+        augment: what a step changes in a unit's example, by draws that are this unit's own; None: nothing. Of the
+            changed example, as of any other, ``shape_of`` says all that decides the shape of its computation.
     """
 
     plan: PrivacyPlan
@@ -52,6 +55,7 @@ class PrivateTraining(Generic[Unit]):
     synthetic: Sequence[Unit]
     micro_batch_size: int = 16
     method: ClippingMethod = "bookkeeping"
+    augment: Callable[[Unit, np.random.Generator], Unit] | None = None
     _proved: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -100,7 +104,7 @@ class PrivateTraining(Generic[Unit]):
     ) -> None:
         plan = self.plan
         # 1. Every unit is in the batch with probability q, by one of its examples; the batch may be empty.
-        batch = one_example_each(streams, step, units, sample(plan, streams, step, len(units)))
+        batch = one_example_each(streams, step, units, sample(plan, streams, step, len(units)), self.augment)
         # 2. Forward, backward and clipping, of units together where none changes another one's bits.
         norms = [clipper.accumulate(self.unit_losses, units) for units in together.cut(batch)]
         # 3. Noise once on the sum, then the public normaliser.

@@ -1,6 +1,6 @@
 """Poisson sampling: every unit is in a step's batch independently. An empty batch is a step like any other."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -39,18 +39,33 @@ def poisson_sample(plan: PrivacyPlan, streams: Streams, step: int, num_units: in
 
 
 def one_example_each(
-    streams: Streams, step: int, units: Sequence[Sequence[Example]], chosen: Iterable[int]
+    streams: Streams,
+    step: int,
+    units: Sequence[Sequence[Example]],
+    chosen: Iterable[int],
+    augment: Callable[[Example, np.random.Generator], Example] | None = None,
 ) -> list[Example]:
     """One example of each chosen unit, uniformly at random, by the charge's own stream.
 
     A unit's draw depends on that unit's place alone, so what a step takes of one unit depends on no other one. A unit
     without examples adds nothing.
+
+    Args:
+        streams: the charge's random streams.
+        step: step within the charge.
+        units: the examples of each.
+        chosen: places of the units.
+        augment: changes an example by a stream that is this unit's and this step's alone: what a unit draws, and how
+            much, moves no other one's draws. None: nothing is changed, and nothing drawn.
     """
     places = list(chosen)
     # A generator's draws are the same however many are asked for: those beyond the last chosen unit are left out.
     draws = streams.generator("example", step).integers(2**64, size=max(places, default=-1) + 1, dtype=np.uint64)
-    found = [(units[place], int(draws[place])) for place in places]
-    return [examples[draw * len(examples) >> 64] for examples, draw in found if examples]
+    found = [(place, units[place]) for place in places]
+    taken = [(place, examples[int(draws[place]) * len(examples) >> 64]) for place, examples in found if examples]
+    if augment is None:
+        return [example for _, example in taken]
+    return [augment(example, streams.generator("augment", step, f"{place}")) for place, example in taken]
 
 
 def _truncated(drawn: Indices, max_batch_size: int, streams: Streams, step: int) -> Indices:

@@ -36,6 +36,7 @@ def test_a_base_model_of_others_is_fine_tuned_and_declared(tiny_model, siloweave
     settings = settings.replace("[model]", '[model]\nsource = "theirs"').replace('name = "tiny"', 'name = "brought"')
     (tmp_path / "mine.toml").write_text(settings)
     given = ("-c", "mine.toml", "--set", "evaluate.without_dp=false", "--set", "privacy.evaluations=1")
+    given += ("--set", "federated.augmentation.dropout=0.1")
     plan = json.loads(siloweave("plan", *given, "--json", cwd=tmp_path).stdout)
     assert (plan["model"]["source"], plan["pretrain"]) == (str(theirs), None)
     for stage in ("prepare", "pretrain", "export"):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
+from configs.storage.files import digest_file
 from configs.storage.manifests import read_manifest
 from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes, to_bytes
@@ -253,9 +254,20 @@ def test_silos_of_different_ranks_and_a_server_optimizer(federation, tmp_path):
         federation("federated.adapters=product", "federated.lora_ranks={nowhere=2}", name="typo")
 
 
-def test_a_second_run_is_a_new_reservation_until_the_budget_is_spent(federation, tmp_path):
-    for name in ("one", "two"):
-        federation("federated.rounds=1", "privacy.budget_epsilon=17", name=name)
+def test_a_second_run_is_a_new_reservation_until_the_budget_is_spent(federation, tiny_run, tmp_path):
+    """One of them goes on from what an earlier run has made, and its certificate says so."""
+    federation("federated.rounds=1", "privacy.budget_epsilon=17", name="one")
+    continued = (f'federated.continue_from="{tiny_run.directory}"', "federated.anchor=0.5")
+    federation("federated.rounds=1", "privacy.budget_epsilon=17", *continued, name="two")
+    assert (
+        adapters(tmp_path / "two")[0] == adapters(tiny_run.directory / "federated")[2] != adapters(tmp_path / "one")[0]
+    )
+    certificate = json.loads((tmp_path / "two" / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    earlier = tiny_run.directory / "federated" / "certificate.json"
+    assert certificate["model"]["continues"] == digest_file(earlier)
+    assert (tmp_path / "two" / "earlier-certificate.json").read_bytes() == earlier.read_bytes()
+    assert certificate["model"]["continues"] in (tmp_path / "two" / "adapter" / "README.md").read_text()
     with pytest.raises(PolicyRefusal, match=r"silo roman.* refuses: budget_epsilon") as caught:
         federation("federated.rounds=1", "privacy.budget_epsilon=17", name="three")
     assert caught.value.exit_status == 3

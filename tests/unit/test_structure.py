@@ -34,7 +34,7 @@ FLOORS = {
         "data models rank",
         "metrics objectives",
         "tasks",
-        "checkpoints scoring",
+        "augmentation checkpoints scoring",
         "pretraining",
         "export generation imported",
     ),

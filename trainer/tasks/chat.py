@@ -15,7 +15,7 @@ from configs.schema.tasks import TaskSpec
 from trainer.data.reading.counts import ReadCounts, mended
 from trainer.tasks import fields
 from trainer.tasks.fields import Words
-from trainer.tasks.marked import Marked, Part, encoded, own_backend, plain_backend
+from trainer.tasks.marked import Mark, Marked, Part, encoded, own_backend, plain_backend
 from trainer.tasks.task import Encoded, Opening, Row
 from trainer.tasks.written import WrittenAnswerTask
 
@@ -132,12 +132,12 @@ class ChatTemplate:
         found, message = Marked(), 0
         for part in frame:
             if isinstance(part, _Token):
-                found.add([part.id], [part.learnt and message >= shown])
+                found.add([part.id], [Mark.LEARNT if part.learnt and message >= shown else Mark.FRAME])
                 continue
             parts = list[Part]()
             for one, learnt in part:
                 message = one.message if isinstance(one, _Said) else message
-                parts.append((_text(one, dialogue), learnt and message >= shown))
+                parts.append((_text(one, dialogue), _mark(one, learnt and message >= shown)))
             found.add(*encoded(self._plain, parts))
         return found
 
@@ -190,6 +190,12 @@ def _with_answers(pieces: Sequence[int | list[str | _Said]], roles: Sequence[int
             run.append((part, answering))
         frame.append(tuple(run))
     return frame
+
+
+def _mark(part: str | _Said, learnt: bool) -> Mark:
+    if learnt:
+        return Mark.LEARNT
+    return Mark.FRAME if isinstance(part, str) else Mark.READ
 
 
 def _text(part: str | _Said, dialogue: Sequence[Message]) -> str:

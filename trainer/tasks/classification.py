@@ -10,6 +10,7 @@ from configs.schema.tasks import TaskSpec
 from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
+from trainer.tasks.marked import words_of
 from trainer.tasks.measures import Measures, Ratio
 from trainer.tasks.task import Encoded, Prediction, Row
 
@@ -51,7 +52,12 @@ class ClassificationTask(HeadedTask):
         text = self._spec.template.format_map(row) if self._spec.template else row["text"]
         found = self.backend.encode(text)
         # A tokenizer may make nothing of a text: the model still reads one token.
-        return Encoded(tuple(found.ids) or (self.pad,), len(text), bool(found.overflowing), self._target(row))
+        ids, words = tuple(found.ids) or (self.pad,), words_of(found) or bytes(1)
+        return Encoded(ids, len(text), bool(found.overflowing), self._target(row), words)
+
+    def target_at(self, example: Encoded, _places: Sequence[int]) -> tuple[int, ...]:
+        """The label, whatever of the text is read."""
+        return example.target
 
     def _target(self, row: Row) -> tuple[int, ...]:
         return (row["label"],)

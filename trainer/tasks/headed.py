@@ -35,6 +35,12 @@ class HeadedTask:
         """Number of different tokens."""
         return len(self._tokenizer)
 
+    @property
+    def mask_token(self) -> int | None:
+        """What stands in place of a token that is not shown, in models that have learnt with one."""
+        token: int | None = self._tokenizer.mask_token_id
+        return token
+
     @cached_property
     def backend(self) -> Any:
         """Adds the model's own special tokens, and cuts what is too long. Words are text, whatever they spell."""

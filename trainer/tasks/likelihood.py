@@ -10,7 +10,7 @@ from configs.errors import InputError
 from configs.printing import printable
 from configs.schema.tasks import TaskSpec, template_fields
 from trainer.tasks.classification import ClassificationTask, likeliest, scores_of
-from trainer.tasks.marked import Marked
+from trainer.tasks.marked import Mark, Marked
 from trainer.tasks.measures import Measures
 from trainer.tasks.task import IGNORED, Encoded, Prediction, Row
 from trainer.tasks.text import token_nats
@@ -80,23 +80,21 @@ class LikelihoodTask(WrittenAnswerTask):
                 raise InputError(
                     f"labels: {shown} and {printable(other)[:100]!r} are the same tokens to the model; give others"
                 )
-            if (
-                sum(found.learnt) < 2
-            ):  # its end alone: the tokenizer has no sign for it, or doesn't say where one stands
+            if _learnt(found) < 2:  # its end alone: the tokenizer has no sign for it, or doesn't say where one stands
                 raise InputError(f"labels: {shown} is no token that the model knows; give another label or model")
-        return max(sum(found.learnt) for found in alone)
+        return max(map(_learnt, alone))
 
     def with_shots(self, rows: Sequence[Row]) -> Self:
         """The same task, with these worked examples before each prompt."""
         return super().with_shots([{**row, "label": self._labels[row["label"]]} for row in rows])
 
     def _with_answer(self, asked: str, answer: str) -> Marked:
-        return self._tokens([(asked, False), (answer, True)], ended=True)
+        return self._tokens([(asked, Mark.READ), (answer, Mark.LEARNT)], ended=True)
 
     def _encoded(self, row: Row) -> Encoded | None:
         asked, short = self._asked(row)
         found = self._with_answer(asked, self._answers[row["label"]]).example(self.context_length)
-        return found and Encoded(found.ids, len(asked), short or found.truncated, found.target)
+        return found and Encoded(found.ids, len(asked), short or found.truncated, found.target, found.words)
 
     def scored(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
         """One for each row."""
@@ -107,7 +105,7 @@ class LikelihoodTask(WrittenAnswerTask):
         found = [self._with_answer(asked, answer).ids[: self.context_length] for answer in self._answers]
         shared = _shared(found)
         endings = tuple(tuple(ids[shared:]) for ids in found)
-        return Choice(tuple(found[0][:shared]), len(asked), short, (row["label"],), endings)
+        return Choice(tuple(found[0][:shared]), len(asked), short, (row["label"],), endings=endings)
 
     def _asked(self, row: Row) -> tuple[str, bool]:
         """What stands before the label, and whether it had to be cut."""
@@ -148,6 +146,10 @@ class LikelihoodTask(WrittenAnswerTask):
         truths_BL = torch.nn.functional.one_hot(targets_B, len(self._labels)).bool()
         nats_B = torch.nn.functional.cross_entropy(logits_BL, targets_B, reduction="none")
         return scores_of(likeliest(logits_BL), truths_BL, nats_B)
+
+
+def _learnt(found: Marked) -> int:
+    return found.marks.count(Mark.LEARNT)
 
 
 def _shared(rows: Sequence[Sequence[int]]) -> int:

@@ -2,14 +2,26 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 
 from trainer.tasks.task import IGNORED, Encoded
 
-Part = tuple[str, bool]
-"""A piece of a text, and whether it is to be learnt."""
+
+class Mark(IntEnum):
+    """What a piece of a text is to a model; of two that share a token the greater one counts."""
+
+    FRAME = 0
+    """The template's, the same in every example."""
+    READ = 1
+    """What the record says, to be read alone."""
+    LEARNT = 2
+    """To be learnt."""
+
+
+Part = tuple[str, Mark]
 
 
 @dataclass
@@ -18,30 +30,32 @@ class Marked:
 
     Attributes:
         ids: the tokens.
-        learnt: whether each is to be learnt.
+        marks: what each is.
     """
 
     ids: list[int] = field(default_factory=list)
-    learnt: list[bool] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
 
-    def add(self, ids: Iterable[int], learnt: Iterable[bool]) -> None:
+    def add(self, ids: Iterable[int], marks: Iterable[Mark]) -> None:
         """Goes on with these."""
         self.ids += ids
-        self.learnt += learnt
+        self.marks += marks
 
     def example(self, context_length: int) -> Encoded | None:
         """What fits the context, up to the last token that is to be learnt; None where there is none left.
 
         The first token follows nothing, and can't be learnt.
         """
-        places = [place for place, learnt in enumerate(self.learnt) if learnt and place]
+        places = [place for place, mark in enumerate(self.marks) if mark == Mark.LEARNT and place]
         kept = [place for place in places if place < context_length]
         if not kept:
             return None
         ids = tuple(self.ids[: kept[-1] + 1])
         wanted = set(kept)
         target = tuple(token if place in wanted else IGNORED for place, token in enumerate(ids))
-        return Encoded(ids, characters=0, truncated=len(kept) < len(places), target=target)
+        # The first token stays, whatever it is: without it the next one would follow nothing.
+        words = bytes(mark == Mark.READ and place > 0 for place, mark in enumerate(self.marks[: len(ids)]))
+        return Encoded(ids, characters=0, truncated=len(kept) < len(places), target=target, words=words)
 
 
 def plain_backend(tokenizer: Any, never: Iterable[str] = ()) -> Tokenizer:
@@ -61,8 +75,13 @@ def own_backend(tokenizer: Any) -> Tokenizer:
     return backend
 
 
-def encoded(backend: Tokenizer, parts: Sequence[Part]) -> tuple[list[int], list[bool]]:
+def encoded(backend: Tokenizer, parts: Sequence[Part]) -> tuple[list[int], list[Mark]]:
     """Tokens of the parts as one text: a token that reaches into a part that is to be learnt is to be learnt."""
     found = backend.encode("".join(text for text, _ in parts), add_special_tokens=False)
-    wanted = b"".join(bytes([learnt]) * len(text) for text, learnt in parts)  # of each character
-    return found.ids, [any(wanted[first : max(last, first + 1)]) for first, last in found.offsets]
+    marks = b"".join(bytes([mark]) * len(text) for text, mark in parts)  # of each character
+    return found.ids, [Mark(max(marks[first : max(last, first + 1)], default=0)) for first, last in found.offsets]
+
+
+def words_of(found: Encoding) -> bytes:
+    """1 for each token of a text, 0 for those that a tokenizer puts around it."""
+    return bytes(not special for special in found.special_tokens_mask)

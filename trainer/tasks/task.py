@@ -33,12 +33,15 @@ class Encoded:
         characters: characters of the text that the tokens cover.
         truncated: whether the text was longer than the context.
         target: what the model should answer, in the task's own numbers; empty where the text itself is that.
+        words: 1 for each token of what the record says that is read and not learnt, which augmentation may change; 0
+            for the others. Empty where nothing may be changed.
     """
 
     ids: tuple[int, ...]
     characters: int
     truncated: bool
     target: tuple[int, ...] = ()
+    words: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,18 @@ class WritingTask(Task, Protocol):
 
     def opening(self, prompt: str) -> Opening:
         """What a prompt is to the model."""
+
+
+@runtime_checkable
+class AugmentedTask(Task, Protocol):
+    """A task that reads tokens which it does not learn: they may change, and what is learnt stays."""
+
+    @property
+    def mask_token(self) -> int | None:
+        """What stands in place of a token that is not shown; None: the model has no such token."""
+
+    def target_at(self, example: Encoded, places: Sequence[int]) -> tuple[int, ...]:
+        """What is to be answered where of an example's tokens these alone are read."""
 
 
 class TextTask(Task, Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from configs.schema.tasks import TaskSpec
-from trainer.tasks.marked import own_backend
+from trainer.tasks.marked import own_backend, words_of
 from trainer.tasks.task import IGNORED, Encoded, Opening, Row
 from trainer.tasks.text import padded, random_ids
 from trainer.tasks.written import WrittenAnswerTask, asked_with, filled, filled_up
@@ -26,25 +26,31 @@ class EncoderDecoderTask(WrittenAnswerTask):
     def _encoded(self, row: Row) -> Encoded:
         asked, answer = filled(self._template, row)
         target = self._ended(self._backend.encode(answer.lstrip(" ")).ids)
-        ids, cut = self._source(self._shown + asked)
+        ids, words, cut = self._source(self._shown + asked)
         kept = tuple(target[: self.context_length])
-        return Encoded(ids, len(asked), truncated=cut or len(kept) < len(target), target=kept)
+        return Encoded(ids, len(asked), truncated=cut or len(kept) < len(target), target=kept, words=words)
 
-    def _source(self, asked: str) -> tuple[tuple[int, ...], bool]:
-        """Tokens of what is asked, and whether some were cut from its end; its last special token stays."""
+    def _source(self, asked: str) -> tuple[tuple[int, ...], bytes, bool]:
+        """Tokens of what is asked, which are words, and whether some were cut from the end; the last token stays."""
         found = self._backend.encode(asked.rstrip())
         whole = self._ended(found.ids)
+        words = words_of(found)[: len(whole) - 1] + bytes(1)
         if len(whole) <= self.context_length:
-            return tuple(whole), False
-        return (*whole[: self.context_length - 1], whole[-1]), True
+            return tuple(whole), words, False
+        most = self.context_length - 1
+        return (*whole[:most], whole[-1]), words[:most] + bytes(1), True
 
     def _ended(self, ids: list[int]) -> list[int]:
         end = self._tokenizer.eos_token_id
         return ids if ids and ids[-1] == end else [*ids, end]
 
+    def target_at(self, example: Encoded, _places: Sequence[int]) -> tuple[int, ...]:
+        """The answer, whatever of the source is read."""
+        return example.target
+
     def opening(self, prompt: str) -> Opening:
         """The prompt as what is asked."""
-        ids, _ = self._source(asked_with(self._template, prompt))
+        ids, _, _ = self._source(asked_with(self._template, prompt))
         return Opening(ids, continued=False, ends=self.ends)
 
     def shape(self, example: Encoded) -> Any:

@@ -13,7 +13,7 @@ from trainer.data.tokenizer import first_token
 from trainer.metrics.chrf import chrf
 from trainer.models.load import Head
 from trainer.tasks import fields
-from trainer.tasks.marked import Marked, Part, encoded, plain_backend
+from trainer.tasks.marked import Mark, Marked, Part, encoded, plain_backend
 from trainer.tasks.measures import Measures, Ratio
 from trainer.tasks.task import IGNORED, Encoded, Opening, Prediction, Row
 from trainer.tasks.text import padded, random_ids, token_nats
@@ -96,19 +96,30 @@ class WrittenAnswerTask:
 
     def _encoded(self, row: Row) -> Encoded | None:
         asked, answer = filled(self._template, row)
-        return self._tokens([(self._shown + asked, False), (answer, True)], ended=True).example(self.context_length)
+        parts = [(self._shown + asked, Mark.READ), (answer, Mark.LEARNT)]
+        return self._tokens(parts, ended=True).example(self.context_length)
 
     def _tokens(self, parts: Sequence[Part], *, ended: bool) -> Marked:
-        found = Marked([first_token(self._tokenizer)], [False])
+        found = Marked([first_token(self._tokenizer)], [Mark.FRAME])
         found.add(*encoded(self._backend, parts))
         if ended:
-            found.add([self._tokenizer.eos_token_id], [True])
+            found.add([self._tokenizer.eos_token_id], [Mark.LEARNT])
         return found
 
     def opening(self, prompt: str) -> Opening:
         """The prompt as what is asked."""
-        asked = self._tokens([(asked_with(self._template, prompt), False)], ended=False)
+        asked = self._tokens([(asked_with(self._template, prompt), Mark.READ)], ended=False)
         return Opening(tuple(asked.ids), continued=False, ends=self.ends)
+
+    @property
+    def mask_token(self) -> int | None:
+        """What stands in place of a token that is not shown, in models that have learnt with one."""
+        token: int | None = self._tokenizer.mask_token_id
+        return token
+
+    def target_at(self, example: Encoded, places: Sequence[int]) -> tuple[int, ...]:
+        """What is learnt stands beside the tokens themselves."""
+        return tuple(example.target[place] for place in places)
 
     def shape(self, example: Encoded) -> Any:
         """What an example is padded to, in tokens."""

@@ -457,3 +457,64 @@ def test_a_silo_that_sends_huge_updates_leaves_an_adapter_that_the_others_take(c
         assert all(np.abs(array).max() <= LARGEST_ADAPTER_VALUE for array in adapter.values())
     honest = run_rounds(settings(**changes), UPDATES)[-1][0]
     assert all(np.abs(array).max() < 1 for array in honest.values())
+
+
+# The anchor
+
+
+def pulled(chosen, sent, weights):
+    """What a silo adds to a gradient at these weights."""
+    return {name: chosen.pull * (weights[name] - sent.adapter[name]) + sent.correction[name] for name in weights}
+
+
+@pytest.mark.parametrize("aggregation", ["fedavg", "fedadam", "median"])
+@pytest.mark.parametrize("adapters", ["average", "ffa"])
+def test_the_anchor_pulls_to_the_start_in_every_round(aggregation, adapters):
+    """The gradient of strength / 2 * |w - start|^2, wherever rounds have led and a step stands."""
+    chosen = settings(aggregation, adapters=adapters, anchor=0.8, min_silos=4)
+    before = random(99)
+    named = [name for name in before if adapters == "average" or name == B]
+    updates = [{silo: {name: one[name] for name in named} for silo, one in by_silo.items()} for by_silo in UPDATES]
+    assert not any(array.any() for array in RoundAggregation(chosen, before, {}, 4).sent("east").correction.values())
+    for adapter, state in run_rounds(chosen, updates, before):
+        sent = RoundAggregation(chosen, adapter, state, 4).sent("east")
+        assert set(sent.correction) == set(named)
+        stands = {name: array for name, array in random(7, scale=3.0).items() if name in named}
+        for name, pull in pulled(chosen, sent, stands).items():
+            np.testing.assert_allclose(pull, 0.8 * (stands[name] - before[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_anchor_changes_nothing_of_what_becomes_of_updates():
+    """It acts in the silos' steps; and without it the state is what it was."""
+    for aggregation in ("fedavg", "fedadam"):
+        plain = run_rounds(settings(aggregation), UPDATES)
+        anchored = run_rounds(settings(aggregation, anchor=0.8), UPDATES)
+        for (adapter, state), (other, more) in zip(plain, anchored, strict=True):
+            assert all(np.array_equal(adapter[name], other[name]) for name in adapter)
+            assert {name for name in more if not name.startswith("start/")} == set(state)
+
+
+def test_what_the_anchor_sends_stays_within_what_silos_accept():
+    chosen, start = settings(anchor=100.0), random(99)
+    _, state = run_rounds(chosen, UPDATES[:1], start)[0]
+    far = {name: array + 900 for name, array in start.items()}
+    for array in RoundAggregation(chosen, far, state, 4).sent("east").correction.values():
+        assert array.max() == LARGEST_ADAPTER_VALUE
+        assert array.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"aggregation": "scaffold", "optimizer": "sgd"}, "federated.anchor is 0.5: with federated.aggregation"),
+        ({"adapters": "product"}, "federated.anchor is 0.5: with federated.adapters 'product'"),
+        ({"learning_rate": 1.0, "proximal_mu": 0.6}, "federated.proximal_mu is 0.6, federated.anchor 0.5"),
+        ({"anchor": -0.1}, "greater than or equal to 0"),
+        ({"anchor": float("nan")}, "anchor"),
+        ({"anchor": float("inf")}, "less than or equal to 100"),
+    ],
+)
+def test_an_anchor_that_means_nothing_is_refused(changes, said):
+    with pytest.raises(ValidationError) as caught:
+        settings(**{"anchor": 0.5, **changes})
+    assert said in str(caught.value)

@@ -94,7 +94,7 @@ def in_the_clear(plan, streams, model, task, adapter, records, settings):
 
 
 @pytest.mark.parametrize(("update", "noise_std"), [(private_update, PLAN.noise_std), (in_the_clear, 0.0)])
-@pytest.mark.parametrize(("mu", "corrected"), [(0.0, False), (3.0, False), (0.0, True)])
+@pytest.mark.parametrize(("mu", "corrected"), [(0.0, False), (3.0, False), (0.0, True), (3.0, True)])
 def test_the_steps_are_those_written_by_hand(update, noise_std, mu, corrected):
     model = lora_model()
     adapter, correction = arrays_of(model, 1), arrays_of(model, 2) if corrected else {}

@@ -75,6 +75,21 @@ def test_it_says_what_the_design_promises(sound):
     assert sound["not_covered"]
 
 
+def test_it_names_the_certificate_of_the_run_that_it_continues(folder, sound):
+    """A document of before says nothing of it, and is made again as it was."""
+    silos = sound["silos"]
+    model = MODEL.model_copy(update={"continues": "cd" * 32})
+    document = json.loads(json.dumps(certificate("run-1", REQUEST, silos, model)))
+    check_certificate(document, "test")
+    assert document["model"]["continues"] == "cd" * 32
+    assert "continues" not in sound["model"]
+    before = json.loads(json.dumps(certificate("run-1", REQUEST, silos, MODEL, form=5)))
+    check_certificate(before, "test")
+    assert before["not_covered"] == sound["not_covered"][:-1]
+    with pytest.raises(InputError, match="continues"):
+        check_certificate(edited(document, ("model", "continues"), "no digest"), "test")
+
+
 @pytest.mark.parametrize(
     ("options", "epsilons", "seeds"),
     [
@@ -160,7 +175,7 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
         (("audited",), "yes", "audited"),
         (("extra",), 1, "extra: no such field"),
         (("version",), 1, "version is 1"),
-        (("version",), 6, "version is 6, this Siloweave reads 3 to 5; a newer one needs a newer Siloweave"),
+        (("version",), 7, "version is 7, this Siloweave reads 3 to 6; a newer one needs a newer Siloweave"),
         (("version",), True, "version is True"),
         (("version",), 3, "model: no such field"),
         (("model",), None, "model: NoneType, expected an object"),

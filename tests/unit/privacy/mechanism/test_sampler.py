@@ -23,3 +23,26 @@ def test_a_unit_gives_one_of_its_examples_by_a_draw_of_its_own():
 
 def test_units_of_one_example_are_drawn_as_they_stand():
     assert one_example_each(Streams(bytes(32), "ab" * 32), 0, [[5], [6], [7]], [0, 2]) == [5, 7]
+
+
+def test_what_a_unit_draws_to_change_its_example_is_its_own_alone():
+    """Whoever else is chosen, whatever they have and however much they draw."""
+
+    def augment(example, chance):
+        return example, chance.random(len(example)).tolist()
+
+    def of(units, chosen, step=3):
+        found = one_example_each(Streams(bytes(32), "ab" * 32), step, units, chosen, augment)
+        return {place: drawn for place, (_, drawn) in zip(chosen, found, strict=True)}
+
+    units = [["aaa"], ["bbbb"], ["cc"]]
+    alone, together = of(units, [1]), of(units, [0, 1, 2])
+    assert alone[1] == together[1] == of([["x" * 99], units[1]], [0, 1])[1]
+    assert len({draw for drawn in together.values() for draw in drawn}) == 9
+    assert not set(of(units, [1], step=4)[1]) & set(alone[1])
+
+
+def test_changes_choose_no_other_example():
+    streams, units = Streams(bytes(32), "ab" * 32), [["a", "b", "c"]] * 50
+    plain = one_example_each(streams, 0, units, range(50))
+    assert one_example_each(streams, 0, units, range(50), lambda example, _: example) == plain
