@@ -69,6 +69,7 @@ _LATER = {
     "model.family": "llama",
     "model.config": "",
     "pretrain.objective": "auto",
+    "pretrain.stages": (),
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }
 
@@ -170,5 +171,15 @@ def _flatten_group(prefix: str, group: BaseModel) -> Iterator[tuple[str, Any]]:
     for name, value in group:
         if isinstance(value, BaseModel):
             yield from _flatten_group(f"{prefix}.{name}", value)
+        elif inner := _groups(value):
+            for key, one in inner.items():
+                yield from _flatten_group(f"{prefix}.{name}.{key}", one)
         else:
             yield f"{prefix}.{name}", value
+
+
+def _groups(value: Any) -> dict[Any, BaseModel]:
+    """Groups in a list, or by name; none where the value is something else."""
+    found = dict(enumerate(value)) if isinstance(value, tuple) else value
+    is_groups = isinstance(found, dict) and any(isinstance(one, BaseModel) for one in found.values())
+    return found if is_groups else {}

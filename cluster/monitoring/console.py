@@ -105,7 +105,8 @@ class Progressing:
 def _note(event: dict[str, Any]) -> str:
     if event["event"] == "step":
         share = f", MFU {100 * event['mfu']:.1f}%" if event.get("mfu") else ""
-        return f"loss {event['loss']:.3f}, {event['tokens'] / event['seconds']:,.0f} tokens/s{share}"
+        stage = f"stage {event['training_stage']}/{event['training_stages']}, " if "training_stage" in event else ""
+        return f"{stage}loss {event['loss']:.3f}, {event['tokens'] / event['seconds']:,.0f} tokens/s{share}"
     if event["event"] == "round":
         return f"{len(event['answered'])} silos, {event['bytes'] / 1e6:.1f} MB"
     if event["event"] == "trial":

@@ -87,8 +87,10 @@ def pretrain(
     from torch import distributed
 
     for step in range(progress.committed, settings.steps):
-        began, done = time.perf_counter(), step + 1
+        began, done, stage = time.perf_counter(), step + 1, config.stage_at(step)
         enter(done, "data")
+        if step == stage.first:
+            progress.forget_losses()
         # 1. The rank's share of the global batch, a pure function of (seed, step, place).
         share = batches.share(step, rank.rank, rank.world_size)
         micro_batches = [objective.examples(part) for part in share.windows.micro_batches(settings.micro_batch_size)]
@@ -124,7 +126,7 @@ def pretrain(
             asked = time.perf_counter()
             _finish(commits, partial(enter, done), alive)
             enter(done, "save")
-            commits.commit(engine, done, progress.as_metadata(), asked)
+            commits.commit(engine, done, {**progress.as_metadata(), **_stage_number(config, step)}, asked)
             progress.committed = done
         commits.check()
     _leave(commits, partial(enter, settings.steps), alive)
@@ -193,17 +195,26 @@ def _prove_shares(batches: Batches, step: int, rank: Rank) -> None:
 
 
 def _step_event(config: RunConfig, done: int, loss: float, seconds: float, rates: Throughput) -> dict[str, Any]:
-    tokens = config.pretrain.batch_size * config.model.context_length
+    length = config.stage_at(done - 1).context_length
+    tokens = config.pretrain.batch_size * length
     return {
         "event": "step",
         "step": done,
         "steps": config.pretrain.steps,
+        **_stage_number(config, done - 1),
         "loss": loss,
         "learning_rate": learning_rate(config.pretrain, done - 1),
         "tokens": tokens,
         "seconds": seconds,
-        **rates.figures(tokens, seconds),
+        **rates.figures(tokens, length, seconds),
     }
+
+
+def _stage_number(config: RunConfig, step: int) -> dict[str, Any]:
+    """The number of a step's stage and of all stages, from 1, where there are several."""
+    if not config.pretrain.stages:
+        return {}
+    return {"training_stage": config.stages.index(config.stage_at(step)) + 1, "training_stages": len(config.stages)}
 
 
 def _finish(commits: Committer, enter: Callable[[str], None], alive: Alive) -> None:
