@@ -54,6 +54,8 @@ _MOVABLE = {
     "tune.reduction_factor",
 }
 
+_CHANGES_SHOWN = 10
+
 # Settings that were added later, each with the value that stands for what was done before. At that value a setting is
 # left out of the digest, so that runs from before it keep theirs.
 _LATER = {
@@ -65,6 +67,7 @@ _LATER = {
     "federated.labels": (),
     "federated.template": "",
     "federated.pooling": "model",
+    "federated.stages": (),
     **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
     "model.family": "llama",
     "model.config": "",
@@ -131,8 +134,10 @@ def _bind(config: RunConfig, directory: Path) -> None:
         if old.get(name) != new.get(name) and name not in _MOVABLE
     ]
     if changed:
+        more = [f"and {len(changed) - _CHANGES_SHOWN} more"] if len(changed) > _CHANGES_SHOWN else []
+        said = "; ".join([*changed[:_CHANGES_SHOWN], *more])
         raise InputError(
-            f"{config.run.url or directory}: belongs to another configuration ({'; '.join(changed)}); choose another "
+            f"{config.run.url or directory}: belongs to another configuration ({said}); choose another "
             "run.name, or delete that directory"
         )
     write_atomic(stored, content)

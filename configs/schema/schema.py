@@ -20,7 +20,7 @@ from configs.schema.pretrain import (
     Objective,
     PretrainSettings,
 )
-from configs.schema.stages import Stage, TrainingStage, resolved, stage_at, stage_problems
+from configs.schema.stages import Stage, TrainingStage, model_problems, resolved, stage_at, stage_problems
 from configs.schema.tasks import deidentify_problem
 
 LARGEST_RUN_NAME = 220  # a file system holds 255 bytes: a run that is set aside gets its time as well
@@ -242,6 +242,10 @@ class RunConfig(Settings):
         model, layers = self.model, None if self.model.config else self.model.layers
         if not model.source:
             for problem in stage_problems(self.pretrain.stages, corpora(self.data), model.context_length, layers):
+                raise ValueError(problem)
+        for number, stage in enumerate(self.federated.stages):
+            own = None if model.source else layers
+            for problem in model_problems(f"federated.stages.{number}", stage, model.context_length, own):
                 raise ValueError(problem)
         return self
 

@@ -1,4 +1,4 @@
-"""Stages of a training: some of its steps with settings of their own, one stage after the other."""
+"""Stages of a training: some of its steps or rounds with settings of their own, one stage after the other."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, Field
 
 from configs.schema.base import Count, Positive, Settings
 from configs.schema.data import CorpusName
+
+SHORTEST_CONTEXT = 8
 
 
 def _layers_or_embeddings(value: Any) -> Any:
@@ -27,13 +29,27 @@ class TrainingStage(Settings):
     weights: dict[CorpusName, Positive] = Field(default_factory=dict)
     """Corpora of this stage, each with its share of the samples relative to the others: ``{public = 1, code = 3}``;
     left out: all, with their own weights."""
-    context_length: Annotated[int, Field(ge=8)] | None = None
+    context_length: Annotated[int, Field(ge=SHORTEST_CONTEXT)] | None = None
     """Longest sequence in this stage, in tokens, at most ``model.context_length``."""
     learning_rate: Positive | None = None
     """Peak of a schedule of this stage's own: ``pretrain.schedule`` over this stage's steps, ``pretrain.warmup_steps``
     included. Left out: the schedule over all steps goes on."""
     frozen: Frozen = None
     """What keeps its weights: ``embeddings``, or these and so many of the lowest layers; left out: nothing."""
+
+
+class RoundStage(Settings):
+    """Some of the rounds of fine-tuning, in the order of the file. What is left out is as it is for the whole."""
+
+    rounds: Count
+    """Rounds; those of all stages add up to ``federated.rounds``."""
+    learning_rate: Positive | None = None
+    """Learning rate inside a silo."""
+    context_length: Annotated[int, Field(ge=SHORTEST_CONTEXT)] | None = None
+    """Longest example in this stage, in tokens, at most ``model.context_length``. Evaluations read all of it."""
+    frozen: Frozen = None
+    """What of all that trains stays as it is, and is not sent back: what lies in or beside the ``embeddings``, or there
+    and in so many of the lowest layers; left out: nothing."""
 
 
 class Stage(NamedTuple):
@@ -73,10 +89,10 @@ def resolved(stages: Sequence[TrainingStage], context_length: int, weights: dict
 def stage_problems(
     stages: Sequence[TrainingStage], corpora: Collection[str], context_length: int, layers: int | None
 ) -> Iterator[str]:
-    """What of the stages does not fit the whole.
+    """What of pretraining's stages does not fit the whole.
 
     Args:
-        stages: of pretraining, as the file has them.
+        stages: as the file has them.
         corpora: the names of the public corpora.
         context_length: the model's.
         layers: of the model; None where its configuration alone says it.
@@ -85,12 +101,22 @@ def stage_problems(
         name, known = f"pretrain.stages.{number}", ", ".join(corpora)
         if unknown := sorted(set(stage.weights) - set(corpora)):
             yield f"{name}.weights has {unknown[0]!r}: no such corpus; give of {known}, or add it to data.corpora"
-        if stage.context_length and stage.context_length > context_length:
-            yield (
-                f"{name}.context_length is {stage.context_length}: give at most model.context_length ({context_length})"
-            )
-        if layers and isinstance(stage.frozen, int) and stage.frozen > layers:
-            yield f"{name}.frozen is {stage.frozen}: give at most model.layers ({layers})"
+        yield from model_problems(name, stage, context_length, layers)
+
+
+def model_problems(
+    name: str, stage: TrainingStage | RoundStage, context_length: int, layers: int | None
+) -> Iterator[str]:
+    """What of a stage is beyond the model: its length, or what it freezes."""
+    if stage.context_length and stage.context_length > context_length:
+        yield f"{name}.context_length is {stage.context_length}: give at most model.context_length ({context_length})"
+    if layers and isinstance(stage.frozen, int) and stage.frozen > layers:
+        yield f"{name}.frozen is {stage.frozen}: give at most model.layers ({layers})"
+
+
+def numbered(lengths: Sequence[int], position: int) -> dict[str, int]:
+    """What an event says of the stage of a step or round (from 0), where there are several."""
+    return {"training_stage": stage_at(lengths, position)[0] + 1, "training_stages": len(lengths)} if lengths else {}
 
 
 def frozen_below(frozen: Frozen) -> int:

@@ -13,13 +13,14 @@ from configs.errors import SiloweaveError
 from configs.events import EventLog, Listener
 from configs.run_directory import config_digest
 from configs.schema.schema import RunConfig
+from configs.schema.stages import frozen_below, numbered
 from configs.storage.files import digest_bytes, write_atomic
 from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen_digest
-from federated.adapters.warm_model import initial_adapter
+from federated.adapters.warm_model import held_back_in, initial_adapter
 from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
 from federated.coordinator import round_commits as commits
 from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, task_spec
@@ -29,7 +30,7 @@ from federated.coordinator.replies import Answer
 from federated.coordinator.run_ticket import open_run
 from federated.coordinator.silo_records import SiloRecords
 from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
-from federated.evaluation.private_sums import bounds_of, checked_sums, figures
+from federated.evaluation.private_sums import bounds_of, checked_sums, evaluation_after, figures
 from federated.protocol import silo_pb2 as pb
 from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.model_digests import ModelDigests, RoundDigests
@@ -71,6 +72,7 @@ class Coordinator:
     released: dict[str, str] = field(default_factory=dict)
     digests: tuple[RoundDigests, ...] = ()
     server_state: Arrays = field(default_factory=dict)
+    held_back: Callable[[int], frozenset[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         check_size(self.config.federated, self.parties.num_silos)
@@ -82,6 +84,7 @@ class Coordinator:
         )
         self.base = require_manifest(self.base_model, "model", self.config.model.made_by)
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
+        self.held_back = held_back_in(self.config, self.base_model)
 
     def run(self, initial_adapter: Callable[[], Arrays]) -> None:
         """All rounds, from the one after the newest commit.
@@ -115,6 +118,7 @@ class Coordinator:
                 "round",
                 round=round_number,
                 rounds=self.plan.rounds,
+                **numbered([stage.rounds for stage in self.config.federated.stages], round_number - 1),
                 answered=answered,
                 bytes=self.exchange.bytes_moved,
                 seconds=time.perf_counter() - began,
@@ -198,8 +202,9 @@ class Coordinator:
         self.reserved.add(answer.silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
-        federated, clients = self.config.federated, self.aggregator.plan if self.aggregator else None
-        aggregation = RoundAggregation(federated, adapter, self.server_state, len(self.silo_records.silos), clients)
+        federated, clients = self.config.federated.in_round(round_number), self.aggregator and self.aggregator.plan
+        silos, held_back = len(self.silo_records.silos), self.held_back(round_number)
+        aggregation = RoundAggregation(federated, adapter, self.server_state, silos, clients, held_back)
         self.released = {}
         if self.aggregator is None:
             answered = self._ask(round_number, aggregation, adapter)
@@ -249,7 +254,7 @@ class Coordinator:
         return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
 
     def _train(self, round_number: int, sent: Sent, adapter: bytes, frozen: str) -> pb.Train:
-        federated = self.config.federated
+        federated, stage = self.config.federated.in_round(round_number), self.config.federated.stage_of(round_number)
         seed = self.config.run.seed if frozen else 0
         return pb.Train(
             round=round_number,
@@ -260,11 +265,14 @@ class Coordinator:
             optimizer=federated.optimizer,
             proximal_mu=federated.proximal_mu,
             correction=to_bytes(sent.correction) if sent.correction else b"",
+            frozen_below=frozen_below(stage.frozen),
+            frozen=to_bytes(sent.frozen) if sent.frozen else b"",
+            context_length=stage.context_length or 0,
         )
 
     def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
         """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
-        number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
+        number = evaluation_after(round_number, self.plan.rounds, self.config.privacy.evaluations)
         if number is None or not self.certify:
             return
         federated = self.config.federated
@@ -317,16 +325,6 @@ class Coordinator:
         if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
             digest, run_id = config_digest(self.config), self.exchange.run.id
             commits.save_closing(self.directory, digest, self.silo_records.silos, run_id)
-
-
-def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
-    """Number of the private evaluation that follows a round; None where none does.
-
-    A single one follows the last round; of several the first is of the base model, before round 1.
-    """
-    parts = max(evaluations - 1, 1)
-    after = {rounds * (number + (evaluations == 1)) // parts: number + 1 for number in range(evaluations)}
-    return after.get(round_number)
 
 
 def run_federation(

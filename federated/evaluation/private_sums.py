@@ -72,6 +72,16 @@ def bounds_of(base_model: Manifest, spec: TaskSpec, labels: tuple[str, ...]) -> 
     return Bounds(measures)
 
 
+def evaluation_after(round_number: int, rounds: int, evaluations: int) -> int | None:
+    """Number of the private evaluation that follows a round; None where none does.
+
+    A single one follows the last round; of several the first is of the base model, before round 1.
+    """
+    parts = max(evaluations - 1, 1)
+    after = {rounds * (number + (evaluations == 1)) // parts: number + 1 for number in range(evaluations)}
+    return after.get(round_number)
+
+
 @contextmanager
 def evaluated(model: Any, adapter: Arrays | None) -> Iterator[None]:
     """The model with this adapter, or the base model alone, in evaluation mode."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from configs.events import Listener
 from configs.schema.pretrain import ModelSettings
 from configs.schema.schema import RunConfig
+from configs.schema.stages import numbered
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.mirror import local_stage
@@ -83,6 +84,7 @@ def pretrain(
     begun = _begin(config, run_directory, rank, report, enter, skipped)
     engine, corpus, facts, progress, commits, batches, objective = begun
     rates = Throughput(engine.module, config, rank)
+    stage_number = partial(numbered, [stage.steps for stage in settings.stages])
     import torch
     from torch import distributed
 
@@ -126,7 +128,7 @@ def pretrain(
             asked = time.perf_counter()
             _finish(commits, partial(enter, done), alive)
             enter(done, "save")
-            commits.commit(engine, done, {**progress.as_metadata(), **_stage_number(config, step)}, asked)
+            commits.commit(engine, done, {**progress.as_metadata(), **stage_number(step)}, asked)
             progress.committed = done
         commits.check()
     _leave(commits, partial(enter, settings.steps), alive)
@@ -201,20 +203,13 @@ def _step_event(config: RunConfig, done: int, loss: float, seconds: float, rates
         "event": "step",
         "step": done,
         "steps": config.pretrain.steps,
-        **_stage_number(config, done - 1),
+        **numbered([stage.steps for stage in config.pretrain.stages], done - 1),
         "loss": loss,
         "learning_rate": learning_rate(config.pretrain, done - 1),
         "tokens": tokens,
         "seconds": seconds,
         **rates.figures(tokens, length, seconds),
     }
-
-
-def _stage_number(config: RunConfig, step: int) -> dict[str, Any]:
-    """The number of a step's stage and of all stages, from 1, where there are several."""
-    if not config.pretrain.stages:
-        return {}
-    return {"training_stage": config.stages.index(config.stage_at(step)) + 1, "training_stages": len(config.stages)}
 
 
 def _finish(commits: Committer, enter: Callable[[str], None], alive: Alive) -> None:
