@@ -56,6 +56,8 @@ _MOVABLE = {
     "tune.reduction_factor",
 }
 
+_CHANGES_SHOWN = 10
+
 # Settings that were added later, each with the value that stands for what was done before. At that value a setting is
 # left out of the digest, so that runs from before it keep theirs.
 _LATER = {
@@ -70,11 +72,13 @@ _LATER = {
     "federated.continue_from": "",
     "federated.anchor": 0.0,
     **{f"federated.augmentation.{name}": 0.0 for name in ("dropout", "swap", "mask")},
+    "federated.stages": (),
     **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
     "model.family": "llama",
     "model.config": "",
     "pretrain.objective": "auto",
     "privacy.evaluation_max_new_tokens": 0,
+    "pretrain.stages": (),
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }
 
@@ -136,8 +140,10 @@ def _bind(config: RunConfig, directory: Path) -> None:
         if old.get(name) != new.get(name) and name not in _MOVABLE
     ]
     if changed:
+        more = [f"and {len(changed) - _CHANGES_SHOWN} more"] if len(changed) > _CHANGES_SHOWN else []
+        said = "; ".join([*changed[:_CHANGES_SHOWN], *more])
         raise InputError(
-            f"{config.run.url or directory}: belongs to another configuration ({'; '.join(changed)}); choose another "
+            f"{config.run.url or directory}: belongs to another configuration ({said}); choose another "
             "run.name, or delete that directory"
         )
     write_atomic(stored, content)
@@ -176,5 +182,15 @@ def _flatten_group(prefix: str, group: BaseModel) -> Iterator[tuple[str, Any]]:
     for name, value in group:
         if isinstance(value, BaseModel):
             yield from _flatten_group(f"{prefix}.{name}", value)
+        elif inner := _groups(value):
+            for key, one in inner.items():
+                yield from _flatten_group(f"{prefix}.{name}.{key}", one)
         else:
             yield f"{prefix}.{name}", value
+
+
+def _groups(value: Any) -> dict[Any, BaseModel]:
+    """Groups in a list, or by name; none where the value is something else."""
+    found = dict(enumerate(value)) if isinstance(value, tuple) else value
+    is_groups = isinstance(found, dict) and any(isinstance(one, BaseModel) for one in found.values())
+    return found if is_groups else {}

@@ -55,9 +55,13 @@ def _groups(name: str, group: Mapping[str, Any], definitions: Mapping[str, Any])
     """A group of settings and those below it, by their names in a file."""
     fields = group["properties"].items()
     below = {field: definitions[_reference(value)] for field, value in fields if _reference(value)}
+    listed = {field: _reference(value["items"]) for field, value in fields if "items" in value}
     own = {field: value for field, value in group["properties"].items() if field not in below}
     if own:
         yield name, {**group, "properties": own}
+    for field, reference in listed.items():
+        if reference:
+            yield f"[{name}.{field}]", definitions[reference]
     for field, inner in below.items():
         yield from _groups(f"{name}.{field}".lstrip("."), inner, definitions)
 
@@ -78,8 +82,10 @@ def _kind(field: Mapping[str, Any]) -> str:
     """What a setting may be, in words."""
     if "anyOf" in field:
         return " or ".join(_kind(choice) for choice in field["anyOf"])
-    if "enum" in field:
-        return ", ".join(f"`{choice}`" for choice in field["enum"])
+    if "enum" in field or "const" in field:
+        return ", ".join(f"`{choice}`" for choice in field.get("enum", [field.get("const")]))
+    if field["type"] == "array" and _reference(field["items"]):
+        return "groups, in their order"
     if field["type"] == "array":
         return f"list of: {_kind(field['items'])}"
     if field["type"] == "object":

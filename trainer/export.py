@@ -31,8 +31,8 @@ library_name: transformers
 
 - **Data**: {source} ({tokens:,} tokens, {characters:,} characters after cleaning). Public text only: no private record
   has touched the weights or the tokenizer.
-- **Training**: {steps} steps of {batch_size} sequences of {context} tokens, objective {objective}, {optimizer}, ZeRO
-  stage {stage} on {ranks} ranks.
+- **Training**: {steps} of {batch_size} sequences, objective {objective}, {optimizer}, ZeRO stage {stage} on {ranks}
+  ranks.
 - **Use**: a starting point for fine-tuning across silos. It is far too small to answer questions.
 """
 
@@ -126,9 +126,8 @@ def _card(config: RunConfig, corpus: Manifest, model: Any, parameters: int) -> s
         source=", ".join(source.source for source in corpora(config.data).values()),
         tokens=counts["tokens"],
         characters=counts["characters"],
-        steps=config.pretrain.steps,
+        steps=", then ".join(f"{stage.steps} steps at {stage.context_length} tokens" for stage in config.stages),
         batch_size=config.pretrain.batch_size,
-        context=config.model.context_length,
         optimizer=config.pretrain.optimizer,
         stage=config.pretrain.zero_stage,
         ranks=config.cluster.world_size,

@@ -85,7 +85,7 @@ def _pretrain(config: RunConfig, sizes: list[int]) -> dict[str, Any]:
         "world_size": cluster.world_size,
         "world_sizes": config.world_sizes,
         "steps": pretrain.steps,
-        "tokens": pretrain.steps * pretrain.batch_size * config.model.context_length,
+        "tokens": pretrain.batch_size * sum(stage.steps * stage.context_length for stage in config.stages),
         "batch": {
             "sequences": pretrain.batch_size,
             "ranks": cluster.world_size,

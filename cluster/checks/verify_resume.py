@@ -20,6 +20,7 @@ from cluster.runtime.gang import run_gang
 from configs.errors import InputError
 from configs.events import Listener
 from configs.schema.schema import RunConfig
+from configs.schema.stages import TrainingStage
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
 from trainer.checkpoints.checkpoints import step_name
@@ -160,7 +161,7 @@ def _train(config: RunConfig, folder: Path, tell: Listener, sizes: Sequence[int]
     """The legs, compared with a single rank."""
     last = STEPS_A_LEG * len(sizes)
     alone = _Listener(last, last, tell)
-    _gang(config, folder / "single", 1, alone)
+    _gang(config, folder / "single", 1, last, alone)
     legs = []
     for number, ranks in enumerate(sizes):
         done = STEPS_A_LEG * (number + 1)
@@ -172,7 +173,7 @@ def _train(config: RunConfig, folder: Path, tell: Listener, sizes: Sequence[int]
             legs.append(Leg(1, 1, done, start_s=alone.start_s))
             continue
         leg = _Listener(min(done + _BEYOND, last), done, tell)
-        _gang(config, folder / "legs", ranks, leg)
+        _gang(config, folder / "legs", ranks, last, leg)
         for path in RunFiles(folder / "legs").checkpoints.glob("step-*"):
             if path.name > step_name(done):  # ranks don't stop at once; the next leg is to begin at this commit
                 shutil.rmtree(path)
@@ -182,7 +183,7 @@ def _train(config: RunConfig, folder: Path, tell: Listener, sizes: Sequence[int]
     return legs
 
 
-def _gang(config: RunConfig, directory: Path, ranks: int, listener: _Listener) -> None:
+def _gang(config: RunConfig, directory: Path, ranks: int, steps: int, listener: _Listener) -> None:
     cluster = {
         "world_size": ranks,
         "min_world_size": 0,
@@ -196,6 +197,7 @@ def _gang(config: RunConfig, directory: Path, ranks: int, listener: _Listener) -
         "commit_every": STEPS_A_LEG,
         "keep_commits": _HORIZON,
         "validate_every": _HORIZON,
+        "stages": _drawn_together(config.pretrain.stages, steps),
     }
     run = {"storage": str(directory.parent), "name": directory.name}
     scratch = config.model_copy(
@@ -207,6 +209,16 @@ def _gang(config: RunConfig, directory: Path, ranks: int, listener: _Listener) -
     )
     with suppress(_Killed):
         run_gang(scratch, directory, listener)
+
+
+def _drawn_together(stages: tuple[TrainingStage, ...], steps: int) -> tuple[TrainingStage, ...]:
+    """The same stages, all of which begin within so many steps."""
+    each = max(1, steps // max(1, len(stages)))
+    rest = _HORIZON - each * (len(stages) - 1)
+    return tuple(
+        stage.model_copy(update={"steps": each if number < len(stages) else rest})
+        for number, stage in enumerate(stages, 1)
+    )
 
 
 def lines(document: dict[str, Any]) -> list[str]:

@@ -115,11 +115,12 @@ class Progressing:
 
 
 def _note(event: dict[str, Any]) -> str:
+    stage = f"stage {event['training_stage']}/{event['training_stages']}, " if "training_stage" in event else ""
     if event["event"] == "step":
         share = f", MFU {100 * event['mfu']:.1f}%" if event.get("mfu") else ""
-        return f"loss {event['loss']:.3f}, {event['tokens'] / event['seconds']:,.0f} tokens/s{share}"
+        return f"{stage}loss {event['loss']:.3f}, {event['tokens'] / event['seconds']:,.0f} tokens/s{share}"
     if event["event"] == "round":
-        return f"{len(event['answered'])} silos, {event['bytes'] / 1e6:.1f} MB"
+        return f"{stage}{len(event['answered'])} silos, {event['bytes'] / 1e6:.1f} MB"
     if event["event"] == "trial":
         return f"trial {event['trial']} {event['status']}" + (f": {event['cause']}" if "cause" in event else "")
     return ""

@@ -111,6 +111,7 @@ def _pretrain(
     return {
         "step": last.get("step", 0),
         "steps": total,
+        "training_stage": last.get("training_stage"),
         "committed_step": _committed_step(config, files, salvage),
         "loss": last.get("loss"),
         "tokens_per_s": _median([event["tokens"] / event["seconds"] for event in recent]),
@@ -255,6 +256,7 @@ def _pretrain_note(pretrain: dict[str, Any]) -> str:
         return ""
     parts = [
         f"step {pretrain['step']}/{_total(pretrain['steps'])}",
+        *([f"stage {pretrain['training_stage']}"] if pretrain["training_stage"] else []),
         f"committed {pretrain['committed_step'] or 0}",
         f"loss {pretrain['loss']:.3f}",
         f"{pretrain['tokens_per_s']:,.0f} tokens/s",

@@ -20,6 +20,7 @@ from configs.storage.files import digest_json
 from configs.storage.layout import FEDERATED, RunFiles, SiloFiles
 from configs.storage.manifests import read_manifest, require_manifest
 from trainer.data.origins import since_prepared
+from trainer.data.packing import lengths_apart
 from trainer.data.tokenizer import special_tokens
 
 _VALIDATIONS = {"validation_loss": "loss", "validation_bits_per_char": "bits_per_char"}
@@ -78,7 +79,7 @@ def _shaping(config: RunConfig) -> str:
     data = config.data.model_dump(exclude={"private"})
     special = special_tokens(config.objective, config.model.context_length)[1:]
     shaping = [data, config.tokenizer.model_dump(), config.model.context_length, config.run.seed]
-    return digest_json([*shaping, *([special] if special else [])])
+    return digest_json([*shaping, *([special] if special else []), *lengths_apart(config)])
 
 
 def _corpus_run(run: Run, config: RunConfig, key: str) -> Run:

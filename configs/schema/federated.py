@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, Settings
 from configs.schema.places import Place
+from configs.schema.stages import RoundStage, stage_at
 from configs.schema.tasks import (
     NO_AUGMENTATION,
     AugmentationSettings,
@@ -136,6 +137,9 @@ class FederatedSettings(Settings):
     """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does. Empty: the same folder for
     all runs of a user, ``$XDG_STATE_HOME/siloweave/ledgers``, or ``~/.local/state/siloweave/ledgers``."""
 
+    stages: tuple[RoundStage, ...] = ()
+    """Stages of the fine-tuning, each a ``[[federated.stages]]`` of the file; none: all rounds are alike."""
+
     @model_validator(mode="after")
     def _consistent(self) -> "FederatedSettings":
         problems = (
@@ -147,6 +151,7 @@ class FederatedSettings(Settings):
             self._anchor_problem(),
             self._head_problem(),
             augmentation_problem("federated.augmentation", self.task, self.augmentation.largest),
+            self._stages_problem(),
         )
         of_task = task_problems("federated", self.task, self.labels, self.template, self.pooling)
         for problem in (*of_task, *self._unused(), *problems, self._pull_problem()):
@@ -171,6 +176,26 @@ class FederatedSettings(Settings):
     def starts_as_base(self) -> bool:
         """Whether what travels before the first round changes nothing of the base model."""
         return self.train == "lora" and not self.continue_from
+
+    def stage_of(self, round_number: int) -> RoundStage:
+        """The stage of a round, which is counted from 1."""
+        stages = self.stages or (RoundStage(rounds=self.rounds),)
+        return stages[stage_at([stage.rounds for stage in stages], round_number - 1)[0]]
+
+    def in_round(self, round_number: int) -> "FederatedSettings":
+        """The settings with the learning rate of a round."""
+        return self.model_copy(
+            update={"learning_rate": self.stage_of(round_number).learning_rate or self.learning_rate}
+        )
+
+    def _stages_problem(self) -> str:
+        rounds = sum(stage.rounds for stage in self.stages)
+        if not self.stages or rounds == self.rounds:
+            return ""
+        return (
+            f"federated.stages: their rounds add up to {rounds}, and federated.rounds is {self.rounds}; give "
+            f"federated.rounds = {rounds}, or other stages"
+        )
 
     def _head_problem(self) -> str:
         if self.train == "head" and self.pooling == "likelihood":
@@ -243,15 +268,16 @@ class FederatedSettings(Settings):
         return ""
 
     def _pull_problem(self) -> str:
-        pull = self.pull * self.learning_rate
+        rate = max([self.learning_rate, *(stage.learning_rate or 0 for stage in self.stages)])
+        pull = self.pull * rate
         if pull <= 1:
             return ""
         given = f"federated.proximal_mu is {self.proximal_mu:g}"
         if self.anchor:
             given += f", federated.anchor {self.anchor:g}"
         return (
-            f"{given} and federated.learning_rate {self.learning_rate:g}: their product is {pull:g}, and a step of "
-            "more than 1 overshoots the adapter that it is drawn back to; lower one"
+            f"{given} and federated.learning_rate {rate:g}: their product is {pull:g}, and a step of more than 1 "
+            "overshoots the adapter that it is drawn back to; lower one"
         )
 
     def _lora_problem(self) -> str:

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Count, Positive, Settings
 from configs.schema.places import Place
+from configs.schema.stages import TrainingStage
 
 Family = Literal["llama", "gpt2", "bert", "t5", "rnn", "lstm", "gru"]
 RECURRENT = ("rnn", "lstm", "gru")
@@ -144,6 +145,8 @@ class PretrainSettings(Settings):
     and skips the data since then, as it does where something is not finite. 0: spikes are not looked for."""
     max_rollbacks: Annotated[int, Field(ge=0)] = 3
     """How often a run may roll back before it ends with the cause."""
+    stages: tuple[TrainingStage, ...] = ()
+    """Stages of the training, each a ``[[pretrain.stages]]`` of the file; none: all steps are alike."""
 
     @model_validator(mode="after")
     def _spikes_are_above(self) -> "PretrainSettings":
@@ -164,6 +167,22 @@ class PretrainSettings(Settings):
                 f"pretrain.decay_share is {self.decay_share:g}: the decay and pretrain.warmup_steps "
                 f"({self.warmup_steps}) don't fit into pretrain.steps ({self.steps}); lower one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "PretrainSettings":
+        steps = sum(stage.steps for stage in self.stages)
+        if self.stages and steps != self.steps:
+            raise ValueError(
+                f"pretrain.stages: their steps add up to {steps}, and pretrain.steps is {self.steps}; give "
+                f"pretrain.steps = {steps}, or other stages"
+            )
+        for number, stage in enumerate(self.stages):
+            if stage.learning_rate and self.warmup_steps >= stage.steps:
+                raise ValueError(
+                    f"pretrain.stages.{number}.steps is {stage.steps}: a stage with a learning_rate of its own warms "
+                    f"up for pretrain.warmup_steps ({self.warmup_steps}); give more steps, or a shorter warm-up"
+                )
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from configs.schema.base import ComposedLabels, Count, MaxNewTokens, Positive, Probability, Settings
-from configs.schema.data import DATA, DataSettings, RecordSettings, TokenizerSettings
+from configs.schema.data import DATA, DataSettings, RecordSettings, TokenizerSettings, corpora
 from configs.schema.federated import ROBUST, FederatedSettings
 from configs.schema.monitoring import MonitoringSettings
 from configs.schema.places import Place
@@ -21,6 +21,7 @@ from configs.schema.pretrain import (
     Objective,
     PretrainSettings,
 )
+from configs.schema.stages import Stage, TrainingStage, model_problems, resolved, stage_at, stage_problems
 from configs.schema.tasks import WRITTEN, deidentify_problem
 
 LARGEST_RUN_NAME = 220  # a file system holds 255 bytes: a run that is set aside gets its time as well
@@ -186,6 +187,17 @@ class RunConfig(Settings):
         return [size for size in range(most, (self.cluster.min_world_size or most) - 1, -1) if self._shares(size)]
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of pretraining; one where the file names none."""
+        weights = {name: source.weight for name, source in corpora(self.data).items()}
+        stages = self.pretrain.stages or (TrainingStage(steps=self.pretrain.steps),)
+        return resolved(stages, self.model.context_length, weights)
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of a step, which is counted from 0."""
+        return self.stages[stage_at([stage.steps for stage in self.stages], step)[0]]
+
+    @property
     def objective(self) -> Objective:
         """What the base model is pretrained on."""
         named = self.pretrain.objective
@@ -211,6 +223,18 @@ class RunConfig(Settings):
                 f"pretrain.activation_checkpointing is true: model.family {model.family!r} has no blocks to compute "
                 "again; give false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> "RunConfig":
+        model, layers = self.model, None if self.model.config else self.model.layers
+        if not model.source:
+            for problem in stage_problems(self.pretrain.stages, corpora(self.data), model.context_length, layers):
+                raise ValueError(problem)
+        for number, stage in enumerate(self.federated.stages):
+            own = None if model.source else layers
+            for problem in model_problems(f"federated.stages.{number}", stage, model.context_length, own):
+                raise ValueError(problem)
         return self
 
     def _shares(self, size: int) -> bool:

@@ -1,24 +1,26 @@
 """The base model with an adapter, kept warm once per process, for the silos that it hosts and for whoever scores."""
 
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from configs.errors import InputError
 from configs.schema.federated import FederatedSettings
 from configs.schema.schema import RunConfig
+from configs.schema.stages import frozen_below, stage_at
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen
 from trainer.augmentation import augmentation
-from trainer.models.adapters import Adaptation, adapted, adapter_weights, load_adapter_weights, trainable
+from trainer.models.adapters import Adaptation, adapted, adapter_weights, depths, load_adapter_weights, trainable
 from trainer.models.load import Head, load_model
 from trainer.pretraining.onednn import fastest_products, use_onednn
 from trainer.tasks.task import task_of
 
 
-@lru_cache(maxsize=1)
 def warm_model(
     directory: Path,
     how: Adaptation,
@@ -39,12 +41,63 @@ def warm_model(
     Raises:
         AdaptationError: the model hasn't got what is to train.
     """
+    model, travelling = kept_warm(directory, how, key_file, frozen_seed, onednn)
+    for value in travelling:  # the round before may have held some back
+        value.requires_grad_(True)
+    return model
+
+
+@lru_cache(maxsize=1)
+def kept_warm(
+    directory: Path, how: Adaptation, key_file: str, frozen_seed: int | None, onednn: bool
+) -> tuple[Any, list[torch.nn.Parameter]]:
+    """The model, made once, and what of it travels."""
     model = adapted(load_model(directory, load_key(key_file), how.head), how, frozen_seed or 0)
     for name, value in trainable(model).items():
         value.requires_grad = frozen_seed is None or not frozen(name)
     if onednn and fastest_products().onednn:
         use_onednn(model)
-    return model
+    return model, list(trainable(model).values())
+
+
+def hold_back(model: Any, below: int) -> dict[str, torch.nn.Parameter]:
+    """Leaves out of what trains whatever lies below a depth, and gives it by name."""
+    depth_of = depths(model) if below else {}
+    held = {name: value for name, value in trainable(model).items() if depth_of.get(name, 0) < below}
+    for value in held.values():
+        value.requires_grad_(False)
+    return held
+
+
+def put_beside(held: Mapping[str, torch.nn.Parameter], values: Arrays) -> None:
+    """Gives what was held back its values, which have its names and shapes."""
+    with torch.no_grad():
+        for name, parameter in held.items():
+            parameter.copy_(torch.from_numpy(values[name]))
+
+
+def held_back_in(config: RunConfig, base_model: Path) -> Callable[[int], frozenset[str]]:
+    """Gives the names of what travels and does not train in a round, which is counted from 1.
+
+    Raises:
+        InputError: a stage freezes more layers than there are, nothing of what trains, or all of it.
+    """
+    stages = config.federated.stages
+    if not any(stage.frozen for stage in stages):
+        return lambda _: frozenset()
+    how = adaptation_for(config, base_model)
+    model = adapted(load_model(base_model, load_key(config.run.encryption_key_file), how.head), how, 0)
+    depth_of, found = depths(model), list[frozenset[str]]()
+    travelling = {name for name in trainable(model) if config.federated.adapters != "ffa" or not frozen(name)}
+    for number, stage in enumerate(stages):
+        below, said = frozen_below(stage.frozen), f"federated.stages.{number}.frozen is {stage.frozen!r}"
+        held = {name for name in travelling if depth_of[name] < below}
+        if below > max(depth_of.values()):
+            raise InputError(f"{said}: the base model has {max(depth_of.values()) - 1} layers; give at most that")
+        if below and (not held or held == travelling):
+            raise InputError(f"{said}: {'all' if held else 'nothing'} of what trains lies there; give another number")
+        found.append(frozenset(held))
+    return lambda round_number: found[stage_at([stage.rounds for stage in stages], round_number - 1)[0]]
 
 
 def adaptation(settings: FederatedSettings, head: Head | None = None) -> Adaptation:

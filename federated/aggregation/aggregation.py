@@ -24,13 +24,15 @@ class Sent:
     Attributes:
         rank: of its adapter.
         alpha: scale of its adapter; with its rank it makes the same factor for every silo.
-        adapter: the weights that travel and are trained.
+        adapter: the weights that are trained, and travel back.
+        frozen: those that travel there alone, since they don't train in this round.
         correction: what its steps add to each gradient: SCAFFOLD's variates, or the anchor's share; else empty.
     """
 
     rank: int
     alpha: float
     adapter: Arrays
+    frozen: Arrays
     correction: Arrays
 
 
@@ -56,6 +58,7 @@ class RoundAggregation:
         num_silos: silos of the federation, whoever answers.
         clients: the aggregator's plan, where clients are the units: then their clipped sum is all that is folded, and
             its noised mean takes the place of the mean.
+        held_back: names of what stays as it is in this round, to the bit, with its state.
     """
 
     def __init__(
@@ -65,12 +68,12 @@ class RoundAggregation:
         state: Arrays,
         num_silos: int,
         clients: PrivacyPlan | None = None,
+        held_back: frozenset[str] = frozenset(),
     ) -> None:
-        self._settings, self._adapter, self._state = settings, adapter, state
+        self._settings, self._adapter, self._state, self._held_back = settings, adapter, state, held_back
+        self._weights = {name: array for name, array in adapter.items() if self._trains(name)}
         if settings.adapters == "product":
-            self._weights = products(adapter)
-        else:
-            self._weights = {name: array for name, array in adapter.items() if self._trains(name)}
+            self._weights = products(self._weights)
         self._fold: ClippedSum | FixedPointSum | HeldUpdates
         if clients is not None:
             self._fold = ClippedSum(self._weights, clients)
@@ -85,16 +88,18 @@ class RoundAggregation:
             self._variates = ControlVariates(self._weights, state, path, num_silos)
 
     def _trains(self, name: str) -> bool:
-        return self._settings.adapters != "ffa" or not frozen(name)
+        return name not in self._held_back and (self._settings.adapters != "ffa" or not frozen(name))
 
     def sent(self, silo: str) -> Sent:
         """What a silo trains on."""
         settings = self._settings
         rank = _rank_of(silo, settings)
+        whole = cut(self._adapter, rank)
         return Sent(
             rank=rank,
             alpha=settings.lora_alpha * rank / settings.lora_rank,
-            adapter={name: array for name, array in cut(self._adapter, rank).items() if self._trains(name)},
+            adapter={name: array for name, array in whole.items() if self._trains(name)},
+            frozen={name: array for name, array in whole.items() if name in self._held_back},
             correction=self._correction(silo),
         )
 
@@ -143,8 +148,8 @@ class RoundAggregation:
         if self._anchor:
             state = {**state, **self._anchor.state}
         if self._settings.adapters == "product":
-            return _sendable(factored(after, self._settings.lora_rank)), state
-        return _sendable({**self._adapter, **after}), state
+            after = factored(after, self._settings.lora_rank)
+        return _sendable({**self._adapter, **after}), {**self._state, **state}
 
 
 def _sendable(adapter: Arrays) -> Arrays:

@@ -11,9 +11,12 @@ from flwr.app import Message
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
 from configs.schema.federated import FederatedSettings
+from configs.schema.stages import frozen_below
 from configs.schema.tasks import TaskSpec
 from configs.storage.files import digest_bytes
+from federated.adapters.arrays import to_bytes
 from federated.adapters.warm_model import adaptation
+from federated.aggregation.aggregation import Sent
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import (
@@ -67,10 +70,24 @@ def task_spec(spec: TaskSpec) -> pb.TaskSpec:
     return pb.TaskSpec(labels=spec.labels, template=spec.template, pooling=pooling)
 
 
-def augmentation(settings: FederatedSettings) -> pb.Augmentation | None:
-    """What a request says of changed words; nothing where none are changed, as in requests of before."""
-    asked = settings.augmentation
-    return pb.Augmentation(**asked.model_dump()) if asked.largest else None
+def training(settings: FederatedSettings, round_number: int, sent: Sent, **frozen: Any) -> dict[str, Any]:
+    """What a request says of how a round trains, beside the adapter itself.
+
+    Of what requests of before had no field for it says nothing where there is nothing to say.
+    """
+    of_round, stage, changed = settings.in_round(round_number), settings.stage_of(round_number), settings.augmentation
+    return {
+        "round": round_number,
+        "adapter_spec": adapter_spec(settings, sent.rank, sent.alpha, **frozen),
+        "learning_rate": of_round.learning_rate,
+        "optimizer": settings.optimizer,
+        "proximal_mu": settings.pull,
+        "correction": to_bytes(sent.correction) if sent.correction else b"",
+        "augmentation": pb.Augmentation(**changed.model_dump()) if changed.largest else None,
+        "frozen_below": frozen_below(stage.frozen),
+        "frozen": to_bytes(sent.frozen) if sent.frozen else b"",
+        "context_length": stage.context_length or 0,
+    }
 
 
 @dataclass

@@ -13,22 +13,24 @@ from configs.errors import SiloweaveError
 from configs.events import EventLog, Listener
 from configs.run_directory import config_digest
 from configs.schema.schema import RunConfig
+from configs.schema.stages import numbered
 from configs.storage.files import digest_bytes, write_atomic
 from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen_digest
-from federated.aggregation.aggregation import RoundAggregation, Sent, check_size
+from federated.adapters.warm_model import held_back_in
+from federated.aggregation.aggregation import RoundAggregation, check_size
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, augmentation, task_spec
+from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, task_spec, training
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
 from federated.coordinator.run_ticket import open_run
 from federated.coordinator.silo_records import SiloRecords
 from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
-from federated.evaluation.private_sums import bounds_of, checked_sums, figures
+from federated.evaluation.private_sums import bounds_of, checked_sums, evaluation_after, figures
 from federated.protocol import silo_pb2 as pb
 from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.model_digests import ModelDigests, RoundDigests
@@ -70,6 +72,7 @@ class Coordinator:
     released: dict[str, str] = field(default_factory=dict)
     digests: tuple[RoundDigests, ...] = ()
     server_state: Arrays = field(default_factory=dict)
+    held_back: Callable[[int], frozenset[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         check_size(self.config.federated, self.parties.num_silos)
@@ -81,6 +84,7 @@ class Coordinator:
         )
         self.base = require_manifest(self.base_model, "model", self.config.model.made_by)
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
+        self.held_back = held_back_in(self.config, self.base_model)
 
     def run(self, initial_adapter: Callable[[], Arrays]) -> None:
         """All rounds, from the one after the newest commit.
@@ -114,6 +118,7 @@ class Coordinator:
                 "round",
                 round=round_number,
                 rounds=self.plan.rounds,
+                **numbered([stage.rounds for stage in self.config.federated.stages], round_number - 1),
                 answered=answered,
                 bytes=self.exchange.bytes_moved,
                 seconds=time.perf_counter() - began,
@@ -198,8 +203,10 @@ class Coordinator:
         self.reserved.add(answer.silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
-        federated, clients = self.config.federated, self.aggregator.plan if self.aggregator else None
-        aggregation = RoundAggregation(federated, adapter, self.server_state, len(self.silo_records.silos), clients)
+        federated = self.config.federated.in_round(round_number)
+        clients = self.aggregator.plan if self.aggregator else None
+        silos, held_back = len(self.silo_records.silos), self.held_back(round_number)
+        aggregation = RoundAggregation(federated, adapter, self.server_state, silos, clients, held_back)
         self.released = {}
         if self.aggregator is None:
             answered = self._ask(round_number, aggregation, adapter)
@@ -233,7 +240,9 @@ class Coordinator:
             sent = aggregation.sent(silo)
             if sent.rank not in adapters:
                 adapters[sent.rank] = to_bytes(sent.adapter)
-            kind = self._training(self._train(round_number, sent, adapters[sent.rank], frozen))
+            seed = self.config.run.seed if frozen else 0
+            said = training(self.config.federated, round_number, sent, frozen_digest=frozen, frozen_seed=seed)
+            kind = self._training(pb.Train(**self._model(), **said, adapter=adapters[sent.rank]))
             return self.exchange.body(f"round-{round_number}", silo, **kind), adapters[sent.rank]
 
         # With clients as units at most the plan's number are asked, chosen by name: the choice must not depend on data.
@@ -248,23 +257,9 @@ class Coordinator:
         rate, steps = self.config.privacy.sampling_rate, self.config.federated.local_steps
         return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
 
-    def _train(self, round_number: int, sent: Sent, adapter: bytes, frozen: str) -> pb.Train:
-        federated, seed = self.config.federated, self.config.run.seed if frozen else 0
-        return pb.Train(
-            round=round_number,
-            **self._model(),
-            adapter_spec=adapter_spec(federated, sent.rank, sent.alpha, frozen_digest=frozen, frozen_seed=seed),
-            adapter=adapter,
-            learning_rate=federated.learning_rate,
-            optimizer=federated.optimizer,
-            proximal_mu=federated.pull,
-            augmentation=augmentation(federated),
-            correction=to_bytes(sent.correction) if sent.correction else b"",
-        )
-
     def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
         """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
-        number = _evaluation(round_number, self.plan.rounds, self.config.privacy.evaluations)
+        number = evaluation_after(round_number, self.plan.rounds, self.config.privacy.evaluations)
         if number is None or not self.certify:
             return
         federated, privacy = self.config.federated, self.config.privacy
@@ -317,16 +312,6 @@ class Coordinator:
         if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
             digest, run_id = config_digest(self.config), self.exchange.run.id
             commits.save_closing(self.directory, digest, self.silo_records.silos, run_id)
-
-
-def _evaluation(round_number: int, rounds: int, evaluations: int) -> int | None:
-    """Number of the private evaluation that follows a round; None where none does.
-
-    A single one follows the last round; of several the first is of the base model, before round 1.
-    """
-    parts = max(evaluations - 1, 1)
-    after = {rounds * (number + (evaluations == 1)) // parts: number + 1 for number in range(evaluations)}
-    return after.get(round_number)
 
 
 def run_federation(

@@ -76,6 +76,16 @@ def bounds_of(base_model: Manifest, spec: TaskSpec, labels: tuple[str, ...], max
     return Bounds(measures.with_overlap() if max_new_tokens else measures, max_new_tokens)
 
 
+def evaluation_after(round_number: int, rounds: int, evaluations: int) -> int | None:
+    """Number of the private evaluation that follows a round; None where none does.
+
+    A single one follows the last round; of several the first is of the base model, before round 1.
+    """
+    parts = max(evaluations - 1, 1)
+    after = {rounds * (number + (evaluations == 1)) // parts: number + 1 for number in range(evaluations)}
+    return after.get(round_number)
+
+
 @contextmanager
 def evaluated(model: Any, adapter: Arrays | None) -> Iterator[None]:
     """The model with this adapter, or the base model alone, in evaluation mode."""

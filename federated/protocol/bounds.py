@@ -35,6 +35,7 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "Train.adapter": WHOLE,
     "Train.optimizer": NAME,
     "Train.correction": WHOLE,
+    "Train.frozen": WHOLE,
     "TaskSpec.labels": LABELS,
     "TaskSpec.template": TEMPLATE,
     "TaskSpec.pooling": NAME,

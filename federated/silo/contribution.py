@@ -45,11 +45,11 @@ def contribution(
     check_model(asked.train, policy, workbench.base_model.content_digest)
     check_optimizer(asked.train, policy)
     model, adapter = workbench.fitted(asked.train, policy)
-    settings = workbench.local_settings(asked.train, policy)
+    settings, examples = workbench.local_settings(asked.train, policy), workbench.examples(asked.train)
     # Signed before anything is computed, as a charge is: an entry too many claims less privacy than there is.
     run, coordinator = request.run_id, request.coordinator
     record_update(journal, run, coordinator, request.request_id, digest, asked.train.round)
-    streams, units = Streams(bytes(SEED_BYTES), digest), workbench.records
+    streams, units = Streams(bytes(SEED_BYTES), digest), examples.records
 
     def batch(step: int) -> list[Encoded]:
         drawn = streams.generator("batch", step).random(len(units)) < asked.sampling_rate
@@ -57,6 +57,6 @@ def contribution(
 
     batches = (batch(step) for step in range(asked.local_steps))
     expected = asked.sampling_rate * config.silo.public_record_count
-    update = plain_update(batches, expected, model, workbench.task, adapter, settings)
+    update = plain_update(batches, expected, model, examples.task, adapter, settings)
     short = clipped(update, plan.max_grad_norm)
     return {name: array.astype(np.float32) for name, array in short.items()}

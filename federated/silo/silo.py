@@ -37,6 +37,7 @@ from federated.silo.workbench import Workbench, public_base_model
 from privacy.ledger.ledger import Charge, Ledger
 from privacy.mechanism.streams import Streams, injected_seeds
 from privacy.plan import METRIC, PrivacyPlan
+from trainer.tasks.task import Task
 
 FAILED = "FAILED"
 
@@ -193,26 +194,27 @@ class Silo:
         check_model(train, self.config.policy, self.workbench.base_model.content_digest)
         check_optimizer(train, self.config.policy)
         model, adapter = self.workbench.fitted(train, self.config.policy)
-        settings = self.workbench.local_settings(train, self.config.policy)
+        settings, examples = self.workbench.local_settings(train, self.config.policy), self.workbench.examples(train)
         release = self._release(request, digest, train.round)
         stored = self.ledger.reply(*release)
         if stored is not None:
             return stored
-        ready = self._proved(plan, model, adapter, settings)
+        ready = self._proved(plan, model, examples.task, adapter, settings)
         # 2. Charge.
         charge = self.ledger.charge(*release)
         if charge.reply is not None:  # by another process, meanwhile
             return charge.reply
         # 3. Train under the charge's own randomness.
-        update = ready.run(_streams(charge, digest), self.workbench.records)
+        update = ready.run(_streams(charge, digest), examples.records)
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
         trained = pb.Trained(receipt=self._receipt(request), update=to_bytes(update))
         reply = _serialized(self._reply(digest, trained=trained))
         return self.ledger.release(charge.number, request.run_id, reply)
 
-    def _proved(self, plan: PrivacyPlan, model: Any, adapter: Arrays, settings: LocalSettings) -> PrivateUpdate:
+    def _proved(
+        self, plan: PrivacyPlan, model: Any, task: Task, adapter: Arrays, settings: LocalSettings
+    ) -> PrivateUpdate:
         """A round's steps, ready to be charged: all that a request alone can make fail lies behind."""
-        task = self.workbench.task  # what fails there is the silo's own fault
         try:
             return PrivateUpdate(plan, model, task, adapter, settings)
         except InputError as error:

@@ -1,5 +1,6 @@
 """What a silo computes with: its units, the warm model, the task. Knows no ledger, and decides nothing."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from logging import Logger
@@ -8,11 +9,12 @@ from typing import Any
 
 from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig, SiloPolicy
+from configs.schema.stages import SHORTEST_CONTEXT
 from configs.schema.tasks import AugmentationSettings
 from configs.storage.manifests import Manifest, require_manifest
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen, frozen_digest
-from federated.adapters.warm_model import warm_model
+from federated.adapters.warm_model import hold_back, put_beside, warm_model
 from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import LocalSettings
 from federated.silo.requests import adaptation_of, arrays, correction_of
@@ -23,6 +25,23 @@ from trainer.data.reading.counts import Changed, reading, table
 from trainer.models.adapters import AdaptationError, shapes, trainable
 from trainer.tasks.task import Encoded, Task, task_of
 from trainer.tasks.text import joined
+
+
+class Examples:
+    """The training units as a task has them.
+
+    Args:
+        task: what a record is.
+        read: makes them, when they are asked for.
+    """
+
+    def __init__(self, task: Task, read: Callable[[Task], list[tuple[Encoded, ...]]]) -> None:
+        self.task, self._read = task, read
+
+    @cached_property
+    def records(self) -> list[tuple[Encoded, ...]]:
+        """The units, each as its examples. Private."""
+        return self._read(self.task)
 
 
 class Workbench:
@@ -37,6 +56,7 @@ class Workbench:
 
     def __init__(self, config: SiloConfig, base_model: Manifest, units: Units, log: Logger) -> None:
         self._config, self.base_model, self._units, self._log = config, base_model, units, log
+        self._shorter: Examples | None = None  # of the newest length below the base model's
         for note in units.notes:
             log.info("%s", note)
 
@@ -46,9 +66,33 @@ class Workbench:
         return task_of(self._config.policy.task_spec, Path(self._config.silo.base_model))
 
     @cached_property
+    def _whole(self) -> "Examples":
+        return Examples(self.task, self._examples)
+
+    def examples(self, train: pb.Train) -> "Examples":
+        """What a round trains on: its task, and the training units, which are not read yet.
+
+        Raises:
+            PolicyRefusal: the request's length is no length of an example here.
+        """
+        length, longest = train.context_length or self.task.context_length, self.task.context_length
+        if length == longest:
+            return self._whole
+        if not SHORTEST_CONTEXT <= length < longest:
+            raise PolicyRefusal.of("context_length", str(length), f"{SHORTEST_CONTEXT} to {longest}")
+        if self._shorter is None or self._shorter.task.context_length != length:
+            spec, model = self._config.policy.task_spec, Path(self._config.silo.base_model)
+            self._shorter = Examples(task_of(spec, model, length), self._examples)
+        return self._shorter
+
+    @property
     def records(self) -> list[tuple[Encoded, ...]]:
+        """The training units as the base model's whole length has them. Private."""
+        return self._whole.records
+
+    def _examples(self, task: Task) -> list[tuple[Encoded, ...]]:
         """The training units, each as its examples. Private; what was changed is counted in the silo's own log."""
-        records = [self.task.examples(unit) for unit in self._units.train]
+        records = [task.examples(unit) for unit in self._units.train]
         for line in self._table(records):
             self._log.info("%s", line)
         if self._units.deidentified is not None:
@@ -120,16 +164,21 @@ class Workbench:
             raise PolicyRefusal.of("task", asked.task, f"{own.name}, as the records were read when this silo started")
 
     def fitted(self, asked: pb.Train | pb.Evaluate, policy: SiloPolicy) -> tuple[Any, Arrays]:
-        """The warm model and the request's adapter, which fits it.
+        """The warm model and the request's adapter, which fits it; what doesn't train in this round is on the model.
 
         Raises:
             PolicyRefusal: it doesn't, or a value is beyond the policy's bound.
         """
-        model, adapter = self.model(asked), arrays(asked.adapter, policy.max_adapter_value)
-        if shapes(trainable(model)) != shapes(adapter):
+        model, largest = self.model(asked), policy.max_adapter_value
+        adapter, held, given = arrays(asked.adapter, largest), {}, {}
+        if isinstance(asked, pb.Train):
+            held = hold_back(model, asked.frozen_below)
+            given = arrays(asked.frozen, largest, "frozen") if asked.frozen else {}
+        if not adapter or shapes(trainable(model)) != shapes(adapter) or shapes(held) != shapes(given):
             raise PolicyRefusal.of(
                 "adapter", "other names or shapes", "those of the adapter that adapter_spec describes"
             )
+        put_beside(held, given)
         return model, adapter
 
     def local_settings(self, train: pb.Train, policy: SiloPolicy) -> LocalSettings:

@@ -7,7 +7,7 @@ from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_secret
-from federated.adapters.arrays import from_bytes, to_bytes
+from federated.adapters.arrays import to_bytes
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_reply
 from federated.protocol.framing import PROTOCOL_VERSION
@@ -75,9 +75,10 @@ class PublicSilo:
 
     def _update(self, train: pb.Train, digest: str) -> bytes:
         bench, streams = self._workbench, Streams(bytes(32), digest)  # of public data batches may be predictable
-        model, settings = bench.model(train), bench.local_settings(train, self._config.policy)
-        adapter = from_bytes(train.adapter)
-        return to_bytes(public_update(self._plan, streams, model, bench.task, adapter, bench.records, settings))
+        model, adapter = bench.fitted(train, self._config.policy)
+        settings, examples = bench.local_settings(train, self._config.policy), bench.examples(train)
+        update = public_update(self._plan, streams, model, examples.task, adapter, examples.records, settings)
+        return to_bytes(update)
 
 
 def _own_keys(config: SiloConfig) -> tuple[Signer, bytes]:

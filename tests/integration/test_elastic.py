@@ -20,8 +20,13 @@ from configs.events import read_events
 from trainer.checkpoints import resize as elastic
 
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
-# Under the second, the numbers of targets in a batch's rows differ.
-DATA = [(), ("data.packing=documents", "data.public.source=corpus.jsonl")]
+# Under the second, the numbers of targets in a batch's rows differ, and each leg begins with a stage of training: the
+# ranks before it have gone on into that stage by two steps, and are killed there.
+STAGED = """pretrain.stages=[
+    {steps=10, context_length=16, frozen="embeddings"}, {steps=10, context_length=32, learning_rate=0.005},
+    {steps=10, frozen=1}, {steps=10},
+]"""
+DATA = [(), ("data.packing=documents", "data.public.source=corpus.jsonl", STAGED)]
 
 
 def options(settings):

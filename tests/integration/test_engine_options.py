@@ -26,6 +26,16 @@ OFFLOADED = [
 ]
 CHECKPOINTING = [[f"zero_stage={stage}", "activation_checkpointing=true"] for stage in (2, 3)]
 HALVES = [[f"zero_stage={stage}", "precision=bf16"] for stage in STAGES]
+# The first boundary is where the checkpoint is saved, the second one after it.
+FREEZING = (
+    "stages=[{steps=2, frozen=1, context_length=8}, {steps=1, learning_rate=0.02}, {steps=37, frozen='embeddings'}]"
+)
+STAGED = [[f"zero_stage={stage}", "warmup_steps=0", FREEZING] for stage in STAGES]
+STAGED_OTHERWISE = [
+    ["zero_stage=2", "optimizer=momentum", "offload_optimizer=cpu", "warmup_steps=0", FREEZING],
+    ["zero_stage=3", "precision=bf16", "warmup_steps=0", FREEZING],
+]
+FROZEN = [("embed_tokens", "layers.0."), (), ("embed_tokens",)]  # by stage
 DROPOUT = ["dropout=0.5", "activation_checkpointing=true"]
 MEMORY = [
     ["zero_stage=1", "precision=bf16"],
@@ -65,9 +75,12 @@ def run_pair(kinds, folder):
     return {(row["kind"], tuple(row["overrides"])): row for row in rows}
 
 
+ALL = [*PLAIN, *OFFLOADED, *CHECKPOINTING, *HALVES, *STAGED, *STAGED_OTHERWISE, DROPOUT]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    studies = [("study", options) for options in (*PLAIN, *OFFLOADED, *CHECKPOINTING, *HALVES, DROPOUT)]
+    studies = [("study", options) for options in ALL]
     return run_pair([*studies, *(("memory", options) for options in MEMORY)], tmp_path_factory.mktemp("pair"))
 
 
@@ -90,6 +103,9 @@ def plain_losses(options):
         tokens = batch(config, step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(chosen, step)
+        if chosen.stages:
+            for name, parameter in model.named_parameters():  # what has no gradient is passed over
+                parameter.requires_grad_(not any(part in name for part in FROZEN[max(0, step - 1)]))
         loss = next_token_nats(model, tokens) / tokens[:, 1:].numel()
         optimizer.zero_grad()
         loss.backward()
@@ -99,7 +115,7 @@ def plain_losses(options):
     return losses
 
 
-@pytest.mark.parametrize("options", [*PLAIN, *OFFLOADED, *CHECKPOINTING], ids=" ".join)
+@pytest.mark.parametrize("options", [*PLAIN, *OFFLOADED, *CHECKPOINTING, *STAGED], ids=" ".join)
 def test_two_ranks_train_as_plain_pytorch_does(found, options):
     row = found["study", tuple(named(options))]
     expected = plain_losses(options)
@@ -107,7 +123,7 @@ def test_two_ranks_train_as_plain_pytorch_does(found, options):
     assert len(set(row["losses"])) == STEPS
 
 
-@pytest.mark.parametrize("options", [*PLAIN, *OFFLOADED, *CHECKPOINTING, *HALVES, DROPOUT], ids=" ".join)
+@pytest.mark.parametrize("options", ALL, ids=" ".join)
 def test_a_checkpoint_goes_on_as_if_nothing_had_happened(found, options):
     """Optimizer state included, and with dropout the same masks."""
     row = found["study", tuple(named(options))]

@@ -77,8 +77,13 @@ def test_zero_training_equals_plain_pytorch(tiny_run):
         assert found[step] == pytest.approx(loss, rel=1e-4), step
 
 
+# Twenty in turn, as long as it is from commit to commit: whatever goes on from a commit begins a stage.
+STAGES = ", ".join(["{steps=20, context_length=32, frozen=1}, {steps=20, learning_rate=0.005}"] * 10)
+
+
 def test_killed_ranks_and_a_killed_driver_resume_exactly(prepared, tiny_run, tmp_path):
-    arguments, run = prepared("pretrain.steps=400", "pretrain.commit_every=20", "pretrain.validate_every=400")
+    settings = ("pretrain.steps=400", "pretrain.commit_every=20", "pretrain.validate_every=400")
+    arguments, run = prepared(*settings, f"pretrain.stages=[{STAGES}]")
     first = start(arguments, tmp_path)
     wait_for(lambda: len(events(run, "commit")) >= 2)
     # 1. One rank dies: the gang restarts by itself from the last commit.
@@ -108,6 +113,12 @@ def test_killed_ranks_and_a_killed_driver_resume_exactly(prepared, tiny_run, tmp
         assert event["loss"] == pytest.approx(seen.setdefault(event["step"], event["loss"]), rel=1e-6)
     assert set(range(1, 401)) - set(seen) <= set(range(reported + 1, committed + 1))
     assert losses(run)[400] < losses(run)[1]
+    # 4. Each step and each commit says its stage; what an earlier start has trained by is not to be changed.
+    assert {event["training_stage"] for event in events(run, "step") if event["step"] == 390} == {20}
+    newest = max(run.glob("pretrain/checkpoints/step-*")) / "COMMITTED"
+    assert json.loads(newest.read_text())["metadata"]["training_stage"] == 20
+    errors = finish([*arguments, "--set", f"pretrain.stages=[{STAGES.replace('32', '16', 1)}]"], tmp_path, 2)
+    assert "pretrain.stages.0.context_length was 32 and is 16); choose another run.name" in errors
 
 
 def children(process):

@@ -37,7 +37,7 @@ def batch(config, step):
     import torch
 
     generator = torch.Generator().manual_seed(step)
-    shape = (config.pretrain.batch_size, config.model.context_length)
+    shape = (config.pretrain.batch_size, config.stage_at(step).context_length)
     return torch.randint(VOCABULARY, shape, generator=generator)
 
 
@@ -51,9 +51,9 @@ def train(engine, config, rank, first, last, scale_by=1.0):
     from trainer.pretraining.engine import set_step
 
     chosen, found = config.pretrain, []
-    targets = chosen.batch_size * (config.model.context_length - 1)
-    scale = rank.world_size * accumulation_steps(chosen, rank.world_size) / targets
     for step in range(first, last):
+        targets = chosen.batch_size * (config.stage_at(step).context_length - 1)
+        scale = rank.world_size * accumulation_steps(chosen, rank.world_size) / targets
         set_step(engine, config, step, rank)
         nats = torch.zeros(())
         for micro in batch(config, step)[rank.rank :: rank.world_size].split(chosen.micro_batch_size):

@@ -9,10 +9,11 @@ import numpy as np
 from configs.errors import SiloweaveError
 from configs.schema.data import corpora
 from configs.schema.schema import RunConfig
+from configs.schema.stages import stage_at
 from configs.storage.files import digest_bytes
 from configs.storage.manifests import Manifest
 from trainer.data.order import Int64s, Order, SkippedData
-from trainer.data.packing import TokenFile, Windows, stored_dtype, train_tokens
+from trainer.data.packing import TokenFile, Windows, lengths_apart, stored_dtype, train_tokens
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,45 @@ class Batches:
     """
 
     def __init__(self, config: RunConfig, corpus: Path, skipped: SkippedData = ()) -> None:
-        sources, dtype = corpora(config.data), stored_dtype(corpus)
-        self._files = [TokenFile(corpus / train_tokens(name), config.model.context_length, dtype) for name in sources]
-        self._batch_size = config.pretrain.batch_size
-        self._order = Order(
-            [file.num_windows for file in self._files],
-            [source.weight for source in sources.values()],
-            self._batch_size,
-            config.run.seed,
-            skipped,
-        )
+        self._batch_size, self._steps = config.pretrain.batch_size, [stage.steps for stage in config.stages]
+        self._stages = _stages(config, corpus, skipped)
 
     def number(self, step: int) -> int:
-        """Number of the batch that a step (from 0) trains on."""
-        return self._order.batch_number(step)
+        """Number of the batch that a step (from 0) trains on, counted through all stages."""
+        return self._stages[0][0].batch_number(step)
 
     def share(self, step: int, rank: int, world_size: int) -> Share:
         """One rank's part: places rank, rank + world_size, ... of the global batch."""
-        origins, windows = self._order.batch(step)
+        index, _ = stage_at(self._steps, step)
+        order, of_corpora = self._stages[index]
+        origins, windows = order.batch(step)
         samples = np.arange(rank, self._batch_size, world_size)
-        files = tuple(self._files[origin] for origin in origins[samples])
+        files = tuple(of_corpora[origin] for origin in origins[samples])
         numbers = self.number(step) * self._batch_size + samples
         return Share(samples, Windows(files, windows[samples], numbers))
+
+
+def _stages(config: RunConfig, corpus: Path, skipped: SkippedData) -> list[tuple[Order, list[TokenFile]]]:
+    """Each stage's order, and the corpora's files in its length.
+
+    A corpus goes on where the last stage of the same length has left it; in another length its windows are others.
+    """
+    names, dtype, apart = list(corpora(config.data)), stored_dtype(corpus), lengths_apart(config)
+
+    def opened(length: int) -> list[TokenFile]:
+        of_length = length if length in apart else None
+        return [TokenFile(corpus / train_tokens(name, of_length), length, dtype) for name in names]
+
+    files = {length: opened(length) for length in {stage.context_length for stage in config.stages}}
+    found: list[tuple[Order, list[TokenFile]]] = []
+    before: dict[int, Int64s] = {}
+    for stage in config.stages:
+        sizes = [file.num_windows for file in files[stage.context_length]]
+        weights, taken = [stage.weights.get(name, 0) for name in names], before.get(stage.context_length)
+        order = Order(sizes, weights, config.pretrain.batch_size, config.run.seed, skipped, stage.first, taken)
+        before[stage.context_length] = order.taken(stage.steps)
+        found.append((order, files[stage.context_length]))
+    return found
 
 
 def prove_disjoint(shares: Sequence[dict[int, str]], expected: dict[int, str]) -> None:

@@ -22,10 +22,12 @@ class Order:
 
     Args:
         num_windows: windows of each corpus.
-        weights: share of each corpus in the samples, up to a factor.
+        weights: share of each corpus in the samples, up to a factor; 0: none.
         batch_size: samples per step.
         seed: of the permutations.
         skipped: ranges [first, end) of batches that are passed over.
+        first: number of the first batch that is of this order.
+        before: samples of each corpus that other orders have taken before; this one goes on after them.
     """
 
     def __init__(
@@ -35,10 +37,13 @@ class Order:
         batch_size: int,
         seed: int,
         skipped: SkippedData = (),
+        first: int = 0,
+        before: Int64s | None = None,
     ) -> None:
         self._num_windows, self._batch_size, self._seed = num_windows, batch_size, seed
         self._counts = _shares(weights)
-        self._skipped = merged(skipped)
+        self._skipped, self._first = merged(skipped), first
+        self._before = np.zeros(len(num_windows), dtype=np.int64) if before is None else before
 
     def batch_number(self, step: int) -> int:
         """The batch that a step (from 0) trains on: those that are skipped are passed over."""
@@ -50,8 +55,10 @@ class Order:
 
     def batch(self, step: int) -> tuple[Int64s, Int64s]:
         """Corpus and window of each sample of a step, by position in the global batch."""
-        samples = self.batch_number(step) * self._batch_size + np.arange(self._batch_size, dtype=np.int64)
+        start = (self.batch_number(step) - self._first) * self._batch_size
+        samples = start + np.arange(self._batch_size, dtype=np.int64)
         corpora, numbers = self._interleaved(samples)
+        numbers += self._before[corpora]
         windows = np.empty_like(samples)
         for corpus, size in enumerate(self._num_windows):
             mine = corpora == corpus
@@ -62,6 +69,12 @@ class Order:
                 shuffled[now] = permuted(offsets[now], size, (self._seed, corpus, int(epoch)))
             windows[mine] = shuffled
         return corpora, windows
+
+    def taken(self, steps: int) -> Int64s:
+        """Samples of each corpus up to so many steps of this order, those before it included, where none is skipped."""
+        cycles, rest = divmod(steps * self._batch_size, int(self._counts.sum()))
+        corpora, _ = self._interleaved(np.arange(rest, dtype=np.int64) + cycles * int(self._counts.sum()))
+        return self._before + cycles * self._counts + np.bincount(corpora, minlength=len(self._counts))
 
     def _interleaved(self, samples: Int64s) -> tuple[Int64s, Int64s]:
         """Each sample's corpus, and its number among the samples of that corpus."""
@@ -93,10 +106,11 @@ def merged(ranges: SkippedData) -> list[tuple[int, int]]:
 
 def _shares(weights: Sequence[float]) -> Int64s:
     """Samples of each corpus in a cycle, one at least: exact proportions (largest remainders) in every cycle."""
-    if len(weights) == 1:
-        return np.ones(1, dtype=np.int64)
+    there = np.asarray(weights) > 0
+    if there.sum() == 1:
+        return there.astype(np.int64)
     exact = np.asarray(weights) / np.sum(weights) * _CYCLE
-    counts: Int64s = np.maximum(np.floor(exact).astype(np.int64), 1)
+    counts: Int64s = np.maximum(np.floor(exact).astype(np.int64), there)
     left = max(0, _CYCLE - int(counts.sum()))
     counts[np.argsort(counts - exact, kind="stable")[:left]] += 1
     return counts

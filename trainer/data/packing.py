@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.errors import InputError
+from configs.schema.schema import RunConfig
 from configs.storage.manifests import read_manifest
 
 VALIDATION_TOKENS = "tokens-validation.bin"
@@ -230,6 +231,13 @@ class Windows:
         return Windows((file,), (self.indices[row : row + 1] + step) % file.num_windows, self.numbers[row : row + 1])
 
 
-def train_tokens(corpus: str) -> str:
-    """File name of a corpus' training tokens."""
-    return f"tokens-train-{corpus}.bin"
+def train_tokens(corpus: str, length: int | None = None) -> str:
+    """File name of a corpus' training tokens, those of ``lengths_apart`` with their length."""
+    return f"tokens-train-{corpus}.bin" if length is None else f"tokens-train-{corpus}.{length}.bin"
+
+
+def lengths_apart(config: RunConfig) -> list[int]:
+    """Lengths of stages that have files of their own: whole documents are packed anew, a joined text is cut anew."""
+    if config.data.packing == "concatenate":
+        return []
+    return sorted({stage.context_length for stage in config.stages} - {config.model.context_length})

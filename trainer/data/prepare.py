@@ -6,17 +6,25 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.schema.data import PUBLIC, corpora, field_of
+from configs.schema.data import corpora, field_of
 from configs.schema.schema import RunConfig
 from configs.storage.files import canonical_json, digest_json, write_atomic, write_failure
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, finished
 from trainer.data.origins import ORIGINS, digests, origin, since, since_prepared
-from trainer.data.packing import DTYPE_FIELD, VALIDATION_TOKENS, pack, token_dtype, train_tokens
+from trainer.data.packing import (
+    DTYPE_FIELD,
+    VALIDATION_TOKENS,
+    lengths_apart,
+    pack,
+    token_dtype,
+    train_tokens,
+)
 from trainer.data.parts import Deidentify, MapParts, Parts, one_after_the_other
 from trainer.data.sources import ReadCounts, read_rows
 from trainer.data.tokenizer import special_tokens, train_tokenizer
@@ -95,13 +103,15 @@ def prepare(
     each("tokens", partial(parts.encode, tokenizer_directory=tokenizer_directory, held_out=held_out))
     corpus.mkdir(parents=True)
 
-    def packed(name: str, source: str | None, *, held_out: bool) -> dict[str, int]:
-        documents = parts.encoded(count, source, held_out=held_out, vocab_size=size)
-        return pack(documents, corpus / name, config.model.context_length, config.data.packing, dtype)
+    def packed(name: str, source: str | None, length: int | None = None) -> dict[str, int]:
+        documents = parts.encoded(count, source, held_out=source is None, vocab_size=size)
+        return pack(documents, corpus / name, length or config.model.context_length, config.data.packing, dtype)
 
     try:
-        metadata["train"] = {name: packed(train_tokens(name), name, held_out=False) for name in corpora(config.data)}
-        metadata["validation"] = packed(VALIDATION_TOKENS, None, held_out=True)
+        metadata["train"] = {name: packed(train_tokens(name), name) for name in corpora(config.data)}
+        metadata["validation"] = packed(VALIDATION_TOKENS, None)
+        for name, length in product(corpora(config.data), lengths_apart(config)):
+            packed(train_tokens(name, length), name, length)
     except OSError as error:
         raise write_failure(corpus, error) from error
     _check_size(config, metadata)
@@ -148,10 +158,10 @@ def _shaping(config: RunConfig) -> list[Any]:
     sources = {name: source.model_dump(exclude={"weight"}) for name, source in corpora(data).items()}
     cleaning = [data.validation_fraction, data.min_characters, data.near_duplicate_similarity]
     # A concatenated corpus is cut into windows as it is read, a packed one as it is written.
-    packing = [data.packing, config.model.context_length] if data.packing == "documents" else [data.packing]
+    whole = [config.model.context_length, *lengths_apart(config)] if data.packing == "documents" else []
     # Beside end-of-text, which every tokenizer has.
     special = special_tokens(config.objective, config.model.context_length)[1:]
-    return [sources, *cleaning, *packing, config.tokenizer.model_dump(), *([special] if special else [])]
+    return [sources, *cleaning, data.packing, *whole, config.tokenizer.model_dump(), *([special] if special else [])]
 
 
 def _read_public(config: RunConfig, parts: Parts, on_note: Callable[[str], object]) -> tuple[int, dict[str, Any]]:
@@ -206,11 +216,13 @@ def is_held_out(text: str, fraction: float, seed: int) -> bool:
 
 
 def _check_size(config: RunConfig, metadata: dict[str, Any]) -> None:
-    """Every corpus fills a window, one that is alone fills a batch, and there is something to validate on."""
+    """Every corpus fills a window, one that is alone in a stage a batch, and there is something to validate on."""
     found = {field_of(name): (counts["windows"], 1) for name, counts in metadata["train"].items()}
     found["validation text of the public corpora"] = (metadata["validation"]["windows"], 1)
-    if len(metadata["train"]) == 1:
-        found[field_of(PUBLIC)] = (metadata["train"][PUBLIC]["windows"], config.pretrain.batch_size)
+    for stage in config.stages:
+        if len(stage.weights) == 1:
+            (name,) = stage.weights
+            found[field_of(name)] = (metadata["train"][name]["windows"], config.pretrain.batch_size)
     for field, (windows, needed) in found.items():
         if windows < needed:
             raise InputError(

@@ -112,6 +112,32 @@ def _below(parts: list[str], model: Any) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.split(".")[0] in parts}
 
 
+def depths(model: Any) -> dict[str, int]:
+    """How far up each parameter lies: 0 an embedding, 1 the lowest layer, and one more than all layers what is above.
+
+    A layer is what stands in a list of modules, outermost; encoder and decoder count from 1 each. What comes before
+    them all is an embedding as well, such as the norm of BERT's.
+    """
+    modules, found, above = dict(model.named_modules()), {}, []
+    for name, _ in model.named_parameters():
+        layer = _layer(name, modules)
+        if layer is not None:
+            found[name] = layer + 1
+        elif not any(found.values()) or isinstance(modules[name.rpartition(".")[0]], torch.nn.Embedding):
+            found[name] = 0
+        else:
+            above.append(name)
+    return found | dict.fromkeys(above, max(found.values(), default=0) + 1)
+
+
+def _layer(name: str, modules: Mapping[str, Any]) -> int | None:
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal() and isinstance(modules[".".join(parts[:place])], torch.nn.ModuleList):
+            return int(part)
+    return None
+
+
 def linear_names(model: Any) -> list[str]:
     """The own names of a model's linear layers, sorted: peft's "all-linear", and the output head.
 

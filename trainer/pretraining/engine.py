@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from trainer.pretraining.deepspeed_settings import deepspeed_config, require_supported
-from trainer.pretraining.optimizers import learning_rate, new_optimizer
+from trainer.pretraining.optimizers import hold_back, learning_rate, new_optimizer
 from trainer.rank import Rank
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
     setattr(model, constants.UNIVERSAL_CHECKPOINT_INFO, version)
     sizes = [parameter.numel() for parameter in model.parameters()]
+    frozen = hold_back(model, config)
     if settings.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise InputError(
@@ -48,6 +49,7 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     )
     if settings.zero_stage == 0 and settings.precision != "fp32":
         _take_back_first_step(engine.optimizer)
+    engine.frozen = frozen
     if settings.torch_compile:
         engine.compile()
     return engine
@@ -82,11 +84,16 @@ def _take_back_first_step(optimizer: Any) -> None:
 
 
 def set_step(engine: Any, config: RunConfig, step: int, rank: Rank) -> None:
-    """Sets what a step has of its own, learning rate and dropout masks: both depend on the step, not on the past."""
+    """Sets what a step has of its own, all of which depends on the step and not on the past.
+
+    That is its learning rate, what is frozen, and its dropout masks.
+    """
     from trainer.pretraining.dropout import seed_dropout
 
+    engine.frozen.below = config.stage_at(step).frozen_below
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(config.pretrain, step)
+        group["frozen"] = group.get("depth", 0) < engine.frozen.below  # commits of before have no depth
     if config.pretrain.dropout:
         seed_dropout(config.run.seed, step, rank.rank)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from configs.events import Listener
 from configs.schema.pretrain import ModelSettings
 from configs.schema.schema import RunConfig
+from configs.schema.stages import numbered
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
 from configs.storage.mirror import local_stage
@@ -83,12 +84,15 @@ def pretrain(
     begun = _begin(config, run_directory, rank, report, enter, skipped)
     engine, corpus, facts, progress, commits, batches, objective = begun
     rates = Throughput(engine.module, config, rank)
+    stage_number = partial(numbered, [stage.steps for stage in settings.stages])
     import torch
     from torch import distributed
 
     for step in range(progress.committed, settings.steps):
-        began, done = time.perf_counter(), step + 1
+        began, done, stage = time.perf_counter(), step + 1, config.stage_at(step)
         enter(done, "data")
+        if step == stage.first:
+            progress.forget_losses()
         # 1. The rank's share of the global batch, a pure function of (seed, step, place).
         share = batches.share(step, rank.rank, rank.world_size)
         micro_batches = [objective.examples(part) for part in share.windows.micro_batches(settings.micro_batch_size)]
@@ -124,7 +128,7 @@ def pretrain(
             asked = time.perf_counter()
             _finish(commits, partial(enter, done), alive)
             enter(done, "save")
-            commits.commit(engine, done, progress.as_metadata(), asked)
+            commits.commit(engine, done, {**progress.as_metadata(), **stage_number(step)}, asked)
             progress.committed = done
         commits.check()
     _leave(commits, partial(enter, settings.steps), alive)
@@ -193,16 +197,18 @@ def _prove_shares(batches: Batches, step: int, rank: Rank) -> None:
 
 
 def _step_event(config: RunConfig, done: int, loss: float, seconds: float, rates: Throughput) -> dict[str, Any]:
-    tokens = config.pretrain.batch_size * config.model.context_length
+    length = config.stage_at(done - 1).context_length
+    tokens = config.pretrain.batch_size * length
     return {
         "event": "step",
         "step": done,
         "steps": config.pretrain.steps,
+        **numbered([stage.steps for stage in config.pretrain.stages], done - 1),
         "loss": loss,
         "learning_rate": learning_rate(config.pretrain, done - 1),
         "tokens": tokens,
         "seconds": seconds,
-        **rates.figures(tokens, seconds),
+        **rates.figures(tokens, length, seconds),
     }
 
 

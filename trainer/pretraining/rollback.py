@@ -54,6 +54,10 @@ class Progress:
         """What a commit keeps of it."""
         return {"skipped": self.skipped, "losses": list(self._losses)}
 
+    def forget_losses(self) -> None:
+        """What a loss was on other data, or in another length, says nothing about the next one."""
+        self._losses.clear()
+
     def require_good_loss(self, loss: float, step: int, skip: tuple[int, int]) -> None:
         """Raises RollBack where a loss is a spike or not finite; else remembers it."""
         self.require(self._loss_trouble(loss), step, skip)

@@ -59,7 +59,7 @@ def flops_per_token(model: Any, context_length: int) -> float:
     return 6.0 * matmul_parameters(model) + 12.0 * layers * width * context_length
 
 
-def counted_flops(config: RunConfig, vocab_size: int) -> float | None:
+def counted_flops(config: RunConfig, vocab_size: int, context_length: int) -> float | None:
     """Operations of forward and backward for one token of a window, as torch counts them; None where it can't."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -67,7 +67,6 @@ def counted_flops(config: RunConfig, vocab_size: int) -> float | None:
     from trainer.models.families import empty_model
     from trainer.objectives.span_corruption import lengths
 
-    context_length = config.model.context_length
     names = {"input_ids": context_length}
     if config.objective == "span_corruption":
         names = dict(zip(("input_ids", "decoder_input_ids"), lengths(context_length), strict=True))
@@ -100,18 +99,25 @@ class Throughput:
         import psutil
         import torch
 
-        self._flops_per_token: float | None
+        lengths = {stage.context_length for stage in config.stages}
+        self._flops_per_token: dict[int, float | None]
         if config.model.config or config.objective == "span_corruption":
-            self._flops_per_token = counted_flops(config, model.config.get_text_config().vocab_size)
+            size = model.config.get_text_config().vocab_size
+            self._flops_per_token = {length: counted_flops(config, size, length) for length in lengths}
         else:
-            self._flops_per_token = flops_per_token(model, config.model.context_length)
+            self._flops_per_token = {length: flops_per_token(model, length) for length in lengths}
         self._cuda: Any = torch.cuda if rank.device == "cuda" else None
         peak = peak_flops(self._cuda.get_device_name(), config.pretrain.precision) if self._cuda else None
         self._peak = peak and peak * rank.world_size
         self._process = psutil.Process()
 
-    def figures(self, tokens: int, seconds: float) -> dict[str, float | int | None]:
+    def figures(self, tokens: int, context_length: int, seconds: float) -> dict[str, float | int | None]:
         """A step's rates over all ranks, and this rank's memory.
+
+        Args:
+            tokens: of the step.
+            context_length: of its sequences.
+            seconds: that it took.
 
         Returns:
             ``gflop_per_s`` (None where operations can't be counted); ``mfu``, the share of the devices' peak (None
@@ -119,7 +125,8 @@ class Throughput:
             ``memory_bytes`` and ``peak_memory_bytes``, resident in this rank's process; ``gpu_memory_bytes``, the most
             that was allocated on its GPU (None on a CPU).
         """
-        achieved = self._flops_per_token * tokens / seconds if self._flops_per_token is not None else None
+        flops = self._flops_per_token[context_length]
+        achieved = flops * tokens / seconds if flops is not None else None
         resident = self._process.memory_info().rss
         return {
             "gflop_per_s": None if achieved is None else achieved / 1e9,

@@ -209,8 +209,8 @@ def kind_of(name: str) -> TaskKind:
     return kind
 
 
-def task_of(spec: TaskSpec, model_directory: Path) -> Task:
-    """A task, with the tokenizer and the context length of an exported model.
+def task_of(spec: TaskSpec, model_directory: Path, context_length: int | None = None) -> Task:
+    """A task, with the tokenizer of an exported model, and with its context length where none is given.
 
     Raises:
         InputError: there is no such task, the model's manifest does not name a context length, or the task can't be
@@ -225,7 +225,7 @@ def task_of(spec: TaskSpec, model_directory: Path) -> Task:
 
         refuse_all_but_decoders(model_directory)
         kind = LikelihoodTask
-    return kind(load_tokenizer(model_directory), context_length_of(model_directory), spec)
+    return kind(load_tokenizer(model_directory), context_length or context_length_of(model_directory), spec)
 
 
 def has_both_sides(model_directory: Path) -> bool:

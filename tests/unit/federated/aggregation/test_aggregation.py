@@ -369,6 +369,50 @@ def test_a_frozen_a_neither_travels_nor_changes():
         RoundAggregation(chosen, adapter, {}, 1).add("east", UPDATES[0]["east"])
 
 
+LOW, HIGH = "layers.0.lora_{}.default.weight", "layers.1.lora_{}.default.weight"
+
+
+def two_layers(seed):
+    return {
+        layer.format(factor): array
+        for number, layer in enumerate((LOW, HIGH))
+        for factor, array in zip("AB", random(seed + number).values(), strict=True)
+    }
+
+
+WAYS = set(itertools.product(("fedavg", "fedavgm", "fedadam", "scaffold"), ("average", "ffa", "product")))
+
+
+@pytest.mark.parametrize(("name", "adapters"), sorted(WAYS - {("scaffold", "product")}))
+def test_what_is_held_back_keeps_its_bits_and_its_state_while_the_rest_goes_on(name, adapters):
+    chosen = settings(name, adapters=adapters, **({"optimizer": "sgd"} if name == "scaffold" else {}))
+    travelling = {factor for factor in two_layers(0) if adapters != "ffa" or ".lora_A." not in factor}
+    low = frozenset(factor for factor in travelling if "layers.0." in factor)
+    adapter, state = two_layers(99), {}
+    for number, held_back in enumerate((frozenset(), low, low, frozenset())):
+        aggregation = RoundAggregation(chosen, adapter, state, 2, held_back=held_back)
+        sent = aggregation.sent("east")
+        assert (set(sent.frozen), set(sent.adapter)) == (set(held_back), travelling - held_back)
+        assert all(np.array_equal(sent.frozen[factor], adapter[factor]) for factor in held_back)
+        for seed, silo in enumerate(("east", "west")):
+            aggregation.add(silo, {factor: two_layers(10 * number + seed)[factor] for factor in sent.adapter})
+        after, kept = aggregation.result()
+        for factor, before in adapter.items():
+            assert np.array_equal(after[factor], before) == (factor not in sent.adapter), factor
+        of_low = {key for key in state if "layers.0." in key}
+        assert all(np.array_equal(kept[key], state[key]) for key in of_low) == bool(held_back or not of_low)
+        assert set(kept) >= set(state)
+        adapter, state = after, kept
+
+
+def test_an_update_of_what_is_held_back_is_refused():
+    adapter = two_layers(99)
+    low = frozenset(factor for factor in adapter if "layers.0." in factor)
+    aggregation = RoundAggregation(settings(), adapter, {}, 1, held_back=low)
+    with pytest.raises(ValueError, match="names or shapes are not the adapter's"):
+        aggregation.add("east", two_layers(1))
+
+
 def test_products_are_averaged_exactly_and_factored_again():
     """Where the mean product has the rank, it comes back; averaging the factors would give something else."""
     before, same = random(99), random(98)

@@ -9,7 +9,7 @@ from silo_requests import TRUSTED, ask
 
 from configs.schema.silo import SiloConfig
 from federated.adapters.arrays import from_bytes, to_bytes
-from federated.adapters.warm_model import initial_adapter, warm_model
+from federated.adapters.warm_model import initial_adapter, kept_warm
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
 from federated.silo.units import rows_of
@@ -72,9 +72,9 @@ def adapter(tiny_run):
 
 def test_what_other_data_left_in_the_warm_model_never_reaches_a_release(tmp_path, tiny_model, adapter):
     """A silo's release on a fresh model, and on one that another silo has just trained: the same bytes."""
-    warm_model.cache_clear()
+    kept_warm.cache_clear()
     alone, _ = trained(silo_of(tmp_path / "alone", tiny_model, 120), adapter)
-    warm_model.cache_clear()
+    kept_warm.cache_clear()
     other, _ = trained(silo_of(tmp_path / "other", tiny_model, 120, "north"), adapter)
     after, _ = trained(silo_of(tmp_path / "after", tiny_model, 120), adapter)
     assert alone.trained.update == after.trained.update

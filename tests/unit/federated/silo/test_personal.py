@@ -13,7 +13,7 @@ from configs.schema.pretrain import ModelSettings
 from configs.schema.silo import SiloConfig
 from configs.storage.sealing import MasterKey, write_sealed
 from federated.adapters.arrays import to_bytes
-from federated.adapters.warm_model import initial_adapter, warm_model
+from federated.adapters.warm_model import initial_adapter, kept_warm
 from federated.protocol import silo_pb2 as pb
 from federated.silo.personal import PersonalSettings, personalise
 from federated.silo.silo import Silo
@@ -88,7 +88,7 @@ def test_a_personal_adapter_changes_no_byte_of_any_later_update(open_silo, adapt
         updates[name].append(round_of(silo, adapter, 2))
         silo.close()
         if name == "personal, too":  # and after a restart, with a model read anew
-            warm_model.cache_clear()
+            kept_warm.cache_clear()
             again = Silo(silo.config, TRUSTED)
             assert round_of(again, adapter, 2) == updates[name][1]
             again.close()

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from silo_requests import TRUSTED, ask, ward
+from silo_requests import COORDINATOR, TRUSTED, ask, ward
 
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen, frozen_digest
 from federated.adapters.warm_model import initial_adapter
 from federated.protocol import silo_pb2 as pb
+from federated.protocol.envelope import seal_request
 from federated.silo.silo import Silo
 from privacy.plan import METRIC, MetricRelease, PlanTerms
 from trainer.models.load import load_model
@@ -80,6 +81,79 @@ def test_a_frozen_a_is_the_same_beside_weights_in_bfloat16(silo, tiny_run):
     sent = {name: array for name, array in adapter.items() if not frozen(name)}
     spec = {"base_dtype": "bfloat16", "frozen_digest": frozen_digest(adapter), "frozen_seed": seed}
     assert set(from_bytes(train(silo, "ffa", sent, 5, **spec).trained.update)) == set(sent)
+
+
+def below(adapter, part):
+    return {name: array for name, array in adapter.items() if part in name}
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory, tiny_model):
+    silo = opened(tmp_path_factory.mktemp("staged"), tiny_model, train=ALL)
+    yield silo
+    silo.close()
+
+
+def in_stage(silo, request_id, adapter, round_number, part, **changes):
+    held = below(adapter, part)
+    sent = {name: array for name, array in adapter.items() if name not in held}
+    fields = {"round": round_number, "learning_rate": 0.01, "optimizer": "sgd", "frozen": to_bytes(held)}
+    return ask(silo, request_id, train=pb.Train(**{**request(silo, sent), **fields, **changes}))
+
+
+def test_what_a_round_freezes_takes_part_and_does_not_leave(staged, tiny_run):
+    adapter = initial(tiny_run)
+    reply, _ = in_stage(staged, "stage-1", adapter, 1, "layers.0.", frozen_below=2)
+    update = from_bytes(reply.trained.update)
+    assert set(update) == set(adapter) - set(below(adapter, "layers.0."))
+    assert all(array.any() for array in update.values())
+    # 1. It is what the request says that it is: another value of it makes another update, seed and all else equal.
+    other = {name: array + 0.5 if "layers.0." in name else array for name, array in adapter.items()}
+    moved, _ = in_stage(staged, "stage-2", other, 2, "layers.0.", frozen_below=2)
+    plain, _ = in_stage(staged, "stage-3", adapter, 3, "layers.0.", frozen_below=2)
+    assert moved.trained.update != plain.trained.update
+    # 2. The next round may train all of it again, and an answered request has the same answer.
+    whole, body = ask(
+        staged,
+        "stage-4",
+        train=pb.Train(**request(staged, adapter), round=4, learning_rate=0.01, optimizer="sgd"),
+    )
+    assert set(from_bytes(whole.trained.update)) == set(adapter)
+    in_stage(staged, "stage-5", adapter, 5, "layers.0.", frozen_below=2)
+    assert staged.handle(seal_request(COORDINATOR, body)) == staged.handle(seal_request(COORDINATOR, body))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("layers.0.", {}),  # something is sent that is not said to be frozen
+        ("layers.0.", {"frozen_below": 1}),
+        ("layers.1.", {"frozen_below": 2}),
+        ("", {"frozen_below": 99}),  # nothing is left to train
+        ("layers.0.", {"frozen_below": 2, "frozen": b""}),
+    ],
+)
+def test_what_is_frozen_has_to_be_what_the_request_says(staged, tiny_run, part, changes):
+    charged = staged.ledger.journal.bodies()
+    reply, _ = in_stage(staged, "other", initial(tiny_run), 9, part, **changes)
+    assert reply.refusal.rule == "adapter"
+    assert staged.ledger.journal.bodies() == charged
+
+
+def test_a_round_of_shorter_examples_and_one_of_all(staged, tiny_run):
+    adapter = initial(tiny_run)
+    found = {}
+    for number, length in ((6, 8), (7, 64), (8, 0)):
+        fields = {"round": number, "learning_rate": 0.01, "optimizer": "sgd", "context_length": length}
+        asked = pb.Train(**request(staged, adapter), **fields)
+        assert ask(staged, f"length-{number}", train=asked)[0].WhichOneof("kind") == "trained"
+        examples = staged.workbench.examples(asked)
+        found[length] = max(len(example.ids) for unit in examples.records for example in unit)
+    assert found[8] == 8 < found[64] == found[0] <= 64
+    for length in (7, 65):
+        fields = {"round": 9, "learning_rate": 0.01, "optimizer": "sgd", "context_length": length}
+        reply = ask(staged, "beyond", train=pb.Train(**request(staged, adapter), **fields))[0]
+        assert (reply.refusal.rule, reply.refusal.allowed) == ("context_length", "8 to 64")
 
 
 def test_parameters_that_travel_begin_as_the_base_models(tiny_run):

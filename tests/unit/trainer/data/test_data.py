@@ -6,6 +6,7 @@ import pytest
 
 from configs.errors import InputError, SiloweaveError
 from configs.load import load
+from configs.schema.schema import RunConfig
 from trainer.data.batches import Batches, prove_disjoint
 from trainer.data.cleaning import CleaningCounts, Copies, candidates, normalise
 from trainer.data.embedded import plays, python_docs
@@ -156,6 +157,27 @@ def test_skipped_batches_are_passed_over_and_nothing_else_moves():
     assert merged([(9, 11), (3, 5), (4, 6), (6, 7)]) == [(3, 7), (9, 11)]
 
 
+def test_an_order_goes_on_with_each_corpus_where_another_one_has_left_it():
+    sizes = [40, 30, 25]
+    first = Order(sizes, [3, 1, 0], 8, seed=0)
+    second = Order(sizes, [0, 1, 2], 8, seed=0, first=7, before=first.taken(7))
+    drawn = [[], [], []]
+    for order, steps in ((first, range(7)), (second, range(7, 10))):
+        for corpus, window in (found for step in steps for found in zip(*order.batch(step), strict=True)):
+            drawn[corpus].append(int(window))
+    assert [len(windows) for windows in drawn] == second.taken(3).tolist()
+    assert min(map(len, drawn[:2])) > 0
+    for size, windows in zip(sizes, drawn, strict=True):
+        assert len(set(windows[:size])) == min(size, len(windows))  # nothing comes again before all has come
+
+
+def test_a_corpus_that_an_order_leaves_out_is_never_drawn_and_a_lone_one_always():
+    assert set(Order([40, 30], [0, 2], 8, seed=0).batch(3)[0]) == {1}
+    assert Order([40, 30], [0, 2], 8, seed=0).taken(5).tolist() == [0, 40]
+    alone = Order([30], [1], 8, seed=0)
+    assert alone.taken(5).tolist() == [40]
+
+
 @pytest.fixture(scope="module", params=["concatenate", "documents"])
 def corpus(request, tmp_path_factory):
     """Two small corpora, prepared."""
@@ -189,6 +211,65 @@ def test_corpora_are_packed_apart_and_their_copies_dropped_together(corpus):
     for name, part in counts.items():
         assert TokenFile(run / "corpus" / train_tokens(name), 32, DTYPE).num_windows == part["windows"]
         assert part["tokens"] - part["tokens_kept"] < 32
+
+
+STAGED = {
+    "steps": 30,
+    "stages": [
+        {"steps": 10, "context_length": 16},
+        {"steps": 3, "weights": {"other": 1}},
+        {"steps": 12, "weights": {"other": 1}},
+        {"steps": 5, "context_length": 16},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def staged(corpus, tmp_path_factory):
+    """The same corpora, for stages of two lengths."""
+    tree = corpus[0].model_dump(exclude_none=True)
+    config = RunConfig.model_validate({**tree, "pretrain": {**tree["pretrain"], **STAGED}})
+    run = tmp_path_factory.mktemp("staged")
+    return config, run, prepare(config, run)
+
+
+def test_stages_read_their_own_corpora_in_their_own_length(staged):
+    config, run, manifest = staged
+    batches = Batches(config, run / "corpus")
+    steps = [batches.share(step, 0, 1).windows for step in range(30)]
+    assert [windows.tokens.shape[1] for windows in steps] == [16] * 10 + [32] * 15 + [16] * 5
+    (other,) = {file for windows in steps[10:25] for file in windows.files}
+    assert other.num_windows == manifest.metadata["train"]["other"]["windows"]
+    assert len({file for windows in steps[:10] for file in windows.files}) == 2
+    # Numbers go on through all stages: what is drawn for a sample by them is drawn once.
+    numbers = np.concatenate([windows.numbers for windows in steps])
+    assert numbers.tolist() == list(range(240))
+
+
+def test_two_stages_of_one_corpus_in_one_length_are_one_pass_over_it(staged):
+    config, run, _ = staged
+    batches = Batches(config, run / "corpus")
+    whole = [batches.share(step, 0, 1).windows for step in range(10, 25)]
+    size, drawn = whole[0].files[0].num_windows, np.concatenate([windows.indices for windows in whole]).tolist()
+    assert 24 < size < len(drawn)  # the first of the stages takes 24
+    assert sorted(drawn[:size]) == list(range(size))
+
+
+def test_whole_documents_are_packed_for_each_length(staged):
+    config, run, _ = staged
+    batches = Batches(config, run / "corpus")
+    for step in (0, 12):
+        positions = batches.share(step, 0, 1).windows.positions
+        # A window begins with a piece, and is no part of a longer window.
+        assert positions is None if config.data.packing == "concatenate" else not positions[:, 0].any()
+
+
+def test_skipped_data_shift_all_that_follows_through_the_stages(staged):
+    config, run, _ = staged
+    plain, skipping = Batches(config, run / "corpus"), Batches(config, run / "corpus", [(8, 11)])
+    assert [skipping.number(step) for step in (7, 8, 10)] == [7, 11, 13]
+    found = skipping.share(10, 0, 1).windows
+    assert found.tokens.tolist() == plain.share(13, 0, 1).windows.tokens.tolist()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -1,13 +1,15 @@
 """Which layers an adapter stands on: every linear one of any family but a head that shares the embedding's weight."""
 
+import re
+
 import pytest
 import torch
-from model_families import bert, classified, gpt2, llama, masked, next_token, t5, translated
+from model_families import bert, classified, gpt2, llama, masked, next_token, of_family, t5, translated
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from configs.schema.pretrain import ModelSettings
-from trainer.models.adapters import Adaptation, AdaptationError, adapted, add_adapter, trainable
+from trainer.models.adapters import Adaptation, AdaptationError, adapted, add_adapter, depths, trainable
 from trainer.models.families import new_model
 
 BEFORE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
@@ -96,6 +98,39 @@ def test_every_linear_layer_of_a_family_has_an_adapter_and_nothing_else_trains(f
     assert torch.equal(losses_of(model)(records), before)  # B is zero at the start
     losses_of(model)(records).sum().backward()
     assert all(value.grad.any() for name, value in weights.items() if "lora_B" in name)
+
+
+DEPTHS = {
+    "llama": (
+        llama,
+        {0: r"model\.embed_tokens", 1: r"model\.layers\.0", 2: r"model\.layers\.1", 3: r"model\.norm|lm_head"},
+    ),
+    "gpt2": (gpt2, {0: r"transformer\.w[tp]e", 1: r"transformer\.h\.0", 2: r"transformer\.h\.1", 3: r".*ln_f|lm_head"}),
+    "bert": (
+        lambda: bert(AutoModelForMaskedLM),
+        {0: r"bert\.embeddings", 1: r"bert\.encoder\.layer\.0", 2: r"bert\.encoder\.layer\.1", 3: r"cls"},
+    ),
+    "t5": (
+        lambda: t5(tied=True),
+        {0: "shared", 1: r"(en|de)coder\.block\.0", 2: r"(en|de)coder\.block\.1", 3: ".*final_layer_norm"},
+    ),
+    "lstm": (lambda: of_family("lstm"), {0: "embed_tokens", 1: r"layers\.0", 2: r"layers\.1", 3: "norm|lm_head"}),
+    "llama with LoRA": (
+        lambda: add_adapter(llama(), 2, 4.0, seed=0),
+        {0: r".*embed_tokens", 1: r".*model\.layers\.0", 2: r".*model\.layers\.1", 3: r".*model\.norm|.*lm_head"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", DEPTHS)
+def test_embeddings_lie_lowest_then_layer_after_layer_then_what_is_above(family):
+    make, expected = DEPTHS[family]
+    model = make()
+    found = depths(model)
+    assert list(found) and found.keys() == dict(model.named_parameters()).keys()
+    assert set(found.values()) == set(expected)
+    for name, depth in found.items():
+        assert re.match(f"({expected[depth]})\\b", name), (name, depth)
 
 
 def own(model, train):

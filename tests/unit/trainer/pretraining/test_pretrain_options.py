@@ -1,5 +1,7 @@
 """Schedules, optimizers and what becomes of the settings: nothing here starts a rank."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from transformers import get_scheduler
@@ -9,9 +11,10 @@ from cluster.checks.estimate import estimate
 from configs.errors import InputError
 from configs.load import load
 from trainer.models.families import model_config, new_model, parameter_sizes
+from trainer.objectives.causal import next_token_nats
 from trainer.pretraining.deepspeed_settings import deepspeed_config, require_supported, unsupported
 from trainer.pretraining.dropout import seed_dropout
-from trainer.pretraining.optimizers import learning_rate, new_optimizer
+from trainer.pretraining.optimizers import hold_back, learning_rate, new_optimizer
 from trainer.rank import Rank, device_index
 
 STEPS, WARMUP = 50, 5
@@ -59,6 +62,84 @@ def test_schedules_are_those_of_transformers(name, overrides, theirs, specific):
 def test_a_schedule_without_warm_up_starts_at_the_peak():
     for name in ("cosine", "linear", "wsd", "constant"):
         assert learning_rate(settings(f"schedule={name}", "warmup_steps=0", "learning_rate=0.5"), 0) == 0.5
+
+
+def test_a_stage_with_a_rate_of_its_own_has_its_own_schedule_and_others_go_on_with_the_whole_one():
+    """40 steps as tiny has them, with a warm-up of 4."""
+    whole, own = settings(), settings("steps=15", "learning_rate=0.5")
+    staged = settings("stages=[{steps=10}, {steps=15, learning_rate=0.5}, {steps=15}]")
+    found = [learning_rate(staged, step) for step in range(40)]
+    assert found[:10] == [learning_rate(whole, step) for step in range(10)]
+    assert found[10:25] == [learning_rate(own, step) for step in range(15)]
+    assert found[25:] == [learning_rate(whole, step) for step in range(25, 40)]
+
+
+FROZEN = "stages=[{steps=10, frozen=1}, {steps=20, frozen='embeddings'}, {steps=10}]"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "momentum"])
+def test_a_step_passes_over_what_is_frozen_and_goes_on_from_its_moments_later(optimizer):
+    chosen = load("tiny", [f"pretrain.{FROZEN}", f"pretrain.optimizer={optimizer}"])
+    model = new_model(chosen.model, 64, seed=0)
+    optimizer, frozen = new_optimizer(chosen.pretrain, model), hold_back(model, chosen)
+    groups = [(group["depth"], group["weight_decay"] > 0) for group in optimizer.param_groups]
+    assert groups == [(0, True), (1, True), (2, True), (1, False), (2, False)]  # no vector is an embedding
+
+    def step(below):
+        frozen.below = below
+        for group in optimizer.param_groups:
+            group["frozen"] = group["depth"] < below
+        next_token_nats(model, torch.arange(32).reshape(2, 16)).backward()
+        gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        moments = {name: deepcopy(optimizer.state.get(value)) for name, value in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+        for name, value in model.named_parameters():
+            assert (name in moved) == bool(gradients[name].any())
+            if name not in moved:
+                assert str(optimizer.state.get(value)) == str(moments[name])
+        return moved
+
+    every = {name for name, _ in model.named_parameters()}
+    embeddings = {name for name in every if "embed_tokens" in name}
+    assert step(0) == every
+    assert step(2) == every - embeddings - {name for name in every if "layers.0." in name}
+    assert step(1) == every - embeddings
+    assert step(0) == every
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["pretrain.stages=[{steps=30}]"], "their steps add up to 30, and pretrain.steps is 40"),
+        (["pretrain.stages=[{steps=39}, {steps=1, learning_rate=1}]"], "pretrain.stages.1.steps is 1: a stage with a"),
+        (["pretrain.stages=[{steps=40, context_length=65}]"], "pretrain.stages.0.context_length is 65: give at most"),
+        (["pretrain.stages=[{steps=40, frozen=3}]"], "pretrain.stages.0.frozen is 3: give at most model.layers (2)"),
+        (["pretrain.stages=[{steps=40, frozen=0}]"], "frozen is 0: give a number of layers, 1 or more, or 'embed"),
+        (["pretrain.stages=[{steps=40, weights={more=1}}]"], "pretrain.stages.0.weights has 'more': no such corpus"),
+        (["pretrain.stages=[{steps=40, weights={public=0}}]"], "pretrain.stages.0.weights.public is 0"),
+        (["pretrain.stages=[{rounds=40}]"], "pretrain.stages.0.rounds: no such setting"),
+        (["federated.stages=[{rounds=1}]"], "their rounds add up to 1, and federated.rounds is 2"),
+        (["federated.stages=[{rounds=2, context_length=65}]"], "federated.stages.0.context_length is 65: give at most"),
+        (["federated.stages=[{rounds=2, frozen=3}]"], "federated.stages.0.frozen is 3: give at most model.layers (2)"),
+        (["federated.stages=[{rounds=2, learning_rate=2}]", "federated.proximal_mu=1"], "learning_rate 2: their"),
+    ],
+)
+def test_stages_that_do_not_fit_the_whole_are_refused_by_name(overrides, expected):
+    with pytest.raises(InputError) as caught:
+        load("tiny", overrides)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_that_a_configuration_file_has_not_got_are_refused_when_it_is_built(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}')
+    config = load("tiny", [f"model.config={file}", "pretrain.stages=[{steps=40, frozen=3}]"])
+    with pytest.raises(InputError, match=r"3 layers are frozen, and .*config.json' has 2; give at most that"):
+        hold_back(new_model(config.model, 64, seed=0), config)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_an_encoder_and_a_decoder_are_counted_on_what_each_of_them_reads():
     with FlopCounterMode(display=False) as counter:
         logits = model(input_ids=torch.ones(3, read).long(), decoder_input_ids=torch.ones(3, written).long()).logits
         logits.sum().backward()
-    assert counted_flops(config, 512) == counter.get_total_flops() / (3 * tokens)
+    assert counted_flops(config, 512, tokens) == counter.get_total_flops() / (3 * tokens)
     assert (read + written) < 1.3 * tokens
 
 
@@ -87,7 +87,7 @@ def test_peaks_are_found_by_the_device_name(name, peak):
 
 def test_figures_of_a_cpu_have_no_share_of_a_peak():
     model = torch.nn.Linear(1000, 1000, bias=False)
-    figures = Throughput(model, load("tiny"), RANK).figures(tokens=1000, seconds=2.0)
+    figures = Throughput(model, load("tiny"), RANK).figures(tokens=1000, context_length=64, seconds=2.0)
     assert figures["gflop_per_s"] == pytest.approx(6 * 1e6 * 1000 / 2 / 1e9)
     assert (figures["mfu"], figures["gpu_memory_bytes"]) == (None, None)
     assert 0 < figures["memory_bytes"] <= figures["peak_memory_bytes"]
