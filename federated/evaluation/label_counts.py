@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainer.tasks.measures import COUNTS
+from trainer.metrics.measures import COUNTS
 from trainer.tasks.task import Encoded
 
 SQUARED_SENSITIVITY = 2.0

@@ -26,7 +26,7 @@ from federated.evaluation.label_counts import SQUARED_SENSITIVITY, Example, labe
 from privacy.mechanism.noise import noised_sums
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC
-from trainer.tasks.measures import COUNTS, Measures
+from trainer.metrics.measures import COUNTS, Measures
 from trainer.tasks.task import Encoded, Task, kind_of
 
 _LARGEST_SUM = 2.0**40  # of 2^33 units at most, and noise; so that no figure made of sums overflows

@@ -16,10 +16,10 @@ from configs.errors import InputError
 from configs.schema.tasks import POOLED, TaskSpec
 from trainer.metrics import classification, entities, perplexity, question_answering, summarisation, translation
 from trainer.metrics.chrf import chrf
+from trainer.metrics.measures import OVERLAP
 from trainer.metrics.scores import Indices, Scores
 from trainer.scoring.score import Score
 from trainer.tasks.entities import types_of
-from trainer.tasks.measures import OVERLAP
 
 OWN = "siloweave"
 

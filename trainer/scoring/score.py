@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from configs.schema.tasks import WRITES
-from trainer.tasks.measures import Measures
+from trainer.metrics.measures import Measures
 from trainer.tasks.task import AnsweringTask, Encoded, Prediction, Task
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from configs.schema.tasks import TaskSpec
+from trainer.metrics.measures import Measures, Ratio
 from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
 from trainer.tasks.marked import words_of
-from trainer.tasks.measures import Measures, Ratio
 from trainer.tasks.task import Encoded, Prediction, Row
 
 _MOST_NATS = 8.0

@@ -9,10 +9,10 @@ import torch
 
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
+from trainer.metrics.measures import COUNTS, Measures, Ratio
 from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
-from trainer.tasks.measures import COUNTS, Measures, Ratio
 from trainer.tasks.task import IGNORED, Encoded, Prediction, Row
 
 # Public caps of what one example adds to a private evaluation; beyond them nothing is refused, but shortened.

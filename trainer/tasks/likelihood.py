@@ -9,9 +9,9 @@ import torch
 from configs.errors import InputError
 from configs.printing import printable
 from configs.schema.tasks import TaskSpec, template_fields
+from trainer.metrics.measures import Measures
 from trainer.tasks.classification import ClassificationTask, likeliest, scores_of
 from trainer.tasks.marked import Mark, Marked
-from trainer.tasks.measures import Measures
 from trainer.tasks.task import IGNORED, Encoded, Prediction, Row
 from trainer.tasks.text import token_nats
 from trainer.tasks.written import WrittenAnswerTask, cut

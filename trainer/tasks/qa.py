@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
+from trainer.metrics.measures import Measures, Ratio
 from trainer.metrics.question_answering import exact_match, token_f1
 from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask
-from trainer.tasks.measures import Measures, Ratio
 from trainer.tasks.task import Encoded, Prediction, Row
 
 _LONGEST_ANSWER = 30  # tokens, as is usual

@@ -15,9 +15,9 @@ from trainer.data.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from trainer.metrics.measures import Measures
     from trainer.models.load import Head
     from trainer.tasks.fields import Kind
-    from trainer.tasks.measures import Measures
 
 IGNORED = -100
 Row = Mapping[str, Any]

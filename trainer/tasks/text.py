@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from configs.schema.tasks import CAUSAL, TaskSpec
 from trainer.data.tokenizer import first_token
+from trainer.metrics.measures import Measures, Ratio
 from trainer.models.load import Head
 from trainer.tasks import fields
-from trainer.tasks.measures import Measures, Ratio
 from trainer.tasks.task import IGNORED, Encoded, Opening, Row
 
 # Records are padded to multiples of this many tokens. That depends on a record's own length alone, gives many records

@@ -11,10 +11,10 @@ import torch
 from configs.schema.tasks import TaskSpec
 from trainer.data.tokenizer import first_token
 from trainer.metrics.chrf import chrf
+from trainer.metrics.measures import Measures, Ratio
 from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.marked import Mark, Marked, Part, encoded, plain_backend
-from trainer.tasks.measures import Measures, Ratio
 from trainer.tasks.task import IGNORED, Encoded, Opening, Prediction, Row
 from trainer.tasks.text import padded, random_ids, token_nats
 
