@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
-from configs.parse import json_object, read_toml
+from configs.parse import parse, read_toml
 from configs.run_directory import config_digest
 from configs.schema.federated import FederatedSettings
 from configs.schema.schema import RunConfig
-from configs.storage.files import digest_bytes, write_atomic
+from configs.schema.tasks import WRITES
+from configs.storage.files import write_atomic
 from configs.storage.layout import EARLIER_CERTIFICATE, FEDERATED, RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, require_manifest
 from configs.storage.sealing import load_key, sealing
@@ -18,13 +19,13 @@ from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.merged import ADAPTER, WHOLE, write_model
 from federated.adapters.warm_model import adaptation_for, initial_adapter, put_on, warm_model
 from federated.coordinator import round_commits as commits
-from privacy.certificate.model_digests import ModelDigests, published_digests
+from privacy.certificate.model_digests import published_digests
 
 _HEADS = {
     ADAPTER: "---\nbase_model: ../../model\nlibrary_name: peft\n---\n\n# LoRA adapter\n\n",
     WHOLE: "---\nbase_model: ../../model\nlibrary_name: transformers\n---\n\n# Fine-tuned model\n\n",
 }
-_MEANING = ("train", "lora_alpha", "pooling", "labels")  # of the same numbers
+_MEANING = ("task", "train", "lora_alpha", "pooling", "labels")  # of the same numbers
 _WITHOUT_DP = "Trained WITHOUT differential privacy, for comparison on public data. No certificate speaks of it.\n"
 
 
@@ -39,15 +40,12 @@ def start(config: RunConfig, base_model: Path, federation: Path) -> Arrays:
     """
     fresh = initial_adapter(config, base_model)
     if not config.federated.continue_from:
+        (federation / EARLIER_CERTIFICATE).unlink(missing_ok=True)  # of a start with other settings, which made nothing
         return fresh
     earlier = RunFiles(Path(config.federated.continue_from))
-    require_manifest(earlier.federated, FEDERATED, "federate")
     _require_alike(config, base_model, earlier)
     key = load_key(config.run.encryption_key_file)
-    content = commits.all_rounds(earlier.federated, key)[-1].adapter
-    if digest_bytes(content) != _certified_adapter(earlier.certificate):
-        raise _other(config, f"a last round that is not {earlier.certificate.name}'s; put that run's backup back")
-    adapter = from_bytes(content)
+    adapter = from_bytes(commits.all_rounds(earlier.federated, key)[-1].adapter)
     if _sizes(adapter) != _sizes(fresh):
         raise _other(config, "other names or shapes than this run's adapter; give the same [federated] as there")
     if config.federated.adapters == "ffa" and frozen_digest(adapter) != frozen_digest(fresh):
@@ -58,27 +56,27 @@ def start(config: RunConfig, base_model: Path, federation: Path) -> Arrays:
 
 def _require_alike(config: RunConfig, base_model: Path, earlier: RunFiles) -> None:
     """What shapes alone would not show: the same values would mean something else."""
+    made = require_manifest(earlier.federated, FEDERATED, "federate")
+    base = require_manifest(earlier.model, "model", "export")
     if not earlier.certificate.is_file():
         raise _other(config, f"no {earlier.certificate.name}; give a run whose federation ended under DP")
-    theirs, ours = (
-        {name: entry["sha256"] for name, entry in found.files.items() if name.endswith(".safetensors")}
-        for found in (require_manifest(folder, "model", "export") for folder in (earlier.model, base_model))
-    )
-    if theirs != ours:
+    own = require_manifest(base_model, "model", config.model.made_by)
+    if made.inputs.get("model") != base.content_digest or _weights(base) != _weights(own):
         raise _other(config, "a base model of other weights; give a run of this one, or this run that base model")
-    before = read_toml(earlier.config).get("federated", {})
-    for name in _MEANING:
-        value = before.get(name, FederatedSettings.model_fields[name].default)
-        if value != (mine := config.federated.model_dump(mode="json")[name]):
-            raise _other(config, f"federated.{name} {value!r}, and here it is {mine!r}; give the same")
+    before = parse(FederatedSettings, read_toml(earlier.config).get("federated", {}), str(earlier.config))
+    for name, theirs, ours in zip(_MEANING, _meaning(before), _meaning(config.federated), strict=True):
+        if theirs != ours:
+            raise _other(config, f"federated.{name} {theirs!r}, and here it is {ours!r}; give the same")
 
 
-def _certified_adapter(certificate: Path) -> str | None:
-    model = json_object(certificate.read_bytes(), str(certificate)).get("model")
-    try:
-        return ModelDigests.model_validate(model).rounds[-1].adapter
-    except (ValueError, IndexError):
-        return None
+def _weights(model: Manifest) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in model.files.items() if name.endswith(".safetensors")}
+
+
+def _meaning(settings: FederatedSettings) -> tuple[Any, ...]:
+    """By which tasks a head is another one; those that write have none."""
+    task = "one that writes" if settings.task in WRITES else settings.task
+    return task, settings.train, settings.lora_alpha, settings.pooling, settings.labels
 
 
 def _sizes(adapter: Arrays) -> dict[str, tuple[int, ...]]:

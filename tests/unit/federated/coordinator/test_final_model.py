@@ -1,6 +1,5 @@
 """What a federation starts from where it continues an earlier run, and which runs it does not continue."""
 
-import json
 import shutil
 
 import pytest
@@ -44,6 +43,8 @@ def test_a_federation_starts_from_the_base_model_or_from_what_an_earlier_one_has
     assert all((found[name] == array).all() for name, array in last.items())
     assert any((found[name] != array).any() for name, array in fresh.items())
     assert earlier_certificate(tmp_path)
+    start(config, tiny_run.model, tmp_path)  # the settings were changed before anything was made
+    assert earlier_certificate(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,7 @@ def test_a_federation_starts_from_the_base_model_or_from_what_an_earlier_one_has
         (["federated.lora_rank=2"], "other names or shapes"),
         (["federated.lora_alpha=7"], "federated.lora_alpha"),
         (["federated.train=head"], "federated.train 'lora', and here it is 'head'"),
+        (["federated.task=qa"], "federated.task 'one that writes', and here it is 'qa'"),
         (["federated.adapters=ffa", "run.seed=3"], "another frozen A"),
     ],
 )
@@ -73,17 +75,13 @@ def test_a_run_of_another_base_model_is_refused(begin, earlier):
 
 def test_a_run_that_has_not_ended_under_dp_is_refused(begin, earlier):
     certificate = earlier / "federated" / "certificate.json"
-    document = json.loads(certificate.read_text())
-    document["model"]["rounds"][-1]["adapter"] = "ab" * 32
-    certificate.write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"a last round that is not certificate\.json's"):
-        begin()
-    certificate.write_text("[")
-    with pytest.raises(InputError, match=r"certificate\.json"):
+    certificate.write_text("{}")
+    with pytest.raises(InputError, match=r"certificate\.json: its digest is not the manifest's"):
         begin()
     certificate.unlink()
-    with pytest.raises(InputError, match=r"no certificate\.json; give a run whose federation ended under DP"):
+    (earlier / "federated" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="federate"):
         begin()
-    shutil.rmtree(earlier / "federated")
-    with pytest.raises(InputError, match="federated"):
+    commit_manifest(earlier / "federated", Manifest("federated", "", inputs={"model": "ab" * 32}))
+    with pytest.raises(InputError, match=r"no certificate\.json; give a run whose federation ended under DP"):
         begin()
