@@ -11,6 +11,7 @@ import torch
 from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
+from configs.schema.tasks import WRITTEN
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import from_bytes
 from federated.adapters.warm_model import adaptation, warm_model
@@ -179,7 +180,10 @@ def _score(
     task = task_of(config.federated.task_spec, base_model)
     model = warm_model(base_model, adaptation(config.federated, task.head), key_file)
     examples, size = [task.scored(unit) for unit in units], config.federated.micro_batch_size
+    most: int | None = config.evaluate.max_new_tokens
+    if config.federated.task in WRITTEN and not most:
+        most = None
     with evaluated(model, from_bytes(adapter) if adapter else None):
         if whole:
-            return score_in_full(model, task, examples, size, config.evaluate.max_new_tokens)
+            return score_in_full(model, task, examples, size, most)
         return score(model, task, [example for unit in examples for example in unit], size)

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from configs.schema.tasks import WRITES
 from trainer.metrics.measures import Measures
 from trainer.tasks.task import AnsweringTask, Encoded, Prediction, Task
 
@@ -73,30 +72,29 @@ def score(model: Any, task: Task, records: Sequence[Encoded], micro_batch_size: 
 
 
 def score_in_full(
-    model: Any, task: Task, units: Sequence[Sequence[Encoded]], micro_batch_size: int, max_new_tokens: int
+    model: Any, task: Task, units: Sequence[Sequence[Encoded]], micro_batch_size: int, max_new_tokens: int | None
 ) -> Score:
-    """The same of units, each with its examples, and what the model answers to them; nothing, where it may not write.
+    """The same of units, each with its examples, and what the model answers to them.
 
     Args:
         model: in evaluation mode.
         task: what a record is to it.
         units: what is scored.
         micro_batch_size: records at once; texts are written one by one.
-        max_new_tokens: most tokens that it writes for a record.
+        max_new_tokens: most tokens that it writes for a record, where it writes; None: it is not asked for answers.
     """
     records = [example for unit in units for example in unit]
     found = score(model, task, records, micro_batch_size)
     owners = tuple(number for number, unit in enumerate(units) for _ in unit)
-    return Score(found.measures, found.rows, owners, _answers(model, task, records, micro_batch_size, max_new_tokens))
+    answers: tuple[Answer, ...] = ()
+    if records and max_new_tokens is not None and isinstance(task, AnsweringTask):
+        answers = _answers(model, task, records, micro_batch_size, max_new_tokens)
+    return Score(found.measures, found.rows, owners, answers)
 
 
 def _answers(
-    model: Any, task: Task, records: Sequence[Encoded], micro_batch_size: int, max_new_tokens: int
+    model: Any, task: AnsweringTask, records: Sequence[Encoded], micro_batch_size: int, max_new_tokens: int
 ) -> tuple[Answer, ...]:
-    if not records or not isinstance(task, AnsweringTask):
-        return ()
-    if task.name in WRITES and not max_new_tokens:
-        return ()
     given: dict[int, Prediction] = {}
     with torch.no_grad():
         for places in places_by_length(records, micro_batch_size):

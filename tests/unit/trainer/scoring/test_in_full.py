@@ -196,7 +196,7 @@ def test_texts_by_the_libraries_on_what_is_written(writer, name):
 
 
 def test_a_model_that_may_write_nothing_has_its_other_figures(writer):
-    found = full("translation", written(writer, "translation", 0))
+    found = full("translation", written(writer, "translation", None))
     assert found["figures"].keys() == {OWN}
     assert found["figures"][OWN].keys() == {"nats_per_token", "accuracy"}
     assert found["missing"] == []
