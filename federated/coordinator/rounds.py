@@ -202,7 +202,8 @@ class Coordinator:
         self.reserved.add(answer.silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:
-        federated, clients = self.config.federated.in_round(round_number), self.aggregator and self.aggregator.plan
+        federated = self.config.federated.in_round(round_number)
+        clients = self.aggregator.plan if self.aggregator else None
         silos, held_back = len(self.silo_records.silos), self.held_back(round_number)
         aggregation = RoundAggregation(federated, adapter, self.server_state, silos, clients, held_back)
         self.released = {}
