@@ -170,11 +170,15 @@ def _trains_its_own(config: RunConfig) -> None:
 
 
 def _is_a_model(config: RunConfig) -> None:
-    """Refuses a configuration file that gives none. What families need is known to the settings."""
+    """Refuses a configuration file that gives none, or has not got the layers that stages freeze.
+
+    What families need is known to the settings.
+    """
     if config.model.config:
         from trainer.models.families import empty_model
+        from trainer.pretraining.optimizers import hold_back
 
-        empty_model(config.model, config.tokenizer.vocab_size, config.objective)
+        hold_back(empty_model(config.model, config.tokenizer.vocab_size, config.objective), config)
 
 
 def _task_fits(config: RunConfig) -> None:

@@ -82,7 +82,10 @@ class Workbench:
             raise PolicyRefusal.of("context_length", str(length), f"{SHORTEST_CONTEXT} to {longest}")
         if self._shorter is None or self._shorter.task.context_length != length:
             spec, model = self._config.policy.task_spec, Path(self._config.silo.base_model)
-            self._shorter = Examples(task_of(spec, model, length), self._examples)
+            try:
+                self._shorter = Examples(task_of(spec, model, length), self._examples)
+            except InputError as error:  # it says nothing of records: they are not read yet
+                raise PolicyRefusal.of("context_length", str(length), f"more, up to {longest}", str(error)) from None
         return self._shorter
 
     @property
