@@ -11,6 +11,7 @@ import typer
 
 from cluster.commands import federation as federation_command
 from cluster.commands import stages as cluster_commands
+from cluster.commands.evaluate import evaluate
 from cluster.commands.jobs import job_app, submit
 from cluster.commands.merge import merge
 from cluster.commands.tune import tune
@@ -30,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cluster_commands.add_to(app)
+app.command()(evaluate)
 app.command()(merge)
 app.command()(tune)
 app.command()(submit)

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,9 +43,11 @@ DELTA = 1e-5
 class BodyOnce(torch.nn.Module):
     """A frozen body that reads a text once, whoever asks again: the same figures, and no seconds worth telling."""
 
+    read: ClassVar[dict[tuple[int, ...], torch.Tensor]] = {}  # by the one body of a process, whatever the seed
+
     def __init__(self, body: torch.nn.Module) -> None:
         super().__init__()
-        self.body, self.read = body, dict[tuple[int, ...], torch.Tensor]()
+        self.body = body
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> BaseModelOutput:
         """Last hidden states (B, T, D), zero where a text is padded."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.commands import stages
+from cluster.commands.evaluate import evaluate
 from cluster.commands.tune import tune
 from cluster.runtime import jobs
 from configs.errors import InputError
@@ -20,7 +21,7 @@ STAGES = (
     stages.pretrain,
     stages.export,
     stages.federate,
-    stages.evaluate,
+    evaluate,
     stages.generate,
     stages.report,
     stages.audit,
