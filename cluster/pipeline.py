@@ -240,7 +240,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         )
         for line in missing(scores):
             run.log.emit("evaluate", "missing", message=line)
-    write_atomic(run.files.evaluation, json.dumps(scores, indent=2, sort_keys=True).encode())
+    write_atomic(run.files.evaluation, json.dumps(scores, indent=2).encode())
     return scores
 
 

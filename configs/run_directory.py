@@ -42,7 +42,6 @@ _MOVABLE = {
     "evaluate.public.source",
     "evaluate.public.text",
     "evaluate.public.split",
-    "evaluate.language",
     "evaluate.max_new_tokens",
     "evaluate.prompt",
     "evaluate.sample_tokens",
@@ -79,6 +78,7 @@ _LATER = {
     "pretrain.objective": "auto",
     "privacy.evaluation_max_new_tokens": 0,
     "pretrain.stages": (),
+    **dict.fromkeys(("data.private.language", "evaluate.public.language"), "en"),
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }
 

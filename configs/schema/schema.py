@@ -142,8 +142,6 @@ class EvaluateSettings(Settings):
     max_new_tokens: MaxNewTokens = 64
     """Tokens that the base model and the final ones write for each of these records, at most, where the task's answer
     is text; each takes a forward pass. 0: they write none, and their texts are not compared."""
-    language: Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}([-_]\w*)*$", max_length=35)] = "en"
-    """Language of the right answers, as an ISO 639 code: ``de``, ``zh``. What a word is follows from it."""
     without_dp: bool = False
     """Also run the same federation without DP, to show what privacy costs; needs ``data.private.public``."""
     prompt: str = "What is"

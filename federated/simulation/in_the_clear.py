@@ -61,7 +61,7 @@ def evaluate_rounds(
     reason, scorers = _scorers(config, base_model, federations)
     remote = ray.remote(num_cpus=config.cluster.threads_per_rank)(_scored)
     running = {
-        remote.remote(config, scorer, adapter, records, whole): (which, name, number)
+        remote.remote(config, which, scorer, adapter, records, whole): (which, name, number)
         for which, scorer in scorers.items()
         for name, number, adapter, records, whole in models
     }
@@ -99,12 +99,15 @@ def _scorers(
     return reason, scorers
 
 
-def _scored(config: RunConfig, scorer: Scorer, adapter: bytes | None, records: int, whole: bool) -> dict[str, Any]:
+def _scored(
+    config: RunConfig, which: str, scorer: Scorer, adapter: bytes | None, records: int, whole: bool
+) -> dict[str, Any]:
     torch.set_num_threads(config.cluster.threads_per_rank)
     found = scorer(adapter, records, whole)
     if not whole:
         return summary(found)
-    figures = in_full(_overall(found), config.federated.task_spec, config.evaluate.language, config.run.seed)
+    source = config.evaluate.public if which == PUBLIC else config.data.private
+    figures = in_full(_overall(found), config.federated.task_spec, source.language, config.run.seed)
     return {**summary(found), "in_full": figures}
 
 

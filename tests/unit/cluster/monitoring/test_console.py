@@ -39,9 +39,11 @@ def test_a_line_has_loss_speed_and_the_time_left(capsys):
         shown._last_line = -1e9  # the next line is due
         shown(step(2, mfu=0.412))
         shown({"time": 0.0, "stage": "pretrain", "event": "restart", "attempt": 1, "cause": "rank 1's process died"})
+        shown({"time": 0.0, "stage": "evaluate", "event": "missing", "message": "sacrebleu is not installed"})
         shown({"time": 0.0, "stage": "tune", "event": "trial", "trial": 3, "done": 4, "of": 4, "status": "stopped"})
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "pretrain: 1/100 loss 2.500, 2,048 tokens/s"
     assert lines[1].startswith("pretrain: 2/100 loss 2.500, 2,048 tokens/s, MFU 41.2%, ")
     assert lines[1].endswith(" left")
-    assert lines[2:] == ["pretrain: restart: rank 1's process died", "tune: 4/4 trial 3 stopped"]
+    missing = "evaluate: missing: sacrebleu is not installed"
+    assert lines[2:] == ["pretrain: restart: rank 1's process died", missing, "tune: 4/4 trial 3 stopped"]

@@ -31,7 +31,7 @@ def test_a_public_text_is_scored_as_transformers_does(tiny_model, tmp_path):
         nats += model(tokens, labels=tokens).loss.item() * (tokens.numel() - 1)
     assert found.records == 2
     assert found.main == pytest.approx(nats / math.log(2) / sum(map(len, TEXTS[:2])), rel=1e-4)
-    scored = _scored(config, partial(score_public, config, tiny_model), None, 2, True)
+    scored = _scored(config, "public", partial(score_public, config, tiny_model), None, 2, True)
     assert scored == {**summary({"public": found}), "in_full": scored["in_full"]}
     figures = scored["in_full"]["figures"]["siloweave"]
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in TEXTS[:2])
