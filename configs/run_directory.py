@@ -69,6 +69,7 @@ _LATER = {
     "model.family": "llama",
     "model.config": "",
     "pretrain.objective": "auto",
+    **dict.fromkeys(("data.private.language", "evaluate.public.language"), "en"),
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
 }
 

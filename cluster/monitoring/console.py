@@ -24,7 +24,19 @@ from configs.printing import FIGURES, printable, rounded, say
 
 _TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of", "trial": "of"}
 _POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done", "trial": "done"}
-_SHOWN = {"convert", "damaged", "restart", "rollback", "refused", "rejected", "resume", "source", "timeout", "waiting"}
+_SHOWN = {
+    "convert",
+    "damaged",
+    "restart",
+    "rollback",
+    "refused",
+    "rejected",
+    "resume",
+    "source",
+    "timeout",
+    "tokenizer",
+    "waiting",
+}
 _PLAIN_EVERY_S = 10.0
 
 

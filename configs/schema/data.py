@@ -37,6 +37,8 @@ class RecordSettings(SourceSettings):
     labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the federation by the words of this source, ``{pos = "positive"}``; a word that is a label already
     needs no entry."""
+    language: Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*$", max_length=35)] = "en"
+    """Language of the texts (``"zh"``, ``"de"``), by whose rules the task ``qa`` compares answers."""
 
     @model_validator(mode="after")
     def _text_is_named_once(self) -> "RecordSettings":

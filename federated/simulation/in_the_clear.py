@@ -11,6 +11,7 @@ import torch
 from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
+from configs.schema.tasks import TaskSpec
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import from_bytes
 from federated.adapters.warm_model import adaptation, put_on, warm_model
@@ -121,10 +122,11 @@ def score_public(config: RunConfig, base_model: Path, adapter: bytes | None, lim
         InputError: it can't be read.
     """
     source = config.evaluate.public
-    fields, counts = FieldReader(source, config.federated.task_spec), ReadCounts()
+    spec = config.federated.task_spec.model_copy(update={"language": source.language})
+    fields, counts = FieldReader(source, spec), ReadCounts()
     read = (fields.read(row, counts.where, found) for row, found in all_columns(source, fields.columns, counts))
     units = [(row,) for row in islice(filter(None, read), limit)]
-    return {PUBLIC: _score(config, base_model, config.run.encryption_key_file, units, adapter)}
+    return {PUBLIC: _score(config, spec, base_model, config.run.encryption_key_file, units, adapter)}
 
 
 def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, limit: int) -> Score:
@@ -148,13 +150,19 @@ def score_held_out(config: RunConfig, silo: SiloConfig, adapter: bytes | None, l
         )
     units = units_of(silo)
     found = units.held_out[:limit]
-    return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, found, adapter)
+    key_file = silo.silo.encryption_key_file
+    return _score(config, silo.task_spec, Path(silo.silo.base_model), key_file, found, adapter)
 
 
 def _score(
-    config: RunConfig, base_model: Path, key_file: str, units: Sequence[Sequence[Row]], adapter: bytes | None
+    config: RunConfig,
+    spec: TaskSpec,
+    base_model: Path,
+    key_file: str,
+    units: Sequence[Sequence[Row]],
+    adapter: bytes | None,
 ) -> Score:
-    task = task_of(config.federated.task_spec, base_model)
+    task = task_of(spec, base_model)
     model = warm_model(base_model, adaptation(config.federated, task.head), key_file)
     records = [example for unit in units for example in task.scored(unit)]
     if adapter is None:

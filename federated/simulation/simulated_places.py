@@ -93,6 +93,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             text=private.text,
             columns=private.columns,
             labels=private.labels,
+            language=private.language,
             split=private.split,
             encoding=private.encoding,
             silo=private.silo,

@@ -8,6 +8,7 @@ import torch
 
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
+from trainer.data.languages import count_unknown
 from trainer.tasks.task import Encoded, Row
 from trainer.tasks.text import padded, random_ids
 
@@ -34,6 +35,10 @@ class HeadedTask:
     def vocab_size(self) -> int:
         """Number of different tokens."""
         return len(self._tokenizer)
+
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """How many of an example's tokens stand for what the tokenizer doesn't know, and how many there are."""
+        return count_unknown(self._tokenizer, example.ids)
 
     @cached_property
     def backend(self) -> Any:

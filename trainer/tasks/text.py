@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from configs.schema.tasks import CAUSAL, TaskSpec
+from trainer.data.languages import count_unknown
 from trainer.data.tokenizer import first_token
 from trainer.models.load import Head
 from trainer.tasks import fields
@@ -76,6 +77,10 @@ class CausalTask:
     def vocab_size(self) -> int:
         """Number of different tokens."""
         return len(self._tokenizer)
+
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """How many of an example's tokens stand for what the tokenizer doesn't know, and how many there are."""
+        return count_unknown(self._tokenizer, example.ids)
 
     def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
         """One: the texts of all rows."""

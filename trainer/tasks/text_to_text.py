@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from configs.schema.tasks import TaskSpec
+from trainer.data.languages import count_unknown
 from trainer.tasks.marked import own_backend
 from trainer.tasks.task import IGNORED, Encoded, Opening, Row
 from trainer.tasks.text import padded, random_ids
@@ -41,6 +42,10 @@ class EncoderDecoderTask(WrittenAnswerTask):
     def _ended(self, ids: list[int]) -> list[int]:
         end = self._tokenizer.eos_token_id
         return ids if ids and ids[-1] == end else [*ids, end]
+
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """Of both texts together."""
+        return count_unknown(self._tokenizer, (*example.ids, *example.target))
 
     def opening(self, prompt: str) -> Opening:
         """The prompt as what is asked."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from configs.schema.tasks import TaskSpec
+from trainer.data.languages import count_unknown
 from trainer.data.tokenizer import first_token
 from trainer.models.load import Head
 from trainer.tasks import fields
@@ -59,6 +60,10 @@ class WrittenAnswerTask:
     def vocab_size(self) -> int:
         """Number of different tokens."""
         return len(self._tokenizer)
+
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """How many of an example's tokens stand for what the tokenizer doesn't know, and how many there are."""
+        return count_unknown(self._tokenizer, example.ids)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -164,7 +169,8 @@ class WrittenAnswerTask:
         return tokens
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
 
 
 def filled(template: str, row: Mapping[str, Any]) -> tuple[str, str]:
