@@ -1,6 +1,7 @@
 """What a tokenizer takes from texts, tried on a few words of several languages."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 SAMPLES = {
@@ -24,11 +25,15 @@ _ALIKE = {
 
 def count_unknown(tokenizer: Any, ids: Sequence[int]) -> tuple[int, int]:
     """How many of a text's tokens stand for what the tokenizer doesn't know, and how many there are."""
-    unknown = tokenizer.unk_token_id
+    unknown = _unknown_token(tokenizer)
+    return (0 if unknown is None else ids.count(unknown)), len(ids)
+
+
+@lru_cache(maxsize=4)  # asked for each record
+def _unknown_token(tokenizer: Any) -> int | None:
+    unknown: int | None = tokenizer.unk_token_id
     # GPT-2's tokenizer calls its end-of-text unknown as well, and knows every byte.
-    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
-        return 0, len(ids)
-    return ids.count(unknown), len(ids)
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
 def losses(tokenizer: Any) -> list[str]:

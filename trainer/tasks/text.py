@@ -97,7 +97,8 @@ class CausalTask:
         if len(whole) <= self.context_length:
             return Encoded(tuple(whole), len(text), truncated=False)
         kept = whole[: self.context_length]
-        return Encoded(tuple(kept), len(self._tokenizer.decode(kept[1:])), truncated=True)
+        text = self._tokenizer.decode(kept[1:], clean_up_tokenization_spaces=False)
+        return Encoded(tuple(kept), len(text), truncated=True)
 
     def opening(self, prompt: str) -> Opening:
         """How a text starts, which the model goes on with."""
