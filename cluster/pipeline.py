@@ -152,6 +152,8 @@ def import_model(run: Run) -> None:
     """A base model that others have made, declared to be of public text by whoever runs this."""
     from federated.identity.trust import coordinator_signer
     from privacy.declaration import DECLARATION, declare
+    from trainer.data.languages import losses
+    from trainer.data.tokenizer import load_tokenizer
     from trainer.imported import import_model as take
 
     if not run.config.model.source:
@@ -160,6 +162,8 @@ def import_model(run: Run) -> None:
     with run.stage("import"):
         manifest = take(run.config, run.directory, lambda facts: declare(facts, signer).encode(), DECLARATION)
     run.log.emit("import", "model", digest=manifest.content_digest, declared_public_by=signer.public_key)
+    for line in losses(load_tokenizer(run.model)):
+        run.log.emit("import", "tokenizer", message=line)
 
 
 def _trains_its_own(config: RunConfig) -> None:

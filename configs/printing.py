@@ -10,10 +10,14 @@ import io
 import json
 import os
 import sys
+from unicodedata import category
 
 import typer
 
 from configs.errors import SiloweaveError
+
+# The joiners shape Indic and Persian letters, and make one emoji of several.
+_OF_WRITING = "\n\t\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 
 
 def printable(text: str) -> str:
@@ -80,8 +84,8 @@ def answer(as_json: bool, document: object, *lines: str) -> None:
 
 
 def stream(text: str, *, err: bool = False) -> None:
-    """Prints a piece of a longer text, whose line ends and tabs are its own."""
-    shown = "".join(c if c in "\n\t" else printable(c) for c in text)
+    """Prints a piece of a longer text, whose line ends, tabs, blanks of all widths and joiners are its own."""
+    shown = "".join(c if c in _OF_WRITING or category(c) == "Zs" else printable(c) for c in text)
     _write(shown, err=err)
 
 

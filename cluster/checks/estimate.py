@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from cluster.checks.step_memory import step_memory
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from federated.adapters.lora_factors import frozen
@@ -19,12 +20,16 @@ from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_de
 from trainer.pretraining.memory import placed_bytes, state_bytes
 
 
-def estimate(config: RunConfig) -> dict[str, Any]:
+def estimate(config: RunConfig, *, memory: bool = False) -> dict[str, Any]:
     """Parameters, bytes per rank by ZeRO stage, batch factorisation, steps, noise and epsilon.
+
+    Args:
+        config: the run's settings.
+        memory: whether a silo's memory is tried, which takes a while.
 
     Raises:
         PolicyRefusal: a silo's rule for delta does not hold.
-        InputError: no noise multiplier reaches the epsilon.
+        InputError: no noise multiplier reaches the epsilon, or a silo's memory can't be tried.
     """
     private = config.data.private
     sizes = [parameter.numel() for parameter in _base_model(config).parameters()]
@@ -42,6 +47,7 @@ def estimate(config: RunConfig) -> dict[str, Any]:
             "rounds": config.federated.rounds,
             "steps_per_round": config.federated.local_steps,
             "adapter_parameters": adapter_parameters(config),
+            "silo_memory": step_memory(config, plan) if memory else "not tried; give --memory",
             **_private_data(config),
         },
         "privacy": {

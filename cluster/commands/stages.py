@@ -183,12 +183,19 @@ def audit(
         )
 
 
-def plan(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(
+    config: ConfigOption = "demo",
+    override: SetOption = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Also try how much memory a silo's private steps take; needs a base model.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """What a run will need and spend, before anything runs: bytes per rank, batches, steps, noise and epsilon."""
     quiet_libraries()
     from cluster.checks.estimate import estimate
 
-    found = estimate(load(config, override or []))
+    found = estimate(load(config, override or []), memory=memory)
     answer(as_json, found, *_lines(found))
 
 

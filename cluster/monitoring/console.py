@@ -35,6 +35,7 @@ _SHOWN = {
     "resume",
     "source",
     "timeout",
+    "tokenizer",
     "waiting",
 }
 _PLAIN_EVERY_S = 10.0

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
+
 from cluster.monitoring.durations import duration
 from configs.errors import InputError
 from configs.events import is_number
@@ -235,7 +237,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     total = _total(federated["rounds"])
     for name, silo in federated["silos"].items():
         rows.append(
-            f"    {name:14}epsilon {silo['epsilon_reserved']:.3g} reserved, {silo['epsilon_left']:.3g} left, "
+            f"    {name}{' ' * (14 - cell_len(name))}"  # some letters are two columns wide
+            f"epsilon {silo['epsilon_reserved']:.3g} reserved, {silo['epsilon_left']:.3g} left, "
             f"{'' if silo['stated'] else 'at least '}{silo['rounds_charged']} of {total} rounds charged"
         )
     if found["tune"]:

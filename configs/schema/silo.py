@@ -187,6 +187,11 @@ class SiloConfig(Settings):
     data: SiloDataSettings
     policy: SiloPolicy
 
+    @property
+    def task_spec(self) -> TaskSpec:
+        """What a record is to the model, and in which language this silo's are."""
+        return self.policy.task_spec.model_copy(update={"language": self.data.language})
+
     @model_validator(mode="after")
     def _words_stay(self) -> "SiloConfig":
         if problem := deidentify_problem(self.policy.tasks[0], self.data.deidentify.enabled):

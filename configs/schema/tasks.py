@@ -32,12 +32,14 @@ class TaskSpec(Settings):
         labels: what it tells apart, where it tells something apart.
         template: how a record's text is made of its columns; empty: the column ``text`` is the text.
         pooling: what of a text a head looks at, where it looks at the whole of it; ``likelihood``: there is no head.
+        language: of a source's texts, by whose rules answers are compared. Each silo's own, and in no request.
     """
 
     name: TaskName = "causal"
     labels: TaskLabels = ()
     template: Annotated[str, Field(max_length=LARGEST_TEMPLATE)] = ""
     pooling: Pooling = "model"
+    language: str = "en"
 
     @property
     def fields(self) -> tuple[str, ...]:

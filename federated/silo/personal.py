@@ -79,7 +79,7 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     base_model, files = Path(config.silo.base_model), SiloFiles(Path(config.silo.state_dir))
     key = load_key(config.silo.encryption_key_file)
     require_manifest(base_model, "model", "export")
-    task = task_of(config.policy.task_spec, base_model)
+    task = task_of(config.task_spec, base_model)
     units = units_of(config)
     train = [example for unit in units.train for example in task.examples(unit)]
     held_out = [example for unit in units.held_out for example in task.scored(unit)]

@@ -63,7 +63,7 @@ class Workbench:
     @cached_property
     def task(self) -> Task:
         """What a record is to the model."""
-        return task_of(self._config.policy.task_spec, Path(self._config.silo.base_model))
+        return task_of(self._config.task_spec, Path(self._config.silo.base_model))
 
     @cached_property
     def _whole(self) -> "Examples":
@@ -110,6 +110,7 @@ class Workbench:
     def _table(self, records: list[tuple[Encoded, ...]]) -> list[str]:
         counts, cut = self._units.counts, sum(any(one.truncated for one in unit) for unit in records)
         empty = sum(not unit for unit in records)
+        unknown = [self.task.unknown(one) for unit in records for one in unit]
         lines = [
             *reading(counts),
             Changed("dropped: no silo or unit", counts.without_unit, counts.rows),
@@ -118,6 +119,11 @@ class Workbench:
                 [Changed("dropped: torn by de-identification", self._units.torn, counts.rows)]
                 if self._units.torn
                 else []
+            ),
+            Changed(
+                "replaced: tokens unknown to the model's tokenizer",
+                sum(count for count, _ in unknown),
+                sum(of for _, of in unknown),
             ),
             Changed("shortened: training units beyond the context", cut, len(records)),
         ]

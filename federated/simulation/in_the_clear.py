@@ -11,7 +11,7 @@ import torch
 from configs.errors import PolicyRefusal
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
-from configs.schema.tasks import WRITTEN
+from configs.schema.tasks import WRITTEN, TaskSpec
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import from_bytes
 from federated.adapters.warm_model import adaptation, warm_model
@@ -139,10 +139,11 @@ def score_public(
         InputError: it can't be read.
     """
     source = config.evaluate.public
-    fields, counts = FieldReader(source, config.federated.task_spec), ReadCounts()
+    spec = config.federated.task_spec.model_copy(update={"language": source.language})
+    fields, counts = FieldReader(source, spec), ReadCounts()
     read = (fields.read(row, counts.where, found) for row, found in all_columns(source, fields.columns, counts))
     units = [(row,) for row in islice(filter(None, read), limit)]
-    return {PUBLIC: _score(config, base_model, config.run.encryption_key_file, units, adapter, whole)}
+    return {PUBLIC: _score(config, spec, base_model, config.run.encryption_key_file, units, adapter, whole)}
 
 
 def score_held_out(
@@ -169,18 +170,20 @@ def score_held_out(
         )
     units = units_of(silo)
     found = units.held_out[:limit]
-    return _score(config, Path(silo.silo.base_model), silo.silo.encryption_key_file, found, adapter, whole)
+    key_file = silo.silo.encryption_key_file
+    return _score(config, silo.task_spec, Path(silo.silo.base_model), key_file, found, adapter, whole)
 
 
 def _score(
     config: RunConfig,
+    spec: TaskSpec,
     base_model: Path,
     key_file: str,
     units: Sequence[Sequence[Row]],
     adapter: bytes | None,
     whole: bool,
 ) -> Score:
-    task = task_of(config.federated.task_spec, base_model)
+    task = task_of(spec, base_model)
     model = warm_model(base_model, adaptation(config.federated, task.head), key_file)
     examples, size = [task.scored(unit) for unit in units], config.federated.micro_batch_size
     most: int | None = config.evaluate.max_new_tokens

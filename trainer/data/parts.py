@@ -129,6 +129,7 @@ class Parts:
         tokenizer = load_tokenizer(tokenizer_directory)
         dtype = token_dtype(len(tokenizer))
         left = self._left(number)
+        tokenizer.backend_tokenizer.encode_special_tokens = True  # a text that spells one is text
         encoded = tokenizer.backend_tokenizer.encode_batch([text for _, text in left], add_special_tokens=False)
         ids = [np.asarray([*item.ids, tokenizer.eos_token_id], dtype).tobytes() for item in encoded]
         _write(

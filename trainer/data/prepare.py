@@ -16,6 +16,7 @@ from configs.schema.schema import RunConfig
 from configs.storage.files import canonical_json, digest_json, write_atomic, write_failure
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, finished
+from trainer.data.cleaning import RULES
 from trainer.data.origins import ORIGINS, digests, origin, since, since_prepared
 from trainer.data.packing import (
     DTYPE_FIELD,
@@ -73,7 +74,7 @@ def prepare(
             return done
         on_changed(found.changed)
     work = files.corpus_parts
-    parts = Parts(_only(work, settings))
+    parts = Parts(_only(work, digest_json([settings, RULES])))
 
     # 1. Rows to parts; what was read before a kill counts only if all of it was read, and is what is there now.
     count, metadata = _read_public(config, parts, on_note)
@@ -120,9 +121,9 @@ def prepare(
     return manifest
 
 
-def _only(work: Path, settings: str) -> Path:
-    """The folder of a preparation with these settings; those with others are removed."""
-    mine = work / settings[:16]
+def _only(work: Path, digest: str) -> Path:
+    """The folder of a preparation with these settings and rules; those with others are removed."""
+    mine = work / digest[:16]
     for other in work.glob("*"):
         if other != mine:
             shutil.rmtree(other)

@@ -1,4 +1,7 @@
-"""How well questions are answered: exact match and token F1 as SQuAD v1.1 has them (Rajpurkar et al., 2016)."""
+"""How well questions are answered: exact match and token F1 as SQuAD v1.1 has them (Rajpurkar et al., 2016).
+
+In other languages than English as MLQA has them (Lewis et al., 2020).
+"""
 
 import re
 import string
@@ -9,17 +12,24 @@ import numpy as np
 
 from trainer.metrics.inputs import check_pairs, check_references, primary_language
 from trainer.metrics.scores import Indices, Scores
-from trainer.metrics.words import words
+from trainer.metrics.words import without_punctuation, words
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = {
+    "en": re.compile(r"\b(a|an|the)\b"),
+    "de": re.compile(r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b"),
+    "es": re.compile(r"\b(un|una|unos|unas|el|la|los|las)\b"),
+    "vi": re.compile(r"\b(của|là|cái|chiếc|những)\b"),
+    "ar": re.compile("ال"),  # wherever it stands, as MLQA's script has it
+}
 
 
 def scores(predictions: Sequence[str], references: Sequence[Sequence[str]], language: str = "en") -> Scores:
     """Exact match and F1 over words, each against the reference that is nearest.
 
-    English answers are compared by SQuAD's own rule: in lower case, without ASCII punctuation and articles. In other
-    languages no article is removed, but all of Unicode's punctuation is, and words are those of ``words``.
+    English answers are compared by SQuAD's own rule: in lower case, without ASCII punctuation and articles. Others by
+    MLQA's: without any of Unicode's punctuation, and without the articles of German, Spanish, Vietnamese and Arabic;
+    no other language loses a word. Words are those of ``words``.
 
     Args:
         predictions: an answer to each question.
@@ -64,6 +74,8 @@ def _f1(found: list[str], wanted: list[str]) -> float:
 
 
 def _words(text: str, language: str) -> list[str]:
-    if primary_language(language) != "en":
-        return words(text)
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    known = primary_language(language)
+    if known == "en":
+        return _ARTICLES[known].sub(" ", text.lower().translate(_PUNCTUATION)).split()
+    bare = without_punctuation(text.lower())
+    return words(_ARTICLES[known].sub(" ", bare) if known in _ARTICLES else bare)

@@ -8,6 +8,7 @@ import torch
 
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
+from trainer.data.languages import count_unknown
 from trainer.tasks.task import Encoded, Row
 from trainer.tasks.text import padded, random_ids
 
@@ -40,6 +41,10 @@ class HeadedTask:
         """What stands in place of a token that is not shown, in models that have learnt with one."""
         token: int | None = self._tokenizer.mask_token_id
         return token
+
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """How many of an example's tokens stand for what the tokenizer doesn't know, and how many there are."""
+        return count_unknown(self._tokenizer, example.ids)
 
     @cached_property
     def backend(self) -> Any:

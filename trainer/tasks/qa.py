@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
+from unicodedata import category
 
 import torch
 from torch.nn import functional
@@ -165,9 +166,9 @@ class AnswersTask(HeadedTask):
         return (nats_B[0] + nats_B[1]) / 2
 
     def record_scores(self, model: Any, examples: Sequence[Any]) -> torch.Tensor:
-        """For each question: token F1, exact match, one. Shape (B, 3), float64."""
-        found = [(self.answer(model, one), one.answers) for one in examples]
-        scores = [(token_f1(answer, right), exact_match(answer, right), 1.0) for answer, right in found]
+        """For each question: token F1, exact match, one, by the rules of its language. Shape (B, 3), float64."""
+        found = [(self.answer(model, one), one.answers, self._spec.language) for one in examples]
+        scores = [(token_f1(*answer), exact_match(*answer), 1.0) for answer in found]
         return torch.tensor(scores, dtype=torch.float64)
 
     def predictions(self, model: Any, examples: Sequence[Any], _max_new_tokens: int) -> list[Prediction]:
@@ -223,8 +224,14 @@ def _place(context: str, text: str, start: int) -> tuple[int, int]:
 
 
 def _bare(context: str, start: int, end: int) -> tuple[int, int]:
-    """A token's characters without the blank that some tokenizers count to the word after it."""
-    return end - len(context[start:end].lstrip()), end
+    """A token's characters without the blank that some tokenizers count to the word after it.
+
+    With the marks that belong to the last one: BERT's tokenizer drops vowel signs and accents, and no answer should.
+    """
+    bare = end - len(context[start:end].lstrip())
+    while end < len(context) and category(context[end]).startswith("M"):
+        end += 1
+    return bare, end
 
 
 def _target(first: int, spans: Sequence[tuple[int, int]], place: tuple[int, int]) -> tuple[int, int]:

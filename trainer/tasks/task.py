@@ -91,6 +91,9 @@ class Task(Protocol):
     def vocab_size(self) -> int:
         """Number of different tokens."""
 
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """How many of an example's tokens stand for what the tokenizer doesn't know, and how many there are."""
+
     def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
         """The examples that a unit's rows make: one or several, of which a step takes one."""
 

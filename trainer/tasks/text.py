@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from configs.schema.tasks import CAUSAL, TaskSpec
+from trainer.data.languages import count_unknown
 from trainer.data.tokenizer import first_token
 from trainer.metrics.measures import Measures, Ratio
 from trainer.models.load import Head
@@ -77,6 +78,10 @@ class CausalTask:
         """Number of different tokens."""
         return len(self._tokenizer)
 
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """How many of an example's tokens stand for what the tokenizer doesn't know, and how many there are."""
+        return count_unknown(self._tokenizer, example.ids)
+
     def examples(self, rows: Sequence[Row]) -> tuple[Encoded, ...]:
         """One: the texts of all rows."""
         return (self.encode(joined(rows)),)
@@ -92,7 +97,8 @@ class CausalTask:
         if len(whole) <= self.context_length:
             return Encoded(tuple(whole), len(text), truncated=False)
         kept = whole[: self.context_length]
-        return Encoded(tuple(kept), len(self._tokenizer.decode(kept[1:])), truncated=True)
+        text = self._tokenizer.decode(kept[1:], clean_up_tokenization_spaces=False)
+        return Encoded(tuple(kept), len(text), truncated=True)
 
     def opening(self, prompt: str) -> Opening:
         """How a text starts, which the model goes on with."""

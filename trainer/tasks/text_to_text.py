@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from configs.schema.tasks import TaskSpec
+from trainer.data.languages import count_unknown
 from trainer.tasks.marked import own_backend, words_of
 from trainer.tasks.task import IGNORED, Encoded, Opening, Row
 from trainer.tasks.text import padded, random_ids
@@ -47,6 +48,10 @@ class EncoderDecoderTask(WrittenAnswerTask):
     def target_at(self, example: Encoded, _places: Sequence[int]) -> tuple[int, ...]:
         """The answer, whatever of the source is read."""
         return example.target
+
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """Of both texts together."""
+        return count_unknown(self._tokenizer, (*example.ids, *example.target))
 
     def opening(self, prompt: str) -> Opening:
         """The prompt as what is asked."""

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from configs.schema.tasks import TaskSpec
+from trainer.data.languages import count_unknown
 from trainer.data.tokenizer import first_token
 from trainer.metrics.chrf import chrf
 from trainer.metrics.measures import Measures, Ratio
@@ -72,6 +73,10 @@ class WrittenAnswerTask:
     def vocab_size(self) -> int:
         """Number of different tokens."""
         return len(self._tokenizer)
+
+    def unknown(self, example: Encoded) -> tuple[int, int]:
+        """How many of an example's tokens stand for what the tokenizer doesn't know, and how many there are."""
+        return count_unknown(self._tokenizer, example.ids)
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -197,7 +202,8 @@ class WrittenAnswerTask:
         return self._text(tokens[:ended])
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
 
 
 def _greedy(model: Any, ids: Sequence[int], max_new_tokens: int, ends: Sequence[int]) -> list[int]:

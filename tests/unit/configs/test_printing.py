@@ -234,3 +234,5 @@ def test_what_machines_read_and_what_a_model_writes(capsys):
     assert json.loads(line) == {"run": HOSTILE}
     stream("two\nlines\tand \x1b[2J")
     assert capsys.readouterr().out == "two\nlines\tand \\x1b[2J"
+    stream("क्\u200dष 👨\u200d👩 می\u200cکند 完\u3000了 \u00a0\u202etxt\u2066")
+    assert capsys.readouterr().out == "क्\u200dष 👨\u200d👩 می\u200cکند 完\u3000了 \u00a0\\u202etxt\\u2066"

@@ -1,16 +1,21 @@
 """What a model writes: a text that goes on with the prompt, or an answer below it; or nothing, where it learnt none."""
 
+import random
+
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from configs.load import load
 from configs.schema.tasks import TaskSpec
+from trainer.data.languages import SAMPLES
 from trainer.data.tokenizer import load_tokenizer, special_tokens, train_tokenizer
-from trainer.generation import generate
+from trainer.generation import _Written, generate
 from trainer.models.adapters import add_adapter
 from trainer.models.families import new_model
 from trainer.tasks.classification import ClassificationTask
-from trainer.tasks.task import WritingTask
+from trainer.tasks.task import Opening, WritingTask
 from trainer.tasks.text import CausalTask
 from trainer.tasks.text_to_text import TranslationTask
 
@@ -85,3 +90,68 @@ def test_special_tokens_have_the_first_ids_and_are_told_from_text(tokenizers):
         assert tokenizer.convert_ids_to_tokens(range(len(names))) == names
         assert set(tokenizer.all_special_ids) == set(range(len(names)))
         assert len(tokenizer) <= 300
+
+
+def test_a_model_writes_every_language_that_it_was_trained_on(tmp_path):
+    """From its first word on: letters of several bytes come whole, and indentation, blanks and joiners with them."""
+    train_tokenizer(SAMPLES.values(), 400, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    settings = load("tiny", ["tokenizer.vocab_size=400"])
+    model, task = new_model(settings.model, len(tokenizer), 0), CausalTask(tokenizer, 160)
+    batch = task.collate([task.encode(text) for text in SAMPLES.values()])
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(110):
+        optimizer.zero_grad()
+        task.record_losses(model, batch).mean().backward()
+        optimizer.step()
+    for text in SAMPLES.values():
+        pieces, first = [], text.replace("\N{IDEOGRAPHIC COMMA}", " ").split()[0]
+        assert generate(model.eval(), task, tokenizer, first, 160, 1e-6, 0, pieces.append) == text
+        assert "".join(pieces) == text
+        assert len(pieces) > 5
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@pytest.fixture(scope="module")
+def sentence_pieces():
+    """Characters of English, and single bytes for all others, as Llama 2's tokenizer has them."""
+    known = sorted({*SAMPLES["English"], *SAMPLES["code"], "\N{LOWER ONE EIGHTH BLOCK}"} - {" "})
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *known]
+    backend = Tokenizer(
+        models.BPE({token: number for number, token in enumerate(tokens)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    blank = "\N{LOWER ONE EIGHTH BLOCK}"
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(blank), normalizers.Replace(" ", blank)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("language", SAMPLES)
+def test_what_is_shown_is_whole_from_any_place_on(language, sentence_pieces, tokenizers):
+    """Before, a SentencePiece model lost one blank of the indentation of each line."""
+    text, lost = SAMPLES[language], "\N{REPLACEMENT CHARACTER}"
+    for tokenizer in (sentence_pieces, tokenizers["causal"]):
+        ids = CausalTask(tokenizer, 4096).encode(text).ids[:-1]
+        starts = [tokenizer.decode(ids[:cut], skip_special_tokens=True) for cut in range(1, len(ids))]
+        for cut, before in list(enumerate(starts, 1))[::5]:
+            if not before.endswith(lost):  # no prompt ends inside a letter
+                written = _Written(tokenizer.backend_tokenizer, Opening(ids[:cut], continued=True, ends=()))
+                pieces = [written.text(token) for token in ids[cut:]]
+                assert before + "".join(pieces) == text
+                assert not any(lost in piece for piece in pieces)
+
+
+def test_bytes_that_are_no_character_end_nothing(sentence_pieces, tokenizers):
+    """tokenizers' own stream raises there for bytes that stand alone."""
+    for tokenizer in (sentence_pieces, tokenizers["causal"]):
+        backend, chance = tokenizer.backend_tokenizer, random.Random(0)
+        for _ in range(200):
+            ids = [chance.randrange(3, len(tokenizer)) for _ in range(30)]
+            written = _Written(backend, Opening((), continued=False, ends=()))
+            shown = "".join(map(written.text, ids))
+            whole = backend.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")
+            # Bytes that follow may take a whole letter back, once it was shown.
+            assert shown == whole or (tokenizer is sentence_pieces and len(shown) >= len(whole))

@@ -550,8 +550,9 @@ def test_what_was_replaced_dropped_and_shortened_is_told_to_the_steward_and_to_n
     silo.close()
     train = [joined(unit) for unit in units_of(silo.config).train]
     cut = sum("long story" in unit for unit in train)
+    tokens = sum(len(one.ids) for unit in silo.workbench.records for one in unit)
     shown = [" ".join(note.split()) for note in silo.workbench.notes]
-    assert shown[:9] == [
+    assert shown[:10] == [
         "text of this silo's records",
         "replaced: invalid bytes 3 of 77 3.90%",
         "replaced: half characters 1 of 77 1.30%",
@@ -559,6 +560,7 @@ def test_what_was_replaced_dropped_and_shortened_is_told_to_the_steward_and_to_n
         "dropped: no text 1 of 77 1.30%",
         "dropped: no silo or unit 1 of 77 1.30%",
         "dropped: beyond data.max_rows_per_unit 3 of 77 3.90%",
+        f"replaced: tokens unknown to the model's tokenizer 0 of {tokens:,} 0.00%",
         f"shortened: training units beyond the context {cut} of {len(train)} {cut / len(train):.2%}",
         "warning: replaced: invalid bytes: 3.90%, which is more than 1%; look at the data",
     ]

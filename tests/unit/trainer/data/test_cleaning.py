@@ -64,7 +64,7 @@ def test_a_text_is_too_short_by_its_code_points_alone(text, least):
 def test_line_ends_of_every_kind_end_lines_and_joined_words_stay_apart():
     ends = ["\n", "\r\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029"]
     assert normalise("".join(f"word{end}" for end in ends)) == "\n".join(["word"] * len(ends))
-    assert normalise("a\n\r\n\r\n\rb \t c") == "a\n\nb c"
+    assert normalise("a\n\r\n\r\n\rb \t c\x1fd") == "a\n\n\nb \t c d"
 
 
 @pytest.mark.parametrize("script", SENTENCES)

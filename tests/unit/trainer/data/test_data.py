@@ -20,7 +20,7 @@ DTYPE = np.dtype("<u2")
 
 
 def test_normalise():
-    assert normalise("e\u0301\x00  a\t b \r\n\n\n\nend  ") == "\u00e9 a b\n\nend"
+    assert normalise("\n e\u0301\x00  a\t b \r\n\n\n\nend  ") == " \u00e9  a\t b\n\n\nend"
 
 
 def test_cleaning_drops_short_exact_and_near_duplicates_and_keeps_the_first():
@@ -28,7 +28,7 @@ def test_cleaning_drops_short_exact_and_near_duplicates_and_keeps_the_first():
     near = text + "today"
     other = "an entirely different sentence about compilers, linkers and the strange life of symbols in object files"
     counts = CleaningCounts()
-    found, copies = list(candidates(list(map(normalise, ["short", text, "  " + text, near, other])), 40)), Copies(0.8)
+    found, copies = list(candidates(list(map(normalise, ["short", text, text + " \n", near, other])), 40)), Copies(0.8)
     kept = [(c.place, c.text) for c in found if copies.keep(c, counts)]
     assert kept == [(1, normalise(text)), (4, other)]
     assert [counts.exact_duplicates, counts.near_duplicates, counts.kept] == [1, 1, 2]

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from tiny_bert import CONTEXT, word_pieces
 
 from configs.errors import InputError
+from configs.load import load
 from configs.schema.silo import SiloDataSettings
 from configs.schema.tasks import TaskSpec
 from federated.silo.units import rows_of
+from federated.simulation.simulated_places import simulated_silo
 from trainer.data.tokenizer import train_tokenizer
 from trainer.scoring.score import score
 from trainer.tasks.fields import Answers, with_texts
@@ -150,6 +152,25 @@ def test_of_several_right_answers_the_nearest_counts(task):
     (question,) = task.scored([given])
     year = [w for w in task.examples([row("2016")]) if said(w)]
     assert task.record_scores(Points({w.ids: w.target for w in year}), [question])[0, 1] == 1.0
+
+
+@pytest.mark.parametrize(("language", "f1"), [("zh", 2 * 2 / 5), ("zh-Hant", 2 * 2 / 5), ("en", 0)])
+def test_answers_are_compared_by_the_rules_of_the_silos_language(byte_task, tmp_path, language, f1):
+    """Two characters of three; by SQuAD's rule two words that differ. The language is the silo's, and in no request."""
+    silo = simulated_silo(load("tiny", ['federated.task="qa"', f"data.private.language={language}"]), "north", tmp_path)
+    assert (silo.data.language, silo.policy.task_spec.language) == (language, "en")
+    task = AnswersTask(byte_task._tokenizer, 64, silo.task_spec)
+    near, (right,) = (
+        f([row(answer, context="送来热茶。")]) for f, answer in ((task.examples, "来热茶"), (task.scored, "热茶"))
+    )
+    scores = task.record_scores(Points({window.ids: window.target for window in near}), [right])
+    assert scores[0].tolist() == pytest.approx([f1, 0, 1])
+
+
+@pytest.mark.parametrize("language", ["", "chinese", "z", "zh_CN", "zh\n", "../zh"])
+def test_what_is_no_language_is_refused_by_name(language):
+    with pytest.raises(InputError, match=r"data\.private\.language"):
+        load("tiny", [f"data.private.language={json.dumps(language)}"])
 
 
 def test_deidentified_rows_keep_their_answer_or_are_none():
