@@ -148,6 +148,7 @@ PATHS = {
     "pretrain.offload_folder",
     "cluster.scratch_dir",
     "federated.state_dir",
+    "federated.continue_from",
     "evaluate.public.source",
     "silo.state_dir",
     "silo.anchor_dir",
