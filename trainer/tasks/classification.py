@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from configs.schema.tasks import TaskSpec
-from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
 from trainer.tasks.measures import Measures, Ratio
@@ -23,7 +22,6 @@ class ClassificationTask(HeadedTask):
 
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         super().__init__(tokenizer, context_length, spec)
-        self.head = Head("classification", len(spec.labels), self.pad, spec.labels, spec.pooling)
         self.measures = self.measured(spec, context_length)
 
     @classmethod
