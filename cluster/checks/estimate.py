@@ -16,8 +16,10 @@ from privacy.plan_from_settings import plan_terms
 from trainer.imported import outline
 from trainer.models.adapters import adapted, trainable
 from trainer.models.families import empty_model
+from trainer.models.load import outline_with_head
 from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_device, unsupported
 from trainer.pretraining.memory import placed_bytes, state_bytes
+from trainer.tasks.headed import head_of
 
 
 def estimate(config: RunConfig, *, memory: bool = False) -> dict[str, Any]:
@@ -131,7 +133,9 @@ def _bound(plan: PlanTerms, public_record_count: int) -> int:
 
 def adapter_parameters(config: RunConfig) -> int:
     """Parameters that train and travel, counted on a model without values; of FFA-LoRA, whose A is frozen, B's."""
-    federated, model = config.federated, _base_model(config)
+    federated, model, head = config.federated, _base_model(config), head_of(config.federated.task_spec)
+    if head:
+        model = outline_with_head(model.config, head)
     with torch.device("meta"):
-        weights = trainable(adapted(model, adaptation(federated), seed=0))
+        weights = trainable(adapted(model, adaptation(federated, head), seed=0))
     return sum(value.numel() for name, value in weights.items() if federated.adapters != "ffa" or not frozen(name))

@@ -21,6 +21,7 @@ _HEADS = {
     "token classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
     "question answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
 }
+HeadKind = Literal["classification", "token classification", "question answering"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Head:
         pooling: of a whole text: what the head looks at.
     """
 
-    kind: Literal["classification", "token classification", "question answering"]
+    kind: HeadKind
     size: int
     pad: int
     labels: tuple[str, ...] = ()
@@ -114,6 +115,16 @@ def model_class(config: Any, where: str, head: Head | None = None) -> Any:
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise InputError(f"{where}: transformers has no {wanted}; give a model of another family")
     return found
+
+
+def outline_with_head(config: Any, head: Head) -> Any:
+    """A model of a configuration with a head, without values, on torch's device ``meta``.
+
+    Raises:
+        InputError: no such head fits it.
+    """
+    with torch.device("meta"):
+        return model_class(config, "the base model", head)._from_config(_with_head(config, head))
 
 
 def _with_head(config: Any, head: Head | None) -> Any:

@@ -8,7 +8,6 @@ import torch
 
 from configs.schema.tasks import TaskSpec
 from trainer.metrics.measures import Measures, Ratio
-from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
 from trainer.tasks.marked import words_of
@@ -24,7 +23,6 @@ class ClassificationTask(HeadedTask):
 
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         super().__init__(tokenizer, context_length, spec)
-        self.head = Head("classification", len(spec.labels), self.pad, spec.labels, spec.pooling)
         self.measures = self.measured(spec, context_length)
 
     @classmethod

@@ -10,7 +10,6 @@ import torch
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
 from trainer.metrics.measures import COUNTS, Measures, Ratio
-from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
 from trainer.tasks.task import IGNORED, Encoded, Prediction, Row
@@ -30,7 +29,6 @@ class EntitiesTask(HeadedTask):
 
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         super().__init__(tokenizer, context_length, spec)
-        self.head = Head("token classification", len(spec.labels), self.pad, spec.labels)
         self.measures = self.measured(spec, context_length)
 
     @staticmethod

@@ -9,8 +9,23 @@ import torch
 from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
 from trainer.data.languages import count_unknown
+from trainer.models.load import Head, HeadKind
 from trainer.tasks.task import Encoded, Row
 from trainer.tasks.text import padded, random_ids
+
+_HEADS: dict[str, HeadKind] = {
+    "classification": "classification",
+    "multilabel": "classification",
+    "entities": "token classification",
+    "qa": "question answering",
+}
+
+
+def head_of(spec: TaskSpec, pad: int = 0) -> Head | None:
+    """What a task puts in the place of a model's words, two numbers where it has no labels; None: nothing."""
+    if spec.in_words:
+        return None
+    return Head(_HEADS[spec.name], len(spec.labels) or 2, pad, spec.labels, spec.pooling)
 
 
 class HeadedTask:
@@ -25,6 +40,7 @@ class HeadedTask:
         if pad is None:
             raise InputError("tokenizer: it has neither a pad token nor an end-of-text token; name one in its files")
         self.pad: int = pad
+        self.head = head_of(spec, pad)
 
     @staticmethod
     def misfit(_row: Row) -> str:

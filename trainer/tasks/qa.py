@@ -14,7 +14,6 @@ from configs.errors import InputError
 from configs.schema.tasks import TaskSpec
 from trainer.metrics.measures import Measures, Ratio
 from trainer.metrics.question_answering import exact_match, token_f1
-from trainer.models.load import Head
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask
 from trainer.tasks.task import Encoded, Prediction, Row
@@ -67,7 +66,6 @@ class AnswersTask(HeadedTask):
 
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         super().__init__(tokenizer, context_length, spec)
-        self.head = Head("question answering", 2, self.pad)
         self.measures = self.measured(spec, context_length)
 
     @staticmethod

@@ -1,10 +1,27 @@
 """What a plan is said to cost."""
 
-from cluster.checks.estimate import estimate
+import pytest
+from tiny_bert import base_model, published
+
+from cluster.checks.estimate import adapter_parameters, estimate
 from configs.load import load
+from federated.adapters.warm_model import initial_adapter
 
 
 def test_a_plan_that_spends_nothing_has_no_number_of_runs():
     found = estimate(load("tiny", ["privacy.sampling_rate=1e-6"]))["privacy"]
     assert found["epsilon"] == 0
     assert {silo["runs_in_budget"] for silo in found["silos"].values()} == {None}
+
+
+@pytest.mark.parametrize("train", ["lora", "head", "full"])
+@pytest.mark.parametrize(
+    "task", [("classification", ["calm", "storm"]), ("entities", ["O", "B-PER", "I-PER"]), ("qa", [])]
+)
+def test_what_trains_is_counted_with_the_tasks_head(train, task, tmp_path):
+    """As many numbers as travel in the end. Before, `plan` knew no head, and refused to train it alone."""
+    source = published(tmp_path / "source", ["the old ship sails", "men tell of the wind"])
+    changes = [f'model.source="{source}"', f'federated.task="{task[0]}"', f'federated.train="{train}"']
+    config = load("tiny", [*changes, *([f"federated.labels={task[1]}"] if task[1] else [])])
+    expected = initial_adapter(config, base_model(tmp_path, source))
+    assert adapter_parameters(config) == sum(values.size for values in expected.values())
