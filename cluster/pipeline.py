@@ -248,17 +248,22 @@ def evaluate(run: Run) -> dict[str, Any]:
     return scores
 
 
-def evaluate_base(run: Run, shots: int) -> dict[str, Any]:
-    """The base model before any fine-tuning, on a simulation's public silos; and what was fine-tuned, as evaluated."""
-    from federated.simulation.few_shot import score_base
+def evaluate_base(run: Run, shots: int) -> tuple[dict[str, Any], list[str]]:
+    """The base model before any fine-tuning, on a simulation's public silos; and what was fine-tuned, as evaluated.
+
+    Returns:
+        The figures, and the same as lines for people.
+    """
+    from federated.simulation.few_shot import lines, score_base
 
     require_manifest(run.model, "model", run.config.model.made_by)
     found = score_base(run.config, run.model, shots)
     if not run.files.evaluation.exists():
-        return found
+        return found, lines(found)
     with reading(run.files.evaluation, "run `siloweave evaluate` again"):
         rounds = json_object(run.files.evaluation.read_bytes(), str(run.files.evaluation))
-        return {**found, **{stage: rounds[stage][-1] for stage in (FEDERATED, NO_DP) if rounds.get(stage)}}
+        found |= {stage: rounds[stage][-1] for stage in (FEDERATED, NO_DP) if rounds.get(stage)}
+        return found, lines(found)
 
 
 def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:

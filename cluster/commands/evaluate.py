@@ -37,7 +37,6 @@ def evaluate(
 
 def _evaluate_base(config: str, override: list[str] | None, shots: int, as_json: bool) -> None:
     from cluster import pipeline
-    from federated.simulation.few_shot import lines
 
-    found, _ = with_run(load(config, override or []), lambda run: pipeline.evaluate_base(run, shots), as_json)
-    answer(as_json, found, *lines(found))
+    (found, lines), _ = with_run(load(config, override or []), lambda run: pipeline.evaluate_base(run, shots), as_json)
+    answer(as_json, found, *lines)

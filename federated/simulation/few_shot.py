@@ -44,17 +44,13 @@ def score_base(config: RunConfig, base_model: Path, shots: int) -> dict[str, Any
     units = {name: load_units(silo, own_split_key(silo)) for name, silo in simulated_silos(config, base_model).items()}
     asked = _with_shots(task, list(units.values()), shots, config.run.seed)
     limit = config.evaluate.max_records_per_silo
-    found = {name: _fitting(task, asked, own.held_out[:limit], shots) for name, own in units.items()}
-    if wrong := sum(unfit for _, unfit in found.values()):
-        count = sum(len(examples) for examples, _ in found.values())
-        raise InputError(
-            f"evaluate --shots {shots}: {wrong} of {count} prompts fit model.context_length "
-            f"({config.model.context_length}) without worked examples, and with them they don't; give fewer, or a "
-            "longer context"
-        )
+    found = {name: _examples(asked, own.held_out[:limit]) for name, own in units.items()}
+    if shots:
+        alone = [one for own in units.values() for one in _examples(task, own.held_out[:limit])]
+        _check_room(config, shots, len(alone), [one for examples in found.values() for one in examples])
     model = load_model(base_model, load_key(config.run.encryption_key_file))
     size = config.federated.micro_batch_size
-    scores = {name: score(model, asked, examples, size) for name, (examples, _) in found.items()}
+    scores = {name: score(model, asked, examples, size) for name, examples in found.items()}
     kind = {"metric": task.measures.main, "lower_is_better": task.measures.lower_is_better}
     return {"simulation_only": True, **kind, "shots": shots, BASE: summary(scores)}
 
@@ -106,14 +102,15 @@ def drawn(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
     return [first[index][1] for index in chance.permutation(number)]
 
 
-def _fitting(task: Task, asked: Task, units: Sequence[Sequence[Row]], shots: int) -> tuple[list[Encoded], int]:
-    """What is scored, and how many of it fit the context without the worked examples alone."""
-    examples, unfit = list[Encoded](), 0
-    for unit in units:
-        found = asked.scored(unit)
-        examples += found
-        if shots:
-            alone = task.scored(unit)
-            whole = sum(not example.truncated for example in alone)
-            unfit += max(whole - sum(not example.truncated for example in found), 0)
-    return examples, unfit
+def _examples(task: Task, units: Sequence[Sequence[Row]]) -> list[Encoded]:
+    return [example for unit in units for example in task.scored(unit)]
+
+
+def _check_room(config: RunConfig, shots: int, number: int, examples: Sequence[Encoded]) -> None:
+    """A prompt that is cut is another one, and no figure beside it means the same."""
+    wrong = number - len(examples) + sum(example.truncated for example in examples)
+    if wrong:
+        raise InputError(
+            f"evaluate --shots {shots}: after the worked examples {wrong} of {number} prompts do not fit "
+            f"model.context_length ({config.model.context_length}); give fewer examples, or a longer context"
+        )

@@ -47,7 +47,7 @@ def settings(folder, model, *overrides, **federated):
     source, given = folder / "notes.jsonl", {**LIKELY, **federated}
     rows = [
         {"ward": ("north", "south")[n % 2], "text": f"note {n}", "label": LABELS[n % 3 == 0], "reply": "a" * (n % 5)}
-        for n in range(60)
+        for n in range(120)
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows_of.cache_clear()
@@ -86,7 +86,7 @@ def test_figures_are_those_of_prompts_written_by_hand(tmp_path, model, shots):
         f"{row['text']}\nTriage: {LABELS[row['label']]}\n\n" for row in drawn(train, shots, config.run.seed)
     )
     assert shown.count("note") == shots
-    held_out = [row for own in units for (row,) in own.held_out]
+    held_out = [row for own in units for (row,) in own.held_out[: config.evaluate.max_records_per_silo]]
     answers = list(by_hand(model, [f"{shown}{row['text']}\nTriage:" for row in held_out]))
     right = sum(row["label"] == answer for row, answer in zip(held_out, answers, strict=True))
     assert found["base"]["accuracy"] == pytest.approx(right / len(held_out))
@@ -125,11 +125,11 @@ def test_worked_examples_go_by_the_seed_and_evenly_over_labels():
             {"task": "causal", "labels": (), "pooling": "model", "template": ""},
             "--shots 2: a plain text has no prompt",
         ),
-        (99, {}, "evaluate --shots 99: there are "),
+        (130, {}, "evaluate --shots 130: there are "),
         (
             20,
             {},
-            "prompts fit model.context_length (128) without worked examples, and with them they don't; give fewer",
+            "prompts do not fit model.context_length (128); give fewer examples, or a longer context",
         ),
     ],
 )
@@ -159,8 +159,11 @@ def test_the_command_shows_both_models(tmp_path, model, monkeypatch):
         assert (both["shots"], both["federated"]) == (2, last)
         assert both["base"]["records"] == alone["base"]["records"]
         lines = command(tmp_path, model, "--shots", "2").stdout.splitlines()
-        assert lines[-2].startswith("base model, 2 worked examples: accuracy 0.")
+        assert lines[-2].startswith("base model, 2 worked examples: accuracy ")
         assert lines[-1] == "federated with DP: accuracy 0.875 on 24 public records"
+        evaluation.write_text(json.dumps({"federated": [1]}))
+        said = str(command(tmp_path, model, "--base").exception)
+        assert said.endswith("damaged, or not of this version of Siloweave; run `siloweave evaluate` again")
     finally:
         evaluation.unlink()
 
