@@ -117,6 +117,7 @@ NO_PATHS = {
     "monitoring.mlflow_experiment",
     "policy.base_models",
     "policy.label_sets",
+    "pretrain.stages.weights",
     "privacy.evaluation_labels",
     "silo.id",
     "silo.dataset_id",
