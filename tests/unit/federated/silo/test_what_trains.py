@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from silo_requests import COORDINATOR, TRUSTED, ask, ward
 
+from configs.errors import InputError
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen, frozen_digest
-from federated.adapters.warm_model import initial_adapter
+from federated.adapters.warm_model import held_back_in, initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.silo.silo import Silo
@@ -138,6 +139,38 @@ def test_what_is_frozen_has_to_be_what_the_request_says(staged, tiny_run, part, 
     reply, _ = in_stage(staged, "other", initial(tiny_run), 9, part, **changes)
     assert reply.refusal.rule == "adapter"
     assert staged.ledger.journal.bodies() == charged
+
+
+def test_a_frozen_layer_beside_a_frozen_a(tmp_path, tiny_run, tiny_model):
+    silo = opened(tmp_path / "ffa", tiny_model)
+    adapter, seed = initial(tiny_run), tiny_run.config().run.seed
+    sent = {name: array for name, array in adapter.items() if not frozen(name)}
+    spec = pb.AdapterSpec(rank=4, alpha=8.0, frozen_digest=frozen_digest(adapter), frozen_seed=seed)
+    reply, _ = in_stage(silo, "ffa", sent, 1, "layers.0.", frozen_below=2, adapter_spec=spec)
+    assert set(from_bytes(reply.trained.update)) == set(sent) - set(below(sent, "layers.0."))
+    silo.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["federated.stages=[{rounds=2, frozen='embeddings'}]"], "stages.0.frozen is 'embeddings': nothing of what"),
+        (
+            ["federated.stages=[{rounds=1}, {rounds=1, frozen=2}]", 'federated.adapter_targets=["q_proj"]'],
+            "stages.1.frozen is 2: all of what trains lies there",
+        ),
+    ],
+)
+def test_a_stage_that_freezes_nothing_or_all_is_refused_before_anybody_is_asked(tiny_run, settings, expected):
+    with pytest.raises(InputError) as caught:
+        held_back_in(tiny_run.config(*settings), tiny_run.model)
+    assert expected in str(caught.value)
+
+
+def test_each_round_holds_back_what_its_stage_freezes(tiny_run):
+    stages = "federated.stages=[{rounds=1, frozen='embeddings'}, {rounds=1}]"
+    held_back = held_back_in(tiny_run.config(stages, "federated.train=full"), tiny_run.model)
+    assert (held_back(1), held_back(2)) == ({"model.embed_tokens.weight"}, frozenset())
 
 
 def test_a_round_of_shorter_examples_and_one_of_all(staged, tiny_run):
