@@ -42,7 +42,8 @@ def step_memory(config: RunConfig, plan: PlanTerms) -> dict[str, Any]:
         raise InputError("privacy.unit is 'client': silos take no private steps then; leave --memory out")
     base_model = RunFiles(run_directory(config)).model
     manifest = require_manifest(base_model, "model", "import" if config.model.source else "export")
-    weights, free = 4 * int(manifest.metadata["parameters"]), psutil.virtual_memory().available
+    parameters, free = manifest.metadata.get("parameters"), psutil.virtual_memory().available
+    weights = 4 * parameters if isinstance(parameters, int) else 0
     if weights > free:
         raise _too_large(base_model, f"its weights are {weights:,} bytes, and {free:,} are free here")
     records = max(1, round(min(_MOST_RECORDS, plan.sampling_rate * _record_count(config))))

@@ -13,7 +13,7 @@ from trainer.models.load import Head, HeadKind
 from trainer.tasks.task import Encoded, Row
 from trainer.tasks.text import padded, random_ids
 
-_HEADS: dict[str, HeadKind] = {
+_KINDS: dict[str, HeadKind] = {
     "classification": "classification",
     "multilabel": "classification",
     "entities": "token classification",
@@ -25,7 +25,7 @@ def head_of(spec: TaskSpec, pad: int = 0) -> Head | None:
     """What a task puts in the place of a model's words, two numbers where it has no labels; None: nothing."""
     if spec.in_words:
         return None
-    return Head(_HEADS[spec.name], len(spec.labels) or 2, pad, spec.labels, spec.pooling)
+    return Head(_KINDS[spec.name], len(spec.labels) or 2, pad, spec.labels, spec.pooling)
 
 
 class HeadedTask:
