@@ -222,8 +222,9 @@ def _configuration(origin: Origin, source: str, task: TaskSpec) -> Any:
     # At each token an answer's head has to see the text, and a decoder that writes has seen none of what comes.
     blind = task.name == "qa" and config.is_encoder_decoder
     if blind or not kinds or (fits and named not in kinds):
+        how = " by likelihood" if task.pooling == "likelihood" else ""
         raise InputError(
-            f"model.source {source!r}: it is a {named}, and the task {task.name!r} needs a "
+            f"model.source {source!r}: it is a {named}, and the task {task.name!r}{how} needs a "
             f"{fits or 'model of a family that has a head for it'}; give one"
         )
     return config

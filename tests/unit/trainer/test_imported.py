@@ -243,8 +243,12 @@ def test_an_encoder_is_no_language_model(tmp_path, taken):
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
     )
+    folder = written(tmp_path / "bert", config, BertModel)
     with pytest.raises(InputError, match="it is a BertModel, and the task 'causal' needs a causal language model"):
-        taken(written(tmp_path / "bert", config, BertModel))
+        taken(folder)
+    likely = ("federated.task=classification", 'federated.labels=["a", "b"]', "federated.pooling=likelihood")
+    with pytest.raises(InputError, match="the task 'classification' by likelihood needs a causal language model"):
+        taken(folder, *likely)
 
 
 def test_an_encoder_decoder_translates_and_does_not_chat(tmp_path, taken):
