@@ -13,6 +13,7 @@ from configs.schema.federated import Train
 from configs.schema.tasks import Pooling, TaskName, TaskSpec
 from trainer.data.tokenizer import load_tokenizer
 from trainer.tasks.fields import Answers
+from trainer.tasks.likelihood import LikelihoodTask
 from trainer.tasks.task import Encoded, Row, Task, kind_of
 
 Unit = tuple[Encoded, ...]
@@ -28,7 +29,8 @@ class Setting:
         task: its name in Siloweave.
         rows: gives (silo, fields) of a folder of data; of a label its word.
         words: of the labels in a row.
-        pooling: what a head looks at.
+        pooling: what a head looks at, if there is one.
+        template: of the text before a label in words.
         train: what of the model.
         targets: of LoRA.
         rank: of LoRA.
@@ -46,6 +48,7 @@ class Setting:
     rows: Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]
     words: Callable[[dict[str, Any]], list[str]] = lambda _: []
     pooling: Pooling = "model"
+    template: str = ""
     train: Train = "lora"
     targets: tuple[str, ...] = ()
     rank: int = 4
@@ -61,7 +64,7 @@ class Setting:
     def spec(self, data: Path) -> TaskSpec:
         """The task with the labels that its data have."""
         labels = tuple(sorted({word for _, row in self.rows(data) for word in self.words(row)}))
-        return TaskSpec(name=self.task, labels=labels, pooling=self.pooling)
+        return TaskSpec(name=self.task, labels=labels, pooling=self.pooling, template=self.template)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -110,12 +113,23 @@ def _texts(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 SETTINGS = {
-    "sentiment": Setting("classification", _snippets, lambda row: [row["label"]], "mean", "head", rate=3e-2),
+    "sentiment": Setting("classification", _snippets, lambda row: [row["label"]], "mean", train="head", rate=3e-2),
     "intent": Setting(
-        "classification", _intents, lambda row: [row["label"]], "mean", "head", context=32, rounds=4, rate=3e-2
+        "classification", _intents, lambda row: [row["label"]], "mean", train="head", context=32, rounds=4, rate=3e-2
     ),
     "entities": Setting("entities", _entities, lambda row: list(row["tags"]), rank=8, records=1200, rate=1e-3),
     "questions": Setting("qa", _questions, rank=8, context=256, records=250, held_out=40),
+    "words": Setting(
+        "classification",
+        _snippets,
+        lambda row: [row["label"]],
+        "likelihood",
+        "Review: {text}\nSentiment:",
+        targets=("q_proj", "v_proj"),
+        sampling_rate=0.04,
+        steps=4,
+        held_out=100,
+    ),
     "texts": Setting("causal", _texts, targets=("q_proj", "v_proj"), sampling_rate=0.04, steps=4, held_out=50),
 }
 
@@ -123,7 +137,8 @@ SETTINGS = {
 @cache
 def task_of(model: Path, data: Path, name: str) -> Task:
     used = SETTINGS[name]
-    return kind_of(used.task)(load_tokenizer(model), used.context, used.spec(data))
+    kind = LikelihoodTask if used.pooling == "likelihood" else kind_of(used.task)
+    return kind(load_tokenizer(model), used.context, used.spec(data))
 
 
 def numbered(row: dict[str, Any], labels: tuple[str, ...]) -> Row:

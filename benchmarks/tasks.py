@@ -87,6 +87,7 @@ class Runs:
             task=spec.name,
             labels=spec.labels,
             pooling=spec.pooling,
+            template=spec.template,
             train=self.used.train,
             adapter_targets=self.used.targets or "all-linear",
             lora_rank=self.used.rank,
@@ -147,7 +148,7 @@ class Runs:
     def guess(self) -> dict[str, float]:
         """The label that is most frequent in training, for all; where there are no labels, the model as it comes."""
         counts = Counter(unit[0].target for units, _ in self.silos.values() for unit in units)
-        if self.used.task != "classification":
+        if self.used.task != "classification" or self.used.pooling == "likelihood":
             return self.figures(self.start)
         ((most, _),) = counts.most_common(1)
         held_out = [example.target == most for _, held_out in self.silos.values() for example in held_out]
