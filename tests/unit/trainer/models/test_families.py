@@ -198,7 +198,7 @@ def test_digests_tell_families_apart_and_leave_earlier_runs_theirs(with_file):
     plain = load("tiny")
     before = [
         plain.model.model_dump(exclude={"source", "family", "config"}),
-        plain.pretrain.model_dump(exclude={"objective", *_NO_WEIGHT_DEPENDS_ON}),
+        plain.pretrain.model_dump(exclude={"objective", "stages", *_NO_WEIGHT_DEPENDS_ON}),
         {"public": 1.0},
         plain.run.seed,
         "corpus",
