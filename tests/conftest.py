@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from installed import install, outside_the_checkout
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
@@ -19,8 +19,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is not asked; read when its librar
 from configs.load import load
 from configs.schema.schema import RunConfig
 
-# The same examples in every session: a test that has passed passes again, until it or what it tests is changed.
-settings.register_profile("certain", derandomize=True)
+# The same examples in every session, and none judged by the clock: a test that has passed passes again, until it or
+# what it tests is changed.
+settings.register_profile("certain", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("certain")
 
 
