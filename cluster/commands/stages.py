@@ -327,5 +327,6 @@ def _lines(value: Any, name: str = "", indent: int = 0) -> list[str]:
     if isinstance(value, dict):
         head = [f"{'  ' * indent}{name}"] if name else []
         return [*head, *(line for key, item in value.items() for line in _lines(item, key, indent + bool(name)))]
-    shown = f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) and value >= 1e-3 else f"{value}"
-    return [f"{'  ' * indent}{name}: {shown}"]
+    if isinstance(value, float) and value >= 1e-3:
+        value = f"{value:,.4f}".rstrip("0").rstrip(".")
+    return [f"{'  ' * indent}{name}: {'none' if value is None else value}"]
