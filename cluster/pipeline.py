@@ -33,6 +33,7 @@ def demo(run: Run, on_text: Printer) -> dict[str, Any]:
     """The whole job. Returns the report."""
     from_elsewhere = bool(run.config.model.source)
     _task_fits(run.config)
+    _private_data_fit(run.config)
     (import_model if from_elsewhere else prepare)(run)
     with run.ray():
         if not from_elsewhere:
@@ -183,6 +184,14 @@ def _is_a_model(config: RunConfig) -> None:
         from trainer.pretraining.optimizers import hold_back
 
         hold_back(empty_model(config.model, config.tokenizer.vocab_size, config.objective), config)
+
+
+def _private_data_fit(config: RunConfig) -> None:
+    """Reads a simulation's records before anything is trained: what can't be read, or has no label, is said now."""
+    from federated.simulation.simulation import look_at_private
+
+    if not config.data.private.source.startswith("hf:"):
+        look_at_private(config)
 
 
 def _task_fits(config: RunConfig) -> None:
