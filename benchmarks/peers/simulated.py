@@ -1,7 +1,8 @@
 """The clients' work of simulation.py, and one engine that runs it: python simulated.py ENGINE WORK.json RECORD.json.
 
 A client's training is the same few lines everywhere: plain SGD on the LoRA weights, on tokens that its number and the
-round decide. So is the fold. Without training a client answers with the adapter as it came, and all the rest stays.
+round decide, which a decoder says and an encoder tells apart by their first one. So is the fold. Without training a
+client answers with the adapter as it came, and all the rest stays.
 """
 
 import json
@@ -41,14 +42,17 @@ Exchange = Callable[[bytes, Sequence[Task]], Iterator[bytes]]
 
 @cache
 def warm_model(directory: str) -> Any:
-    """The model with its adapter, once a process."""
+    """The model with its adapter, once a process; an encoder with a head for two labels. No dropout: all compute the same."""
     import torch
+    from transformers import AutoConfig
 
     from trainer.models.adapters import add_adapter
-    from trainer.models.load import load_model
+    from trainer.models.load import Head, load_model
 
     torch.set_num_threads(THREADS)
-    return add_adapter(load_model(Path(directory)), RANK, ALPHA, seed=0).train()
+    writes = AutoConfig.from_pretrained(directory).architectures[0].endswith("ForCausalLM")
+    head = None if writes else Head("classification", 2, 0)
+    return add_adapter(load_model(Path(directory), head=head), RANK, ALPHA, seed=0, head=head).eval()
 
 
 def update_of(task: Task, content: bytes) -> bytes:
@@ -66,7 +70,7 @@ def update_of(task: Task, content: bytes) -> bytes:
     generator = np.random.default_rng([task.client, task.round])
     for _ in range(STEPS):
         tokens = torch.from_numpy(generator.integers(VOCABULARY, size=(BATCH, TOKENS)))
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        model(input_ids=tokens, labels=tokens if model.can_generate() else tokens[:, 0] % 2).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return to_bytes({name: (after - before[name]).numpy() for name, after in adapter_weights(model).items()})
