@@ -42,7 +42,7 @@ Exchange = Callable[[bytes, Sequence[Task]], Iterator[bytes]]
 
 @cache
 def warm_model(directory: str) -> Any:
-    """The model with its adapter, once a process; an encoder with a head for two labels. No dropout: all compute the same."""
+    """The model with its adapter, once a process; an encoder with a head for two labels, and without dropout."""
     import torch
     from transformers import AutoConfig
 
