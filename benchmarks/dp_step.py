@@ -246,11 +246,11 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - began
 
 
-def compare(name: str, repetitions: int) -> dict[str, Any]:
+def compare(name: str, modes: Sequence[str], repetitions: int) -> dict[str, Any]:
     """Ratios of every mode to the plain steps on either side."""
     plain = step_of("plain", build(name))
     steps, refused = {}, {}
-    for mode in MODES:
+    for mode in modes:
         try:
             step = step_of(mode, build(name))
             step()
@@ -272,11 +272,11 @@ def compare(name: str, repetitions: int) -> dict[str, Any]:
     }
 
 
-def peak_memory(name: str, repetitions: int) -> dict[str, Any]:
+def peak_memory(name: str, modes: Sequence[str], repetitions: int) -> dict[str, Any]:
     """VmHWM in MB of a process that takes three steps, by mode, and its ratio to the plain one."""
     peaks: dict[str, list[float]] = {}
     for _ in range(repetitions):
-        for mode in ("plain", *MODES):
+        for mode in ("plain", *modes):
             done = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--peak", name, mode],
                 capture_output=True,
@@ -305,6 +305,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--memory-repetitions", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, help="of the workloads; else all that need no folder")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--minilm", type=Path, help="folder of the model, as `siloweave import` writes it")
     parser.add_argument("--smollm2", type=Path)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
@@ -318,8 +319,9 @@ def main() -> None:
         return
     figures: dict[str, Any] = {}
     for name in arguments.only or [name for name in WORKLOADS if name not in ("minilm", "smollm2") or name in FOLDERS]:
-        figures[name] = {**compare(name, arguments.repetitions), **peak_memory(name, arguments.memory_repetitions)}
-        show(name, figures[name])
+        compared = compare(name, arguments.modes, arguments.repetitions)
+        figures[name] = {**compared, **peak_memory(name, arguments.modes, arguments.memory_repetitions)}
+        show(name, arguments.modes, figures[name])
     document = {
         **setting(("torch", "opacus", "transformers", "peft")),
         "threads": 1,
@@ -330,9 +332,9 @@ def main() -> None:
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def show(name: str, figures: dict[str, Any]) -> None:
+def show(name: str, modes: Sequence[str], figures: dict[str, Any]) -> None:
     print(f"{name}: plain step {figures['plain_step_seconds']['median'] * 1000:.0f} ms")
-    for mode in MODES:
+    for mode in modes:
         if mode in figures["refused"]:
             print(f"  {mode:<15} refused: {figures['refused'][mode][:90]}")
             continue

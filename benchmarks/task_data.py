@@ -131,7 +131,7 @@ SETTINGS = {
         held_out=100,
     ),
     "texts": Setting(
-        "causal", _texts, targets=("q_proj", "v_proj"), sampling_rate=0.02, rounds=2, steps=4, held_out=50
+        "causal", _texts, targets=("q_proj", "v_proj"), sampling_rate=0.02, rounds=2, steps=3, held_out=50
     ),
 }
 
