@@ -41,7 +41,7 @@ def step_memory(config: RunConfig, plan: PlanTerms) -> dict[str, Any]:
     if plan.unit != "record":
         raise InputError("privacy.unit is 'client': silos take no private steps then; leave --memory out")
     base_model = RunFiles(run_directory(config)).model
-    manifest = require_manifest(base_model, "model", "import" if config.model.source else "export")
+    manifest = require_manifest(base_model, "model", config.model.made_by)
     parameters, free = manifest.metadata.get("parameters"), psutil.virtual_memory().available
     weights = 4 * parameters if isinstance(parameters, int) else 0
     if weights > free:

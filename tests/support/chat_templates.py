@@ -1,6 +1,8 @@
 """Tokenizers with the chat templates that people meet, made small."""
 
+import torch
 from tokenizers import AddedToken
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer.data.embedded import python_docs
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
@@ -28,3 +30,13 @@ def tokenizer_of(folder, template=CHATML, *, special=True):
     made.chat_template = template
     made.save_pretrained(folder)
     return load_tokenizer(folder)
+
+
+def small_decoder():
+    """A Llama of random weights, the same each time, for such a tokenizer."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from chat_templates import VOCABULARY, tokenizer_of
+from chat_templates import small_decoder, tokenizer_of
 from hypothesis import given
 from hypothesis import strategies as st
 from silo_requests import TRUSTED, ask, ward
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.errors import InputError
 from configs.load import load
@@ -48,12 +47,7 @@ ROWS = [
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer_of(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = small_decoder()
     task = kind_of("translation")(load_tokenizer(folder), CONTEXT, SPEC)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(60):  # so that what it writes has something in common with what is right

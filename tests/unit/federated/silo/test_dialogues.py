@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from chat_templates import VOCABULARY, tokenizer_of
+from chat_templates import small_decoder, tokenizer_of
 from silo_requests import TRUSTED, ask, ward
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from configs.schema.silo import SiloConfig
 from configs.storage.manifests import Manifest, commit_manifest
@@ -37,12 +35,7 @@ SPEC = pb.AdapterSpec(rank=2, alpha=4.0)
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tokenizer_of(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    small_decoder().save_pretrained(folder)
     commit_manifest(folder, Manifest("model", "", metadata={"context_length": 64, "trained_on": "public"}))
     return folder
 

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from chat_templates import VOCABULARY, tokenizer_of
+from chat_templates import small_decoder, tokenizer_of
 from silo_requests import TRUSTED
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from configs.errors import InputError
@@ -32,12 +32,7 @@ def model(tmp_path_factory):
     place = RunFiles(tmp_path_factory.mktemp("runs") / "few").model
     place.mkdir(parents=True)
     tokenizer_of(place)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(place)
+    small_decoder().save_pretrained(place)
     commit_manifest(place, Manifest("model", "", metadata={"context_length": CONTEXT, "trained_on": "public"}))
     return place
 
