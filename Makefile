@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test install lint docs proto clean
+.PHONY: demo test gpu install lint docs proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/siloweave demo
@@ -12,6 +12,11 @@ demo: $(INSTALLED)
 # Two processes, a file to each: the long files of e2e/ and integration/ come first, and unit/ fills what is left.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Checks and measures all that needs a GPU, in some minutes. Where there is none, see benchmarks/gpu.py --help.
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python benchmarks/gpu.py --json build/gpu.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

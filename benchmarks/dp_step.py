@@ -51,7 +51,7 @@ def causal(model: Any, vocab_size: int, records: int, tokens: int) -> Workload:
     all_ids = torch.randint(vocab_size, (2 * records, tokens))
 
     def losses(call: Any, chosen: Sequence[int]) -> torch.Tensor:
-        ids = all_ids[list(chosen)]
+        ids = all_ids[list(chosen)].to(next(model.parameters()).device)
         logits_BTV = call(ids).logits
         return (
             functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")

@@ -60,6 +60,11 @@ class SiloSettings(Settings):
     """Most units processed at once; speed only: no bit of what leaves under record-level DP depends on it."""
     clipping: ClippingMethod = "bookkeeping"
     """How per-record gradients are formed; all ways give the same up to rounding."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = "cpu"
+    """What the model computes on: ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` takes the first GPU where there is one.
+    Batches and noise are drawn on the processor, the same either way. Not speed only: a GPU rounds differently."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the GPU's memory that the silo may take."""
 
 
 class SiloDataSettings(RecordSettings):

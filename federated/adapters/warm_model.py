@@ -15,6 +15,7 @@ from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays
 from federated.adapters.lora_factors import frozen
 from trainer.augmentation import augmentation
+from trainer.device import CPU, where
 from trainer.models.adapters import Adaptation, adapted, adapter_weights, depths, load_adapter_weights, trainable
 from trainer.models.load import Head, load_model
 from trainer.pretraining.onednn import fastest_products, use_onednn
@@ -28,6 +29,7 @@ def warm_model(
     frozen_seed: int | None = None,
     *,
     onednn: bool = True,
+    device: torch.device = CPU,
 ) -> Any:
     """The base model, ready to train, one per process, shared by the silos that it hosts (one trains at a time).
 
@@ -37,11 +39,12 @@ def warm_model(
         key_file: of the base model's key.
         frozen_seed: the seed that A is drawn from where it doesn't train (FFA-LoRA); None where it does.
         onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
+        device: that it computes on.
 
     Raises:
         AdaptationError: the model hasn't got what is to train.
     """
-    model, travelling = kept_warm(directory, how, key_file, frozen_seed, onednn)
+    model, travelling = kept_warm(directory, how, key_file, frozen_seed, onednn, device)
     for value in travelling:  # the round before may have held some back
         value.requires_grad_(True)
     return model
@@ -49,13 +52,15 @@ def warm_model(
 
 @lru_cache(maxsize=1)
 def kept_warm(
-    directory: Path, how: Adaptation, key_file: str, frozen_seed: int | None, onednn: bool
+    directory: Path, how: Adaptation, key_file: str, frozen_seed: int | None, onednn: bool, device: torch.device
 ) -> tuple[Any, list[torch.nn.Parameter]]:
     """The model, made once, and what of it travels."""
     model = adapted(load_model(directory, load_key(key_file), how.head), how, frozen_seed or 0)
     for name, value in trainable(model).items():
         value.requires_grad = frozen_seed is None or not frozen(name)
-    if onednn and fastest_products().onednn:
+    if device != CPU:
+        model.to(device)
+    elif onednn and fastest_products().onednn:
         use_onednn(model)
     return model, list(trainable(model).values())
 
@@ -132,11 +137,11 @@ def put_on(model: Any, adapter: Arrays) -> dict[str, torch.Tensor]:
     """Gives a model with an adapter the values of another one.
 
     Returns:
-        The values, by name.
+        The values, by name, where the model is.
 
     Raises:
         ValueError: names or shapes are not those of the model's adapter.
     """
-    weights = {name: torch.from_numpy(array) for name, array in adapter.items()}
+    weights = {name: torch.from_numpy(array).to(where(model)) for name, array in adapter.items()}
     load_adapter_weights(model, weights)
     return weights

@@ -127,7 +127,7 @@ def serve(
         silo = Silo(settings, file=config.absolute())
     newer = source_note(settings)
     # Before the first request, whose time would tell how much text there is.
-    notes = [*silo.workbench.notes, *([newer] if newer else [])]
+    notes = [note for note in (*silo.workbench.notes, newer, silo.workbench.device_note()) if note]
     answers = partial(start, silo.handle, settings.policy.max_request_bytes)
     server, _ = answers(place) if socket else answers(place, service_tls(settings))
     if socket and relay_user:

@@ -26,6 +26,7 @@ from federated.evaluation.label_counts import SQUARED_SENSITIVITY, Example, labe
 from privacy.mechanism.noise import noised_sums
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC
+from trainer.device import beside
 from trainer.metrics.measures import COUNTS, Measures
 from trainer.tasks.task import Encoded, Task, kind_of
 
@@ -124,11 +125,12 @@ def private_sums(
         streams: the charge's random streams.
     """
     sums, bounded = np.zeros(bounds.num_sums), len(bounds.measures.bounds)
-    for unit in units:
-        found = _unit_values(model, task, unit, bounds)
-        sums[: len(found)] += found
-    if examples:
-        sums[bounded:] += label_counts(model, task, examples, len(bounds.measures.labels)).ravel()
+    with beside(model):
+        for unit in units:
+            found = _unit_values(model, task, unit, bounds)
+            sums[: len(found)] += found
+        if examples:
+            sums[bounded:] += label_counts(model, task, examples, len(bounds.measures.labels)).ravel()
     return [float(value) for value in noised_sums(sums, noise_multiplier * bounds.sensitivity, streams, METRIC)]
 
 
@@ -153,7 +155,7 @@ def _unit_values(model: Any, task: Task, unit: Sequence[Encoded], bounds: Bounds
 def _example_values(model: Any, task: Any, example: Encoded, max_new_tokens: int) -> npt.NDArray[np.float64]:
     """What the task measures; and where the model writes, after the bounded values, what its answer has in common."""
     with torch.no_grad():
-        scores: npt.NDArray[np.float64] = task.record_scores(model, [example]).numpy()[0]
+        scores: npt.NDArray[np.float64] = task.record_scores(model, [example]).cpu().numpy()[0]
     if not max_new_tokens:
         return scores
     return np.insert(scores, len(task.measures.bounds), task.overlaps(model, [example], max_new_tokens))

@@ -19,6 +19,7 @@ from privacy.mechanism.sampler import one_example_each, sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
 from trainer.augmentation import Augment
+from trainer.device import beside
 from trainer.models.adapters import adapter_weights, trainable
 from trainer.tasks.task import Encoded, Task, by_length
 
@@ -58,6 +59,11 @@ class PrivateUpdate:
 
     def __init__(self, plan: PrivacyPlan, model: Any, task: Task, adapter: Arrays, settings: LocalSettings) -> None:
         self._model, self._before = model, put_on(model, adapter)
+        with beside(model):
+            self._ready(plan, task, settings)
+
+    def _ready(self, plan: PrivacyPlan, task: Task, settings: LocalSettings) -> None:
+        model = self._model
         self._training = PrivateTraining(
             plan,
             model,
@@ -74,7 +80,8 @@ class PrivateUpdate:
 
     def run(self, streams: Streams, units: Sequence[Sequence[Encoded]]) -> Arrays:
         """Adapter after minus adapter before."""
-        self._training.run(streams, units)
+        with beside(self._model):
+            self._training.run(streams, units)
         return _difference(self._model, self._before)
 
 
@@ -107,12 +114,13 @@ def plain_update(
     before = put_on(model, adapter)
     optimizer = _optimizer(settings, model, before, noise_std=0.0)
     model.train()
-    for batch in batches:
-        for micro in by_length(batch, settings.micro_batch_size):
-            loss = task.record_losses(model, task.collate(micro)).sum() / expected_batch_size
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with beside(model):
+        for batch in batches:
+            for micro in by_length(batch, settings.micro_batch_size):
+                loss = task.record_losses(model, task.collate(micro)).sum() / expected_batch_size
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
     return _difference(model, before)
 
 
@@ -143,9 +151,10 @@ def _add_shared_terms(settings: LocalSettings, model: Any, before: dict[str, tor
         for name, parameter in trainable(model).items():
             term = settings.proximal_mu * (parameter - before[name])
             if settings.correction:
-                term += torch.from_numpy(settings.correction[name])
+                term += torch.from_numpy(settings.correction[name]).to(parameter.device)
             parameter.grad = term if parameter.grad is None else parameter.grad + term
 
 
 def _difference(model: Any, before: dict[str, torch.Tensor]) -> Arrays:
-    return {name: (weight - before[name]).numpy().astype(np.float32) for name, weight in adapter_weights(model).items()}
+    moved = {name: (weight - before[name]).cpu() for name, weight in adapter_weights(model).items()}
+    return {name: difference.numpy().astype(np.float32) for name, difference in moved.items()}

@@ -19,6 +19,7 @@ from configs.storage.manifests import require_manifest
 from configs.storage.sealing import MasterKey, load_key, sealing
 from federated.adapters.merged import with_shared
 from federated.silo.units import units_of
+from trainer.device import beside, device_of
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.load import load_model
 from trainer.scoring.score import score
@@ -86,7 +87,8 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     if not train or not held_out:
         raise InputError(f"silo {config.silo.id!r}: {len(train)} training and {len(held_out)} held-out units; add some")
     # A model of its own: the service's warm one must never have seen this.
-    model = with_shared(load_model(base_model, key, task.head), shared)
+    device = device_of(config.silo.device, config.silo.gpu_memory_share)
+    model = with_shared(load_model(base_model, key, task.head), shared).to(device)
     before = score(model, task, held_out, settings.micro_batch_size).main
     model = add_adapter(model, settings.rank, settings.alpha, seed=0, head=task.head)
     _train(model, task, train, settings)
@@ -103,7 +105,8 @@ def _train(model: Any, task: Task, units: Sequence[Encoded], settings: PersonalS
         chosen = torch.randperm(len(units), generator=chance)[: settings.batch_size]
         batch = [units[index] for index in chosen.tolist()]
         for micro in by_length(batch, settings.micro_batch_size):
-            loss = task.record_losses(model, task.collate(micro)).sum() / len(batch)
+            with beside(model):
+                loss = task.record_losses(model, task.collate(micro)).sum() / len(batch)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -1,11 +1,13 @@
 """What a silo computes with: its units, the warm model, the task. Knows no ledger, and decides nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from logging import Logger
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig, SiloPolicy
@@ -19,10 +21,13 @@ from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import LocalSettings
 from federated.silo.requests import adaptation_of, arrays, correction_of
 from federated.silo.units import Units
+from privacy.clipping.clipping import clipping
+from privacy.clipping.independence import Together
 from privacy.declaration import declaration_of
 from trainer.augmentation import Augment, augmentation
 from trainer.data.reading.counts import Changed, reading, table
-from trainer.models.adapters import AdaptationError, shapes, trainable
+from trainer.device import CPU, beside, device_of, name_of
+from trainer.models.adapters import Adaptation, AdaptationError, shapes, trainable
 from trainer.tasks.task import Encoded, Task, task_of
 from trainer.tasks.text import joined
 
@@ -57,6 +62,7 @@ class Workbench:
     def __init__(self, config: SiloConfig, base_model: Manifest, units: Units, log: Logger) -> None:
         self._config, self.base_model, self._units, self._log = config, base_model, units, log
         self._shorter: Examples | None = None  # of the newest length below the base model's
+        self.device = device_of(config.silo.device, config.silo.gpu_memory_share)
         for note in units.notes:
             log.info("%s", note)
 
@@ -150,20 +156,46 @@ class Workbench:
             PolicyRefusal: the model hasn't got it, or another A is drawn here than the request's digest is of.
         """
         self._check_task(asked)
-        silo, spec = self._config.silo, asked.adapter_spec
+        spec = asked.adapter_spec
         seed = spec.frozen_seed if spec.frozen_digest else None
-        ours = silo.clipping == "bookkeeping"
         how = replace(adaptation_of(spec), head=self.task.head)
         try:
-            model = warm_model(Path(silo.base_model), how, silo.encryption_key_file, seed, onednn=ours)
+            model = self._warm(how, seed)
         except AdaptationError as error:
             raise PolicyRefusal.of("adapter_spec", spec.train, "what this model has", str(error)) from None
         if spec.frozen_digest:  # another version of a library may draw another A, and then B would mean nothing
             factors = ((name, value) for name, value in model.named_parameters() if frozen(name))
-            drawn = frozen_digest({name: value.detach().numpy() for name, value in factors})
+            drawn = frozen_digest({name: value.detach().cpu().numpy() for name, value in factors})
             if drawn != spec.frozen_digest:
                 raise PolicyRefusal.of("frozen_digest", spec.frozen_digest, drawn)
         return model
+
+    def _warm(self, how: Adaptation, seed: int | None) -> Any:
+        silo = self._config.silo
+        ours = silo.clipping == "bookkeeping"
+        return warm_model(Path(silo.base_model), how, silo.encryption_key_file, seed, onednn=ours, device=self.device)
+
+    def device_note(self) -> str:
+        """What was proved of the GPU, on made-up units; empty where the silo computes on a processor.
+
+        Raises:
+            InputError: it doesn't give the same bits again.
+        """
+        if self.device == CPU:
+            return ""
+        task, silo = self.task, self._config.silo
+        model = self._warm(Adaptation(8, 16.0, self._config.policy.train[0], head=task.head), None).train()
+
+        def losses(units: Sequence[Encoded]) -> torch.Tensor:
+            return task.record_losses(model, task.collate(units))
+
+        with beside(model), clipping(model, 1.0, silo.clipping) as clipper:
+            together = Together(clipper, losses, task.shape, task.made_up, silo.micro_batch_size)
+            sizes = [together.proved(task.shape(unit)) for unit in task.synthetic()]
+        return (
+            f"silo.device {silo.device}: computes on {name_of(self.device)}, which repeats its bits; made-up units of "
+            f"a shape are computed {min(sizes)} at once, each with the bits that it has alone"
+        )
 
     def _check_task(self, asked: pb.Train | pb.Evaluate) -> None:
         """Refuses another task than the records were read for: the policy may have changed since the silo started."""

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from configs.errors import InputError
 from privacy.clipping.clipping import MOST_AT_ONCE, Clipper, Losses
 from privacy.clipping.layers import is_of_positions
 
@@ -81,6 +82,21 @@ class Together(Generic[Unit]):
                 yield units[start : start + size]
                 start += size
 
+    def proved(self, shape: Hashable) -> int:
+        """Most units of a shape that are computed together.
+
+        Raises:
+            InputError: this device gives other bits when it is asked again.
+        """
+        size = self._size(shape, self._largest)
+        units = self._made_up(shape, size)
+        if not _equal(self._gradients(units), self._gradients(units)):
+            raise InputError(
+                "clipping: this device gives other bits when it is asked for the same again, so that nothing can be "
+                'proved of single records; set silo.device to "cpu"'
+            )
+        return size
+
     def _size(self, shape: Hashable, there: int) -> int:
         return next((s for s in _SIZES if s <= min(there, self._largest) and self._holds(shape, s)), 1)
 
@@ -100,21 +116,21 @@ class Together(Generic[Unit]):
                 together = self._gradients(units)
             alone = [self._gradients([unit])[0] for unit in units]
         shown = any(value.any() for value in alone[0].values())
-        return (
-            shown
-            and operations.by_record
-            and all(
-                torch.equal(mine[name], value)
-                for mine, theirs in zip(together, alone, strict=True)
-                for name, value in theirs.items()
-            )
-        )
+        return shown and operations.by_record and _equal(together, alone)
 
     def _gradients(self, units: Sequence[Unit]) -> list[dict[str, torch.Tensor]]:
         """Each unit's gradient by parameter and, under the empty name, which no parameter has, its squared norm."""
         found = self._clipper.source.per_record(lambda: self._unit_losses(units), len(units))
         squares_B = found.squared_norms()
         return [{**found.of(record, self._clipper.parameters), "": squares_B[record]} for record in range(len(units))]
+
+
+def _equal(some: list[dict[str, torch.Tensor]], others: list[dict[str, torch.Tensor]]) -> bool:
+    return all(
+        torch.equal(mine[name], value)
+        for mine, theirs in zip(some, others, strict=True)
+        for name, value in theirs.items()
+    )
 
 
 class _Operations(TorchDispatchMode):
@@ -141,7 +157,7 @@ def made_up_weights(parameters: dict[str, torch.nn.Parameter], scale: float) -> 
         with torch.no_grad():
             for value in parameters.values():
                 inputs = value.shape[1] if value.dim() > 1 else 1
-                value.copy_(scale * inputs**-0.5 * torch.randn(value.shape, generator=generator))
+                value.copy_(scale * inputs**-0.5 * torch.randn(value.shape, generator=generator, device="cpu"))
         yield
     finally:
         with torch.no_grad():

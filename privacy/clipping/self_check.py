@@ -106,7 +106,7 @@ def _moved(clipper: Clipper) -> Iterator[None]:
     with torch.no_grad():
         for value in clipper.parameters.values():
             size = value.float().square().mean().sqrt().clamp(min=1.0 if not value.any() else 1e-3)
-            direction = torch.randn(value.shape, generator=generator).to(value.device)
+            direction = torch.randn(value.shape, generator=generator, device="cpu").to(value.device)
             value.add_((_PERTURBATION * size * direction).to(value.dtype))
     try:
         yield

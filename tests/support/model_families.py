@@ -40,10 +40,11 @@ def gpt2():
     return language_model(config)
 
 
-def bert(kind):
+def bert(kind, num_labels=3):
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        num_labels=num_labels,
     )  # fmt: skip
     return language_model(config, kind)
 

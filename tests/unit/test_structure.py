@@ -31,7 +31,7 @@ FLOORS = {
         "load run_directory salvage",
     ),
     "trainer": (
-        "data models rank",
+        "data device models rank",
         "metrics objectives",
         "tasks",
         "augmentation checkpoints scoring",

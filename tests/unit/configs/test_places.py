@@ -124,6 +124,7 @@ NO_PATHS = {
     "privacy.evaluation_labels",
     "silo.id",
     "silo.dataset_id",
+    "silo.device",
     "silo.relay_user",
     "name",
     "coordinator_fingerprint",

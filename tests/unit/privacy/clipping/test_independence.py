@@ -23,6 +23,7 @@ from model_families import (
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
+from configs.errors import InputError
 from configs.schema.pretrain import ModelSettings
 from federated.audit.hostile_adapters import ADAPTERS, movements, rounding
 from privacy.clipping.clipping import clipping
@@ -285,3 +286,23 @@ def test_a_records_padding_depends_on_its_own_length_alone():
     ]:
         assert {task.shape(unit) for unit in task.made_up(length, 16)} == {length}
     assert CausalTask(Words(), 30).shape(text(0, 20)) == 30  # no longer than the context
+
+
+def test_a_device_that_gives_other_bits_when_asked_again_is_refused():
+    model, turn = causal_model("lora"), iter(range(100))
+
+    def losses(units):
+        return TASK.record_losses(model, TASK.collate(units)) * (1 + 2.0**-20 * next(turn))
+
+    with clipping(model, 1.0) as clipper, pytest.raises(InputError, match=r'other bits .*silo.device to "cpu"'):
+        Together(clipper, losses, TASK.shape, TASK.made_up, 16).proved(16)
+
+
+@pytest.mark.parametrize("most", [1, 4, 16])
+def test_as_many_units_as_allowed_are_computed_together(most):
+    model = causal_model("lora")
+    with clipping(model, 1.0) as clipper:
+        together = Together(
+            clipper, lambda units: TASK.record_losses(model, TASK.collate(units)), TASK.shape, TASK.made_up, most
+        )
+        assert together.proved(16) == most
