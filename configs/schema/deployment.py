@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from configs.parse import parse, read_toml
-from configs.schema.addresses import LARGEST_PORT, Host, ReachableHost, ServiceAddress
+from configs.schema.addresses import LARGEST_PORT, Host, OptionalProxy, ReachableHost, ServiceAddress
 from configs.schema.base import Settings
 from configs.schema.places import Place, rooted
 
@@ -48,6 +48,16 @@ class RelayConfig(Settings):
     """The silo service: ``unix:/run/siloweave/NAME/silo.sock``, or ``HOST:PORT`` with mutual TLS."""
     port: Port = 0
     """Loopback port of the SuperNode's own interface for its processes; 0: any free one at each start."""
+    proxy: OptionalProxy = ""
+    """HTTP proxy that is the site's way out, ``http://HOST:PORT``; empty: none. What HTTPS_PROXY says is not used."""
+    proxy_login_file: Annotated[str, Place("the proxy's user and password", secret=False)] = ""
+    """File of mode 0600 with USER:PASSWORD for a proxy that asks for them (Basic); empty: it asks for none."""
+
+    @model_validator(mode="after")
+    def _login_has_a_proxy(self) -> "RelayConfig":
+        if self.proxy_login_file and not self.proxy:
+            raise ValueError('proxy_login_file is given and proxy is not: give proxy = "http://HOST:PORT", too')
+        return self
 
 
 def load_federation(folder: Path) -> FederationConfig:

@@ -133,6 +133,7 @@ NO_PATHS = {
     "hosts",
     "listen",
     "silo_address",
+    "proxy",
 }
 
 PATHS = {
@@ -157,6 +158,7 @@ PATHS = {
     "data.source",
     "state_dir",
     "coordinator",
+    "proxy_login_file",
 }
 
 
