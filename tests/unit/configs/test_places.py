@@ -134,6 +134,7 @@ NO_PATHS = {
     "listen",
     "silo_address",
     "proxy",
+    "advertise",
 }
 
 PATHS = {
@@ -159,6 +160,7 @@ PATHS = {
     "state_dir",
     "coordinator",
     "proxy_login_file",
+    "advertise_authority",
 }
 
 
