@@ -5,6 +5,9 @@ from collections.abc import Iterator
 PROTOCOL_VERSION = 3
 SERVICE = "siloweave.v1.Silo"  # the name under which the health service tells of it
 CHUNK_BYTES = 2**20
+# Of one request or reply that Flower carries. Its SuperLink keeps each as one value of SQLite's, which has at most 10^9
+# bytes, with some to spare for Flower's own frame. The proxy's limit is derived from this one.
+LARGEST_MESSAGE_BYTES = 900 * 2**20
 QUEUE = "queue"  # the rule of a refusal that says nothing but "later"
 
 

@@ -55,10 +55,12 @@ class Describe(_message.Message):
     def __init__(self) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("plan",)
+    __slots__ = ("plan", "request_bytes")
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     plan: str
-    def __init__(self, plan: _Optional[str] = ...) -> None: ...
+    request_bytes: int
+    def __init__(self, plan: _Optional[str] = ..., request_bytes: _Optional[int] = ...) -> None: ...
 
 class Train(_message.Message):
     __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer", "proximal_mu", "correction", "task_spec", "augmentation", "frozen_below", "frozen", "context_length")

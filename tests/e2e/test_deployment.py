@@ -30,6 +30,7 @@ from federated.deployment.superlink import APP, nodes
 from federated.deployment.supervisor import end_tree
 from federated.identity.keys import load_or_create_key
 from federated.identity.x509 import CURVE, Authority
+from federated.protocol.framing import LARGEST_MESSAGE_BYTES
 from federated.transport.health import is_serving
 from privacy.certificate.check import check_certificate
 
@@ -161,7 +162,7 @@ def test_nothing_but_an_object_may_be_long(coordinator):
     """A reply's list of objects comes with its announcement, and the coordinator takes it in whole."""
     for path in set(FLEET_PATHS) - {"/v1/fleet/push-object"}:
         assert ask(coordinator, b"POST " + path.encode(), size_bytes=2**20 + 1) == 413, path
-    assert ask(coordinator, b"POST /v1/fleet/push-object", size_bytes=2**29 + 1) == 413
+    assert ask(coordinator, b"POST /v1/fleet/push-object", size_bytes=LARGEST_MESSAGE_BYTES + 2**20 + 1) == 413
 
 
 def test_the_fleets_paths_are_all_that_a_supernode_of_this_flower_calls():

@@ -172,6 +172,19 @@ def test_the_policy_bounds_how_much_and_how_often(open_silo, adapter, tmp_path):
     assert opened(again.handle(seal_request(STRANGER, body)), again).refusal.rule == "coordinator"
 
 
+def test_a_run_whose_requests_are_too_large_is_refused_at_its_start_and_reserves_nothing(open_silo):
+    """Before: its first round was. A coordinator that says no size, or a false one, meets the limit there."""
+    silo = open_silo(max_request_bytes=20_000)
+    for size, kind in ((20_001, "refusal"), (2**64 - 1, "refusal"), (20_000, "reserved"), (0, "reserved")):
+        asked = pb.Reserve(plan=PLAN.model_dump_json(), request_bytes=size)
+        reply = ask(silo, f"reserve {size}", reserve=asked)[0]
+        assert reply.WhichOneof("kind") == kind
+        if kind == "refusal":
+            assert kinds(silo) == ["open"]
+            assert (reply.refusal.rule, reply.refusal.allowed) == ("max_request_bytes", "20000")
+            assert f"has {size} bytes, policy.max_request_bytes allows 20000; raise it" in reply.refusal.message
+
+
 def lying_header(adapter):
     """Safetensors whose header points beyond the end, into itself, or is longer than the file."""
     (size,) = struct.unpack("<Q", adapter[:8])
