@@ -8,10 +8,12 @@ from math import prod
 from configs.errors import InputError
 from configs.schema.federated import FederatedSettings
 from federated.adapters.lora_factors import frozen
+from federated.adapters.update_codec import BYTES_OF
 
 Shapes = Mapping[str, Sequence[int]]
 
-_FLOAT32_BYTES, _ALIGNED_BYTES = 4, 8
+FLOAT32_BYTES, _ALIGNED_BYTES = BYTES_OF["float32"], 8
+_SCALE_BYTES = 128  # a float32 and its entry in a header, beside the name
 # Beside arrays, labels and a template: names and digests, a receipt, a signature, and the lengths of all of them.
 BESIDE_BYTES = 2**15
 
@@ -42,7 +44,15 @@ def message_sizes(settings: FederatedSettings, shapes: Shapes) -> MessageSizes:
     apart = safetensors_bytes({}) if any(stage.frozen for stage in settings.stages) else 0
     correction = update if settings.aggregation == "scaffold" or settings.anchor else 0
     texts = sum(len(text.encode()) for text in (*settings.labels, settings.template, *_targets(settings)))
-    return MessageSizes(update + apart + correction + texts + BESIDE_BYTES, update + BESIDE_BYTES)
+    request = update + apart + correction + texts + BESIDE_BYTES
+    return MessageSizes(request, _update_bytes(settings, trains) + BESIDE_BYTES)
+
+
+def _update_bytes(settings: FederatedSettings, shapes: Shapes) -> int:
+    """Of an update as it travels: headers have about the same length; int8 has a scale beside each array."""
+    saved = (FLOAT32_BYTES - BYTES_OF[settings.update_dtype]) * sum(prod(shape) for shape in shapes.values())
+    scales = _SCALE_BYTES * len(shapes) + sum(map(len, shapes)) if settings.update_dtype == "int8" else 0
+    return safetensors_bytes(shapes) - saved + scales
 
 
 def _targets(settings: FederatedSettings) -> Sequence[str]:
@@ -53,7 +63,7 @@ def safetensors_bytes(shapes: Shapes) -> int:
     """Bytes of float32 arrays as safetensors has them: a length, a header, the values."""
     header, at = {}, 0
     for name in sorted(shapes):
-        ends = at + _FLOAT32_BYTES * prod(shapes[name])
+        ends = at + FLOAT32_BYTES * prod(shapes[name])
         header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [at, ends]}
         at = ends
     text = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())

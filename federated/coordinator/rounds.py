@@ -20,6 +20,7 @@ from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen_digest
+from federated.adapters.update_codec import decoded
 from federated.adapters.warm_model import held_back_in
 from federated.aggregation.aggregation import RoundAggregation, check_size
 from federated.aggregation.message_sizes import MessageSizes, message_sizes, require_room
@@ -236,7 +237,8 @@ class Coordinator:
         def fold(answer: Answer) -> None:
             trained = answer.reply.trained
             self.silo_records.take_receipt(answer.silo, trained.receipt)  # without a sound one an update is not folded
-            aggregation.add(answer.silo, from_bytes(trained.update))
+            update = decoded(trained.update, self.config.federated.update_dtype, self.sizes.request)
+            aggregation.add(answer.silo, update)
             self.released[answer.silo] = answer.digest
 
         adapters: dict[int, bytes] = {}

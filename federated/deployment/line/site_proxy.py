@@ -81,7 +81,7 @@ class SiteProxy:
         except (OSError, HTTPException, ValueError) as error:
             said = f"proxy {self}: gives no answer that HTTP has ({reason(error)}); is this an HTTP proxy?"
             raise UnreachableError(said) from None
-        if answer.status != HTTPStatus.OK:
+        if not HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES:
             self._refused(answer, address)
 
     def _refused(self, answer: HTTPResponse, address: str) -> None:

@@ -7,6 +7,7 @@ from silo_requests import signer_of
 from configs.errors import InputError
 from configs.load import load
 from federated.adapters.arrays import to_bytes
+from federated.adapters.update_codec import encoded
 from federated.aggregation.aggregation import RoundAggregation
 from federated.aggregation.message_sizes import (
     BESIDE_BYTES,
@@ -33,7 +34,7 @@ def arrays(shapes):
     return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("shapes", [{}, {"ö": (3,)}, {"a": (), "b": (0, 4), 'c"\\': (1, 2, 3)}, SHAPES])
+@pytest.mark.parametrize("shapes", [{}, {"ö": (3,)}, {"a": (1,), "b": (0, 4), 'c"\\': (1, 2, 3)}, SHAPES])
 def test_arrays_have_as_many_bytes_as_safetensors_writes(shapes):
     assert safetensors_bytes(shapes) == len(to_bytes(arrays(shapes)))
 
@@ -46,6 +47,8 @@ def test_arrays_have_as_many_bytes_as_safetensors_writes(shapes):
         ['federated.adapters="product"'],
         ['federated.aggregation="scaffold"', 'federated.optimizer="sgd"'],
         ["federated.anchor=0.5"],
+        ['federated.update_dtype="bfloat16"'],
+        ['federated.update_dtype="int8"'],
     ],
 )
 def test_a_rounds_messages_weigh_what_is_said(changes):
@@ -55,10 +58,20 @@ def test_a_rounds_messages_weigh_what_is_said(changes):
     sent = RoundAggregation(settings, arrays(SHAPES), {}, 2).sent("north")
     train = pb.Train(**training(settings, 1, sent), adapter=to_bytes(sent.adapter))
     request = len(seal_request(SIGNER, pb.Request(train=train).SerializeToString(), b"r" * 2000))
-    trained = pb.Trained(update=to_bytes(sent.adapter), receipt=b"r" * 2000)
+    trained = pb.Trained(update=encoded(sent.adapter, settings.update_dtype), receipt=b"r" * 2000)
     reply = len(seal_reply(SIGNER, pb.Reply(trained=trained).SerializeToString()))
     assert sizes.request - BESIDE_BYTES < request <= sizes.request
     assert sizes.reply - BESIDE_BYTES < reply <= sizes.reply
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 4), ("bfloat16", 2), ("int8", 1)])
+def test_a_reply_weighs_what_its_type_takes(dtype, each):
+    settings = load("tiny", [f"federated.update_dtype={dtype}"]).federated
+    large = {name: (1000, *shape) for name, shape in SHAPES.items()}
+    values = sum(np.prod(shape) for shape in large.values())
+    said = message_sizes(settings, large).reply
+    assert said >= len(encoded(arrays(large), dtype)) > said - 2 * BESIDE_BYTES
+    assert 0 < said - each * values < 2 * BESIDE_BYTES
 
 
 def test_what_is_frozen_in_a_stage_travels_there_alone():
