@@ -57,6 +57,7 @@ class Coordinator:
         log: receives one event per round, refusal or rejected reply.
         certify: write a certificate; False for the comparison without DP.
         carries_bytes: what a request or a reply may have on the way to the silos.
+        sizes: what its own have; nothing until the adapter is there.
         aggregator: adds the noise, with clients as units; None with records.
     """
 
@@ -68,7 +69,7 @@ class Coordinator:
     log: EventLog
     certify: bool = True
     carries_bytes: int = WHOLE
-    sizes: MessageSizes = field(init=False)
+    sizes: MessageSizes = field(init=False, default=MessageSizes(0, 0))
     exchange: SiloExchange = field(init=False)
     plan: PlanTerms = field(init=False)
     base: Manifest = field(init=False)
