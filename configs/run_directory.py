@@ -64,6 +64,7 @@ _LATER = {
     "federated.train": "lora",
     "federated.adapter_targets": "all-linear",
     "federated.base_dtype": "float32",
+    "federated.update_dtype": "float32",
     "model.source": "",
     "federated.labels": (),
     "federated.template": "",

@@ -1,5 +1,6 @@
 """``siloweave doctor``: looks at this machine before a run does, and says the fix for what it finds."""
 
+import ctypes
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from configs.errors import InputError
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.bucket import Bucket
+from federated.protocol.clocks import CLOCK_RULE, shown
 from trainer.pretraining.deepspeed_settings import likely_device, unsupported
 
 _WANTED = {
@@ -28,6 +30,7 @@ _WANTED = {
     "transformers": (5, 0),
 }
 _STALE_LOCK_S = 600
+_TIMEX_BYTES, _TIME_ERROR = 1024, 5  # more than struct timex has; adjtimex(2)
 _MIN_DISK_BYTES, _MIN_SHM_BYTES = 2 * 2**30, 512 * 2**20
 
 
@@ -68,6 +71,7 @@ def examine(config: RunConfig) -> list[Finding]:
         lambda: _limit("Ray's folder", limits.temporary()),
         _home,
         _build_locks,
+        _clock,
         lambda: _address(config),
         lambda: _options(config),
     ]
@@ -160,6 +164,21 @@ def _build_locks() -> Finding:
     now = time.time()
     stale = [str(lock) for lock in root.rglob("lock") if now - lock.stat().st_mtime > _STALE_LOCK_S]
     return Finding("DeepSpeed build locks", not stale, ", ".join(stale) or "none", f"rm {' '.join(stale)}")
+
+
+def _clock() -> Finding:
+    """No failure: what counts is the difference to another machine, which `siloweave silo relay --check` measures."""
+    kept = _is_kept()
+    by = "" if kept is None else "; a time service keeps it" if kept else "; no time service keeps it (chrony would)"
+    return Finding("clock", ok=True, found=f"{shown(time.time())}{by}; {CLOCK_RULE}")
+
+
+def _is_kept() -> bool | None:
+    """Whether the kernel counts the clock as synchronized; None where it has no such word."""
+    try:
+        return int(ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES))) != _TIME_ERROR
+    except (OSError, AttributeError):
+        return None
 
 
 def _address(config: RunConfig) -> Finding:

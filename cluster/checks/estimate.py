@@ -1,5 +1,6 @@
 """``siloweave plan``: what a run will need and spend, before anything runs."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -7,8 +8,11 @@ import torch
 from cluster.checks.step_memory import step_memory
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
+from configs.schema.silo import SiloPolicy
 from federated.adapters.lora_factors import frozen
 from federated.adapters.warm_model import adaptation
+from federated.aggregation.message_sizes import message_sizes
+from federated.protocol.framing import LARGEST_MESSAGE_BYTES
 from federated.simulation.simulated_places import ledgers_of
 from federated.simulation.simulation import look_at_private
 from privacy.plan import PlanTerms
@@ -49,6 +53,7 @@ def estimate(config: RunConfig, *, memory: bool = False) -> dict[str, Any]:
             "rounds": config.federated.rounds,
             "steps_per_round": config.federated.local_steps,
             "adapter_parameters": adapter_parameters(config),
+            "messages": _messages(config),
             "silo_memory": step_memory(config, plan) if memory else "not tried; give --memory",
             **_private_data(config),
         },
@@ -131,11 +136,30 @@ def _bound(plan: PlanTerms, public_record_count: int) -> int:
     return plan.bind(public_record_count).public_record_count if plan.unit == "record" else public_record_count
 
 
+def _messages(config: RunConfig) -> dict[str, Any]:
+    """What a round moves for each silo, and what is in its way: the line, or a policy as it is by itself."""
+    sizes = message_sizes(config.federated, _shapes(config))
+    allowed: int = SiloPolicy.model_fields["max_request_bytes"].default
+    return {
+        "request_bytes": sizes.request,
+        "reply_bytes": sizes.reply,
+        "line_carries_bytes": LARGEST_MESSAGE_BYTES,
+        "line_carries_it": max(sizes.request, sizes.reply) <= LARGEST_MESSAGE_BYTES,
+        "silos_raise_max_request_bytes_to": sizes.request if sizes.request > allowed else None,
+    }
+
+
 def adapter_parameters(config: RunConfig) -> int:
-    """Parameters that train and travel, counted on a model without values; of FFA-LoRA, whose A is frozen, B's."""
-    federated, model, head = config.federated, _base_model(config), head_of(config.federated.task_spec)
+    """Parameters that train and travel; of FFA-LoRA, whose A is frozen, B's."""
+    shapes = _shapes(config).items()
+    return sum(prod(shape) for name, shape in shapes if config.federated.adapters != "ffa" or not frozen(name))
+
+
+def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Of what the first round starts from, by a model without values."""
+    model, head = _base_model(config), head_of(config.federated.task_spec)
     if head:
         model = outline_with_head(model.config, head)
     with torch.device("meta"):
-        weights = trainable(adapted(model, adaptation(federated, head), seed=0))
-    return sum(value.numel() for name, value in weights.items() if federated.adapters != "ffa" or not frozen(name))
+        weights = trainable(adapted(model, adaptation(config.federated, head), seed=0))
+    return {name: tuple(value.shape) for name, value in weights.items()}

@@ -72,6 +72,21 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def check_proxy(text: str, what: str) -> str:
+    """``http://HOST:PORT`` of an HTTP proxy; empty: none.
+
+    Raises:
+        InputError: it is something else, or holds a user or a password, which messages would repeat.
+    """
+    if "@" in text:
+        raise InputError(f"{what}: holds a user or a password; write USER:PASSWORD into a file of mode 0600 instead")
+    if text and not text.startswith("http://"):
+        raise InputError(f"{what} is {_echo(text)}: give http://HOST:PORT, as a proxy for CONNECT has it")
+    if text:
+        check_address(text.removeprefix("http://").removesuffix("/"), what)
+    return text.removesuffix("/")
+
+
 def check_service(text: str, what: str) -> str:
     """Where a silo's service listens: ``unix:/ABSOLUTE/PATH``, or ``HOST:PORT``.
 
@@ -118,10 +133,22 @@ def _reachable(text: str, info: ValidationInfo) -> str:
     return check_reachable(text, str(info.field_name))
 
 
+def _optional(text: str, info: ValidationInfo) -> str:
+    if text:
+        check_reachable(check_address(text, str(info.field_name))[0], str(info.field_name))
+    return text
+
+
+def _proxy(text: str, info: ValidationInfo) -> str:
+    return check_proxy(text, str(info.field_name))
+
+
 def _service(text: str, info: ValidationInfo) -> str:
     return check_service(text, str(info.field_name))
 
 
 Host = Annotated[str, AfterValidator(_host)]
 ReachableHost = Annotated[str, AfterValidator(_reachable)]
+OptionalAddress = Annotated[str, AfterValidator(_optional)]
+OptionalProxy = Annotated[str, AfterValidator(_proxy)]
 ServiceAddress = Annotated[str, AfterValidator(_service)]

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from configs.parse import parse, read_toml
-from configs.schema.addresses import LARGEST_PORT, Host, ReachableHost, ServiceAddress
+from configs.schema.addresses import LARGEST_PORT, Host, OptionalAddress, OptionalProxy, ReachableHost, ServiceAddress
 from configs.schema.base import Settings
 from configs.schema.places import Place, rooted
 
@@ -25,6 +25,12 @@ class FederationConfig(Settings):
     """Address that the proxy listens on."""
     port: Annotated[int, Field(ge=1, le=LARGEST_PORT)] = 9092
     """Port of the proxy: the only one that silos reach."""
+    advertise: OptionalAddress = ""
+    """``HOST:PORT`` by which silos reach the coordinator, where it isn't the first host with the proxy's port: behind
+    NAT, a forwarded port 443, or a load balancer. It is what ``coordinator.json`` says."""
+    advertise_authority: Annotated[str, Place("the authority's certificate", secret=False)] = ""
+    """Certificate (PEM) of the authority by which silos know what ends TLS at ``advertise``: a load balancer with a
+    certificate of its own. Empty: TLS ends at the proxy, with the federation's own certificate."""
     superlink_port: Port = 0
     """Loopback port of the SuperLink behind the proxy; 0: any free one at each start."""
 
@@ -32,6 +38,12 @@ class FederationConfig(Settings):
     def _ports_differ(self) -> "FederationConfig":
         if self.superlink_port == self.port:
             raise ValueError(f"superlink_port is {self.port}, which is the proxy's port: give another one, or 0")
+        return self
+
+    @model_validator(mode="after")
+    def _authority_has_an_address(self) -> "FederationConfig":
+        if self.advertise_authority and not self.advertise:
+            raise ValueError("advertise_authority is given and advertise is not: give its HOST:PORT, too")
         return self
 
 
@@ -48,16 +60,27 @@ class RelayConfig(Settings):
     """The silo service: ``unix:/run/siloweave/NAME/silo.sock``, or ``HOST:PORT`` with mutual TLS."""
     port: Port = 0
     """Loopback port of the SuperNode's own interface for its processes; 0: any free one at each start."""
+    proxy: OptionalProxy = ""
+    """HTTP proxy that is the site's way out, ``http://HOST:PORT``; empty: none. What HTTPS_PROXY says is not used."""
+    proxy_login_file: Annotated[str, Place("the proxy's user and password", secret=False)] = ""
+    """File of mode 0600 with USER:PASSWORD for a proxy that asks for them (Basic); empty: it asks for none."""
+
+    @model_validator(mode="after")
+    def _login_has_a_proxy(self) -> "RelayConfig":
+        if self.proxy_login_file and not self.proxy:
+            raise ValueError('proxy_login_file is given and proxy is not: give proxy = "http://HOST:PORT", too')
+        return self
 
 
 def load_federation(folder: Path) -> FederationConfig:
-    """Reads and checks a federation's settings.
+    """Reads and checks a federation's settings; relative paths in it are below its own folder.
 
     Raises:
         InputError: the folder has none, or a setting does not hold.
     """
     path = folder / FEDERATION_FILE
-    return parse(FederationConfig, read_toml(path), str(path))
+    tree = rooted(FederationConfig, read_toml(path), folder.resolve(), str(path), fill=True)
+    return parse(FederationConfig, tree, str(path))
 
 
 def load_relay(path: Path) -> RelayConfig:

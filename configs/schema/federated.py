@@ -25,6 +25,7 @@ Optimizer = Literal["adam", "adam_bc", "sgd"]
 ClippingMethod = Literal["bookkeeping", "opacus_hooks", "opacus_ew"]
 Train = Literal["lora", "full", "head", "bitfit"]
 BaseDtype = Literal["float32", "bfloat16"]
+UpdateDtype = Literal["float32", "bfloat16", "int8"]
 LayerName = Annotated[str, Field(pattern=r"^\w+$", max_length=100)]
 LayerNames = Annotated[tuple[LayerName, ...], Field(min_length=1, max_length=MOST_TARGETS)]
 Aggregation = Literal[
@@ -110,6 +111,10 @@ class FederatedSettings(Settings):
     base_dtype: BaseDtype = "float32"
     """What the weights beside LoRA adapters are kept and multiplied in; norms, biases and adapters are float32.
     ``bfloat16`` takes half their memory, and is slow on a processor without units for it."""
+    update_dtype: UpdateDtype = "float32"
+    """What silos' updates travel in: as they are, or rounded after their noise, so that epsilon is the same:
+    ``bfloat16`` (half the bytes; each value is off by 0.4% of itself at most) or ``int8`` (a quarter; by 0.4% of the
+    largest in its array). Silos of an older version refuse such a run."""
     adapters: Literal["average", "ffa", "product"] = "average"
     """How adapters are averaged: A and B each by itself; A frozen, so that only B is trained and travels (FFA-LoRA); or
     their product, exactly, which is then factored again."""

@@ -150,7 +150,8 @@ class SiloPolicy(Settings):
     so that what they have in common with the record's own answer is among these sums; 0: it may not. For tasks whose
     answer is text."""
     max_request_bytes: Count = 256 * 2**20
-    """Bytes of one request, its adapter included."""
+    """Bytes of one request, its adapter included; a run says at its start what its largest has. The service holds two
+    such requests at a time, and has to be started again for a larger number."""
     max_requests_per_day: Count = 10_000
     """Requests of one trusted coordinator within 24 hours."""
     max_runs_per_day: Count = 50

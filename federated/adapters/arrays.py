@@ -25,10 +25,23 @@ def to_bytes(arrays: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
 
 
 def from_bytes(content: bytes) -> Arrays:
-    """The arrays of safetensors bytes, whatever the bytes are.
+    """The float32 arrays of safetensors bytes, whatever the bytes are.
 
     Raises:
-        ValueError: not safetensors, not float32, of a shape that no array has, or with more names than an adapter has.
+        ValueError: see ``read_arrays``.
+    """
+    return read_arrays(content, {"F32": np.float32})
+
+
+def read_arrays(content: bytes, kinds: Mapping[str, type[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of safetensors bytes, whatever the bytes are.
+
+    Args:
+        content: the bytes.
+        kinds: the types of safetensors that are read, each with numpy's for its bytes.
+
+    Raises:
+        ValueError: not safetensors, another type, a shape that no array has, or more names than an adapter has.
     """
     if len(content) >= 8 and (header := int.from_bytes(content[:8], "little")) > _LARGEST_HEADER:
         raise ValueError(f"not safetensors of an adapter (a header of {header} bytes, at most {_LARGEST_HEADER})")
@@ -36,17 +49,17 @@ def from_bytes(content: bytes) -> Arrays:
         found = deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ValueError(f"not safetensors ({error})") from None
-    return {name: _array(name, entry) for name, entry in found}
+    return {name: _array(name, entry, kinds) for name, entry in found}
 
 
-def _array(name: str, entry: Mapping[str, Any]) -> npt.NDArray[np.float32]:
-    if entry["dtype"] != "F32":
-        raise ValueError(f"{name[:100]!r} is {entry['dtype']}, an adapter is float32 (F32)")
+def _array(name: str, entry: Mapping[str, Any], kinds: Mapping[str, type[Any]]) -> npt.NDArray[Any]:
+    if entry["dtype"] not in kinds:
+        raise ValueError(f"{name[:100]!r} is {entry['dtype']}, expected is {' or '.join(kinds)}")
     shape = entry["shape"]
     if len(shape) > _LARGEST_DIMENSIONS or any(side > _LARGEST_SIDE for side in shape):
         raise ValueError(f"{name[:100]!r} has a shape that no adapter has")
     # Own memory: what safetensors gives is a read-only view of the message.
-    return np.frombuffer(entry["data"], dtype=np.float32).reshape(shape).copy()
+    return np.frombuffer(entry["data"], dtype=kinds[entry["dtype"]]).reshape(shape).copy()
 
 
 def check_shapes(update: Mapping[str, npt.NDArray[np.float32]], like: Mapping[str, npt.NDArray[Any]]) -> None:

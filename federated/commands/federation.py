@@ -28,6 +28,9 @@ def init(
     host: Annotated[list[str], typer.Option(help="Name or address by which silos reach it; may be repeated.")],
     port: Annotated[int, typer.Option(help="Port of the proxy, the only one that silos reach.")] = 9092,
     listen: Annotated[str, typer.Option(help="Address that the proxy listens on.")] = "0.0.0.0",  # noqa: S104
+    advertise: Annotated[
+        str, typer.Option(help="HOST:PORT by which silos reach it, behind NAT or a load balancer.")
+    ] = "",
 ) -> None:
     """Makes a coordinator's keys, its certificates and coordinator.json for the silos."""
     from configs.parse import parse
@@ -35,7 +38,7 @@ def init(
     from federated.deployment.federation_folder import FederationFolder
     from federated.identity.cards import fingerprint
 
-    given = {"name": name, "hosts": host, "port": port, "listen": listen}
+    given = {"name": name, "hosts": host, "port": port, "listen": listen, "advertise": advertise}
     made = FederationFolder.create(folder, parse(FederationConfig, given, "federation init"))
     say(f"{made.card_file}: send it to every silo, and read this out to its steward:")
     say(f"fingerprint {fingerprint(made.card)}")
@@ -75,9 +78,13 @@ def serve(folder: Folder) -> None:
     from federated.deployment.proxy import proxy
     from federated.deployment.superlink import superlink
     from federated.deployment.supervisor import Supervisor, ended_by_signal
+    from federated.identity.cards import fingerprint
 
     served = FederationFolder(folder)
     served.renew_certificates()
+    if served.renew_card():
+        say(f"{served.card_file}: changed by the settings; send it to every silo, and read this out to its steward:")
+        say(f"fingerprint {fingerprint(served.card)}")
     link, port = superlink(served)
     supervisor = Supervisor(served.state, [link, proxy(served, port)])
     address = served.card.address

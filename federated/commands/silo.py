@@ -141,11 +141,15 @@ def serve(
 def relay(
     config: Annotated[Path, typer.Option("--config", "-c", help="The relay.toml.")],
     make_keys: Annotated[bool, typer.Option("--init", help="Make the relay's keys and relay.json, and end.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Look at the way to the coordinator: proxy, certificate, clock; and end.")
+    ] = False,
 ) -> None:
     """Runs the silo's SuperNode and restarts it when it dies, until told to end. As another user than the service."""
     from configs.schema.deployment import load_relay
+    from federated.deployment.line.site_proxy import UnreachableError
+    from federated.deployment.relay import look, supernode
     from federated.deployment.relay import make_keys as make
-    from federated.deployment.relay import supernode
     from federated.deployment.supervisor import Supervisor
 
     settings = load_relay(config)
@@ -154,7 +158,14 @@ def relay(
         make(settings)
         say(f"{folder / 'relay.json'}: give it to `siloweave silo init --relay`")
         return
+    if check:
+        say(look(settings))
+        return
     program = supernode(settings)
+    try:
+        look(settings)
+    except UnreachableError as error:  # the SuperNode tries again, as long as it takes
+        say(f"{error}; tried again until it answers", err=True)
     address = settings.silo_address
     Supervisor(folder, [program]).run(
         ended_by_signal(), ready=lambda: say(f"relay to {address}: running"), tick=lambda: None

@@ -34,7 +34,7 @@ from federated.coordinator.run_ticket import RENEW, RunTicket
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.clocks import EXPIRES
 from federated.protocol.envelope import seal_request
-from federated.protocol.framing import PROTOCOL_VERSION
+from federated.protocol.framing import PROTOCOL_VERSION, ROUNDED_VERSION
 from federated.transport.flower_messages import pack
 
 POLL_S, LONGEST_POLL_S = 0.05, 1.0
@@ -87,6 +87,7 @@ def training(settings: FederatedSettings, round_number: int, sent: Sent, **froze
         "frozen_below": frozen_below(stage.frozen),
         "frozen": to_bytes(sent.frozen) if sent.frozen else b"",
         "context_length": stage.context_length or 0,
+        "update_dtype": "" if settings.update_dtype == "float32" else settings.update_dtype,
     }
 
 
@@ -134,7 +135,7 @@ class SiloExchange:
                     reply = self._admitted(message, body, present, roster)
                     admit(reply.silo_id, reply.described)
             except PolicyRefusal as refusal:
-                self._refused.append(self._timed(refusal))
+                self._refused.append(self._explained(refusal))
                 self._emit("rejected", "describe", node, self._refused[-1])
                 continue
             except UnsoundReply as error:
@@ -170,7 +171,7 @@ class SiloExchange:
     def body(self, request_id: str, silo: str = "", **kind: Any) -> bytes:
         """A request's bytes. The same step of the same run has the same bytes, so a restart asks nothing new."""
         return pb.Request(
-            version=PROTOCOL_VERSION,
+            version=PROTOCOL_VERSION if self.settings.update_dtype == "float32" else ROUNDED_VERSION,
             run_id=self.run.id,
             silo_id=silo,
             request_id=request_id,
@@ -227,7 +228,7 @@ class SiloExchange:
                     accept(self._answer(silo, message, asked[silo], expected))
                 answered.append(silo)
             except PolicyRefusal as refusal:
-                refusals.append(self._timed(refusal))
+                refusals.append(self._explained(refusal))
                 self._emit("refused", group, node, refusals[-1], rule=refusal.rule)
             except UnsoundReply as error:
                 self._emit("rejected", group, node, error)
@@ -239,11 +240,13 @@ class SiloExchange:
             self._too_few(*found, least, group, [*refusals, *self._refused])
         return sorted(answered)
 
-    def _timed(self, refusal: PolicyRefusal) -> PolicyRefusal:
-        """A refusal; where it is about time, with what the coordinator's own clock says."""
-        if refusal.rule != EXPIRES:
-            return refusal
-        message = f"{refusal}; {self.run.clocks()}: have the clock that is wrong set; if the time is up, {RENEW} helps"
+    def _explained(self, refusal: PolicyRefusal) -> PolicyRefusal:
+        """A refusal with what the silo can't know: what the coordinator's own clock says, or which setting asks so."""
+        message = str(refusal)
+        if refusal.rule == EXPIRES:
+            message += f"; {self.run.clocks()}: have the clock that is wrong set; if the time is up, {RENEW} helps"
+        if refusal.rule == "version" and (dtype := self.settings.update_dtype) != "float32":
+            message += f"; federated.update_dtype is {dtype!r}: have the silo upgraded, or leave it at 'float32'"
         return PolicyRefusal(message, rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed)
 
     def _too_few(self, left: int, asked: int, least: int, group: str, refusals: list[PolicyRefusal]) -> NoReturn:

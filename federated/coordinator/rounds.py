@@ -20,8 +20,10 @@ from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.lora_factors import frozen_digest
+from federated.adapters.update_codec import decoded
 from federated.adapters.warm_model import held_back_in
 from federated.aggregation.aggregation import RoundAggregation, check_size
+from federated.aggregation.message_sizes import MessageSizes, message_sizes, require_room
 from federated.coordinator import round_commits as commits
 from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, task_spec, training
 from federated.coordinator.flower_grid import Nodes
@@ -32,6 +34,7 @@ from federated.coordinator.silo_records import SiloRecords
 from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
 from federated.evaluation.private_sums import bounds_of, checked_sums, evaluation_after, figures
 from federated.protocol import silo_pb2 as pb
+from federated.protocol.bounds import WHOLE
 from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.model_digests import ModelDigests, RoundDigests
 from privacy.declaration import declared_by
@@ -53,6 +56,8 @@ class Coordinator:
         parties: the coordinator's key, and the silos.
         log: receives one event per round, refusal or rejected reply.
         certify: write a certificate; False for the comparison without DP.
+        carries_bytes: what a request or a reply may have on the way to the silos.
+        sizes: what its own have; nothing until the adapter is there.
         aggregator: adds the noise, with clients as units; None with records.
     """
 
@@ -63,6 +68,8 @@ class Coordinator:
     parties: Parties
     log: EventLog
     certify: bool = True
+    carries_bytes: int = WHOLE
+    sizes: MessageSizes = field(init=False, default=MessageSizes(0, 0))
     exchange: SiloExchange = field(init=False)
     plan: PlanTerms = field(init=False)
     base: Manifest = field(init=False)
@@ -90,6 +97,7 @@ class Coordinator:
         """All rounds, from the one after the newest commit.
 
         Raises:
+            InputError: a round's messages are larger than what carries them.
             PolicyRefusal: fewer than ``federated.min_silos`` silos are left because policies refuse.
             SiloweaveError: fewer are left for another reason.
         """
@@ -100,12 +108,14 @@ class Coordinator:
         if commit is None:
             start = commits.Round(0, to_bytes(initial_adapter()), {})
             commit = commits.save(self.directory, digest, start, run_id, key)
+        adapter = from_bytes(commit.adapter)
+        self.sizes = message_sizes(self.config.federated, {name: array.shape for name, array in adapter.items()})
+        require_room(self.sizes, self.carries_bytes)
         self.digests = commits.digests(self.directory, commit, key)
         self.silo_records.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
         place, stated = commits.closing(self.directory, digest, run_id, lambda line: say(message=line))
         self.silo_records.restore(stated, str(place))
         self._meet(self.parties.num_silos, commit.round_number)
-        adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
         if commit.round_number == 0:
             self._evaluate(0, None if self.config.federated.starts_as_base else adapter)
@@ -178,13 +188,10 @@ class Coordinator:
             self.exchange.run.require_time(self.directory, self.silo_records.cost_anew)
         self._wait_for_silos(number, fewest)
         self.exchange.meet(self.silo_records.describe, self._patience_s)
-        text = json.dumps(self.plan.model_dump(), sort_keys=True)
+        plan = json.dumps(self.plan.model_dump(), sort_keys=True)
+        asked = pb.Reserve(plan=plan, request_bytes=self.sizes.request)
         new = sorted(set(self.exchange.nodes) - self.reserved)
-        bodies = Bodies(
-            new,
-            lambda silo: (self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)), b""),
-            self._patience_s,
-        )
+        bodies = Bodies(new, lambda silo: (self.exchange.body("reserve", silo, reserve=asked), b""), self._patience_s)
         already = len(self._present())
         self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, already, fewest=fewest)
 
@@ -231,7 +238,8 @@ class Coordinator:
         def fold(answer: Answer) -> None:
             trained = answer.reply.trained
             self.silo_records.take_receipt(answer.silo, trained.receipt)  # without a sound one an update is not folded
-            aggregation.add(answer.silo, from_bytes(trained.update))
+            update = decoded(trained.update, self.config.federated.update_dtype, self.sizes.request)
+            aggregation.add(answer.silo, update)
             self.released[answer.silo] = answer.digest
 
         adapters: dict[int, bytes] = {}
@@ -323,13 +331,14 @@ def run_federation(
     on_event: Listener,
     *,
     certify: bool = True,
+    carries_bytes: int = WHOLE,
 ) -> None:
     """Runs a federation over a grid to its end, from its newest commit, and publishes what it has made."""
     from federated.coordinator.final_model import save_final, start, write_card
 
     directory.mkdir(parents=True, exist_ok=True)
     log = EventLog(directory / EVENTS, (on_event,))
-    coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify)
+    coordinator = Coordinator(grid, config, base_model, directory, parties, log, certify, carries_bytes)
     coordinator.run(lambda: start(config, base_model, directory))
     files = save_final(config, base_model, directory)
     write_card(config, directory, coordinator.certify_model(files) if certify else None)

@@ -15,6 +15,7 @@ from federated.coordinator.parties import Parties
 from federated.coordinator.rounds import run_federation
 from federated.coordinator.trusted_aggregator import FOLDER, MEMBERS, open_ledger
 from federated.identity.trust import coordinator_signer, enrolled_silos
+from federated.protocol.framing import LARGEST_MESSAGE_BYTES
 
 app = ServerApp()
 
@@ -29,4 +30,5 @@ def main(grid: Grid, context: Context) -> None:
     ledger = partial(open_ledger, home, home / FOLDER, MEMBERS, config.privacy)
     parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home), ledger)
     with recorded(directory, context.run_id):
-        run_federation(OneByOne(grid), config, base_model, directory, parties, lambda _: None)
+        line = LARGEST_MESSAGE_BYTES
+        run_federation(OneByOne(grid), config, base_model, directory, parties, lambda _: None, carries_bytes=line)

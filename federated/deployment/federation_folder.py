@@ -4,10 +4,11 @@
 each), ``state/`` (SuperLink's database, process logs), ``flower/`` (Flower's own settings).
 """
 
+import contextlib
 from functools import cached_property
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, load_ssh_public_key
 
 from configs.errors import InputError
 from configs.parse import to_toml
@@ -17,7 +18,8 @@ from configs.storage.files import private_folder, sync_directory, write_atomic
 from configs.storage.layout import name_on_disk
 from configs.storage.secrets import load_secret
 from federated.deployment.flower_programs import LOOPBACK
-from federated.identity.cards import CoordinatorCard, EnrolledSilo, read_folder, write_document
+from federated.deployment.line.site_proxy import split
+from federated.identity.cards import CoordinatorCard, EnrolledSilo, read_document, read_folder, write_document
 from federated.identity.keys import load_or_create_key
 from federated.identity.trust import COORDINATOR_KEY, ENROLLED, coordinator_signer
 from federated.identity.x509 import CURVE, Authority, check_x509, read_certificate
@@ -61,7 +63,7 @@ class FederationFolder:
         for part in (federation.keys, federation.certificates, federation.state, federation.home):
             private_folder(part)
         federation.renew_certificates()
-        write_document(federation.card_file, federation.card)
+        federation.renew_card()
         return federation
 
     @cached_property
@@ -76,14 +78,30 @@ class FederationFolder:
         return CoordinatorCard(
             name=self.config.name,
             public_key=coordinator_signer(self.folder).public_key,
-            address=join_address(self.config.hosts[0], self.config.port),
-            root_certificate=self.authority.path.read_text(encoding="ascii"),
+            address=self.config.advertise or join_address(self.config.hosts[0], self.config.port),
+            root_certificate=self._root_certificate(),
         )
+
+    def _root_certificate(self) -> str:
+        if not self.config.advertise_authority:
+            return self.authority.path.read_text(encoding="ascii")
+        certificate = read_certificate(Path(self.config.advertise_authority))  # one, and nothing beside it
+        return certificate.public_bytes(Encoding.PEM).decode()
+
+    def renew_card(self) -> bool:
+        """Writes ``coordinator.json`` anew where the settings say something else; whether they did."""
+        with contextlib.suppress(InputError):  # none is there, or a damaged one
+            if read_document(CoordinatorCard, self.card_file) == self.card:
+                return False
+        write_document(self.card_file, self.card)
+        return True
 
     def renew_certificates(self) -> None:
         """Certificates of the proxy (for silos) and of the SuperLink behind it (for loopback), where they are due."""
         private_folder(self.keys)
-        for name, hosts in (("proxy", self.config.hosts), ("superlink", ("localhost", LOOPBACK))):
+        advertised = {split(self.config.advertise)[0]} if self.config.advertise else set()
+        outside = (*self.config.hosts, *sorted(advertised - set(self.config.hosts)))
+        for name, hosts in (("proxy", outside), ("superlink", ("localhost", LOOPBACK))):
             key = load_or_create_key(self.keys / f"{name}.key", CURVE).public_key()
             path = self.certificates / f"{name}.pem"
             self.authority.issue(path, key, f"{self.config.name} {name}", hosts, "server")

@@ -17,6 +17,7 @@ from configs.storage.files import write_atomic
 from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.flower_programs import LOOPBACK
 from federated.deployment.supervisor import Program
+from federated.protocol.framing import LARGEST_MESSAGE_BYTES
 
 # What an authenticated SuperNode calls (flwr/supernode/fleet_http_client.py). Not register-node and unregister-node:
 # nodes are registered by the coordinator.
@@ -37,7 +38,7 @@ FLEET_PATHS = tuple(
 )
 # An adapter is one object of Flower's, and no array that Flower would cut in pieces. All else is short: a silo could
 # otherwise announce a reply of millions of objects, whose list the coordinator takes in whole.
-LARGEST_BODY, LARGEST_OBJECT = "1m", "512m"
+LARGEST_BODY, LARGEST_OBJECT = "1m", f"{LARGEST_MESSAGE_BYTES // 2**20 + 1}m"
 _OBJECT_PATH = "/v1/fleet/push-object"
 HANDSHAKE_S = 5.0
 _FOR_ALL = {"0.0.0.0": LOOPBACK, "::": "::1"}  # noqa: S104  (where to knock, not to listen)

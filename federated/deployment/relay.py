@@ -5,16 +5,16 @@ It runs as a user of its own, with an environment of its own: nothing that the s
 
 import json
 import os
-import ssl
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from configs.errors import InputError
 from configs.schema.deployment import RelayConfig
 from configs.storage.files import private_folder, write_atomic
 from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment
+from federated.deployment.line.coordinator_check import check_coordinator
+from federated.deployment.line.site_proxy import site_proxy
 from federated.deployment.ports import free_port
 from federated.deployment.supervisor import Program
 from federated.identity.cards import CoordinatorCard, RelayCard, confirm, read_document, write_document
@@ -24,7 +24,6 @@ from federated.transport.health import is_serving
 from federated.transport.service_client import AUTHORITY, CERTIFICATE, KEY
 
 SUPERNODE_CURVE = ec.SECP384R1()
-CONNECT_S = 5.0
 _INHERITED = ("LANG", "LC_ALL", "PYTHONPATH", "TMPDIR")
 
 
@@ -43,16 +42,13 @@ def supernode(config: RelayConfig) -> Program:
     """The SuperNode as a program of the supervisor.
 
     Raises:
-        InputError: keys are missing, the coordinator's document is not the confirmed one, or what answers at its
-            address shows a certificate that is not good.
+        InputError: keys or the proxy's login are missing, or the coordinator's document is not the confirmed one.
     """
     folder = Path(config.state_dir)
     key = folder / "supernode.ssh"
     if not key.exists():
         raise InputError(f"{key}: no such key; make it with `siloweave silo relay --init`")
-    coordinator = read_document(CoordinatorCard, Path(config.coordinator))
-    confirm(coordinator, config.coordinator_fingerprint, config.coordinator, lambda _: False)
-    check_coordinator(coordinator)
+    coordinator, proxy = _confirmed(config), site_proxy(config)
     root = folder / "root.pem"
     write_atomic(root, coordinator.root_certificate.encode(), mode=0o600)
     health = f"{LOOPBACK}:{free_port()}"
@@ -67,8 +63,29 @@ def supernode(config: RelayConfig) -> Program:
     home = private_folder(folder / "flower")
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     environment = {**inherited, **flower_environment(home), "HOME": str(home)}
+    environment |= proxy.environment() if proxy else {}
     listens = ((LOOPBACK, config.port),) if config.port else ()
     return Program("supernode", command, environment, lambda: is_serving(health), listens)
+
+
+def look(config: RelayConfig) -> str:
+    """What was found on the way to the coordinator, in one line.
+
+    Raises:
+        InputError: see ``check_coordinator``; or as ``supernode``.
+        UnreachableError: nobody answers at the moment.
+    """
+    coordinator, proxy = _confirmed(config), site_proxy(config)
+    way = check_coordinator(coordinator, proxy)
+    clock = "told no time" if way.ahead_s is None else f"its clock and this one differ by {abs(way.ahead_s):.0f} s"
+    through = f" through proxy {proxy}" if proxy else ""
+    return f"{coordinator.address}: reached{through}; certificate valid for {way.certificate_days_left} days; {clock}"
+
+
+def _confirmed(config: RelayConfig) -> CoordinatorCard:
+    coordinator = read_document(CoordinatorCard, Path(config.coordinator))
+    confirm(coordinator, config.coordinator_fingerprint, config.coordinator, lambda _: False)
+    return coordinator
 
 
 def _node_config(config: RelayConfig) -> str:
@@ -86,19 +103,3 @@ def _node_config(config: RelayConfig) -> str:
 def _quoted(text: str) -> str:
     """A TOML string for Flower, which looks for its closing quote without knowing of escapes."""
     return json.dumps(text, ensure_ascii=False).replace('\\"', "\\u0022").replace("\x7f", "\\u007f")
-
-
-def check_coordinator(coordinator: CoordinatorCard) -> None:
-    """Says in one line what TLS would say in many; a coordinator that doesn't answer yet is waited for later.
-
-    Raises:
-        InputError: what answers shows a certificate of another authority, for another host, or out of its time.
-    """
-    host, _, port = coordinator.address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    try:
-        shown = ssl.get_server_certificate((host, int(port)), timeout=CONNECT_S)
-    except (OSError, ValueError):
-        return
-    authority = x509.load_pem_x509_certificate(coordinator.root_certificate.encode())
-    check_x509(x509.load_pem_x509_certificate(shown.encode()), authority, coordinator.address, host)

@@ -36,6 +36,7 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "Train.optimizer": NAME,
     "Train.correction": WHOLE,
     "Train.frozen": WHOLE,
+    "Train.update_dtype": NAME,
     "TaskSpec.labels": LABELS,
     "TaskSpec.template": TEMPLATE,
     "TaskSpec.pooling": NAME,

@@ -2,6 +2,11 @@
 
 from datetime import UTC, datetime
 
+# What Flower's SuperLink allows between its own clock and that of a SuperNode.
+MOST_AHEAD_S, MOST_BEHIND_S = 5, 305
+CLOCK_RULE = (
+    f"Flower turns a SuperNode away that is {MOST_AHEAD_S} s ahead of the coordinator, or {MOST_BEHIND_S} s behind"
+)
 EXPIRES = "expires"  # the rule of a silo's refusal to answer a request whose time is up
 
 

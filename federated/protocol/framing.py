@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 
 PROTOCOL_VERSION = 3
+ROUNDED_VERSION = 4  # of a run whose updates travel rounded: a silo that does not know of it has to refuse
+SPOKEN = (PROTOCOL_VERSION, ROUNDED_VERSION)
 SERVICE = "siloweave.v1.Silo"  # the name under which the health service tells of it
 CHUNK_BYTES = 2**20
+# Of one request or reply that Flower carries. Its SuperLink keeps each as one value of SQLite's, which has at most 10^9
+# bytes, with some to spare for Flower's own frame. The proxy's limit is derived from this one.
+LARGEST_MESSAGE_BYTES = 900 * 2**20
 QUEUE = "queue"  # the rule of a refusal that says nothing but "later"
 
 

@@ -55,13 +55,15 @@ class Describe(_message.Message):
     def __init__(self) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("plan",)
+    __slots__ = ("plan", "request_bytes")
     PLAN_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     plan: str
-    def __init__(self, plan: _Optional[str] = ...) -> None: ...
+    request_bytes: int
+    def __init__(self, plan: _Optional[str] = ..., request_bytes: _Optional[int] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer", "proximal_mu", "correction", "task_spec", "augmentation", "frozen_below", "frozen", "context_length")
+    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer", "proximal_mu", "correction", "task_spec", "augmentation", "frozen_below", "frozen", "context_length", "update_dtype")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +79,7 @@ class Train(_message.Message):
     FROZEN_BELOW_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     round: int
     plan_digest: str
     base_model_digest: str
@@ -92,7 +95,8 @@ class Train(_message.Message):
     frozen_below: int
     frozen: bytes
     context_length: int
-    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., proximal_mu: _Optional[float] = ..., correction: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., augmentation: _Optional[_Union[Augmentation, _Mapping]] = ..., frozen_below: _Optional[int] = ..., frozen: _Optional[bytes] = ..., context_length: _Optional[int] = ...) -> None: ...
+    update_dtype: str
+    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., proximal_mu: _Optional[float] = ..., correction: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., augmentation: _Optional[_Union[Augmentation, _Mapping]] = ..., frozen_below: _Optional[int] = ..., frozen: _Optional[bytes] = ..., context_length: _Optional[int] = ..., update_dtype: _Optional[str] = ...) -> None: ...
 
 class Augmentation(_message.Message):
     __slots__ = ("dropout", "swap", "mask")

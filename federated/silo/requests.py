@@ -8,13 +8,14 @@ import numpy as np
 
 from configs.errors import LARGEST_ECHO, InputError, PolicyRefusal
 from configs.printing import printable
-from configs.schema.federated import BaseDtype, Train
+from configs.schema.federated import BaseDtype, Train, UpdateDtype
 from federated.adapters.arrays import Arrays, check_shapes, from_bytes
+from federated.adapters.update_codec import UPDATE_DTYPES
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.bounds import excess
 from federated.protocol.clocks import EXPIRES, shown
 from federated.protocol.envelope import request_holds
-from federated.protocol.framing import PROTOCOL_VERSION
+from federated.protocol.framing import SPOKEN
 from privacy.ledger.statements import Receipt
 from trainer.models.adapters import Adaptation
 
@@ -43,8 +44,8 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
     request = pb.Request()
     _parse(request, body)
     kind = request.WhichOneof("kind")
-    if request.version != PROTOCOL_VERSION:
-        raise PolicyRefusal.of("version", str(request.version), str(PROTOCOL_VERSION))
+    if request.version not in SPOKEN:
+        raise PolicyRefusal.of("version", str(request.version), " or ".join(map(str, SPOKEN)))
     if kind is None:
         raise PolicyRefusal.of("request", "no kind", "describe, reserve, train, contribute, evaluate or close")
     if kind != "describe" and request.silo_id != silo_id:
@@ -127,6 +128,18 @@ def adaptation_of(spec: pb.AdapterSpec) -> Adaptation:
     if base_dtype not in known:
         raise PolicyRefusal.of("base_dtype", base_dtype, f"{' or '.join(known)} where train is {train}")
     return Adaptation(spec.rank, spec.alpha, cast("Train", train), tuple(spec.targets), cast("BaseDtype", base_dtype))
+
+
+def update_dtype_of(train: pb.Train) -> UpdateDtype:
+    """What the update of a request is to travel in.
+
+    Raises:
+        PolicyRefusal: nothing that this silo knows.
+    """
+    dtype = train.update_dtype or "float32"
+    if dtype not in UPDATE_DTYPES:
+        raise PolicyRefusal.of("update_dtype", dtype, ", ".join(UPDATE_DTYPES))
+    return dtype
 
 
 def correction_of(train: pb.Train, largest: float) -> Arrays:

@@ -44,6 +44,21 @@ def limits_of(policy: SiloPolicy) -> Limits:
     return Limits(policy.max_epsilon_per_day, policy.max_runs_per_day, policy.max_open_runs)
 
 
+def check_request_size(asked: pb.Reserve, policy: SiloPolicy) -> None:
+    """Refuses a run at its start whose rounds would be refused for their size.
+
+    Raises:
+        PolicyRefusal: a round's request has more bytes than the policy allows.
+    """
+    size, most = asked.request_bytes, policy.max_request_bytes
+    if size > most:
+        message = (
+            f"a round's request has {size} bytes, policy.max_request_bytes allows {most}; raise it and start the "
+            "service again, or ask for a smaller federated.lora_rank"
+        )
+        raise PolicyRefusal.of("max_request_bytes", f"{size}", f"{most}", message)
+
+
 def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_time: Lock, accounting: Lock) -> None:
     """Checks all about a reservation that is cheap, then computes its epsilon, which the accountant remembers.
 
@@ -62,6 +77,7 @@ def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_ti
         PolicyRefusal: a rule of the policy, or no room; or another plan is being accounted for.
     """
     policy = config.policy
+    check_request_size(request.reserve, policy)
     plan = check_new_plan(plan_of(request.reserve.plan), policy, config.silo.public_record_count)
     if plan.terms.unit == "record":
         with one_at_a_time:

@@ -12,7 +12,8 @@ from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
-from federated.adapters.arrays import Arrays, to_bytes
+from federated.adapters.arrays import Arrays
+from federated.adapters.update_codec import encoded
 from federated.evaluation.label_counts import examples_of
 from federated.evaluation.private_sums import bounds_of, evaluated, private_sums
 from federated.identity.trust import trusted_coordinators
@@ -29,6 +30,7 @@ from federated.silo.requests import (
     open_envelope,
     receipt_of,
     refusal_message,
+    update_dtype_of,
 )
 from federated.silo.reservations import account, budget_of, close, entrusted_plan, policy_now, reserve, reserved_plan
 from federated.silo.traffic_log import TrafficLog, UnloggedError
@@ -160,9 +162,11 @@ class Silo:
         if kind == "evaluate":
             return self._evaluate(request, digest)
         if kind == "contribute":
+            dtype = update_dtype_of(request.contribute.train)
             plan = entrusted_plan(self.ledger, self.config, request, request.contribute.train.plan_digest)
             update = contribution(self.workbench, self.ledger.journal, self.config, plan, request, digest)
-            reply = self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), update=to_bytes(update)))
+            content = encoded(update, dtype)
+            reply = self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), update=content))
         elif kind == "reserve":
             reply = self._reply(digest, reserved=reserve(self.ledger, self.config, request))
         elif kind == "close":
@@ -193,6 +197,7 @@ class Silo:
         plan = reserved_plan(self.ledger, self.config, request, train.plan_digest)
         check_model(train, self.config.policy, self.workbench.base_model.content_digest)
         check_optimizer(train, self.config.policy)
+        dtype = update_dtype_of(train)
         model, adapter = self.workbench.fitted(train, self.config.policy)
         settings, examples = self.workbench.local_settings(train, self.config.policy), self.workbench.examples(train)
         release = self._release(request, digest, train.round)
@@ -207,7 +212,7 @@ class Silo:
         # 3. Train under the charge's own randomness.
         update = ready.run(_streams(charge, digest), examples.records)
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
-        trained = pb.Trained(receipt=self._receipt(request), update=to_bytes(update))
+        trained = pb.Trained(receipt=self._receipt(request), update=encoded(update, dtype))
         reply = _serialized(self._reply(digest, trained=trained))
         return self.ledger.release(charge.number, request.run_id, reply)
 

@@ -7,13 +7,13 @@ from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_secret
-from federated.adapters.arrays import to_bytes
+from federated.adapters.update_codec import encoded
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_reply
 from federated.protocol.framing import PROTOCOL_VERSION
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import public_update
-from federated.silo.requests import check_sender, decode, open_envelope
+from federated.silo.requests import check_sender, decode, open_envelope, update_dtype_of
 from federated.silo.units import load_units, split_key
 from federated.silo.workbench import Workbench, public_base_model
 from privacy.ledger.anchor import Anchor
@@ -78,7 +78,7 @@ class PublicSilo:
         model, adapter = bench.fitted(train, self._config.policy)
         settings, examples = bench.local_settings(train, self._config.policy), bench.examples(train)
         update = public_update(self._plan, streams, model, examples.task, adapter, examples.records, settings)
-        return to_bytes(update)
+        return encoded(update, update_dtype_of(train))
 
 
 def _own_keys(config: SiloConfig) -> tuple[Signer, bytes]:

@@ -19,6 +19,7 @@ from configs.schema.silo import (
 from configs.storage.layout import SiloFiles, name_on_disk
 from configs.storage.manifests import read_manifest
 from federated.coordinator.trusted_aggregator import FOLDER
+from federated.protocol.bounds import WHOLE
 from privacy.declaration import DECLARATION
 
 
@@ -119,6 +120,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             max_runs_per_day=MOST_SIMULATED_RUNS,
             max_open_runs=MOST_SIMULATED_RUNS,
             max_rounds_per_run=MOST_SIMULATED_ROUNDS,
+            max_request_bytes=WHOLE,  # what messages weigh is bounded on a line, and there is none
             max_new_tokens=privacy.evaluation_max_new_tokens,
             label_sets=(privacy.evaluation_labels,) if privacy.evaluation_labels else (),
             # Without a unit column a row is a unit, and a row is in one silo.

@@ -10,6 +10,7 @@ from configs.printing import printable
 from federated.protocol import silo_pb2 as pb
 from federated.protocol import silo_pb2_grpc
 from federated.protocol.framing import CHUNK_BYTES, chunks
+from federated.transport.health import DIRECT
 
 LONGEST_TRAINING_S = 24 * 3600.0
 # With these codes a call ends after the silo's signed refusal has been sent.
@@ -80,7 +81,7 @@ def ask_service(address: str, envelope: bytes, tls_folder: str = "", timeout_s: 
         grpc.RpcError: the service is not there, or busy; or it has no such answer.
         UnansweredError: a file of ``tls_folder`` can't be read.
     """
-    options = [("grpc.max_receive_message_length", 2 * CHUNK_BYTES)]
+    options = [("grpc.max_receive_message_length", 2 * CHUNK_BYTES), *DIRECT]
     with _channel(address, tls_folder, options) as channel:
         received = bytearray()
         parts = (pb.Chunk(data=part) for part in chunks(envelope))

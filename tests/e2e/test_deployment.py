@@ -19,6 +19,7 @@ import pytest
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
 from deployment import BIN, Deployment, users, why_not_two_users
+from lines import ConnectProxy, TlsServer
 from ports import free_port
 
 from configs.storage.manifests import require_manifest
@@ -29,6 +30,7 @@ from federated.deployment.superlink import APP, nodes
 from federated.deployment.supervisor import end_tree
 from federated.identity.keys import load_or_create_key
 from federated.identity.x509 import CURVE, Authority
+from federated.protocol.framing import LARGEST_MESSAGE_BYTES
 from federated.transport.health import is_serving
 from privacy.certificate.check import check_certificate
 
@@ -69,9 +71,16 @@ def coordinator(root, tiny_run) -> Iterator[Deployment]:
 
 
 @pytest.fixture(scope="module")
-def deployment(coordinator) -> Deployment:
-    """The same with two silos that are online; others come and go."""
-    coordinator.enrol(coordinator.add_site("histories"))
+def way_out() -> Iterator[ConnectProxy]:
+    """The only way out of one site."""
+    with ConnectProxy(login="site:s3cret/@:") as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def deployment(coordinator, way_out) -> Deployment:
+    """The same with two silos that are online, one of them behind an HTTP proxy; others come and go."""
+    coordinator.enrol(coordinator.add_site("histories", proxy=way_out))
     for site in coordinator.sites.values():
         coordinator.start_site(site)
     coordinator.wait_until("two silos that are online", lambda: online(coordinator) == {"comedies", "histories"})
@@ -153,7 +162,7 @@ def test_nothing_but_an_object_may_be_long(coordinator):
     """A reply's list of objects comes with its announcement, and the coordinator takes it in whole."""
     for path in set(FLEET_PATHS) - {"/v1/fleet/push-object"}:
         assert ask(coordinator, b"POST " + path.encode(), size_bytes=2**20 + 1) == 413, path
-    assert ask(coordinator, b"POST /v1/fleet/push-object", size_bytes=2**29 + 1) == 413
+    assert ask(coordinator, b"POST /v1/fleet/push-object", size_bytes=LARGEST_MESSAGE_BYTES + 2**20 + 1) == 413
 
 
 def test_the_fleets_paths_are_all_that_a_supernode_of_this_flower_calls():
@@ -227,36 +236,6 @@ def stock_supernode(command: list[str], folder: Path) -> tuple[int, str]:
     finally:
         end_tree([process], grace_s=5)
     return status, (folder / "supernode.log").read_text(errors="replace")
-
-
-class TlsServer:
-    """Shows a certificate to whoever connects."""
-
-    def __init__(self, certificate: Path, key: Path) -> None:
-        import threading
-
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listening.getsockname()[1]
-
-        def answer() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    plain, _ = self._listening.accept()
-                    with contextlib.suppress(OSError), context.wrap_socket(plain, server_side=True) as connection:
-                        connection.recv(1000)
-
-        self._thread = threading.Thread(target=answer, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> "TlsServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
-        self._thread.join(10)
 
 
 @pytest.mark.parametrize(
@@ -364,6 +343,23 @@ def test_a_run_outlives_the_death_of_each_of_its_processes(deployment):
     restarted = deployment.siloweave("silo", "status", "-c", str(deployment.sites["comedies"].relay_settings), "--json")
     assert json.loads(restarted.stdout)["restarts"] >= 1
     deployment.wait_until("the silo that was away", lambda: online(deployment) >= {"comedies"}, None, RUN_S)
+
+
+def test_the_site_behind_a_proxy_took_part_through_it_and_told_nobody_its_login(deployment, way_out):
+    """The proxy carried its rounds: each has one adapter there and one update back."""
+    relay = deployment.sites["histories"].folder / "relay"
+    rounds = [event for event in deployment.events("one", "round") if "histories" in event["answered"]]
+    shares = sum(event["bytes"] / len(event["answered"]) for event in rounds)  # of what went, and as much came back
+    assert set(way_out.asked) == {f"localhost:{deployment.port}"}
+    assert rounds and min(way_out.up, way_out.down) > shares / 4
+    supernode = psutil.Process(deployment.pid_of("supernode", relay / "state"))
+    spoken = []
+    for process in (supernode, *supernode.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a ClientApp that has just ended
+            spoken.append(" ".join(process.cmdline()))
+    written = [path.read_bytes() for path in relay.rglob("*") if path.is_file() and path.name != "login"]
+    assert spoken and not [text for text in (*spoken, deployment.logs()) if "s3cret" in text]
+    assert not [content for content in written if b"s3cret" in content]
 
 
 @pytest.mark.skipif(not TENSORBOARD, reason="the package tensorboard is not installed")

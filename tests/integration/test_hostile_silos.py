@@ -127,7 +127,7 @@ def test_hostile_replies_change_nothing_and_the_round_goes_on(federation, tiny_m
     assert set(rejected) == set(SILOS) - {GOOD}
     assert [len(rejected[name]) for name in sorted(set(rejected) - {"other round"})] == [2] * (len(SILOS) - 2)
     words = {
-        "bfloat16": "is BF16, an adapter is float32",
+        "bfloat16": "is BF16, expected is F32",
         "forged": "not signed by the silo",
         "header": "not safetensors",
         "huge": "bytes, one to this request has at most",

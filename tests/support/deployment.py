@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from lines import ConnectProxy
 from ports import free_port
 
 from configs.load import load
@@ -84,6 +85,7 @@ class Site:
     service_process: psutil.Popen | None = None
     relay_process: psutil.Popen | None = None
     fingerprint: str = ""
+    proxy: ConnectProxy | None = None
 
     @property
     def settings(self) -> Path:
@@ -158,9 +160,11 @@ class Deployment:
 
     # The silos
 
-    def add_site(self, name: str, steward: str | None = None, relay: str | None = None) -> Site:
+    def add_site(
+        self, name: str, steward: str | None = None, relay: str | None = None, proxy: ConnectProxy | None = None
+    ) -> Site:
         """Everything at a silo, from keys to running processes, but its enrolment."""
-        site = self.sites[name] = Site(name, self.root / name, steward, relay)
+        site = self.sites[name] = Site(name, self.root / name, steward, relay, proxy=proxy)
         for folder, owner, mode in (("silo", steward, 0o700), ("relay", relay, 0o700), ("run", steward, 0o755)):
             (site.folder / folder).mkdir(parents=True)
             (site.folder / folder).chmod(mode)
@@ -201,7 +205,11 @@ class Deployment:
             f'coordinator = "{self.root / "coordinator.json"}"\n'
             f'coordinator_fingerprint = "{self.fingerprint}"\n'
             f'silo_address = "unix:{site.socket}"\n'
+            + (f'proxy = "http://127.0.0.1:{site.proxy.port}"\nproxy_login_file = "login"\n' if site.proxy else "")
         )
+        if site.proxy:
+            (site.folder / "relay" / "login").write_text(site.proxy.login)
+            _give(site.folder / "relay" / "login", site.relay, 0o600)
         _give(site.relay_settings, site.relay, 0o600)
 
     def _write_silo_settings(self, site: Site) -> None:

@@ -134,6 +134,8 @@ NO_PATHS = {
     "hosts",
     "listen",
     "silo_address",
+    "proxy",
+    "advertise",
 }
 
 PATHS = {
@@ -158,6 +160,8 @@ PATHS = {
     "data.source",
     "state_dir",
     "coordinator",
+    "proxy_login_file",
+    "advertise_authority",
 }
 
 

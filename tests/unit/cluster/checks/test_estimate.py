@@ -14,6 +14,25 @@ def test_a_plan_that_spends_nothing_has_no_number_of_runs():
     assert {silo["runs_in_budget"] for silo in found["silos"].values()} == {None}
 
 
+def test_a_plan_says_what_a_round_moves_and_what_is_in_its_way():
+    found = estimate(load("tiny", ["federated.lora_rank=64"]))["federated"]
+    messages = found["messages"]
+    assert 0 < messages["reply_bytes"] - 4 * found["adapter_parameters"] < 2**16
+    assert messages["line_carries_it"] and messages["silos_raise_max_request_bytes_to"] is None
+    wide = [
+        "model.hidden_size=4096",
+        "model.layers=32",
+        "model.heads=32",
+        "model.intermediate_size=14336",
+        "federated.lora_rank=64",
+    ]
+    messages = estimate(load("tiny", wide))["federated"]["messages"]
+    assert messages["silos_raise_max_request_bytes_to"] == messages["request_bytes"] > 600 * 2**20
+    assert messages["line_carries_it"]
+    messages = estimate(load("tiny", [*wide, "federated.train='full'"]))["federated"]["messages"]
+    assert not messages["line_carries_it"]
+
+
 @pytest.mark.parametrize("train", ["lora", "head", "full"])
 @pytest.mark.parametrize(
     "task", [("classification", ["calm", "storm"]), ("entities", ["O", "B-PER", "I-PER"]), ("qa", [])]

@@ -13,14 +13,15 @@ from silo_requests import COORDINATOR, EXPIRES, TRUSTED, ask, body_of, opened, s
 
 from configs.errors import InputError, SiloweaveError
 from configs.storage.files import digest_bytes
-from federated.adapters.arrays import to_bytes
+from federated.adapters.arrays import check_update, from_bytes, to_bytes
+from federated.adapters.update_codec import decoded
 from federated.adapters.warm_model import initial_adapter
 from federated.identity.cards import TrustedCoordinator
 from federated.identity.trust import trust
 from federated.protocol import silo_pb2 as pb
 from federated.protocol import silo_pb2_grpc
 from federated.protocol.envelope import seal_request
-from federated.protocol.framing import CHUNK_BYTES
+from federated.protocol.framing import CHUNK_BYTES, ROUNDED_VERSION
 from federated.silo.line_file import LineFile
 from federated.silo.local_training import PrivateUpdate
 from federated.silo.requests import check_sender, decode, open_envelope
@@ -170,6 +171,36 @@ def test_the_policy_bounds_how_much_and_how_often(open_silo, adapter, tmp_path):
     # A stranger's requests don't use up the coordinators' share.
     body = body_of("close", close=pb.Close(), coordinator=STRANGER.public_key)
     assert opened(again.handle(seal_request(STRANGER, body)), again).refusal.rule == "coordinator"
+
+
+def test_a_run_whose_requests_are_too_large_is_refused_at_its_start_and_reserves_nothing(open_silo):
+    """Before: its first round was. A coordinator that says no size, or a false one, meets the limit there."""
+    silo = open_silo(max_request_bytes=20_000)
+    for size, kind in ((20_001, "refusal"), (2**64 - 1, "refusal"), (20_000, "reserved"), (0, "reserved")):
+        asked = pb.Reserve(plan=PLAN.model_dump_json(), request_bytes=size)
+        reply = ask(silo, f"reserve {size}", reserve=asked)[0]
+        assert reply.WhichOneof("kind") == kind
+        if kind == "refusal":
+            assert kinds(silo) == ["open"]
+            assert (reply.refusal.rule, reply.refusal.allowed) == ("max_request_bytes", "20000")
+            assert f"has {size} bytes, policy.max_request_bytes allows 20000; raise it" in reply.refusal.message
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_an_update_is_rounded_after_its_noise_and_signed_and_kept_as_it_travels(open_silo, adapter, dtype):
+    silo = open_silo()
+    reserve(silo)
+    refused = ask(silo, "round-1", **train(silo, adapter, update_dtype="float16"))[0].refusal
+    assert (refused.rule, refused.asked) == ("update_dtype", "float16")
+    assert kinds(silo) == ["open", "reserve"]
+    asked = {"version": ROUNDED_VERSION, **train(silo, adapter, update_dtype=dtype)}
+    reply = ask(silo, "round-1", **asked)[0]
+    update = decoded(reply.trained.update, dtype, len(adapter) * 2)
+    check_update(update, from_bytes(adapter))
+    assert any(array.any() for array in update.values())
+    assert ask(silo, "round-1", **asked)[0] == reply
+    assert kinds(silo).count("charge") == 1
+    assert len(reply.trained.update) < len(adapter)
 
 
 def lying_header(adapter):
