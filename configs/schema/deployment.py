@@ -47,7 +47,7 @@ class RelayConfig(Settings):
     silo_address: ServiceAddress
     """The silo service: ``unix:/run/siloweave/NAME/silo.sock``, or ``HOST:PORT`` with mutual TLS."""
     port: Port = 0
-    """Loopback port of the SuperNode's own interface for its processes; 0: any free one at each start."""
+    """Loopback port on which the relay's process says that it is well; 0: any free one at each start."""
 
 
 def load_federation(folder: Path) -> FederationConfig:

@@ -11,7 +11,8 @@ from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, PullObjectRequest, PullObjectResponse
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.runtime_pb2 import GetNodesResponse, PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -103,18 +104,21 @@ class SuperLink(ThreadingHTTPServer):
         self.objects = {name: found.deflate() for name, found in get_all_nested_objects(reply).items()}
         self.tree, self.reply = get_object_tree(reply), message_to_proto(remove_content_from_message(reply))
         self.held_back = set(sorted(self.objects, key=lambda name: -len(self.objects[name]))[:held_back])
-        self.status, self.given_bytes, self.asked_for_more = status, 0, Event()
+        self.status, self.given_bytes, self.asked_for_more, self.since = status, 0, Event(), "then"
 
 
 class Answers(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
         content = getattr(self, self.path.rsplit("/", 1)[1].replace("-", "_"))(body).SerializeToString()
-        self.send_response(self.server.status)
+        self.send_response(200 if self.path.endswith("get-nodes") else self.server.status)
         self.send_header("content-type", "application/x-protobuf")
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def get_nodes(self, _):
+        return GetNodesResponse(nodes=[NodeInfo(node_id=2, last_activated_at=self.server.since)])
 
     def pull_messages(self, body):
         assert len(PullAppMessagesRequest.FromString(body).message_ids) == 1
