@@ -1,7 +1,7 @@
 """The relay's SuperNode: takes the coordinator's messages, has the silo answer them, and sends the replies.
 
 It stands where Flower's own SuperNode would, and speaks to the same SuperLink with the same client. Unlike that one, it
-takes no app from the coordinator and starts no process for a message; it asks for one every tenth of a second while
+takes no app from the coordinator and starts no process for a message; it asks for one five times a second while
 there is work; and what has come of a message outlives it (``piece_store.py``).
 """
 
@@ -33,7 +33,7 @@ from federated.transport.service_client import ask
 
 PIECES, MEMORY = "pieces", "node.json"
 _MOST_OBJECTS = MOST_PIECES + 4  # message, its content, two records
-_POLL_S, _POLL_SHARE, _LONGEST_POLL_S = 0.1, 0.02, 2.0
+_POLL_S, _POLL_SHARE, _LONGEST_POLL_S = 0.2, 0.05, 2.0
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.05, 2.0
 _log = logging.getLogger("siloweave.relay")
 
