@@ -2,10 +2,11 @@
 
 python benchmarks/round_latency.py --model runs/tiny/model --repetitions 3 --json latency.json
 
-One federation for both: SuperLink and nginx on loopback, two SuperNodes, two silo services. Ours is `federation run`:
-the relay hands each message to a warm service. The stock app's ClientApp loads torch, the same model and adapter itself
-and takes the same number of steps, for each message anew, as Flower starts a process for each. Its steps are plain Adam
-on as many records as a private batch has on average; ours are DP-SGD. The two alternate.
+Ours is `federation run` over SuperLink and nginx on loopback, two relays and two silo services: the relay hands each
+message to a warm service. The stock app runs over a SuperLink and two SuperNodes of its own, as Flower starts them: its
+ClientApp loads torch, the same model and adapter itself and takes the same number of steps, for each message anew, as
+Flower starts a process for each. Its steps are plain Adam on as many records as a private batch has on average; ours
+are DP-SGD. The two alternate.
 """
 
 import argparse
@@ -34,16 +35,19 @@ class FederationFolder:
     """Two silos and their coordinator on this machine, made by the product's own commands."""
 
     def __init__(self, root: Path, model: Path) -> None:
+        from federated.deployment.flower_programs import flower_environment
         from federated.deployment.ports import free_port
 
         self.root, self.folder, self.model = root, root / "federation", model.absolute()
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.flower = {**self.environment, **flower_environment(root / "stock")}
         self.processes: list[psutil.Popen] = []
         host = ["--host", "localhost", "--listen", "127.0.0.1", "--port", str(free_port())]
         self.fingerprint = self.call("federation", "init", str(self.folder), "--name", "bench", *host).split()[-1]
         for name in SILOS:
             self._add(name)
         self.start("federation", "serve", str(self.folder))
+        self.serve_stock()
         self._wait()
 
     def _add(self, name: str) -> None:
@@ -89,9 +93,11 @@ class FederationFolder:
         return done.stdout
 
     def start(self, *arguments: str) -> None:
+        self._start([sys.executable, "-m", "siloweave", *arguments], self.environment)
+
+    def _start(self, command: list[str], environment: dict[str, str] | None = None) -> None:
         with (self.root / "processes.log").open("ab") as log:
-            command = [sys.executable, "-m", "siloweave", *arguments]
-            process = psutil.Popen(command, env=self.environment, cwd=self.root, stdout=log, stderr=log)
+            process = psutil.Popen(command, env=environment or self.flower, cwd=self.root, stdout=log, stderr=log)
         self.processes.append(process)
 
     def end(self) -> None:
@@ -124,22 +130,40 @@ class FederationFolder:
             "bytes": [float(event["bytes"]) for event in found],
         }
 
-    def stock(self, number: int, rounds: int) -> dict[str, list[float]]:
-        """One run of the stock app over the same SuperNodes."""
-        from federated.deployment.federation_folder import FederationFolder as Folder
-        from federated.deployment.flower_programs import flower_environment
-        from federated.deployment.superlink import LINK
+    def serve_stock(self) -> None:
+        """Flower's own SuperLink and SuperNodes, with the federation's certificates."""
+        from federated.deployment.flower_programs import BIN
+        from federated.deployment.ports import free_port
 
+        port, made = free_port(), self.folder / "certificates"
+        home = self.root / "stock"
+        home.mkdir()
+        link = {"address": f"localhost:{port}", "root-certificates": str(made / "ca.pem")}
+        (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"stock": link}}))
+        del self.flower["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"]  # ours; Flower's own is what is measured
+        tls = ["--ssl-certfile", str(made / "superlink.pem"), "--ssl-ca-certfile", str(made / "ca.pem")]
+        tls += [
+            "--ssl-keyfile",
+            str(self.folder / "keys" / "superlink.key"),
+            "--disable-runtime-dependency-installation",
+        ]
+        self._start([str(BIN / "flower-superlink"), "--host", "127.0.0.1", "--port", str(port), *tls])
+        time.sleep(5)
+        for _ in SILOS:
+            node = ["--superlink", f"localhost:{port}", "--root-certificates", str(made / "ca.pem")]
+            self._start([str(BIN / "flower-supernode"), *node, "--port", str(free_port())])
+
+    def stock(self, number: int, rounds: int) -> dict[str, list[float]]:
+        """One run of the stock app."""
         answer, settings = self.root / f"stock-{number}.json", self.root / "stock.toml"
         given = {"rounds": rounds, "steps": STEPS, "model": str(self.model), "to": str(answer)}
         settings.write_text(tomli_w.dumps(given))
-        command = [str(Path(sys.executable).parent / "flwr"), "run", str(APP), LINK, "--run-config", str(settings)]
-        environment = {**self.environment, **flower_environment(Folder(self.folder).home)}
-        subprocess.run(command, env=environment, cwd=self.root, check=True, capture_output=True)
+        command = [str(Path(sys.executable).parent / "flwr"), "run", str(APP), "stock", "--run-config", str(settings)]
+        subprocess.run(command, env=self.flower, cwd=self.root, check=True, capture_output=True)
         deadline = time.monotonic() + WAIT_S
         while not answer.exists():
             if time.monotonic() > deadline:
-                raise SystemExit(f"the stock app has not answered; see {self.folder}/state/superlink.log")
+                raise SystemExit(f"the stock app has not answered; see {self.root}/processes.log")
             time.sleep(0.5)
         return dict(json.loads(answer.read_text()))
 

@@ -59,7 +59,7 @@ class RelayConfig(Settings):
     silo_address: ServiceAddress
     """The silo service: ``unix:/run/siloweave/NAME/silo.sock``, or ``HOST:PORT`` with mutual TLS."""
     port: Port = 0
-    """Loopback port of the SuperNode's own interface for its processes; 0: any free one at each start."""
+    """Loopback port on which the relay's process says that it is well; 0: any free one at each start."""
     proxy: OptionalProxy = ""
     """HTTP proxy that is the site's way out, ``http://HOST:PORT``; empty: none. What HTTPS_PROXY says is not used."""
     proxy_login_file: Annotated[str, Place("the proxy's user and password", secret=False)] = ""

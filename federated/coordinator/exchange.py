@@ -35,7 +35,7 @@ from federated.protocol import silo_pb2 as pb
 from federated.protocol.clocks import EXPIRES
 from federated.protocol.envelope import seal_request
 from federated.protocol.framing import PROTOCOL_VERSION, ROUNDED_VERSION
-from federated.transport.flower_messages import pack
+from federated.transport.flower_messages import pack, takes_pieces
 
 POLL_S, LONGEST_POLL_S = 0.05, 1.0
 TRAIN, QUERY = "train", "query"
@@ -117,6 +117,7 @@ class SiloExchange:
     keys: dict[str, str] = field(default_factory=dict)
     bytes_moved: int = 0
     _silo_at: dict[int, str] = field(default_factory=dict)
+    _in_pieces: set[int] = field(default_factory=set)  # nodes that read them
     _refused: list[PolicyRefusal] = field(default_factory=list)  # when it was last looked who is there
 
     def meet(self, admit: Callable[[str, pb.Described], None], patience_s: Callable[[], float]) -> None:
@@ -279,7 +280,8 @@ class SiloExchange:
             envelope = seal_request(self.parties.signer, body, self.receipt_of(self._silo_at.get(node, "")))
             self.bytes_moved += len(envelope)
             # A node that is away must not find the message when it is back: its round is over by then.
-            messages.append(Message(pack(envelope, shared), node, kind, group_id=group, ttl=timeout_s))
+            content = pack(envelope, shared, in_pieces=node in self._in_pieces)
+            messages.append(Message(content, node, kind, group_id=group, ttl=timeout_s))
         # The silo is known by the message that is answered: what a reply says of its sender is the sender's own word.
         sent = zip_longest(self.grid.push_messages(messages) if messages else (), messages)
         waiting = {name or f"unsent {at}": message.metadata.dst_node_id for at, (name, message) in enumerate(sent)}
@@ -290,7 +292,10 @@ class SiloExchange:
             for message in self.grid.pull_messages(list(waiting)):
                 came = True
                 if message.metadata.reply_to_message_id in waiting:
-                    yield waiting.pop(message.metadata.reply_to_message_id), message
+                    node = waiting.pop(message.metadata.reply_to_message_id)
+                    if message.has_content() and takes_pieces(message.content):
+                        self._in_pieces.add(node)
+                    yield node, message
             if waiting and not came:
                 time.sleep(min(max(POLL_S, POLL_S * waited_s), LONGEST_POLL_S))
         if waiting:

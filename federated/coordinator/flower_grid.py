@@ -1,12 +1,16 @@
-"""Flower's grid over the network, wrapped so that a reply which Flower can't read is lost alone.
+"""Flower's grid over the network, wrapped so that one reply, or one message, is lost alone or not at all.
 
 Flower's grid takes replies off the SuperLink first and fetches and reads their objects then; one that it can't read
 raises, and takes with it all that came beside it. A SuperNode chooses every byte of what is read there, how many there
 are, and when they come: it may announce a reply and send none of it.
+
+The SuperLink gives a message to its node once. Where the node has come anew since, or the SuperLink has given it up,
+the message is sent again: it has the same content, so the silo charges nothing, and only what lacks is carried.
 """
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
@@ -15,14 +19,19 @@ from typing import Any, Protocol, cast
 import httpx
 from flwr.app import Error, Message, MessageType, Metadata
 from flwr.app.message.message import make_message
+from flwr.common.constant import ErrorCode
 from flwr.supercore.run import RunNotRunningException
 
 from configs.errors import SiloweaveError
 from federated.coordinator.replies import LARGEST_EXTRA_BYTES, UnsoundReply
-from federated.transport.flower_messages import size_bytes
+from federated.transport.flower_messages import again, size_bytes
 
 _UNREADABLE = 1
 _AT_ONCE, _PATIENCE_S = 4, 1.0
+_FIRST_LOOK_S, _LOOK_SHARE, _LONGEST_LOOK_S = 0.02, 0.05, 1.0  # for an object that is on its way
+_LOST = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
+_RETURNS_S = 30.0  # a relay that died is there again by then, if it comes at all
+_MOST_TIMES = 32  # one message is sent; a node that comes anew for ever is not waited for
 
 
 class Nodes(Protocol):
@@ -39,7 +48,10 @@ class Nodes(Protocol):
 
 
 class _Objects:
-    """A SuperLink's client that gives the objects of one reply, and no more bytes of them than a reply may have."""
+    """A SuperLink's client that gives the objects of one reply, and no more bytes of them than a reply may have.
+
+    It waits for an object that is on its way: Flower's grid would look for it every second, then every ten.
+    """
 
     def __init__(self, client: Any, most_bytes: int, over: Event) -> None:
         self._client, self._most_bytes, self._over = client, most_bytes, over
@@ -49,9 +61,15 @@ class _Objects:
         return getattr(self._client, name)
 
     def PullObject(self, request: Any) -> Any:  # noqa: N802  (Flower's name)
-        if self._over.is_set():
+        began = time.monotonic()
+        while not self._over.is_set():
+            response = self._client.PullObject(request)
+            if response.object_available or not response.object_found:
+                break
+            waited_s = time.monotonic() - began
+            self._over.wait(min(max(_FIRST_LOOK_S, _LOOK_SHARE * waited_s), _LONGEST_LOOK_S))
+        else:
             raise UnsoundReply("its step is over")
-        response = self._client.PullObject(request)
         with self._lock:  # Flower fetches two at a time
             self._given_bytes += len(response.object_content)
             if self._given_bytes > self._most_bytes:
@@ -115,11 +133,44 @@ class _Pull:
 
     def result(self) -> list[Message]:
         """Raises what ends the run."""
-        if isinstance(self.error, RunNotRunningException):
-            raise SiloweaveError("Flower has stopped this run; run the same command again to go on with it") from None
         if self.error is not None:
-            raise self.error
+            with _told_if_stopped():
+                raise self.error
         return self.replies
+
+
+@contextmanager
+def _told_if_stopped() -> Iterator[None]:
+    """Says in a line what Flower's exception has no words for."""
+    try:
+        yield
+    except RunNotRunningException:
+        raise SiloweaveError("Flower has stopped this run; run the same command again to go on with it") from None
+
+
+@dataclass
+class _Sent:
+    """A message that waits for its reply.
+
+    Attributes:
+        message: as it was sent first.
+        until: when nobody waits for it any more.
+        since: since when its node has been there, as the SuperLink said before the message was sent the last time.
+        names: the ids under which it was sent.
+        lost: the SuperLink's word that it gave the message up, and when that came.
+    """
+
+    message: Message
+    until: float
+    since: str
+    names: list[str]
+    lost: tuple[Message, float] | None = None
+
+    def once_more(self) -> Message:
+        """The same content for the time that is left."""
+        told = self.message.metadata
+        group, ttl = again(told.group_id, self.names), max(self.until - time.monotonic(), 1.0)
+        return Message(self.message.content, told.dst_node_id, told.message_type, group_id=group, ttl=ttl)
 
 
 class OneByOne:
@@ -133,13 +184,22 @@ class OneByOne:
         self._grid, self.get_node_ids = grid, grid.get_node_ids
         self._most_bytes = 0
         self._pulls: dict[str, _Pull] = {}
+        self._sent: dict[str, _Sent] = {}
+        self._looked = 0.0
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Sends a step's messages. No reply may have more bytes than its largest request and some to spare."""
         messages = list(messages)
         largest = max((size_bytes(message.content) for message in messages), default=0)
         self._most_bytes = largest + LARGEST_EXTRA_BYTES
-        return self._grid.push_messages(messages)
+        with _told_if_stopped():
+            since, self._looked = self._since(), time.monotonic()
+            names = list(self._grid.push_messages(messages))
+        for name, message in zip(names, messages, strict=False):
+            if name:
+                node, until = message.metadata.dst_node_id, self._looked + message.metadata.ttl
+                self._sent[name] = _Sent(message, until, since.get(node, ""), [name])
+        return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies to these messages that have come whole; what can't be read is an error's message.
@@ -149,10 +209,55 @@ class OneByOne:
         Raises:
             SiloweaveError: Flower has stopped the run.
         """
-        wanted = list(message_ids)
-        for message_id in self._pulls.keys() - set(wanted):
+        asked = set(message_ids)
+        self._sent = {name: sent for name, sent in self._sent.items() if name in asked}
+        with _told_if_stopped():
+            self._send_again()
+        first_of = {one: name for name, sent in self._sent.items() for one in sent.names}
+        for reply in self._replies({name: name for name in asked} | first_of):
+            name = first_of.get(reply.metadata.reply_to_message_id, reply.metadata.reply_to_message_id)
+            reply.metadata.__dict__["_reply_to_message_id"] = name
+            if self._may_return(name, reply) or (name in first_of and name not in self._sent):
+                continue  # the latter was answered under another id a moment ago
+            self._sent.pop(name, None)
+            yield reply
+        yield from self._given_up()
+
+    def _since(self) -> dict[int, str]:
+        """Since when each node that is there has been there; nothing of a grid whose nodes are always there."""
+        get_nodes = getattr(self._grid, "get_nodes", None)
+        return {} if get_nodes is None else {node.node_id: node.last_activated_at for node in get_nodes()}
+
+    def _send_again(self) -> None:
+        now = time.monotonic()
+        if not self._sent or now - self._looked < _PATIENCE_S:
+            return
+        self._looked, there = now, self._since()
+        for sent in self._sent.values():
+            since = there.get(sent.message.metadata.dst_node_id)
+            if since is not None and (sent.lost or since != sent.since) and len(sent.names) < _MOST_TIMES:
+                sent.since, sent.lost = since, None
+                sent.names += [name for name in self._grid.push_messages([sent.once_more()]) if name]
+
+    def _may_return(self, name: str, reply: Message) -> bool:
+        """Whether a message was given up whose node may be there again soon."""
+        sent = self._sent.get(name)
+        if sent is None or not reply.has_error() or reply.error.code not in _LOST or len(sent.names) >= _MOST_TIMES:
+            return False
+        sent.lost = sent.lost or (reply, time.monotonic())
+        return True
+
+    def _given_up(self) -> Iterator[Message]:
+        for name, sent in list(self._sent.items()):
+            if sent.lost and time.monotonic() - sent.lost[1] > _RETURNS_S:
+                del self._sent[name]
+                yield sent.lost[0]
+
+    def _replies(self, first_of: dict[str, str]) -> Iterator[Message]:
+        """What has come under these ids."""
+        for message_id in self._pulls.keys() - first_of.keys():
             self._pulls.pop(message_id).over.set()
-        fresh = [message_id for message_id in wanted if message_id not in self._pulls]
+        fresh = [message_id for message_id in first_of if message_id not in self._pulls]
         yield from self._whole()
         # Few at once, since each may hold an adapter. One that doesn't end in a moment is looked at in the next call,
         # and its place is another's then.

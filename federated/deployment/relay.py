@@ -1,10 +1,10 @@
-"""A silo's relay: Flower's SuperNode between coordinator and silo service. It sees serialized requests and replies.
+"""A silo's relay: a SuperNode between coordinator and silo service. It sees serialized requests and replies.
 
 It runs as a user of its own, with an environment of its own: nothing that the service's shell holds reaches it.
 """
 
-import json
 import os
+import sys
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from configs.errors import InputError
 from configs.schema.deployment import RelayConfig
 from configs.storage.files import private_folder, write_atomic
-from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment
+from federated.deployment.flower_programs import LOOPBACK, flower_environment
 from federated.deployment.line.coordinator_check import check_coordinator
 from federated.deployment.line.site_proxy import site_proxy
 from federated.deployment.ports import free_port
@@ -24,6 +24,7 @@ from federated.transport.health import is_serving
 from federated.transport.service_client import AUTHORITY, CERTIFICATE, KEY
 
 SUPERNODE_CURVE = ec.SECP384R1()
+NODE = "federated.transport.node"
 _INHERITED = ("LANG", "LC_ALL", "PYTHONPATH", "TMPDIR")
 
 
@@ -51,14 +52,12 @@ def supernode(config: RelayConfig) -> Program:
     coordinator, proxy = _confirmed(config), site_proxy(config)
     root = folder / "root.pem"
     write_atomic(root, coordinator.root_certificate.encode(), mode=0o600)
-    health = f"{LOOPBACK}:{free_port()}"
+    health = f"{LOOPBACK}:{config.port or free_port()}"
     command = (
-        str(BIN / "flower-supernode"),
+        *(sys.executable, "-m", NODE),
         *("--superlink", coordinator.address, "--root-certificates", str(root)),
-        *("--auth-supernode-private-key", str(key)),
-        *("--host", LOOPBACK, "--port", str(config.port or free_port())),
-        *("--health-server-address", health),
-        *("--node-config", _node_config(config)),
+        *("--key", str(key), "--health", health, "--state", str(folder)),
+        *("--silo-address", config.silo_address, "--silo-tls", _silo_tls(config)),
     )
     home = private_folder(folder / "flower")
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
@@ -88,18 +87,13 @@ def _confirmed(config: RelayConfig) -> CoordinatorCard:
     return coordinator
 
 
-def _node_config(config: RelayConfig) -> str:
-    address = f"silo-address={_quoted(config.silo_address)}"
+def _silo_tls(config: RelayConfig) -> str:
+    """The folder with the relay's key and certificates; nothing for a Unix socket."""
     if config.silo_address.startswith("unix:"):
-        return address
+        return ""
     folder = Path(config.state_dir)
     for name in (CERTIFICATE, AUTHORITY):
         if not (folder / name).exists():
             raise InputError(f"{folder / name}: missing; copy it from the silo's tls folder, where `silo init` put it")
     check_x509(read_certificate(folder / CERTIFICATE), read_certificate(folder / AUTHORITY), CERTIFICATE)
-    return f"{address} silo-tls={_quoted(str(folder))}"
-
-
-def _quoted(text: str) -> str:
-    """A TOML string for Flower, which looks for its closing quote without knowing of escapes."""
-    return json.dumps(text, ensure_ascii=False).replace('\\"', "\\u0022").replace("\x7f", "\\u007f")
+    return str(folder)

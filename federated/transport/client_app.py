@@ -9,6 +9,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from federated.transport.flower_messages import NoEnvelopeError, pack, unpack
+from federated.transport.flower_messages import takes_pieces as other_takes_pieces
 from federated.transport.service_client import UnansweredError, ask
 
 _GAVE_UP = 2  # Flower's code for a ClientApp that failed
@@ -23,15 +24,27 @@ def make_app(connect: Connect) -> ClientApp:
     app = ClientApp()
 
     def relay(message: Message, context: Context) -> Message:
-        try:
-            answer = connect(context, seconds_left(message))(unpack(message.content))
-        except (UnansweredError, NoEnvelopeError) as error:  # Flower would log the traceback of what is raised on
-            return Message(Error(_GAVE_UP, str(error)), reply_to=message)
-        return Message(pack(answer), reply_to=message)
+        return answered(message, connect(context, seconds_left(message)))
 
     app.train()(relay)
     app.query()(relay)
     return app
+
+
+def answered(message: Message, ask_silo: Handler, *, takes_pieces: bool = False) -> Message:
+    """The silo's reply as a message; an error's message where there is none.
+
+    Args:
+        message: the coordinator's.
+        ask_silo: answers an envelope with one.
+        takes_pieces: whether this end carries pieces one by one, which Flower's own SuperNode does not.
+    """
+    try:
+        answer = ask_silo(unpack(message.content))
+    except (UnansweredError, NoEnvelopeError) as error:  # Flower would log the traceback of what is raised on
+        return Message(Error(_GAVE_UP, str(error)), reply_to=message)
+    in_pieces = takes_pieces and other_takes_pieces(message.content)
+    return Message(pack(answer, takes_pieces=takes_pieces, in_pieces=in_pieces), reply_to=message)
 
 
 def seconds_left(message: Message) -> float:

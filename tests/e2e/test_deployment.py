@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ import psutil
 import pytest
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric import ec
-from deployment import BIN, Deployment, users, why_not_two_users
+from deployment import BIN, Deployment, as_user, users, why_not_two_users
 from lines import ConnectProxy, TlsServer
 from ports import free_port
 
@@ -408,34 +409,39 @@ app = ServerApp()
 @app.main()
 def main(grid, context):
     node = int(context.run_config["node"])
-    content = RecordDict({"ask": ConfigRecord({"paths": str(context.run_config["paths"])})})
+    content = RecordDict({"ask": ConfigRecord({"ask": "anything"})})
     replies = list(grid.send_and_receive([Message(content, node, "query")], timeout=100))
     found = [r.content["told"]["told"] if r.has_content() else repr(r.error) for r in replies]
     Path(str(context.run_config["to"])).write_text(json.dumps(found))
 """
 HOSTILE_CLIENT = """
-import json, os
 from pathlib import Path
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, RecordDict, Message
 from flwr.clientapp import ClientApp
 app = ClientApp()
+@app.query()
+def query(message, context):
+    return Message(RecordDict({"told": ConfigRecord({"told": "the bundle was run"})}), reply_to=message)
+"""
+# What code would try that has somehow come to run as the relay.
+ATTEMPTS = """
+import json, os, sys
+from pathlib import Path
 def attempt(what):
     try:
         return "got " + repr(what())[:80]
     except OSError as error:
         return type(error).__name__
-@app.query()
-def query(message, context):
-    told = {"uid": os.getuid(), "environment": sorted(os.environ)}
-    for path in json.loads(message.content["ask"]["paths"]):
-        told[path] = {
-            "read": attempt(lambda: Path(path).read_bytes()),
-            "list": attempt(lambda: os.listdir(path)),
-            "write": attempt(lambda: open(path, "ab")),
-            "replace": attempt(lambda: os.rename(path, path + ".gone")),
-            "mode": attempt(lambda: os.chmod(path, 0o777)),
-        }
-    return Message(RecordDict({"told": ConfigRecord({"told": json.dumps(told)})}), reply_to=message)
+told = {"uid": os.getuid()}
+for path in sys.argv[1:]:
+    told[path] = {
+        "read": attempt(lambda: Path(path).read_bytes()),
+        "list": attempt(lambda: os.listdir(path)),
+        "write": attempt(lambda: open(path, "ab")),
+        "replace": attempt(lambda: os.rename(path, path + ".gone")),
+        "mode": attempt(lambda: os.chmod(path, 0o777)),
+    }
+print(json.dumps(told))
 """
 
 
@@ -447,7 +453,7 @@ def hostile_app(folder: Path) -> Path:
     project = (folder / "pyproject.toml").read_text().split("[tool.flwr.app.components]")[0]
     (folder / "pyproject.toml").write_text(
         project + '[tool.flwr.app.components]\nserverapp = "hostile_server:app"\nclientapp = "hostile_client:app"\n'
-        '[tool.flwr.app.config]\nnode = ""\npaths = ""\nto = ""\n'
+        '[tool.flwr.app.config]\nnode = ""\nto = ""\n'
     )
     return folder
 
@@ -471,7 +477,9 @@ def two_users(deployment):
             process.wait(60)
 
 
-def test_a_hostile_bundle_has_no_way_to_what_a_silo_keeps(deployment, two_users, tmp_path):
+def test_a_hostile_bundle_is_not_run_and_the_relays_user_has_no_way_to_what_a_silo_keeps(
+    deployment, two_users, tmp_path
+):
     site = two_users
     secrets = [
         site.settings,
@@ -488,7 +496,6 @@ def test_a_hostile_bundle_has_no_way_to_what_a_silo_keeps(deployment, two_users,
     node = nodes(FederationFolder(deployment.folder))["roman"]["node"]
     given = {
         "node": str(node),  # may be above what Flower takes as a number
-        "paths": json.dumps([str(path) for path in secrets]),
         "to": str(answer),
     }
     settings = tmp_path / "run.toml"
@@ -497,11 +504,16 @@ def test_a_hostile_bundle_has_no_way_to_what_a_silo_keeps(deployment, two_users,
     done = flwr(deployment, deployment.folder / "flower", "run", str(app), "siloweave", "--run-config", str(settings))
     assert done.returncode == 0, done.stdout + done.stderr
     deployment.wait_until("the hostile bundle's answer", answer.exists, None, RUN_S)
-    (told,) = map(json.loads, json.loads(answer.read_text()))
+    (said,) = json.loads(answer.read_text())
+    assert "the message holds no siloweave envelope" in said
+    process = psutil.Process(deployment.pid_of("supernode", site.folder / "relay" / "state"))
+    assert "SILOWEAVE_ENCRYPTION_KEY" not in process.environ()
     import pwd
 
-    assert told.pop("uid") == pwd.getpwnam(RELAY).pw_uid
-    assert "SILOWEAVE_ENCRYPTION_KEY" not in told.pop("environment")
+    attempts = [sys.executable, "-c", ATTEMPTS, *map(str, secrets)]
+    command = as_user(RELAY, deployment.root / "stage", attempts)
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert process.uids().real == told.pop("uid") == pwd.getpwnam(RELAY).pw_uid
     assert set(told) == {str(path) for path in secrets}
     outcomes = {outcome for attempts in told.values() for outcome in attempts.values()}
     assert outcomes == {"PermissionError"}, told

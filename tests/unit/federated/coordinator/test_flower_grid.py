@@ -7,11 +7,13 @@ from threading import Event, Thread
 from types import SimpleNamespace
 
 import pytest
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.app.message import remove_content_from_message
+from flwr.common.constant import ErrorCode
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, PullObjectRequest, PullObjectResponse
-from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullAppMessagesResponse
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.runtime_pb2 import GetNodesResponse, PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -24,7 +26,7 @@ from federated.coordinator import exchange, rounds
 from federated.coordinator import flower_grid as flower_replies
 from federated.coordinator.flower_grid import OneByOne
 from federated.coordinator.replies import LARGEST_EXTRA_BYTES
-from federated.transport.flower_messages import pack, unpack
+from federated.transport.flower_messages import pack, sent_before, unpack
 
 HANGS_S = 60  # for as long as a pull is held back from those that wait for it: they should not
 
@@ -103,18 +105,21 @@ class SuperLink(ThreadingHTTPServer):
         self.objects = {name: found.deflate() for name, found in get_all_nested_objects(reply).items()}
         self.tree, self.reply = get_object_tree(reply), message_to_proto(remove_content_from_message(reply))
         self.held_back = set(sorted(self.objects, key=lambda name: -len(self.objects[name]))[:held_back])
-        self.status, self.given_bytes, self.asked_for_more = status, 0, Event()
+        self.status, self.given_bytes, self.asked_for_more, self.since = status, 0, Event(), "then"
 
 
 class Answers(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["content-length"]))
         content = getattr(self, self.path.rsplit("/", 1)[1].replace("-", "_"))(body).SerializeToString()
-        self.send_response(self.server.status)
+        self.send_response(200 if self.path.endswith("get-nodes") else self.server.status)
         self.send_header("content-type", "application/x-protobuf")
         self.send_header("content-length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def get_nodes(self, _):
+        return GetNodesResponse(nodes=[NodeInfo(node_id=2, last_activated_at=self.server.since)])
 
     def pull_messages(self, body):
         assert len(PullAppMessagesRequest.FromString(body).message_ids) == 1
@@ -249,3 +254,113 @@ def test_no_more_time_is_spent_on_reservations_once_enough_are_there(tmp_path, m
     assert one.reserved == {"a", "b"}
     (silent,) = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "timeout"]
     assert "no answer from silent in 0.1 s" in silent["message"]
+
+
+class Restarting:
+    """A grid whose node comes anew when a test says so; it has what was sent, and answers what a test likes."""
+
+    def __init__(self):
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self.since, self.there, self.sent, self.replies = "first", True, [], []
+
+    def get_node_ids(self):
+        return [2] if self.there else []
+
+    def get_nodes(self):
+        return [NodeInfo(node_id=2, last_activated_at=self.since)] if self.there else []
+
+    def push_messages(self, messages):
+        names = []
+        for message in messages:
+            names.append(f"id{len(self.sent)}")
+            message.metadata.__dict__["_message_id"] = names[-1]
+            self.sent.append(message)
+        return names
+
+    def answer(self, number, what):
+        self.replies.append(Message(what, reply_to=self.sent[number]))
+
+    def pull_messages(self, message_ids):
+        found = [reply for reply in self.replies if reply.metadata.reply_to_message_id in message_ids]
+        self.replies = [reply for reply in self.replies if reply not in found]
+        return found
+
+
+@pytest.fixture
+def restarting(monkeypatch):
+    monkeypatch.setattr(flower_replies, "_PATIENCE_S", 0)
+    monkeypatch.setattr(OneByOne, "_ended", started)
+    grid = Restarting()
+    return grid, OneByOne(grid)
+
+
+def started(nodes, names):
+    for name in names:
+        pull = flower_replies._Pull(name, nodes._grid, nodes._most_bytes)
+        pull._run()
+        nodes._pulls[name] = pull
+    return True
+
+
+LOST = Error(ErrorCode.NODE_UNAVAILABLE, "node_unavail")
+
+
+def test_a_node_that_came_anew_is_sent_the_same_again_and_answers_under_either_id(restarting):
+    grid, nodes = restarting
+    (name,) = nodes.push_messages([request(2, "train", 10)])
+    assert (list(nodes.pull_messages([name])), len(grid.sent)) == ([], 1)
+    grid.since = "second"
+    assert (list(nodes.pull_messages([name])), len(grid.sent)) == ([], 2)
+    first, again = grid.sent
+    assert again.content is first.content
+    assert sent_before(again.metadata.group_id) == {"id0"}
+    assert 0 < again.metadata.ttl <= first.metadata.ttl
+    assert (list(nodes.pull_messages([name])), len(grid.sent)) == ([], 2)  # it came anew once
+    for number in (1, 0):  # both are answered
+        grid.answer(number, pack(b"reply"))
+    (reply,) = nodes.pull_messages([name])
+    assert (reply.metadata.reply_to_message_id, unpack(reply.content)) == (name, b"reply")
+    assert list(nodes.pull_messages([name])) == []
+
+
+def test_a_message_that_the_superlink_gave_up_is_sent_again_once_its_node_is_back(restarting):
+    """Before: a relay that was restarted had lost its silo the round."""
+    grid, nodes = restarting
+    (name,) = nodes.push_messages([request(2, "train", 10)])
+    grid.there = False
+    grid.answer(0, LOST)
+    assert (list(nodes.pull_messages([name])), len(grid.sent)) == ([], 1)
+    grid.there = True
+    assert (list(nodes.pull_messages([name])), len(grid.sent)) == ([], 2)
+    grid.answer(1, pack(b"reply"))
+    (reply,) = nodes.pull_messages([name])
+    assert reply.metadata.reply_to_message_id == name
+
+
+def test_a_node_that_does_not_come_back_is_not_waited_for_long(restarting, monkeypatch):
+    grid, nodes = restarting
+    (name,) = nodes.push_messages([request(2, "train", 10)])
+    grid.there = False
+    grid.answer(0, LOST)
+    assert list(nodes.pull_messages([name])) == []
+    monkeypatch.setattr(flower_replies, "_RETURNS_S", -1)
+    (reply,) = nodes.pull_messages([name])
+    assert (reply.error.reason, reply.metadata.reply_to_message_id) == ("node_unavail", name)
+    assert len(grid.sent) == 1
+
+
+def test_a_node_that_comes_anew_for_ever_is_sent_no_more(restarting):
+    grid, nodes = restarting
+    (name,) = nodes.push_messages([request(2, "train", 10)])
+    for number in range(100):
+        grid.since = str(number)
+        list(nodes.pull_messages([name]))
+    assert len(grid.sent) == flower_replies._MOST_TIMES
+
+
+def test_a_relays_own_error_is_passed_on_at_once(restarting):
+    grid, nodes = restarting
+    (name,) = nodes.push_messages([request(2, "train", 10)])
+    grid.answer(0, Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "its service gave no answer"))
+    (reply,) = nodes.pull_messages([name])
+    assert reply.error.reason == "its service gave no answer"

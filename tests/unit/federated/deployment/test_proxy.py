@@ -17,7 +17,6 @@ from configs.schema.deployment import FederationConfig
 from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.ports import check_free, check_place
 from federated.deployment.proxy import proxy
-from federated.deployment.relay import _quoted
 from federated.deployment.superlink import superlink
 from federated.deployment.supervisor import STATE, Program, Supervisor
 
@@ -76,8 +75,6 @@ def test_flower_reads_the_paths_that_are_written_for_it(made, name, tmp_path):
     (settings,) = federation.home.glob("*.toml")
     link = parse_config_args([str(settings)])
     assert link["superlink.siloweave.root-certificates"] == str(federation.authority.path)
-    text = f"silo-address={_quoted(f'unix:/{name}')} silo-tls={_quoted(name + chr(127))}"
-    assert parse_config_args([text]) == {"silo-address": f"unix:/{name}", "silo-tls": name + "\x7f"}
 
 
 def listener(host="127.0.0.1"):
