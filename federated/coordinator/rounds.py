@@ -19,15 +19,17 @@ from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
-from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.warm_model import held_back_in
 from federated.aggregation.aggregation import RoundAggregation, check_size
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, task_spec, training
+from federated.coordinator.exchange import Bodies, SiloExchange
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
 from federated.coordinator.run_ticket import open_run
+from federated.coordinator.schedule.mail import POLL_S, QUERY, TRAIN
+from federated.coordinator.schedule.quorum import Quorum
+from federated.coordinator.schedule.training_request import TrainingRequests
 from federated.coordinator.silo_records import SiloRecords
 from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
 from federated.evaluation.private_sums import bounds_of, checked_sums, evaluation_after, figures
@@ -66,6 +68,7 @@ class Coordinator:
     exchange: SiloExchange = field(init=False)
     plan: PlanTerms = field(init=False)
     base: Manifest = field(init=False)
+    requests: TrainingRequests = field(init=False)
     silo_records: SiloRecords = field(init=False)
     aggregator: TrustedAggregator | None = field(init=False)
     reserved: set[str] = field(default_factory=set)
@@ -83,6 +86,7 @@ class Coordinator:
             self.grid, run, self.parties, self.config.federated, self.log, self.silo_records.held
         )
         self.base = require_manifest(self.base_model, "model", self.config.model.made_by)
+        self.requests = TrainingRequests(self.config, self.plan, self.base.content_digest)
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
         self.held_back = held_back_in(self.config, self.base_model)
 
@@ -110,7 +114,7 @@ class Coordinator:
         if commit.round_number == 0:
             self._evaluate(0, None if self.config.federated.starts_as_base else adapter)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
-            began, self.exchange.bytes_moved = time.perf_counter(), 0
+            began, self.exchange.mail.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
             self._evaluate(round_number, adapter)
             self.log.emit(
@@ -120,7 +124,7 @@ class Coordinator:
                 rounds=self.plan.rounds,
                 **numbered([stage.rounds for stage in self.config.federated.stages], round_number - 1),
                 answered=answered,
-                bytes=self.exchange.bytes_moved,
+                bytes=self.exchange.mail.bytes_moved,
                 seconds=time.perf_counter() - began,
                 epsilon_left=self.silo_records.epsilon_left(),
             )
@@ -178,6 +182,8 @@ class Coordinator:
             self.exchange.run.require_time(self.directory, self.silo_records.cost_anew)
         self._wait_for_silos(number, fewest)
         self.exchange.meet(self.silo_records.describe, self._patience_s)
+        if done < self.plan.rounds:
+            self._wait_for_required()
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
         bodies = Bodies(
@@ -185,8 +191,20 @@ class Coordinator:
             lambda silo: (self.exchange.body("reserve", silo, reserve=pb.Reserve(plan=text)), b""),
             self._patience_s,
         )
-        already = len(self._present())
-        self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, already, fewest=fewest)
+        present = self._present()
+        needs = Quorum(fewest, len(present))
+        if done < self.plan.rounds:
+            needs.missing = lambda answered: self.config.federated.missing([*present, *answered])
+        self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, needs)
+
+    def _wait_for_required(self) -> None:
+        """Gives silos that no round may lack the time of a round to connect: the others would work for nothing."""
+        seen, deadline = set(self.exchange.nodes.values()), time.monotonic() + self.config.federated.round_timeout_s
+        while self.config.federated.missing(self.exchange.nodes) and time.monotonic() < deadline:
+            if (there := set(self.grid.get_node_ids())) != seen:
+                seen = there
+                self.exchange.meet(self.silo_records.describe, self._patience_s)
+            time.sleep(POLL_S)
 
     def _patience_s(self) -> float:
         """How long to wait for what needs no training: not for long where there are silos enough for a round.
@@ -226,7 +244,7 @@ class Coordinator:
 
     def _ask(self, round_number: int, aggregation: RoundAggregation, adapter: Arrays) -> list[str]:
         """Sends the adapter to the silos that are there, and folds their updates. Returns those who answered."""
-        frozen = frozen_digest(adapter) if self.config.federated.adapters == "ffa" else ""
+        frozen, federated = self.requests.frozen_part(adapter), self.config.federated
 
         def fold(answer: Answer) -> None:
             trained = answer.reply.trained
@@ -240,22 +258,15 @@ class Coordinator:
             sent = aggregation.sent(silo)
             if sent.rank not in adapters:
                 adapters[sent.rank] = to_bytes(sent.adapter)
-            seed = self.config.run.seed if frozen else 0
-            said = training(self.config.federated, round_number, sent, frozen_digest=frozen, frozen_seed=seed)
-            kind = self._training(pb.Train(**self._model(), **said, adapter=adapters[sent.rank]))
+            kind = self.requests.kind(round_number, sent, frozen, adapters[sent.rank])
             return self.exchange.body(f"round-{round_number}", silo, **kind), adapters[sent.rank]
 
         # With clients as units at most the plan's number are asked, chosen by name: the choice must not depend on data.
         silos = self._present()[: self.config.privacy.num_clients or None]
-        return self.exchange.collect(
-            Bodies(silos, body), TRAIN, str(round_number), "trained", fold, enough=self.config.federated.enough_silos
+        needs = Quorum(
+            federated.min_silos, enough=federated.enough_silos, grace_s=federated.grace_s, missing=federated.missing
         )
-
-    def _training(self, train: pb.Train) -> dict[str, Any]:
-        if self.aggregator is None:
-            return {"train": train}
-        rate, steps = self.config.privacy.sampling_rate, self.config.federated.local_steps
-        return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
+        return self.exchange.collect(Bodies(silos, body), TRAIN, str(round_number), "trained", fold, needs)
 
     def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
         """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
@@ -266,8 +277,8 @@ class Coordinator:
         evaluate = pb.Evaluate(
             number=number,
             metric=METRIC,
-            **self._model(),
-            adapter_spec=adapter_spec(federated, federated.lora_rank, federated.lora_alpha),
+            **self.requests.model(),
+            adapter_spec=self.requests.shared_spec(),
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
@@ -279,15 +290,11 @@ class Coordinator:
             sums[answer.silo] = checked_sums(answer.reply.evaluated.sums, bounds)
 
         bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
-        answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", "evaluated", take)
+        answered = self.exchange.collect(
+            bodies, TRAIN, f"evaluation-{number}", "evaluated", take, Quorum(federated.min_silos)
+        )
         found = figures([sums[silo] for silo in answered], bounds, privacy.evaluation_noise_multiplier)
         self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
-
-    def _model(self) -> dict[str, Any]:
-        """What a request says of plan, base model and task."""
-        spec = self.config.federated.task_spec
-        said = {"plan_digest": self.plan.digest, "base_model_digest": self.base.content_digest, "task": spec.name}
-        return {**said, "task_spec": task_spec(spec)}
 
     def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
         """The same request to each silo that is there and has reserved."""
@@ -309,7 +316,7 @@ class Coordinator:
             self.silo_records.take_statement(silo, closed.statement, released[silo])
 
         bodies = self._bodies("close", close=pb.Close())
-        if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
+        if self.exchange.collect(bodies, QUERY, "close", "closed", take, Quorum(0)) and self.certify:
             digest, run_id = config_digest(self.config), self.exchange.run.id
             commits.save_closing(self.directory, digest, self.silo_records.silos, run_id)
 

@@ -21,8 +21,8 @@ from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.adapters.warm_model import adaptation, warm_model
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import TRAIN, SiloExchange
 from federated.coordinator.rounds import Coordinator
+from federated.coordinator.schedule.mail import TRAIN, Mail
 from federated.evaluation.label_counts import examples_of, label_counts
 from federated.evaluation.private_sums import evaluated
 from federated.silo.units import load_units
@@ -316,7 +316,7 @@ def test_a_silo_without_records_stops_the_simulation(federation):
 
 def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, monkeypatch):
     """Stopped after round one; at the restart a silo's answers are lost: what it has spent is still claimed."""
-    whole_round, send = Coordinator._round, SiloExchange._send
+    whole_round, send = Coordinator._round, Mail.send
 
     def dies(self, number, adapter):
         if number == 2:
@@ -330,7 +330,7 @@ def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         federation()
     monkeypatch.undo()
-    monkeypatch.setattr(SiloExchange, "_send", deaf)
+    monkeypatch.setattr(Mail, "send", deaf)
     federation()
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])
