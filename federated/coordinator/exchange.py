@@ -1,5 +1,6 @@
 """The coordinator's end of the boundary: signed requests to the silos' nodes, and their replies, each checked."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ from federated.coordinator.schedule.quorum import Quorum
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.clocks import EXPIRES
 from federated.protocol.framing import PROTOCOL_VERSION
+
+_CONNECTS_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,29 @@ class SiloExchange:
 
     def __post_init__(self, receipt_of: Callable[[str], bytes]) -> None:
         self.mail = Mail(self.grid, self.parties.signer, self.settings, self.log, receipt_of)
+
+    def wait_for(self, number: int, fewest: int) -> None:
+        """Waits until so many have connected, or until the deadline, if those that are there are enough for a round.
+
+        Raises:
+            SiloweaveError: they are not.
+        """
+        deadline = time.monotonic() + self.settings.round_timeout_s
+        while (found := len(list(self.grid.get_node_ids()))) < number:
+            if time.monotonic() > deadline:
+                if found >= fewest:
+                    return
+                raise SiloweaveError(f"{found} of {number} silos have connected; start the others")
+            time.sleep(_CONNECTS_S)
+
+    def wait_for_required(self, meet: Callable[[], None]) -> None:
+        """Gives silos that no round may lack the time of a round to connect: the others would work for nothing."""
+        seen, deadline = set(self.nodes.values()), time.monotonic() + self.settings.round_timeout_s
+        while self.settings.missing(self.nodes) and time.monotonic() < deadline:
+            if (there := set(self.grid.get_node_ids())) != seen:
+                seen = there
+                meet()
+            time.sleep(min(_CONNECTS_S, self.settings.round_timeout_s / 10))
 
     def meet(self, admit: Callable[[str, pb.Described], None], patience_s: Callable[[], float]) -> None:
         """Looks who is there now.
@@ -206,13 +232,18 @@ class SiloExchange:
                 accept(self._answer(silo, message, asked, expected))
         except PolicyRefusal as refusal:
             quorum.refusals.append(self._timed(refusal))
-            self._emit("refused", group, self.nodes[silo], quorum.refusals[-1], rule=refusal.rule)
+            self._emit("refused", group, silo, quorum.refusals[-1], rule=refusal.rule)
             return False
         except UnsoundReply as error:
-            self._emit("rejected", group, self.nodes[silo], error)
+            self._emit("rejected", group, silo, error)
             return False
         quorum.answered.append(silo)
         return True
+
+    def require_enrolled(self, silo: str) -> None:
+        """Raises a ValueError where a silo is enrolled no longer with the key that it has answered with."""
+        if self.parties.roster and self.parties.roster().get(silo) != self.keys[silo]:
+            raise ValueError("it is no longer enrolled")
 
     def require(self, quorum: Quorum, asked: int, group: str) -> None:
         """Ends a step that too few, or not the required silos have answered.
@@ -252,11 +283,17 @@ class SiloExchange:
             raise ValueError("the reply is not to this request")
         require_signed(envelope, self.keys[silo])
         require_kind(reply, expected)
-        return Answer(silo, reply, digest_bytes(envelope.body))
+        return Answer(silo, reply, digest_bytes(envelope.body), envelope.body)
 
-    def _emit(self, event: str, group: str, node: int, error: Exception, **values: str) -> None:
+    def _emit(self, event: str, group: str, whose_reply: str | int, error: Exception, **values: str) -> None:
         """Why a reply is not used, in one line: whose it is, what is wrong with it, what happens next."""
-        silo = self.mail.silo_at.get(node)
-        who: dict[str, Any] = {"node": node} if silo is None else {"silo": silo}
-        whose = "" if isinstance(error, PolicyRefusal) else f"node {node}: " if silo is None else f"silo {silo}: "
-        self.log.emit("federate", event, **who, step=group, message=f"{whose}{error}; step {group} goes on", **values)
+        who = "node" if isinstance(whose_reply, int) else "silo"
+        whose = "" if isinstance(error, PolicyRefusal) else f"{who} {whose_reply}: "
+        self.log.emit(
+            "federate",
+            event,
+            **{who: whose_reply},
+            step=group,
+            message=f"{whose}{error}; step {group} goes on",
+            **values,
+        )

@@ -4,12 +4,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.errors import SiloweaveError
 from configs.events import EventLog, Listener
 from configs.run_directory import config_digest
 from configs.schema.schema import RunConfig
@@ -17,7 +16,7 @@ from configs.schema.stages import numbered
 from configs.storage.files import digest_bytes, write_atomic
 from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.manifests import Manifest, require_manifest
-from configs.storage.sealing import load_key
+from configs.storage.sealing import MasterKey, load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.warm_model import held_back_in
 from federated.aggregation.aggregation import RoundAggregation, check_size
@@ -27,7 +26,9 @@ from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
 from federated.coordinator.run_ticket import open_run
-from federated.coordinator.schedule.mail import POLL_S, QUERY, TRAIN
+from federated.coordinator.schedule.arrivals import Arrivals
+from federated.coordinator.schedule.buffered import BufferedRounds, Models
+from federated.coordinator.schedule.mail import QUERY, TRAIN
 from federated.coordinator.schedule.quorum import Quorum
 from federated.coordinator.schedule.training_request import TrainingRequests
 from federated.coordinator.silo_records import SiloRecords
@@ -76,6 +77,7 @@ class Coordinator:
     digests: tuple[RoundDigests, ...] = ()
     server_state: Arrays = field(default_factory=dict)
     held_back: Callable[[int], frozenset[str]] = field(init=False)
+    buffered: BufferedRounds | None = None
 
     def __post_init__(self) -> None:
         check_size(self.config.federated, self.parties.num_silos)
@@ -108,6 +110,8 @@ class Coordinator:
         self.silo_records.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
         place, stated = commits.closing(self.directory, digest, run_id, lambda line: say(message=line))
         self.silo_records.restore(stated, str(place))
+        if self.config.federated.schedule == "buffered":
+            self.buffered = self._buffered(commit, key)
         self._meet(self.parties.num_silos, commit.round_number)
         adapter = from_bytes(commit.adapter)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
@@ -127,14 +131,24 @@ class Coordinator:
                 bytes=self.exchange.mail.bytes_moved,
                 seconds=time.perf_counter() - began,
                 epsilon_left=self.silo_records.epsilon_left(),
+                **(self.buffered.said() if self.buffered else {}),
             )
             state = to_bytes(self.server_state) if self.server_state else b""
             silos, content = self.silo_records.silos, to_bytes(adapter)
             done = commits.Round(round_number, content, silos, state, self.released, self.digests)
+            if self.buffered:
+                done = replace(done, updates=tuple(self.buffered.updates), tasks=self.buffered.arrivals.tasks)
             commits.save(self.directory, digest, done, run_id, key)
             self.digests = (*self.digests, done.digests)
             self._meet(self.config.federated.min_silos, round_number)  # all may be away for a moment, after a restart
         self._close()
+
+    def _buffered(self, commit: commits.Round, key: MasterKey | None) -> BufferedRounds:
+        arrivals = Arrivals(self.directory, self.exchange.run.id, key)
+        arrivals.go_on_from(self.digests, commit.tasks)
+        models = Models(self.directory, self.requests, self.exchange.body, key)
+        take_receipt, settings = self.silo_records.take_receipt, self.config.federated
+        return BufferedRounds(self.exchange, arrivals, settings, models, self._present, take_receipt)
 
     def certify_model(self, files: dict[str, str]) -> dict[str, Any]:
         """Writes the certificate of a run whose rounds are done, and returns it.
@@ -156,16 +170,6 @@ class Coordinator:
         write_atomic(self.directory / CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
         return document
 
-    def _wait_for_silos(self, number: int, fewest: int) -> None:
-        """Waits until so many have connected, or until the deadline, if those that are there are enough for a round."""
-        deadline = time.monotonic() + self.config.federated.round_timeout_s
-        while (found := len(list(self.grid.get_node_ids()))) < number:
-            if time.monotonic() > deadline:
-                if found >= fewest:
-                    return
-                raise SiloweaveError(f"{found} of {number} silos have connected; start the others")
-            time.sleep(1)
-
     def _meet(self, number: int, done: int) -> None:
         """Looks who is there now; a new silo reserves the whole schedule before it is asked for anything.
 
@@ -180,10 +184,11 @@ class Coordinator:
         fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
         if done < self.plan.rounds:
             self.exchange.run.require_time(self.directory, self.silo_records.cost_anew)
-        self._wait_for_silos(number, fewest)
-        self.exchange.meet(self.silo_records.describe, self._patience_s)
+        self.exchange.wait_for(number, fewest)
+        meet = partial(self.exchange.meet, self.silo_records.describe, self._patience_s)
+        meet()
         if done < self.plan.rounds:
-            self._wait_for_required()
+            self.exchange.wait_for_required(meet)
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
         bodies = Bodies(
@@ -196,15 +201,6 @@ class Coordinator:
         if done < self.plan.rounds:
             needs.missing = lambda answered: self.config.federated.missing([*present, *answered])
         self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, needs)
-
-    def _wait_for_required(self) -> None:
-        """Gives silos that no round may lack the time of a round to connect: the others would work for nothing."""
-        seen, deadline = set(self.exchange.nodes.values()), time.monotonic() + self.config.federated.round_timeout_s
-        while self.config.federated.missing(self.exchange.nodes) and time.monotonic() < deadline:
-            if (there := set(self.grid.get_node_ids())) != seen:
-                seen = there
-                self.exchange.meet(self.silo_records.describe, self._patience_s)
-            time.sleep(POLL_S)
 
     def _patience_s(self) -> float:
         """How long to wait for what needs no training: not for long where there are silos enough for a round.
@@ -227,8 +223,9 @@ class Coordinator:
         aggregation = RoundAggregation(federated, adapter, self.server_state, silos, clients, held_back)
         self.released = {}
         if self.aggregator is None:
-            answered = self._ask(round_number, aggregation, adapter)
-            adapter, self.server_state = aggregation.result()
+            ask = self.buffered.ask if self.buffered else partial(self._ask, adapter=adapter)
+            if answered := ask(round_number, aggregation):
+                adapter, self.server_state = aggregation.result()
             return adapter, answered
         inputs = {
             "plan": self.plan.digest,
@@ -236,8 +233,8 @@ class Coordinator:
             "settings": config_digest(self.config),
             "adapter": digest_bytes(to_bytes(adapter)),
         }
-        ask = partial(self._ask, round_number, aggregation, adapter)
-        released = self.aggregator.round(round_number, inputs, aggregation.clipped_sum, ask)
+        asked = partial(self._ask, round_number, aggregation, adapter)
+        released = self.aggregator.round(round_number, inputs, aggregation.clipped_sum, asked)
         adapter, self.server_state = aggregation.after(released.mean)
         self.released = {AGGREGATOR: digest_bytes(to_bytes(released.mean))}  # of what has noise; no client's update
         return adapter, released.answered
@@ -308,7 +305,9 @@ class Coordinator:
 
         What was stated is committed at once: the same command again, with silos away, must not know less.
         """
-        released = Counter(silo for one in self.digests for silo in one.releases or ())
+        released = sum((one.counts for one in self.digests), Counter[str]())
+        if self.buffered:
+            self.buffered.stop()
 
         def take(answer: Answer) -> None:
             closed, silo = answer.reply.closed, answer.silo

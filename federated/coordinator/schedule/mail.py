@@ -126,11 +126,16 @@ class Mail:
         self.in_flight |= self._pushed([(node, body, shared)], TRAIN, group)
 
     def landed(self) -> Iterator[tuple[Posted, Message]]:
-        """The replies to requests in flight that have come since; waits a moment where none has."""
-        if not self._early and not list(self._pulled(())) and not self._early:
+        """The replies to requests in flight that have come; waits a moment where none has.
+
+        Whoever takes no more of them finds the others there the next time.
+        """
+        if not self._early:
+            list(self._pulled(()))
+        if not self._early:
             time.sleep(POLL_S)
-        came, self._early = self._early, []
-        for message in came:
+        while self._early:
+            message = self._early.pop(0)
             if (posted := self.in_flight.pop(message.metadata.reply_to_message_id, None)) is not None:
                 yield posted, message
 
