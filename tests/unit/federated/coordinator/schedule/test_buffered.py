@@ -1,6 +1,7 @@
 """Buffered rounds: their arithmetic beside a plain loop, kills at every point, replay, and replies that are none."""
 
 import itertools
+import os
 import shutil
 from contextlib import suppress
 
@@ -35,11 +36,10 @@ def settings_of(buffer=2, *more, rounds=ROUNDS):
     return ("federated.schedule=buffered", f"federated.buffer={buffer}", f"federated.rounds={rounds}", *more)
 
 
-@pytest.fixture
-def patch():
-    """Of one example of a property, too."""
-    with pytest.MonkeyPatch.context() as found:
-        yield found
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """The coordinator is killed here, and never its machine: what it has written is there."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def run(grid, folder, *overrides):
