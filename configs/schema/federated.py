@@ -1,13 +1,13 @@
 """Settings of the federated fine-tuning: local training, aggregation, adapters."""
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from configs.schema.base import Count, CountBySilo, Positive, SecondsBySilo, Settings, SiloNames, named_as
 from configs.schema.places import Place
-from configs.schema.schedule import Schedule, schedule_problems
+from configs.schema.rounds.schedule import ROUND_RULES, Schedule, schedule_problems
 from configs.schema.stages import RoundStage, stage_at
 from configs.schema.tasks import (
     NO_AUGMENTATION,
@@ -196,6 +196,16 @@ class FederatedSettings(Settings):
     def starts_as_base(self) -> bool:
         """Whether what travels before the first round changes nothing of the base model."""
         return self.train == "lora" and not self.continue_from
+
+    @property
+    def round_rules(self) -> dict[str, Any]:
+        """When a round ends and what it needs to count, as plan and report say it: what departs from the defaults."""
+        rules = {name: getattr(self, name) for name in ROUND_RULES}
+        return {
+            name: value
+            for name, value in rules.items()
+            if name == "schedule" or value != type(self).model_fields[name].get_default(call_default_factory=True)
+        }
 
     def deadline_s(self, silo: str) -> float:
         """Seconds after which a round goes on without a silo."""

@@ -21,7 +21,7 @@ from configs.schema.pretrain import (
     Objective,
     PretrainSettings,
 )
-from configs.schema.schedule import evaluation_problem
+from configs.schema.rounds.schedule import evaluation_problem
 from configs.schema.stages import Stage, TrainingStage, model_problems, resolved, stage_at, stage_problems
 from configs.schema.tasks import WRITTEN, deidentify_problem
 

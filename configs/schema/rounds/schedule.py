@@ -5,6 +5,10 @@ from typing import Any, Literal
 
 Schedule = Literal["synchronous", "buffered"]
 
+ROUND_RULES = (
+    *("schedule", "buffer", "staleness_exponent", "max_staleness"),
+    *("min_silos", "enough_silos", "grace_s", "required_silos", "round_timeout_s", "deadlines_s"),
+)
 _OF_BUFFERED = {"staleness_exponent": 0.5, "max_staleness": 100}
 # What a server step that comes whenever enough updates are there can't do: setting, the only value that fits, why, and
 # what to give.
