@@ -197,7 +197,7 @@ def whole(directory: Path, number: int, key: MasterKey | None = None) -> Round:
     target = directory / f"round-{number:05d}"
     manifest = read_manifest(target, KIND, name=COMMITTED)
     if manifest is None or damaged_file(target, manifest) is not None:
-        raise InputError(f"{target}: missing or damaged, and the run can't go on without it; put its backup back")
+        raise InputError(f"{target}: missing or damaged; put its backup back")
     return _read(target, manifest, key)
 
 

@@ -131,7 +131,7 @@ class Arrivals:
             self._forgotten += 1
 
     def _happened(self, event: dict[str, Any]) -> None:
-        """Takes in a line. An update is of the silo's open request, which it closes: no second one can be.
+        """Takes in a line. An update is of the silo's open request, which it closes: there is no second one.
 
         Raises:
             ValueError: it is not.
@@ -139,7 +139,7 @@ class Arrivals:
         if "taken" in event:
             self._taken = int(event["taken"])
         elif "asked" in event:
-            self.tasks[event["asked"]] = Task(event["round"], event["version"])
+            self.tasks[event["asked"]] = Task(int(event["round"]), int(event["version"]))
         elif "ended" in event:
             self.tasks[event["ended"]] = replace(self.tasks[event["ended"]], open=False)
         elif "arrived" in event:
@@ -147,7 +147,7 @@ class Arrivals:
             if self.tasks[update.silo] != Task(update.round, update.version):
                 raise ValueError("an update that nobody waits for")
             self.tasks[update.silo] = replace(self.tasks[update.silo], open=False)
-            self._updates.append((event["step"], update))
+            self._updates.append((int(event["step"]), update))
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         """A line that a kill has cut short is none: nothing was done after it."""

@@ -78,6 +78,16 @@ def test_a_reply_that_is_announced_and_never_sent_holds_up_nobody(tmp_path, monk
     assert grid.pulled == {"1": 1}  # however often its reply is asked for
 
 
+def test_a_small_question_makes_no_reply_too_long_that_outlasts_it():
+    """In buffered rounds a silo may still be training when others are asked who they are."""
+    nodes = OneByOne(Stalling([SignedSilo("good")]))
+    large, small = request(1, "train"), request(1, "query")
+    large.content["siloweave"]["head"] = bytes(2**23)
+    nodes.push_messages([large])
+    nodes.push_messages([small])
+    assert nodes._most_bytes > 2**23
+
+
 def test_a_reply_that_comes_after_its_step_is_dropped(monkeypatch):
     monkeypatch.setattr(flower_replies, "_PATIENCE_S", 0.1)
     grid = Stalling([SignedSilo("late"), SignedSilo("good")])

@@ -19,6 +19,7 @@ from configs.storage.layout import ARRIVALS, ARRIVED
 from federated.adapters.arrays import from_bytes
 from federated.aggregation.server_optimizers import server_step
 from federated.coordinator import round_commits as commits
+from federated.coordinator.flower_grid import OneByOne
 from federated.coordinator.schedule import arrivals as arrivals_module
 from federated.coordinator.schedule.mail import Mail
 from federated.transport.flower_messages import pack
@@ -261,7 +262,14 @@ def test_a_record_that_is_gone_costs_what_has_come_since_the_newest_round_at_mos
 
 
 @pytest.mark.parametrize(
-    "damage", [b"{}x\n", b'{"ended": "nobody"}\n', b'["asked"]\n', b'{"asked": "a", "round": 1, "version": 0}']
+    "damage",
+    [
+        b"{}x\n",
+        b'{"ended": "nobody"}\n',
+        b'["asked"]\n',
+        b'{"asked": "a", "round": "x", "version": 0}\n',
+        b'{"asked": "a", "round": 1, "version": 0}',
+    ],
 )
 def test_a_damaged_record_is_one_clear_line_and_one_that_a_kill_cut_short_is_none(damage, tmp_path):
     silos = silos_of()
@@ -392,6 +400,20 @@ def test_a_buffer_that_the_silos_cannot_fill_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"federated.buffer is 4: there are 3 silos") as caught:
         run(ClockedGrid(silos_of(), (1, 1, 1)), tmp_path, *settings_of(4))
     assert "\n" not in str(caught.value)
+
+
+def test_over_a_grid_that_takes_replies_one_by_one_it_is_the_same(tmp_path):
+    """As over Flower: what is asked for is pulled by threads, and dropped once nobody waits for it."""
+    silos = silos_of()
+    grid = ClockedGrid(silos, (1, 2, 5))
+    with pytest.MonkeyPatch.context() as patch:
+        turn_by(grid, patch)
+        given = ("federated.round_timeout_s=10000", *settings_of())
+        one = coordinator(OneByOne(grid), tmp_path, *given, silos=3)
+        one.run(adapter)
+    steps = check_by_plain_loop(tmp_path, silos, one.config.federated)
+    assert [len(found.updates) for found in steps] == [2] * ROUNDS
+    check_certificate(one.certify_model(FILES), "test")
 
 
 def test_an_encrypted_run_keeps_replies_encrypted(tmp_path, monkeypatch):
