@@ -115,12 +115,28 @@ def test_rounds_are_committed_charged_and_closed(finished):
     assert [event["epsilon_left"] for event in rounds] == [left, left]
 
 
-def test_buffered_rounds_are_charged_like_others_and_are_made_again_to_the_same_bytes(federation, tmp_path):
-    """Steps of one update each: every silo has its own say, and a lost round is made of what was kept of it."""
+def test_buffered_rounds_are_charged_like_others_and_are_made_again_to_the_same_bytes(
+    federation, tmp_path, monkeypatch
+):
+    """Steps of one update each. The last one is lost before the run is closed, and made of what was kept of it."""
     buffered = ("federated.schedule=buffered", "federated.buffer=1", "privacy.evaluations=1")
-    federation(*buffered)
+    save, last = commits.save, tmp_path / "federated" / "round-00002"
+
+    def dies(directory, digest, commit, *rest):
+        save(directory, digest, commit, *rest)
+        if commit.round_number == 2:
+            raise KeyboardInterrupt
+        return commit
+
+    monkeypatch.setattr(commits, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        federation(*buffered)
+    monkeypatch.undo()
     before = adapters(tmp_path / "federated")
     assert sorted(before) == [0, 1, 2]
+    shutil.rmtree(last)
+    federation(*buffered)
+    assert adapters(tmp_path / "federated") == before
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     check_certificate(certificate, "test")
     updates = [update for one in certificate["model"]["rounds"] for update in one["updates"]]
@@ -129,9 +145,6 @@ def test_buffered_rounds_are_charged_like_others_and_are_made_again_to_the_same_
         rounds = [number for number in charged_rounds(tmp_path, silo) if number]
         assert rounds == list(range(1, len(rounds) + 1)) and len(rounds) <= 2
         assert {update["round"] for update in updates if update["silo"] == silo} <= set(rounds)
-    shutil.rmtree(tmp_path / "federated" / "round-00002")
-    federation(*buffered)
-    assert adapters(tmp_path / "federated") == before
 
 
 def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, tiny_model, tmp_path):
