@@ -103,7 +103,9 @@ def verify(
         results |= {"unit": document["unit"], "headline": document["headline"], "silos": list(ledgers_of(document))}
         model_part = document.get("model") or {}
         rounds, results["continues"] = model_part.get("rounds", []), model_part.get("continues")
-        results["rounds_without_releases"] = [at for at, one in enumerate(rounds, 1) if not one["releases"]]
+        results["rounds_without_releases"] = [
+            at for at, one in enumerate(rounds, 1) if not one["releases"] and "updates" not in one
+        ]
         if ledger is not None:
             results["silo"] = _in_ledger(document, ledger, key_file, str(certificate))
         if model is not None:

@@ -52,6 +52,7 @@ def estimate(config: RunConfig, *, memory: bool = False) -> dict[str, Any]:
             "ledgers": str(ledgers_of(config)),
             "rounds": config.federated.rounds,
             "steps_per_round": config.federated.local_steps,
+            "round_rules": config.federated.round_rules,
             "adapter_parameters": adapter_parameters(config),
             "messages": _messages(config),
             "silo_memory": step_memory(config, plan) if memory else "not tried; give --memory",

@@ -37,6 +37,7 @@ _SHOWN = {
     "timeout",
     "tokenizer",
     "waiting",
+    "unused",
 }
 _PLAIN_EVERY_S = 10.0
 
@@ -121,7 +122,8 @@ def _note(event: dict[str, Any]) -> str:
         share = f", MFU {100 * event['mfu']:.1f}%" if event.get("mfu") else ""
         return f"{stage}loss {event['loss']:.3f}, {event['tokens'] / event['seconds']:,.0f} tokens/s{share}"
     if event["event"] == "round":
-        return f"{stage}{len(event['answered'])} silos, {event['bytes'] / 1e6:.1f} MB"
+        late = f", up to {event['stalest']} steps late" if event.get("stalest") else ""
+        return f"{stage}{len(event['answered'])} silos{late}, {event['bytes'] / 1e6:.1f} MB"
     if event["event"] == "trial":
         return f"trial {event['trial']} {event['status']}" + (f": {event['cause']}" if "cause" in event else "")
     return ""

@@ -19,6 +19,7 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
     if event["event"] == "round":
         left = event.get("epsilon_left")
         found = {"silos": len(event["answered"]), "bytes": event["bytes"], "seconds": event["seconds"]}
+        found |= {"stalest": event["stalest"]} if "stalest" in event else {}
         return found if left is None else {**found, "epsilon_left": left}
     if event["event"] == "restart":
         return {"failures": event["attempt"]}

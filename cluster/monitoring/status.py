@@ -179,7 +179,11 @@ def _silos(
 
 
 def _silo(name: str, silo: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    receipt, answered = silo["receipt"], len({event["round"] for event in rounds if name in event["answered"]})
+    receipt, newest = (
+        silo["receipt"],
+        {event["round"]: event for event in rounds},
+    )  # a restart may do the last one again
+    answered = sum(event.get("updates", dict.fromkeys(event["answered"], 1)).get(name, 0) for event in newest.values())
     figures = {
         "epsilon_reserved": receipt["epsilon_reserved"],
         "epsilon_left": receipt["epsilon_left"],

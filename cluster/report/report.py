@@ -163,6 +163,7 @@ def _federated(
     return {
         "silos": certificate.get("num_clients", len(ledgers_of(certificate))),
         "rounds": config.federated.rounds,
+        "round_rules": config.federated.round_rules,
         "bytes_per_round": statistics.median(event["bytes"] for event in rounds) if rounds else None,
         "full_model_bytes": (RunFiles(run_directory).model / "model.safetensors").stat().st_size,
         "metric": metric,

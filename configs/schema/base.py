@@ -3,12 +3,14 @@
 import codecs
 import re
 import unicodedata
-from typing import Annotated
+from collections.abc import Container
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from configs.identities import UnclearIdentityError, canonical
 
+Number = TypeVar("Number", int, float)
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Bounds each value of an adapter, and of what is added to its gradients: silos refuse more, coordinators send no more.
@@ -44,9 +46,13 @@ ComposedLabels = Annotated[Labels, AfterValidator(composed)]
 """The same in settings, in Unicode's form NFC."""
 
 
-def _by_canonical_name(found: dict[str, int]) -> dict[str, int]:
-    names: dict[str, int] = {}
-    for name, value in found.items():
+def _by_canonical_name(found: dict[str, Number]) -> dict[str, Number]:
+    return dict(zip(_canonical_names(tuple(found)), found.values(), strict=True))
+
+
+def _canonical_names(found: tuple[str, ...]) -> tuple[str, ...]:
+    names: list[str] = []
+    for name in found:
         try:
             form = canonical(name)
         except UnclearIdentityError:
@@ -55,12 +61,28 @@ def _by_canonical_name(found: dict[str, int]) -> dict[str, int]:
             raise ValueError(f"the name {name!r} is none; give a silo's name")
         if form in names:
             raise ValueError(f"the name {form!r} is there twice, in two spellings; give it once")
-        names[form] = value
-    return names
+        names.append(form)
+    return tuple(names)
 
 
 CountBySilo = Annotated[dict[str, Count], AfterValidator(_by_canonical_name)]
 """A number for single silos, by the canonical forms of their names."""
+SecondsBySilo = Annotated[dict[str, Positive], AfterValidator(_by_canonical_name)]
+"""Seconds for single silos, by the canonical forms of their names."""
+SiloNames = Annotated[tuple[str, ...], AfterValidator(_canonical_names)]
+"""Silos, by the canonical forms of their names."""
+
+
+def named_as(silo: str, names: Container[str]) -> str | None:
+    """How the settings name a silo; None where they don't.
+
+    A silo may have been deployed under another spelling before the settings took the one form of each name.
+    """
+    try:
+        forms = silo, canonical(silo)
+    except UnclearIdentityError:
+        forms = silo, None
+    return next((form for form in forms if form is not None and form in names), None)
 
 
 _ASCII = bytes(range(128)) + rb" \n \u0041 +AGE- ~{!! .xn--bcher-kva." + b" \x1b$B!!"

@@ -1,12 +1,13 @@
 """Settings of the federated fine-tuning: local training, aggregation, adapters."""
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, CountBySilo, Positive, Settings
+from configs.schema.base import Count, CountBySilo, Positive, SecondsBySilo, Settings, SiloNames, named_as
 from configs.schema.places import Place
+from configs.schema.rounds.schedule import ROUND_RULES, Schedule, schedule_problems
 from configs.schema.stages import RoundStage, stage_at
 from configs.schema.tasks import (
     NO_AUGMENTATION,
@@ -134,10 +135,28 @@ class FederatedSettings(Settings):
     """Silos that must answer for a round to count."""
     enough_silos: Annotated[int, Field(ge=0)] = 0
     """Number of replies with which a round ends before its deadline; 0: one from every silo that is there."""
+    grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Seconds for which a round still waits for the others once ``enough_silos`` have answered."""
+    required_silos: SiloNames = ()
+    """Silos, by name, without whose update a round does not count: the run ends there, and the same command again asks
+    for the same round."""
     run_lifetime_h: Positive = 720
     """Hours from a run's first start for which its requests are valid; a silo refuses them later."""
     round_timeout_s: Positive = 3600
     """Seconds after which a round goes on without those that have not answered."""
+    deadlines_s: SecondsBySilo = Field(default_factory=dict)
+    """The same for single silos, by name: shorter or longer than ``round_timeout_s``. What a silo that is too late has
+    spent stays charged to its ledger, and its update is not added."""
+    schedule: Schedule = "synchronous"
+    """``synchronous``: a round ends when the silos have answered, and its updates are added together. ``buffered``: a
+    silo that has answered gets the newest model at once, and whenever ``buffer`` updates have come the server takes a
+    step (FedBuff); there are ``rounds`` steps, and a silo gives ``rounds`` updates at most."""
+    buffer: Annotated[int, Field(ge=0)] = 0
+    """With ``buffered``: number of updates that make a step of the server; 0 with ``synchronous``."""
+    staleness_exponent: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """With ``buffered``: an update from a model of s steps ago counts ``(1 + s) ** -staleness_exponent``."""
+    max_staleness: Annotated[int, Field(ge=0)] = 100
+    """With ``buffered``: an update from a model of more steps ago than this is dropped; it stays charged."""
     state_dir: Annotated[str, Place("the simulated silos' keys and ledgers", made=True, lasting=True)] = ""
     """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does. Empty: the same folder for
     all runs of a user, ``$XDG_STATE_HOME/siloweave/ledgers``, or ``~/.local/state/siloweave/ledgers``."""
@@ -159,7 +178,8 @@ class FederatedSettings(Settings):
             self._stages_problem(),
         )
         of_task = task_problems("federated", self.task, self.labels, self.template, self.pooling)
-        for problem in (*of_task, *self._unused(), *problems, self._pull_problem()):
+        of_schedule = schedule_problems(dict(self))
+        for problem in (*of_task, *self._unused(), *problems, self._pull_problem(), *of_schedule):
             if problem:
                 raise ValueError(problem)
         return self
@@ -181,6 +201,26 @@ class FederatedSettings(Settings):
     def starts_as_base(self) -> bool:
         """Whether what travels before the first round changes nothing of the base model."""
         return self.train == "lora" and not self.continue_from
+
+    @property
+    def round_rules(self) -> dict[str, Any]:
+        """When a round ends and what it needs to count, as plan and report say it: what departs from the defaults."""
+        rules = {name: getattr(self, name) for name in ROUND_RULES}
+        return {
+            name: value
+            for name, value in rules.items()
+            if name == "schedule" or value != type(self).model_fields[name].get_default(call_default_factory=True)
+        }
+
+    def deadline_s(self, silo: str) -> float:
+        """Seconds after which a round goes on without a silo."""
+        name = named_as(silo, self.deadlines_s)
+        return self.round_timeout_s if name is None else self.deadlines_s[name]
+
+    def missing(self, silos: Iterable[str]) -> list[str]:
+        """The required silos that are not among these."""
+        there = {named_as(silo, self.required_silos) for silo in silos}
+        return sorted(set(self.required_silos) - there)
 
     def stage_of(self, round_number: int) -> RoundStage:
         """The stage of a round, which is counted from 1."""

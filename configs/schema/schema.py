@@ -21,6 +21,7 @@ from configs.schema.pretrain import (
     Objective,
     PretrainSettings,
 )
+from configs.schema.rounds.schedule import evaluation_problem
 from configs.schema.stages import Stage, TrainingStage, model_problems, resolved, stage_at, stage_problems
 from configs.schema.tasks import WRITTEN, deidentify_problem
 
@@ -296,7 +297,7 @@ class RunConfig(Settings):
                 "federated.optimizer is 'adam_bc': it needs noise of one size, and privacy.clipping_function "
                 "'quantile' changes it; give 'adam' or 'fixed'"
             )
-        if problem := self._client_problem():
+        if problem := self._client_problem() or evaluation_problem(self.federated.schedule, self.privacy.evaluations):
             raise ValueError(problem)
         if self.evaluate.without_dp and not private.public:
             raise ValueError(
@@ -324,6 +325,10 @@ class RunConfig(Settings):
              "a product of factors has another norm than what was clipped", "'average' or 'ffa'"),
             ("federated.enough_silos", federated.enough_silos, federated.enough_silos > 0,
              "one client's speed would decide whether another one counts", "0"),
+            ("federated.schedule", federated.schedule, federated.schedule != "synchronous",
+             "one client's speed would decide how much another one counts", "'synchronous'"),
+            ("federated.required_silos", federated.required_silos, bool(federated.required_silos),
+             "that there is a model would show that they take part", "none"),
             ("federated.optimizer", federated.optimizer, federated.optimizer == "adam_bc",
              "a silo's own steps have no noise to correct for", "'adam' or 'sgd'"),
             ("privacy.sampler", privacy.sampler, privacy.sampler != "poisson",

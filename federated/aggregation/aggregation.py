@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from configs.errors import InputError
-from configs.identities import UnclearIdentityError, canonical
-from configs.schema.base import LARGEST_ADAPTER_VALUE
+from configs.schema.base import LARGEST_ADAPTER_VALUE, named_as
 from configs.schema.federated import ROBUST, FederatedSettings
 from federated.adapters.arrays import Arrays, check_update
 from federated.adapters.lora_factors import change, cut, factored, frozen, products
@@ -37,13 +36,8 @@ class Sent:
 
 
 def _rank_of(silo: str, settings: FederatedSettings) -> int:
-    """Of a silo, too, that was deployed under another spelling before the settings took the one form of each name."""
-    ranks = settings.lora_ranks
-    try:
-        form = canonical(silo) or silo
-    except UnclearIdentityError:
-        form = silo
-    return ranks.get(silo, ranks.get(form, settings.lora_rank))
+    name = named_as(silo, settings.lora_ranks)
+    return settings.lora_rank if name is None else settings.lora_ranks[name]
 
 
 class RoundAggregation:
@@ -108,8 +102,13 @@ class RoundAggregation:
             return self._variates.correction(silo)
         return self._anchor.correction() if self._anchor else {}
 
-    def add(self, silo: str, update: Arrays) -> None:
+    def add(self, silo: str, update: Arrays, weight: float = 1.0) -> None:
         """Folds one silo's update in: its adapter after its steps minus before.
+
+        Args:
+            silo: whose it is.
+            update: the arrays.
+            weight: what they are multiplied by, of an update that comes late to a buffer; for the mean alone.
 
         Raises:
             ValueError: it doesn't fit what the silo was sent, or isn't finite; nothing of it is folded in. With clients
@@ -124,6 +123,8 @@ class RoundAggregation:
             self._variates.add(silo, update)  # before anything is folded: it may refuse the update
         if isinstance(self._fold, ClippedSum):
             self._fold.add(silo, update)
+        elif isinstance(self._fold, FixedPointSum):
+            self._fold.add(update, weight)
         else:
             self._fold.add(update)
 
@@ -158,11 +159,17 @@ def _sendable(adapter: Arrays) -> Arrays:
 
 
 def check_size(settings: FederatedSettings, num_silos: int) -> None:
-    """Refuses more silos than a rule that holds all updates may hold.
+    """Refuses more silos than a rule that holds all updates may hold, and a buffer that they can't fill.
 
     Raises:
-        InputError: there are more.
+        InputError: there are more; or each step takes more updates than there are silos, each of which gives one update
+            a round at most.
     """
+    if settings.buffer > num_silos:
+        raise InputError(
+            f"federated.buffer is {settings.buffer}: there are {num_silos} silos, each of which gives federated.rounds "
+            f"updates at most; give {num_silos}, or less where some are slow"
+        )
     if settings.aggregation in ROBUST and num_silos > settings.max_silos:
         raise InputError(
             f"federated.max_silos is {settings.max_silos}: there are {num_silos} silos, and {settings.aggregation!r} "

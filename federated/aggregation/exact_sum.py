@@ -26,8 +26,12 @@ class FixedPointSum:
         self._totals = [np.zeros(sum(template[name].size for name in names), np.int64) for names in self._blocks]
         self.count = 0
 
-    def add(self, update: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    def add(self, update: Mapping[str, npt.NDArray[np.float32]], weight: float = 1.0) -> None:
         """Folds one update in.
+
+        Args:
+            update: the arrays.
+            weight: public, from 0 to 1: what each of its values is multiplied by.
 
         Raises:
             ValueError: see ``check_update``; or there are too many updates.
@@ -36,15 +40,16 @@ class FixedPointSum:
         check_values(self._flat(update))  # all of it, before anything is added: a bad update leaves no part behind
         if self.count >= _LARGEST_COUNT:
             raise ValueError(f"more than {_LARGEST_COUNT} updates in one round")
+        scale = weight * 2.0**_FRACTION_BITS
         for number, flat in enumerate(self._flat(update)):
-            self._totals[number] += np.rint(flat.astype(np.float64) * 2.0**_FRACTION_BITS).astype(np.int64)
+            self._totals[number] += np.rint(flat.astype(np.float64) * scale).astype(np.int64)
         self.count += 1
 
     def _flat(self, update: Mapping[str, npt.NDArray[np.float32]]) -> Iterator[npt.NDArray[np.float32]]:
         return (np.concatenate([update[name].reshape(-1) for name in names]) for names in self._blocks)
 
     def mean(self) -> Arrays:
-        """The sum over the number of updates: equal, public weights."""
+        """The sum over the number of updates, whatever their weights are: a late update moves the mean less."""
         scale = 2.0**-_FRACTION_BITS / self.count
         means: Arrays = {}
         for names, total in zip(self._blocks, self._totals, strict=True):

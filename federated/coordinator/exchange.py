@@ -1,22 +1,16 @@
 """The coordinator's end of the boundary: signed requests to the silos' nodes, and their replies, each checked."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from typing import Any
 
 from flwr.app import Message
 
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import EventLog
 from configs.schema.federated import FederatedSettings
-from configs.schema.stages import frozen_below
-from configs.schema.tasks import TaskSpec
 from configs.storage.files import digest_bytes
-from federated.adapters.arrays import to_bytes
-from federated.adapters.warm_model import adaptation
-from federated.aggregation.aggregation import Sent
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import (
@@ -31,14 +25,13 @@ from federated.coordinator.replies import (
     sound_or_rejected,
 )
 from federated.coordinator.run_ticket import RENEW, RunTicket
+from federated.coordinator.schedule.mail import QUERY, Mail
+from federated.coordinator.schedule.quorum import Quorum
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.clocks import EXPIRES
-from federated.protocol.envelope import seal_request
 from federated.protocol.framing import PROTOCOL_VERSION, ROUNDED_VERSION
-from federated.transport.flower_messages import pack, takes_pieces
 
-POLL_S, LONGEST_POLL_S = 0.05, 1.0
-TRAIN, QUERY = "train", "query"
+_CONNECTS_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,47 +41,13 @@ class Bodies:
     Attributes:
         silos: who is asked.
         make: gives a silo's request, and the part of it that others have in common with it: its adapter, or nothing.
-        patience_s: gives the seconds to wait for the replies, also anew while they come; None: as the settings say.
+        patience_s: gives the seconds to wait for the replies, also anew while they come; None: each silo's deadline, as
+            the settings say.
     """
 
     silos: Sequence[str]
     make: Callable[[str], tuple[bytes, bytes]]
     patience_s: Callable[[], float] | None = None
-
-
-def adapter_spec(settings: FederatedSettings, rank: int, alpha: float, **frozen: Any) -> pb.AdapterSpec:
-    """What of the model a request asks to train. What is left empty says what requests of before have meant."""
-    how = adaptation(settings)
-    train = "" if how.train == "lora" else how.train
-    dtype = "" if how.base_dtype == "float32" else how.base_dtype
-    return pb.AdapterSpec(rank=rank, alpha=alpha, train=train, targets=how.targets, base_dtype=dtype, **frozen)
-
-
-def task_spec(spec: TaskSpec) -> pb.TaskSpec:
-    """What a request says of its task beside the name."""
-    pooling = "" if spec.pooling == "model" else spec.pooling
-    return pb.TaskSpec(labels=spec.labels, template=spec.template, pooling=pooling)
-
-
-def training(settings: FederatedSettings, round_number: int, sent: Sent, **frozen: Any) -> dict[str, Any]:
-    """What a request says of how a round trains, beside the adapter itself.
-
-    Of what requests of before had no field for it says nothing where there is nothing to say.
-    """
-    of_round, stage, changed = settings.in_round(round_number), settings.stage_of(round_number), settings.augmentation
-    return {
-        "round": round_number,
-        "adapter_spec": adapter_spec(settings, sent.rank, sent.alpha, **frozen),
-        "learning_rate": of_round.learning_rate,
-        "optimizer": settings.optimizer,
-        "proximal_mu": settings.pull,
-        "correction": to_bytes(sent.correction) if sent.correction else b"",
-        "augmentation": pb.Augmentation(**changed.model_dump()) if changed.largest else None,
-        "frozen_below": frozen_below(stage.frozen),
-        "frozen": to_bytes(sent.frozen) if sent.frozen else b"",
-        "context_length": stage.context_length or 0,
-        "update_dtype": "" if settings.update_dtype == "float32" else settings.update_dtype,
-    }
 
 
 @dataclass
@@ -101,10 +60,9 @@ class SiloExchange:
         parties: the coordinator's key, and who is enrolled.
         settings: the deadline of a step, and how many silos it needs.
         log: receives refusals, rejected replies and time-outs.
-        receipt_of: gives the last signed receipt of a silo; nothing where there is none.
         nodes: node of each silo that is there.
         keys: public key of each silo that has ever answered.
-        bytes_moved: bytes of requests and replies since it was set to zero.
+        mail: carries requests and replies.
     """
 
     grid: Nodes
@@ -112,13 +70,37 @@ class SiloExchange:
     parties: Parties
     settings: FederatedSettings
     log: EventLog
-    receipt_of: Callable[[str], bytes]
+    receipt_of: InitVar[Callable[[str], bytes]]
     nodes: dict[str, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
-    bytes_moved: int = 0
-    _silo_at: dict[int, str] = field(default_factory=dict)
-    _in_pieces: set[int] = field(default_factory=set)  # nodes that read them
+    mail: Mail = field(init=False)
     _refused: list[PolicyRefusal] = field(default_factory=list)  # when it was last looked who is there
+
+    def __post_init__(self, receipt_of: Callable[[str], bytes]) -> None:
+        self.mail = Mail(self.grid, self.parties.signer, self.settings, self.log, receipt_of)
+
+    def wait_for(self, number: int, fewest: int) -> None:
+        """Waits until so many have connected, or until the deadline, if those that are there are enough for a round.
+
+        Raises:
+            SiloweaveError: they are not.
+        """
+        deadline = time.monotonic() + self.settings.round_timeout_s
+        while (found := len(list(self.grid.get_node_ids()))) < number:
+            if time.monotonic() > deadline:
+                if found >= fewest:
+                    return
+                raise SiloweaveError(f"{found} of {number} silos have connected; start the others")
+            time.sleep(_CONNECTS_S)
+
+    def wait_for_required(self, meet: Callable[[], None]) -> None:
+        """Gives silos that no round may lack the time of a round to connect: the others would work for nothing."""
+        seen, deadline = set(self.nodes.values()), time.monotonic() + self.settings.round_timeout_s
+        while self.settings.missing(self.nodes) and time.monotonic() < deadline:
+            if (there := set(self.grid.get_node_ids())) != seen:
+                seen = there
+                meet()
+            time.sleep(min(_CONNECTS_S, self.settings.round_timeout_s / 10))
 
     def meet(self, admit: Callable[[str, pb.Described], None], patience_s: Callable[[], float]) -> None:
         """Looks who is there now.
@@ -128,9 +110,9 @@ class SiloExchange:
             patience_s: gives the seconds to wait for that.
         """
         present, roster = set(self.grid.get_node_ids()), self.parties.roster() if self.parties.roster else None
-        unknown = sorted(present - set(self._silo_at))
+        unknown = sorted(present - set(self.mail.silo_at))
         body, self._refused = self.body("describe", describe=pb.Describe()), []
-        for node, message in self._send(((node, body, body) for node in unknown), QUERY, "describe", patience_s):
+        for node, message in self.mail.send(((node, body, body) for node in unknown), QUERY, "describe", patience_s):
             try:
                 with sound_or_rejected():
                     reply = self._admitted(message, body, present, roster)
@@ -142,9 +124,9 @@ class SiloExchange:
             except UnsoundReply as error:
                 self._emit("rejected", "describe", node, error)
                 continue
-            self._silo_at[node], self.keys[reply.silo_id] = reply.silo_id, reply.described.public_key
+            self.mail.silo_at[node], self.keys[reply.silo_id] = reply.silo_id, reply.described.public_key
         enrolled = self.parties.roster() if self.parties.roster else self.keys
-        here = {silo: node for node, silo in self._silo_at.items() if node in present}
+        here = {silo: node for node, silo in self.mail.silo_at.items() if node in present}
         self.nodes = {silo: node for silo, node in here.items() if enrolled.get(silo) == self.keys[silo]}
 
     def _admitted(self, message: Message, body: bytes, present: set[int], roster: Mapping[str, str] | None) -> pb.Reply:
@@ -160,13 +142,13 @@ class SiloExchange:
             raise ValueError(f"silo {silo!r} is not enrolled with this key: `siloweave federation enrol` it")
         if self.keys.get(silo, key) != key:
             raise ValueError(f"silo {silo!r} has answered with another key before")
-        if any(at in present and name == silo for at, name in self._silo_at.items()):
+        if any(at in present and name == silo for at, name in self.mail.silo_at.items()):
             raise ValueError(f"silo {silo!r} is behind another node already")
         return reply
 
     def _content(self, message: Message) -> bytes:
         content = received(message)
-        self.bytes_moved += len(content)
+        self.mail.bytes_moved += len(content)
         return content
 
     def body(self, request_id: str, silo: str = "", **kind: Any) -> bytes:
@@ -188,9 +170,7 @@ class SiloExchange:
         group: str,
         expected: str,
         accept: Callable[[Answer], None],
-        already: int = 0,
-        enough: int = 0,
-        fewest: int | None = None,
+        quorum: Quorum,
     ) -> list[str]:
         """Sends the requests and accepts each sound reply as it comes; the others are recorded and passed over.
 
@@ -200,21 +180,17 @@ class SiloExchange:
             group: the step, for the events.
             expected: kind of a reply.
             accept: takes a silo's reply; whatever it raises rejects it.
-            already: silos that need not be asked and count as having answered.
-            enough: replies after which the others are not waited for; 0: all.
-            fewest: silos that have to be left; None: as many as the settings say.
+            quorum: which replies the step needs.
 
         Returns:
             The silos whose replies were accepted.
 
         Raises:
             PolicyRefusal: too few silos are left, and a policy refused.
-            SiloweaveError: too few silos are left.
+            SiloweaveError: too few silos are left, or one that the step needs is not.
         """
         silo_of = {self.nodes[silo]: silo for silo in bodies.silos}
         asked: dict[str, Asked] = {}
-        answered: list[str] = []
-        refusals: list[PolicyRefusal] = []
 
         def sent() -> Iterator[tuple[int, bytes, bytes]]:
             for silo in bodies.silos:
@@ -222,24 +198,77 @@ class SiloExchange:
                 asked[silo] = Asked.of(body)
                 yield self.nodes[silo], body, shared
 
-        for node, message in self._send(sent(), kind, group, bodies.patience_s):
+        for node, message in self.mail.send(sent(), kind, group, bodies.patience_s, quorum.over):
             silo = silo_of[node]
-            try:
-                with sound_or_rejected():
-                    accept(self._answer(silo, message, asked[silo], expected))
-                answered.append(silo)
-            except PolicyRefusal as refusal:
-                refusals.append(self._explained(refusal))
-                self._emit("refused", group, node, refusals[-1], rule=refusal.rule)
-            except UnsoundReply as error:
-                self._emit("rejected", group, node, error)
-            if 0 < enough <= len(answered):
-                break
-        least = self.settings.min_silos if fewest is None else fewest
-        if len(answered) + already < least:
-            found = len(answered) + already, len(bodies.silos) + already
-            self._too_few(*found, least, group, [*refusals, *self._refused])
-        return sorted(answered)
+            self.take(silo, message, asked[silo], (group, expected), accept, quorum)
+        self.require(quorum, len(bodies.silos), group)
+        return sorted(quorum.answered)
+
+    def take(
+        self,
+        silo: str,
+        message: Message,
+        asked: Asked,
+        step: tuple[str, str],
+        accept: Callable[[Answer], None],
+        quorum: Quorum,
+    ) -> bool:
+        """Accepts a reply where it is sound, or records why it is not.
+
+        Args:
+            silo: who was asked.
+            message: what came.
+            asked: what it has to fit.
+            step: its name for the events, and the kind of reply that it expects.
+            accept: takes the reply; whatever it raises rejects it.
+            quorum: counts it.
+
+        Returns:
+            Whether it was accepted.
+        """
+        group, expected = step
+        try:
+            with sound_or_rejected():
+                accept(self._answer(silo, message, asked, expected))
+        except PolicyRefusal as refusal:
+            quorum.refusals.append(self._explained(refusal))
+            self._emit("refused", group, silo, quorum.refusals[-1], rule=refusal.rule)
+            return False
+        except UnsoundReply as error:
+            self._emit("rejected", group, silo, error)
+            return False
+        quorum.answered.append(silo)
+        return True
+
+    def require_enrolled(self, silo: str) -> None:
+        """Raises a ValueError where a silo is enrolled no longer with the key that it has answered with."""
+        if self.parties.roster and self.parties.roster().get(silo) != self.keys[silo]:
+            raise ValueError("it is no longer enrolled")
+
+    def require(self, quorum: Quorum, asked: int, group: str) -> None:
+        """Ends a step that too few, or not the required silos have answered.
+
+        Args:
+            quorum: what it needs and has.
+            asked: how many were asked.
+            group: its name.
+
+        Raises:
+            PolicyRefusal: a policy refused.
+            SiloweaveError: none did.
+        """
+        left, missing = len(set(quorum.answered)) + quorum.already, quorum.missing(quorum.answered)
+        if left >= quorum.fewest and not missing:
+            return
+        message = f"step {group}: {left} of {asked + quorum.already} silos answered, "
+        if missing:
+            message += f"without {', '.join(missing)}, and federated.required_silos names them: the step does not count"
+        else:
+            message += f"federated.min_silos is {quorum.fewest}"
+        if refusals := [*quorum.refusals, *self._refused]:
+            first = refusals[0]
+            raise PolicyRefusal(f"{message}; {first}", rule=first.rule, asked=first.asked, allowed=first.allowed)
+        raise SiloweaveError(f"{message}; see {self.log.path} and the silos' own logs, then run the same command again")
 
     def _explained(self, refusal: PolicyRefusal) -> PolicyRefusal:
         """A refusal with what the silo can't know: what the coordinator's own clock says, or which setting asks so."""
@@ -250,65 +279,23 @@ class SiloExchange:
             message += f"; federated.update_dtype is {dtype!r}: have the silo upgraded, or leave it at 'float32'"
         return PolicyRefusal(message, rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed)
 
-    def _too_few(self, left: int, asked: int, least: int, group: str, refusals: list[PolicyRefusal]) -> NoReturn:
-        message = f"step {group}: {left} of {asked} silos answered, federated.min_silos is {least}"
-        if refusals:
-            first = refusals[0]
-            raise PolicyRefusal(f"{message}; {first}", rule=first.rule, asked=first.asked, allowed=first.allowed)
-        raise SiloweaveError(f"{message}; see {self.log.path} and the silos' own logs, then run the same command again")
-
     def _answer(self, silo: str, message: Message, asked: Asked, expected: str) -> Answer:
         envelope, reply = opened(self._content(message), asked)
         if reply.silo_id != silo:
             raise ValueError("the reply is not to this request")
         require_signed(envelope, self.keys[silo])
         require_kind(reply, expected)
-        return Answer(silo, reply, digest_bytes(envelope.body))
+        return Answer(silo, reply, digest_bytes(envelope.body), envelope.body)
 
-    def _send(
-        self,
-        bodies: Iterable[tuple[int, bytes, bytes]],
-        kind: str,
-        group: str,
-        patience_s: Callable[[], float] | None,
-    ) -> Iterator[tuple[int, Message]]:
-        """Sends (node, body, its shared part) and yields what comes back as it comes, until all have or time is up."""
-        patience_s = patience_s or (lambda: self.settings.round_timeout_s)
-        timeout_s = patience_s()
-        messages = []
-        for node, body, shared in bodies:
-            envelope = seal_request(self.parties.signer, body, self.receipt_of(self._silo_at.get(node, "")))
-            self.bytes_moved += len(envelope)
-            # A node that is away must not find the message when it is back: its round is over by then.
-            content = pack(envelope, shared, in_pieces=node in self._in_pieces)
-            messages.append(Message(content, node, kind, group_id=group, ttl=timeout_s))
-        # The silo is known by the message that is answered: what a reply says of its sender is the sender's own word.
-        sent = zip_longest(self.grid.push_messages(messages) if messages else (), messages)
-        waiting = {name or f"unsent {at}": message.metadata.dst_node_id for at, (name, message) in enumerate(sent)}
-        del messages
-        began = time.monotonic()
-        while waiting and (waited_s := time.monotonic() - began) < patience_s():
-            came = False
-            for message in self.grid.pull_messages(list(waiting)):
-                came = True
-                if message.metadata.reply_to_message_id in waiting:
-                    node = waiting.pop(message.metadata.reply_to_message_id)
-                    if message.has_content() and takes_pieces(message.content):
-                        self._in_pieces.add(node)
-                    yield node, message
-            if waiting and not came:
-                time.sleep(min(max(POLL_S, POLL_S * waited_s), LONGEST_POLL_S))
-        if waiting:
-            self._timed_out(group, sorted(waiting.values()), patience_s())
-
-    def _timed_out(self, group: str, nodes: list[int], timeout_s: float) -> None:
-        silent = [self._silo_at.get(node, f"node {node}") for node in nodes]
-        message = f"no answer from {', '.join(silent)} in {timeout_s:g} s; the run goes on, and asks again later"
-        self.log.emit("federate", "timeout", step=group, missing=len(silent), silos=silent, message=message)
-
-    def _emit(self, event: str, group: str, node: int, error: Exception, **values: str) -> None:
+    def _emit(self, event: str, group: str, whose_reply: str | int, error: Exception, **values: str) -> None:
         """Why a reply is not used, in one line: whose it is, what is wrong with it, what happens next."""
-        silo = self._silo_at.get(node)
-        who: dict[str, Any] = {"node": node} if silo is None else {"silo": silo}
-        whose = "" if isinstance(error, PolicyRefusal) else f"node {node}: " if silo is None else f"silo {silo}: "
-        self.log.emit("federate", event, **who, step=group, message=f"{whose}{error}; step {group} goes on", **values)
+        who = "node" if isinstance(whose_reply, int) else "silo"
+        whose = "" if isinstance(error, PolicyRefusal) else f"{who} {whose_reply}: "
+        self.log.emit(
+            "federate",
+            event,
+            **{who: whose_reply},
+            step=group,
+            message=f"{whose}{error}; step {group} goes on",
+            **values,
+        )

@@ -145,6 +145,11 @@ def _certified(certificate: dict[str, Any]) -> str:
         else ""
     )
     digests = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(model["adapter"].items()))
+    if any("updates" in one for one in model["rounds"]):
+        continued += (
+            "\nIts steps were buffered: each was taken when enough updates had come. `../certificate.json` has them\n"
+            "in that order (`model.rounds`), each with the step that its model came from and its weight.\n"
+        )
     return f"""
 Trained in run `{certificate["run_id"]}` with epsilon {claim["epsilon"]:.4g} at delta {claim["delta"]:g} for one
 {certificate["unit"]} ({claim["rule"]}). `../certificate.json` says what that rests on and what it does not cover; it is

@@ -188,10 +188,10 @@ class OneByOne:
         self._looked = 0.0
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Sends a step's messages. No reply may have more bytes than its largest request and some to spare."""
+        """Sends messages. No reply may have more bytes than the largest request so far and some to spare."""
         messages = list(messages)
         largest = max((size_bytes(message.content) for message in messages), default=0)
-        self._most_bytes = largest + LARGEST_EXTRA_BYTES
+        self._most_bytes = max(self._most_bytes, largest + LARGEST_EXTRA_BYTES)  # some may outlast a step
         with _told_if_stopped():
             since, self._looked = self._since(), time.monotonic()
             names = list(self._grid.push_messages(messages))

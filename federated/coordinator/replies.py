@@ -48,11 +48,13 @@ class Answer:
         silo: its name.
         reply: of the kind that was asked for.
         digest: of the reply's bytes, as the silo's own ledger holds it for what it released.
+        body: these bytes.
     """
 
     silo: str
     reply: pb.Reply
     digest: str
+    body: bytes
 
 
 @contextmanager

@@ -7,7 +7,7 @@ was committed is never written again.
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from configs.storage.layout import CERTIFICATE, EARLIER_CERTIFICATE
 from configs.storage.manifests import Manifest, commit_manifest, damaged_file, read_manifest
 from configs.storage.sealing import MasterKey, read_sealed, write_sealed
 from configs.storage.storage import COMMITTED, Folder, committed, newest_commit
-from privacy.certificate.model_digests import RoundDigests
+from privacy.certificate.model_digests import RoundDigests, UpdateDigest
 
 KIND = UNIT = "round"
 CLOSING = "closing"
@@ -25,7 +25,23 @@ ADAPTER = "adapter.safetensors"
 SILOS = "silos.json"
 RELEASES = "releases.json"
 EARLIER = "earlier.json"
+UPDATES = "updates.json"
 SERVER_STATE = "server-state.safetensors"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a silo was asked for last, in buffered rounds.
+
+    Attributes:
+        round: the silo's own.
+        version: after how many server steps the model was that it starts from.
+        open: whether its reply is still waited for.
+    """
+
+    round: int
+    version: int
+    open: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,8 @@ class Round:
             none has committed it.
         earlier: digests of the rounds before it, the first one first, so that the newest commit alone is enough for a
             certificate; None where a version that kept none has committed it.
+        updates: what was folded into it in buffered rounds, in the order in which it came.
+        tasks: what each silo was asked for last then, in buffered rounds.
     """
 
     round_number: int
@@ -49,11 +67,13 @@ class Round:
     server_state: bytes = b""
     releases: dict[str, str] | None = field(default_factory=dict)
     earlier: tuple[RoundDigests, ...] | None = ()
+    updates: tuple[UpdateDigest, ...] = ()
+    tasks: dict[str, Task] = field(default_factory=dict)
 
     @property
     def digests(self) -> RoundDigests:
         """The round's own."""
-        return RoundDigests(adapter=digest_bytes(self.adapter), releases=self.releases)
+        return RoundDigests(adapter=digest_bytes(self.adapter), releases=self.releases, updates=self.updates)
 
 
 def save(directory: Path, config_digest: str, commit: Round, run_id: str, key: MasterKey | None = None) -> Round:
@@ -72,6 +92,10 @@ def save(directory: Path, config_digest: str, commit: Round, run_id: str, key: M
         earlier = [one.model_dump(mode="json") for one in commit.earlier or ()]
         for name, value in ((SILOS, commit.silos), (RELEASES, commit.releases), (EARLIER, earlier)):
             _write_json(target / name, value)
+        if commit.tasks:
+            updates = [one.model_dump(mode="json") for one in commit.updates]
+            tasks = {silo: asdict(task) for silo, task in commit.tasks.items()}
+            _write_json(target / UPDATES, {"updates": updates, "tasks": tasks})
     except OSError as error:
         raise write_failure(target, error) from error
     metadata = {"round": commit.round_number, "run_id": run_id}
@@ -160,15 +184,20 @@ def digests(directory: Path, commit: Round, key: MasterKey | None = None) -> tup
         return ()
     earlier = commit.earlier
     if earlier is None:
-        folders = [directory / f"round-{number:05d}" for number in range(1, commit.round_number)]
-        earlier = tuple(_whole(folder, key).digests for folder in folders)
+        earlier = tuple(whole(directory, number, key).digests for number in range(1, commit.round_number))
     return (*earlier, commit.digests)
 
 
-def _whole(target: Path, key: MasterKey | None) -> Round:
+def whole(directory: Path, number: int, key: MasterKey | None = None) -> Round:
+    """One committed round.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    target = directory / f"round-{number:05d}"
     manifest = read_manifest(target, KIND, name=COMMITTED)
     if manifest is None or damaged_file(target, manifest) is not None:
-        raise InputError(f"{target}: missing or damaged, and a certificate tells of every round; put its backup back")
+        raise InputError(f"{target}: missing or damaged; put its backup back")
     return _read(target, manifest, key)
 
 
@@ -182,7 +211,10 @@ def _read(target: Path, manifest: Manifest, key: MasterKey | None) -> Round:
     earlier = None
     if EARLIER in manifest.files:
         earlier = tuple(RoundDigests.model_validate(one) for one in _json(target / EARLIER))
-    return Round(int(manifest.metadata["round"]), adapter, silos, server_state, releases, earlier)
+    found = _json(target / UPDATES) if UPDATES in manifest.files else {"updates": (), "tasks": {}}
+    updates = tuple(UpdateDigest.model_validate(one) for one in found["updates"])
+    tasks = {silo: Task(**task) for silo, task in found["tasks"].items()}
+    return Round(int(manifest.metadata["round"]), adapter, silos, server_state, releases, earlier, updates, tasks)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -4,12 +4,11 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.errors import SiloweaveError
 from configs.events import EventLog, Listener
 from configs.run_directory import config_digest
 from configs.schema.schema import RunConfig
@@ -17,19 +16,23 @@ from configs.schema.stages import numbered
 from configs.storage.files import digest_bytes, write_atomic
 from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.manifests import Manifest, require_manifest
-from configs.storage.sealing import load_key
+from configs.storage.sealing import MasterKey, load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
-from federated.adapters.lora_factors import frozen_digest
 from federated.adapters.update_codec import decoded
 from federated.adapters.warm_model import held_back_in
 from federated.aggregation.aggregation import RoundAggregation, check_size
 from federated.aggregation.message_sizes import MessageSizes, message_sizes, require_room
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import QUERY, TRAIN, Bodies, SiloExchange, adapter_spec, task_spec, training
+from federated.coordinator.exchange import Bodies, SiloExchange
 from federated.coordinator.flower_grid import Nodes
 from federated.coordinator.parties import Parties
 from federated.coordinator.replies import Answer
 from federated.coordinator.run_ticket import open_run
+from federated.coordinator.schedule.arrivals import Arrivals
+from federated.coordinator.schedule.buffered import BufferedRounds, Models
+from federated.coordinator.schedule.mail import QUERY, TRAIN
+from federated.coordinator.schedule.quorum import Quorum
+from federated.coordinator.schedule.training_request import TrainingRequests
 from federated.coordinator.silo_records import SiloRecords
 from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
 from federated.evaluation.private_sums import bounds_of, checked_sums, evaluation_after, figures
@@ -73,6 +76,7 @@ class Coordinator:
     exchange: SiloExchange = field(init=False)
     plan: PlanTerms = field(init=False)
     base: Manifest = field(init=False)
+    requests: TrainingRequests = field(init=False)
     silo_records: SiloRecords = field(init=False)
     aggregator: TrustedAggregator | None = field(init=False)
     reserved: set[str] = field(default_factory=set)
@@ -80,6 +84,7 @@ class Coordinator:
     digests: tuple[RoundDigests, ...] = ()
     server_state: Arrays = field(default_factory=dict)
     held_back: Callable[[int], frozenset[str]] = field(init=False)
+    buffered: BufferedRounds | None = None
 
     def __post_init__(self) -> None:
         check_size(self.config.federated, self.parties.num_silos)
@@ -90,6 +95,7 @@ class Coordinator:
             self.grid, run, self.parties, self.config.federated, self.log, self.silo_records.held
         )
         self.base = require_manifest(self.base_model, "model", self.config.model.made_by)
+        self.requests = TrainingRequests(self.config, self.plan, self.base.content_digest)
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
         self.held_back = held_back_in(self.config, self.base_model)
 
@@ -115,12 +121,14 @@ class Coordinator:
         self.silo_records.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
         place, stated = commits.closing(self.directory, digest, run_id, lambda line: say(message=line))
         self.silo_records.restore(stated, str(place))
+        if self.config.federated.schedule == "buffered":
+            self.buffered = self._buffered(commit, key)
         self._meet(self.parties.num_silos, commit.round_number)
         self.server_state = from_bytes(commit.server_state) if commit.server_state else {}
         if commit.round_number == 0:
             self._evaluate(0, None if self.config.federated.starts_as_base else adapter)
         for round_number in range(commit.round_number + 1, self.plan.rounds + 1):
-            began, self.exchange.bytes_moved = time.perf_counter(), 0
+            began, self.exchange.mail.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
             self._evaluate(round_number, adapter)
             self.log.emit(
@@ -130,17 +138,27 @@ class Coordinator:
                 rounds=self.plan.rounds,
                 **numbered([stage.rounds for stage in self.config.federated.stages], round_number - 1),
                 answered=answered,
-                bytes=self.exchange.bytes_moved,
+                bytes=self.exchange.mail.bytes_moved,
                 seconds=time.perf_counter() - began,
                 epsilon_left=self.silo_records.epsilon_left(),
+                **(self.buffered.said() if self.buffered else {}),
             )
             state = to_bytes(self.server_state) if self.server_state else b""
             silos, content = self.silo_records.silos, to_bytes(adapter)
             done = commits.Round(round_number, content, silos, state, self.released, self.digests)
+            if self.buffered:
+                done = replace(done, updates=tuple(self.buffered.updates), tasks=self.buffered.arrivals.tasks)
             commits.save(self.directory, digest, done, run_id, key)
             self.digests = (*self.digests, done.digests)
             self._meet(self.config.federated.min_silos, round_number)  # all may be away for a moment, after a restart
         self._close()
+
+    def _buffered(self, commit: commits.Round, key: MasterKey | None) -> BufferedRounds:
+        arrivals = Arrivals(self.directory, self.exchange.run.id, key)
+        arrivals.go_on_from(self.digests, commit.tasks)
+        models = Models(self.directory, self.requests, self.exchange.body, key)
+        take_receipt, settings = self.silo_records.take_receipt, self.config.federated
+        return BufferedRounds(self.exchange, arrivals, settings, models, self._present, take_receipt, self._update)
 
     def certify_model(self, files: dict[str, str]) -> dict[str, Any]:
         """Writes the certificate of a run whose rounds are done, and returns it.
@@ -162,16 +180,6 @@ class Coordinator:
         write_atomic(self.directory / CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
         return document
 
-    def _wait_for_silos(self, number: int, fewest: int) -> None:
-        """Waits until so many have connected, or until the deadline, if those that are there are enough for a round."""
-        deadline = time.monotonic() + self.config.federated.round_timeout_s
-        while (found := len(list(self.grid.get_node_ids()))) < number:
-            if time.monotonic() > deadline:
-                if found >= fewest:
-                    return
-                raise SiloweaveError(f"{found} of {number} silos have connected; start the others")
-            time.sleep(1)
-
     def _meet(self, number: int, done: int) -> None:
         """Looks who is there now; a new silo reserves the whole schedule before it is asked for anything.
 
@@ -186,14 +194,23 @@ class Coordinator:
         fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
         if done < self.plan.rounds:
             self.exchange.run.require_time(self.directory, self.silo_records.cost_anew)
-        self._wait_for_silos(number, fewest)
-        self.exchange.meet(self.silo_records.describe, self._patience_s)
-        plan = json.dumps(self.plan.model_dump(), sort_keys=True)
-        asked = pb.Reserve(plan=plan, request_bytes=self.sizes.request)
+        self.exchange.wait_for(number, fewest)
+        meet = partial(self.exchange.meet, self.silo_records.describe, self._patience_s)
+        meet()
+        if done < self.plan.rounds:
+            self.exchange.wait_for_required(meet)
+        text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
+        asked = pb.Reserve(plan=text, request_bytes=self.sizes.request)
         bodies = Bodies(new, lambda silo: (self.exchange.body("reserve", silo, reserve=asked), b""), self._patience_s)
-        already = len(self._present())
-        self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, already, fewest=fewest)
+        present = self._present()
+        needs = Quorum(fewest, len(present))
+        if done < self.plan.rounds:
+            needs.missing = lambda answered: self.config.federated.missing([*present, *answered])
+        self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, needs)
+
+    def _update(self, content: bytes) -> Arrays:
+        return decoded(content, self.config.federated.update_dtype, self.sizes.request)
 
     def _patience_s(self) -> float:
         """How long to wait for what needs no training: not for long where there are silos enough for a round.
@@ -216,8 +233,9 @@ class Coordinator:
         aggregation = RoundAggregation(federated, adapter, self.server_state, silos, clients, held_back)
         self.released = {}
         if self.aggregator is None:
-            answered = self._ask(round_number, aggregation, adapter)
-            adapter, self.server_state = aggregation.result()
+            ask = self.buffered.ask if self.buffered else partial(self._ask, adapter=adapter)
+            if answered := ask(round_number, aggregation):
+                adapter, self.server_state = aggregation.result()
             return adapter, answered
         inputs = {
             "plan": self.plan.digest,
@@ -225,21 +243,20 @@ class Coordinator:
             "settings": config_digest(self.config),
             "adapter": digest_bytes(to_bytes(adapter)),
         }
-        ask = partial(self._ask, round_number, aggregation, adapter)
-        released = self.aggregator.round(round_number, inputs, aggregation.clipped_sum, ask)
+        asked = partial(self._ask, round_number, aggregation, adapter)
+        released = self.aggregator.round(round_number, inputs, aggregation.clipped_sum, asked)
         adapter, self.server_state = aggregation.after(released.mean)
         self.released = {AGGREGATOR: digest_bytes(to_bytes(released.mean))}  # of what has noise; no client's update
         return adapter, released.answered
 
     def _ask(self, round_number: int, aggregation: RoundAggregation, adapter: Arrays) -> list[str]:
         """Sends the adapter to the silos that are there, and folds their updates. Returns those who answered."""
-        frozen = frozen_digest(adapter) if self.config.federated.adapters == "ffa" else ""
+        frozen, federated = self.requests.frozen_part(adapter), self.config.federated
 
         def fold(answer: Answer) -> None:
             trained = answer.reply.trained
             self.silo_records.take_receipt(answer.silo, trained.receipt)  # without a sound one an update is not folded
-            update = decoded(trained.update, self.config.federated.update_dtype, self.sizes.request)
-            aggregation.add(answer.silo, update)
+            aggregation.add(answer.silo, self._update(trained.update))
             self.released[answer.silo] = answer.digest
 
         adapters: dict[int, bytes] = {}
@@ -248,22 +265,14 @@ class Coordinator:
             sent = aggregation.sent(silo)
             if sent.rank not in adapters:
                 adapters[sent.rank] = to_bytes(sent.adapter)
-            seed = self.config.run.seed if frozen else 0
-            said = training(self.config.federated, round_number, sent, frozen_digest=frozen, frozen_seed=seed)
-            kind = self._training(pb.Train(**self._model(), **said, adapter=adapters[sent.rank]))
+            kind = self.requests.kind(round_number, sent, frozen, adapters[sent.rank])
             return self.exchange.body(f"round-{round_number}", silo, **kind), adapters[sent.rank]
 
         # With clients as units at most the plan's number are asked, chosen by name: the choice must not depend on data.
         silos = self._present()[: self.config.privacy.num_clients or None]
-        return self.exchange.collect(
-            Bodies(silos, body), TRAIN, str(round_number), "trained", fold, enough=self.config.federated.enough_silos
-        )
-
-    def _training(self, train: pb.Train) -> dict[str, Any]:
-        if self.aggregator is None:
-            return {"train": train}
-        rate, steps = self.config.privacy.sampling_rate, self.config.federated.local_steps
-        return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
+        enough, grace_s = federated.enough_silos, federated.grace_s
+        needs = Quorum(federated.min_silos, enough=enough, grace_s=grace_s, missing=federated.missing)
+        return self.exchange.collect(Bodies(silos, body), TRAIN, str(round_number), "trained", fold, needs)
 
     def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
         """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
@@ -274,8 +283,8 @@ class Coordinator:
         evaluate = pb.Evaluate(
             number=number,
             metric=METRIC,
-            **self._model(),
-            adapter_spec=adapter_spec(federated, federated.lora_rank, federated.lora_alpha),
+            **self.requests.model(),
+            adapter_spec=self.requests.shared_spec(),
             adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
         )
         sums: dict[str, list[float]] = {}
@@ -287,15 +296,10 @@ class Coordinator:
             sums[answer.silo] = checked_sums(answer.reply.evaluated.sums, bounds)
 
         bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
-        answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", "evaluated", take)
+        needs = Quorum(federated.min_silos)
+        answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", "evaluated", take, needs)
         found = figures([sums[silo] for silo in answered], bounds, privacy.evaluation_noise_multiplier)
         self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
-
-    def _model(self) -> dict[str, Any]:
-        """What a request says of plan, base model and task."""
-        spec = self.config.federated.task_spec
-        said = {"plan_digest": self.plan.digest, "base_model_digest": self.base.content_digest, "task": spec.name}
-        return {**said, "task_spec": task_spec(spec)}
 
     def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
         """The same request to each silo that is there and has reserved."""
@@ -309,7 +313,9 @@ class Coordinator:
 
         What was stated is committed at once: the same command again, with silos away, must not know less.
         """
-        released = Counter(silo for one in self.digests for silo in one.releases or ())
+        released = sum((one.counts for one in self.digests), Counter[str]())
+        if self.buffered:
+            self.buffered.stop()
 
         def take(answer: Answer) -> None:
             closed, silo = answer.reply.closed, answer.silo
@@ -317,7 +323,7 @@ class Coordinator:
             self.silo_records.take_statement(silo, closed.statement, released[silo])
 
         bodies = self._bodies("close", close=pb.Close())
-        if self.exchange.collect(bodies, QUERY, "close", "closed", take, fewest=0) and self.certify:
+        if self.exchange.collect(bodies, QUERY, "close", "closed", take, Quorum(0)) and self.certify:
             digest, run_id = config_digest(self.config), self.exchange.run.id
             commits.save_closing(self.directory, digest, self.silo_records.silos, run_id)
 

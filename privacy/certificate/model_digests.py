@@ -1,13 +1,22 @@
 """Digests by which a certificate says of which model it speaks, and the look at a folder that claims to be it."""
 
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from configs.errors import InputError
-from configs.schema.base import Digest
+from configs.schema.base import Count, Digest
 from configs.storage.files import digest_bytes, digest_file
 from configs.storage.manifests import MANIFEST, damaged_file, read_manifest
 from configs.storage.sealing import MasterKey, is_sealed, read_sealed
@@ -38,6 +47,26 @@ def _of_a_model(digests: dict[str, str]) -> bool:
     return plain and len(digests) <= _MOST_FILES and set(MODEL_FILES) <= set(digests)
 
 
+class UpdateDigest(BaseModel):
+    """One update that was folded into a server step of buffered rounds.
+
+    Attributes:
+        silo: whose it is.
+        round: the silo's own round, as its ledger has charged it.
+        version: after how many server steps the model was that it started from.
+        weight: public: what it was multiplied by.
+        digest: of the silo's whole reply, as its ledger holds it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    silo: Annotated[str, Field(min_length=1, max_length=255)]
+    round: Count
+    version: Annotated[int, Field(ge=0)]
+    weight: Annotated[float, Field(gt=0, le=1)]
+    digest: Digest
+
+
 class RoundDigests(BaseModel):
     """The digests of one round.
 
@@ -45,12 +74,32 @@ class RoundDigests(BaseModel):
         adapter: of the shared adapter after the round, safetensors.
         releases: of what was folded into it, by ledger: of each silo's whole reply, or of the aggregator's noised mean,
             as the ledgers hold it. None for a round that was committed before certificates had any.
+        updates: what was folded into a server step of buffered rounds, in the order in which it came; ``releases`` has
+            nothing then.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     adapter: Digest
     releases: dict[str, Digest] | None
+    updates: tuple[UpdateDigest, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "RoundDigests":
+        if self.releases and self.updates:
+            raise ValueError("a round has releases, and updates of buffered rounds; it has either")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what earlier versions had no field for, where there is nothing to say of it."""
+        found: dict[str, Any] = write(self)
+        return found if self.updates else {name: value for name, value in found.items() if name != "updates"}
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many releases of each ledger were folded into it."""
+        return Counter([*(self.releases or ()), *(update.silo for update in self.updates)])
 
 
 class ModelDigests(BaseModel):
@@ -74,14 +123,27 @@ class ModelDigests(BaseModel):
     declared_public_by: Digest | None = None
     continues: Digest | None = None
 
+    @model_validator(mode="after")
+    def _each_update_once(self) -> "ModelDigests":
+        seen: set[tuple[str, int]] = set()
+        for step, one in enumerate(self.rounds, 1):
+            for update in one.updates:
+                if (update.silo, update.round) in seen:
+                    raise ValueError(f"round {update.round} of {update.silo!r} went into the model twice")
+                if update.version >= step:
+                    raise ValueError(f"step {step} has an update of a model that comes after it")
+                seen.add((update.silo, update.round))
+        return self
+
     def rounds_of(self, ledger: str) -> dict[int, str]:
-        """Digests of what a ledger has released into the model, by round."""
+        """Digests of what a ledger has released into the model, by the round that it was charged for."""
         found = {number: (one.releases or {}).get(ledger) for number, one in enumerate(self.rounds, 1)}
-        return {number: digest for number, digest in found.items() if digest is not None}
+        buffered = {up.round: up.digest for one in self.rounds for up in one.updates if up.silo == ledger}
+        return {number: digest for number, digest in found.items() if digest is not None} | buffered
 
     def contributors(self) -> set[str]:
         """Ledgers whose releases are in the model."""
-        return {name for one in self.rounds for name in one.releases or ()}
+        return {name for one in self.rounds for name in one.counts}
 
 
 def published_digests(folder: Path) -> dict[str, str]:

@@ -10,8 +10,8 @@ from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.storage.files import write_atomic
 from federated.adapters.arrays import from_bytes
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import SiloExchange
 from federated.coordinator.rounds import Coordinator
+from federated.coordinator.schedule.mail import Mail
 from federated.simulation.simulated_places import simulated_ledger
 from federated.simulation.simulation import simulate
 from privacy.certificate.certificate import AGGREGATOR
@@ -114,7 +114,7 @@ def test_a_federation_is_certified_and_one_that_is_stopped_twice_gives_the_same_
     check_ledgers(tmp_path, config, tmp_path / "whole")
 
     start_anew(tmp_path)
-    whole_round, send = Coordinator._round, SiloExchange._send
+    whole_round, send = Coordinator._round, Mail.send
 
     def roman_is_away_in_round_two(self, bodies, kind, group, *patience):
         sent = send(self, bodies, kind, group, *patience)
@@ -125,7 +125,7 @@ def test_a_federation_is_certified_and_one_that_is_stopped_twice_gives_the_same_
         return result if number == 1 else stops()
 
     with monkeypatch.context() as patch, pytest.raises(SiloweaveError, match=r"1 of 2 silos answered, federated.min"):
-        patch.setattr(SiloExchange, "_send", roman_is_away_in_round_two)
+        patch.setattr(Mail, "send", roman_is_away_in_round_two)
         federation(name="stopped", injected_seed=SEED)
     assert kinds(simulated_ledger(config)) == ["open", "reserve", "charge", "release", "charge"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -21,8 +21,8 @@ from configs.storage.secrets import load_secret
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.adapters.warm_model import adaptation, warm_model
 from federated.coordinator import round_commits as commits
-from federated.coordinator.exchange import TRAIN, SiloExchange
 from federated.coordinator.rounds import Coordinator
+from federated.coordinator.schedule.mail import TRAIN, Mail
 from federated.evaluation.label_counts import examples_of, label_counts
 from federated.evaluation.private_sums import evaluated
 from federated.silo.units import load_units
@@ -113,6 +113,38 @@ def test_rounds_are_committed_charged_and_closed(finished):
     assert all(event["answered"] == ["roman", "romances"] for event in rounds)
     left = min(silo["receipt"]["epsilon_left"] for silo in certificate["silos"].values())
     assert [event["epsilon_left"] for event in rounds] == [left, left]
+
+
+def test_buffered_rounds_are_charged_like_others_and_are_made_again_to_the_same_bytes(
+    federation, tmp_path, monkeypatch
+):
+    """Steps of one update each. The last one is lost before the run is closed, and made of what was kept of it."""
+    buffered = ("federated.schedule=buffered", "federated.buffer=1", "privacy.evaluations=1")
+    save, last = commits.save, tmp_path / "federated" / "round-00002"
+
+    def dies(directory, digest, commit, *rest):
+        save(directory, digest, commit, *rest)
+        if commit.round_number == 2:
+            raise KeyboardInterrupt
+        return commit
+
+    monkeypatch.setattr(commits, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        federation(*buffered)
+    monkeypatch.undo()
+    before = adapters(tmp_path / "federated")
+    assert sorted(before) == [0, 1, 2]
+    shutil.rmtree(last)
+    federation(*buffered)
+    assert adapters(tmp_path / "federated") == before
+    certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    updates = [update for one in certificate["model"]["rounds"] for update in one["updates"]]
+    assert len(updates) == 2
+    for silo in ("roman", "romances"):
+        rounds = [number for number in charged_rounds(tmp_path, silo) if number]
+        assert rounds == list(range(1, len(rounds) + 1)) and len(rounds) <= 2
+        assert {update["round"] for update in updates if update["silo"] == silo} <= set(rounds)
 
 
 def test_silos_evaluate_privately_what_a_scorer_reads_in_the_clear(federation, tiny_model, tmp_path):
@@ -316,7 +348,7 @@ def test_a_silo_without_records_stops_the_simulation(federation):
 
 def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, monkeypatch):
     """Stopped after round one; at the restart a silo's answers are lost: what it has spent is still claimed."""
-    whole_round, send = Coordinator._round, SiloExchange._send
+    whole_round, send = Coordinator._round, Mail.send
 
     def dies(self, number, adapter):
         if number == 2:
@@ -330,7 +362,7 @@ def test_a_silo_that_has_spent_stays_in_the_certificate(federation, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         federation()
     monkeypatch.undo()
-    monkeypatch.setattr(SiloExchange, "_send", deaf)
+    monkeypatch.setattr(Mail, "send", deaf)
     federation()
     certificate = json.loads((tmp_path / "federated" / "certificate.json").read_text())
     assert certificate["epsilon_sum"] == pytest.approx(2 * certificate["epsilon"])

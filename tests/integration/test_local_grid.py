@@ -12,9 +12,9 @@ from configs.errors import InputError
 from configs.events import EventLog, read_events
 from configs.load import load
 from configs.storage.manifests import Manifest, commit_manifest
-from federated.coordinator.exchange import TRAIN
 from federated.coordinator.parties import Parties
 from federated.coordinator.rounds import Coordinator
+from federated.coordinator.schedule.mail import TRAIN
 from federated.simulation.local_grid import _CALL_BYTES, _CALL_S, LocalGrid, SiloHost
 from federated.transport.flower_messages import SHARED, pack, unpack
 from privacy.signing import Signer

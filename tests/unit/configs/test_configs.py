@@ -79,12 +79,42 @@ def test_every_setting_has_a_description():
         ('data.private.public_record_counts={"North "=1, North=2}', "'North' is there twice, in two spellings"),
         ('federated.lora_ranks={" "=1}', "the name ' ' is none; give a silo's name"),
         ('privacy.evaluation_labels=["caf\u00e9", "cafe\u0301"]', "give two or more, each once"),
+        ('federated.required_silos=["a", " a"]', "the name 'a' is there twice, in two spellings"),
+        ("federated.deadlines_s={a=0}", "federated.deadlines_s.a is 0: input should be greater than 0"),
+        ("federated.grace_s=3", "federated.grace_s is 3 and federated.enough_silos 0: a round waits for every silo"),
+        ("federated.buffer=2", "federated.buffer is 2: federated.schedule 'synchronous' has no use for it"),
+        ("federated.max_staleness=3", "federated.max_staleness is 3: federated.schedule 'synchronous' has no use"),
+        ("federated.schedule=buffered", "federated.buffer is 0 with federated.schedule 'buffered': give the number of"),
         ("nonsense", "write it as group.field=value"),
     ],
 )
 def test_a_bad_setting_is_one_clear_line(override, expected):
     with pytest.raises(InputError) as caught:
         load("tiny", [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["federated.min_silos=3"], "federated.min_silos is 3 and federated.buffer 2"),
+        (['federated.required_silos=["a"]'], "federated.required_silos is ('a',) with federated.schedule 'buffered'"),
+        (["federated.enough_silos=2"], "federated.enough_silos is 2 with federated.schedule 'buffered'"),
+        (["federated.stages=[{rounds=1}, {rounds=1}]", "federated.rounds=2"], "federated.stages has 2 with"),
+        (["federated.aggregation=scaffold", "federated.optimizer=sgd"], "federated.aggregation is 'scaffold' with"),
+        (["federated.aggregation=median"], "federated.aggregation is 'median' with federated.schedule 'buffered'"),
+        (["federated.adapters=product"], "federated.adapters is 'product' with federated.schedule 'buffered'"),
+        (["privacy.evaluations=2"], "privacy.evaluations is 2 with federated.schedule 'buffered'"),
+        (
+            ["privacy.unit=client", "privacy.num_clients=5", "evaluate.without_dp=false"],
+            "federated.schedule is 'buffer",
+        ),
+    ],
+)
+def test_what_means_nothing_in_buffered_rounds_is_refused_in_one_line(overrides, expected):
+    with pytest.raises(InputError) as caught:
+        load("tiny", ["federated.schedule=buffered", "federated.buffer=2", *overrides])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 

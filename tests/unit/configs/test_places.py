@@ -116,6 +116,8 @@ NO_PATHS = {
     "evaluate.public.encoding",
     "evaluate.prompt",
     "federated.lora_ranks",
+    "federated.deadlines_s",
+    "federated.required_silos",
     "federated.adapter_targets",
     "monitoring.mlflow_experiment",
     "policy.base_models",

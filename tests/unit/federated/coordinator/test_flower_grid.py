@@ -22,10 +22,11 @@ from signed_silos import InProcess, SignedSilo, adapter, coordinator
 
 from configs.errors import SiloweaveError
 from configs.events import read_events
-from federated.coordinator import exchange, rounds
 from federated.coordinator import flower_grid as flower_replies
+from federated.coordinator import rounds
 from federated.coordinator.flower_grid import OneByOne
 from federated.coordinator.replies import LARGEST_EXTRA_BYTES
+from federated.coordinator.schedule import mail
 from federated.transport.flower_messages import pack, sent_before, unpack
 
 HANGS_S = 60  # for as long as a pull is held back from those that wait for it: they should not
@@ -69,7 +70,7 @@ def test_a_reply_that_is_announced_and_never_sent_holds_up_nobody(tmp_path, monk
     nodes.came, began = 0, time.monotonic()
     # The step's time is up once all who answer have: whatever else this machine does, it is long enough for them.
     clock = SimpleNamespace(monotonic=lambda: began + 60 * (nodes.came == len(honest)), sleep=time.sleep)
-    monkeypatch.setattr(exchange, "time", clock)
+    monkeypatch.setattr(mail, "time", clock)
     _, answered = one._round(1, adapter())
     grid.over.set()
     assert not grid.waited_for
@@ -77,6 +78,16 @@ def test_a_reply_that_is_announced_and_never_sent_holds_up_nobody(tmp_path, monk
     (late,) = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["event"] == "timeout"]
     assert late["silos"] == ["hostile"]
     assert grid.pulled == {"1": 1}  # however often its reply is asked for
+
+
+def test_a_small_question_makes_no_reply_too_long_that_outlasts_it():
+    """In buffered rounds a silo may still be training when others are asked who they are."""
+    nodes = OneByOne(Stalling([SignedSilo("good")]))
+    large, small = request(1, "train"), request(1, "query")
+    large.content["siloweave"]["head"] = bytes(2**23)
+    nodes.push_messages([large])
+    nodes.push_messages([small])
+    assert nodes._most_bytes > 2**23
 
 
 def test_a_reply_that_comes_after_its_step_is_dropped(monkeypatch):

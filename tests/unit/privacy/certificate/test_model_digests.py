@@ -16,6 +16,7 @@ from privacy.certificate.model_digests import (
     ADAPTER_FILES,
     BASE_MODEL,
     ModelDigests,
+    RoundDigests,
     published_digests,
     which_model,
 )
@@ -190,3 +191,44 @@ def test_an_adapter_that_is_saved_again_has_the_same_digests(tmp_path):
         for seed in ("1", "2")
     ]
     assert found[0] == found[1] != ""
+
+
+def update(silo, number, version, weight=1.0):
+    return {"silo": silo, "round": number, "version": version, "weight": weight, "digest": "ab" * 32}
+
+
+def of_steps(*steps):
+    """A model whose server steps are made of these updates."""
+    rounds = [{"adapter": "cd" * 32, "releases": {}, "updates": list(found)} for found in steps]
+    return {"base_model": "ef" * 32, "rounds": rounds, "adapter": dict.fromkeys(ADAPTER_FILES, "aa" * 32)}
+
+
+def test_updates_of_buffered_rounds_count_by_the_round_that_their_ledger_has_charged():
+    model = ModelDigests.model_validate(of_steps([update("a", 1, 0), update("b", 1, 0)], [update("a", 2, 0, 0.5)]))
+    assert model.rounds_of("a") == {1: "ab" * 32, 2: "ab" * 32}
+    assert model.contributors() == {"a", "b"}
+    assert [dict(one.counts) for one in model.rounds] == [{"a": 1, "b": 1}, {"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (([update("a", 1, 0)], [update("a", 1, 1)]), "round 1 of 'a' went into the model twice"),
+        (([update("a", 1, 0), update("a", 1, 0)],), "round 1 of 'a' went into the model twice"),
+        (([update("a", 1, 1)],), "step 1 has an update of a model that comes after it"),
+        (([update("a", 1, 0, 1.5)],), "less than or equal to 1"),
+        (([update("a", 1, 0, 0.0)],), "greater than 0"),
+        (([update("a", 0, 0)],), "greater than or equal to 1"),
+    ],
+)
+def test_updates_that_no_buffered_rounds_make_are_refused(steps, message):
+    with pytest.raises(InputError, match=message):
+        parse(ModelDigests, of_steps(*steps), "test")
+
+
+def test_rounds_without_updates_are_written_as_before():
+    """Certificates of before have no such field, and checking one makes it again."""
+    one = RoundDigests(adapter="cd" * 32, releases={"a": "ab" * 32})
+    assert one.model_dump(mode="json") == {"adapter": "cd" * 32, "releases": {"a": "ab" * 32}}
+    with pytest.raises(InputError, match="it has either"):
+        parse(RoundDigests, {**one.model_dump(), "updates": [update("a", 1, 0)]}, "test")

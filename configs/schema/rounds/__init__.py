@@ -1,0 +1,1 @@
+"""Rules about a federation's rounds, beside the file of their settings."""
