@@ -1,6 +1,7 @@
 """One tiny run a session: the whole pipeline through the real command line, shared by every test that needs a model."""
 
 import fcntl
+import gc
 import json
 import os
 import subprocess
@@ -23,6 +24,11 @@ from configs.schema.schema import RunConfig
 # what it tests is changed.
 settings.register_profile("certain", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("certain")
+
+
+def pytest_collection_finish():
+    """Thousands of tests and what they import stay to the end: Python need not look for garbage among them."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
