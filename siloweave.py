@@ -16,7 +16,6 @@ from cluster.commands.jobs import job_app, submit
 from cluster.commands.merge import merge
 from cluster.commands.tune import tune
 from configs.errors import SiloweaveError
-from configs.imports import collect_rarely
 from configs.printing import escape_unencodable, say, to_json
 from federated.commands.federation import federation_app
 from federated.commands.silo import silo_app
@@ -57,7 +56,6 @@ def main() -> None:
     Exit status: 0, 1 the run failed, 2 the input is wrong, 3 refused by a privacy policy; 130 and 143 where a signal
     ended it.
     """
-    collect_rarely()
     escape_unencodable()
     signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -24,15 +24,6 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def collect_rarely() -> None:
-    """Has Python look for garbage after ten thousand new objects, and not after seven hundred.
-
-    For a process whose commands import much, each at its own place: the searches among what stays anyway are a tenth of
-    its start.
-    """
-    gc.set_threshold(10_000, 20, 20)
-
-
 def import_large(*modules: str) -> None:
     """Imports modules that import much else; idempotent."""
     if any(name not in sys.modules for name in modules):

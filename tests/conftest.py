@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,27 @@ settings.register_profile("certain", derandomize=True, deadline=None, suppress_h
 settings.load_profile("certain")
 
 
-def pytest_collection_finish():
+def pytest_configure():
     """Thousands of tests and what they import stay to the end: Python need not look for garbage among them."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """See above."""
     gc.freeze()
+    gc.enable()
+
+
+_USERS = count()
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path, monkeypatch):
-    """Each test is a user of its own: no ledger of another test, or of who runs the tests, is found."""
-    monkeypatch.setenv("XDG_STATE_HOME", f"{tmp_path}.state")
+def own_state(tmp_path_factory, monkeypatch):
+    """Each test is a user of its own: no ledger of another test, or of who runs the tests, is found.
+
+    Most tests write nothing, and have no folder: to find a free name for one takes longer the more there are.
+    """
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "users" / str(next(_USERS))))
 
 
 def run_siloweave(
@@ -132,3 +145,11 @@ def shared_ray():
 
     with ray_session(load("tiny").cluster, 2) as ray:
         yield ray
+
+
+@pytest.fixture(scope="session")
+def warm_ray(shared_ray):
+    """The same with processes that stay, for federations that are only looked at."""
+    from warm_hosts import WarmRay
+
+    return WarmRay(shared_ray)

@@ -143,7 +143,7 @@ def start_run(processes: Processes, config: RunConfig, model: Path, directory: P
     return processes.start("run", *command)
 
 
-def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, flower, tmp_path):
+def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, warm_ray, flower, tmp_path):
     model = tiny_run.directory / "model"
     # A smaller epsilon means more noise, which is calibrated faster.
     config = load("tiny", ["federated.rounds=1", f"federated.round_timeout_s={RUN_S}", "privacy.epsilon=1"])
@@ -159,7 +159,7 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, flower, 
     def open_silo(_name):
         return Silo(load_silo(silo), injected_seed=SEED)
 
-    with LocalGrid(shared_ray, open_silo, [NAME], workers=1, threads=1) as grid:
+    with LocalGrid(warm_ray, open_silo, [NAME], workers=1, threads=1) as grid:
         rounds.run_federation(grid, config, model, over_grid, parties, lambda _: None)
     assert adapter(over_flower, 0) == adapter(over_grid, 0)
     assert adapter(over_flower, 1) != adapter(over_flower, 0)
