@@ -43,12 +43,12 @@ from configs.load import load
 from configs.parse import to_toml
 from configs.schema.schema import RunConfig
 from configs.schema.silo import load_silo
+from configs.storage.layout import AGGREGATOR_FOLDER
 from configs.storage.manifests import require_manifest
 from federated.adapters.arrays import to_bytes
 from federated.adapters.warm_model import initial_adapter
 from federated.coordinator import rounds
 from federated.coordinator.parties import Parties
-from federated.coordinator.trusted_aggregator import FOLDER
 from federated.identity.keys import load_or_create_key
 from federated.identity.trust import coordinator_signer, enrolled_silos
 from federated.identity.x509 import CURVE, Authority
@@ -177,7 +177,7 @@ def test_flower_runs_a_federation_with_clients_as_units(tiny_run, flower, tmp_pa
     document = json.loads((directory / "certificate.json").read_text())
     check_certificate(document, "certificate")
     assert document["seeds"].startswith("operating system")
-    ledger = home / FOLDER / "ledger.sqlite"
+    ledger = home / AGGREGATOR_FOLDER / "ledger.sqlite"
     kinds = [body["kind"] for body in verify_entries(read_only(ledger), "ledger", document["aggregator"]["public_key"])]
     assert kinds == ["open", "reserve", "charge", "release", "close"]
 
