@@ -1,7 +1,6 @@
 """One tiny run a session: the whole pipeline through the real command line, shared by every test that needs a model."""
 
 import fcntl
-import gc
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from installed import install, outside_the_checkout
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is not asked; read when its libraries are first imported
 
+from configs.imports import uncollected
 from configs.load import load
 from configs.schema.schema import RunConfig
 
@@ -27,15 +27,11 @@ settings.register_profile("certain", derandomize=True, deadline=None, suppress_h
 settings.load_profile("certain")
 
 
-def pytest_configure():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
     """Thousands of tests and what they import stay to the end: Python need not look for garbage among them."""
-    gc.disable()
-
-
-def pytest_collection_finish():
-    """See above."""
-    gc.freeze()
-    gc.enable()
+    with uncollected():
+        return (yield)
 
 
 _USERS = count()
