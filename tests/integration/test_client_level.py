@@ -33,7 +33,7 @@ CLIENT = (
 
 
 @pytest.fixture
-def federation(tiny_run, warm_ray, tmp_path):
+def federation(tiny_run, shared_ray, tmp_path):
     """Runs one with two silos, in a folder of its own, under a run id that is always the same."""
     from trainer.data.embedded import plays
 
@@ -52,7 +52,7 @@ def federation(tiny_run, warm_ray, tmp_path):
         )
         (tmp_path / name).mkdir(exist_ok=True)
         write_atomic(tmp_path / name / "run.json", run)
-        simulate(warm_ray, config, tiny_run.model, tmp_path / name, on_event=lambda _: None, **options)
+        simulate(shared_ray, config, tiny_run.model, tmp_path / name, on_event=lambda _: None, **options)
         return config
 
     return start

@@ -1,7 +1,7 @@
 """Processes that host the silos of one federation after the other: to start one takes longer than a federation in it.
 
-For tests that look at what federations do. Those of processes that start, die or find again what another one has left
-take Ray as it is.
+For tests that look at what federations do. Those that kill processes, or compare bytes after a restart, take Ray as it
+is.
 """
 
 import sys
