@@ -17,6 +17,7 @@ from cluster.run import Run
 from cluster.runtime.session import ray_session
 from configs.errors import InputError
 from configs.events import EventLog
+from configs.imports import import_large
 from configs.parse import json_object, reading
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
@@ -208,11 +209,12 @@ def _task_fits(config: RunConfig) -> None:
 
 def federate(run: Run) -> None:
     """Fine-tunes across the silos under DP; then the same without DP where the settings ask for it."""
+    _task_fits(run.config)
+    model = require_manifest(run.model, "model", run.config.model.made_by).content_digest
+    import_large("federated.simulation.simulation")  # which takes seconds
     from federated.coordinator.final_model import publish
     from federated.simulation.simulation import simulate
 
-    _task_fits(run.config)
-    model = require_manifest(run.model, "model", run.config.model.made_by).content_digest
     for stage, with_dp in _federations(run.config):
         directory = run.directory / stage
         if (directory / MANIFEST).exists():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from installed import install, outside_the_checkout
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is not asked; read when its libraries are first imported
 
+from configs.imports import uncollected
 from configs.load import load
 from configs.schema.schema import RunConfig
 
@@ -25,10 +27,23 @@ settings.register_profile("certain", derandomize=True, deadline=None, suppress_h
 settings.load_profile("certain")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Thousands of tests and what they import stay to the end: Python need not look for garbage among them."""
+    with uncollected():
+        return (yield)
+
+
+_USERS = count()
+
+
 @pytest.fixture(autouse=True)
-def own_state(tmp_path, monkeypatch):
-    """Each test is a user of its own: no ledger of another test, or of who runs the tests, is found."""
-    monkeypatch.setenv("XDG_STATE_HOME", f"{tmp_path}.state")
+def own_state(tmp_path_factory, monkeypatch):
+    """Each test is a user of its own: no ledger of another test, or of who runs the tests, is found.
+
+    Most tests write nothing, and have no folder: to find a free name for one takes longer the more there are.
+    """
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "users" / str(next(_USERS))))
 
 
 def run_siloweave(
@@ -126,3 +141,11 @@ def shared_ray():
 
     with ray_session(load("tiny").cluster, 2) as ray:
         yield ray
+
+
+@pytest.fixture(scope="session")
+def warm_ray(shared_ray):
+    """The same with processes that stay, for federations that are only looked at."""
+    from warm_hosts import WarmRay
+
+    return WarmRay(shared_ray)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from configs.errors import InputError
+from configs.imports import import_large
 from configs.load import load
 from configs.locks import working_on
 from configs.parse import presets
@@ -193,6 +194,7 @@ def plan(
 ) -> None:
     """What a run will need and spend, before anything runs: bytes per rank, batches, steps, noise and epsilon."""
     quiet_libraries()
+    import_large("cluster.checks.estimate", "transformers.modeling_utils")
     from cluster.checks.estimate import estimate
 
     found = estimate(load(config, override or []), memory=memory)

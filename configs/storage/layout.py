@@ -10,6 +10,7 @@ CONFIG, EVENTS, CERTIFICATE = "config.toml", "events.jsonl", "certificate.json"
 EARLIER_CERTIFICATE = "earlier-certificate.json"  # of the run that a federation continues, in that federation's folder
 ARRIVALS, ARRIVED = "arrivals.jsonl", "arrived"  # of buffered rounds: the order of updates, and the newest of them
 FEDERATED, NO_DP = "federated", "federated-no-dp"  # a federation's stage, and its folder
+AGGREGATOR_FOLDER = "aggregator"  # of the coordinator's own ledger, where clients are the units
 
 _LONGEST_NAME = 255 - len(".anchor")  # file systems hold names of 255 bytes, a suffix included
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from configs.imports import import_large
 from configs.printing import FIGURES, answer, confirmed, rounded, say
 from federated.commands.silo_runs import found_journal, journal_of, runs_app
 from federated.deployment.supervisor import ended_by_signal
@@ -115,6 +116,7 @@ def serve(
             f"{config}: silo.relay_user is empty; name the operating-system user of the relay, which runs code that "
             "comes from elsewhere"
         )
+    import_large("federated.silo.silo")
     from federated.deployment.silo_site import service_tls
     from federated.silo.silo import Silo
     from federated.silo.source_record import source_note

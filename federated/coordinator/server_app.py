@@ -9,11 +9,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from configs.parse import parse
 from configs.schema.schema import RunConfig
+from configs.storage.layout import AGGREGATOR_FOLDER
 from federated.coordinator.flower_grid import OneByOne
 from federated.coordinator.outcome import recorded
 from federated.coordinator.parties import Parties
 from federated.coordinator.rounds import run_federation
-from federated.coordinator.trusted_aggregator import FOLDER, MEMBERS, open_ledger
+from federated.coordinator.trusted_aggregator import MEMBERS, open_ledger
 from federated.identity.trust import coordinator_signer, enrolled_silos
 from federated.protocol.framing import LARGEST_MESSAGE_BYTES
 
@@ -27,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     config = parse(RunConfig, tomllib.loads(str(given["config"])), "run configuration")
     base_model, directory = Path(str(given["base-model"])), Path(str(given["directory"]))
     home = Path(str(given["coordinator"]))
-    ledger = partial(open_ledger, home, home / FOLDER, MEMBERS, config.privacy)
+    ledger = partial(open_ledger, home, home / AGGREGATOR_FOLDER, MEMBERS, config.privacy)
     parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home), ledger)
     with recorded(directory, context.run_id):
         line = LARGEST_MESSAGE_BYTES

@@ -25,7 +25,7 @@ from privacy.mechanism.client_sum import ClippedSum
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms, PrivacyPlan
 
-FOLDER, MEMBERS = "aggregator", "members"
+MEMBERS = "members"
 
 
 def open_ledger(

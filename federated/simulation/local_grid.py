@@ -1,5 +1,6 @@
 """Flower's ``Grid`` over Ray actors: the same ServerApp and the same silo code, without SuperLink and polling."""
 
+import pickle
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from configs.errors import InputError
+from configs.imports import uncollected
 from federated.transport.client_app import Handler, make_app
 from federated.transport.flower_messages import size_bytes
 
@@ -43,13 +45,21 @@ OpenSilo = Callable[[str], OpenedSilo]
 
 
 class SiloHost:
-    """A process that hosts silos. Each is opened when a message for it comes, and stays warm while few others come."""
+    """A process that hosts silos. Each is opened when a message for it comes, and stays warm while few others come.
 
-    def __init__(self, open_silo: OpenSilo, threads: int, warm: int = _WARM_SILOS) -> None:
-        import torch
+    Args:
+        open_silo: the pickled ``OpenSilo``; as it is, Ray would import all that it needs before the process is asked.
+        threads: torch threads.
+        warm: silos that are kept open at most.
+    """
 
+    def __init__(self, open_silo: bytes, threads: int, warm: int = _WARM_SILOS) -> None:
+        with uncollected():
+            import torch
+
+            self._open_silo: OpenSilo = pickle.loads(open_silo)  # noqa: S301  # of the grid that started the process
         torch.set_num_threads(threads)
-        self._open_silo, self._most, self._silos = open_silo, warm, OrderedDict[str, OpenedSilo]()
+        self._most, self._silos = warm, OrderedDict[str, OpenedSilo]()
         self._app = make_app(self._connect)
 
     def _connect(self, context: Context, _timeout_s: float) -> Handler:
@@ -124,7 +134,7 @@ class LocalGrid(Grid):
         # No environment of its own for the process: Ray starts processes ahead, and an environment would not fit them.
         # It sets OMP_NUM_THREADS to num_cpus by itself, and torch's threads are set when the process starts.
         actor: Any = ray.remote(SiloHost).options(num_cpus=threads, max_restarts=0)
-        self._start_worker: Callable[[], Any] = partial(actor.remote, open_silo, threads)
+        self._start_worker: Callable[[], Any] = partial(actor.remote, ray.cloudpickle.dumps(open_silo), threads)
         self._workers = [_Worker(self._start_worker()) for _ in range(min(workers, len(self._silo_of)))]
         self._home: dict[int, _Worker] = {}
         self._waiting: dict[str, Message] = {}

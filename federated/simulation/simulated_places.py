@@ -16,9 +16,8 @@ from configs.schema.silo import (
     SiloPolicy,
     SiloSettings,
 )
-from configs.storage.layout import SiloFiles, name_on_disk
+from configs.storage.layout import AGGREGATOR_FOLDER, SiloFiles, name_on_disk
 from configs.storage.manifests import read_manifest
-from federated.coordinator.trusted_aggregator import FOLDER
 from federated.protocol.bounds import WHOLE
 from privacy.declaration import DECLARATION
 
@@ -30,7 +29,7 @@ def ledgers_of(config: RunConfig) -> Path:
 
 def simulated_ledger(config: RunConfig) -> Path:
     """Folder of a simulated aggregator's ledger, one per dataset; the + keeps it apart from any dataset's own."""
-    return Path(config.federated.state_dir) / f"+{FOLDER}" / config.data.private.dataset_id
+    return Path(config.federated.state_dir) / f"+{AGGREGATOR_FOLDER}" / config.data.private.dataset_id
 
 
 def ledgers_of_other_spellings(config: RunConfig, names: Iterable[str]) -> dict[str, Path]:

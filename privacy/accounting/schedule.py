@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from configs.imports import import_large
 from privacy.accounting.truncation import FAILURE_SHARE, Truncation
 
 _BINS_PER_DEVIATION = 12
@@ -148,6 +149,7 @@ def _self_composed(pld: Any, times: int) -> Any:
 
 
 def _gaussian(sigma: float, pessimistic: bool, width: float, **options: Any) -> Any:
+    import_large("dp_accounting.pld.privacy_loss_distribution")
     from dp_accounting.pld import privacy_loss_distribution
 
     return privacy_loss_distribution.from_gaussian_mechanism(

@@ -43,12 +43,12 @@ from configs.load import load
 from configs.parse import to_toml
 from configs.schema.schema import RunConfig
 from configs.schema.silo import load_silo
+from configs.storage.layout import AGGREGATOR_FOLDER
 from configs.storage.manifests import require_manifest
 from federated.adapters.arrays import to_bytes
 from federated.adapters.warm_model import initial_adapter
 from federated.coordinator import rounds
 from federated.coordinator.parties import Parties
-from federated.coordinator.trusted_aggregator import FOLDER
 from federated.identity.keys import load_or_create_key
 from federated.identity.trust import coordinator_signer, enrolled_silos
 from federated.identity.x509 import CURVE, Authority
@@ -83,6 +83,20 @@ def socket_path() -> Iterator[Path]:
         shutil.rmtree(directory)
 
 
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory) -> Iterator[tuple[Processes, Path]]:
+    """One SuperLink and SuperNode for all runs, and the socket at which the silo of each is reached."""
+    with tempfile.TemporaryDirectory(prefix="sw-") as sockets:
+        path = Path(sockets) / "silo.sock"
+        started = Processes(tmp_path_factory.mktemp("flower"))
+        started.environment["XDG_STATE_HOME"] = str(started.directory / "state")
+        try:
+            start_flower(started, f"unix:{path}")
+            yield started, path
+        finally:
+            started.end()
+
+
 def start_flower(processes: Processes, silo_address: str) -> None:
     """SuperLink and SuperNode on loopback, over TLS; `flwr run APP local` reaches them."""
     port, node_port = str(free_port()), str(free_port())
@@ -103,6 +117,17 @@ def start_flower(processes: Processes, silo_address: str) -> None:
     processes.start("supernode", str(BIN / "flower-supernode"), "--root-certificates", files["ca.pem"], *node)
 
 
+def run_over_flower(flower: tuple[Processes, Path], silo: Path, config: RunConfig, directory: Path, home: Path) -> None:
+    """Serves a silo, and hands a run of it to Flower, to its end."""
+    processes, socket_path = flower
+    service = processes.start("silo", sys.executable, "-c", SEEDED_SERVICE, str(silo), str(socket_path), SEED.hex())
+    processes.wait_until("silo service", lambda: is_serving(socket_path))
+    run = start_run(processes, config, Path(load_silo(silo).silo.base_model), directory, home)
+    processes.wait_until("end of the run", lambda: run.poll() is not None, RUN_S)
+    processes.stop(service)
+    assert (directory / "certificate.json").exists(), processes.logs()
+
+
 def start_run(processes: Processes, config: RunConfig, model: Path, directory: Path, home: Path) -> psutil.Popen:
     """Hands a run of one silo to Flower."""
     given = {
@@ -118,29 +143,23 @@ def start_run(processes: Processes, config: RunConfig, model: Path, directory: P
     return processes.start("run", *command)
 
 
-def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processes, socket_path, tmp_path):
+def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, warm_ray, flower, tmp_path):
     model = tiny_run.directory / "model"
     # A smaller epsilon means more noise, which is calibrated faster.
     config = load("tiny", ["federated.rounds=1", f"federated.round_timeout_s={RUN_S}", "privacy.epsilon=1"])
 
     over_flower, home = federation(tmp_path / "over-flower"), tmp_path / "coordinator"
-    silo = silo_toml(config, model, tmp_path / "silo-over-flower", home)
-    processes.start("silo", sys.executable, "-c", SEEDED_SERVICE, str(silo), str(socket_path), SEED.hex())
-    processes.wait_until("silo service", lambda: is_serving(socket_path))
-    start_flower(processes, f"unix:{socket_path}")
-    run = start_run(processes, config, model, over_flower, home)
+    run_over_flower(flower, silo_toml(config, model, tmp_path / "silo-over-flower", home), config, over_flower, home)
 
     over_grid = federation(tmp_path / "over-grid")
     # One after the other: at the second one's start the roster names another key of the same silo.
-    processes.wait_until("end of the run", lambda: run.poll() is not None, RUN_S)
-    assert (over_flower / "certificate.json").exists(), processes.logs()
     silo = silo_toml(config, model, tmp_path / "silo-over-grid", home)
     parties = Parties(coordinator_signer(home), 1, partial(enrolled_silos, home))
 
     def open_silo(_name):
         return Silo(load_silo(silo), injected_seed=SEED)
 
-    with LocalGrid(shared_ray, open_silo, [NAME], workers=1, threads=1) as grid:
+    with LocalGrid(warm_ray, open_silo, [NAME], workers=1, threads=1) as grid:
         rounds.run_federation(grid, config, model, over_grid, parties, lambda _: None)
     assert adapter(over_flower, 0) == adapter(over_grid, 0)
     assert adapter(over_flower, 1) != adapter(over_flower, 0)
@@ -149,22 +168,16 @@ def test_flower_gives_the_bytes_of_the_local_grid(tiny_run, shared_ray, processe
         check_certificate(json.loads((directory / "certificate.json").read_text()), str(directory))
 
 
-def test_flower_runs_a_federation_with_clients_as_units(tiny_run, processes, socket_path, tmp_path):
+def test_flower_runs_a_federation_with_clients_as_units(tiny_run, flower, tmp_path):
     changes = ["privacy.unit=client", "privacy.num_clients=1", "evaluate.without_dp=false", "federated.rounds=1"]
     config = load("tiny", [*changes, f"federated.round_timeout_s={RUN_S}", "privacy.epsilon=1"])
     directory, home, model = federation(tmp_path / "federated"), tmp_path / "coordinator", tiny_run.directory / "model"
-    silo = silo_toml(config, model, tmp_path / "silo", home)
-    processes.start("silo", sys.executable, "-c", SEEDED_SERVICE, str(silo), str(socket_path), SEED.hex())
-    processes.wait_until("silo service", lambda: is_serving(socket_path))
-    start_flower(processes, f"unix:{socket_path}")
-    run = start_run(processes, config, model, directory, home)
-    processes.wait_until("end of the run", lambda: run.poll() is not None, RUN_S)
-    assert (directory / "certificate.json").exists(), processes.logs()
+    run_over_flower(flower, silo_toml(config, model, tmp_path / "silo", home), config, directory, home)
     assert adapter(directory, 1) != adapter(directory, 0)
     document = json.loads((directory / "certificate.json").read_text())
     check_certificate(document, "certificate")
     assert document["seeds"].startswith("operating system")
-    ledger = home / FOLDER / "ledger.sqlite"
+    ledger = home / AGGREGATOR_FOLDER / "ledger.sqlite"
     kinds = [body["kind"] for body in verify_entries(read_only(ledger), "ledger", document["aggregator"]["public_key"])]
     assert kinds == ["open", "reserve", "charge", "release", "close"]
 

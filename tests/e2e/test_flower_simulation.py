@@ -62,7 +62,7 @@ def run_flower(processes: Processes, given: dict[str, object]) -> None:
     processes.wait_until("end of the run", lambda: run.poll() is not None, RUN_S)
 
 
-def test_flowers_simulation_gives_the_bytes_of_the_local_grid(tiny_model, shared_ray, tmp_path):
+def test_flowers_simulation_gives_the_bytes_of_the_local_grid(tiny_model, warm_ray, tmp_path):
     config = load("tiny", ["federated.rounds=1", f"federated.round_timeout_s={RUN_S}", "privacy.epsilon=1"])
     over_flower, over_grid = federation(tmp_path / "over-flower"), federation(tmp_path / "over-grid")
     home = tmp_path / "coordinator"
@@ -88,7 +88,7 @@ def test_flowers_simulation_gives_the_bytes_of_the_local_grid(tiny_model, shared
     def open_silo(name):
         return Silo(load_silo(hosted[name]), injected_seed=SEED)
 
-    with LocalGrid(shared_ray, open_silo, SILOS, workers=2, threads=1) as grid:
+    with LocalGrid(warm_ray, open_silo, SILOS, workers=2, threads=1) as grid:
         rounds.run_federation(grid, config, tiny_model, over_grid, parties, lambda _: None)
     assert adapter(over_flower, 1) != adapter(over_flower, 0)
     assert adapter(over_flower, 1) == adapter(over_grid, 1)

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from repository import REPOSITORY
+from small_corpus import write_corpus
 
 from privacy.ledger.statements import Receipt
 
@@ -170,7 +171,11 @@ def test_a_second_demo_starts_anew_and_reserves_again(tiny_run, siloweave, tmp_p
     root = tmp_path / "again"
     shutil.copytree(tiny_run.root, root)
     monkeypatch.setenv("XDG_STATE_HOME", str(root / "state"))
-    settings = ("federated.rounds=1", "federated.workers=1", "evaluate.without_dp=false", "pretrain.steps=10")
+    write_corpus(root / "corpus.jsonl")
+    settings = (
+        *("data.public.source=corpus.jsonl", "cluster.world_size=1", "pretrain.steps=10", "evaluate.without_dp=false"),
+        *("federated.rounds=1", "federated.workers=1", "privacy.epsilon=1"),
+    )
     arguments = [part for setting in settings for part in ("--set", setting)]
     done = siloweave("demo", "-c", "tiny", "--json", *arguments, cwd=root)
     assert done.returncode == 0, done.stderr
@@ -182,7 +187,7 @@ def test_a_second_demo_starts_anew_and_reserves_again(tiny_run, siloweave, tmp_p
     assert kinds.count("reserve") == 2
     again = json.loads(done.stdout)["privacy"]["silos"]["roman"]
     assert again["charges"] == 1
-    # A third one is too much for a budget of 20: refused by policy, with a single line. It has its model already.
+    # A third one is too much for a budget of 9.5: refused by policy, with a single line. It has its model already.
     for name in ("corpus", "tokenizer", "pretrain", "model"):
         shutil.copytree(root / "runs" / "tiny" / name, root / "runs" / "third" / name)
     spent = siloweave(
@@ -192,7 +197,7 @@ def test_a_second_demo_starts_anew_and_reserves_again(tiny_run, siloweave, tmp_p
         "--json",
         *arguments,
         "--set",
-        "privacy.budget_epsilon=20",
+        "privacy.budget_epsilon=9.5",
         "--set",
         "run.name=third",
         cwd=root,

@@ -43,7 +43,7 @@ def sealed(tiny_run, siloweave, tmp_path_factory):
 
 
 @pytest.fixture
-def federation(tiny_run, shared_ray, sealed, tmp_path):
+def federation(tiny_run, warm_ray, sealed, tmp_path):
     root, key_file = sealed
     rows = [json.dumps({"text": f"Speech {i} of a play about {i % 7} kings", "silo": "roman"}) for i in range(300)]
     (tmp_path / "plays.jsonl").write_text("\n".join(rows))
@@ -57,7 +57,7 @@ def federation(tiny_run, shared_ray, sealed, tmp_path):
             f"run.encryption_key_file={key_file}",
         )
         model, folder = root / "runs" / "tiny" / "model", tmp_path / "runs" / name
-        simulate(shared_ray, config, model, folder, on_event=lambda _: None)
+        simulate(warm_ray, config, model, folder, on_event=lambda _: None)
         return config, model, folder
 
     return run

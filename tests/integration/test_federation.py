@@ -42,11 +42,17 @@ SEED = bytes(range(32))
 
 
 @pytest.fixture
-def federation(tiny_run, shared_ray, tmp_path):
+def federation(tiny_run, warm_ray, tmp_path):
     """Runs a federation of the tiny settings on two genres, in a folder and with silo states of its own.
 
-    On one worker, whose start takes seconds, where a test doesn't ask for more.
+    On one worker, which has hosted the silos of others, where a test doesn't ask for more.
     """
+    return starter(tiny_run, warm_ray, tmp_path)
+
+
+@pytest.fixture
+def begun_anew(tiny_run, shared_ray, tmp_path):
+    """The same on workers of its own."""
     return starter(tiny_run, shared_ray, tmp_path)
 
 
@@ -217,7 +223,7 @@ def counts_in_the_clear(config, silo, adapter, labels):
         return label_counts(model, task, examples_of(task, list(map(joined, units.held_out)), labels), len(labels))
 
 
-def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_path, monkeypatch):
+def test_one_or_two_workers_and_a_restart_give_the_same_bytes(begun_anew, tmp_path, monkeypatch):
     """The same injected seeds and run id: killed after a round and continued, on one worker or on two.
 
     With control variates, which a restart has to find again or the silos refuse another request of the same id, and a
@@ -227,7 +233,7 @@ def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_pa
     (tmp_path / "a").mkdir()
     run = json.dumps({"run_id": "same", "expires": int(time.time()) + 3600})
     (tmp_path / "a" / "run.json").write_text(run)
-    federation("federated.workers=2", *chosen, name="a", injected_seed=SEED)
+    begun_anew("federated.workers=2", *chosen, name="a", injected_seed=SEED)
     keys = {path.parent.name: path.read_bytes() for path in (tmp_path / "state").rglob("split.key")}
     coordinator = (tmp_path / "state" / "coordinator.key").read_bytes()
     shutil.rmtree(tmp_path / "state")
@@ -252,11 +258,11 @@ def test_one_or_two_workers_and_a_restart_give_the_same_bytes(federation, tmp_pa
 
     monkeypatch.setattr(Coordinator, "_round", dies_in_round_two)
     with pytest.raises(KeyboardInterrupt):
-        federation(*chosen, name="b", injected_seed=SEED)
+        begun_anew(*chosen, name="b", injected_seed=SEED)
     monkeypatch.undo()
     assert sorted(adapters(tmp_path / "b")) == [0, 1]
     # From here on no seed is injected: round two has to come out of the ledger.
-    federation(*chosen, name="b")
+    begun_anew(*chosen, name="b")
     assert adapters(tmp_path / "a") == adapters(tmp_path / "b")
     states = [[found.server_state for found in commits.all_rounds(tmp_path / name)] for name in ("a", "b")]
     assert states[0] == states[1]
@@ -418,7 +424,7 @@ def test_the_run_without_dp_has_no_certificate_and_charges_nothing(federation, t
     assert not list((tmp_path / "state").rglob("ledger.sqlite"))
 
 
-def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, monkeypatch):
+def test_a_silo_that_is_away_for_three_rounds_comes_back(begun_anew, tmp_path, monkeypatch):
     """Its machine is lost with round two in its hands, process and all, and is there again for round five."""
     push, node_ids, at = LocalGrid.push_messages, LocalGrid.get_node_ids, {"round": 0}
 
@@ -442,7 +448,7 @@ def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, m
 
     monkeypatch.setattr(LocalGrid, "push_messages", lose)
     monkeypatch.setattr(LocalGrid, "get_node_ids", present)
-    federation("federated.rounds=5", "federated.local_steps=2", "federated.workers=2")
+    begun_anew("federated.rounds=5", "federated.local_steps=2", "federated.workers=2")
     events = list(read_events(tmp_path / "federated" / "events.jsonl"))
     assert [event["answered"] for event in events if event["event"] == "round"] == [
         ["roman", "romances"],
@@ -459,7 +465,7 @@ def test_a_silo_that_is_away_for_three_rounds_comes_back(federation, tmp_path, m
     assert len(adapter) == 6 and len(set(adapter.values())) == 6
 
 
-def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(federation, tmp_path, monkeypatch):
+def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(begun_anew, tmp_path, monkeypatch):
     import psutil
 
     dispatch, killed = LocalGrid._dispatch, []
@@ -473,7 +479,7 @@ def test_a_silo_host_that_dies_is_replaced_and_the_round_goes_on(federation, tmp
             mine[0].kill()
 
     monkeypatch.setattr(LocalGrid, "_dispatch", kill_one)
-    federation("federated.rounds=2", "federated.workers=2", name="dying")
+    begun_anew("federated.rounds=2", "federated.workers=2", name="dying")
     assert killed
     assert sorted(adapters(tmp_path / "dying")) == [0, 1, 2]
 

@@ -105,7 +105,7 @@ def federation(tiny_run, tmp_path):
     )
 
 
-def test_hostile_replies_change_nothing_and_the_round_goes_on(federation, tiny_model, shared_ray, tmp_path):
+def test_hostile_replies_change_nothing_and_the_round_goes_on(federation, tiny_model, warm_ray, tmp_path):
     config = federation
     signer = coordinator_signer(Path(config.federated.state_dir))
     silos = {name: simulated_silo(config, name, tiny_model) for name in SILOS}
@@ -115,7 +115,7 @@ def test_hostile_replies_change_nothing_and_the_round_goes_on(federation, tiny_m
         return HostileSilo(silos[name], trusted, name)
 
     opener = partial(open_silo, silos, trusted)
-    with LocalGrid(shared_ray, opener, SILOS, workers=2, threads=1) as grid:
+    with LocalGrid(warm_ray, opener, SILOS, workers=2, threads=1) as grid:
         run_federation(grid, config, tiny_model, tmp_path / "run", Parties(signer, len(SILOS)), lambda _: None)
     events = list(read_events(tmp_path / "run" / "events.jsonl"))
     answered = [event["answered"] for event in events if event["event"] == "round"]
@@ -166,7 +166,7 @@ class SlowSilo:
         return answer
 
 
-def test_a_round_ends_with_enough_replies_and_the_late_one_stays_charged(federation, tiny_model, shared_ray, tmp_path):
+def test_a_round_ends_with_enough_replies_and_the_late_one_stays_charged(federation, tiny_model, warm_ray, tmp_path):
     """The slow silo answers only once the first round is over without it; it is asked again, and closes in the end."""
     config = federation.model_copy(
         update={"federated": federation.federated.model_copy(update={"enough_silos": 1, "round_timeout_s": 120.0})}
@@ -188,7 +188,7 @@ def test_a_round_ends_with_enough_replies_and_the_late_one_stays_charged(federat
         if event["event"] == "round":
             over.touch()
 
-    with LocalGrid(shared_ray, partial(open_silo, silos, trusted, over), names, workers=2, threads=1) as grid:
+    with LocalGrid(warm_ray, partial(open_silo, silos, trusted, over), names, workers=2, threads=1) as grid:
         run_federation(grid, config, tiny_model, tmp_path / "run", Parties(signer, 2), listen)
     events = list(read_events(tmp_path / "run" / "events.jsonl"))
     answered = [event["answered"] for event in events if event["event"] == "round"]

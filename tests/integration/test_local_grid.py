@@ -1,8 +1,10 @@
 """The local grid by itself: who stays warm, what a process that dies takes with it, what a step's messages share."""
 
 import os
+import pickle
 import time
 from functools import partial
+from typing import ClassVar
 
 import pytest
 from flwr.app import Message
@@ -20,26 +22,29 @@ from federated.transport.flower_messages import SHARED, pack, unpack
 from privacy.signing import Signer
 
 
+class Opened:
+    """A silo that tells of its opening and closing."""
+
+    did: ClassVar[list[str]] = []
+
+    def __init__(self, name):
+        self.name = name
+        self.did.append(f"open {name}")
+
+    def handle(self, content):
+        return content + self.name.encode()
+
+    def close(self):
+        self.did.append(f"close {self.name}")
+
+
 def test_few_silos_stay_open_and_the_least_recently_asked_is_closed():
-    did = []
-
-    class Opened:
-        def __init__(self, name):
-            self.name = name
-            did.append(f"open {name}")
-
-        def handle(self, content):
-            return content + self.name.encode()
-
-        def close(self):
-            did.append(f"close {self.name}")
-
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-    host = SiloHost(Opened, threads=1, warm=2)
+    host = SiloHost(pickle.dumps(Opened), threads=1, warm=2)
     for silo in ("a", "b", "a", "c", "a", "b"):
         (reply,), _ = host.handle([Message(pack(b"to "), 7, TRAIN)], [silo])
         assert unpack(reply.content) == f"to {silo}".encode()
-    assert did == ["open a", "open b", "close b", "open c", "close c", "open b"]
+    assert Opened.did == ["open a", "open b", "close b", "open c", "close c", "open b"]
 
 
 class Answers:
@@ -79,7 +84,8 @@ def ask_all(grid, names):
 def test_a_call_that_holds_too_much_ends_early(kind):
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     silos = [kind, "b", "c"]
-    replies, taken = SiloHost(Answers, threads=1).handle([Message(pack(b"?"), 7, TRAIN) for _ in silos], silos)
+    messages = [Message(pack(b"?"), 7, TRAIN) for _ in silos]
+    replies, taken = SiloHost(pickle.dumps(Answers), threads=1).handle(messages, silos)
     assert len(replies) == 1
     assert taken >= 1
 

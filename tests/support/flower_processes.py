@@ -78,6 +78,11 @@ class Processes:
         tails = [(path.name, path.read_text(errors="replace")[-3000:]) for path in sorted(self.directory.glob("*.log"))]
         return "\n".join(f"--- {name}\n{tail}" for name, tail in tails)
 
+    def stop(self, process: psutil.Popen) -> None:
+        """Ends one process, with all that it started; that it ends is no failure."""
+        self._started.remove(process)
+        end_tree([process], END_S)
+
     def end(self) -> None:
         end_tree(self._started, END_S)
 

@@ -167,6 +167,12 @@ def test_the_relay_imports_neither_torch_nor_anything_that_reads_data():
     assert not found_below(loaded, ("torch", "transformers", "sqlite3", *data))
 
 
+def test_a_runs_files_and_ledgers_are_looked_at_without_torch():
+    modules = ("cluster.pipeline", "cluster.monitoring.status", "cluster.report.report", "privacy.commands")
+    loaded = run_python(f"import sys, {', '.join(modules)}; print(*sys.modules)")
+    assert not {"torch", "ray", "transformers", "scipy"} & set(loaded)
+
+
 def test_the_command_line_answers_without_heavy_imports(siloweave, tmp_path):
     loaded = run_python("import sys, siloweave; print(*sys.modules)")
     assert not {"torch", "ray", "flwr", "transformers", "deepspeed", "opacus", "spacy", "presidio_analyzer"} & set(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from configs.errors import InputError
+from configs.imports import import_large
 from configs.schema.federated import BaseDtype, Train
 from trainer.models.bfloat16 import round_frozen
 from trainer.models.load import Head
@@ -79,6 +80,7 @@ def add_adapter(
     Raises:
         AdaptationError: a target is no linear layer of the model's.
     """
+    import_large("peft")
     from peft import LoraConfig, get_peft_model
 
     whole = head_names(model) if head else []

@@ -1,14 +1,17 @@
 """Any architecture that transformers knows, by a ``config.json``: shapes are read from it, never weights or code."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import InputError
 from configs.schema.pretrain import ModelSettings, Objective
 from configs.storage.files import digest_json
+
+if TYPE_CHECKING:
+    import torch
 
 _LARGEST_BYTES = 2**20
 _ROUNDING = 1e-4
@@ -96,6 +99,8 @@ def require_forward(model: Any, settings: ModelSettings, objective: Objective) -
     Raises:
         InputError: it does not, or it does.
     """
+    import torch
+
     ids_BT = torch.randint(2, (1, settings.context_length), generator=torch.Generator().manual_seed(0))
     halves = [ids_BT, ids_BT[:, : settings.context_length // 2]]
     training = model.training

@@ -15,7 +15,8 @@ def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
     ``tell`` hears which one is next: on a busy machine all of them take as long as a rank may be silent.
 
     DeepSpeed's autotuner imports mlflow where it is installed (two seconds), and its Muon optimizer, which every first
-    backward imports, has its kernels compiled by torch's inductor (another one and a half). Neither is used here.
+    backward imports, has its kernels compiled by torch's inductor (another one and a half). Transformers takes scipy's
+    optimizers for losses of object detection (half a second). None of them is used here.
     """
     with uncollected():
         tell("import of torch")
@@ -28,7 +29,8 @@ def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
         tell("import of transformers")
-        import transformers.models.llama.modeling_llama  # noqa: F401
+        with _hidden("scipy"):
+            import transformers.models.llama.modeling_llama  # noqa: F401
 
 
 class Start:
