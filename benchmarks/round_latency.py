@@ -10,9 +10,11 @@ are DP-SGD. The two alternate.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -148,7 +150,10 @@ class FederationFolder:
             "--disable-runtime-dependency-installation",
         ]
         self._start([str(BIN / "flower-superlink"), "--host", "127.0.0.1", "--port", str(port), *tls])
-        time.sleep(5)
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.5)
         for _ in SILOS:
             node = ["--superlink", f"localhost:{port}", "--root-certificates", str(made / "ca.pem")]
             self._start([str(BIN / "flower-supernode"), *node, "--port", str(free_port())])

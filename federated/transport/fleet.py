@@ -6,6 +6,7 @@ where the SuperLink's answer was. Here the node then comes anew, which the coord
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from threading import Event
 from typing import TypeVar
@@ -39,6 +40,7 @@ from federated.transport.node_memory import NodeMemory
 
 LARGEST_ANSWER_BYTES = 2**31  # no envelope is longer: protobuf's own limit
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LONGEST_DETAIL = 0.2, 5.0, 300
+_SHORT = 4  # objects of a message in one piece
 _PASSES = {httpx.codes.TOO_MANY_REQUESTS, httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE}
 _PASSES |= {httpx.codes.GATEWAY_TIMEOUT, httpx.codes.REQUEST_TIMEOUT}
 _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
@@ -152,9 +154,10 @@ class Fleet:
         return response.object_content
 
     def confirm(self, run_id: int, message_id: str) -> None:
-        """Has the SuperLink forget a message's objects."""
+        """Has the SuperLink forget a message's objects; those of a run that has ended it forgets by itself."""
         came = ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=message_id)
-        self._answer(partial(self._client.ConfirmMessageReceived, came))
+        with suppress(httpx.HTTPStatusError):
+            self._answer(partial(self._client.ConfirmMessageReceived, came))
 
     def send(self, reply: Message, seconds: float) -> bool:
         """Sends what the SuperLink lacks of a reply, and says whether it is whole there."""
@@ -169,7 +172,8 @@ class Fleet:
             response, tries = self._counted(partial(self._client.PushMessages, request))
             push = partial(self._push, reply.metadata.run_id, response.session_id)
             wanted = set(response.objects_to_push)
-            push_objects(get_all_nested_objects(reply), push, object_ids_to_push=wanted)
+            objects, many = get_all_nested_objects(reply), at_once(len(wanted))
+            push_objects(objects, push, object_ids_to_push=wanted, max_concurrent_pushes=many)
         # A reply's own object is always new. Nothing is wanted where nobody waits for the reply any more, or where it
         # was announced and the answer to that was lost.
         if not wanted and tries > 1:
@@ -208,6 +212,11 @@ class Fleet:
                 _log.warning("coordinator %s: %s; asked again in %g s", self._address, reason(error), pause_s)
             self._ended.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+def at_once(objects: int) -> int:
+    """How many objects are on their way together: all of a short message, in one round trip; of pieces, two."""
+    return _SHORT if objects <= _SHORT else 2
 
 
 def _may_pass(error: httpx.HTTPError) -> bool:

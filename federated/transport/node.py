@@ -25,7 +25,7 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 
 from federated.transport.client_app import Handler, answered, seconds_left
-from federated.transport.fleet import LARGEST_ANSWER_BYTES, LINE_ERRORS, Fleet, UnsoundMessageError, reason
+from federated.transport.fleet import LARGEST_ANSWER_BYTES, LINE_ERRORS, Fleet, UnsoundMessageError, at_once, reason
 from federated.transport.flower_messages import MOST_PIECES, sent_before
 from federated.transport.node_memory import NodeMemory
 from federated.transport.piece_store import PieceStore
@@ -80,6 +80,7 @@ class RelayNode:
                 _log.info("%s: was answered before it was sent again", step)
                 return
             self._answer(self._whole(message, tree), step)
+            self._fleet.confirm(told.run_id, told.message_id)  # now, where nobody waits for that
         except httpx.HTTPStatusError as error:
             if error.response.status_code == httpx.codes.UNAUTHORIZED:
                 raise
@@ -100,6 +101,7 @@ class RelayNode:
         contents = pull_objects(
             sorted(names),
             _Bounded(self._fleet, self._store, told.run_id).object,
+            max_concurrent_pulls=at_once(len(names)),
             max_time=seconds_left(message),
             max_tries_per_object=None,
             initial_backoff=_FIRST_LOOK_S,
@@ -109,7 +111,6 @@ class RelayNode:
         if not isinstance(found, Message):
             raise UnsoundMessageError("a message that is none")
         found.metadata.__dict__["_message_id"] = told.message_id
-        self._fleet.confirm(told.run_id, told.message_id)
         return found
 
     def _answer(self, message: Message, step: str) -> None:

@@ -478,9 +478,7 @@ def two_users(deployment):
             process.wait(60)
 
 
-def test_a_hostile_bundle_is_not_run_and_the_relays_user_has_no_way_to_what_a_silo_keeps(
-    deployment, two_users, tmp_path
-):
+def test_a_hostile_bundle_is_not_run_and_its_user_reaches_nothing(deployment, two_users, tmp_path):
     site = two_users
     secrets = [
         site.settings,

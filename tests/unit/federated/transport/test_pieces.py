@@ -1,17 +1,28 @@
 """Envelopes in pieces, and a SuperLink that lies about them."""
 
+import logging
+from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import httpx
 import pytest
-from flwr.app import ConfigRecord
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, Message
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
+from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from federated.identity.x509 import Authority
 from federated.transport import fleet, flower_messages
 from federated.transport.flower_messages import MOST_PIECES, PIECE_BYTES, again, pack, sent_before, size_bytes, unpack
+from federated.transport.node import RelayNode
+from federated.transport.node_memory import NodeMemory
+from federated.transport.piece_store import PieceStore
+from federated.transport.service_client import ask
 
 LONG = bytes(range(256)) * (PIECE_BYTES // 128)  # two pieces, and both alike
 
@@ -126,3 +137,35 @@ def test_an_answer_that_no_message_can_be_is_refused_before_it_is_read(header, s
     finally:
         server.shutdown()
         server.server_close()
+
+
+def tree(names):
+    return ObjectTree(object_id="f" * 64, children=[ObjectTree(object_id=name) for name in names])
+
+
+@pytest.fixture
+def node(tmp_path):
+    """A node whose SuperLink gives the same bytes whatever it is asked for."""
+    authority = Authority(tmp_path / "ca.key", tmp_path / "ca.pem", "test")
+    key, memory, ended = ec.generate_private_key(ec.SECP384R1()), NodeMemory(tmp_path / "node.json"), Event()
+    one = fleet.Fleet("localhost:1", authority.path.read_bytes(), key, memory, ended)
+    content = PullObjectResponse(object_found=True, object_available=True, object_content=LONG)
+    one._client = SimpleNamespace(PullObject=lambda _: content, ConfirmMessageReceived=lambda _: None)
+    return RelayNode(one, memory, PieceStore(tmp_path / "pieces"), partial(ask, "unix:/none"), ended)
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (tree(["a" * 64]), "a piece's bytes are not those that its digest names"),
+        (tree(f"{number:064x}" for number in range(MOST_PIECES + 10)), "a message of more than 2056 objects"),
+        (tree(["../../etc/passwd"]), "a piece's bytes are not those that its digest names"),
+    ],
+)
+def test_a_message_that_is_not_what_it_says_reaches_no_silo_and_leaves_no_file(node, tmp_path, caplog, found, says):
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+    message = Message(pack(b""), 1, "train", ttl=60)
+    with caplog.at_level(logging.WARNING, "siloweave.relay"):
+        node._serve(message, found)
+    assert [record.getMessage().split(": ", 2)[2] for record in caplog.records] == [says]
+    assert not list((tmp_path / "pieces").iterdir())
