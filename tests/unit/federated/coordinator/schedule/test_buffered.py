@@ -21,7 +21,8 @@ from federated.aggregation.server_optimizers import server_step
 from federated.coordinator import round_commits as commits
 from federated.coordinator.flower_grid import OneByOne
 from federated.coordinator.schedule import arrivals as arrivals_module
-from federated.coordinator.schedule.mail import Mail
+from federated.coordinator.schedule.mail import TRAIN, Mail
+from federated.protocol import silo_pb2 as pb
 from federated.transport.flower_messages import pack
 from privacy.certificate.check import check_certificate
 
@@ -366,6 +367,24 @@ def test_a_silo_past_its_deadline_is_given_up_and_its_late_update_is_in_no_step(
     assert {silo for event in events(tmp_path, "timeout") for silo in event["silos"]} == {"c"}
     assert silos[2].kept or not silos[2].asked  # whatever it has done is its own ledger's
     check_by_plain_loop(tmp_path, silos, one.config.federated)
+
+
+def test_a_reply_that_came_in_time_is_not_late_however_long_others_are_waited_for_meanwhile(tmp_path, monkeypatch):
+    """It comes while a new silo is asked what it reserves, and that takes until the deadline is over."""
+    silos = silos_of("ab")
+    grid = ClockedGrid(silos, (2, 9))
+    turn_by(grid, monkeypatch)
+    one = coordinator(grid, tmp_path, *settings_of(1, "federated.round_timeout_s=5"), silos=2)
+    one._meet(2, 0)
+    post, nodes = one.exchange.mail, one.exchange.nodes
+    for silo in ("a", "b"):
+        post.post(nodes[silo], one.exchange.body(f"round-{silo}", silo, close=pb.Close()), b"", "1")
+    query = one.exchange.body("describe", describe=pb.Describe())
+    grid.ticks[nodes["b"]] = 20
+    list(post.send([(nodes["b"], query, b"")], TRAIN, "other", None))
+    assert grid.now >= 5
+    assert [posted.silo for posted in post.overdue("1")] == ["b"]
+    assert [posted.silo for posted, _ in post.landed()] == ["a"]
 
 
 def test_an_update_of_too_old_a_model_is_dropped_said_and_stays_charged(tmp_path):
