@@ -26,7 +26,7 @@ from federated.coordinator.replies import (
 )
 from federated.coordinator.run_ticket import RENEW, RunTicket
 from federated.coordinator.schedule.mail import QUERY, Mail
-from federated.coordinator.schedule.quorum import Quorum
+from federated.coordinator.schedule.quorum import Quorum, check_names
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.clocks import EXPIRES
 from federated.protocol.framing import PROTOCOL_VERSION, ROUNDED_VERSION
@@ -77,6 +77,8 @@ class SiloExchange:
     _refused: list[PolicyRefusal] = field(default_factory=list)  # when it was last looked who is there
 
     def __post_init__(self, receipt_of: Callable[[str], bytes]) -> None:
+        if self.parties.roster:
+            check_names(self.settings, self.parties.roster())
         self.mail = Mail(self.grid, self.parties.signer, self.settings, self.log, receipt_of)
 
     def wait_for(self, number: int, fewest: int) -> None:

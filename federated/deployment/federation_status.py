@@ -18,7 +18,7 @@ from federated.identity.x509 import days_left, read_certificate
 
 REFUSALS_SHOWN = 20
 _BUDGET = ("epsilon_left", "delta_left", "epsilon_reserved")
-_TROUBLE = ("refused", "rejected", "timeout", "unused")
+_TROUBLE = ("refused", "rejected", "timeout")
 
 
 def status(federation: FederationFolder) -> dict[str, Any]:

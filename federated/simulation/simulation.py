@@ -13,6 +13,7 @@ from configs.schema.schema import RunConfig
 from configs.schema.silo import LARGEST_NAME, SiloConfig
 from federated.coordinator.parties import Parties
 from federated.coordinator.rounds import run_federation
+from federated.coordinator.schedule.quorum import check_names
 from federated.coordinator.trusted_aggregator import open_ledger
 from federated.identity.trust import COORDINATOR_KEY, coordinator_signer
 from federated.silo.silo import Silo
@@ -51,6 +52,7 @@ def simulated_silos(config: RunConfig, base_model: Path) -> dict[str, SiloConfig
     unknown = sorted(set(config.federated.lora_ranks) - set(rows))
     if unknown:
         raise InputError(f"federated.lora_ranks has {unknown}: none of the data's {len(rows)} silos; check the names")
+    check_names(config.federated, rows)
     _check_names(config, rows)
     for name, folder in ledgers_of_other_spellings(config, rows).items():
         raise InputError(

@@ -146,9 +146,9 @@ class Mail:
                 yield posted, message
 
     def overdue(self, group: str) -> list[Posted]:
-        """The requests in flight whose time is up; nobody waits for them any longer."""
-        now = time.monotonic()
-        late = {name: one for name, one in self.in_flight.items() if now >= one.until}
+        """The requests in flight whose time is up before a reply has come; nobody waits for them any longer."""
+        now, came = time.monotonic(), {message.metadata.reply_to_message_id for message in self._early}
+        late = {name: one for name, one in self.in_flight.items() if now >= one.until and name not in came}
         for name, one in late.items():
             del self.in_flight[name]
             self._timed_out(group, TRAIN, [one], None)

@@ -4,7 +4,26 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from configs.errors import PolicyRefusal
+from configs.errors import InputError, PolicyRefusal
+from configs.schema.base import named_as
+from configs.schema.federated import FederatedSettings
+
+_SHOWN = 10
+
+
+def check_names(settings: FederatedSettings, silos: Iterable[str]) -> None:
+    """Refuses rules about silos that don't exist.
+
+    Raises:
+        InputError: a name in ``required_silos`` or ``deadlines_s`` is none of these.
+    """
+    names = sorted(silos)
+    for setting in ("required_silos", "deadlines_s"):
+        given = getattr(settings, setting)
+        unknown = sorted(set(given) - {named_as(name, given) for name in names})
+        if unknown:
+            shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+            raise InputError(f"federated.{setting} has {unknown}: none of the {len(names)} silos ({shown})")
 
 
 @dataclass

@@ -21,7 +21,8 @@ from federated.aggregation.server_optimizers import server_step
 from federated.coordinator import round_commits as commits
 from federated.coordinator.flower_grid import OneByOne
 from federated.coordinator.schedule import arrivals as arrivals_module
-from federated.coordinator.schedule.mail import Mail
+from federated.coordinator.schedule.mail import TRAIN, Mail
+from federated.protocol import silo_pb2 as pb
 from federated.transport.flower_messages import pack
 from privacy.certificate.check import check_certificate
 
@@ -111,19 +112,30 @@ def test_each_step_is_what_a_plain_loop_makes_of_its_updates(ticks, data, aggreg
     assert [len(found["updates"]) for found in document["model"]["rounds"]] == [buffer] * ROUNDS
 
 
-def test_a_slow_silo_holds_up_nobody(tmp_path):
-    """In ticks, not in seconds: the same number of updates of equal silos, one of them ten times slower."""
-    taken = {}
-    for schedule in ("synchronous", "buffered"):
-        silos = silos_of()
-        grid = ClockedGrid(silos, (1, 1, 10))
-        more = settings_of(2, rounds=10) if schedule == "buffered" else ("federated.rounds=10",)
-        run(grid, tmp_path / schedule, *more)
-        taken[schedule] = grid.now
-    assert taken["buffered"] <= taken["synchronous"] / 4
-    asked = events(tmp_path / "buffered", "round")
-    assert max(event["stalest"] for event in asked) > 0
-    assert sum(event["updates"].get("c", 0) for event in asked) >= 1  # and it has its say
+def ticks_to(share, folder, monkeypatch, *overrides):
+    """When steps have come so near to what three equal silos learn, one ten times slower; and the run's coordinator."""
+    grid, save, found = ClockedGrid([KeepingSilo(name) for name in NAMES], (1, 1, 10)), commits.save, []
+
+    def timed(directory, digest, commit, *rest):
+        errors = [np.square(array - 0.5).mean() for array in from_bytes(commit.adapter).values()]
+        found.append((grid.now, np.mean(errors)))
+        return save(directory, digest, commit, *rest)
+
+    monkeypatch.setattr(commits, "save", timed)
+    run(grid, folder, *overrides)
+    monkeypatch.setattr(commits, "save", save)
+    return next(now for now, error in found if error <= (1 - share) * found[0][1])
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_a_slow_silo_holds_up_nobody(share, tmp_path, monkeypatch):
+    """In ticks, not in seconds: to the same loss, with the same number of steps."""
+    synchronous = ticks_to(share, tmp_path / "synchronous", monkeypatch, "federated.rounds=20")
+    buffered = ticks_to(share, tmp_path / "buffered", monkeypatch, *settings_of(2, rounds=20))
+    assert buffered <= synchronous / 5
+    taken = events(tmp_path / "buffered", "round")
+    assert max(event["stalest"] for event in taken) > 0
+    assert sum(event["updates"].get("c", 0) for event in taken) >= 1  # and it has its say
 
 
 def test_a_silo_that_has_answered_gets_the_newest_model(tmp_path):
@@ -190,18 +202,23 @@ def test_a_kill_at_any_point_adds_nothing_twice_and_loses_no_spend(tmp_path):
     assert kill_at > 20, "the run has more points than that"
 
 
-def test_what_had_come_before_a_kill_is_added_and_not_asked_for_again(tmp_path):
-    silos = silos_of()
+def killed_before(number, silos, folder, *overrides):
+    """A run that is killed when a step has all its updates and is to be committed."""
     save = commits.save
 
     def dies(directory, digest, commit, *rest):
-        if commit.round_number == 2:
+        if commit.round_number == number:
             raise Killed
         return save(directory, digest, commit, *rest)
 
     with pytest.MonkeyPatch.context() as patch, suppress(Killed):
         patch.setattr(commits, "save", dies)
-        run(ClockedGrid(silos, (1, 2, 5)), tmp_path, *settings_of())
+        run(ClockedGrid(silos, (1, 2, 5)), folder, *overrides)
+
+
+def test_what_had_come_before_a_kill_is_added_and_not_asked_for_again(tmp_path):
+    silos = silos_of()
+    killed_before(2, silos, tmp_path, *settings_of())
     kept = {silo.name: dict(silo.kept) for silo in silos}
     recorded = (tmp_path / "run" / ARRIVALS).read_bytes()
     for silo in silos:
@@ -352,6 +369,24 @@ def test_a_silo_past_its_deadline_is_given_up_and_its_late_update_is_in_no_step(
     check_by_plain_loop(tmp_path, silos, one.config.federated)
 
 
+def test_a_reply_that_came_in_time_is_not_late_however_long_others_are_waited_for_meanwhile(tmp_path, monkeypatch):
+    """It comes while a new silo is asked what it reserves, and that takes until the deadline is over."""
+    silos = silos_of("ab")
+    grid = ClockedGrid(silos, (2, 9))
+    turn_by(grid, monkeypatch)
+    one = coordinator(grid, tmp_path, *settings_of(1, "federated.round_timeout_s=5"), silos=2)
+    one._meet(2, 0)
+    post, nodes = one.exchange.mail, one.exchange.nodes
+    for silo in ("a", "b"):
+        post.post(nodes[silo], one.exchange.body(f"round-{silo}", silo, close=pb.Close()), b"", "1")
+    query = one.exchange.body("describe", describe=pb.Describe())
+    grid.ticks[nodes["b"]] = 20
+    list(post.send([(nodes["b"], query, b"")], TRAIN, "other", None))
+    assert grid.now >= 5
+    assert [posted.silo for posted in post.overdue("1")] == ["b"]
+    assert [posted.silo for posted, _ in post.landed()] == ["a"]
+
+
 def test_an_update_of_too_old_a_model_is_dropped_said_and_stays_charged(tmp_path):
     silos = silos_of()
     one = run(ClockedGrid(silos, (1, 1, 6)), tmp_path, *settings_of(2, "federated.max_staleness=1", rounds=12))
@@ -381,6 +416,24 @@ def test_a_run_whose_silos_have_given_all_their_rounds_ends(tmp_path):
     document = one.certify_model(FILES)
     check_certificate(document, "test")
     assert any("changes nothing" in event["message"] for event in events(tmp_path, "unused")) or min(sizes) > 0
+
+
+def test_a_step_that_had_to_do_with_less_is_made_again_of_just_that(tmp_path):
+    """In the first step all silos but one fail, and that one fails then, too; nobody is left to be asked."""
+    silos, failing = silos_of(), {("a", 2), ("b", 1), ("c", 1)}
+
+    def fails(silo, reply, request):
+        return b"spoilt" if request.HasField("train") and (silo.name, request.train.round) in failing else reply
+
+    for silo in silos:
+        silo.change = fails
+    killed_before(3, silos, tmp_path, *settings_of(2, rounds=6))
+    before = digests_of(tmp_path)
+    assert [(up.silo, up.round) for up in before[1][1]] == [("a", 1)]
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "run" / f"round-{number:05d}")
+    run(ClockedGrid(silos, (3, 1, 1)), tmp_path, *settings_of(2, rounds=6))
+    assert digests_of(tmp_path)[:3] == before
 
 
 def test_with_nobody_there_it_ends_and_the_same_command_goes_on(tmp_path):

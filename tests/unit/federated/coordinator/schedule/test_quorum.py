@@ -1,11 +1,12 @@
 """Which silos a round needs, how many are enough, and how long each is waited for."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from signed_silos import InProcess, SignedSilo, adapter, coordinator
 
-from configs.errors import PolicyRefusal, SiloweaveError
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
 from federated.coordinator import round_commits as commits
 from federated.coordinator.schedule import mail, quorum
@@ -158,3 +159,20 @@ def test_an_update_that_comes_after_its_deadline_is_in_no_round(grid, tmp_path):
 def test_settings_name_a_silo_in_any_spelling(spelling, grid, tmp_path):
     given = coordinator(grid, tmp_path, f'federated.deadlines_s={{"{spelling}"=3}}').config.federated
     assert (given.deadline_s("a"), given.deadline_s("b")) == (3, given.round_timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('federated.required_silos=["d"]', r"federated.required_silos has \['d'\]: none of the 3 silos \(a, b, c\)"),
+        ("federated.deadlines_s={a=3, e=4}", r"federated.deadlines_s has \['e'\]: none of the 3 silos"),
+    ],
+)
+def test_a_name_that_no_silo_has_is_refused_at_once(setting, message, grid, tmp_path):
+    given = coordinator(grid, tmp_path, setting).config.federated
+    with pytest.raises(InputError, match=message):
+        quorum.check_names(given, ["c", "b", "a"])
+    one = coordinator(grid, tmp_path)
+    roster = {silo.name: silo.signer.public_key for silo in grid.silos.values()}
+    with pytest.raises(InputError, match=message):
+        replace(one.exchange, parties=replace(one.parties, roster=lambda: roster), settings=given, receipt_of=bytes)
