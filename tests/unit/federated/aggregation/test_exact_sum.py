@@ -1,4 +1,5 @@
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -53,3 +54,21 @@ def test_a_bad_update_is_refused_and_leaves_no_part_behind(value):
     assert total.count == 1
     for name, array in total.mean().items():
         np.testing.assert_allclose(array, good[name], atol=2**-31)
+
+
+def test_weighted_updates_add_up_exactly_in_any_order():
+    """Beside whole fractions: each value is rounded once, on its way in, and nothing after it."""
+    draws = np.random.default_rng(5)
+    updates = [{"a": draws.normal(size=7).astype(np.float32)} for _ in range(6)]
+    weights = [(1 + staleness) ** -0.5 for staleness in range(6)]
+    found = []
+    for order in (range(6), reversed(range(6)), (3, 0, 5, 1, 4, 2)):
+        total = FixedPointSum({"a": np.zeros(7, np.float32)})
+        for at in order:
+            total.add(updates[at], weights[at])
+        found.append(total.mean()["a"].tobytes())
+    assert len(set(found)) == 1
+    columns = np.stack([one["a"] for one in updates], axis=1)
+    for value, column in zip(np.frombuffer(found[0], np.float32), columns, strict=True):
+        exact = sum(Fraction(float(one)) * Fraction(weight) for one, weight in zip(column, weights, strict=True)) / 6
+        assert abs(Fraction(float(value)) - exact) <= Fraction(1, 2**33) + abs(exact) / 2**24
