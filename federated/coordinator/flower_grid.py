@@ -10,7 +10,7 @@ the message is sent again: it has the same content, so the silo charges nothing,
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field
 from threading import Event, Lock, Thread
@@ -20,6 +20,7 @@ import httpx
 from flwr.app import Error, Message, MessageType, Metadata
 from flwr.app.message.message import make_message
 from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import RunNotRunningException
 
 from configs.errors import SiloweaveError
@@ -237,7 +238,8 @@ class OneByOne:
             since = there.get(sent.message.metadata.dst_node_id)
             if since is not None and (sent.lost or since != sent.since) and len(sent.names) < _MOST_TIMES:
                 sent.since, sent.lost = since, None
-                sent.names += [name for name in self._grid.push_messages([sent.once_more()]) if name]
+                with suppress(ObjectPushError):  # the SuperLink takes no more of it; the next time it is sent again
+                    sent.names += [name for name in self._grid.push_messages([sent.once_more()]) if name]
 
     def _may_return(self, name: str, reply: Message) -> bool:
         """Whether a message was given up whose node may be there again soon."""

@@ -76,7 +76,7 @@ class RelayNode:
         step = f"message {told.message_id[:8]} of run {told.run_id}"
         try:
             if sent_before(told.group_id) & self._memory.answered:
-                self._fleet.confirm(told.run_id, told.message_id)
+                # Not confirmed: its objects, which that would remove, may be on their way from the coordinator still.
                 _log.info("%s: was answered before it was sent again", step)
                 return
             self._answer(self._whole(message, tree), step)

@@ -15,6 +15,7 @@ from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, PullObjectReq
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import GetNodesResponse, PullAppMessagesRequest, PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
@@ -375,3 +376,19 @@ def test_a_relays_own_error_is_passed_on_at_once(restarting):
     grid.answer(0, Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "its service gave no answer"))
     (reply,) = nodes.pull_messages([name])
     assert reply.error.reason == "its service gave no answer"
+
+
+def test_a_message_that_the_superlink_does_not_take_again_ends_no_run(restarting, monkeypatch):
+    """As where it was removed there while it was being pushed."""
+    grid, nodes = restarting
+    (name,) = nodes.push_messages([request(2, "train", 10)])
+
+    def push(_):
+        raise ObjectPushError("an object", 1, "a session")
+
+    grid.since = "second"
+    monkeypatch.setattr(grid, "push_messages", push)
+    assert list(nodes.pull_messages([name])) == []
+    grid.answer(0, pack(b"reply"))
+    (reply,) = nodes.pull_messages([name])
+    assert unpack(reply.content) == b"reply"
