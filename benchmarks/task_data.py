@@ -131,7 +131,15 @@ SETTINGS = {
         held_out=100,
     ),
     "texts": Setting(
-        "causal", _texts, targets=("q_proj", "v_proj"), sampling_rate=0.02, rounds=2, steps=3, held_out=50
+        "causal",
+        _texts,
+        targets=("v_proj",),
+        rank=2,
+        sampling_rate=0.04,
+        rounds=2,
+        steps=4,
+        rate=5e-3,
+        held_out=50,
     ),
 }
 
