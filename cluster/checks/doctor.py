@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import shutil
 import socket
 import sys
@@ -57,6 +58,7 @@ def examine(config: RunConfig) -> list[Finding]:
     # Of an object store this machine keeps a mirror.
     what, which = ("the mirror", "SILOWEAVE_CACHE") if config.run.url else ("run.storage", "run.storage")
     checks: list[Callable[[], Finding]] = [
+        _system,
         _python,
         *(lambda name=name, least=least: _package(name, least) for name, least in _WANTED.items()),
         _compiler,
@@ -76,6 +78,11 @@ def examine(config: RunConfig) -> list[Finding]:
         lambda: _options(config),
     ]
     return [check() for check in checks]
+
+
+def _system() -> Finding:
+    found = f"{platform.system()} {platform.machine()}"
+    return Finding("system", sys.platform == "linux", found, "run it on Linux; nothing else was tried")
 
 
 def _python() -> Finding:
@@ -100,7 +107,7 @@ def _compiler() -> Finding:
 
 
 def _cpus(config: RunConfig) -> Finding:
-    there = len(os.sched_getaffinity(0))
+    there = limits.cores()
     needed = max(config.cluster.world_size, config.federated.workers) * config.cluster.threads_per_rank
     fix = "lower cluster.world_size or federated.workers, or go on and expect it to be slow"
     return Finding("CPU cores", there >= needed, f"{there} for {needed} processes", fix)

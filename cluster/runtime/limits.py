@@ -22,6 +22,13 @@ def refuse_narrow() -> None:
         raise InputError(problem)
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def files() -> str | None:
     """Why too few files may be open at once; None where enough may."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

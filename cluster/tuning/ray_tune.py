@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from cluster.runtime.limits import cores
 from cluster.runtime.placement import pick_device
 from cluster.runtime.session import ray_session
 from configs.errors import InputError, SiloweaveError
@@ -165,8 +166,8 @@ def session(kind: Kind, configs: Sequence[RunConfig], max_parallel: int) -> Abst
     largest = max(
         (config.cluster for config in configs), key=lambda cluster: cluster.world_size * cluster.threads_per_rank
     )
-    cores = len(os.sched_getaffinity(0)) // (largest.world_size * largest.threads_per_rank)
-    at_once = min(max_parallel or max(cores, 1), len(configs))
+    there = cores() // (largest.world_size * largest.threads_per_rank)
+    at_once = min(max_parallel or max(there, 1), len(configs))
     return ray_session(largest, at_once * largest.world_size)
 
 
