@@ -15,7 +15,7 @@ from configs.errors import SiloweaveError
 from configs.parse import read_toml
 from configs.storage.files import write_atomic
 from federated.deployment.federation_folder import FederationFolder
-from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment
+from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment, without_proxy
 from federated.deployment.ports import free_port
 from federated.deployment.supervisor import Program
 from federated.transport.health import is_serving
@@ -67,6 +67,7 @@ def control(federation: FederationFolder) -> "Iterator[ControlHttpClient]":
     from flwr.supercore.control import ControlHttpClient
 
     address = read_toml(federation.home / "config.toml")["superlink"][LINK]["address"]
+    os.environ.update(without_proxy())
     client = ControlHttpClient.from_server_address(address, False, str(federation.authority.path), ())
     try:
         yield client

@@ -115,7 +115,8 @@ class Deployment:
         for path in (self.model, *self.model.iterdir()):  # public, and read by every silo's user
             path.chmod(0o755 if path.is_dir() else 0o644)
         self.port = free_port()
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # A proxy for what else runs on the machine: nobody answers there.
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "HTTPS_PROXY": "http://127.0.0.1:9"}
         self.sites: dict[str, Site] = {}
         self.started: list[psutil.Popen] = []
         self.fingerprint = ""

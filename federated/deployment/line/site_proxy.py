@@ -1,8 +1,7 @@
 """The HTTP proxy that is a site's only way out.
 
 Only the setting counts. A variable such as HTTPS_PROXY is set for whatever else runs on the machine: it would reroute
-silo and coordinator without a word in the relay's settings, and hand code from a bundle a password that it has no need
-of.
+silo and coordinator without a word in the relay's settings.
 """
 
 import socket
@@ -44,13 +43,14 @@ class SiteProxy:
         return f"{_PREFIX}{self.address}"
 
     def environment(self) -> dict[str, str]:
-        """What Flower's SuperNode is told: httpx reads these, in this spelling.
+        """What the relay's node is told: httpx reads these.
 
-        gRPC reads only names in small letters. So what speaks gRPC at the site (the silo service on another machine,
+        gRPC reads a proxy's name only in small letters. So what speaks gRPC at the site (the silo service on another machine,
         health) never comes to the proxy.
         """
         login = ":".join(quote(part, safe="") for part in self.login.split(":", 1)) + "@" if self.login else ""
-        return {"HTTPS_PROXY": f"{_PREFIX}{login}{self.address}", "NO_PROXY": ",".join(LOOPBACKS)}
+        direct = dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(LOOPBACKS))
+        return {"HTTPS_PROXY": f"{_PREFIX}{login}{self.address}", **direct}
 
     def tunnel(self, address: str) -> socket.socket:
         """A connection to ``HOST:PORT`` behind the proxy.
