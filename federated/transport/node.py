@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--silo-tls", default="")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     key = cast("ec.EllipticCurvePrivateKey", load_ssh_private_key(Path(given.key).read_bytes(), None))

@@ -91,8 +91,9 @@ def test_the_documents_settings_hold():
     from configs.schema.silo import SiloConfig
 
     text = (REPOSITORY / "docs" / "deployment.md").read_text()
-    relay, silo = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
+    relay, silo, proxy = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
     assert parse(RelayConfig, relay, "relay.toml").silo_address == "unix:/run/siloweave-silo/silo.sock"
+    assert parse(RelayConfig, {**relay, **proxy}, "relay.toml").proxy == proxy["proxy"]
     assert parse(SiloConfig, silo, "silo.toml").silo.relay_user == unit("siloweave-relay")["Service"]["User"]
 
 

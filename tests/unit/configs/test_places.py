@@ -223,7 +223,7 @@ def test_settings_mean_the_same_from_wherever_they_are_read(folder, monkeypatch,
     assert run.pretrain.offload_folder == f"{folder}/offload"
     assert run.cluster.scratch_dir == f"{folder}/scratch"
     assert run.evaluate.public.source == "embedded:python-docs"
-    assert run.federated.state_dir == f"{tmp_path}.state/siloweave/ledgers"
+    assert run.federated.state_dir == f"{os.environ['XDG_STATE_HOME']}/siloweave/ledgers"
     assert (silo.silo.state_dir, silo.silo.anchor_dir) == (f"{folder}/state", f"{folder}/../anchor")
     assert (silo.silo.base_model, silo.data.source) == (f"{folder}/model", f"{folder}/records.csv")
     assert silo.silo.encryption_key_file == ""
