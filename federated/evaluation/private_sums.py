@@ -89,8 +89,14 @@ def evaluation_after(round_number: int, rounds: int, evaluations: int) -> int | 
 
 @contextmanager
 def evaluated(model: Any, adapter: Arrays | None) -> Iterator[None]:
-    """The model with this adapter, or the base model alone, in evaluation mode."""
+    """The model with this adapter, or the base model alone, in evaluation mode; new tensors lie where it does."""
     model.eval()
+    with beside(model), _adapted(model, adapter):
+        yield
+
+
+@contextmanager
+def _adapted(model: Any, adapter: Arrays | None) -> Iterator[None]:
     if adapter is None:
         trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
@@ -125,12 +131,11 @@ def private_sums(
         streams: the charge's random streams.
     """
     sums, bounded = np.zeros(bounds.num_sums), len(bounds.measures.bounds)
-    with beside(model):
-        for unit in units:
-            found = _unit_values(model, task, unit, bounds)
-            sums[: len(found)] += found
-        if examples:
-            sums[bounded:] += label_counts(model, task, examples, len(bounds.measures.labels)).ravel()
+    for unit in units:
+        found = _unit_values(model, task, unit, bounds)
+        sums[: len(found)] += found
+    if examples:
+        sums[bounded:] += label_counts(model, task, examples, len(bounds.measures.labels)).ravel()
     return [float(value) for value in noised_sums(sums, noise_multiplier * bounds.sensitivity, streams, METRIC)]
 
 

@@ -89,10 +89,12 @@ def personalise(config: SiloConfig, shared: Path, settings: PersonalSettings) ->
     # A model of its own: the service's warm one must never have seen this.
     device = device_of(config.silo.device, config.silo.gpu_memory_share)
     model = with_shared(load_model(base_model, key, task.head), shared).to(device)
-    before = score(model, task, held_out, settings.micro_batch_size).main
+    with beside(model):
+        before = score(model, task, held_out, settings.micro_batch_size).main
     model = add_adapter(model, settings.rank, settings.alpha, seed=0, head=task.head)
     _train(model, task, train, settings)
-    after = score(model.eval(), task, held_out, settings.micro_batch_size).main
+    with beside(model):
+        after = score(model.eval(), task, held_out, settings.micro_batch_size).main
     folder = _save(model, files.personal, key, config.silo.id)
     return PersonalResult(folder, task.measures.main, before, after)
 

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trainer.device import beside
 from trainer.metrics.measures import Measures
 from trainer.tasks.task import AnsweringTask, Encoded, Prediction, Task
 
@@ -66,7 +65,7 @@ class Score:
 def score(model: Any, task: Task, records: Sequence[Encoded], micro_batch_size: int) -> Score:
     """Scores records one by one (no sequence crosses records); a truncated record counts as far as it was read."""
     rows = np.zeros((len(records), task.measures.num_sums))
-    with torch.no_grad(), beside(model):
+    with torch.no_grad():
         for places in places_by_length(records, micro_batch_size):
             rows[places] = task.record_scores(model, [records[place] for place in places]).double().cpu().numpy()
     return Score(task.measures, rows)
@@ -97,7 +96,7 @@ def _answers(
     model: Any, task: AnsweringTask, records: Sequence[Encoded], micro_batch_size: int, max_new_tokens: int
 ) -> tuple[Answer, ...]:
     given: dict[int, Prediction] = {}
-    with torch.no_grad(), beside(model):
+    with torch.no_grad():
         for places in places_by_length(records, micro_batch_size):
             found = task.predictions(model, [records[place] for place in places], max_new_tokens)
             given |= zip(places, found, strict=True)

@@ -45,8 +45,8 @@ class SiteProxy:
     def environment(self) -> dict[str, str]:
         """What the relay's node is told: httpx reads these.
 
-        gRPC reads a proxy's name only in small letters. So what speaks gRPC at the site (the silo service on another machine,
-        health) never comes to the proxy.
+        gRPC reads a proxy's name only in small letters. So what speaks gRPC at the site (the silo service on another
+        machine, health) never comes to the proxy.
         """
         login = ":".join(quote(part, safe="") for part in self.login.split(":", 1)) + "@" if self.login else ""
         direct = dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(LOOPBACKS))
