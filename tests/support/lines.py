@@ -4,6 +4,7 @@ All of them count what they carry, and cut it when they are told to.
 """
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -182,10 +183,25 @@ class TlsEnder(Forwarder):
         near = self._outside.wrap_socket(connection, server_side=True)
         plain = socket.create_connection(("127.0.0.1", self.target), timeout=60)
         far = self._inside.wrap_socket(plain, server_hostname=self._host)
-        far.settimeout(None)
         self._hold(near)
         self._hold(far)
-        back = threading.Thread(target=self._pump, args=(far, near, [0], "down"), daemon=True)
-        back.start()
-        self._pump(near, far, [0], "up")
-        back.join()
+        with contextlib.suppress(OSError, ValueError):  # the latter of one that was cut
+            self._both_ways({near: far, far: near})
+        self._drop(near, far)
+
+    @staticmethod
+    def _both_ways(other: dict[ssl.SSLSocket, ssl.SSLSocket]) -> None:
+        """In one thread: two must not use one TLS connection at a time."""
+        while True:
+            ready = [one for one in other if one.pending()] or select.select(list(other), [], [])[0]
+            for one in ready:
+                one.settimeout(0)
+                try:
+                    block = one.recv(_BLOCK)
+                except ssl.SSLWantReadError:
+                    continue
+                finally:
+                    one.settimeout(None)
+                if not block:
+                    return
+                other[one].sendall(block)

@@ -16,10 +16,11 @@ from federated.aggregation.message_sizes import (
     require_room,
     safetensors_bytes,
 )
-from federated.coordinator.exchange import training
+from federated.coordinator.schedule.training_request import TrainingRequests
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_reply, seal_request
 from federated.protocol.framing import LARGEST_MESSAGE_BYTES
+from privacy.plan_from_settings import plan_terms
 
 SHAPES = {
     "layer.0.lora_A.weight": (2, 16),
@@ -53,11 +54,13 @@ def test_arrays_have_as_many_bytes_as_safetensors_writes(shapes):
 )
 def test_a_rounds_messages_weigh_what_is_said(changes):
     """As the coordinator builds a request, and a silo its reply; at most a frame below the bound."""
-    settings = load("tiny", [f"federated.lora_rank={2}", *changes]).federated
+    config = load("tiny", [f"federated.lora_rank={2}", *changes])
+    settings = config.federated
     sizes = message_sizes(settings, SHAPES)
     sent = RoundAggregation(settings, arrays(SHAPES), {}, 2).sent("north")
-    train = pb.Train(**training(settings, 1, sent), adapter=to_bytes(sent.adapter))
-    request = len(seal_request(SIGNER, pb.Request(train=train).SerializeToString(), b"r" * 2000))
+    requests = TrainingRequests(config, plan_terms(config), "a" * 64)
+    asked = requests.kind(1, sent, requests.frozen_part(sent.adapter), to_bytes(sent.adapter))
+    request = len(seal_request(SIGNER, pb.Request(**asked).SerializeToString(), b"r" * 2000))
     trained = pb.Trained(update=encoded(sent.adapter, settings.update_dtype), receipt=b"r" * 2000)
     reply = len(seal_reply(SIGNER, pb.Reply(trained=trained).SerializeToString()))
     assert sizes.request - BESIDE_BYTES < request <= sizes.request
