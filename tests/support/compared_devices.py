@@ -69,9 +69,9 @@ def cases():
 def compared(device: str) -> dict[str, float]:
     """Largest relative difference of each result between the processor and a device.
 
-    With it, under ``proved``, how many units the device computes together at least.
+    With it, under ``proved``, how many texts with a label the device computes together.
     """
-    found, proved = {}, []
+    found = {}
     for name, (task, made) in cases().items():
         model = add_adapter(made(), 4, 8.0, seed=0, head=task.head).train()
         elsewhere = copy.deepcopy(model).to(device)
@@ -79,20 +79,21 @@ def compared(device: str) -> dict[str, float]:
         here, there = computed(task, model), computed(task, elsewhere)
         for what, value in here.items():
             found[f"{name}, {what}"] = float(np.abs(there[what] - value).max() / np.abs(value).max())
-        proved.append(together(task, elsewhere))
-    return {**found, "proved": float(min(proved))}
+        if name == "labels":
+            found["proved"] = float(together(task, elsewhere))
+    return found
 
 
 def computed(task: Any, model: Any) -> dict[str, Any]:
     """A private and a plain update, the noised sums of a private evaluation, and scores in the clear."""
-    records = task.made_up(16, 12)
+    records = task.made_up(16, 8)
     units, streams = [(one,) for one in records], Streams(b"s" * 32, "ab" * 32)
     scored = [_question(one) for one in records] if task.name == "qa" else records
     start = {name: value.cpu().numpy() for name, value in adapter_weights(model).items()}
     correction = {name: np.full_like(value, 1e-3) for name, value in start.items()}
     how = LocalSettings(1e-2, "adam_bc", 4, "bookkeeping", 0.1, correction)
     private = PrivateUpdate(PLAN, model, task, start, how).run(streams, units)
-    plain = plain_update([records], 12.0, model, task, start, how)
+    plain = plain_update([records], 8.0, model, task, start, how)
     with evaluated(model, start):
         sums = private_sums(model, task, [(one,) for one in scored], [], Bounds(task.measures), 0.5, streams)
         scores = score(model, task, scored, 4).rows
