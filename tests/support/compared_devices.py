@@ -91,7 +91,7 @@ def computed(task: Any, model: Any) -> dict[str, Any]:
     scored = [_question(one) for one in records] if task.name == "qa" else records
     start = {name: value.cpu().numpy() for name, value in adapter_weights(model).items()}
     correction = {name: np.full_like(value, 1e-3) for name, value in start.items()}
-    how = LocalSettings(1e-2, "adam_bc", 4, "bookkeeping", 0.1, correction)
+    how = LocalSettings(1e-2, "adam_bc", 2, "bookkeeping", 0.1, correction)
     private = PrivateUpdate(PLAN, model, task, start, how).run(streams, units)
     plain = plain_update([records], 8.0, model, task, start, how)
     with evaluated(model, start):
@@ -108,7 +108,7 @@ def together(task: Any, model: Any) -> int:
         return task.record_losses(model, task.collate(units))
 
     with beside(model.train()), clipping(model, 1.0) as clipper:
-        return Together(clipper, losses, task.shape, task.made_up, 16).proved(16)
+        return Together(clipper, losses, task.shape, task.made_up, 4).proved(16)
 
 
 def _question(window: Any) -> Question:

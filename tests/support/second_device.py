@@ -12,7 +12,7 @@ import torch
 from compared_devices import compared
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 _BETWEEN = ("aten._to_copy", "aten.copy_")  # which may have tensors of both
@@ -39,8 +39,14 @@ class Elsewhere(torch.Tensor):
 
 def computed(func: Any, args: Any, kwargs: Any) -> Any:
     """An operation, by the processor, for the device that its tensors or its ``device`` say."""
-    name, asked = str(func.overloadpacket), kwargs.get("device")
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    asked = kwargs.get("device")
+    flat = [
+        one for value in (*args, *kwargs.values()) for one in (value if isinstance(value, list | tuple) else (value,))
+    ]
+    if asked is None and not any(isinstance(one, Elsewhere) for one in flat):
+        return func(*args, **kwargs)
+    name = str(func.overloadpacket)
+    tensors = [one for one in flat if isinstance(one, torch.Tensor)]
     there = [isinstance(value, Elsewhere) for value in tensors]
     here = [value for value in tensors if not isinstance(value, Elsewhere) and value.dim()]
     if any(there) and here and name not in (*_BETWEEN, *_INDEXED):

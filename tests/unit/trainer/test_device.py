@@ -55,7 +55,7 @@ def test_a_second_device_gives_what_the_processor_gives(differences, task, resul
 
 
 def test_units_are_computed_together_there_as_far_as_it_is_proved(differences):
-    assert differences["proved"] == 16
+    assert differences["proved"] == 4
 
 
 def test_tensors_of_two_devices_do_not_mix(differences):
