@@ -125,7 +125,7 @@ def pretraining(device: torch.device) -> dict[str, Any]:
     shares = [step["mfu"] for step in found if step.get("mfu") is not None]
     return {
         "preset": preset,
-        "tokens_per_s": spread([step["tokens_per_s"] for step in found]),
+        "tokens_per_s": spread([step["tokens"] / step["seconds"] for step in found]),
         "mfu": spread(shares) if shares else None,
     }
 
