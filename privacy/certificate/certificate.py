@@ -14,7 +14,7 @@ from privacy.certificate.model_digests import ModelDigests
 from privacy.ledger.statements import AuditStatement
 from privacy.plan import PlanTerms
 
-CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 6, (3, 4, 5, 6), 4
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 7, (3, 4, 5, 6, 7), 4
 NOT_AUDITED = "not audited"
 AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
@@ -38,14 +38,20 @@ _NOT_COVERED_IN_5 = (
     *_NOT_COVERED_IN_4,
     "what the base model was made from: that it was public text alone is the word of whoever made or declared it",
 )
+_NOT_COVERED_IN_6 = (
+    *_NOT_COVERED_IN_5,
+    "what an earlier run has spent where this one continues it (model.continues): that run's own certificate says "
+    "it, and both add up for whoever was in both",
+)
 _NOT_COVERED = {
     3: _NOT_COVERED_IN_3,
     4: _NOT_COVERED_IN_4,
     5: _NOT_COVERED_IN_5,
-    6: (
-        *_NOT_COVERED_IN_5,
-        "what an earlier run has spent where this one continues it (model.continues): that run's own certificate says "
-        "it, and both add up for whoever was in both",
+    6: _NOT_COVERED_IN_6,
+    7: (
+        *_NOT_COVERED_IN_6,
+        "when updates came, which decides their order and weights in buffered rounds (model.rounds): how long a silo "
+        "takes depends on its batches",
     ),
 }
 _TRUSTED = (
