@@ -18,7 +18,7 @@ from federated.simulation.simulation import look_at_private
 from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
 from trainer.imported import outline
-from trainer.models.adapters import adapted, trainable
+from trainer.models.adapters import adapted, shapes, trainable
 from trainer.models.families import empty_model
 from trainer.models.load import outline_with_head
 from trainer.pretraining.deepspeed_settings import accumulation_steps, likely_device, unsupported
@@ -152,8 +152,8 @@ def _messages(config: RunConfig) -> dict[str, Any]:
 
 def adapter_parameters(config: RunConfig) -> int:
     """Parameters that train and travel; of FFA-LoRA, whose A is frozen, B's."""
-    shapes = _shapes(config).items()
-    return sum(prod(shape) for name, shape in shapes if config.federated.adapters != "ffa" or not frozen(name))
+    travels = _shapes(config).items()
+    return sum(prod(shape) for name, shape in travels if config.federated.adapters != "ffa" or not frozen(name))
 
 
 def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
@@ -163,4 +163,4 @@ def _shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
         model = outline_with_head(model.config, head)
     with torch.device("meta"):
         weights = trainable(adapted(model, adaptation(config.federated, head), seed=0))
-    return {name: tuple(value.shape) for name, value in weights.items()}
+    return shapes(weights)

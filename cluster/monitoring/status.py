@@ -179,10 +179,8 @@ def _silos(
 
 
 def _silo(name: str, silo: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    receipt, newest = (
-        silo["receipt"],
-        {event["round"]: event for event in rounds},
-    )  # a restart may do the last one again
+    receipt = silo["receipt"]
+    newest = {event["round"]: event for event in rounds}  # a restart may do the last one again
     answered = sum(event.get("updates", dict.fromkeys(event["answered"], 1)).get(name, 0) for event in newest.values())
     figures = {
         "epsilon_reserved": receipt["epsilon_reserved"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 LOOPBACK = "127.0.0.1"
-LOOPBACKS = (LOOPBACK, "::1", "localhost")
+LOOPBACKS = (LOOPBACK, "::1")
 
 
 def flower_environment(home: Path) -> dict[str, str]:
@@ -25,4 +25,4 @@ def without_proxy() -> dict[str, str]:
     """NO_PROXY with the loopback addresses: a proxy that the environment names can't reach this machine's own ports."""
     names = ("NO_PROXY", "no_proxy")
     there = [address for name in names for address in os.environ.get(name, "").split(",") if address]
-    return dict.fromkeys(names, ",".join(dict.fromkeys([*there, *LOOPBACKS])))
+    return dict.fromkeys(names, ",".join(dict.fromkeys([*there, *LOOPBACKS, "localhost"])))

@@ -16,9 +16,9 @@ from configs.errors import InputError, SiloweaveError
 from configs.schema.addresses import check_address, join_address
 from configs.schema.deployment import RelayConfig
 from configs.storage.secrets import read_secret
+from federated.deployment.flower_programs import LOOPBACKS
 
 CONNECT_S = 5.0
-LOOPBACKS = ("127.0.0.1", "::1")
 _PREFIX = "http://"
 _NO_LOGIN = "no such file; write USER:PASSWORD into it, mode 0600"
 
