@@ -12,6 +12,7 @@ import typer
 from cluster.commands import federation as federation_command
 from cluster.commands import stages as cluster_commands
 from cluster.commands.evaluate import evaluate
+from cluster.commands.explain import explain
 from cluster.commands.jobs import job_app, submit
 from cluster.commands.merge import merge
 from cluster.commands.tune import tune
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 cluster_commands.add_to(app)
 app.command()(evaluate)
+app.command()(explain)
 app.command()(merge)
 app.command()(tune)
 app.command()(submit)

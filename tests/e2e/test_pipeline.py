@@ -85,6 +85,14 @@ def test_progress_is_shown_as_plain_lines_without_a_terminal(tiny_run, siloweave
     assert done.returncode == 0, done.stderr
     assert "evaluate: 5/5" in done.stderr
     assert "\x1b" not in done.stderr
+    explained = siloweave("explain", "-c", "tiny", "<script>Good morrow", "--json", cwd=tmp_path / "copy")
+    assert explained.returncode == 0, explained.stderr
+    (one,) = json.loads(explained.stdout)["explanations"]
+    assert "".join(piece["text"] for piece in one["pieces"]).endswith("<script>Good morrow")
+    assert json.loads((tmp_path / "copy/runs/tiny/explanations.json").read_text()) == [one]
+    page = (tmp_path / "copy/runs/tiny/explanations.html").read_text()
+    assert "<script>" not in page
+    assert "Abnar and Zuidema" in page
 
 
 def test_no_exact_figure_of_a_silo_is_in_the_run_directory(tiny_run):

@@ -34,7 +34,7 @@ FLOORS = {
         "data device models rank",
         "metrics objectives",
         "tasks",
-        "augmentation checkpoints scoring",
+        "augmentation checkpoints explanation scoring",
         "pretraining",
         "export generation imported",
     ),
