@@ -24,7 +24,7 @@ def explain(
     tokens: Annotated[int, typer.Option(min=1, max=256, help="Most tokens that a model writes whose task it is.")] = 8,
     as_json: JsonOption = False,
 ) -> None:
-    """Shows which words of a text speak for the final model's answer to it, here and on a page in the run's directory."""
+    """Shows which words of a text speak for the final model's answer to it: here, and on a page of the run."""
     asked = [*(texts or []), *_lines(file)]
     if not asked:
         raise InputError("no text is given; give one, or --file FILE")
