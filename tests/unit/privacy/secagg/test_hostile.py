@@ -184,7 +184,9 @@ def test_the_server_that_hides_who_has_shared_unmasks_nothing(running):
     """Silo 0 is told that silo 4 did not share: its masks would not fit, and its signature doesn't."""
     running.until(Phase.SHARES)
     listed, packed = fields(running.inbox["silo-00"])
-    running.inbox["silo-00"] = answer(running, Phase.SHARES, pack(*unpack(listed)[:4]), pack(*unpack(packed)[:3]))
+    neighbours = running.agreement.neighbours("silo-00", running.clients)
+    sealed = [share for name, share in zip(neighbours, unpack(packed), strict=True) if name != "silo-04"]
+    running.inbox["silo-00"] = answer(running, Phase.SHARES, pack(*unpack(listed)[:4]), pack(*sealed))
     running.collect(Phase.MASKED)
     running.inbox = running.server.advance()
     with pytest.raises(UnknownSilo):
