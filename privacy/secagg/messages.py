@@ -7,6 +7,7 @@ nothing of it that the silos have not signed.
 import struct
 from collections.abc import Mapping
 from enum import IntEnum
+from hashlib import sha256
 
 from privacy.secagg.failures import (
     EarlyMessage,
@@ -40,13 +41,13 @@ def pack(*fields: bytes) -> bytes:
     return b"".join(part for field in fields for part in (_LENGTH.pack(len(field)), field))
 
 
-def unpack(packed: bytes, count: int | None = None) -> list[bytes]:
-    """The fields again.
+def unpack(packed: bytes, count: int | None = None, start: int = 0) -> list[bytes]:
+    """The fields again, from some place on.
 
     Raises:
         MalformedMessage: there is too little, too much, or another number of fields.
     """
-    fields, start = [], 0
+    fields = []
     while start < len(packed):
         if start + _LENGTH.size > len(packed):
             raise MalformedMessage("a message is truncated")
@@ -83,13 +84,14 @@ def open_server_message(message: bytes, phase: Phase, digest: bytes, count: int 
     Raises:
         MalformedMessage, UnknownVersion, LateMessage, EarlyMessage, WrongContext: see there.
     """
-    return unpack(_after_header(message, phase + 16, digest), count)
+    _check_header(message, phase + 16, digest)
+    return unpack(message, count, _HEADER.size)
 
 
 def silo_message(signer: Signer, name: str, phase: Phase, digest: bytes, body: bytes) -> bytes:
     """What a silo sends in a phase, signed."""
     signed = _HEADER.pack(_MAGIC, VERSION, phase, digest) + pack(name.encode(), body)
-    return signed + pack(bytes.fromhex(signer.sign(signed)))
+    return signed + pack(bytes.fromhex(signer.sign(_signed(signed))))
 
 
 def open_silo_message(message: bytes, phase: Phase, digest: bytes, roster: Mapping[str, str]) -> tuple[str, bytes]:
@@ -99,17 +101,23 @@ def open_silo_message(message: bytes, phase: Phase, digest: bytes, roster: Mappi
         MalformedMessage, UnknownVersion, LateMessage, EarlyMessage, WrongContext, UnknownSilo, ForgedMessage: see
             there.
     """
-    field, body, signature = unpack(_after_header(message, phase, digest), 3)
+    _check_header(message, phase, digest)
+    field, body, signature = unpack(message, 3, _HEADER.size)
     name = text(field)
     if name not in roster:
         raise UnknownSilo("a message is of a silo that the roster lacks")
-    signed = message[: len(message) - _LENGTH.size - len(signature)]
-    if not signature_holds(roster[name], signed, signature.hex()):
+    signed = memoryview(message)[: len(message) - _LENGTH.size - len(signature)]
+    if not signature_holds(roster[name], _signed(signed), signature.hex()):
         raise ForgedMessage(f"a message is not signed by {name}, as whose it came")
     return name, body
 
 
-def _after_header(message: bytes, kind: int, digest: bytes) -> bytes:
+def _signed(message: bytes | memoryview) -> bytes:
+    """What a signature covers: under a label, so that it can't stand for anything else that a silo signs."""
+    return b"siloweave secure aggregation message 1\n" + sha256(message).digest()
+
+
+def _check_header(message: bytes, kind: int, digest: bytes) -> None:
     if len(message) < _HEADER.size or not message.startswith(_MAGIC):
         raise MalformedMessage("this is no message of secure aggregation, or it is truncated")
     _, version, found, other = _HEADER.unpack_from(message)
@@ -122,4 +130,3 @@ def _after_header(message: bytes, kind: int, digest: bytes) -> bytes:
     if found != kind:
         late = found < kind
         raise (LateMessage if late else EarlyMessage)(f"a message of phase {found % 16} came in phase {kind % 16}")
-    return message[_HEADER.size :]
