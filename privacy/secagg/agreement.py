@@ -1,5 +1,6 @@
 """What all silos of one secure sum have to agree on: its digest is in each message, in each mask's key, and signed."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,8 @@ from privacy.secagg.encoding import Encoding
 from privacy.secagg.failures import InconsistentView, TooFewSilos, UnknownSilo
 from privacy.secagg.graph import Ring, reach_needed
 from privacy.secagg.messages import pack
+
+_PUBLIC_KEY = re.compile("[0-9a-f]{64}")  # one text for a key, so that no key is there twice
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,10 @@ class Agreement:
     def __post_init__(self) -> None:
         """Refuses a sum that would not be secure, before anything is drawn for it."""
         silos = len(self.roster)
-        if len({key.lower() for key in self.roster.values()}) != silos:
+        for name, key in self.roster.items():
+            if not _PUBLIC_KEY.fullmatch(key):
+                raise InputError(f"roster: the key of {name} is not 64 hexadecimal digits in small letters")
+        if len(set(self.roster.values())) != silos:
             raise InputError("roster: two silos have the same key; each makes its own with `siloweave silo init`")
         if self.colluders < 0:
             raise InputError(f"colluders = {self.colluders}: give 0 or more")
@@ -52,7 +58,7 @@ class Agreement:
     def digest(self) -> bytes:
         """Of all terms."""
         numbers = (self.colluders, self.min_survivors, self.length, self.encoding.silos, self.encoding.word_bits)
-        keys = [part.encode() for name, key in sorted(self.roster.items()) for part in (name, key.lower())]
+        keys = [part.encode() for name, key in sorted(self.roster.items()) for part in (name, key)]
         terms = pack(self.context, repr((*numbers, float(self.encoding.clip))).encode(), pack(*keys))
         return sha256(b"siloweave secure aggregation 1\n" + terms).digest()
 

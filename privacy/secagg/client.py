@@ -45,7 +45,7 @@ class Client:
         Raises:
             InputError: the roster does not know this silo by this key.
         """
-        if agreement.roster.get(name, "").lower() != signer.public_key:
+        if agreement.roster.get(name) != signer.public_key:
             raise InputError(f"roster: {name} is not there with this silo's own key")
         self._name, self._signer, self._agreement = name, signer, agreement
         self._cipher_key, self._mask_key = X25519PrivateKey.generate(), X25519PrivateKey.generate()

@@ -186,7 +186,8 @@ def test_phases_out_of_turn_are_named(keys):
         ({"length": 0}, "length"),
         ({"encoding": Encoding(1.0, 7)}, "could wrap"),
         ({"roster": {"a": "0" * 64, "b": "0" * 64}}, "same key"),
-        ({"roster": {"a": "ab" * 32, "b": "AB" * 32}}, "same key"),
+        ({"roster": {"a": "ab" * 32, "b": "AB" * 32}}, "the key of b"),
+        ({"roster": {"a": "ab" * 32, "b": " ".join(["ab"] * 32)}}, "the key of b"),
     ],
 )
 def test_an_agreement_that_would_not_be_secure_is_refused(keys, change, message):
