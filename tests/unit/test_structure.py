@@ -40,7 +40,7 @@ FLOORS = {
     ),
     "privacy": (
         "accounting clipping signing",
-        "declaration plan register",
+        "declaration plan register secagg",
         "mechanism plan_from_settings",
         "audit ledger",
         "certificate",
