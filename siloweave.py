@@ -14,6 +14,7 @@ from cluster.commands import stages as cluster_commands
 from cluster.commands.evaluate import evaluate
 from cluster.commands.jobs import job_app, submit
 from cluster.commands.merge import merge
+from cluster.commands.serve import serve
 from cluster.commands.tune import tune
 from configs.errors import SiloweaveError
 from configs.printing import escape_unencodable, say, to_json
@@ -33,6 +34,7 @@ app = typer.Typer(
 cluster_commands.add_to(app)
 app.command()(evaluate)
 app.command()(merge)
+app.command()(serve)
 app.command()(tune)
 app.command()(submit)
 app.add_typer(job_app, name="job")
