@@ -35,7 +35,7 @@ class EngineLimits:
     Attributes:
         slots: requests that are decoded together.
         tokens: that all of them may need, prompts and answers: what bounds the cache of keys and values.
-        queue: requests that may wait for a slot.
+        queue: how many more requests may wait than there are slots.
     """
 
     slots: int
@@ -171,8 +171,8 @@ class Engine:
                 raise Closed("the service is stopping")
             # Who has gone leaves the queue at once, so that no one is turned away for them.
             self._waiting = deque(other for other in self._waiting if not self._gone(other))
-            if len(self._waiting) >= self._limits.queue:
-                raise QueueFull(f"{len(self._waiting)} requests wait, and no more may; try again later")
+            if self.running + len(self._waiting) >= self._limits.slots + self._limits.queue:
+                raise QueueFull("all slots are taken, and no more requests may wait; try again later")
             self._waiting.append(job)
             self._changed.notify()
         return job
@@ -261,15 +261,16 @@ class Engine:
 
     def _told(self, name: str, tokens: Sequence[int], first: int) -> None:
         """Hands tokens to the requests from ``first`` on; whoever has ended or gone leaves the batch."""
-        kept = []
-        for row, job in enumerate(self._running[name]):
-            if self._gone(job):
+        jobs, kept, outputs = self._running[name], list[int](), list[tuple[Job, Output]]()
+        for row, job in enumerate(jobs):
+            if job.cancelled:
+                outputs.append((job, Output("", job.tokens, "cancelled")))
                 continue
             if row >= first:
-                output = job.written(tokens[row - first])
-                job.on_output(output)
-                if output.finish:
-                    continue
-            kept.append(row)
+                outputs.append((job, job.written(tokens[row - first])))
+            if row < first or not outputs[-1][1].finish:
+                kept.append(row)
         self._voices[name].lane.keep(kept)
-        self._running[name] = [self._running[name][row] for row in kept]
+        self._running[name] = [jobs[row] for row in kept]
+        for job, output in outputs:  # whose slots are free by now
+            job.on_output(output)

@@ -183,7 +183,7 @@ def test_who_cancels_frees_the_slot_for_who_waits(model, engine_of):
 
 
 def test_the_queue_and_the_tokens_have_a_limit(model, engine_of):
-    engine, hold = engine_of({"m": model}, tokens=20, waiting=1), threading.Semaphore(0)
+    engine, hold = engine_of({"m": model}, slots=2, tokens=20, waiting=0), threading.Semaphore(0)
     first = Asked(engine, [1, 2], Sampling(max_new_tokens=10), hold=hold)
     first.first.get(timeout=60)
     second = Asked(engine, [3], Sampling(max_new_tokens=15))  # there are slots, but no room for its tokens
