@@ -151,7 +151,7 @@ class Service:
 async def _not_valid(_request: Request, error: Exception) -> Response:
     """A field that is wrong, and why; never what it holds. Where a field may be several things, the nearest counts."""
     found = error.errors() if isinstance(error, RequestValidationError) else []
-    first = max(found, key=lambda one: len(one["loc"]), default={})
+    first: Mapping[str, Any] = max(found, key=lambda one: len(one["loc"]), default={})
     if first.get("type") == "json_invalid":
         return ApiError(400, "the body is no JSON; send one object", "invalid_json").response()
     parts = [str(part) for part in first.get("loc", ())[1:]]

@@ -16,19 +16,22 @@ class ServingMetrics:
     """
 
     def __init__(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
-        self._registry = CollectorRegistry()
-        own = {"registry": self._registry}
-        self.requests = Counter("siloweave_requests", "Requests by path and status.", ["path", "status"], **own)
-        self.tokens = Counter("siloweave_tokens", "Tokens that were read and written.", ["model", "kind"], **own)
-        self.failures = Counter("siloweave_failures", "Errors inside the service, by kind.", ["kind"], **own)
+        self._registry = own = CollectorRegistry()
+        self.requests = Counter("siloweave_requests", "Requests by path and status.", ["path", "status"], registry=own)
+        self.tokens = Counter("siloweave_tokens", "Tokens that were read and written.", ["model", "kind"], registry=own)
+        self.failures = Counter("siloweave_failures", "Errors inside the service, by kind.", ["kind"], registry=own)
         self.first = Histogram(
-            "siloweave_first_token_seconds", "From a request to its first token.", ["model"], buckets=_SECONDS, **own
+            "siloweave_first_token_seconds",
+            "From a request to its first token.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=own,
         )
         self.whole = Histogram(
-            "siloweave_answer_seconds", "From a request to its last token.", ["model"], buckets=_SECONDS, **own
+            "siloweave_answer_seconds", "From a request to its last token.", ["model"], buckets=_SECONDS, registry=own
         )
-        Gauge("siloweave_requests_waiting", "Requests without a slot.", **own).set_function(waiting)
-        Gauge("siloweave_requests_running", "Requests with a slot.", **own).set_function(running)
+        Gauge("siloweave_requests_waiting", "Requests without a slot.", registry=own).set_function(waiting)
+        Gauge("siloweave_requests_running", "Requests with a slot.", registry=own).set_function(running)
 
     def page(self) -> bytes:
         """The text that Prometheus reads."""
