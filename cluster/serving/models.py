@@ -131,7 +131,7 @@ def load(places: Sequence[Place], key: MasterKey | None) -> dict[str, ServedMode
 
 
 def _together(places: list[Place], key: MasterKey | None) -> list[ServedModel]:
-    """Models of one base: one adapter alone is merged into it, which is faster; of several each is switched on."""
+    """Models of one base: one adapter alone is merged into it; of several each is switched on."""
     adapters = [place for place in places if place.shared is not None and place.shared.name == ADAPTER]
     if len(places) == 1 or len(adapters) < len([place for place in places if place.shared is not None]):
         return [ServedModel(place, _whole(place, key), lambda: None) for place in places]
