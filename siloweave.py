@@ -15,6 +15,7 @@ from cluster.commands.evaluate import evaluate
 from cluster.commands.explain import explain
 from cluster.commands.jobs import job_app, submit
 from cluster.commands.merge import merge
+from cluster.commands.serve import serve
 from cluster.commands.tune import tune
 from configs.errors import SiloweaveError
 from configs.printing import escape_unencodable, say, to_json
@@ -35,6 +36,7 @@ cluster_commands.add_to(app)
 app.command()(evaluate)
 app.command()(explain)
 app.command()(merge)
+app.command()(serve)
 app.command()(tune)
 app.command()(submit)
 app.add_typer(job_app, name="job")
