@@ -296,7 +296,7 @@ def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
 def _sample(run: Run, task: Any, on_text: Printer, prompt: str) -> str:
     from federated.coordinator.final_model import final_model
     from trainer.data.tokenizer import load_tokenizer
-    from trainer.generation import generate as sample
+    from trainer.inference.generation import generate as sample
 
     return sample(
         final_model(run.config, run.model, run.files.federated),

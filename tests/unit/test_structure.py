@@ -36,7 +36,7 @@ FLOORS = {
         "tasks",
         "augmentation checkpoints scoring",
         "pretraining",
-        "export generation imported",
+        "export imported inference",
     ),
     "privacy": (
         "accounting clipping signing",

@@ -11,7 +11,7 @@ from configs.load import load
 from configs.schema.tasks import TaskSpec
 from trainer.data.languages import SAMPLES
 from trainer.data.tokenizer import load_tokenizer, special_tokens, train_tokenizer
-from trainer.generation import _Written, generate
+from trainer.inference.generation import _Written, generate
 from trainer.models.adapters import add_adapter
 from trainer.models.families import new_model
 from trainer.tasks.classification import ClassificationTask
