@@ -11,9 +11,12 @@ import typer
 
 from cluster.commands import federation as federation_command
 from cluster.commands import stages as cluster_commands
+from cluster.commands.chat import chat
 from cluster.commands.evaluate import evaluate
+from cluster.commands.generate import generate
 from cluster.commands.jobs import job_app, submit
 from cluster.commands.merge import merge
+from cluster.commands.predict import predict
 from cluster.commands.tune import tune
 from configs.errors import SiloweaveError
 from configs.printing import escape_unencodable, say, to_json
@@ -32,6 +35,9 @@ app = typer.Typer(
 )
 cluster_commands.add_to(app)
 app.command()(evaluate)
+app.command()(generate)
+app.command()(chat)
+app.command()(predict)
 app.command()(merge)
 app.command()(tune)
 app.command()(submit)

@@ -1,7 +1,9 @@
 """How a model chooses the tokens that it writes."""
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from configs.errors import InputError
@@ -16,13 +18,13 @@ class Decoding:
     """Settings of one piece of writing.
 
     Attributes:
-        max_new_tokens: most tokens to write, at least 1.
+        max_new_tokens: most tokens to write, at least 1; the model's context ends them, too.
         temperature: softmax temperature; 0 takes the likeliest token, whatever ``top_k`` and ``top_p`` say.
         top_k: draws from so many of the likeliest tokens; 0: from all.
         top_p: draws from the fewest likeliest tokens that have this much of the probability, above 0 and at most 1.
         repetition_penalty: divides the logits of tokens that stand there already, above 0; 1 changes nothing.
         beams: beginnings that a beam search keeps; 1: no such search. It takes the likeliest, so temperature is 0.
-        stop: texts that end what is written; a text that is one of them is the last of what the model writes.
+        stop: texts that end what is written, and are no part of it.
         seed: of the draws.
 
     Raises:
@@ -65,7 +67,7 @@ class Decoding:
     def arguments(self) -> dict[str, Any]:
         """The same for transformers' ``generate``, but for the stop strings.
 
-        Everything is named: what a model's own generation_config.json says does not matter.
+        All of it is named: what a model's own generation_config.json says of these does not matter.
         """
         drawn = self.temperature > 0
         return {
@@ -88,3 +90,39 @@ _NOTHING_ELSE = {
     "stop_strings": None,
     "use_cache": True,
 }
+
+
+def with_settings(decoding: Decoding, texts: Sequence[str]) -> Decoding:
+    """The same decoding with other settings, as a person writes them.
+
+    Args:
+        decoding: what holds where nothing else is said. With beams and no temperature said, that is 0.
+        texts: ``name=value`` each; ``stop`` may come several times, in double quotes with JSON's escapes.
+
+    Raises:
+        InputError: a text is none, names no setting, or has a value that this one can't have.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in _KINDS:
+            raise InputError(f"--decode {text!r}: give NAME=VALUE, with one of the names {', '.join(_KINDS)}")
+        read = _value(text, name, value)
+        found[name] = (*found.get(name, ()), read) if name == "stop" else read
+    if found.get("beams", 1) > 1:
+        found.setdefault("temperature", 0.0)
+    return replace(decoding, **found)
+
+
+def _value(text: str, name: str, value: str) -> Any:
+    kind = _KINDS[name]
+    try:
+        if kind is str:
+            return str(json.loads(value)) if value.startswith('"') else value
+        return kind(value)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number", str: "a text, or one in double quotes with JSON's escapes"}
+        raise InputError(f"--decode {text!r}: give {wanted[kind]}") from None
+
+
+_KINDS: dict[str, type] = {one.name: str if one.name == "stop" else type(one.default) for one in fields(Decoding)}
