@@ -96,7 +96,7 @@ def _whole(place: Path, config: RunConfig) -> Any:
         raise InputError(f"{place}: holds no config.json; {_ADVICE}")
     from trainer.models.load import load_model
 
-    return load_model(place, load_key(config.run.encryption_key_file))
+    return load_model(place, load_key(config.run.encryption_key_file), kind="merged")
 
 
 def _check_head(model: Any, task: Any, place: Path) -> None:

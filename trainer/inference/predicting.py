@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from configs.errors import InputError
 from configs.storage.files import digest_file, digest_json, write_failure
@@ -86,15 +86,19 @@ def predict(
 
 
 def _check_columns(source: Path, asking: Asking) -> None:
-    """A table without the right column is refused before anything is done."""
-    _, first = next(rows_of(source), (0, {}))
-    if isinstance(first, dict) and first:
-        missing = [column for column in asking.columns if column not in first]
-        if missing and source.suffix != ".jsonl":
-            raise InputError(f"{source}: no column {missing[0]!r}; name the right one by --column FIELD=COLUMN")
-        for name in (ANSWER, PROBABILITIES):
-            if name in first:
-                raise InputError(f"{source}: has a column {name!r} already; rename it")
+    """A table whose columns are wrong is refused before anything is done; lines of JSON have columns of their own."""
+    _, first = next(rows_of(source), (0, ""))
+    if source.suffix == ".jsonl" or isinstance(first, str):
+        return
+    if missing := [column for column in asking.columns if column not in first]:
+        raise InputError(f"{source}: no column {missing[0]!r}; name the right one by --column FIELD=COLUMN")
+    if fault := _taken(first):
+        raise InputError(f"{source}: {fault}")
+
+
+def _taken(row: Mapping[str, Any]) -> str:
+    name = next((name for name in (ANSWER, PROBABILITIES) if name in row), "")
+    return name and f"has a column {name!r} already; rename it"
 
 
 def _lock(file: BinaryIO, output: Path) -> None:
@@ -155,10 +159,10 @@ def _answered(asking: Asking, labels: Sequence[str], chunk: Sequence[Numbered]) 
 def _read(asking: Asking, record: Numbered) -> Encoded | str:
     number, row = record
     where = f"line {number}"
-    if isinstance(row, str):
-        return f"{where} {row}"
+    if fault := row if isinstance(row, str) else _taken(row):
+        return f"{where} {fault}"
     try:
-        return asking.example(row, where)
+        return asking.example(cast("dict[str, Any]", row), where)
     except InputError as error:
         return str(error)
 
