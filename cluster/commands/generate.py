@@ -52,15 +52,16 @@ def generate(
 
 
 def _asked(prompt: str | None, prompts: Path | None) -> list[str]:
-    if prompts is None:
-        return [prompt] if prompt else []
-    if prompt is not None:
-        raise InputError("--prompt and --prompts: both are given; give one of them")
+    from trainer.data.reading.counts import ReadCounts, mended
     from trainer.data.reading.encodings import read_lines
     from trainer.data.reading.files import opened
 
+    if prompts is None:
+        return [mended(prompt, ReadCounts())] if prompt else []
+    if prompt is not None:
+        raise InputError("--prompt and --prompts: both are given; give one of them")
     with opened(prompts) as file:
         found = [line for text in read_lines(file, str(prompts), "utf-8", "\n") if (line := text.strip("\r\n")).strip()]
     if not found:
         raise InputError(f"{prompts}: holds no prompt; give a file with a prompt on each line")
-    return found
+    return [mended(line, ReadCounts()) for line in found]
