@@ -44,20 +44,21 @@ class Head:
     pooling: Pooling = "model"
 
 
-def load_model(directory: Path, key: MasterKey | None = None, head: Head | None = None) -> Any:
+def load_model(directory: Path, key: MasterKey | None = None, head: Head | None = None, kind: str = MODEL) -> Any:
     """The model of an exported directory, float32, in evaluation mode. Reads safetensors only, never pickles.
 
     Args:
         directory: of the model.
         key: by which its weights are encrypted, if they are.
         head: what is put on it, with values that depend on its shape alone; None: the model as it was written.
+        kind: of its manifest; one that is no base model was encrypted by its folder's name.
 
     Raises:
         InputError: its weights were not written with this key, or were made with other settings than its manifest says;
             or no such head fits it.
     """
-    manifest = read_manifest(directory, MODEL)
-    owner = manifest.config_digest if manifest else ""
+    manifest = read_manifest(directory, kind)
+    owner = directory.resolve().name if kind != MODEL else manifest.config_digest if manifest else ""
     with opened(directory, key, f"{owner}/{MODEL}", older=MODEL) as folder:
         return read_model(folder, str(directory), head)
 
