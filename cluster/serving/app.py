@@ -19,6 +19,7 @@ from cluster.serving.keys import ApiKeys
 from cluster.serving.labels import LabelModel
 from cluster.serving.metrics import ServingMetrics
 from cluster.serving.models import ServedModel
+from cluster.serving.page import page
 from cluster.serving.requests import ChatRequest, CompletionRequest, PredictRequest
 from configs.errors import InputError
 from trainer.inference.batching import Engine
@@ -84,6 +85,7 @@ class Service:
         app.get("/v1/models/{name}")(self.one_model)
         app.get("/health", response_model=None)(self.health)
         app.get("/metrics", response_model=None)(self.read_metrics)
+        app.get("/", response_model=None, include_in_schema=False)(page)
         app.get("/docs", response_model=None, include_in_schema=False)(lambda: HTMLResponse(_page(app.openapi())))
         return app
 
