@@ -14,6 +14,7 @@ from configs.schema.tasks import TaskSpec
 from trainer.data.tokenizer import load_tokenizer
 from trainer.inference.asking import Asking
 from trainer.inference.predicting import by_label
+from trainer.models.load import model_class
 from trainer.tasks.task import Encoded, Prediction, task_of
 
 _AT_ONCE = 32  # records, after which another request may come first, and one that nobody waits for ends
@@ -36,13 +37,16 @@ class LabelModel:
         context_length: most tokens of one.
 
     Raises:
-        InputError: the model has other labels than the task.
+        InputError: the model has another task's head, or other labels.
     """
 
     def __init__(
         self, name: str, claim: Claim, model: Any, spec: TaskSpec, tokens: Path, context_length: int | None
     ) -> None:
         task = task_of(spec, tokens, context_length)
+        of_task = task.head and model_class(model.config, str(tokens), task.head).__name__
+        if type(model).__name__ != of_task:
+            raise InputError(f"{name}: has another head than the task {spec.name!r}; give the settings of its own run")
         check_head(model, task, tokens)
         self.name, self.claim, self.context_length = name, claim, task.context_length
         self._spec = spec

@@ -103,7 +103,8 @@ def find(argument: str, key: MasterKey | None) -> Place:
     """What ``PATH`` or ``NAME=PATH`` means: a run, its base model, an adapter or a model in it, or a merged model.
 
     Raises:
-        InputError: no whole model is there, a file of it was changed, or its certificate is about another one.
+        InputError: no whole model is there, a file of it was changed, its certificate is about another one, or it
+            gives labels and lies in no run.
     """
     name, path = _named(argument)
     kind = _kind(path)
@@ -145,7 +146,11 @@ def _settings(path: Path) -> RunConfig:
 
 
 def _labels(merged: Path) -> bool:
-    config = json_object((merged / "config.json").read_bytes(), str(merged / "config.json"))
+    path = merged / "config.json"
+    try:
+        config = json_object(path.read_bytes(), str(path))
+    except OSError:
+        raise InputError(unreadable(path)) from None
     return any(part in str(config.get("architectures")) for part in _LABELLING)
 
 

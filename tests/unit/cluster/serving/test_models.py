@@ -162,6 +162,12 @@ def test_labels_are_those_of_its_runs_task(base, tmp_path):
     settings.write_text(settings.read_text().replace('"good"', '"fine"'))
     with pytest.raises(InputError, match="its labels are bad, good; give the settings of the run that made it"):
         load([find(str(run), None)], None)
+    said = settings.read_text()
+    for old, new in (("classification", "entities"), ("bad", "O"), ("fine", "B-PER")):
+        said = said.replace(f'"{old}"', f'"{new}"')
+    settings.write_text(said)
+    with pytest.raises(InputError, match="clinic: has another head than the task 'entities'"):
+        load([find(str(run), None)], None)
     settings.unlink()
     with pytest.raises(InputError, match="clinic: gives labels and lies in no run"):
         find(str(run), None)

@@ -1,6 +1,5 @@
 """The page for people, as far as HTTP shows it: it is there, whole in itself, and its policy lets in nothing else."""
 
-import asyncio
 import re
 import tomllib
 from base64 import b64encode
@@ -8,8 +7,8 @@ from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
-import httpx
 import pytest
+from service_client import ask
 
 from cluster.serving.app import Service
 from cluster.serving.keys import ApiKeys
@@ -38,13 +37,7 @@ def served(tmp_path_factory):
     path.chmod(0o600)
     engine = Engine({}, EngineLimits(1, 1, 1))
     service = Service({}, engine, ApiKeys(path), 5, 2)
-
-    async def sent():
-        transport = httpx.ASGITransport(service.guard)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
-            return await client.get("/")
-
-    response = asyncio.run(sent())
+    (response,) = ask(service, ("GET", "/", {}))
     engine.close()
     return response
 

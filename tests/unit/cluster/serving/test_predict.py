@@ -1,11 +1,10 @@
 """Records over HTTP: what each task answers, the same as a command does, and one clear line for whatever is wrong."""
 
-import asyncio
 import json
 
-import httpx
 import pytest
 from served_models import CONTEXT, a_labelling_run, a_model
+from service_client import SECRET, ask, refused
 
 from cluster.serving.app import Service
 from cluster.serving.keys import ApiKeys
@@ -17,7 +16,6 @@ from trainer.inference.asking import Asking
 from trainer.inference.batching import Engine, EngineLimits
 from trainer.tasks.task import task_of
 
-SECRET = "PATIENT-4711"
 TASKS = {
     "classification": ("bad", "good"),
     "multilabel": ("red", "old", "sails"),
@@ -63,27 +61,9 @@ def service_of(served):
         engine.close()
 
 
-def ask(service, *requests):
-    async def sent():
-        transport = httpx.ASGITransport(service.guard)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
-            return await asyncio.gather(*(client.request(*one[:2], **one[2]) for one in requests))
-
-    return asyncio.run(sent())
-
-
 def predict(service, model, records, **options):
     (found,) = ask(service, ("POST", "/predict", {"json": {"model": model, "records": records}, **options}))
     return found
-
-
-def refused(response, status, message):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert message in error["message"]
-    assert "\n" not in error["message"]
-    assert SECRET not in response.text
-    assert set(error) == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize("task", TASKS)
