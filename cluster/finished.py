@@ -50,8 +50,8 @@ def finished_model(place: Path, elsewhere: RunConfig | None = None) -> Finished:
     from trainer.data.tokenizer import load_tokenizer
     from trainer.tasks.task import task_of
 
-    run = _run_of(place)
-    config = _settings(run, elsewhere, place)
+    run = run_of(place)
+    config = settings_of(place, elsewhere)
     spec = config.federated.task_spec
     federation = None if run is None else _federation(place, run)
     if federation is None:
@@ -65,16 +65,27 @@ def finished_model(place: Path, elsewhere: RunConfig | None = None) -> Finished:
         digest = require_manifest(federation, federation.name, "federate").content_digest
         model, tokens, context = final_model(config, files.model, federation), files.model, None
     task = task_of(spec, tokens, context)
-    _check_head(model, task, place)
+    check_head(model, task, place)
     return Finished(model, load_tokenizer(tokens), task, config, digest, _privacy(federation or place))
 
 
-def _run_of(place: Path) -> Path | None:
+def run_of(place: Path) -> Path | None:
+    """The run that a model lies in; None: it lies in none."""
     here = place.resolve()
     return next((folder for folder in (here, *here.parents[:2]) if RunFiles(folder).config.is_file()), None)
 
 
-def _settings(run: Path | None, elsewhere: RunConfig | None, place: Path) -> RunConfig:
+def settings_of(place: Path, elsewhere: RunConfig | None = None) -> RunConfig:
+    """The settings of the run that a model lies in.
+
+    Args:
+        place: of the model.
+        elsewhere: the settings, where it lies in none.
+
+    Raises:
+        InputError: it lies in no run, and nothing else is given; or the run's settings can't be read.
+    """
+    run = run_of(place)
     if run is not None:
         path = RunFiles(run).config
         return parse(RunConfig, read_toml(path), str(path))
@@ -99,7 +110,12 @@ def _whole(place: Path, config: RunConfig) -> Any:
     return load_model(place, load_key(config.run.encryption_key_file), kind="merged")
 
 
-def _check_head(model: Any, task: Any, place: Path) -> None:
+def check_head(model: Any, task: Any, place: Path) -> None:
+    """Whether a model's labels are its task's.
+
+    Raises:
+        InputError: they are others.
+    """
     if task.head is None:
         return
     named = tuple(model.config.id2label.values())

@@ -43,6 +43,8 @@ def serve(
 ) -> None:
     """Serves models that write, to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models.
 
+    Models that give labels, or find answers in a text, answer records at /predict.
+
     Exit status 0 after SIGTERM or Ctrl-C, when what was accepted is answered.
     """
     quiet_libraries()
@@ -54,7 +56,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; `pip install 'siloweave[serve]'`") from None
     from cluster.serving.keys import ApiKeys
-    from cluster.serving.models import find, load
+    from cluster.serving.models import ServedModel, find, load
     from configs.storage.sealing import ENVIRONMENT, FROM_ENVIRONMENT, load_key
     from trainer.inference.batching import Engine, EngineLimits
 
@@ -62,8 +64,9 @@ def serve(
     listener = server.listen(host, port, timeout_s)  # before minutes of loading, and nobody else gets it meanwhile
     key = load_key(key_file or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else ""))
     served = load([find(model, key) for model in models], key)
-    room = slots * max(model.context_length for model in served.values())
-    engine = Engine({name: one.voice for name, one in served.items()}, EngineLimits(slots, room, _WAITING * slots))
+    writing = {name: one for name, one in served.items() if isinstance(one, ServedModel)}
+    room = slots * max((model.context_length for model in writing.values()), default=1)
+    engine = Engine({name: one.voice for name, one in writing.items()}, EngineLimits(slots, room, _WAITING * slots))
     service = Service(served, engine, keys, timeout_s, (1 + _WAITING) * slots)
     address = listener.getsockname()
     url = f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -115,15 +115,20 @@ class Answer:
 async def whole(answer: Answer, request: Request) -> Response:
     """The answer as one document; None is sent to who has gone."""
     try:
-        writing, leaving = asyncio.ensure_future(_written(answer)), asyncio.ensure_future(_gone(request))
-        await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
-        leaving.cancel()
-        if not writing.done():
-            writing.cancel()
-            return Response(status_code=GONE)
-        return JSONResponse(writing.result())
+        return await unless_gone(_written(answer), request)
     finally:
         answer.cancel()
+
+
+async def unless_gone(work: Coroutine[Any, Any, dict[str, Any]], request: Request) -> Response:
+    """The document that is made for a request. It is given up when who asked has gone, or nobody waits any more."""
+    making, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((making, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(making.result()) if making.done() else Response(status_code=GONE)
+    finally:
+        making.cancel()
+        leaving.cancel()
 
 
 async def _gone(request: Request) -> None:

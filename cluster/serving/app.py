@@ -1,5 +1,6 @@
 """The application: what is answered at which path."""
 
+import asyncio
 import time
 from collections.abc import Mapping
 from html import escape
@@ -11,19 +12,31 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from cluster.serving.answers import Answer, Question, Stream, whole
+from cluster.serving.answers import Answer, Question, Stream, unless_gone, whole
 from cluster.serving.errors import FAILED, ApiError
 from cluster.serving.guard import Guard
 from cluster.serving.keys import ApiKeys
+from cluster.serving.labels import LabelModel
 from cluster.serving.metrics import ServingMetrics
 from cluster.serving.models import ServedModel
-from cluster.serving.requests import ChatRequest, CompletionRequest
+from cluster.serving.page import page
+from cluster.serving.requests import ChatRequest, CompletionRequest, PredictRequest
 from configs.errors import InputError
 from trainer.inference.batching import Engine
 
 _LARGEST_BODY = 2**20
 _SPARE = 32  # requests that are being read, or refused
-_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/v1/models", "/v1/completions", "/v1/chat/completions")
+_PATHS = (
+    "/",
+    "/health",
+    "/metrics",
+    "/docs",
+    "/openapi.json",
+    "/v1/models",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/predict",
+)
 
 
 class Service:
@@ -31,14 +44,19 @@ class Service:
 
     Args:
         models: by name.
-        engine: that decodes for them.
+        engine: that decodes for those of them that write.
         keys: whose requests are taken; None: anybody's.
         timeout_s: longest that an answer may take.
         most: requests that have or may wait for a slot.
     """
 
     def __init__(
-        self, models: Mapping[str, ServedModel], engine: Engine, keys: ApiKeys | None, timeout_s: float, most: int
+        self,
+        models: Mapping[str, ServedModel | LabelModel],
+        engine: Engine,
+        keys: ApiKeys | None,
+        timeout_s: float,
+        most: int,
     ) -> None:
         self._models, self._engine, self._timeout_s = dict(models), engine, timeout_s
         self._began = int(time.time())
@@ -62,28 +80,43 @@ class Service:
         app.add_exception_handler(Exception, _failed)
         app.post("/v1/completions", response_model=None)(self.completions)
         app.post("/v1/chat/completions", response_model=None)(self.chat)
+        app.post("/predict", response_model=None)(self.predict)
         app.get("/v1/models")(self.list_models)
         app.get("/v1/models/{name}")(self.one_model)
         app.get("/health", response_model=None)(self.health)
         app.get("/metrics", response_model=None)(self.read_metrics)
+        app.get("/", response_model=None, include_in_schema=False)(page)
         app.get("/docs", response_model=None, include_in_schema=False)(lambda: HTMLResponse(_page(app.openapi())))
         return app
 
     async def completions(self, asked: CompletionRequest, request: Request) -> Response:
         """Goes on with a text."""
-        served = self._served(asked.model)
+        served = self._writing(asked.model)
         ids = await anyio.to_thread.run_sync(served.opening, asked.prompt)
         return await self._answered(asked, served, ids, served.ends, request)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """Answers the last message of a dialogue, in the model's own chat template."""
-        served = self._served(asked.model)
+        served = self._writing(asked.model)
         try:
             turns = [message.turn() for message in asked.messages]
             ids, ends = await anyio.to_thread.run_sync(served.dialogue, turns)
         except InputError as error:
             raise ApiError(400, str(error), "invalid_value", "messages") from None
         return await self._answered(asked, served, ids, ends, request)
+
+    async def predict(self, asked: PredictRequest, request: Request) -> Response:
+        """Gives labels to records, or finds the answers to questions in them."""
+        served = self._served(asked.model)
+        if not isinstance(served, LabelModel):
+            raise ApiError(400, f"{served.name} writes; ask it at /v1/completions", "invalid_value", "model")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await unless_gone(served.answer(asked.records), request)
+        except TimeoutError:
+            raise ApiError(504, "the answer took too long; send fewer records", "timeout") from None
+        except InputError as error:
+            raise ApiError(400, str(error), "invalid_value", "records") from None
 
     async def list_models(self) -> dict[str, Any]:
         """The models, and what is claimed of their privacy."""
@@ -109,13 +142,19 @@ class Service:
         """Counters for Prometheus."""
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def _served(self, name: str) -> ServedModel:
+    def _writing(self, name: str) -> ServedModel:
+        served = self._served(name)
+        if isinstance(served, LabelModel):
+            raise ApiError(400, f"{name} gives labels and writes no text; ask it at /predict", "invalid_value", "model")
+        return served
+
+    def _served(self, name: str) -> ServedModel | LabelModel:
         if name not in self._models:
             known = ", ".join(self._models)
             raise ApiError(404, f"no such model here; there is {known}", "model_not_found", "model")
         return self._models[name]
 
-    def _described(self, served: ServedModel) -> dict[str, Any]:
+    def _described(self, served: ServedModel | LabelModel) -> dict[str, Any]:
         return {
             "id": served.name,
             "object": "model",
@@ -123,6 +162,7 @@ class Service:
             "owned_by": "siloweave",
             "context_length": served.context_length,
             "privacy": served.claim.document(),
+            **(served.about if isinstance(served, LabelModel) else {}),
         }
 
     async def _answered(

@@ -11,9 +11,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from cluster.finished import run_of, settings_of
 from cluster.serving.claims import Claim, of_federation, of_merged
+from cluster.serving.labels import LabelModel
 from configs.errors import InputError
 from configs.parse import json_object
+from configs.schema.schema import RunConfig
 from configs.storage.files import unreadable
 from configs.storage.manifests import MANIFEST, Manifest, require_manifest
 from configs.storage.sealing import MasterKey, opened
@@ -21,11 +24,12 @@ from federated.adapters.merged import ADAPTER, WHOLE, finished_federation, head_
 from trainer.data.tokenizer import first_token, load_tokenizer
 from trainer.inference.batching import Voice
 from trainer.inference.lanes import Lane
-from trainer.models.load import load_model, read_model
+from trainer.models.load import Head, load_model, read_model
 from trainer.tasks.chat import ROLES, ChatTemplate, Message
 from trainer.tasks.marked import plain_backend
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_LABELLING = ("Classification", "Classifier", "QuestionAnswering")  # in the names of classes of models with a head
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Place:
         manifest: of that folder.
         claim: about its privacy.
         federation: whose adapter or model comes on top; None: nothing does.
+        settings: of its run, where it gives labels; None: it writes.
+        head: what the federation has put on the base model, where it gives labels.
     """
 
     name: str
@@ -45,6 +51,8 @@ class Place:
     manifest: Manifest
     claim: Claim
     federation: Path | None = None
+    settings: RunConfig | None = None
+    head: Head | None = None
 
     @property
     def shared(self) -> Path | None:
@@ -95,25 +103,23 @@ def find(argument: str, key: MasterKey | None) -> Place:
     """What ``PATH`` or ``NAME=PATH`` means: a run, its base model, an adapter or a model in it, or a merged model.
 
     Raises:
-        InputError: no whole model is there, a file of it was changed, or its certificate is about another one.
+        InputError: no whole model is there, a file of it was changed, its certificate is about another one, or it
+            gives labels and lies in no run.
     """
     name, path = _named(argument)
     kind = _kind(path)
     if kind == "merged":
         manifest = require_manifest(path, kind, "merge")
-        return Place(name, path, manifest, of_merged(path, manifest.inputs))
+        claim = of_merged(path, manifest.inputs)
+        return Place(name, path, manifest, claim, settings=_settings(path) if _labels(path) else None)
     if kind == WHOLE:
         return Place(name, path, require_manifest(path, kind, "export"), Claim())
     federation, made, base, manifest = finished_federation(path)
-    if head_of(made) is not None:
-        raise InputError(
-            f"{path}: this model gives labels and writes no text; `siloweave serve` takes those that write"
-        )
-    claim = of_federation(federation, _shared(federation), manifest.content_digest, key)
-    return Place(name, base, manifest, claim, federation)
+    claim, head = of_federation(federation, _shared(federation), manifest.content_digest, key), head_of(made)
+    return Place(name, base, manifest, claim, federation, _settings(path) if head else None, head)
 
 
-def load(places: Sequence[Place], key: MasterKey | None) -> dict[str, ServedModel]:
+def load(places: Sequence[Place], key: MasterKey | None) -> dict[str, ServedModel | LabelModel]:
     """The models, by name. Several adapters on one base share its weights.
 
     Raises:
@@ -123,11 +129,36 @@ def load(places: Sequence[Place], key: MasterKey | None) -> dict[str, ServedMode
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"two models are called {twice!r}; name one of them otherwise, as NAME=PATH")
-    found: dict[str, ServedModel] = {}
-    by_base = sorted(places, key=lambda place: place.manifest.content_digest)
+    found: dict[str, ServedModel | LabelModel] = {
+        place.name: _labelling(place, place.settings, key) for place in places if place.settings
+    }
+    writing = [place for place in places if not place.settings]
+    by_base = sorted(writing, key=lambda place: place.manifest.content_digest)
     for _, group in groupby(by_base, key=lambda place: place.manifest.content_digest):
         found |= {model.name: model for model in _together(list(group), key)}
     return {name: found[name] for name in names}
+
+
+def _settings(path: Path) -> RunConfig:
+    if run_of(path) is None:
+        raise InputError(f"{path}: gives labels and lies in no run, whose settings have its task; put it into its run")
+    return settings_of(path)
+
+
+def _labels(merged: Path) -> bool:
+    path = merged / "config.json"
+    try:
+        config = json_object(path.read_bytes(), str(path))
+    except OSError:
+        raise InputError(unreadable(path)) from None
+    return any(part in str(config.get("architectures")) for part in _LABELLING)
+
+
+def _labelling(place: Place, settings: RunConfig, key: MasterKey | None) -> LabelModel:
+    # What the certificate names is what is loaded: the published files, not the rounds that they were made of.
+    context_length = settings.model.context_length if place.federation is None else None
+    spec = settings.federated.task_spec
+    return LabelModel(place.name, place.claim, _whole(place, key), spec, place.base, context_length)
 
 
 def _together(places: list[Place], key: MasterKey | None) -> list[ServedModel]:
@@ -185,7 +216,7 @@ def _whole(place: Place, key: MasterKey | None) -> Any:
 
 def _base(place: Place, key: MasterKey | None) -> Any:
     if place.manifest.kind == WHOLE:
-        return load_model(place.base, key)
+        return load_model(place.base, key, place.head)
     with opened(place.base, key, f"{place.base.resolve().name}/{WHOLE}") as folder:
         return read_model(folder, str(place.base))
 

@@ -9,6 +9,7 @@ from trainer.inference.sampling import Sampling
 
 _COLDEST = 0.01  # below it the softmax of float32 is a choice of the likeliest token anyway, or not a number
 _SEEDS = 2**63
+_LONGEST = 2**16  # characters of a record
 
 
 def _whole(text: str) -> str:
@@ -81,6 +82,23 @@ class CompletionRequest(_Request):
     best_of: Literal[1] | None = 1
     logprobs: None = None
     suffix: None = None
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """A text is read in windows, and one of them all would keep others waiting."""
+    if len(str(record)) > _LONGEST:
+        raise ValueError(f"has more than {_LONGEST} characters; send less of it")
+    return record
+
+
+Record = Annotated[dict[str, Any], AfterValidator(_short)]
+
+
+class PredictRequest(_Strict):
+    """Records that a model gives labels to. What their fields are called the model says, in /v1/models."""
+
+    model: str = Field(max_length=200)
+    records: list[Record] = Field(min_length=1, max_length=256)
 
 
 class TextPart(_Strict):

@@ -14,7 +14,7 @@ from threading import Barrier
 import httpx
 import openai
 import pytest
-from served_models import CONTEXT, a_federation, a_model
+from served_models import CONTEXT, a_federation, a_labelling_run, a_model
 
 SECRET = "PATIENT-4711"
 TOKENS = 300  # of an answer that lasts for a while
@@ -156,6 +156,21 @@ def test_what_is_accepted_is_finished_after_sigterm_and_no_more_is_taken(base):
         assert [number for _, number in texts] == [0, 1, 2, 3, 4]
         assert all(text for text, _ in texts)
         assert process.wait(timeout=60) == 0
+
+
+def test_a_model_that_gives_labels_is_served_alone(base, tmp_path):
+    run, _, _ = a_labelling_run(tmp_path / "reviews", base, "classification", ("bad", "good"))
+    with serving(run) as (process, said):
+        asked = {"model": "reviews", "records": [{"text": f"the {SECRET} ship"}, {"text": "an island"}]}
+        found = httpx.post(f"{said['url']}/predict", json=asked, timeout=60).json()["predictions"]
+        assert [sum(one["probabilities"].values()) for one in found] == pytest.approx([1, 1], abs=1e-5)
+        assert all(one["answer"] == max(one["probabilities"], key=one["probabilities"].get) for one in found)
+        with pytest.raises(openai.BadRequestError, match="ask it at /predict"):
+            client(said["url"]).completions.create(model="reviews", prompt=SECRET)
+        assert httpx.get(said["url"]).text.startswith("<!doctype html>")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "serve: stopped\n")
 
 
 def test_a_taken_port_and_a_missing_model_end_with_one_line(siloweave, base, tmp_path):

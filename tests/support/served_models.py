@@ -1,14 +1,19 @@
 """Small models in folders as a run leaves them, to be served."""
 
 import shutil
+from dataclasses import asdict
 
 import torch
 from chat_templates import CHATML
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from configs.load import load
+from configs.run_directory import to_toml
 from configs.storage.manifests import Manifest, commit_manifest, require_manifest
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.models.adapters import add_adapter, trainable
+from trainer.models.load import load_model
+from trainer.tasks.headed import head_of
 
 CONTEXT = 1024
 DOCUMENTS = [f"the {name} ship sails to island number {number}" for number in range(40) for name in ("red", "old")]
@@ -44,3 +49,22 @@ def a_federation(run, base, seed):
     digest = require_manifest(run / "model", "model", "export").content_digest
     commit_manifest(federation, Manifest("federated", "made-up", inputs={"model": digest}))
     return run
+
+
+def a_labelling_run(run, base, task, labels=()):
+    """A run whose federation has left an adapter and a head for a task, and the model with both, which peft holds."""
+    settings = [f"federated.task={task}", f"federated.labels={list(labels)}", f"model.context_length={CONTEXT}"]
+    config = load("tiny", settings)
+    shutil.copytree(base, run / "model")
+    (run / "config.toml").write_text(to_toml(config))
+    head = head_of(config.federated.task_spec)
+    model = add_adapter(load_model(run / "model", head=head), rank=2, alpha=4.0, seed=1, head=head)
+    torch.manual_seed(1)
+    for value in trainable(model).values():
+        torch.nn.init.normal_(value, std=0.3)
+    federation = run / "federated"
+    model.save_pretrained(federation / "adapter", save_embedding_layers=False)
+    digest = require_manifest(run / "model", "model", "export").content_digest
+    made = Manifest("federated", "made-up", inputs={"model": digest}, metadata={"head": asdict(head)})
+    commit_manifest(federation, made)
+    return run, model.eval(), config.federated.task_spec

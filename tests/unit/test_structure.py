@@ -53,7 +53,7 @@ FLOORS = {
         "deployment simulation",
         "audit commands",
     ),
-    "cluster": ("monitoring report runtime serving", "finished run", "checks", "pipeline", "tuning", "commands"),
+    "cluster": ("monitoring report runtime", "finished run", "checks serving", "pipeline", "tuning", "commands"),
 }
 """The rooms of each package, from the ground up: one imports those below it, and no other one of its own floor."""
 LARGEST_ROOM = 12

@@ -170,9 +170,14 @@ def _read(asking: Asking, record: Numbered) -> Encoded | str:
 def _row(row: Any, answer: Prediction, labels: Sequence[str]) -> dict[str, Any]:
     found = {**row, ANSWER: answer.answer if isinstance(answer.answer, str) else list(answer.answer)}
     if answer.probabilities:
-        known = (round(one, _DIGITS) if math.isfinite(one) else None for one in answer.probabilities)
-        found[PROBABILITIES] = dict(zip(labels, known, strict=True))
+        found[PROBABILITIES] = by_label(answer, labels)
     return found
+
+
+def by_label(answer: Prediction, labels: Sequence[str]) -> dict[str, float | None]:
+    """An answer's probabilities, of which JSON can hold each: None is one that is no number."""
+    known = (round(one, _DIGITS) if math.isfinite(one) else None for one in answer.probabilities)
+    return dict(zip(labels, known, strict=True))
 
 
 def _finish(part: Path, bad: Path, output: Path) -> int:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from served_models import a_federation, a_model
+from served_models import a_federation, a_labelling_run, a_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.serving.models import find, load
@@ -150,11 +150,24 @@ def test_names_are_refused_where_they_are_none_or_two(base, runs):
         find("nowhere", None)
 
 
-def test_a_model_that_gives_labels_is_refused(base, tmp_path):
-    run = a_federation(tmp_path / "labels", base, 1)
-    (run / "federated" / "manifest.json").unlink()
-    head = {"kind": "classification", "size": 2, "pad": 0, "labels": ["a", "b"], "pooling": "model"}
-    digest = find(str(run / "model"), None).manifest.content_digest
-    commit_manifest(run / "federated", Manifest("federated", "", inputs={"model": digest}, metadata={"head": head}))
-    with pytest.raises(InputError, match="gives labels and writes no text"):
+def test_labels_are_those_of_its_runs_task(base, tmp_path):
+    run, _, _ = a_labelling_run(tmp_path / "clinic", base, "classification", ("bad", "good"))
+    merged, _ = merge(run, tmp_path / "elsewhere", None)
+    with pytest.raises(
+        InputError,
+        match="elsewhere: gives labels and lies in no run, whose settings have its task; put it into its run",
+    ):
+        find(str(merged), None)
+    settings = run / "config.toml"
+    settings.write_text(settings.read_text().replace('"good"', '"fine"'))
+    with pytest.raises(InputError, match="its labels are bad, good; give the settings of the run that made it"):
+        load([find(str(run), None)], None)
+    said = settings.read_text()
+    for old, new in (("classification", "entities"), ("bad", "O"), ("fine", "B-PER")):
+        said = said.replace(f'"{old}"', f'"{new}"')
+    settings.write_text(said)
+    with pytest.raises(InputError, match="clinic: has another head than the task 'entities'"):
+        load([find(str(run), None)], None)
+    settings.unlink()
+    with pytest.raises(InputError, match="clinic: gives labels and lies in no run"):
         find(str(run), None)

@@ -1,13 +1,12 @@
 """What the service answers over HTTP: the right documents, and one clear line for whatever is wrong."""
 
-import asyncio
 import json
 import os
 import random
 
-import httpx
 import pytest
 from served_models import CONTEXT, a_model
+from service_client import SECRET, ask, refused
 
 from cluster.serving.app import Service
 from cluster.serving.keys import ApiKeys
@@ -17,7 +16,6 @@ from configs.errors import InputError
 from trainer.inference.batching import Engine, EngineLimits
 from trainer.inference.sampling import Sampling
 
-SECRET = "PATIENT-4711"
 ASKED = {"model": "model", "prompt": "the old ship", "max_tokens": 8, "temperature": 0}
 
 
@@ -42,32 +40,11 @@ def service_of(served):
         engine.close()
 
 
-def ask(service, *requests):
-    """The responses to (method, path, options), all sent at once."""
-
-    async def sent():
-        transport = httpx.ASGITransport(service.guard)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
-            return await asyncio.gather(*(client.request(*one[:2], **one[2]) for one in requests))
-
-    return asyncio.run(sent())
-
-
 def post(service, document, path="/v1/completions", **options):
     content = json.dumps(document).encode() if isinstance(document, dict) else document
     headers = {"content-type": "application/json", **options.pop("headers", {})}
     (response,) = ask(service, ("POST", path, {"content": content, "headers": headers}))
     return response
-
-
-def refused(response, status, message):
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert message in error["message"]
-    assert "\n" not in error["message"]
-    assert SECRET not in response.text
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 def test_a_text_goes_on_alike_whole_and_as_events(service_of):
