@@ -3,6 +3,9 @@
 import json
 import subprocess
 
+import pytest
+
+from cluster.serving.models import find
 from configs.storage.files import digest_file
 from configs.storage.manifests import require_manifest
 
@@ -27,7 +30,7 @@ def test_a_run_and_its_merged_model_answer_a_file_alike(tiny_run, siloweave, tmp
     assert all(row["prediction"] for row in ours)
 
 
-def test_a_pruned_run_names_what_it_was_made_of(tiny_run, siloweave, tmp_path):
+def test_a_run_is_pruned_and_its_certificate_speaks_of_the_result(tiny_run, siloweave, tmp_path):
     federation = tiny_run.directory / "federated"
     options = ("--method", "prune", "--share", "0.5", "--output", str(tmp_path / "pruned"), "--json")
     done = siloweave("optimise", str(tiny_run.directory), *options, cwd=tiny_run.root)
@@ -38,6 +41,17 @@ def test_a_pruned_run_names_what_it_was_made_of(tiny_run, siloweave, tmp_path):
     assert (said["read"], said["records"] > 20) == ("the public silos", True)
     assert said["after"]["zeros"] > said["before"]["zeros"] + 0.1
     assert said["after"]["bits_per_char"] != said["before"]["bits_per_char"]  # of so little training it may be better
+    final = json.loads((tiny_run.directory / "evaluation.json").read_text())["federated"][-1]
+    assert said["before"]["bits_per_char"] == pytest.approx(final["bits_per_char"], rel=1e-4)
+    epsilon = json.loads((federation / "certificate.json").read_text())["headline"]["epsilon"]
+    assert find(str(pruned), None).claim.epsilon == epsilon
+    again = siloweave("optimise", str(tiny_run.directory), *options, cwd=tiny_run.root)
+    assert (again.returncode, "pruned: exists; give a path" in again.stderr) == (2, True)
+    (tmp_path / "in.jsonl").write_text('{"text": "What is"}\n')
+    settings = str(tiny_run.directory / "config.toml")
+    files = ("--input", "in.jsonl", "--output", "out.jsonl", "--max-new-tokens", "4")
+    assert siloweave("predict", str(pruned), "-c", settings, *files, cwd=tmp_path).returncode == 0
+    assert rows_of(tmp_path / "out.jsonl")[0]["prediction"]
 
 
 def test_a_chat_says_what_the_model_gives_away(tiny_run):
