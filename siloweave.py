@@ -17,6 +17,7 @@ from cluster.commands.explain import explain
 from cluster.commands.generate import generate
 from cluster.commands.jobs import job_app, submit
 from cluster.commands.merge import merge
+from cluster.commands.optimise import optimise
 from cluster.commands.predict import predict
 from cluster.commands.serve import serve
 from cluster.commands.tune import tune
@@ -42,6 +43,7 @@ app.command()(explain)
 app.command()(generate)
 app.command()(predict)
 app.command()(merge)
+app.command()(optimise)
 app.command()(serve)
 app.command()(tune)
 app.command()(submit)

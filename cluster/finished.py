@@ -8,7 +8,7 @@ from configs.errors import InputError
 from configs.parse import json_object, parse, read_toml, reading
 from configs.schema.schema import RunConfig
 from configs.storage.layout import CERTIFICATE, NO_DP, RunFiles
-from configs.storage.manifests import require_manifest
+from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 
 _ADVICE = "give a run's directory, an adapter/ in one, or a folder that `siloweave merge` wrote"
@@ -23,7 +23,9 @@ class Finished:
         tokenizer: the model's.
         task: what a record is to it.
         config: the settings that it was made with.
-        digest: of its weights, or of what they were made of.
+        made: the folder of what made it, where its certificate lies, if it has one.
+        manifest: that folder's.
+        run: the directory of its run; None: it lies outside of one.
         privacy: a line on what it gives away.
     """
 
@@ -31,8 +33,15 @@ class Finished:
     tokenizer: Any
     task: Any
     config: RunConfig
-    digest: str
+    made: Path
+    manifest: Manifest
+    run: Path | None
     privacy: str
+
+    @property
+    def digest(self) -> str:
+        """Of its weights, or of what they were made of."""
+        return self.manifest.content_digest
 
 
 def finished_model(place: Path, elsewhere: RunConfig | None = None) -> Finished:
@@ -57,16 +66,17 @@ def finished_model(place: Path, elsewhere: RunConfig | None = None) -> Finished:
     if federation is None:
         model, tokens = _whole(place, config), place
         context = config.model.context_length
-        digest = require_manifest(place, "merged", "merge").content_digest
+        manifest = require_manifest(place, "merged", "merge")
     else:
         from federated.coordinator.final_model import final_model
 
         files = RunFiles(federation.parent)
-        digest = require_manifest(federation, federation.name, "federate").content_digest
+        manifest = require_manifest(federation, federation.name, "federate")
         model, tokens, context = final_model(config, files.model, federation), files.model, None
     task = task_of(spec, tokens, context)
     check_head(model, task, place)
-    return Finished(model, load_tokenizer(tokens), task, config, digest, _privacy(federation or place))
+    made = federation or place
+    return Finished(model, load_tokenizer(tokens), task, config, made, manifest, run, _privacy(made))
 
 
 def run_of(place: Path) -> Path | None:

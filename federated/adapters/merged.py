@@ -1,6 +1,7 @@
 """What a federation has made as one plain model, base and adapter in the same weights: it needs neither us nor peft."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,39 @@ def merge(place: Path, output: Path | None, key: MasterKey | None) -> tuple[Path
             lies where the result should be, or the whole model was trained.
         SiloweaveError: the disk is full or not writable.
     """
-    federation, made, base, manifest = finished_federation(place)
+    federation, _, base, _ = found = finished_federation(place)
     if (federation / WHOLE).is_dir():
         raise InputError(f"{federation / WHOLE}: the whole model was trained, so nothing has to be merged; take this")
     target = output or base.parent / stage_of(federation).replace(FEDERATED, "merged")
     if target.exists():
         raise InputError(f"{target}: exists; give a path where nothing is yet, by --output")
-    inputs = {"model": manifest.content_digest}
-    with opened(federation / ADAPTER, key, f"{stage_of(federation)}/{ADAPTER}") as folder:
-        inputs |= {f"{ADAPTER}/{name}": digest_file(folder / name) for name in (_LORA, "adapter_model.safetensors")}
+    model, inputs = plain_model(*found, key)
+    return target, write_whole(model, base, federation, target, key, inputs, {"README.md": _CARD})
+
+
+def plain_model(
+    federation: Path, made: Manifest, base: Path, manifest: Manifest, key: MasterKey | None
+) -> tuple[Any, dict[str, str]]:
+    """A federation's model without peft, and the digests of what it was made of, by the names of a merged manifest.
+
+    Args:
+        federation: its folder; like the three that follow as ``finished_federation`` gives them.
+        made: its manifest.
+        base: the base model's folder.
+        manifest: the base model's.
+        key: of an encrypted run.
+
+    Raises:
+        InputError: the key is missing, or what lies there is of another base model.
+    """
+    shared = WHOLE if (federation / WHOLE).is_dir() else ADAPTER
+    with opened(federation / shared, key, f"{stage_of(federation)}/{shared}") as folder:
+        names = [_LORA, "adapter_model.safetensors"]
+        if shared == WHOLE:  # of which a certificate names all that a reader loads
+            names = sorted(path.name for path in folder.iterdir() if path.name not in ("README.md", MANIFEST))
+        digests = {f"{ADAPTER}/{name}": digest_file(folder / name) for name in names}  # the certificate's word for both
         model = with_shared(load_model(base, key, head_of(made)), folder)
-    return target, _write(model, base, federation, target, key, inputs)
+    return model, {"model": manifest.content_digest, **digests}
 
 
 def finished_federation(place: Path) -> tuple[Path, Manifest, Path, Manifest]:
@@ -124,19 +147,39 @@ def stage_of(federation: Path) -> str:
     return NO_DP if federation.resolve().name == NO_DP else FEDERATED
 
 
-def _write(
-    model: Any, base: Path, federation: Path, target: Path, key: MasterKey | None, inputs: dict[str, str]
+def write_whole(
+    model: Any,
+    base: Path,
+    made: Path,
+    target: Path,
+    key: MasterKey | None,
+    inputs: dict[str, str],
+    texts: Mapping[str, str],
 ) -> Manifest:
-    """The folder, which is there whole or not at all."""
+    """Writes a model that stands for itself; its folder is there whole or not at all.
+
+    Args:
+        model: a plain one.
+        base: the folder of its tokenizer, chat template and licence.
+        made: the folder where a certificate may lie, which comes along.
+        target: where nothing is yet.
+        key: encrypts the weights.
+        inputs: digests of what the model was made from.
+        texts: further files by their names.
+
+    Raises:
+        SiloweaveError: the disk is full or not writable.
+    """
     part = target.with_name(f".{target.name}.part")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         with sealing(part, key, f"{target.name}/{WHOLE}") as folder:
             write_model(model, base, folder)
-        (part / "README.md").write_text(_CARD, encoding="utf-8")
-        if (federation / CERTIFICATE).is_file():
-            shutil.copyfile(federation / CERTIFICATE, part / CERTIFICATE)
+        for name, text in texts.items():
+            (part / name).write_text(text, encoding="utf-8")
+        if (made / CERTIFICATE).is_file():
+            shutil.copyfile(made / CERTIFICATE, part / CERTIFICATE)
         parameters = sum(value.numel() for value in model.parameters())
         manifest = commit_manifest(part, Manifest("merged", "", inputs=inputs, metadata={"parameters": parameters}))
         part.rename(target)

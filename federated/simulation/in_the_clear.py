@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from configs.errors import PolicyRefusal
+from configs.schema.data import RecordSettings
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
 from configs.schema.tasks import WRITTEN, TaskSpec
@@ -140,10 +141,36 @@ def score_public(
     """
     source = config.evaluate.public
     spec = config.federated.task_spec.model_copy(update={"language": source.language})
+    units = public_units(source, spec, limit)
+    return {PUBLIC: _score(config, spec, base_model, config.run.encryption_key_file, units, adapter, whole)}
+
+
+def public_units(source: RecordSettings, spec: TaskSpec, limit: int) -> list[tuple[Row]]:
+    """The first records of a source, each a unit of its own.
+
+    Raises:
+        InputError: it can't be read.
+    """
     fields, counts = FieldReader(source, spec), ReadCounts()
     read = (fields.read(row, counts.where, found) for row, found in all_columns(source, fields.columns, counts))
-    units = [(row,) for row in islice(filter(None, read), limit)]
-    return {PUBLIC: _score(config, spec, base_model, config.run.encryption_key_file, units, adapter, whole)}
+    return [(row,) for row in islice(filter(None, read), limit)]
+
+
+def held_out_units(config: RunConfig, base_model: Path, limit: int) -> list[Sequence[Row]]:
+    """The first held-out units of each of a simulation's silos, whose data must be declared public.
+
+    Raises:
+        PolicyRefusal: they are not.
+    """
+    if not config.data.private.public:
+        raise PolicyRefusal(
+            "the silos' held-out records can be read in the clear only where data.private.public = true",
+            rule="public",
+            asked="records",
+            allowed="data declared public",
+        )
+    silos = simulated_silos(config, base_model).values()
+    return [unit for silo in silos for unit in units_of(silo).held_out[:limit]]
 
 
 def score_held_out(

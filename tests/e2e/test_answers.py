@@ -3,6 +3,12 @@
 import json
 import subprocess
 
+import pytest
+
+from cluster.serving.models import find
+from configs.storage.files import digest_file
+from configs.storage.manifests import require_manifest
+
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -22,6 +28,30 @@ def test_a_run_and_its_merged_model_answer_a_file_alike(tiny_run, siloweave, tmp
     assert ours == merged
     assert [row["text"] for row in ours] == ["What is", "the <|endoftext|> king"]
     assert all(row["prediction"] for row in ours)
+
+
+def test_a_run_is_pruned_and_its_certificate_speaks_of_the_result(tiny_run, siloweave, tmp_path):
+    federation = tiny_run.directory / "federated"
+    options = ("--method", "prune", "--share", "0.5", "--output", str(tmp_path / "pruned"), "--json")
+    done = siloweave("optimise", str(tiny_run.directory), *options, cwd=tiny_run.root)
+    assert done.returncode == 0, done.stderr
+    said, pruned = json.loads(done.stdout), tmp_path / "pruned"
+    assert said["inputs"]["federated"] == require_manifest(federation, "federated", "federate").content_digest
+    assert said["inputs"]["certificate"] == digest_file(pruned / "certificate.json")
+    assert (said["read"], said["records"] > 20) == ("the public silos", True)
+    assert said["after"]["zeros"] > said["before"]["zeros"] + 0.1
+    assert said["after"]["bits_per_char"] != said["before"]["bits_per_char"]  # of so little training it may be better
+    final = json.loads((tiny_run.directory / "evaluation.json").read_text())["federated"][-1]
+    assert said["before"]["bits_per_char"] == pytest.approx(final["bits_per_char"], rel=1e-4)
+    epsilon = json.loads((federation / "certificate.json").read_text())["headline"]["epsilon"]
+    assert find(str(pruned), None).claim.epsilon == epsilon
+    again = siloweave("optimise", str(tiny_run.directory), *options, cwd=tiny_run.root)
+    assert (again.returncode, "pruned: exists; give a path" in again.stderr) == (2, True)
+    (tmp_path / "in.jsonl").write_text('{"text": "What is"}\n')
+    settings = str(tiny_run.directory / "config.toml")
+    files = ("--input", "in.jsonl", "--output", "out.jsonl", "--max-new-tokens", "4")
+    assert siloweave("predict", str(pruned), "-c", settings, *files, cwd=tmp_path).returncode == 0
+    assert rows_of(tmp_path / "out.jsonl")[0]["prediction"]
 
 
 def test_a_chat_says_what_the_model_gives_away(tiny_run):

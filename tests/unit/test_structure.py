@@ -36,7 +36,7 @@ FLOORS = {
         "tasks",
         "augmentation checkpoints explanation scoring",
         "pretraining",
-        "export imported inference",
+        "export imported inference optimisation",
     ),
     "privacy": (
         "accounting clipping signing",
@@ -53,7 +53,14 @@ FLOORS = {
         "deployment simulation",
         "audit commands",
     ),
-    "cluster": ("monitoring report runtime", "finished run", "checks serving", "pipeline", "tuning", "commands"),
+    "cluster": (
+        "monitoring report runtime",
+        "finished run",
+        "checks optimising serving",
+        "pipeline",
+        "tuning",
+        "commands",
+    ),
 }
 """The rooms of each package, from the ground up: one imports those below it, and no other one of its own floor."""
 LARGEST_ROOM = 12
