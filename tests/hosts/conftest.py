@@ -10,19 +10,19 @@ from host_deployment import HostDeployment
 from hosts import lan, why_no_hosts
 
 SILOS = ("comedies", "histories", "roman")
-BEHIND_PROXY = "histories"
+BEHIND_PROXY, SMALL_DISK = "histories", "roman"
 
 
 @pytest.fixture(scope="session")
 def federation(tiny_run) -> Iterator[HostDeployment]:
-    """A coordinator and three silos that are online, one of which is behind a proxy; a line is slow and loses packets."""
+    """A coordinator and three silos, one of them behind a proxy; where netem is there, lines are slow."""
     reason = why_no_hosts()
     if reason:
         pytest.skip(reason)
     root = Path(tempfile.mkdtemp(prefix="hosts-"))  # pytest's own folders are too long for a socket
     try:
         with lan(delay_ms=20, loss_percent=1) as network:
-            deployment = HostDeployment(root, tiny_run.model, network, BEHIND_PROXY)
+            deployment = HostDeployment(root, tiny_run.model, network, BEHIND_PROXY, SMALL_DISK)
             try:
                 deployment.boot_proxy()
                 deployment.init()

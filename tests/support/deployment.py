@@ -172,7 +172,7 @@ class Deployment:
         """Everything at a silo, from keys to running processes, but its enrolment."""
         site = self.sites[name] = Site(name, self.root / name, steward, relay, proxy=proxy)
         for folder, owner, mode in (("silo", steward, 0o700), ("relay", relay, 0o700), ("run", steward, 0o755)):
-            (site.folder / folder).mkdir(parents=True)
+            (site.folder / folder).mkdir(parents=True, exist_ok=True)
             (site.folder / folder).chmod(mode)
             if owner:
                 shutil.chown(site.folder / folder, owner, owner)
@@ -200,9 +200,13 @@ class Deployment:
 
     def enrol(self, site: Site) -> None:
         enrolment = self.root / f"{site.name}.json"
-        shutil.copyfile(site.state_dir / "enrolment.json", enrolment)
+        shutil.copyfile(self.enrolment(site), enrolment)
         command = ["federation", "enrol", str(self.folder), str(enrolment), "--fingerprint", site.fingerprint]
         self.siloweave(*command)
+
+    def enrolment(self, site: Site) -> Path:
+        """Where `silo init` has put it."""
+        return site.state_dir / "enrolment.json"
 
     def _write_relay_settings(self, site: Site) -> None:
         shutil.copyfile(self.folder / "coordinator.json", self.root / "coordinator.json")

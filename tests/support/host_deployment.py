@@ -1,6 +1,7 @@
 """A federation as it is deployed, with a machine for the coordinator, for each silo and for one site's proxy."""
 
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -13,25 +14,29 @@ from hosts import Host, Lan
 from repository import SUPPORT
 
 from configs.storage.layout import SiloFiles
+from configs.storage.storage import COMMITTED
+from federated.coordinator.round_commits import SILOS
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.file import read_only
 
 NET = "10.77.0."
 COORDINATOR, PROXY, FIRST_SILO = f"{NET}1", f"{NET}2", 11
 NAME, PROXY_PORT = "fed.hosts.test", 3128
+DISK_BYTES = 32 * 2**20
 
 
 class HostDeployment(Deployment):
     """The coordinator at its host, each site at one of its own.
 
-    Of the site behind the proxy nobody tells the coordinator's address: its proxy alone knows the name.
+    The site behind the proxy has no way to the coordinator's name or address: its proxy alone has. Another one's state
+    is on a disk of its own.
     """
 
     host, listen = NAME, COORDINATOR
 
-    def __init__(self, root: Path, model: Path, network: Lan, behind_proxy: str) -> None:
+    def __init__(self, root: Path, model: Path, network: Lan, behind_proxy: str, small_disk: str) -> None:
         super().__init__(root, model)
-        self.network, self.behind_proxy = network, behind_proxy
+        self.network, self.behind_proxy, self.small_disk = network, behind_proxy, small_disk
         self.hosts: dict[str, Host] = {}
         (root / "hosts").write_text(f"127.0.0.1 localhost\n{COORDINATOR} {NAME}\n")
         self.boot("")
@@ -44,6 +49,10 @@ class HostDeployment(Deployment):
         host = self.hosts[at] = self.network.boot(address)
         if at != self.behind_proxy:
             host.run("mount", "--bind", str(self.root / "hosts"), "/etc/hosts")
+        if at and at == self.small_disk:
+            state = self.sites[at].state_dir
+            state.mkdir(parents=True, exist_ok=True)
+            host.run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "tmpfs", str(state))
         if not at:
             host.close_all_but(open_ports=(self.port,))
         elif at == self.behind_proxy:
@@ -79,6 +88,13 @@ class HostDeployment(Deployment):
         for site in made:
             self.enrol(site)
 
+    def state(self, name: str) -> SiloFiles:
+        """A silo's files, as they are seen from outside of its host."""
+        return SiloFiles(self.hosts[name].path(self.sites[name].state_dir))
+
+    def enrolment(self, site: Site) -> Path:
+        return self.state(site.name).directory / "enrolment.json"
+
     def _write_relay_settings(self, site: Site) -> None:
         super()._write_relay_settings(site)
         if site.name == self.behind_proxy:
@@ -101,7 +117,7 @@ class HostDeployment(Deployment):
 
     def kill(self, at: str, text: str) -> None:
         """SIGKILL for all such processes of a host."""
-        self.process(at, text)
+        self.process(at, text)  # or nothing would be tried
         for process in self.hosts[at].find(text):
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -111,6 +127,11 @@ class HostDeployment(Deployment):
         for process in self.hosts[at].processes():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+
+    def end(self) -> None:
+        for host in self.hosts.values():
+            host.end()
+        super().end()
 
     # Rounds and ledgers
 
@@ -133,5 +154,14 @@ class HostDeployment(Deployment):
 
     def entries(self, name: str) -> list[dict]:
         """A silo's ledger, replayed; the place of an entry is its number, less one."""
-        path = self.hosts[name].path(SiloFiles(self.sites[name].state_dir).ledger)
-        return verify_entries(read_only(path), name)
+        path = self.state(name).ledger
+        return verify_entries(read_only(path), str(path))
+
+    def receipts(self, run: str) -> list[tuple[int, str, dict]]:
+        """Round, silo and receipt of all that is committed of a run."""
+        found = []
+        for path in sorted((self.root / "runs" / run / "federated").glob(f"round-*/{COMMITTED}")):
+            told = json.loads((path.parent / SILOS).read_text())
+            number = int(path.parent.name.removeprefix("round-"))
+            found += [(number, name, silo["receipt"]) for name, silo in told.items()]
+        return found

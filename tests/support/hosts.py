@@ -18,9 +18,12 @@ TOOLS = ("ip", "mount", "nsenter", "setpriv", "tc", "unshare")
 BRIDGE, LINK = "br0", "e0"
 # It answers once its mounts are its own; as nobody waits for the dead of a host, its first process ignores them.
 _FIRST = "set -e; ip link set lo up; echo up; trap '' CHLD; exec sleep infinity"
+_UNSHARED = ("--net", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child=KILL")
+_NEW_HOST = ("setpriv", "--pdeathsig=KILL", "unshare", *_UNSHARED)
 _FIREWALL = """
 table inet firewall {{
-  chain in {{ type filter hook input priority 0; policy drop; iif lo accept; ct state established,related accept; {open} }}
+  chain in {{ type filter hook input priority 0; policy drop; iif lo accept;
+    ct state established,related accept; {open} }}
   chain out {{ type filter hook output priority 0; policy drop; oif lo accept;
     ct state established,related accept; {ways} }}
 }}
@@ -44,8 +47,7 @@ class Host:
     def __init__(self, address: str = "") -> None:
         self.address = address
         self._holder = subprocess.Popen(
-            ["setpriv", "--pdeathsig=KILL", "unshare", "--net", "--mount", "--pid", "--mount-proc", "--fork"]
-            + ["--kill-child=KILL", "sh", "-c", _FIRST],
+            [*_NEW_HOST, "sh", "-c", _FIRST],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -87,7 +89,7 @@ class Host:
 
     def _holds(self, pid: int) -> bool:
         with contextlib.suppress(OSError):
-            return os.readlink(f"/proc/{pid}/ns/pid") == os.readlink(f"/proc/{self.pid}/ns/pid")
+            return Path(f"/proc/{pid}/ns/pid").readlink() == Path(f"/proc/{self.pid}/ns/pid").readlink()
         return False
 
     def link(self, state: str) -> None:
