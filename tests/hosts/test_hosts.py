@@ -4,7 +4,6 @@ The tests stand in the order in which things happen to one federation.
 """
 
 import json
-import shutil
 import signal
 import socket
 import subprocess
@@ -120,8 +119,6 @@ def kill_in_training(federation: HostDeployment, silo: str) -> None:
 
 def test_a_silo_that_is_killed_while_it_trains_spends_nothing_twice(federation, faults):
     kill_in_training(federation, "comedies")
-    files = federation.state("comedies")
-    shutil.copytree(files.directory, federation.root / "older", ignore=shutil.ignore_patterns("*.log"))
     entry = federation.entries("comedies")[-1]
     serve(federation, "comedies")
     faults.next_round(*ALL)
@@ -174,41 +171,8 @@ def test_a_silo_whose_disk_is_full_is_left_out_and_is_back(federation, faults):
             disk.flush()
     faults.next_round("comedies", "histories", without="roman")
     filler.unlink()
+    assert "roman" in {event["silo"] for event in federation.events(faults.name, "rejected")}
     faults.next_round(*ALL)
-
-
-def test_a_ledger_that_is_put_back_is_refused_by_name(federation, faults):
-    federation.kill("comedies", SERVICE)
-    federation.sites["comedies"].service_process.wait(30)
-    state, newer = federation.state("comedies").directory, federation.root / "newer"
-    shutil.move(state, newer)
-    shutil.copytree(federation.root / "older", state)
-    site = federation.sites["comedies"]
-    served = ["silo", "serve", "-c", str(site.settings), "--socket", str(site.socket)]
-    done = federation.siloweave(*served, at="comedies", check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert str(federation.sites["comedies"].state_dir) in done.stderr and "ledger" in done.stderr
-    shutil.rmtree(state)
-    shutil.move(newer, state)
-    serve(federation, "comedies")
-    faults.next_round(*ALL)
-
-
-def test_a_revoked_silo_is_left_out(federation, faults):
-    federation.siloweave("federation", "revoke", str(federation.folder), "roman")
-    faults.next_round("comedies", "histories", without="roman")
-    assert "roman" not in federation.status()["silos"]
-
-
-def test_a_coordinator_whose_power_was_cut_goes_on_where_it_was(federation, faults):
-    before = federation.receipts(faults.name)
-    federation.hosts[""].end()
-    faults.process.wait(30)
-    federation.boot("")
-    federation.serve()
-    faults.process = federation.run(faults.name, *FAULTS, model=False)
-    faults.next_round("comedies", "histories")
-    assert federation.receipts(faults.name)[: len(before)] == before
 
 
 def test_after_all_of_this_no_spend_is_lost_and_none_is_there_twice(federation, faults):

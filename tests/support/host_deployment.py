@@ -127,6 +127,9 @@ class HostDeployment(Deployment):
         for process in self.hosts[at].processes():
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+        for entering in [] if still else self.started:  # which stands still with what it has started
+            with contextlib.suppress(psutil.Error):
+                entering.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
         for host in self.hosts.values():
