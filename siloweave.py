@@ -11,9 +11,14 @@ import typer
 
 from cluster.commands import federation as federation_command
 from cluster.commands import stages as cluster_commands
+from cluster.commands.chat import chat
 from cluster.commands.evaluate import evaluate
+from cluster.commands.explain import explain
+from cluster.commands.generate import generate
 from cluster.commands.jobs import job_app, submit
 from cluster.commands.merge import merge
+from cluster.commands.predict import predict
+from cluster.commands.serve import serve
 from cluster.commands.tune import tune
 from configs.errors import SiloweaveError
 from configs.printing import escape_unencodable, say, to_json
@@ -32,7 +37,12 @@ app = typer.Typer(
 )
 cluster_commands.add_to(app)
 app.command()(evaluate)
+app.command()(chat)
+app.command()(explain)
+app.command()(generate)
+app.command()(predict)
 app.command()(merge)
+app.command()(serve)
 app.command()(tune)
 app.command()(submit)
 app.add_typer(job_app, name="job")

@@ -46,6 +46,7 @@ TITLES = {
     "refusals": "refusals and failures alike on neighbouring datasets",
     "personal_state": "personal state (buffers, moments, metrics) never reaches a release",
     "generator": "noise from a cryptographic generator",
+    "mask_keys": "masks of secure aggregation: keys of 256 bits, a cryptographic generator",
     "zero_update": "an update of zeros",
     "client_sampling": "client sampling never enters a record-level event",
 }

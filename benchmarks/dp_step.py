@@ -1,6 +1,6 @@
 """What a record-level private step costs beside the plain one: our book-keeping and every mode of Opacus.
 
-Book-keeping has oneDNN's linear layers, as silos have where these are faster, and once more torch's own, as all others.
+Book-keeping has oneDNN's linear layers, as silos have where MKL holds back, and once more torch's own, as all others.
 One thread. Every private step is timed between two plain steps and divided by their mean; the order of the modes is
 drawn anew each time. A step is forward, backward, clipping and optimizer; noise is left out everywhere (see noise.py).
 Peak memory (VmHWM) is taken in a process of its own for every mode.
@@ -169,7 +169,7 @@ def bookkeeping_step(workload: Workload, *, products: bool) -> Step:
 
     Args:
         workload: what is trained.
-        products: oneDNN's linear layers, as a silo has them where they are faster; else torch's own, as all others.
+        products: oneDNN's linear layers, as a silo has them where MKL holds back; else torch's own, as all others.
     """
     from privacy.clipping.clipping import clipping
     from privacy.clipping.independence import Together

@@ -26,6 +26,7 @@ from configs.storage.files import write_atomic
 from configs.storage.layout import FEDERATED, NO_DP, RunFiles
 from configs.storage.manifests import MANIFEST, read_manifest, require_manifest
 from configs.storage.mirror import open_mirror
+from trainer.inference.decoding import Decoding
 
 Printer = Callable[[str], None]
 
@@ -277,37 +278,38 @@ def evaluate_base(run: Run, shots: int) -> tuple[dict[str, Any], list[str]]:
         return found, lines(found)
 
 
-def generate(run: Run, on_text: Printer, prompt: str | None = None) -> str:
-    """A sample from the final model, streamed; nothing where the task teaches it no writing, and a line says so."""
+def generate(run: Run, on_text: Printer, prompts: Sequence[str] = (), decoding: Decoding | None = None) -> list[str]:
+    """Texts of the final model, streamed; none where the task teaches it no writing, and a line says so."""
     from trainer.tasks.task import WritingTask, task_of
 
     require_manifest(run.files.federated, FEDERATED, "federate")
-    task, text = task_of(run.config.federated.task_spec, run.model), ""
+    task, texts = task_of(run.config.federated.task_spec, run.model), list[str]()
     with run.stage("generate"):
         if isinstance(task, WritingTask):
-            text = _sample(run, task, on_text, prompt or run.config.evaluate.prompt)
+            texts = _samples(run, task, on_text, prompts or [run.config.evaluate.prompt], decoding)
         else:
-            on_text(f"federated.task is {run.config.federated.task!r}: this model writes no text")
-        on_text("\n")
-    write_atomic(run.files.sample, text.encode())
-    return text
+            on_text(f"federated.task is {run.config.federated.task!r}: this model writes no text\n")
+    write_atomic(run.files.sample, "\n\n".join(texts).encode())
+    return texts
 
 
-def _sample(run: Run, task: Any, on_text: Printer, prompt: str) -> str:
+def _samples(run: Run, task: Any, on_text: Printer, prompts: Sequence[str], decoding: Decoding | None) -> list[str]:
     from federated.coordinator.final_model import final_model
     from trainer.data.tokenizer import load_tokenizer
-    from trainer.generation import generate as sample
+    from trainer.inference.generation import generate as sample
 
-    return sample(
-        final_model(run.config, run.model, run.files.federated),
-        task,
-        load_tokenizer(run.model),
-        prompt,
-        run.config.evaluate.sample_tokens,
-        run.config.evaluate.temperature,
-        run.config.run.seed,
-        on_text,
-    )
+    model, tokenizer = final_model(run.config, run.model, run.files.federated), load_tokenizer(run.model)
+    texts = list[str]()
+    for prompt in prompts:
+        texts.append(sample(model, task, tokenizer, prompt, decoding or sample_decoding(run.config), on_text))
+        on_text("\n")
+    return texts
+
+
+def sample_decoding(config: RunConfig) -> Decoding:
+    """How a run's sample is drawn."""
+    asked = config.evaluate
+    return Decoding(asked.sample_tokens, asked.temperature, top_k=50, top_p=0.95, seed=config.run.seed)
 
 
 def report(run: Run) -> dict[str, Any]:

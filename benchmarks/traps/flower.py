@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from flwr.serverapp import SamplingMethod
 
+from traps import masks
 from traps.cell import Cell, Check, absent, first_line, judged, of_modes
 from traps.flower_rounds import (
     ADAPTIVE,
@@ -333,6 +334,7 @@ CELLS: dict[str, Check] = {
     "refusals": refusals,
     "personal_state": personal_state,
     "generator": generator,
+    "mask_keys": masks.flower,
     "zero_update": zero_update,
     "client_sampling": absent("no record-level event"),
 }

@@ -340,6 +340,7 @@ CELLS: dict[str, Check] = {
     "refusals": absent("nobody asks from outside: there is no policy and no reply"),
     "personal_state": buffers,
     "generator": generator,
+    "mask_keys": absent("one process: no updates of others to add"),
     "zero_update": zero_update,
     "client_sampling": NO_CLIENTS,
 }

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from configs.errors import InputError, PolicyRefusal
 from privacy.mechanism.streams import Streams
-from traps import engine, hostile
+from traps import engine, hostile, masks
 from traps.cell import Cell, Check, absent, first_line, judged
 from traps.layers import (
     LAYERS,
@@ -341,6 +341,7 @@ CELLS: dict[str, Check] = {
     "dropout": dropout,
     "weights": weights,
     "generator": generator,
+    "mask_keys": masks.siloweave,
     "zero_update": zero_update,
     "client_sampling": client_sampling,
     **{trap: lambda names=names: by_tests(names) for trap, names in TESTS.items()},

@@ -8,6 +8,7 @@ import typer
 
 from cluster.commands import stages
 from cluster.commands.evaluate import evaluate
+from cluster.commands.generate import generate
 from cluster.commands.tune import tune
 from cluster.runtime import jobs
 from configs.errors import InputError
@@ -22,7 +23,7 @@ STAGES = (
     stages.export,
     stages.federate,
     evaluate,
-    stages.generate,
+    generate,
     stages.report,
     stages.audit,
     stages.plan,

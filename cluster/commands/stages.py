@@ -48,7 +48,6 @@ def add_to(app: typer.Typer) -> None:
         export,
         import_model,
         federate,
-        generate,
         report,
         audit,
         plan,
@@ -141,26 +140,6 @@ def federate(
 def report(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:
     """Writes report.json and report.html of a finished run."""
     _stage("report", config, override, "", as_json)
-
-
-def generate(
-    config: ConfigOption = "demo",
-    override: SetOption = None,
-    prompt: Annotated[str | None, typer.Option(help="Start of the text. Default: evaluate.prompt.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Streams a sample from the final model."""
-    from cluster import pipeline
-
-    def on_text(text: str) -> None:
-        if not as_json:
-            stream(text)
-
-    text, _ = with_run(
-        load(config, override or []), lambda run: pipeline.generate(run, on_text, prompt), as_json, quiet=True
-    )
-    if as_json:
-        say(to_json({"text": text}))
 
 
 def audit(

@@ -104,6 +104,16 @@ class RunFiles:
         return self.directory / "sample.txt"
 
     @property
+    def explanations(self) -> Path:
+        """Answers of the final model, and why it gave them, for machines."""
+        return self.directory / "explanations.json"
+
+    @property
+    def explained_page(self) -> Path:
+        """The same for people."""
+        return self.directory / "explanations.html"
+
+    @property
     def report(self) -> Path:
         """The report for machines; a run that has one is finished."""
         return self.directory / "report.json"

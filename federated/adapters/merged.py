@@ -75,36 +75,52 @@ def merge(place: Path, output: Path | None, key: MasterKey | None) -> tuple[Path
             lies where the result should be, or the whole model was trained.
         SiloweaveError: the disk is full or not writable.
     """
+    federation, made, base, manifest = finished_federation(place)
+    if (federation / WHOLE).is_dir():
+        raise InputError(f"{federation / WHOLE}: the whole model was trained, so nothing has to be merged; take this")
+    target = output or base.parent / stage_of(federation).replace(FEDERATED, "merged")
+    if target.exists():
+        raise InputError(f"{target}: exists; give a path where nothing is yet, by --output")
+    inputs = {"model": manifest.content_digest}
+    with opened(federation / ADAPTER, key, f"{stage_of(federation)}/{ADAPTER}") as folder:
+        inputs |= {f"{ADAPTER}/{name}": digest_file(folder / name) for name in (_LORA, "adapter_model.safetensors")}
+        model = with_shared(load_model(base, key, head_of(made)), folder)
+    return target, _write(model, base, federation, target, key, inputs)
+
+
+def finished_federation(place: Path) -> tuple[Path, Manifest, Path, Manifest]:
+    """A federation that has ended, and the base model that it started from.
+
+    Args:
+        place: a run's directory, a federation's folder in one, or the folder of an adapter or a whole model in that.
+
+    Returns:
+        The federation's folder and manifest, and the base model's.
+
+    Raises:
+        InputError: there is no finished federation, or it is of another base model.
+    """
     inside = place / FEDERATED
-    federation = place.parent if place.name == ADAPTER else inside if inside.is_dir() else place
-    run = federation.resolve().parent
-    made = require_manifest(federation, _stage(federation), "federate")
-    base = RunFiles(run).model
+    federation = place.parent if place.name in (ADAPTER, WHOLE) else inside if inside.is_dir() else place
+    made = require_manifest(federation, stage_of(federation), "federate")
+    base = RunFiles(federation.resolve().parent).model
     manifest = require_manifest(base, WHOLE, "export")
     if made.inputs.get("model") != manifest.content_digest:
         raise InputError(
             f"{federation / ADAPTER}: is of the base model {made.inputs.get('model', 'none')[:16]}…, and {base} is "
             f"{manifest.content_digest[:16]}…; put the right base model back"
         )
-    if (federation / WHOLE).is_dir():
-        raise InputError(f"{federation / WHOLE}: the whole model was trained, so nothing has to be merged; take this")
-    target = output or run / _stage(federation).replace(FEDERATED, "merged")
-    if target.exists():
-        raise InputError(f"{target}: exists; give a path where nothing is yet, by --output")
-    inputs = {"model": manifest.content_digest}
-    with opened(federation / ADAPTER, key, f"{_stage(federation)}/{ADAPTER}") as folder:
-        inputs |= {f"{ADAPTER}/{name}": digest_file(folder / name) for name in (_LORA, "adapter_model.safetensors")}
-        model = with_shared(load_model(base, key, _head(made)), folder)
-    return target, _write(model, base, federation, target, key, inputs)
+    return federation, made, base, manifest
 
 
-def _head(made: Manifest) -> Head | None:
+def head_of(made: Manifest) -> Head | None:
     """What the federation's task has put on the base model."""
     said = made.metadata.get("head")
     return Head(**{**said, "labels": tuple(said["labels"])}) if said else None
 
 
-def _stage(federation: Path) -> str:
+def stage_of(federation: Path) -> str:
+    """The stage that made a federation's folder: with DP or without."""
     return NO_DP if federation.resolve().name == NO_DP else FEDERATED
 
 

@@ -18,7 +18,7 @@ from trainer.augmentation import augmentation
 from trainer.device import CPU, where
 from trainer.models.adapters import Adaptation, adapted, adapter_weights, depths, load_adapter_weights, trainable
 from trainer.models.load import Head, load_model
-from trainer.pretraining.onednn import fastest_products, use_onednn
+from trainer.pretraining.onednn import mkl_holds_back, use_onednn
 from trainer.tasks.task import task_of
 
 
@@ -38,7 +38,7 @@ def warm_model(
         how: what of it trains.
         key_file: of the base model's key.
         frozen_seed: the seed that A is drawn from where it doesn't train (FFA-LoRA); None where it does.
-        onednn: whether linear layers may be oneDNN's, where that is faster; Opacus doesn't know them.
+        onednn: whether linear layers may be oneDNN's, where MKL holds back; Opacus doesn't know them.
         device: that it computes on.
 
     Raises:
@@ -60,7 +60,7 @@ def kept_warm(
         value.requires_grad = frozen_seed is None or not frozen(name)
     if device != CPU:
         model.to(device)
-    elif onednn and fastest_products().onednn:
+    elif onednn and mkl_holds_back():
         use_onednn(model)
     return model, list(trainable(model).values())
 

@@ -233,8 +233,9 @@ class SiloExchange:
             with sound_or_rejected():
                 accept(self._answer(silo, message, asked, expected))
         except PolicyRefusal as refusal:
-            quorum.refusals.append(self._explained(refusal))
-            self._emit("refused", group, silo, quorum.refusals[-1], rule=refusal.rule)
+            explained = self._explained(refusal)
+            quorum.refusals.append((silo, explained))
+            self._emit("refused", group, silo, explained, rule=refusal.rule)
             return False
         except UnsoundReply as error:
             self._emit("rejected", group, silo, error)
@@ -267,9 +268,10 @@ class SiloExchange:
             message += f"without {', '.join(missing)}, and federated.required_silos names them: the step does not count"
         else:
             message += f"federated.min_silos is {quorum.fewest}"
-        if refusals := [*quorum.refusals, *self._refused]:
-            first = refusals[0]
-            raise PolicyRefusal(f"{message}; {first}", rule=first.rule, asked=first.asked, allowed=first.allowed)
+        if refusals := [*quorum.refusals, *(("", refusal) for refusal in self._refused)]:
+            silo, first = min(refusals, key=lambda one: one[0] not in missing)  # of a silo that is missing, if one is
+            told = f"{message}; {f'{silo} refuses: ' if silo else ''}{first}"
+            raise PolicyRefusal(told, rule=first.rule, asked=first.asked, allowed=first.allowed)
         raise SiloweaveError(f"{message}; see {self.log.path} and the silos' own logs, then run the same command again")
 
     def _explained(self, refusal: PolicyRefusal) -> PolicyRefusal:

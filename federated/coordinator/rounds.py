@@ -111,12 +111,11 @@ class Coordinator:
         run_id = self.exchange.run.id
         say = partial(self.log.emit, "federate", "damaged")
         commit = commits.newest(self.directory, digest, lambda line: say(message=line), key)
-        if commit is None:
-            start = commits.Round(0, to_bytes(initial_adapter()), {})
-            commit = commits.save(self.directory, digest, start, run_id, key)
-        adapter = from_bytes(commit.adapter)
+        adapter = from_bytes(commit.adapter) if commit else initial_adapter()
         self.sizes = message_sizes(self.config.federated, {name: array.shape for name, array in adapter.items()})
-        require_room(self.sizes, self.carries_bytes)
+        require_room(self.sizes, self.carries_bytes)  # before a commit binds the folder to these settings
+        if commit is None:
+            commit = commits.save(self.directory, digest, commits.Round(0, to_bytes(adapter), {}), run_id, key)
         self.digests = commits.digests(self.directory, commit, key)
         self.silo_records.restore(commit.silos, f"{self.directory}: round {commit.round_number}")
         place, stated = commits.closing(self.directory, digest, run_id, lambda line: say(message=line))

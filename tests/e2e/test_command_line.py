@@ -37,6 +37,8 @@ def one_line(done, status):
         (["evaluate", "-c", "tiny"], "run `siloweave federate` first"),
         (["generate", "-c", "tiny"], "run `siloweave federate` first"),
         (["report", "-c", "tiny"], "run `siloweave federate` first"),
+        (["explain", "-c", "tiny"], "no text is given"),
+        (["explain", "-c", "tiny", "--file", "none.txt"], "--file none.txt: No such file"),
         (["ledger", "show", "nowhere"], "no such ledger"),
         (["ledger", "verify"], "nothing to verify"),
         (["ledger", "verify", "--certificate", "none.json"], "none.json: can't be read"),

@@ -12,6 +12,7 @@ from repository import REPOSITORY
 from small_corpus import write_corpus
 
 from privacy.ledger.statements import Receipt
+from trainer.pretraining.onednn import mkl_holds_back
 
 
 def test_the_report_has_every_promised_figure(tiny_run):
@@ -84,6 +85,14 @@ def test_progress_is_shown_as_plain_lines_without_a_terminal(tiny_run, siloweave
     assert done.returncode == 0, done.stderr
     assert "evaluate: 5/5" in done.stderr
     assert "\x1b" not in done.stderr
+    explained = siloweave("explain", "-c", "tiny", "<script>Good morrow", "--json", cwd=tmp_path / "copy")
+    assert explained.returncode == 0, explained.stderr
+    (one,) = json.loads(explained.stdout)["explanations"]
+    assert "".join(piece["text"] for piece in one["pieces"]).endswith("<script>Good morrow")
+    assert json.loads((tmp_path / "copy/runs/tiny/explanations.json").read_text()) == [one]
+    page = (tmp_path / "copy/runs/tiny/explanations.html").read_text()
+    assert "<script>" not in page
+    assert "Abnar and Zuidema" in page
 
 
 def test_no_exact_figure_of_a_silo_is_in_the_run_directory(tiny_run):
@@ -102,9 +111,9 @@ def test_no_exact_figure_of_a_silo_is_in_the_run_directory(tiny_run):
 
 def test_the_runs_events_say_what_computes_its_linear_layers(tiny_run):
     events = [json.loads(line) for line in (tiny_run.directory / "events.jsonl").read_text().splitlines()]
-    starts = [event["products"] for event in events if event["event"] == "started"]
+    starts = [event["onednn"] for event in events if event["event"] == "started"]
     assert starts
-    assert all(found["onednn"] is (found["gain"] >= 1.15) for found in starts)
+    assert set(starts) == {mkl_holds_back()}
 
 
 def test_the_adapter_is_a_peft_directory(tiny_run):

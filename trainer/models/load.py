@@ -44,29 +44,45 @@ class Head:
     pooling: Pooling = "model"
 
 
-def load_model(directory: Path, key: MasterKey | None = None, head: Head | None = None) -> Any:
+def load_model(directory: Path, key: MasterKey | None = None, head: Head | None = None, kind: str = MODEL) -> Any:
     """The model of an exported directory, float32, in evaluation mode. Reads safetensors only, never pickles.
 
     Args:
         directory: of the model.
         key: by which its weights are encrypted, if they are.
         head: what is put on it, with values that depend on its shape alone; None: the model as it was written.
+        kind: of its manifest; one that is no base model was encrypted by its folder's name.
 
     Raises:
         InputError: its weights were not written with this key, or were made with other settings than its manifest says;
             or no such head fits it.
+    """
+    manifest = read_manifest(directory, kind)
+    owner = directory.resolve().name if kind != MODEL else manifest.config_digest if manifest else ""
+    with opened(directory, key, f"{owner}/{MODEL}", older=MODEL) as folder:
+        return read_model(folder, str(directory), head)
+
+
+def read_model(folder: Path, where: str, head: Head | None = None) -> Any:
+    """The same of any folder in the clear, whatever its manifest says.
+
+    Args:
+        folder: of the model.
+        where: what it is called in messages.
+        head: what is put on it.
+
+    Raises:
+        InputError: transformers has no such model, or no such head fits it.
     """
     import_large("transformers.modeling_utils")
     from transformers import AutoConfig
 
     import trainer.models.recurrent  # noqa: F401  # which the Auto classes know from then on
 
-    manifest = read_manifest(directory, MODEL)
-    owner = manifest.config_digest if manifest else ""
-    with opened(directory, key, f"{owner}/{MODEL}", older=MODEL) as folder, torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of a head: the same one wherever it is put on
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        kind = model_class(config, str(directory), head)
+        kind = model_class(config, where, head)
         with _without_report():
             model = kind.from_pretrained(
                 folder,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configs.errors import InputError
 from configs.schema.schema import RunConfig
 from trainer.pretraining.deepspeed_settings import deepspeed_config, require_supported
 from trainer.pretraining.optimizers import hold_back, learning_rate, new_optimizer
 from trainer.rank import Rank
-
-if TYPE_CHECKING:
-    from trainer.pretraining.onednn import Products
 
 
 def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
@@ -29,7 +26,7 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
 
     settings = config.pretrain
     model = new_model(config.model, vocab_size, config.run.seed, settings.dropout, config.objective).train()
-    if products(config, rank).onednn:
+    if onednn_computes(config, rank):
         use_onednn(model)
     # With this, DeepSpeed's own converter reads our commits.
     version = {constants.UNIVERSAL_CHECKPOINT_VERSION_KEY: constants.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
@@ -55,22 +52,22 @@ def build_engine(config: RunConfig, rank: Rank, vocab_size: int) -> Any:
     return engine
 
 
-def products(config: RunConfig, rank: Rank) -> Products:
-    """What computes the linear layers: the same on all ranks, which decide together.
+def onednn_computes(config: RunConfig, rank: Rank) -> bool:
+    """Whether oneDNN computes the linear layers: on all ranks, or on none, which they decide together.
 
     Lower precisions go to oneDNN anyway, and the compiler brings products of its own.
     """
     from torch import distributed
 
-    from trainer.pretraining.onednn import TORCH, fastest_products
+    from trainer.pretraining.onednn import mkl_holds_back
 
     settings = config.pretrain
     if rank.device != "cpu" or settings.precision != "fp32" or settings.torch_compile:
-        return TORCH
-    found = [fastest_products()] * rank.world_size
+        return False
+    found = [mkl_holds_back()] * rank.world_size
     if rank.world_size > 1:
-        distributed.all_gather_object(found, fastest_products())
-    return min(found, key=lambda one: one.gain)
+        distributed.all_gather_object(found, mkl_holds_back())
+    return all(found)
 
 
 def _take_back_first_step(optimizer: Any) -> None:

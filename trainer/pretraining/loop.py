@@ -26,7 +26,7 @@ from trainer.objectives.objective import Objective, new_objective
 from trainer.objectives.pieces import Examples
 from trainer.pretraining.agreement import first_on_its_node, prove_shared, require_same_step
 from trainer.pretraining.deepspeed_settings import accumulation_steps
-from trainer.pretraining.engine import build_engine, gradient_trouble, products, set_step, weight_trouble
+from trainer.pretraining.engine import build_engine, gradient_trouble, onednn_computes, set_step, weight_trouble
 from trainer.pretraining.optimizers import learning_rate, new_optimizer
 from trainer.pretraining.rollback import Progress
 from trainer.pretraining.startup import Start, import_libraries
@@ -172,7 +172,7 @@ def _begin(
     commits = Committer(config, storage, scratch, rank, attempt, progress.committed, digest, report)
     batches = Batches(config, corpus, progress.skipped)
     _prove_shares(batches, progress.committed, rank)
-    report({"event": "started", "seconds": begin.seconds(), "products": vars(products(config, rank))})
+    report({"event": "started", "seconds": begin.seconds(), "onednn": onednn_computes(config, rank)})
     return _Begun(engine, corpus, manifest.metadata, progress, commits, batches, objective)
 
 

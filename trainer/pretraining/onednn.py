@@ -1,57 +1,34 @@
-"""Linear layers computed by oneDNN where that is faster than torch's own float32 products.
+"""Linear layers computed by oneDNN where MKL, which torch asks for float32 products, holds back.
 
-torch multiplies them with MKL, which takes AVX-512 on Intel's processors only. oneDNN, which torch ships for other
-precisions, takes it wherever it is: a whole step is 1.5 times as fast on some machines, and no faster on others of the
-same maker (``benchmarks/pretrain.py``). So both are timed before one of them is chosen.
+MKL takes AVX-512 on Intel's processors only. oneDNN, which torch ships for other precisions, takes it wherever it is: a
+whole step is 1.5 times as fast on some machines (``benchmarks/pretrain.py``). The two round differently. So the
+processor's kind alone chooses, and no clock: two processes of a machine give the same bits, however busy it is.
 """
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-_ROWS, _COLUMNS = 512, 512  # of a product of 0.27 GFLOP: one takes 1 to 5 milliseconds on a core
-_TURNS = 10
-_LEAST_GAIN = 1.15  # less is within what timings differ by, and a run's processes should all choose alike
-
-
-@dataclass(frozen=True)
-class Products:
-    """What float32 products are computed with.
-
-    Attributes:
-        onednn: whether oneDNN is taken.
-        gain: how many times as fast as MKL it was; 0 where it is not there.
-    """
-
-    onednn: bool
-    gain: float
-
-
-TORCH = Products(onednn=False, gain=0.0)
+_PROCESSOR = Path("/proc/cpuinfo")  # Linux'; elsewhere torch's own products stay
 
 
 @lru_cache(maxsize=1)
-def fastest_products() -> Products:
-    """Times both, in turns, for some tens of milliseconds; once per process."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return TORCH
-    x, weight = torch.ones(_ROWS, _COLUMNS), torch.ones(_COLUMNS, _COLUMNS)
-    ways = (lambda: functional.linear(x, weight), lambda: _times(x, weight))
-    turns = [[_seconds(way) for way in ways] for _ in range(_TURNS)]
-    mkl, onednn = (min(seconds) for seconds in zip(*turns, strict=True))  # what else runs here only makes it longer
-    return Products(onednn=mkl >= _LEAST_GAIN * onednn, gain=mkl / onednn)
+def mkl_holds_back() -> bool:
+    """Whether this processor has AVX-512 that MKL leaves alone, and this torch has oneDNN's layers."""
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return has_onednn and has_avx512 and torch.backends.mkl.is_available() and _maker() not in {"", "GenuineIntel"}
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    # The processor's own time, which other programs don't lengthen: a run that is resumed should choose alike.
-    began = time.process_time()
-    work()
-    return time.process_time() - began
+def _maker() -> str:
+    """As the processor itself names it; empty where that is not known."""
+    try:
+        lines = _PROCESSOR.read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def use_onednn(model: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ can open or end a turn, and what a template does depends on nothing but whose tu
 import re
 from collections.abc import Sequence
 from copy import copy
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 from configs.errors import InputError
@@ -102,7 +102,7 @@ class ChatTemplate:
         # Some models name their turns' tokens without saying that they are special.
         spelt = [text for text in added.values() if text.strip() and text in str(tokenizer.chat_template)]
         self._plain = plain_backend(tokenizer, spelt)
-        self._frame = cache(self._made)
+        self._frame = lru_cache(maxsize=1024)(self._made)  # whoever asks a service may take turns in many ways
         self.ends = self._ends()
 
     def _ends(self) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ class Quorum:
         grace_s: for how long they are, all the same.
         missing: the silos that the step can't do without, beside those that it is given.
         answered: whose replies were accepted.
-        refusals: what policies have refused.
+        refusals: silos, and what their policies have refused.
     """
 
     fewest: int
@@ -46,7 +46,7 @@ class Quorum:
     grace_s: float = 0.0
     missing: Callable[[Iterable[str]], list[str]] = lambda _: []
     answered: list[str] = field(default_factory=list)
-    refusals: list[PolicyRefusal] = field(default_factory=list)
+    refusals: list[tuple[str, PolicyRefusal]] = field(default_factory=list)
     _enough_at: float | None = None
 
     def over(self) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from traps import engine as measured
-from traps import siloweave
+from traps import masks, siloweave
 from traps.layers import LAYERS
 
 from privacy.mechanism.streams import Streams
@@ -114,3 +114,8 @@ def test_a_broken_engine_fails_the_check(monkeypatch, mutation, check):
     assert check().verdict == "pass"
     monkeypatch.setattr(measured, "train_privately", mutation)
     assert check().verdict == "fails"
+
+
+def test_masks_hang_on_256_bits_of_their_key_and_the_check_finds_those_that_do_not():
+    assert siloweave.CELLS["mask_keys"]().verdict == "pass"
+    assert masks.flower().verdict == "fails"

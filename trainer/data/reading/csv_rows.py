@@ -20,12 +20,12 @@ def read_csv(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]:
         InputError: the header lacks a column or has it twice, or comes again; a record has another number of fields;
             or the file is no CSV.
     """
-    records = _records(read_lines(file, name, wanted.encoding, ""), name)
-    line, header = next(records, (1, []))
+    found = records(read_lines(file, name, wanted.encoding, ""), name)
+    line, header = next(found, (1, []))
     check_columns(header, wanted.columns, f"{name}, line {line}", _HEADER)
     places = [(column, header.index(column)) for column in wanted.columns]
     expected, place = len(header), f"{name}, line"
-    for line, record in records:
+    for line, record in found:
         if len(record) != expected:
             raise InputError(
                 f"{place} {line}: {len(record)} fields, and the header has {expected}; put double quotes around a text "
@@ -37,7 +37,7 @@ def read_csv(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]:
         yield {column: record[at] for column, at in places}
 
 
-def _records(lines: Iterator[str], name: str) -> Iterator[tuple[int, list[str]]]:
+def records(lines: Iterator[str], name: str) -> Iterator[tuple[int, list[str]]]:
     """Records that are not blank, each with the line that it begins on."""
     size, start = 0, 1
 

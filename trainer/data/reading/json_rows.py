@@ -24,7 +24,7 @@ def read_jsonl(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]
         if not content:
             continue
         wanted.counts.place = (place, number)
-        row, fault = _parse(content)
+        row, fault = parsed(content)
         if fault:
             raise InputError(f"{place} {number} {fault}")
         yield pick(_object_of(row, f"{place} {number}"), wanted)
@@ -40,7 +40,7 @@ def read_json(file: BufferedReader, name: str, wanted: Wanted) -> Iterator[Row]:
         yield from read_jsonl(file, name, wanted)
         return
     hint = "an array is in memory at once: write one object per line instead"
-    rows, fault = _parse(read_text(file, name, wanted.encoding, hint).strip(_BLANKS))
+    rows, fault = parsed(read_text(file, name, wanted.encoding, hint).strip(_BLANKS))
     if fault:
         raise InputError(f"{name}: {fault}")
     for number, row in enumerate(rows, 1):
@@ -54,7 +54,7 @@ def _object_of(row: Any, where: str) -> dict[str, Any]:
     return row
 
 
-def _parse(text: str) -> tuple[Any, str]:
+def parsed(text: str) -> tuple[Any, str]:
     """A text's value, and what is wrong with it. Not raised from here: the parser's errors hold all of it."""
     try:
         value, end = _DECODER.raw_decode(text)  # half the time of decode, which looks for blanks again

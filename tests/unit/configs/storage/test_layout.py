@@ -35,6 +35,8 @@ ON_DISK = {
         "certificate": "federated/certificate.json",
         "evaluation": "evaluation.json",
         "sample": "sample.txt",
+        "explanations": "explanations.json",
+        "explained_page": "explanations.html",
         "report": "report.json",
         "page": "report.html",
         "audit": "audit",

@@ -22,6 +22,7 @@ def test_the_line_is_looked_at_before_a_silo_is_asked(tmp_path):
     with pytest.raises(InputError, match="the line between coordinator and silos carries at most"):
         run.run(adapter)
     assert not any(hasattr(silo, "asked") for silo in silos)
+    assert not list((tmp_path / "run").glob("round-*")), "a commit would bind the folder to settings that can't be run"
 
 
 def test_silos_are_told_the_size_of_the_largest_request_that_then_comes(tmp_path):

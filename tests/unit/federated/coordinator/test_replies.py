@@ -327,5 +327,5 @@ def test_no_reply_can_pass_for_another_silos(tmp_path):
         silos = [SignedSilo("good"), SignedSilo("bad")]
         one = coordinator(grid(silos), tmp_path / name, "federated.round_timeout_s=60", silos=2)
         one._meet(2, 0)
-        one.exchange.settings = one.exchange.settings.model_copy(update={"round_timeout_s": patience_s})
+        one.exchange.mail.settings = one.config.federated.model_copy(update={"round_timeout_s": patience_s})
         assert one._ask(1, RoundAggregation(one.config.federated, adapter(), {}, 2), adapter()) == [*answered, "good"]

@@ -56,26 +56,29 @@ def test_other_layers_stay_as_they_are():
 
 @needs_onednn
 @pytest.mark.parametrize(
-    ("mkl", "onednn", "taken"), [(2.0, 1.0, True), (1.2, 1.0, True), (1.1, 1.0, False), (1.0, 2.0, False)]
+    ("processor", "capability", "taken"),
+    [
+        ("processor\t: 0\nvendor_id\t: AuthenticAMD\n", "AVX512", True),
+        ("vendor_id\t: AuthenticAMD\n", "AVX2", False),
+        ("vendor_id\t: GenuineIntel\n", "AVX512", False),
+        ("CPU implementer\t: 0x41\n", "DEFAULT", False),
+        (None, "AVX512", False),
+    ],
 )
-def test_the_faster_one_is_taken_by_time(mkl, onednn, taken, monkeypatch):
-    """The best of several turns counts: what else runs on the machine only makes one longer."""
-    turns = iter([9.0, 9.0, *[mkl, onednn] * 100])
-    monkeypatch.setattr(linear, "_seconds", lambda work: (work(), next(turns))[1])
-    linear.fastest_products.cache_clear()
-    try:
-        found = linear.fastest_products()
-        assert found.onednn is taken
-        assert found.gain == mkl / onednn
-        assert linear.fastest_products() is found
-    finally:
-        linear.fastest_products.cache_clear()
+def test_the_kind_of_processor_chooses(processor, capability, taken, monkeypatch, tmp_path):
+    path = tmp_path / "cpuinfo"
+    if processor is not None:
+        path.write_text(processor)
+    monkeypatch.setattr(linear, "_PROCESSOR", path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert linear.mkl_holds_back.__wrapped__() is taken
 
 
-def test_without_onednn_torchs_own_products_stay(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    linear.fastest_products.cache_clear()
-    try:
-        assert linear.fastest_products() == linear.TORCH
-    finally:
-        linear.fastest_products.cache_clear()
+@pytest.mark.parametrize("library", ["mkldnn", "mkl"])
+def test_without_either_library_torchs_own_products_stay(library, monkeypatch, tmp_path):
+    path = tmp_path / "cpuinfo"
+    path.write_text("vendor_id\t: AuthenticAMD\n")
+    monkeypatch.setattr(linear, "_PROCESSOR", path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(getattr(torch.backends, library), "is_available", lambda: False)
+    assert linear.mkl_holds_back.__wrapped__() is False

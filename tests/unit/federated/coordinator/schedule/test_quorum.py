@@ -94,14 +94,20 @@ def test_a_required_silo_that_is_away_is_waited_for_before_others_work_for_nothi
 
 
 def test_the_refusal_of_a_required_silo_is_the_runs_own(grid, tmp_path):
-    def refuses(_, reply, request):
-        if request.HasField("train"):
-            reply.refusal.CopyFrom(pb.Refusal(rule="max_rounds", asked="2", allowed="1", message="too many rounds"))
-        return reply
+    """Whoever else refused, and earlier: the run would go on without that one."""
 
-    grid.silos[1].change = refuses
-    with pytest.raises(PolicyRefusal, match=r"without a, and federated.required_silos .* too many rounds") as caught:
-        coordinator(grid, tmp_path, 'federated.required_silos=["a"]').run(adapter)
+    def refuses(rule, message):
+        def change(_, reply, request):
+            if request.HasField("train"):
+                reply.refusal.CopyFrom(pb.Refusal(rule=rule, asked="2", allowed="1", message=message))
+            return reply
+
+        return change
+
+    grid.silos[1].change = refuses("max_lora_rank", "too large")
+    grid.silos[3].change = refuses("max_rounds", "too many rounds")
+    with pytest.raises(PolicyRefusal, match=r"without c, and .*required_silos .* c refuses: too many rounds") as caught:
+        coordinator(grid, tmp_path, 'federated.required_silos=["c"]', "federated.min_silos=1").run(adapter)
     assert caught.value.rule == "max_rounds"
 
 

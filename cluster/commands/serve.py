@@ -1,0 +1,78 @@
+"""``siloweave serve``."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.commands.stages import JsonOption, quiet_libraries
+from configs.errors import InputError
+from configs.printing import answer, say
+
+_WAITING = 8  # requests that may wait, for each slot
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A run's directory, an adapter/ or a model/ in one, or a merged model; NAME=PATH gives it a name. "
+            "Several adapters on one base share its weights.",
+        ),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Beyond this machine it takes --api-keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one, which is printed.")] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File, mode 0600, with one API key a line. Default: nobody needs one.")
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, max=1024, help="Requests that are decoded together; 8 times as many may wait.")
+    ] = 8,
+    timeout_s: Annotated[
+        float, typer.Option(min=1, max=86_400, help="Longest that an answer may take, also after SIGTERM.")
+    ] = 300,
+    key_file: Annotated[
+        str, typer.Option(help="Key of encrypted runs. Default: SILOWEAVE_ENCRYPTION_KEY, where it is set.")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Serves models that write, to OpenAI's clients: /v1/chat/completions, /v1/completions, /v1/models.
+
+    Exit status 0 after SIGTERM or Ctrl-C, when what was accepted is answered.
+    """
+    quiet_libraries()
+    if host not in _LOOPBACK and api_keys is None:
+        raise InputError(f"--host {host}: others reach the service there, and nobody needs a key; give --api-keys too")
+    try:
+        from cluster.serving import server
+        from cluster.serving.app import Service
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed; `pip install 'siloweave[serve]'`") from None
+    from cluster.serving.keys import ApiKeys
+    from cluster.serving.models import find, load
+    from configs.storage.sealing import ENVIRONMENT, FROM_ENVIRONMENT, load_key
+    from trainer.inference.batching import Engine, EngineLimits
+
+    keys = None if api_keys is None else ApiKeys(api_keys)
+    listener = server.listen(host, port, timeout_s)  # before minutes of loading, and nobody else gets it meanwhile
+    key = load_key(key_file or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else ""))
+    served = load([find(model, key) for model in models], key)
+    room = slots * max(model.context_length for model in served.values())
+    engine = Engine({name: one.voice for name, one in served.items()}, EngineLimits(slots, room, _WAITING * slots))
+    service = Service(served, engine, keys, timeout_s, (1 + _WAITING) * slots)
+    address = listener.getsockname()
+    url = f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"
+    claims = {name: one.claim for name, one in served.items()}
+    document = {"url": url, "models": {name: {"privacy": claim.document()} for name, claim in claims.items()}}
+
+    def ready() -> None:
+        answer(as_json, document, *(f"{name}: {claim.line}" for name, claim in claims.items()), f"serving at {url}")
+
+    server.serve(service.guard, listener, timeout_s, ready)
+    engine.close()
+    say("serve: stopped", err=True)

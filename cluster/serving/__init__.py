@@ -1,0 +1,1 @@
+"""Finished models over HTTP, as OpenAI's clients ask for them."""

@@ -1,0 +1,106 @@
+"""What every request passes first: is there room, who asks, how much do they send, and how slowly."""
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cluster.serving.errors import FAILED, ApiError, stopping
+from cluster.serving.keys import ApiKeys
+
+OPEN = ("/", "/health")  # of these two nobody needs a key
+_BODY_S = 20.0
+
+
+class Guard:
+    """Stands before the application.
+
+    Args:
+        app: the application.
+        keys: whose requests are taken; None: anybody's.
+        largest_body: bytes.
+        most: requests at one time, waiting ones and those that are still being read included.
+
+    Attributes:
+        active: requests that are being answered.
+        stopping: whether new ones are turned away.
+        count: is told path and status of each request that has ended.
+        failed: is told the kind of an error inside the service.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys | None, largest_body: int, most: int) -> None:
+        self._app, self._keys, self._largest, self._most = app, keys, largest_body, most
+        self.active = 0
+        self.stopping = False
+        self.count: Callable[[str, int], None] = lambda *_: None
+        self.failed: Callable[[str], None] = lambda _: None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Takes a request, or refuses it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._guarded(scope, receive, send)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        status = 0
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self.active += 1
+        try:
+            self._admit(scope)
+            await self._app(scope, await self._with_body(receive), noted)
+        except ApiError as error:
+            await error.response()(scope, receive, noted)
+        except Exception as error:  # its message may quote a prompt: only its kind is told
+            self.failed(type(error).__name__)
+            if not status:
+                await FAILED.response()(scope, receive, noted)
+        finally:
+            self.active -= 1
+            self.count(scope.get("path", ""), status)
+
+    def _admit(self, scope: Scope) -> None:
+        if scope["path"] in OPEN:
+            return
+        if self.stopping:
+            raise stopping()
+        headers = dict(scope["headers"])
+        if self._keys is not None and not self._keys.allow(headers.get(b"authorization", b"")):
+            raise ApiError(401, "the API key is missing or wrong; send `Authorization: Bearer KEY`", "invalid_api_key")
+        if self.active > self._most:
+            raise ApiError(429, "too many requests at one time; try again later", "rate_limit_exceeded")
+        announced = headers.get(b"content-length", b"0")
+        if announced.isdigit() and int(announced[:20]) > self._largest:
+            raise self._too_large()
+
+    async def _with_body(self, receive: Receive) -> Receive:
+        """The whole body is read before anything else is done: who sends it slowly holds no slot."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        break
+                    body += message.get("body", b"")
+                    if len(body) > self._largest:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            raise ApiError(408, f"the request took more than {_BODY_S:g} s to arrive", "timeout") from None
+        whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        return replay
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"a request may have {self._largest} bytes; send less", "request_too_large")

@@ -1,0 +1,232 @@
+"""From what a person names to models that answer: runs, adapters, base models, merged ones; each base loaded once."""
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from cluster.serving.claims import Claim, of_federation, of_merged
+from configs.errors import InputError
+from configs.parse import json_object
+from configs.storage.files import unreadable
+from configs.storage.manifests import MANIFEST, Manifest, require_manifest
+from configs.storage.sealing import MasterKey, opened
+from federated.adapters.merged import ADAPTER, WHOLE, finished_federation, head_of, stage_of, with_shared
+from trainer.data.tokenizer import first_token, load_tokenizer
+from trainer.inference.batching import Voice
+from trainer.inference.lanes import Lane
+from trainer.models.load import load_model, read_model
+from trainer.tasks.chat import ROLES, ChatTemplate, Message
+from trainer.tasks.marked import plain_backend
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model lies.
+
+    Attributes:
+        name: that it is asked for by.
+        base: folder of a whole model.
+        manifest: of that folder.
+        claim: about its privacy.
+        federation: whose adapter or model comes on top; None: nothing does.
+    """
+
+    name: str
+    base: Path
+    manifest: Manifest
+    claim: Claim
+    federation: Path | None = None
+
+    @property
+    def shared(self) -> Path | None:
+        """What comes on top: the folder of an adapter, or of a whole model."""
+        return None if self.federation is None else _shared(self.federation)
+
+
+class ServedModel:
+    """A model that answers under a name.
+
+    Attributes:
+        name: the name.
+        claim: about its privacy.
+        voice: what decodes its requests.
+        context_length: most tokens that it reads and writes together.
+        ends: tokens that end a text.
+    """
+
+    def __init__(self, place: Place, model: Any, activate: Callable[[], None]) -> None:
+        tokenizer = load_tokenizer(place.base)
+        self.name, self.claim = place.name, place.claim
+        self.voice = Voice(Lane(model, activate, place.name), tokenizer.backend_tokenizer)
+        self.context_length = _context_length(place, model)
+        self.ends = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        self._plain, self._start = plain_backend(tokenizer), first_token(tokenizer)
+        self._chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+
+    def opening(self, prompt: str) -> list[int]:
+        """Tokens of a text that the model goes on with. What spells a special token is text."""
+        return [self._start, *self._plain.encode(prompt, add_special_tokens=False).ids]
+
+    def dialogue(self, messages: Sequence[tuple[str, str]]) -> tuple[list[int], tuple[int, ...]]:
+        """Tokens of a dialogue that the model answers, and those that end its answer.
+
+        Raises:
+            InputError: the model has no chat template, or it takes no dialogue with these turns.
+        """
+        if self._chat is None:
+            raise InputError(f"{self.name} has no chat template; ask it by /v1/completions")
+        turns: list[Message] = [(ROLES.index(role), said) for role, said in messages]
+        found = self._chat.tokens(turns, opening=True)
+        if found is None:
+            raise InputError(f"the chat template of {self.name} takes no dialogue with these turns; give others")
+        return found.ids, self._chat.ends
+
+
+def find(argument: str, key: MasterKey | None) -> Place:
+    """What ``PATH`` or ``NAME=PATH`` means: a run, its base model, an adapter or a model in it, or a merged model.
+
+    Raises:
+        InputError: no whole model is there, a file of it was changed, or its certificate is about another one.
+    """
+    name, path = _named(argument)
+    kind = _kind(path)
+    if kind == "merged":
+        manifest = require_manifest(path, kind, "merge")
+        return Place(name, path, manifest, of_merged(path, manifest.inputs))
+    if kind == WHOLE:
+        return Place(name, path, require_manifest(path, kind, "export"), Claim())
+    federation, made, base, manifest = finished_federation(path)
+    if head_of(made) is not None:
+        raise InputError(
+            f"{path}: this model gives labels and writes no text; `siloweave serve` takes those that write"
+        )
+    claim = of_federation(federation, _shared(federation), manifest.content_digest, key)
+    return Place(name, base, manifest, claim, federation)
+
+
+def load(places: Sequence[Place], key: MasterKey | None) -> dict[str, ServedModel]:
+    """The models, by name. Several adapters on one base share its weights.
+
+    Raises:
+        InputError: two have one name, or a model can't be loaded or served.
+    """
+    names = [place.name for place in places]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"two models are called {twice!r}; name one of them otherwise, as NAME=PATH")
+    found: dict[str, ServedModel] = {}
+    by_base = sorted(places, key=lambda place: place.manifest.content_digest)
+    for _, group in groupby(by_base, key=lambda place: place.manifest.content_digest):
+        found |= {model.name: model for model in _together(list(group), key)}
+    return {name: found[name] for name in names}
+
+
+def _together(places: list[Place], key: MasterKey | None) -> list[ServedModel]:
+    """Models of one base: one adapter alone is merged into it; of several each is switched on."""
+    adapters = [place for place in places if place.shared is not None and place.shared.name == ADAPTER]
+    if len(places) == 1 or len(adapters) < len([place for place in places if place.shared is not None]):
+        return [ServedModel(place, _whole(place, key), lambda: None) for place in places]
+    base = _base(places[0], key)
+    if not adapters:
+        return [ServedModel(place, base, lambda: None) for place in places]
+    from peft import PeftModel
+
+    wrapped: Any = None
+    for place in adapters:
+        with _opened(place, key) as folder:
+            try:
+                if wrapped is None:
+                    wrapped = PeftModel.from_pretrained(base, folder, _own(place), local_files_only=True)
+                else:
+                    wrapped.load_adapter(folder, _own(place), local_files_only=True)
+            except (OSError, RuntimeError, ValueError, SafetensorError):
+                raise InputError(f"{place.shared}: is no adapter of {place.base}; give the right folder") from None
+    switch = _Switch(wrapped.eval())
+    return [ServedModel(place, wrapped.get_base_model(), partial(switch, place)) for place in places]
+
+
+class _Switch:
+    """Puts one of several adapters on their base, or none; nothing is done where it is there already."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._tuner, self._on = wrapped.base_model, ""
+
+    def __call__(self, place: Place) -> None:
+        if self._on == place.name:
+            return
+        if place.shared is None:
+            self._tuner.disable_adapter_layers()
+        else:
+            self._tuner.enable_adapter_layers()
+            self._tuner.set_adapter(_own(place), inference_mode=True)
+        self._on = place.name
+
+
+def _own(place: Place) -> str:
+    """The adapter's name in peft, which makes a module's name of it: no dot, and no method of torch's."""
+    return f"served/{place.name.replace('.', '/')}"
+
+
+def _whole(place: Place, key: MasterKey | None) -> Any:
+    base = _base(place, key)
+    if place.federation is None or place.shared is None:
+        return base
+    return with_shared(base, place.shared, key, f"{stage_of(place.federation)}/{place.shared.name}")
+
+
+def _base(place: Place, key: MasterKey | None) -> Any:
+    if place.manifest.kind == WHOLE:
+        return load_model(place.base, key)
+    with opened(place.base, key, f"{place.base.resolve().name}/{WHOLE}") as folder:
+        return read_model(folder, str(place.base))
+
+
+def _opened(place: Place, key: MasterKey | None) -> AbstractContextManager[Path]:
+    federation = place.federation or place.base
+    return opened(_shared(federation), key, f"{stage_of(federation)}/{ADAPTER}")
+
+
+def _shared(federation: Path) -> Path:
+    return federation / (WHOLE if (federation / WHOLE).is_dir() else ADAPTER)
+
+
+def _named(argument: str) -> tuple[str, Path]:
+    name, sign, rest = argument.partition("=")
+    path = Path(rest if sign and not Path(argument).exists() else argument)
+    name = name if sign and not Path(argument).exists() else path.resolve().name
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; give a run's directory, an adapter, or a merged model")
+    if not _NAME.fullmatch(name):
+        raise InputError(f"{name!r} can't be a model's name: letters, digits, '.', '_' and '-'; give NAME=PATH")
+    return name, path
+
+
+def _kind(path: Path) -> str:
+    """What the folder's manifest calls it; empty where it has none."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        return ""
+    try:
+        return str(json_object(manifest.read_bytes(), str(manifest)).get("kind"))
+    except OSError:
+        raise InputError(unreadable(manifest)) from None
+
+
+def _context_length(place: Place, model: Any) -> int:
+    declared = place.manifest.metadata.get("context_length")
+    known = [declared, getattr(model.config, "max_position_embeddings", None)]
+    lengths = [length for length in known if isinstance(length, int) and length > 0]
+    if not lengths:
+        raise InputError(
+            f"{place.base}: neither manifest nor configuration says how many tokens it reads; export it again"
+        )
+    return min(lengths)

@@ -1,0 +1,1 @@
+"""Secure aggregation: many silos' vectors are seen only as their sum."""

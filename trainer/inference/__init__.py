@@ -1,0 +1,1 @@
+"""What models write and predict, for commands and services."""

@@ -1,0 +1,195 @@
+"""A file's records with a model's answers: in their order, and going on where an earlier try was ended.
+
+Answers collect in a file beside the output, chunk by chunk. What is asked together depends on the chunk alone, so the
+output is the same, byte for byte, however often it was interrupted.
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from configs.errors import InputError
+from configs.storage.files import digest_file, digest_json, write_failure
+from trainer.inference.asking import Asking
+from trainer.inference.tables import Numbered, check_kind, json_line, rows_of, write_rows
+from trainer.tasks.task import Encoded, Prediction
+
+CHUNK = 256
+ANSWER, PROBABILITIES = "prediction", "probabilities"
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What came of a file.
+
+    Attributes:
+        records: in the file.
+        bad: of them, without an answer; each has a line in the file ``bad_file``.
+        resumed: of them, answered by earlier tries.
+        bad_file: where they are listed; None where there are none.
+    """
+
+    records: int
+    bad: int
+    resumed: int
+    bad_file: Path | None
+
+
+def predict(
+    asking: Asking,
+    labels: Sequence[str],
+    source: Path,
+    output: Path,
+    asked_by: Mapping[str, Any],
+    on_progress: Callable[[int, int], None] = lambda _done, _of: None,
+) -> Predicted:
+    """Answers a file's records.
+
+    Args:
+        asking: gives the answers.
+        labels: the task's, of which an answer's probabilities are.
+        source: ``.jsonl``, ``.csv`` or ``.parquet``.
+        output: the same, where nothing is yet.
+        asked_by: model and settings: an earlier try goes on only with the same ones.
+        on_progress: told how many records are done, and how many there are.
+
+    Raises:
+        InputError: the source can't be read or lacks a column, the output exists or is being made by another command,
+            or its earlier try had other input or settings.
+        SiloweaveError: the output can't be written.
+    """
+    check_kind(source, "--input")
+    check_kind(output, "--output")
+    if output.exists():
+        raise InputError(f"{output}: exists; give a path where nothing is yet, by --output")
+    _check_columns(source, asking)
+    total = sum(1 for _ in rows_of(source))
+    part, bad = output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.bad.jsonl")
+    try:
+        with part.open("a+b") as file:
+            _lock(file, output)
+            resumed = _resumed(file, digest_json({**asked_by, "input": digest_file(source), "chunk": CHUNK}), part)
+            on_progress(resumed, total)
+            _go_on(file, asking, labels, source, resumed, lambda done: on_progress(done, total))
+            faults = _finish(part, bad, output)
+            part.unlink()
+    except OSError as error:
+        raise write_failure(output, error) from None
+    return Predicted(total, faults, resumed, bad if faults else None)
+
+
+def _check_columns(source: Path, asking: Asking) -> None:
+    """A table whose columns are wrong is refused before anything is done; lines of JSON have columns of their own."""
+    _, first = next(rows_of(source), (0, ""))
+    if source.suffix == ".jsonl" or isinstance(first, str):
+        return
+    if missing := [column for column in asking.columns if column not in first]:
+        raise InputError(f"{source}: no column {missing[0]!r}; name the right one by --column FIELD=COLUMN")
+    if fault := _taken(first):
+        raise InputError(f"{source}: {fault}")
+
+
+def _taken(row: Mapping[str, Any]) -> str:
+    name = next((name for name in (ANSWER, PROBABILITIES) if name in row), "")
+    return name and f"has a column {name!r} already; rename it"
+
+
+def _lock(file: BinaryIO, output: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{output}: another command is making it; wait for that one") from None
+
+
+def _resumed(file: BinaryIO, identity: str, part: Path) -> int:
+    """How many records earlier tries have answered; what they left of an unfinished chunk is cut off."""
+    file.seek(0)
+    head = json_line({"of": identity})
+    first = file.readline()
+    if not first.endswith(b"\n"):  # nothing, or a first line that was cut short
+        file.truncate(0)
+        file.write(head)
+        return 0
+    if first != head:
+        raise InputError(f"{part}: was begun with another input, model or settings; delete it, or give those")
+    whole, end, place = 0, file.tell(), file.tell()
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            break
+        place += len(line)
+        if number % CHUNK == 0:
+            whole, end = number, place
+    file.truncate(end)
+    return whole
+
+
+def _go_on(
+    file: BinaryIO,
+    asking: Asking,
+    labels: Sequence[str],
+    source: Path,
+    begun: int,
+    on_done: Callable[[int], None],
+) -> None:
+    left = islice(rows_of(source), begun, None)
+    while chunk := list(islice(left, CHUNK)):
+        file.writelines(map(json_line, _answered(asking, labels, chunk)))
+        file.flush()
+        os.fsync(file.fileno())
+        begun += len(chunk)
+        on_done(begun)
+
+
+def _answered(asking: Asking, labels: Sequence[str], chunk: Sequence[Numbered]) -> list[dict[str, Any]]:
+    read = [_read(asking, one) for one in chunk]
+    answers = iter(asking.answers([one for one in read if isinstance(one, Encoded)]))
+    return [
+        {"line": number, "error": one} if isinstance(one, str) else {"row": _row(row, next(answers), labels)}
+        for (number, row), one in zip(chunk, read, strict=True)
+    ]
+
+
+def _read(asking: Asking, record: Numbered) -> Encoded | str:
+    number, row = record
+    where = f"line {number}"
+    if fault := row if isinstance(row, str) else _taken(row):
+        return f"{where} {fault}"
+    try:
+        return asking.example(cast("dict[str, Any]", row), where)
+    except InputError as error:
+        return str(error)
+
+
+def _row(row: Any, answer: Prediction, labels: Sequence[str]) -> dict[str, Any]:
+    found = {**row, ANSWER: answer.answer if isinstance(answer.answer, str) else list(answer.answer)}
+    if answer.probabilities:
+        known = (round(one, _DIGITS) if math.isfinite(one) else None for one in answer.probabilities)
+        found[PROBABILITIES] = dict(zip(labels, known, strict=True))
+    return found
+
+
+def _finish(part: Path, bad: Path, output: Path) -> int:
+    """Writes both files; the output comes last. Returns how many records have no answer."""
+    columns: dict[str, None] = {}
+    faults = 0
+    for line in _lines(part):
+        faults += "error" in line
+        columns.update(dict.fromkeys(line.get("row", {})))
+    last = [name for name in (ANSWER, PROBABILITIES) if columns.pop(name, 0) is None]
+    bad.unlink(missing_ok=True)
+    if faults:
+        write_rows(bad, lambda: (line for line in _lines(part) if "error" in line), ())
+    write_rows(output, lambda: (line["row"] for line in _lines(part) if "row" in line), [*columns, *(last or [ANSWER])])
+    return faults
+
+
+def _lines(part: Path) -> Iterator[dict[str, Any]]:
+    with part.open("rb") as file:
+        yield from map(json.loads, islice(file, 1, None))
