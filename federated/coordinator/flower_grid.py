@@ -32,6 +32,7 @@ _AT_ONCE, _PATIENCE_S = 4, 1.0
 _FIRST_LOOK_S, _LOOK_SHARE, _LONGEST_LOOK_S = 0.02, 0.05, 1.0  # for an object that is on its way
 _LOST = {ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE}
 _RETURNS_S = 30.0  # a relay that died is there again by then, if it comes at all
+_MOST_PUSHES = 4  # in a row that a SuperLink lets break off
 _MOST_TIMES = 32  # one message is sent; a node that comes anew for ever is not waited for
 
 
@@ -169,9 +170,13 @@ class _Sent:
 
     def once_more(self) -> Message:
         """The same content for the time that is left."""
-        told = self.message.metadata
-        group, ttl = again(told.group_id, self.names), max(self.until - time.monotonic(), 1.0)
-        return Message(self.message.content, told.dst_node_id, told.message_type, group_id=group, ttl=ttl)
+        return _anew(self.message, self.names, max(self.until - time.monotonic(), 1.0))
+
+
+def _anew(message: Message, earlier: list[str], ttl: float) -> Message:
+    """The same content as another message, which says under which ids it was sent before."""
+    told, step = message.metadata, message.metadata.group_id.partition(" ")[0]
+    return Message(message.content, told.dst_node_id, told.message_type, group_id=again(step, earlier), ttl=ttl)
 
 
 class OneByOne:
@@ -195,12 +200,28 @@ class OneByOne:
         self._most_bytes = max(self._most_bytes, largest + LARGEST_EXTRA_BYTES)  # some may outlast a step
         with _told_if_stopped():
             since, self._looked = self._since(), time.monotonic()
-            names = list(self._grid.push_messages(messages))
-        for name, message in zip(names, messages, strict=False):
+            names, messages, earlier = self._pushed(messages)
+        for name, message, before in zip(names, messages, earlier, strict=False):
             if name:
                 node, until = message.metadata.dst_node_id, self._looked + message.metadata.ttl
-                self._sent[name] = _Sent(message, until, since.get(node, ""), [name])
+                self._sent[name] = _Sent(message, until, since.get(node, ""), [*before, name])
         return names
+
+    def _pushed(self, messages: list[Message]) -> tuple[list[str], list[Message], list[list[str]]]:
+        """Sends messages; gives their ids, what was sent, and the ids under which it was sent before.
+
+        A SuperLink that dies meanwhile knows the messages, and not all of their objects, which it takes no more. So
+        they are sent anew, as other messages: a node that has got one of them all the same answers it once.
+        """
+        earlier: list[list[str]] = [[] for _ in messages]
+        for _ in range(_MOST_PUSHES):
+            with suppress(ObjectPushError):
+                return list(self._grid.push_messages(messages)), messages, earlier
+            earlier = [[*ids, message.metadata.message_id] for ids, message in zip(earlier, messages, strict=True)]
+            messages = [
+                _anew(message, ids, message.metadata.ttl) for ids, message in zip(earlier, messages, strict=True)
+            ]
+        return list(self._grid.push_messages(messages)), messages, earlier
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """The replies to these messages that have come whole; what can't be read is an error's message.

@@ -349,6 +349,32 @@ def test_a_message_that_the_superlink_gave_up_is_sent_again_once_its_node_is_bac
     assert reply.metadata.reply_to_message_id == name
 
 
+def test_messages_whose_objects_the_superlink_lost_are_sent_anew(restarting, monkeypatch):
+    """Before: a SuperLink that was killed while a round was sent ended the run."""
+    grid, nodes = restarting
+    push, deaths = grid.push_messages, [2]
+
+    def dies(messages):
+        names = push(messages)
+        if deaths[0]:
+            deaths[0] -= 1
+            raise ObjectPushError("an object", 1, "a session")
+        return names
+
+    monkeypatch.setattr(grid, "push_messages", dies)
+    one, other = nodes.push_messages([request(2, "train", 10), request(2, "train", 11)])
+    assert (one, other) == ("id4", "id5")
+    assert [sent_before(message.metadata.group_id) for message in grid.sent[-2:]] == [{"id0", "id2"}, {"id1", "id3"}]
+    assert grid.sent[4].content is grid.sent[0].content
+    grid.answer(4, pack(b"reply"))
+    grid.answer(1, pack(b"other"))  # one that the node had got all the same
+    found = {reply.metadata.reply_to_message_id: unpack(reply.content) for reply in nodes.pull_messages([one, other])}
+    assert found == {one: b"reply", other: b"other"}
+    deaths[0] = 100
+    with pytest.raises(ObjectPushError):
+        nodes.push_messages([request(2, "train", 10)])
+
+
 def test_a_node_that_does_not_come_back_is_not_waited_for_long(restarting, monkeypatch):
     grid, nodes = restarting
     (name,) = nodes.push_messages([request(2, "train", 10)])
