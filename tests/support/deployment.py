@@ -105,7 +105,12 @@ class Site:
 
 
 class Deployment:
-    """One coordinator and its silos; ``end`` leaves no process behind."""
+    """One coordinator and its silos; ``end`` leaves no process behind.
+
+    ``at`` is the name of the site at which something is done, and empty at the coordinator: here all are one machine.
+    """
+
+    host, listen = "localhost", "127.0.0.1"
 
     def __init__(self, root: Path, model: Path) -> None:
         root.chmod(0o711)
@@ -124,7 +129,7 @@ class Deployment:
     # The coordinator
 
     def init(self) -> None:
-        options = ["--name", "test-net", "--host", "localhost", "--port", str(self.port), "--listen", "127.0.0.1"]
+        options = ["--name", "test-net", "--host", self.host, "--port", str(self.port), "--listen", self.listen]
         done = self.siloweave("federation", "init", str(self.folder), *options)
         self.fingerprint = done.stdout.split()[-1]
 
@@ -167,37 +172,41 @@ class Deployment:
         """Everything at a silo, from keys to running processes, but its enrolment."""
         site = self.sites[name] = Site(name, self.root / name, steward, relay, proxy=proxy)
         for folder, owner, mode in (("silo", steward, 0o700), ("relay", relay, 0o700), ("run", steward, 0o755)):
-            (site.folder / folder).mkdir(parents=True)
+            (site.folder / folder).mkdir(parents=True, exist_ok=True)
             (site.folder / folder).chmod(mode)
             if owner:
                 shutil.chown(site.folder / folder, owner, owner)
         self._write_relay_settings(site)
         self._write_silo_settings(site)
-        self.siloweave("silo", "relay", "-c", str(site.relay_settings), "--init", user=relay)
+        self.siloweave("silo", "relay", "-c", str(site.relay_settings), "--init", user=relay, at=name)
         card = site.folder / "relay.json"  # handed from one user to the other, as it is public
         shutil.copyfile(site.folder / "relay" / "state" / "relay.json", card)
-        done = self.siloweave("silo", "init", "-c", str(site.settings), "--relay", str(card), user=steward)
+        done = self.siloweave("silo", "init", "-c", str(site.settings), "--relay", str(card), user=steward, at=name)
         site.fingerprint = done.stdout.split()[-1]
         coordinator = str(self.root / "coordinator.json")
         trust = ["silo", "trust", "-c", str(site.settings), coordinator, "--fingerprint", self.fingerprint]
-        self.siloweave(*trust, user=steward)
+        self.siloweave(*trust, user=steward, at=name)
         return site
 
     def start_site(self, site: Site) -> None:
         self.start_service(site)
         relay = ["silo", "relay", "-c", str(site.relay_settings)]
-        site.relay_process = self.start(f"relay-{site.name}", relay, user=site.relay)
+        site.relay_process = self.start(f"relay-{site.name}", relay, user=site.relay, at=site.name)
 
     def start_service(self, site: Site) -> None:
         command = ["silo", "serve", "-c", str(site.settings), "--socket", str(site.socket)]
-        process = site.service_process = self.start(f"service-{site.name}", command, user=site.steward)
+        process = site.service_process = self.start(f"service-{site.name}", command, user=site.steward, at=site.name)
         self.wait_until(f"service of {site.name}", lambda: is_serving(f"unix:{site.socket}", SERVICE), process)
 
     def enrol(self, site: Site) -> None:
         enrolment = self.root / f"{site.name}.json"
-        shutil.copyfile(site.state_dir / "enrolment.json", enrolment)
+        shutil.copyfile(self.enrolment(site), enrolment)
         command = ["federation", "enrol", str(self.folder), str(enrolment), "--fingerprint", site.fingerprint]
         self.siloweave(*command)
+
+    def enrolment(self, site: Site) -> Path:
+        """Where `silo init` has put it."""
+        return site.state_dir / "enrolment.json"
 
     def _write_relay_settings(self, site: Site) -> None:
         shutil.copyfile(self.folder / "coordinator.json", self.root / "coordinator.json")
@@ -231,14 +240,16 @@ class Deployment:
 
     # Processes
 
-    def command(self, arguments: list[str], user: str | None) -> list[str]:
+    def command(self, arguments: list[str], user: str | None, at: str) -> list[str]:
         command = [sys.executable, "-m", "siloweave", *arguments]
         return as_user(user, self.root / "stage", command) if user else command
 
-    def siloweave(self, *arguments: str, user: str | None = None, check: bool = True) -> subprocess.CompletedProcess:
+    def siloweave(
+        self, *arguments: str, user: str | None = None, at: str = "", check: bool = True
+    ) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            self.command(list(arguments), user),
-            env=self._environment(user),
+            self.command(list(arguments), user, at),
+            env=self._environment(user, at),
             cwd=self.root,
             capture_output=True,
             text=True,
@@ -248,20 +259,19 @@ class Deployment:
         assert not check or done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
         return done
 
-    def start(self, name: str, arguments: list[str], user: str | None = None) -> psutil.Popen:
+    def start(self, name: str, arguments: list[str], user: str | None = None, at: str = "") -> psutil.Popen:
+        return self.popen(name, self.command(arguments, user, at), self._environment(user, at))
+
+    def popen(self, name: str, command: list[str], environment: dict[str, str]) -> psutil.Popen:
+        """Starts a process with a log of its own, which ``end`` ends."""
         with (self.root / f"{name}.log").open("ab") as log:
             process = psutil.Popen(
-                self.command(arguments, user),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environment(user),
-                cwd=self.root,
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=self.root
             )
         self.started.append(process)
         return process
 
-    def _environment(self, user: str | None) -> dict[str, str]:
+    def _environment(self, user: str | None, at: str) -> dict[str, str]:
         if not user:
             return self.environment
         home = self.root / "home" / user

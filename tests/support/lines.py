@@ -17,10 +17,16 @@ _BLOCK = 65536
 
 
 class _Server:
-    """Accepts on a loopback port, a thread a connection."""
+    """Accepts on a loopback port, a thread a connection.
+
+    Attributes:
+        listens: host and port; 0 is any that is free.
+    """
+
+    listens = ("127.0.0.1", 0)
 
     def __init__(self) -> None:
-        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._listening = socket.create_server(self.listens)
         self.port = self._listening.getsockname()[1]
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -77,7 +83,10 @@ class Forwarder(_Server):
     Attributes:
         up, down: bytes carried to the target and back.
         cut_after: bytes, both directions together, after which a connection is cut; None: never.
+        reaches: the host of whatever port it carries to.
     """
+
+    reaches = "127.0.0.1"
 
     def __init__(self, target: int = 0, cut_after: int | None = None) -> None:
         self.target, self.cut_after = target, cut_after
@@ -88,7 +97,7 @@ class Forwarder(_Server):
         self._carry(connection, self.target)
 
     def _carry(self, near: socket.socket, port: int) -> None:
-        far = socket.create_connection(("127.0.0.1", port), timeout=60)
+        far = socket.create_connection((self.reaches, port), timeout=60)
         far.settimeout(None)
         self._hold(far)
         carried = [0]
@@ -148,6 +157,16 @@ class ConnectProxy(Forwarder):
 def _say(connection: socket.socket, status: str) -> None:
     ending = "" if status.startswith("200") else "Content-Length: 0\r\nConnection: close\r\n"
     connection.sendall(f"HTTP/1.1 {status}\r\n{ending}\r\n".encode())
+
+
+def serve_proxy(address: str, port: int, target: str) -> None:
+    """A proxy that is a process of its own, on a machine that is not its target's."""
+
+    class Proxy(ConnectProxy):
+        listens, reaches = (address, port), target
+
+    with Proxy():
+        threading.Event().wait()
 
 
 class TlsServer(_Server):

@@ -1,0 +1,170 @@
+"""A federation as it is deployed, with a machine for the coordinator, for each silo and for one site's proxy."""
+
+import contextlib
+import json
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+from deployment import Deployment, Site
+from hosts import Host, Lan
+from repository import SUPPORT
+
+from configs.storage.layout import SiloFiles
+from configs.storage.storage import COMMITTED
+from federated.coordinator.round_commits import SILOS
+from privacy.ledger.chain import verify_entries
+from privacy.ledger.file import read_only
+
+NET = "10.77.0."
+COORDINATOR, PROXY, FIRST_SILO = f"{NET}1", f"{NET}2", 11
+NAME, PROXY_PORT = "fed.hosts.test", 3128
+DISK_BYTES = 32 * 2**20
+
+
+class HostDeployment(Deployment):
+    """The coordinator at its host, each site at one of its own.
+
+    The site behind the proxy has no way to the coordinator's name or address: its proxy alone has. Another one's state
+    is on a disk of its own.
+    """
+
+    host, listen = NAME, COORDINATOR
+
+    def __init__(self, root: Path, model: Path, network: Lan, behind_proxy: str, small_disk: str) -> None:
+        super().__init__(root, model)
+        self.network, self.behind_proxy, self.small_disk = network, behind_proxy, small_disk
+        self.hosts: dict[str, Host] = {}
+        (root / "hosts").write_text(f"127.0.0.1 localhost\n{COORDINATOR} {NAME}\n")
+        self.boot("")
+
+    # Hosts
+
+    def boot(self, at: str) -> Host:
+        """Starts a host, or starts it again."""
+        address = COORDINATOR if not at else f"{NET}{FIRST_SILO + list(self.sites).index(at)}"
+        host = self.hosts[at] = self.network.boot(address)
+        if at != self.behind_proxy:
+            host.run("mount", "--bind", str(self.root / "hosts"), "/etc/hosts")
+        if at and at == self.small_disk:
+            state = self.sites[at].state_dir
+            state.mkdir(parents=True, exist_ok=True)
+            host.run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=0700", "tmpfs", str(state))
+        if not at:
+            host.close_all_but(open_ports=(self.port,))
+        elif at == self.behind_proxy:
+            host.close_all_but(f"{PROXY}:{PROXY_PORT}")
+        else:
+            host.close_all_but(f"{COORDINATOR}:{self.port}")
+        return host
+
+    def boot_proxy(self) -> Host:
+        """The way out of one site: tinyproxy where it is, or else the one of these tests."""
+        host = self.hosts["proxy"] = self.network.boot(PROXY)
+        host.run("mount", "--bind", str(self.root / "hosts"), "/etc/hosts")
+        host.close_all_but(f"{COORDINATOR}:{self.port}", open_ports=(PROXY_PORT,))
+        settings = self.root / "proxy.conf"
+        settings.write_text(
+            f"Port {PROXY_PORT}\nListen {PROXY}\nConnectPort {self.port}\nAllow {NET}0/24\nTimeout 600\n"
+            f'LogFile "{self.root / "proxy.log"}"\nLogLevel Connect\n'
+        )
+        own = f"import lines; lines.serve_proxy('{PROXY}', {PROXY_PORT}, '{COORDINATOR}')"
+        installed = shutil.which("tinyproxy")
+        command = [installed, "-d", "-c", str(settings)] if installed else [sys.executable, "-c", own]
+        environment = {**self.environment, "PYTHONPATH": str(SUPPORT)}
+        self.popen("proxy", [*host.enter(self.root), *command], environment)
+        return host
+
+    def add_sites(self, *names: str) -> None:
+        """All of some sites, from their hosts to their enrolments; their keys are made at the same time."""
+        for name in names:
+            self.sites[name] = Site(name, self.root / name, None, None)
+            self.boot(name)  # a host ends with the thread that has started it
+        with ThreadPoolExecutor(2) as pool:
+            made = list(pool.map(self.add_site, names))
+        for site in made:
+            self.enrol(site)
+
+    def state(self, name: str) -> SiloFiles:
+        """A silo's files, as they are seen from outside of its host."""
+        return SiloFiles(self.hosts[name].path(self.sites[name].state_dir))
+
+    def enrolment(self, site: Site) -> Path:
+        return self.state(site.name).directory / "enrolment.json"
+
+    def _write_relay_settings(self, site: Site) -> None:
+        super()._write_relay_settings(site)
+        if site.name == self.behind_proxy:
+            with site.relay_settings.open("a") as settings:
+                settings.write(f'proxy = "http://{PROXY}:{PROXY_PORT}"\n')
+
+    # Processes
+
+    def command(self, arguments: list[str], user: str | None, at: str) -> list[str]:
+        return [*self.hosts[at].enter(self.root), *super().command(arguments, user, at)]
+
+    def _environment(self, user: str | None, at: str) -> dict[str, str]:
+        home = self.root / "home" / (at or "coordinator")
+        return {**self.environment, "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
+
+    def process(self, at: str, text: str) -> psutil.Process:
+        """A process of a host, by what is in its command line: waited for, as it may be on its way."""
+        self.wait_until(f"process {text} at {at or 'the coordinator'}", lambda: bool(self.hosts[at].find(text)))
+        return self.hosts[at].find(text)[0]
+
+    def kill(self, at: str, text: str) -> None:
+        """SIGKILL for all such processes of a host."""
+        self.process(at, text)  # or nothing would be tried
+        for process in self.hosts[at].find(text):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+    def stand_still(self, at: str, still: bool) -> None:
+        """SIGSTOP, or SIGCONT, for all that runs at a host."""
+        for process in self.hosts[at].processes():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGSTOP if still else signal.SIGCONT)
+        for entering in [] if still else self.started:  # which stands still with what it has started
+            with contextlib.suppress(psutil.Error):
+                entering.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        for host in self.hosts.values():
+            host.end()
+        super().end()
+
+    # Rounds and ledgers
+
+    def rounds(self, run: str) -> list[dict]:
+        return self.events(run, "round")
+
+    def wait_for_round(self, run: str, process: psutil.Popen, *silos: str, without: str = "") -> dict:
+        """The next round that is committed from now on, with some silos among those that answered, and without one."""
+        seen = len(self.rounds(run))
+
+        def found() -> list[dict]:
+            return [
+                event
+                for event in self.rounds(run)[seen:]
+                if set(silos) <= set(event["answered"]) and without not in event["answered"]
+            ]
+
+        self.wait_until(f"a round with {silos}, without {without!r}", lambda: bool(found()), process)
+        return found()[0]
+
+    def entries(self, name: str) -> list[dict]:
+        """A silo's ledger, replayed; the place of an entry is its number, less one."""
+        path = self.state(name).ledger
+        return verify_entries(read_only(path), str(path))
+
+    def receipts(self, run: str) -> list[tuple[int, str, dict]]:
+        """Round, silo and receipt of all that is committed of a run."""
+        found = []
+        for path in sorted((self.root / "runs" / run / "federated").glob(f"round-*/{COMMITTED}")):
+            told = json.loads((path.parent / SILOS).read_text())
+            number = int(path.parent.name.removeprefix("round-"))
+            found += [(number, name, silo["receipt"]) for name, silo in told.items()]
+        return found
