@@ -4,14 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test gpu install lint docs proto clean
+.PHONY: demo test hosts gpu install lint docs proto clean
 
 demo: $(INSTALLED)
 	$(BIN)/siloweave demo
 
 # Two processes, a file to each: the long files of e2e/ and integration/ come first, and unit/ fills what is left.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --ignore=tests/hosts --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# A federation over several hosts, which are namespaces of this machine, and its faults; as root, in some minutes.
+hosts: $(INSTALLED)
+	$(BIN)/python -m pytest tests/hosts
 
 # Checks and measures all that needs a GPU, in some minutes. Where there is none, see benchmarks/gpu.py --help.
 gpu: $(INSTALLED)
