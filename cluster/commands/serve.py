@@ -11,7 +11,6 @@ from configs.errors import InputError
 from configs.printing import answer, say
 
 _WAITING = 8  # requests that may wait, for each slot
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(
@@ -47,15 +46,16 @@ def serve(
 
     Exit status 0 after SIGTERM or Ctrl-C, when what was accepted is answered.
     """
+    from cluster.serving.keys import LOOPBACK, ApiKeys
+
     quiet_libraries()
-    if host not in _LOOPBACK and api_keys is None:
+    if host not in LOOPBACK and api_keys is None:
         raise InputError(f"--host {host}: others reach the service there, and nobody needs a key; give --api-keys too")
     try:
         from cluster.serving import server
         from cluster.serving.app import Service
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; `pip install 'siloweave[serve]'`") from None
-    from cluster.serving.keys import ApiKeys
     from cluster.serving.models import ServedModel, find, load
     from configs.storage.sealing import ENVIRONMENT, FROM_ENVIRONMENT, load_key
     from trainer.inference.batching import Engine, EngineLimits

@@ -1,15 +1,29 @@
 """What every request passes first: is there room, who asks, how much do they send, and how slowly."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.serving.errors import FAILED, ApiError, stopping
-from cluster.serving.keys import ApiKeys
+from cluster.serving.keys import LOOPBACK, ApiKeys
 
 OPEN = ("/", "/health")  # of these two nobody needs a key
 _BODY_S = 20.0
+
+
+def _from_here(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether it is no other site's page that asks.
+
+    Any page may have a browser ask loopback, also by a name of its own that leads there (DNS rebinding). Without keys
+    nothing else tells it from whoever sits at this machine.
+    """
+    host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+    try:
+        return urlsplit(f"//{host}").hostname in LOOPBACK and (not origin or urlsplit(origin).netloc == host)
+    except ValueError:
+        return False
 
 
 class Guard:
@@ -66,11 +80,14 @@ class Guard:
             self.count(scope.get("path", ""), status)
 
     def _admit(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        if self._keys is None and not _from_here(headers):
+            said = "Host or Origin is none of this machine's; ask at 127.0.0.1, or serve with --api-keys"
+            raise ApiError(403, said, "not_from_here")
         if scope["path"] in OPEN:
             return
         if self.stopping:
             raise stopping()
-        headers = dict(scope["headers"])
         if self._keys is not None and not self._keys.allow(headers.get(b"authorization", b"")):
             raise ApiError(401, "the API key is missing or wrong; send `Authorization: Bearer KEY`", "invalid_api_key")
         if self.active > self._most:

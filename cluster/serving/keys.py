@@ -7,6 +7,7 @@ from pathlib import Path
 from configs.errors import InputError
 from configs.storage.secrets import read_secret
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where a service may listen without keys
 _SHORTEST = 16
 _HOW_TO_MAKE = "no such file; make one with `(umask 077; openssl rand -hex 32 > FILE)`, one key a line"
 

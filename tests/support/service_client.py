@@ -12,7 +12,7 @@ def ask(service, *requests):
 
     async def sent():
         transport = httpx.ASGITransport(service.guard)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             return await asyncio.gather(*(client.request(*one[:2], **one[2]) for one in requests))
 
     return asyncio.run(sent())

@@ -47,6 +47,37 @@ def post(service, document, path="/v1/completions", **options):
     return response
 
 
+@pytest.mark.parametrize(
+    ("headers", "taken"),
+    [
+        ({}, True),
+        ({"host": "127.0.0.1:8000"}, True),
+        ({"host": "[::1]:8000", "origin": "http://[::1]:8000"}, True),
+        ({"host": "evil.example:8000"}, False),
+        ({"host": "localhost.evil.example"}, False),
+        ({"host": "["}, False),
+        ({"host": ""}, False),
+        ({"origin": "http://evil.example"}, False),
+        ({"origin": "null"}, False),
+        ({"origin": "http://localhost:3000"}, False),
+    ],
+)
+def test_a_page_of_another_site_reaches_nothing_without_keys(headers, taken, service_of, tmp_path):
+    """It can have a browser ask loopback, by a name of its own as well."""
+    service = service_of()
+    if taken:
+        assert post(service, ASKED, headers=headers).status_code == 200
+        return
+    refused(post(service, ASKED, headers=headers), 403, "Host or Origin is none of this machine's")
+    for path in ("/", "/health", "/v1/models"):
+        refused(ask(service, ("GET", path, {"headers": headers}))[0], 403, "Host or Origin")
+    file = tmp_path / "keys"
+    file.touch(0o600)
+    file.write_text("k" * 32)
+    signed = {**headers, "authorization": f"Bearer {'k' * 32}"}
+    assert post(service_of(ApiKeys(file)), ASKED, headers=signed).status_code == 200
+
+
 def test_a_text_goes_on_alike_whole_and_as_events(service_of):
     service = service_of()
     whole = post(service, ASKED).json()
