@@ -89,7 +89,7 @@ def answer(nodes, name, meanwhile=lambda: None):
 
 def test_what_has_come_over_a_line_that_is_cut_is_not_sent_again(silo, link):
     with CutLine(link.port, cut_bytes=3 * PIECE_BYTES + PIECE_BYTES // 3, connects=True) as line:
-        link.start_node(link.port, HTTPS_PROXY=f"http://127.0.0.1:{line.port}", NO_PROXY="")
+        link.start_node(link.port, HTTPS_PROXY=f"http://127.0.0.1:{line.port}")
         nodes = OneByOne(link.grid)
         until(lambda: list(nodes.get_node_ids()), "the node")
         before, body = line.moved, os.urandom(SIZE)
