@@ -21,6 +21,7 @@ from cluster.commands.optimise import optimise
 from cluster.commands.predict import predict
 from cluster.commands.serve import serve
 from cluster.commands.tune import tune
+from configs.ending import ended_by_signals
 from configs.errors import SiloweaveError
 from configs.printing import escape_unencodable, say, to_json
 from federated.commands.federation import federation_app
@@ -69,21 +70,15 @@ def main() -> None:
     ended it.
     """
     escape_unencodable()
-    signal.signal(signal.SIGTERM, _terminated)
     try:
-        app()
+        with ended_by_signals():
+            app()
     except SystemExit as ended:
         if ended.code in _ENDED:
             _tell(f"ended by {_ENDED[ended.code]}; what was committed is kept", err=True)
         raise
     except Exception as error:
         sys.exit(_failed(error))
-
-
-def _terminated(*_: object) -> None:
-    """Ends the command as Ctrl-C does: what it has started is ended on the way out. Once: ending takes a moment."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _failed(error: Exception) -> int:

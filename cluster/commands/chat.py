@@ -7,6 +7,7 @@ import typer
 
 from cluster.commands.generate import DecodeOption
 from cluster.commands.stages import quiet_libraries
+from configs.ending import came_through
 from configs.errors import InputError
 from configs.load import load
 from configs.printing import say, stream
@@ -63,6 +64,7 @@ def _answer(dialogue: "Dialogue", said: str, decoding: "Decoding") -> None:
     try:
         dialogue.answer(said, decoding, stream)
     except KeyboardInterrupt:
+        came_through()
         stream(" (interrupted)")
     except InputError as error:  # the line is too long: the dialogue goes on
         say(f"error: {error}", err=True)

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.monitoring.durations import Remaining, duration
+from configs.ending import came_through
 from configs.printing import FIGURES, printable, rounded, say
 
 _TOTALS = {"part": "parts", "step": "steps", "round": "rounds", "scored": "of", "trial": "of"}
@@ -146,6 +147,7 @@ def refresh(show: Callable[[], list[str]], seconds: float) -> None:
             else:
                 say(*lines)
             time.sleep(seconds)
+    came_through()
 
 
 _RECORDS = {"silos": "the silos' held-out records", "public": "the public text"}

@@ -22,7 +22,7 @@ ALLOWED = {
 }
 FLOORS = {
     "configs": (
-        "errors imports",
+        "ending errors imports",
         "printing",
         "identities parse",
         "schema",
