@@ -6,8 +6,10 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 from cluster.runtime import limits
 from configs.errors import InputError
@@ -26,6 +28,7 @@ _ENVIRONMENT = {
     # processor time there and back in the call, and 11 ms through the object store.
     "RAY_max_direct_call_object_size": str(2**20),
 }
+_KILLED_S = 5.0  # until a killed process is gone
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
@@ -82,15 +85,13 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
     if ray.is_initialized():  # a stage inside a pipeline that holds the session already
         yield ray
         return
-    with _our_sigterm():
-        if address_of(settings):
-            _join(settings)
-        else:
-            _start(processes * settings.threads_per_rank)
-    try:
+    with _nothing_left():
+        with _our_sigterm():
+            if address_of(settings):
+                _join(settings)
+            else:
+                _start(processes * settings.threads_per_rank)
         yield ray
-    finally:
-        ray.shutdown()
 
 
 def address_of(settings: ClusterSettings) -> str:
@@ -108,6 +109,35 @@ def no_ray(settings: ClusterSettings, reason: str) -> InputError:
         f"RAY_ADDRESS in the environment is {address_of(settings)!r}, and no Ray answers there ({reason}): if that Ray "
         "has ended, `unset RAY_ADDRESS`, and a Ray of our own is started; else start it"
     )
+
+
+@contextmanager
+def _nothing_left() -> Iterator[None]:
+    """Ends Ray, also one that is half started, with all that it started.
+
+    A raylet that is ended before it is up says nothing to its agents, and they live on for over a minute.
+    """
+    import ray
+
+    this = psutil.Process()
+    before = set(this.children())
+    try:
+        yield
+    finally:
+        started = set(this.children()) - before
+        tree = started.union(*(_descendants(process) for process in started))
+        ray.shutdown()
+        for process in tree:
+            with suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(tree, timeout=_KILLED_S)
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 @contextmanager
