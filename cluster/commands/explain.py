@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.commands.generate import lines_of
 from cluster.commands.stages import ConfigOption, JsonOption, SetOption, with_run
 from configs.errors import InputError
 from configs.load import load
@@ -25,26 +26,16 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Shows which words of a text speak for the final model's answer to it: here, and on a page of the run."""
-    asked = [*(texts or []), *_lines(file)]
+    asked = [*(texts or []), *(lines_of(file) if file else [])]
     if not asked:
         raise InputError("no text is given; give one, or --file FILE")
+    if len(asked) > _MOST_TEXTS:
+        raise InputError(f"{len(asked)} texts are given; give {_MOST_TEXTS} at most, or explain them in parts")
     found, directory = with_run(load(config, override or []), lambda run: _work(run, asked, tokens), as_json)
     for one in found if not as_json else []:
         say(f"{one['answer']} ({one['nats']:.2f} nats): {_strongest(one)}")
     done = {"directory": str(directory), "explanations": found}
     answer(as_json, done, f"explain: {RunFiles(directory).explained_page} shows it in colour")
-
-
-def _lines(file: Path | None) -> list[str]:
-    if file is None:
-        return []
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--file {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
-    if not 0 < len(lines) <= _MOST_TEXTS:
-        raise InputError(f"--file {file}: it has {len(lines)} lines with text; give 1 to {_MOST_TEXTS}")
-    return lines
 
 
 def _work(run: Any, texts: list[str], tokens: int) -> list[dict[str, Any]]:

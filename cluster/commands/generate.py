@@ -53,15 +53,26 @@ def generate(
 
 def _asked(prompt: str | None, prompts: Path | None) -> list[str]:
     from trainer.data.reading.counts import ReadCounts, mended
-    from trainer.data.reading.encodings import read_lines
-    from trainer.data.reading.files import opened
 
     if prompts is None:
         return [mended(prompt, ReadCounts())] if prompt else []
     if prompt is not None:
         raise InputError("--prompt and --prompts: both are given; give one of them")
-    with opened(prompts) as file:
-        found = [line for text in read_lines(file, str(prompts), "utf-8", "\n") if (line := text.strip("\r\n")).strip()]
+    return lines_of(prompts)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file with text in them, read as data is: its encoding found, broken characters mended.
+
+    Raises:
+        InputError: it can't be read, or holds no text.
+    """
+    from trainer.data.reading.counts import ReadCounts, mended
+    from trainer.data.reading.encodings import read_lines
+    from trainer.data.reading.files import opened
+
+    with opened(path) as file:
+        found = [line for text in read_lines(file, str(path), "utf-8", "\n") if (line := text.strip("\r\n")).strip()]
     if not found:
-        raise InputError(f"{prompts}: holds no prompt; give a file with a prompt on each line")
+        raise InputError(f"{path}: holds no text; give a file with a text on each line")
     return [mended(line, ReadCounts()) for line in found]

@@ -38,7 +38,7 @@ def one_line(done, status):
         (["generate", "-c", "tiny"], "run `siloweave federate` first"),
         (["report", "-c", "tiny"], "run `siloweave federate` first"),
         (["explain", "-c", "tiny"], "no text is given"),
-        (["explain", "-c", "tiny", "--file", "none.txt"], "--file none.txt: No such file"),
+        (["explain", "-c", "tiny", "--file", "none.txt"], "none.txt: no such file"),
         (["ledger", "show", "nowhere"], "no such ledger"),
         (["ledger", "verify"], "nothing to verify"),
         (["ledger", "verify", "--certificate", "none.json"], "none.json: can't be read"),
