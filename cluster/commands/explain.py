@@ -47,14 +47,14 @@ def _work(run: Any, texts: list[str], tokens: int) -> list[dict[str, Any]]:
     from trainer.explanation.attribution import explain as explained
     from trainer.tasks.task import task_of
 
-    require_manifest(run.files.federated, FEDERATED, "federate")
+    manifest = require_manifest(run.files.federated, FEDERATED, "federate")
     task, tokenizer = task_of(run.config.federated.task_spec, run.model), load_tokenizer(run.model)
     model = final_model(run.config, run.model, run.files.federated)
-    found = [one for text in texts for one in explained(task, tokenizer, model, text, tokens)]
+    found = [asdict(one) for text in texts for one in explained(task, tokenizer, model, text, tokens)]
     write_atomic(run.files.explained_page, render(run.config.run.name, found).encode())
-    document = [asdict(one) for one in found]
+    document = {"model": manifest.content_digest, "explanations": found}
     write_atomic(run.files.explanations, json.dumps(document, indent=2, ensure_ascii=False).encode())
-    return document
+    return found
 
 
 def _strongest(one: dict[str, Any]) -> str:

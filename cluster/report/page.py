@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from cluster.report.explained import shown
 from cluster.report.label_plots import confusion_plot, reliability_plot
 from cluster.report.plots import ACCENT, INK, MUTED, new_figure, svg
 from configs.printing import FIGURES, printable
@@ -20,7 +21,9 @@ def render(report: dict[str, Any]) -> str:
         "epsilon": _epsilon_plot(report),
         "labels": _label_plots(report["federated"]["in_full"]),
     }
-    return environment.get_template("report.html.j2").render(report=report, plots=plots, figures=FIGURES)
+    explanations = [shown(one) for one in report["explanations"]]
+    template = environment.get_template("report.html.j2")
+    return template.render(report=report, plots=plots, figures=FIGURES, explanations=explanations)
 
 
 def _label_plots(in_full: dict[str, dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cluster.report.explained import explanations_of
 from configs.errors import InputError
 from configs.events import read_events
 from configs.parse import json_object, reading, to_toml
@@ -42,7 +43,7 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         InputError: a stage has not finished; the message names the command.
     """
     files = RunFiles(run_directory)
-    require_manifest(files.federated, FEDERATED, "federate")
+    manifest = require_manifest(files.federated, FEDERATED, "federate")
     elsewhere = over_flower(files.federated)
     evaluation = {} if elsewhere and not files.evaluation.exists() else _read(files.evaluation, "evaluate")
     certificate = _read(files.certificate, "federate")
@@ -58,6 +59,8 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         federated = _federated(config, run_directory, certificate, evaluation, rounds)
     with reading(files.sample, LOOK):
         sample = files.sample.read_text(encoding="utf-8") if files.sample.exists() else ""
+    with reading(files.explanations, LOOK):
+        explanations = explanations_of(files.explanations, manifest.content_digest)
     return {
         "version": REPORT_VERSION,
         "name": config.run.name,
@@ -67,6 +70,7 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         "privacy": privacy,
         "model": model,
         "sample": sample,
+        "explanations": explanations,
         "simulation_only": [] if elsewhere else [f"federated.{federated['metric']}_*", *_SIMULATION_ONLY],
         "settings": to_toml(config),
         "versions": {name: version(name) for name in _LIBRARIES},

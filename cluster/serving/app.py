@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from html import escape
 from typing import Any
 
@@ -20,7 +20,7 @@ from cluster.serving.labels import LabelModel
 from cluster.serving.metrics import ServingMetrics
 from cluster.serving.models import ServedModel
 from cluster.serving.page import page
-from cluster.serving.requests import ChatRequest, CompletionRequest, PredictRequest
+from cluster.serving.requests import ChatRequest, CompletionRequest, ExplainRequest, PredictRequest
 from configs.errors import InputError
 from trainer.inference.batching import Engine
 
@@ -36,6 +36,7 @@ _PATHS = (
     "/v1/completions",
     "/v1/chat/completions",
     "/predict",
+    "/explain",
 )
 
 
@@ -81,6 +82,7 @@ class Service:
         app.post("/v1/completions", response_model=None)(self.completions)
         app.post("/v1/chat/completions", response_model=None)(self.chat)
         app.post("/predict", response_model=None)(self.predict)
+        app.post("/explain", response_model=None)(self.explain)
         app.get("/v1/models")(self.list_models)
         app.get("/v1/models/{name}")(self.one_model)
         app.get("/health", response_model=None)(self.health)
@@ -107,16 +109,24 @@ class Service:
 
     async def predict(self, asked: PredictRequest, request: Request) -> Response:
         """Gives labels to records, or finds the answers to questions in them."""
-        served = self._served(asked.model)
-        if not isinstance(served, LabelModel):
-            raise ApiError(400, f"{served.name} writes; ask it at /v1/completions", "invalid_value", "model")
+        served = self._labelling(asked.model, "ask it at /v1/completions")
+        return await self._in_time(served.answer(asked.records), request, "records", "fewer records")
+
+    async def explain(self, asked: ExplainRequest, request: Request) -> Response:
+        """Says how much each word of a text speaks for the answer, in nats (integrated gradients)."""
+        served = self._labelling(asked.model, "`siloweave explain` weighs the words for what it writes")
+        return await self._in_time(served.explain(asked.text), request, "text", "a shorter text")
+
+    async def _in_time(
+        self, work: Coroutine[Any, Any, dict[str, Any]], request: Request, field: str, less: str
+    ) -> Response:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await unless_gone(served.answer(asked.records), request)
+                return await unless_gone(work, request)
         except TimeoutError:
-            raise ApiError(504, "the answer took too long; send fewer records", "timeout") from None
+            raise ApiError(504, f"the answer took too long; send {less}", "timeout") from None
         except InputError as error:
-            raise ApiError(400, str(error), "invalid_value", "records") from None
+            raise ApiError(400, str(error), "invalid_value", field) from None
 
     async def list_models(self) -> dict[str, Any]:
         """The models, and what is claimed of their privacy."""
@@ -146,6 +156,12 @@ class Service:
         served = self._served(name)
         if isinstance(served, LabelModel):
             raise ApiError(400, f"{name} gives labels and writes no text; ask it at /predict", "invalid_value", "model")
+        return served
+
+    def _labelling(self, name: str, elsewhere: str) -> LabelModel:
+        served = self._served(name)
+        if not isinstance(served, LabelModel):
+            raise ApiError(400, f"{name} writes; {elsewhere}", "invalid_value", "model")
         return served
 
     def _served(self, name: str) -> ServedModel | LabelModel:

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from configs.errors import InputError
 from configs.schema.data import RecordSettings
 from configs.schema.tasks import TaskSpec
 from trainer.data.tokenizer import load_tokenizer
+from trainer.explanation.attribution import explain
 from trainer.inference.asking import Asking
 from trainer.inference.predicting import by_label
 from trainer.models.load import model_class
 from trainer.tasks.task import Encoded, Prediction, task_of
 
 _AT_ONCE = 32  # records, after which another request may come first, and one that nobody waits for ends
+_EXPLAINED = ("classification", "multilabel", "entities")
 _OWN_NAMES = RecordSettings(source="a request")  # fields have the task's names, not those of somebody's files
 
 
@@ -49,15 +53,17 @@ class LabelModel:
             raise InputError(f"{name}: has another head than the task {spec.name!r}; give the settings of its own run")
         check_head(model, task, tokens)
         self.name, self.claim, self.context_length = name, claim, task.context_length
-        self._spec = spec
-        self._asking = Asking(model, load_tokenizer(tokens), task, spec, _OWN_NAMES, max_new_tokens=1)
+        self._spec, self._task, self._model, self._tokenizer = spec, task, model, load_tokenizer(tokens)
+        self._asking = Asking(model, self._tokenizer, task, spec, _OWN_NAMES, max_new_tokens=1)
         self.fields = self._asking.columns
         self._thread = ThreadPoolExecutor(1, f"predicting-{name}")
 
     @property
     def about(self) -> dict[str, Any]:
         """What a client has to know to ask it."""
-        return {"task": self._spec.name, "fields": self.fields, "labels": list(self._spec.labels)}
+        explains = self._spec.name in _EXPLAINED and find_spec("captum") is not None
+        labels = list(self._spec.labels)
+        return {"task": self._spec.name, "fields": self.fields, "labels": labels, "explains": explains}
 
     async def answer(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The document that answers these records, in their order.
@@ -72,6 +78,16 @@ class LabelModel:
             several = examples[start : start + _AT_ONCE]
             found += await loop.run_in_executor(self._thread, self._asking.answers, several)
         return {"object": "list", "model": self.name, "predictions": [self._shown(one) for one in found]}
+
+    async def explain(self, text: str) -> dict[str, Any]:
+        """The document that says which words of a text speak for each answer to it.
+
+        Raises:
+            InputError: the text is empty, this task can't be explained, or captum is not installed.
+        """
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._thread, explain, self._task, self._tokenizer, self._model, text)
+        return {"object": "list", "model": self.name, "explanations": [asdict(one) for one in found]}
 
     def _read(self, records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
         return [self._example(record, f"records.{place}") for place, record in enumerate(records)]

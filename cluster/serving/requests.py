@@ -10,6 +10,7 @@ from trainer.inference.sampling import Sampling
 _COLDEST = 0.01  # below it the softmax of float32 is a choice of the likeliest token anyway, or not a number
 _SEEDS = 2**63
 _LONGEST = 2**16  # characters of a record
+_MOST_EXPLAINED = 2000  # characters of a text: each takes 64 passes forward and back over all of it
 
 
 def _whole(text: str) -> str:
@@ -99,6 +100,13 @@ class PredictRequest(_Strict):
 
     model: str = Field(max_length=200)
     records: list[Record] = Field(min_length=1, max_length=256)
+
+
+class ExplainRequest(_Strict):
+    """A text whose words are weighed; of entities, its words with blanks between them."""
+
+    model: str = Field(max_length=200)
+    text: Words = Field(min_length=1, max_length=_MOST_EXPLAINED)
 
 
 class TextPart(_Strict):

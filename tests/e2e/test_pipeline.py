@@ -89,7 +89,7 @@ def test_progress_is_shown_as_plain_lines_without_a_terminal(tiny_run, siloweave
     assert explained.returncode == 0, explained.stderr
     (one,) = json.loads(explained.stdout)["explanations"]
     assert "".join(piece["text"] for piece in one["pieces"]).endswith("<script>Good morrow")
-    assert json.loads((tmp_path / "copy/runs/tiny/explanations.json").read_text()) == [one]
+    assert json.loads((tmp_path / "copy/runs/tiny/explanations.json").read_text())["explanations"] == [one]
     page = (tmp_path / "copy/runs/tiny/explanations.html").read_text()
     assert "<script>" not in page
     assert "Abnar and Zuidema" in page

@@ -9,7 +9,9 @@ from rich.console import Console
 from cluster.monitoring.console import figure_tables, result_table
 from cluster.report.page import render
 from cluster.report.report import build, missing
-from configs.storage.layout import RunFiles
+from configs.errors import InputError
+from configs.storage.layout import FEDERATED, RunFiles
+from configs.storage.manifests import require_manifest
 
 
 @pytest.fixture
@@ -112,3 +114,22 @@ def test_the_report_has_what_was_done_to_the_public_text(tiny_run, run):
     elsewhere = build(tiny_run.config(), run.directory)
     assert elsewhere["text"] == []
     assert "<h2>Public text</h2>" not in render(elsewhere)
+
+
+def test_what_was_explained_of_this_model_is_in_its_report(tiny_run, run, capsys):
+    pieces = [
+        {"text": "<b>my", "gradients": -0.5, "attention": 0.25},
+        {"text": " lord", "gradients": 1, "attention": 0.75},
+    ]
+    told = {"text": "<b>my lord", "answer": "an answer", "nats": 1.5, "without": 1, "unexplained": 0, "pieces": pieces}
+    digest = require_manifest(run.federated, FEDERATED, "federate").content_digest
+    run.explanations.write_text(json.dumps({"model": digest, "explanations": [told]}))
+    assert build(tiny_run.config(), run.directory)["explanations"] == [told]
+    page = shown(tiny_run.config(), run, capsys)[1]
+    assert '<span title="-0.500 nats" style="background: rgb(232 131 42 / 0.400)">&lt;b&gt;my</span>' in page
+    run.explanations.write_text(json.dumps({"model": "of another model", "explanations": [told]}))
+    assert build(tiny_run.config(), run.directory)["explanations"] == []
+    assert "Answers explained" not in shown(tiny_run.config(), run, capsys)[1]
+    run.explanations.write_text("[]")
+    with pytest.raises(InputError, match=r"explanations\.json"):
+        build(tiny_run.config(), run.directory)

@@ -82,7 +82,7 @@ def test_what_it_shows_is_put_in_as_text_and_what_it_is_told_is_not_stored(serve
 
 def test_it_asks_at_the_services_own_paths_and_finds_its_own_elements(served):
     script = inside(served, "script")
-    assert set(re.findall(r'ask\("(.*?)"', script)) == {"/v1/models", "/v1/chat/completions", "/predict"}
+    assert set(re.findall(r'ask\("(.*?)"', script)) == {"/v1/models", "/v1/chat/completions", "/predict", "/explain"}
     known = {attributes["id"] for _, attributes in Elements(served.text).found if "id" in attributes}
     assert set(re.findall(r'at\("(.*?)"\)', script)) == known
 

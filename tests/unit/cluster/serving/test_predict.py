@@ -1,6 +1,8 @@
 """Records over HTTP: what each task answers, the same as a command does, and one clear line for whatever is wrong."""
 
 import json
+import re
+from dataclasses import asdict
 
 import pytest
 from served_models import CONTEXT, a_labelling_run, a_model
@@ -12,6 +14,7 @@ from cluster.serving.models import ServedModel, find, load
 from configs.schema.data import RecordSettings
 from federated.adapters.merged import merge
 from trainer.data.tokenizer import load_tokenizer
+from trainer.explanation.attribution import explain
 from trainer.inference.asking import Asking
 from trainer.inference.batching import Engine, EngineLimits
 from trainer.tasks.task import task_of
@@ -182,3 +185,41 @@ def test_a_failure_inside_is_counted_by_its_kind_and_says_nothing(service_of, se
     monkeypatch.setattr(served["qa"]._asking, "answers", fails)
     refused(predict(service, "qa", RECORDS["qa"]), 500, "the service failed at this request")
     assert 'siloweave_failures_total{kind="ZeroDivisionError"} 1.0' in service.metrics.page().decode()
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "entities"])
+def test_words_weigh_what_they_weigh_without_a_service(task, made, served, service_of):
+    run, _, spec = made[1][task]
+    tokens = run / "model"
+    expected = explain(task_of(spec, tokens), load_tokenizer(tokens), served[task]._model, TEXTS[1])
+    (found,) = ask(service_of(), ("POST", "/explain", {"json": {"model": task, "text": TEXTS[1]}}))
+    assert found.json()["explanations"] == [json.loads(json.dumps(asdict(one))) for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "told"),
+    [
+        ("classification", " ", "the text is empty"),
+        ("classification", "", "text: .*at least 1 character"),
+        ("classification", "a" * 2001, "text: .*at most 2000 characters"),
+        ("qa", TEXTS[1], "the task 'qa' can't be explained this way"),
+        ("writer", TEXTS[1], "writer writes; `siloweave explain` weighs the words"),
+        ("nobody", TEXTS[1], "no such model here"),
+    ],
+)
+def test_what_can_not_be_explained_is_one_line(model, text, told, service_of):
+    (found,) = ask(service_of(), ("POST", "/explain", {"json": {"model": model, "text": text}}))
+    assert found.status_code in (400, 404)
+    assert re.search(told, found.json()["error"]["message"])
+
+
+def test_a_model_says_whether_its_words_can_be_weighed(service_of):
+    (found,) = ask(service_of(), ("GET", "/v1/models", {}))
+    explains = {one["id"]: one.get("explains") for one in found.json()["data"]}
+    assert {name: explains[name] for name in (*TASKS, "writer")} == {
+        "classification": True,
+        "multilabel": True,
+        "entities": True,
+        "qa": False,
+        "writer": None,
+    }
