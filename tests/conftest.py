@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import same_everywhere  # noqa: F401  # before what reads the environment at its import
 from hypothesis import HealthCheck, settings
 from installed import install, outside_the_checkout
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
-os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is not asked; read when its libraries are first imported
 
 from configs.imports import uncollected
 from configs.load import load
