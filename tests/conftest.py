@@ -32,6 +32,22 @@ def pytest_collection():
         return (yield)
 
 
+def pytest_collection_modifyitems(items):
+    """The first process makes the tiny run, which takes two minutes; what needs none is done meanwhile.
+
+    Files of `unit/` stay last: they are short, and fill what is left at the end.
+    """
+    waiting = {item.path for item in items if "tiny_run" in item.fixturenames}
+    maker = next((item.path for item in items if item.path in waiting), None)
+    unit = Path(__file__).with_name("unit")
+
+    def turn(item):
+        is_unit = item.path.is_relative_to(unit)
+        return is_unit, not is_unit and item.path != maker and item.path in waiting
+
+    items.sort(key=turn)
+
+
 _USERS = count()
 
 
