@@ -241,19 +241,21 @@ def _federations(config: RunConfig) -> list[tuple[str, bool]]:
 
 def evaluate(run: Run) -> dict[str, Any]:
     """A task's figures before, by round, and after: of a simulation's public silos, and of one's own public text."""
-    from cluster.report.report import missing
     from federated.coordinator.outcome import over_flower
-    from federated.simulation.in_the_clear import evaluate_rounds
 
     federation = run.files.federated
-    with run.stage("evaluate"), run.ray() as ray:
+    with run.stage("evaluate"):
         stages = [stage for stage, with_dp in _federations(run.config) if with_dp or not over_flower(federation)]
         federations = {stage: run.directory / stage for stage in stages}
-        for stage, directory in federations.items():
+        for stage, directory in federations.items():  # said before anything takes time: imports, and Ray's start
             require_manifest(directory, stage, "federate")
-        scores = evaluate_rounds(
-            ray, run.config, run.model, federations, lambda **v: run.log.emit("evaluate", "scored", **v)
-        )
+        from cluster.report.report import missing
+        from federated.simulation.in_the_clear import evaluate_rounds
+
+        with run.ray() as ray:
+            scores = evaluate_rounds(
+                ray, run.config, run.model, federations, lambda **v: run.log.emit("evaluate", "scored", **v)
+            )
         for line in missing(scores):
             run.log.emit("evaluate", "missing", message=line)
     write_atomic(run.files.evaluation, json.dumps(scores, indent=2).encode())

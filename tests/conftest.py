@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import same_everywhere  # noqa: F401  # before what reads the environment at its import
 from hypothesis import HealthCheck, settings
 from installed import install, outside_the_checkout
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads cost more than they give
-os.environ["HF_HUB_OFFLINE"] = "1"  # the hub is not asked; read when its libraries are first imported
 
 from configs.imports import uncollected
 from configs.load import load
@@ -32,6 +30,22 @@ def pytest_collection():
     """Thousands of tests and what they import stay to the end: Python need not look for garbage among them."""
     with uncollected():
         return (yield)
+
+
+def pytest_collection_modifyitems(items):
+    """The first process makes the tiny run, which takes two minutes; what needs none is done meanwhile.
+
+    Files of `unit/` stay last: they are short, and fill what is left at the end.
+    """
+    waiting = {item.path for item in items if "tiny_run" in item.fixturenames}
+    maker = next((item.path for item in items if item.path in waiting), None)
+    unit = Path(__file__).with_name("unit")
+
+    def turn(item):
+        is_unit = item.path.is_relative_to(unit)
+        return is_unit, not is_unit and item.path != maker and item.path in waiting
+
+    items.sort(key=turn)
 
 
 _USERS = count()

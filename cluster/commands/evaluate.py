@@ -24,10 +24,11 @@ def evaluate(
         _evaluate_base(config, override, shots, as_json)
         return
     from cluster import pipeline
+
+    scores, directory = with_run(load(config, overrides(override, address)), pipeline.evaluate, as_json)
     from cluster.monitoring.console import Terminal, figure_tables
     from cluster.report.report import in_full
 
-    scores, directory = with_run(load(config, overrides(override, address)), pipeline.evaluate, as_json)
     found = in_full(scores)
     for table in figure_tables(found) if not as_json else []:
         Terminal().print(table)

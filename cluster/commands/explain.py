@@ -39,15 +39,16 @@ def explain(
 
 
 def _work(run: Any, texts: list[str], tokens: int) -> list[dict[str, Any]]:
+    from configs.storage.manifests import require_manifest
+
+    manifest = require_manifest(run.files.federated, FEDERATED, "federate")  # said before the imports, which take seconds
     from cluster.report.explained import render
     from configs.storage.files import write_atomic
-    from configs.storage.manifests import require_manifest
     from federated.coordinator.final_model import final_model
     from trainer.data.tokenizer import load_tokenizer
     from trainer.explanation.attribution import explain as explained
     from trainer.tasks.task import task_of
 
-    manifest = require_manifest(run.files.federated, FEDERATED, "federate")
     task, tokenizer = task_of(run.config.federated.task_spec, run.model), load_tokenizer(run.model)
     model = final_model(run.config, run.model, run.files.federated)
     found = [asdict(one) for text in texts for one in explained(task, tokenizer, model, text, tokens)]

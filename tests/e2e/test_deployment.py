@@ -233,7 +233,7 @@ def stock_supernode(command: list[str], folder: Path) -> tuple[int, str]:
     with (folder / "supernode.log").open("wb") as log:
         process = psutil.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     try:
-        status = process.wait(120)
+        status = process.wait(300)
     finally:
         end_tree([process], grace_s=5)
     return status, (folder / "supernode.log").read_text(errors="replace")
@@ -318,7 +318,7 @@ def test_a_run_outlives_the_death_of_each_of_its_processes(deployment):
     deployment.wait_until("the first round", lambda: rounds() >= 1, run, RUN_S)
     service = deployment.sites["histories"]
     kill(service.service_process.pid)
-    service.service_process.wait(10)
+    service.service_process.wait(300)
     deployment.start_service(service)  # systemd's part
     kill(server_app(deployment).pid)
     deployment.wait_until("another server app", lambda: server_app(deployment) is not None, run, RUN_S)
@@ -474,7 +474,7 @@ def two_users(deployment):
         yield site
         for process in (site.relay_process, site.service_process):
             process.terminate()
-            process.wait(60)
+            process.wait(300)
 
 
 def test_a_hostile_bundle_is_not_run_and_its_user_reaches_nothing(deployment, two_users, tmp_path):
@@ -558,7 +558,7 @@ def test_stop_ends_everything(deployment):
     pids = [deployment.pid_of("superlink"), deployment.pid_of("nginx")]
     tree = [child for pid in pids for child in psutil.Process(pid).children(recursive=True)]
     deployment.siloweave("federation", "stop", str(deployment.folder))
-    psutil.wait_procs(tree, timeout=30)
+    psutil.wait_procs(tree, timeout=300)
     assert not [process for process in tree if process.is_running()]
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert deployment.siloweave("federation", "stop", str(deployment.folder)).stdout == "nothing was running\n"

@@ -194,7 +194,7 @@ def test_the_command_serves_a_silo(tiny_run, processes, socket_path, tmp_path, c
 
     def ask(receipt=b"", **kind):
         body = body_of("request", silo_id=NAME, coordinator=signer.public_key, **kind)
-        return opened(ask_service(f"unix:{socket_path}", seal_request(signer, body, receipt), timeout_s=30))
+        return opened(ask_service(f"unix:{socket_path}", seal_request(signer, body, receipt), timeout_s=START_S))
 
     reply = ask(describe=pb.Describe())
     assert (reply.silo_id, reply.described.public_record_count) == (NAME, 6000)

@@ -123,7 +123,7 @@ def test_following_shows_it_anew_until_it_is_interrupted(copy):
         shown = (json.loads(line)["pretrain"]["restarts"] for line in following.stdout)
         assert 1 in shown  # the first one after it was written; a busy machine may have shown the old one again
         following.send_signal(signal.SIGINT)
-        assert following.wait(timeout=60) == 0
+        assert following.wait(timeout=300) == 0
 
 
 @pytest.mark.parametrize("arguments", [["."], ["-c", "tiny"]])

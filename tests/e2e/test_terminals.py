@@ -83,5 +83,5 @@ def test_sigterm_ends_a_command_in_one_line(run):
     following = subprocess.Popen([SILOWEAVE, "status", run, "--follow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     following.stdout.readline()
     following.send_signal(signal.SIGTERM)
-    assert following.communicate(timeout=60)[1] == b"ended by SIGTERM; what was committed is kept\n"
+    assert following.communicate(timeout=300)[1] == b"ended by SIGTERM; what was committed is kept\n"
     assert following.returncode == 143

@@ -67,7 +67,7 @@ def run_pair(kinds, folder):
         ]
         try:
             output, _ = ranks[0].communicate(timeout=800)
-            assert [rank.wait(timeout=60) for rank in ranks] == [0, 0], errors.read_text()[-3000:]
+            assert [rank.wait(timeout=300) for rank in ranks] == [0, 0], errors.read_text()[-3000:]
         finally:
             for rank in ranks:
                 rank.kill()

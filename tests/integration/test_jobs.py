@@ -57,11 +57,11 @@ def ray_head():
                 yield wait_for(f"http://127.0.0.1:{jobs_port}", head, said)
             finally:
                 head.terminate()  # ends the processes that it has started, and no other Ray's
-                head.wait(timeout=60)
+                head.wait(timeout=300)
 
 
 def wait_for(address, head, said):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while True:
         try:
             return jobs.find_server(address)

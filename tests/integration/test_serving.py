@@ -18,6 +18,7 @@ from served_models import CONTEXT, a_federation, a_labelling_run, a_model
 
 SECRET = "PATIENT-4711"
 TOKENS = 300  # of an answer that lasts for a while
+WAIT_S = 300.0  # ends a wait for what will not come, however slow the machine is
 
 
 @contextmanager
@@ -35,20 +36,20 @@ def serving(*arguments):
 
 
 def client(url, key="no key"):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
 
 
 def idle(url, key="no key"):
     """Waits until no request has a slot, nor waits for one."""
     while True:
-        found = httpx.get(f"{url}/health").json()
+        found = httpx.get(f"{url}/health", timeout=WAIT_S).json()
         if found["running"] == found["waiting"] == 0:
             return
 
 
 def prompt_tokens(url):
     """Of all requests that were accepted."""
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    lines = httpx.get(f"{url}/metrics", timeout=WAIT_S).text.splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith('siloweave_tokens_total{kind="prompt"'))
 
 
@@ -66,7 +67,7 @@ def service(base, tiny_run, tmp_path_factory):
     with serving(base, run, tiny_run.directory, "--slots", 2, "--api-keys", keys) as (process, said):
         yield process, said["url"]
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=WAIT_S)
         assert process.returncode == 0
         assert SECRET not in errors
         assert errors.splitlines() == ["serve: stopped"]
@@ -137,39 +138,39 @@ def test_what_is_accepted_is_finished_after_sigterm_and_no_more_is_taken(base):
             events = iter(client(url).completions.create(stream=True, **asked))
             first = next(events)
             if number < 2:
-                begun.wait(timeout=60)
+                begun.wait(timeout=WAIT_S)
             return "".join(event.choices[0].text for event in (first, *events)), number
 
         going = [clients.submit(stream, number) for number in range(2)]
-        begun.wait(timeout=60)  # both slots are taken, and what comes now waits
+        begun.wait(timeout=WAIT_S)  # both slots are taken, and what comes now waits
         prompt_tokens_of_one = prompt_tokens(url) / 2
         waiting = [clients.submit(stream, number) for number in range(2, 5)]
         while prompt_tokens(url) < 5 * prompt_tokens_of_one:
             pass
         os.kill(process.pid, signal.SIGTERM)
-        while httpx.get(f"{url}/health").json()["status"] != "stopping":
+        while httpx.get(f"{url}/health", timeout=WAIT_S).json()["status"] != "stopping":
             pass
         with pytest.raises(openai.InternalServerError, match="is stopping") as refused:
             client(url).completions.create(model="ship", prompt="a")
         assert refused.value.status_code == 503
-        texts = [future.result(timeout=60) for future in (*going, *waiting)]
+        texts = [future.result(timeout=WAIT_S) for future in (*going, *waiting)]
         assert [number for _, number in texts] == [0, 1, 2, 3, 4]
         assert all(text for text, _ in texts)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=WAIT_S) == 0
 
 
 def test_a_model_that_gives_labels_is_served_alone(base, tmp_path):
     run, _, _ = a_labelling_run(tmp_path / "reviews", base, "classification", ("bad", "good"))
     with serving(run) as (process, said):
         asked = {"model": "reviews", "records": [{"text": f"the {SECRET} ship"}, {"text": "an island"}]}
-        found = httpx.post(f"{said['url']}/predict", json=asked, timeout=60).json()["predictions"]
+        found = httpx.post(f"{said['url']}/predict", json=asked, timeout=WAIT_S).json()["predictions"]
         assert [sum(one["probabilities"].values()) for one in found] == pytest.approx([1, 1], abs=1e-5)
         assert all(one["answer"] == max(one["probabilities"], key=one["probabilities"].get) for one in found)
         with pytest.raises(openai.BadRequestError, match="ask it at /predict"):
             client(said["url"]).completions.create(model="reviews", prompt=SECRET)
-        assert httpx.get(said["url"]).text.startswith("<!doctype html>")
+        assert httpx.get(said["url"], timeout=WAIT_S).text.startswith("<!doctype html>")
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=WAIT_S)
     assert (process.returncode, errors) == (0, "serve: stopped\n")
 
 

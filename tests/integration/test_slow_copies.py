@@ -50,7 +50,7 @@ def test_a_copy_that_stops_is_a_hang_and_one_that_takes_longer_than_the_timeout_
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests / "slow_store"), os.environ.get("PYTHONPATH", "")]))
     settings = [*SETTINGS, f"run.storage=slow://{tmp_path}/store", f"cluster.scratch_dir={tmp_path}"]
     done = subprocess.run(
-        [sys.executable, "-c", GANGS, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", GANGS, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     events = json.loads(done.stdout)

@@ -85,8 +85,7 @@ class FlowerLink:
         command += ["--root-certificates", str(folder / "ca.pem"), "--key", str(folder / "node.ssh")]
         command += ["--health", health, "--state", str(self.state_dir), "--silo-address", self.silo_address]
         with (folder / "node.log").open("ab") as log:
-            inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-            given = {**inherited, **environment}  # the machine's own proxies, and what it keeps from them, say nothing
+            given = {**os.environ, **environment}
             self.node = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=given)
 
     def kill_node(self) -> None:

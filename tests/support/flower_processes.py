@@ -28,7 +28,7 @@ SEED, SPLIT_KEY = bytes(range(32)), bytes(range(32, 64))
 BIN = Path(sys.executable).parent
 APP = REPOSITORY / "federated" / "app"
 EXPIRES = int(time.time()) + 3600
-START_S, RUN_S, END_S = 300, 300, 30
+START_S, RUN_S, END_S = 400, 400, 120
 # A service never injects a seed, so the one whose bytes are compared is not the command's.
 SEEDED_SERVICE = """
 import sys

@@ -74,7 +74,7 @@ class _Server:
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         self.cut()
-        self._thread.join(10)
+        self._thread.join(120)
 
 
 class Forwarder(_Server):

@@ -50,7 +50,7 @@ def test_who_has_patience_gets_it_after_the_other(tmp_path):
     with another_command(tmp_path / "runs" / "x") as other:
         threading.Timer(0.5, other.stdin.close).start()
         with working_on(tmp_path / "runs" / "x", patience_s=60):
-            assert other.wait(timeout=60) == 0
+            assert other.wait(timeout=300) == 0
 
 
 def test_a_second_command_is_told_who_is_at_work(tmp_path):

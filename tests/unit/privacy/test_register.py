@@ -155,7 +155,7 @@ def test_of_two_that_start_at_once_one_has_the_dataset(tmp_path):
     started = [context.Process(target=_race, args=(tmp_path / f"s{n}", start, results)) for n in range(4)]
     for process in started:
         process.start()
-    found = [results.get(timeout=60) for _ in started]
+    found = [results.get(timeout=300) for _ in started]
     for process in started:
         process.join()
     assert len([name for name, said in found if not said]) == 1

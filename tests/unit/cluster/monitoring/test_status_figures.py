@@ -24,13 +24,14 @@ def step(log, number, **more):
 
 
 def test_figures_of_a_run_at_work(run, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     log = EventLog(run / "events.jsonl")
     log.emit("pretrain", "start")
     for number in range(1, 11):
         step(log, number, gflop_per_s=20.0 + number % 2, mfu=0.25, peak_memory_bytes=5, gpu_memory_bytes=None)
     log.emit("pretrain", "commit", step=10)
     log.emit("pretrain", "restart", attempt=1, cause="rank 1's process died")
-    now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 300)
     found = status(run)["pretrain"]
     assert (found["tokens_per_s"], found["gflop_per_s"], found["mfu"]) == (1024, 20.5, 0.25)

@@ -44,7 +44,7 @@ def answers(served, prompts, tokens=12):
 
 def iter_to_end(pieces):
     while True:
-        output = pieces.get(timeout=60)
+        output = pieces.get(timeout=300)
         yield output.text
         if output.finish:
             return

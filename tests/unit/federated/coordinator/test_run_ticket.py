@@ -25,17 +25,18 @@ from federated.silo.silo import Silo
 
 SIGNER = signer_of(bytes(range(32)))
 DAY_S = 86400.0
+NOW = time.time()
 BUDGET = 20.0
 
 
 class Clock:
-    """One side's clock, ahead of the machine's by some seconds."""
+    """One side's clock, ahead of the machine's by some seconds; it stands, so that no day ends while a test runs."""
 
     def __init__(self):
         self.ahead_s = 0.0
 
     def time(self):
-        return time.time() + self.ahead_s
+        return NOW + self.ahead_s
 
 
 class Federation:
@@ -123,7 +124,7 @@ def test_a_silo_whose_clock_is_a_day_ahead_is_told_by_both_times(federation):
     with pytest.raises(PolicyRefusal, match=r"1 of 1 silos answered, federated\.min_silos is 2") as caught:
         federation.run("federated.min_silos=2")
     told = str(caught.value)
-    today, tomorrow = (shown(time.time() + ahead)[:10] for ahead in (0, DAY_S))
+    today, tomorrow = (shown(NOW + ahead)[:10] for ahead in (0, DAY_S))
     assert caught.value.rule == "expires"
     assert f"this silo's clock says {tomorrow}" in told
     assert f"the coordinator's clock says {today}" in told

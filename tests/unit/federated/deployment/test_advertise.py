@@ -34,11 +34,11 @@ def served(folder, **given):
     thread = threading.Thread(target=supervisor.run, args=(ended, ready.set, lambda: None))
     thread.start()
     try:
-        assert ready.wait(90)
+        assert ready.wait(300)
         yield federation
     finally:
         ended.set()
-        thread.join(60)
+        thread.join(300)
 
 
 def test_a_forwarded_port(tmp_path):

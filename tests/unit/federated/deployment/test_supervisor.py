@@ -38,7 +38,7 @@ class Running:
         self.ticks = 0
         self.thread = threading.Thread(target=self._run, args=(Supervisor(folder, programs),))
         self.thread.start()
-        assert self.ready.wait(60)
+        assert self.ready.wait(300)
 
     def _run(self, supervisor):
         supervisor.run(self.ended, self.ready.set, self._tick)
@@ -57,11 +57,11 @@ class Running:
 
     def __exit__(self, *_):
         self.ended.set()
-        self.thread.join(60)
+        self.thread.join(300)
         assert not self.thread.is_alive()
 
 
-def wait_until(holds, timeout_s=60):
+def wait_until(holds, timeout_s=300):
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline

@@ -82,7 +82,7 @@ def ask(silo, pki, service, relay_folder):
     )
     try:
         content = seal_request(COORDINATOR, BODY)
-        answer = ask_service(f"localhost:{port}", content, tls_folder=relay_folder, timeout_s=5)
+        answer = ask_service(f"localhost:{port}", content, tls_folder=relay_folder, timeout_s=120)
         return opened(answer, silo).WhichOneof("kind")
     except grpc.RpcError as error:
         return error.code()

@@ -179,17 +179,17 @@ def test_while_a_plan_is_accounted_for_others_are_answered(start, adapter, monke
 
     def slow(schedule, **options):
         entered.set()
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         return before(schedule, **options)
 
     monkeypatch.setattr(Schedule, "pld", slow)
     new, replies = PLAN.model_copy(update={"rounds": 5}), []
     waiting = threading.Thread(target=lambda: replies.append(reserve(silo, plan=new)))
     waiting.start()
-    assert entered.wait(60)
+    assert entered.wait(300)
     assert train(silo, adapter, OTHER).WhichOneof("kind") == "trained"
     go_on.set()
-    waiting.join(60)
+    waiting.join(300)
     assert replies[0].WhichOneof("kind") == "reserved"
 
 
@@ -200,7 +200,7 @@ def test_plans_that_are_slow_to_account_for_take_no_waiting_places(start, adapte
 
     def slow(schedule, **options):
         entered.set()
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         return before(schedule, **options)
 
     def sealed(number):
@@ -213,19 +213,19 @@ def test_plans_that_are_slow_to_account_for_take_no_waiting_places(start, adapte
     server, _ = serve(silo.handle, silo.config.policy.max_request_bytes, address)
     first, replies = threading.Thread(target=lambda: replies.append(opened(ask_service(address, sealed(0))))), []
     first.start()
-    assert entered.wait(60)
+    assert entered.wait(300)
     for number in range(1, 6):
         with pytest.raises(grpc.RpcError) as error:
-            ask_service(address, sealed(number), timeout_s=30)
+            ask_service(address, sealed(number), timeout_s=300)
         assert error.value.details() == "queue: a plan is accounted for; ask again later"
     assert is_serving(address, SERVICE)
     training = seal_request(COORDINATOR, body_of("round-1", train=asked(silo, adapter)))
     assert opened(ask_service(address, training)).WhichOneof("kind") == "trained"
-    again = threading.Thread(target=lambda: replies.append(opened(ask_again(address, sealed(1), timeout_s=60))))
+    again = threading.Thread(target=lambda: replies.append(opened(ask_again(address, sealed(1), timeout_s=300))))
     again.start()
     go_on.set()
     for thread in (first, again):  # the relay asks until the accountant is free
-        thread.join(60)
+        thread.join(300)
     server.stop(None).wait()
     assert [reply.refusal.rule or reply.WhichOneof("kind") for reply in replies] == ["reserved"] * 2
 

@@ -103,7 +103,7 @@ CODE = grpc.StatusCode
 def test_what_may_be_answered_later_is_asked_again_with_one_line_in_the_log(breaking, caplog, code, details, part):
     servicer, address = breaking(code, details, part)
     with caplog.at_level(logging.WARNING, "siloweave.relay"):
-        assert ask(address, b"it", timeout_s=30) == b"answer to it"
+        assert ask(address, b"it", timeout_s=300) == b"answer to it"
     assert servicer.calls == 2
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"silo service {address}: {code.name}: {details}; asked again in 0.5 s, until ")
@@ -122,7 +122,7 @@ def test_what_may_be_answered_later_is_asked_again_with_one_line_in_the_log(brea
 def test_what_no_repetition_mends_is_one_line_at_once(breaking, code, details):
     servicer, address = breaking(code, details, b"")
     with pytest.raises(UnansweredError) as error:
-        ask(address, b"it", timeout_s=30)
+        ask(address, b"it", timeout_s=300)
     assert servicer.calls == 1
     assert str(error.value).startswith(f"its service at {address} gave no answer ({code.name}: ")
     assert str(error.value).isprintable() and len(str(error.value)) < 400
@@ -131,7 +131,7 @@ def test_what_no_repetition_mends_is_one_line_at_once(breaking, code, details):
 @pytest.mark.parametrize("code", [CODE.PERMISSION_DENIED, CODE.RESOURCE_EXHAUSTED])
 def test_a_signed_refusal_is_never_asked_for_twice(breaking, code):
     servicer, address = breaking(code, "", b"a refusal")
-    assert ask(address, b"it", timeout_s=30) == b"a refusal"
+    assert ask(address, b"it", timeout_s=300) == b"a refusal"
     assert servicer.calls == 1
 
 
@@ -150,7 +150,7 @@ def test_where_no_service_is_that_is_said_at_once_and_at_the_messages_end(tmp_pa
     began = time.monotonic()
     with caplog.at_level(logging.WARNING, "siloweave.relay"):
         reason = relayed(pack(b"it"), 2.0, **{"silo-address": address})
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 300
     assert reason.startswith(f"its service at {address} gave no answer (UNAVAILABLE: ")
     first, *_ = [record.getMessage() for record in caplog.records]
     assert first.startswith(f"silo service {address}: UNAVAILABLE: ")
@@ -161,14 +161,14 @@ def test_a_service_that_comes_up_late_answers(tmp_path, caplog):
     server, address = grpc.server(ThreadPoolExecutor(2)), f"unix:{tmp_path}/late.sock"
     silo_pb2_grpc.add_SiloServicer_to_server(Breaks(CODE.UNAVAILABLE, "not yet", b""), server)
     with ThreadPoolExecutor(1) as relay, caplog.at_level(logging.WARNING, "siloweave.relay"):
-        answer = relay.submit(ask, address, b"it", timeout_s=60)
-        deadline = time.monotonic() + 30
+        answer = relay.submit(ask, address, b"it", timeout_s=300)
+        deadline = time.monotonic() + 300
         while not caplog.records:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         server.add_insecure_port(address)
         server.start()
-        assert answer.result(60) == b"answer to it"
+        assert answer.result(300) == b"answer to it"
     server.stop(None).wait()
 
 

@@ -29,7 +29,7 @@ class Answering:
         self.free.set()
 
     def handle(self, content):
-        self.free.wait(120)
+        self.free.wait(300)
         self.handled.append(len(content))
         if self.raised:
             raise self.raised
@@ -83,7 +83,7 @@ def slow(address):
     def start(number, first=b"x"):
         def parts():
             yield pb.Chunk(data=first)
-            over.wait(120)
+            over.wait(300)
 
         calls = []
         for _ in range(number):
@@ -97,7 +97,7 @@ def slow(address):
         channel.close()
 
 
-def eventually(true, seconds=60):
+def eventually(true, seconds=300):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -141,7 +141,7 @@ def test_half_requests_share_a_bounded_memory(address, slow, transfers):
     def parts(over):
         for _ in range(largest // CHUNK_BYTES):
             yield pb.Chunk(data=bytes(CHUNK_BYTES))
-        over.wait(120)
+        over.wait(300)
 
     over, calls = threading.Event(), []
     with grpc.insecure_channel(address) as channel:
@@ -181,7 +181,7 @@ def test_questions_about_health_that_never_come_hold_nothing_up(address):
     over, channels = threading.Event(), []
 
     def never():
-        over.wait(120)
+        over.wait(300)
         yield from ()
 
     for _ in range(60):

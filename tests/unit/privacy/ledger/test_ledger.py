@@ -457,7 +457,7 @@ def opens_and_scrubs(folder, together):
 
 def test_processes_that_open_and_scrub_at_once_wait_for_each_other(tmp_path):
     context = multiprocessing.get_context("fork")
-    together = context.Barrier(4, timeout=60)
+    together = context.Barrier(4, timeout=300)
     children = [context.Process(target=opens_and_scrubs, args=(tmp_path, together)) for _ in range(4)]
     for child in children:
         child.start()

@@ -68,7 +68,7 @@ def commit(storage, tmp_path, *steps, **arguments):
     commits.finish()
 
 
-def eventually(true, seconds=60):
+def eventually(true, seconds=300):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -160,7 +160,7 @@ def test_a_kill_inside_a_removal_leaves_garbage_and_no_damaged_commit(tmp_path):
 def test_training_goes_on_during_a_copy_and_the_next_commit_waits_for_it(tmp_path, monkeypatch):
     events, storage, go_on, asked = [], folder(tmp_path), threading.Event(), []
     put = storage.put
-    storage.put = lambda *arguments: go_on.wait(60) and put(*arguments)
+    storage.put = lambda *arguments: go_on.wait(300) and put(*arguments)
 
     def clock():
         """Stands until the second commit has asked when its waiting begins; then the first one's copy may go on."""
@@ -195,7 +195,7 @@ def test_waiting_for_a_part_is_alive_while_the_storage_takes_it_and_no_longer(tm
             moved()
             eventually(lambda number=number: len(alive) == number)
         stands.set()
-        go_on.wait(60)
+        go_on.wait(300)
         return put(source, name, moved)
 
     storage.put = slow
@@ -206,13 +206,13 @@ def test_waiting_for_a_part_is_alive_while_the_storage_takes_it_and_no_longer(tm
     commits._copied.wait = lambda _: looks.append(1) or copied(0.01)
     waiting = threading.Thread(target=lambda: commits.await_part(lambda: alive.append(1)))
     waiting.start()
-    assert stands.wait(60)
+    assert stands.wait(300)
     before = len(looks)
     eventually(lambda: len(looks) >= before + 5)
     assert len(alive) == 5  # it has stood still since
     assert waiting.is_alive()
     go_on.set()
-    waiting.join(60)
+    waiting.join(300)
     commits.finish()
     assert checkpoints.steps(storage) == [1]
 

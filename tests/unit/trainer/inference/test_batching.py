@@ -95,7 +95,7 @@ class Asked:
             self._hold.acquire()
 
     def end(self):
-        return self._ended.get(timeout=60)
+        return self._ended.get(timeout=300)
 
     @property
     def text(self):
@@ -174,7 +174,7 @@ def test_who_cancels_frees_the_slot_for_who_waits(model, engine_of):
     engine, hold = engine_of({"m": model}, slots=1), threading.Semaphore(0)
     first = Asked(engine, [1, 2], Sampling(max_new_tokens=50), hold=hold)
     second = Asked(engine, [3], Sampling(max_new_tokens=4))
-    first.first.get(timeout=60)
+    first.first.get(timeout=300)
     assert (engine.running, engine.waiting) == (1, 1)
     first.job.cancel()
     hold.release(100)
@@ -185,7 +185,7 @@ def test_who_cancels_frees_the_slot_for_who_waits(model, engine_of):
 def test_the_queue_and_the_tokens_have_a_limit(model, engine_of):
     engine, hold = engine_of({"m": model}, slots=2, tokens=20, waiting=0), threading.Semaphore(0)
     first = Asked(engine, [1, 2], Sampling(max_new_tokens=10), hold=hold)
-    first.first.get(timeout=60)
+    first.first.get(timeout=300)
     second = Asked(engine, [3], Sampling(max_new_tokens=15))  # there are slots, but no room for its tokens
     with pytest.raises(QueueFull):
         Asked(engine, [3], Sampling(max_new_tokens=1))
@@ -213,7 +213,7 @@ def test_a_failure_ends_its_own_requests_alone(engine_of):
 def test_a_closed_engine_ends_all_and_takes_no_more(model, engine_of):
     engine, hold = engine_of({"m": model}, slots=1), threading.Semaphore(0)
     asked = [Asked(engine, [1], Sampling(max_new_tokens=50), hold=hold) for _ in range(2)]
-    asked[0].first.get(timeout=60)
+    asked[0].first.get(timeout=300)
     closing = threading.Thread(target=engine.close)
     closing.start()
     while not engine._closed:
