@@ -41,7 +41,8 @@ def explain(
 def _work(run: Any, texts: list[str], tokens: int) -> list[dict[str, Any]]:
     from configs.storage.manifests import require_manifest
 
-    manifest = require_manifest(run.files.federated, FEDERATED, "federate")  # said before the imports, which take seconds
+    # Said before the imports, which take seconds.
+    manifest = require_manifest(run.files.federated, FEDERATED, "federate")
     from cluster.report.explained import render
     from configs.storage.files import write_atomic
     from federated.coordinator.final_model import final_model
