@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 LARGEST_BITS = 21  # squares below stay within 63 bits, but for a geometric draw above 1,000: chance exp(-1000)
 _BLOCK = 2**16  # candidates at once: they stay in the processor's cache
+_SPARE = 3  # candidates for each draw that is left: half of them are rejected
 
 Integers = NDArray[np.int64]
 Truths = NDArray[np.bool_]
@@ -31,7 +32,8 @@ def discrete_gaussian(bits: int, size: int, generator: np.random.Generator) -> I
     drawn = np.empty(size, np.int64)
     filled = 0
     while filled < size:
-        accepted = _candidates(bits, min(size - filled, _BLOCK), generator)
+        left = size - filled
+        accepted = _candidates(bits, min(_SPARE * left + _SPARE, _BLOCK), generator)[:left]
         drawn[filled : filled + len(accepted)] = accepted
         filled += len(accepted)
     return drawn
@@ -50,7 +52,8 @@ def _discrete_laplace(bits: int, count: int, generator: np.random.Generator) -> 
     low = low[_bernoulli_exp(low, bits, generator)]
     size = low + (_geometric(len(low), generator) << bits)
     negative = generator.integers(2, size=len(size)) == 1
-    return np.where(negative, -size, size)[~negative | (size > 0)]  # a zero counts once
+    signed: Integers = np.where(negative, -size, size)
+    return signed[~negative | (size > 0)]  # a zero counts once
 
 
 def _geometric(count: int, generator: np.random.Generator) -> Integers:

@@ -12,7 +12,7 @@ this serves sums over records as well as a vector that is one unit; ``privacy.di
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, isfinite, sqrt
+from math import isfinite, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,5 +185,5 @@ class DistributedNoise:
         discrete Gaussian is subgaussian with sigma^2 (Canonne, Kamath, Steinke 2020), and so is a sum of them.
         """
         if summed > self.silos:
-            return inf
+            return 1.0
         return min(1.0, 2 * self.dimension * float(np.exp(-(_DEVIATIONS**2) * self.silos / (2 * summed))))

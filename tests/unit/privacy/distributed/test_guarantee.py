@@ -77,6 +77,25 @@ def test_the_charge_is_above_the_exact_loss_and_close_to_it(bits, sigma, steps, 
     assert bits < 7 or charged <= 1.03 * exact
 
 
+def hockey_stick(upper, lower, at):
+    return float(np.maximum(upper - math.exp(at) * lower, 0).sum())
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3, math.pi / 4])
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_the_charge_holds_for_vectors_of_two_values_in_any_direction(angle, rate):
+    """All probabilities of one sum, in a plane."""
+    noise = replace(coarse(5), dimension=2)
+    assert noise.share_bits == 5
+    clip = noise.clip / noise.step
+    without = np.outer(law(noise, 0.3), law(noise, 0.8))
+    moved = np.outer(law(noise, 0.3 + clip * math.cos(angle)), law(noise, 0.8 + clip * math.sin(angle)))
+    with_one = (1 - rate) * without + rate * moved
+    charged = epsilon(noise, steps=1, delta=DELTA, sampling_rate=rate)
+    assert max(hockey_stick(with_one, without, charged), hockey_stick(without, with_one, charged)) <= DELTA
+    assert hockey_stick(with_one, without, 0.9 * charged) > DELTA
+
+
 @pytest.mark.parametrize("count", [2, 5])
 def test_shares_add_up_to_nearly_one_discrete_gaussian(count):
     """Shares with a deviation of 1 step, where the distance can be seen, and is bounded as in the proof."""
