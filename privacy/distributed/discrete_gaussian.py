@@ -51,7 +51,7 @@ def _discrete_laplace(bits: int, count: int, generator: np.random.Generator) -> 
     low = generator.integers(1 << bits, size=count)
     low = low[_bernoulli_exp(low, bits, generator)]
     size = low + (_geometric(len(low), generator) << bits)
-    negative = generator.integers(2, size=len(size)) == 1
+    negative: Truths = generator.integers(2, size=len(size)) == 1
     signed: Integers = np.where(negative, -size, size)
     return signed[~negative | (size > 0)]  # a zero counts once
 

@@ -5,9 +5,9 @@ standard deviation of 2^b steps, and ``min_honest`` of them have a variance of s
 the sum of all silos' vectors fits the words with ten deviations of noise.
 
 A vector is brought into a ball of radius ``reach``, written as integers of 2^-30 steps, and rounded to whole steps with
-a dither: floor(x + u), with u uniform and the same law for any x. Everything after the division by the step is in
-integers. The roundings of two vectors with one dither differ by a stochastic rounding of their difference, which is why
-this serves sums over records as well as a vector that is one unit; ``privacy.distributed.guarantee`` bounds it.
+a dither: floor(x + u), with u uniform. Everything after the division by the step is in integers. The roundings of two
+vectors with one dither differ by a stochastic rounding of their difference, which is why this serves sums over records
+as well as a vector that is one unit; ``privacy.distributed.guarantee`` bounds it.
 """
 
 from dataclasses import dataclass
