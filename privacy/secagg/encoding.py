@@ -16,7 +16,7 @@ from configs.errors import InputError
 from privacy.secagg.failures import OutOfRange
 
 Words = NDArray[np.unsignedinteger]
-_DTYPES: dict[int, np.dtype[np.unsignedinteger]] = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
+WORD_TYPES: dict[int, np.dtype[np.unsignedinteger]] = {16: np.dtype("<u2"), 32: np.dtype("<u4")}
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Encoding:
 
     def __post_init__(self) -> None:
         """Refuses what can't be encoded."""
-        if self.word_bits not in _DTYPES:
-            raise InputError(f"word_bits = {self.word_bits}: give {' or '.join(map(str, _DTYPES))}")
+        if self.word_bits not in WORD_TYPES:
+            raise InputError(f"word_bits = {self.word_bits}: give {' or '.join(map(str, WORD_TYPES))}")
         if not (isfinite(self.clip) and self.clip >= 1e-150):  # below, C / L may lose digits or vanish
             raise InputError(f"clip = {self.clip}: give a number of at least 1e-150")
         if not 1 <= self.silos <= 2 ** (self.word_bits - 1) - 1:
@@ -45,7 +45,7 @@ class Encoding:
     @property
     def dtype(self) -> "np.dtype[np.unsignedinteger]":
         """The words' type, little-endian: its arithmetic is that modulo 2^k."""
-        return _DTYPES[self.word_bits]
+        return WORD_TYPES[self.word_bits]
 
     @property
     def largest(self) -> int:

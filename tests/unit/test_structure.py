@@ -40,7 +40,9 @@ FLOORS = {
     ),
     "privacy": (
         "accounting clipping signing",
-        "declaration plan register secagg",
+        "secagg",
+        "distributed",
+        "declaration plan register",
         "mechanism plan_from_settings",
         "audit ledger",
         "certificate",
