@@ -43,7 +43,7 @@ class _ReadOnce:
 
     def find_spec(self, *_: Any) -> None:
         utils = sys.modules.get("transformers.utils.import_utils")
-        read = getattr(utils, "create_import_structure_from_path", None)
+        read: Any = getattr(utils, "create_import_structure_from_path", None)
         if hasattr(read, "cache_parameters") and read.cache_parameters()["maxsize"] is not None:
             setattr(utils, read.__name__, functools.cache(read.__wrapped__))
 
