@@ -1,10 +1,12 @@
-"""Imports of large libraries, without the searches for garbage that they would set off."""
+"""Imports of large libraries, without the searches for garbage and the reading twice that they would set off."""
 
+import functools
 import gc
 import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -27,6 +29,30 @@ def uncollected() -> Iterator[None]:
 def import_large(*modules: str) -> None:
     """Imports modules that import much else; idempotent."""
     if any(name not in sys.modules for name in modules):
-        with uncollected():
+        with uncollected(), _read_once():
             for name in modules:
                 importlib.import_module(name)
+
+
+class _ReadOnce:
+    """Has transformers keep what it has read in its folders of models.
+
+    At its import it looks into all their files, and once more when it first gives a model. It keeps what it has found,
+    but of the last 128 folders alone, which by then are not those that it comes to first.
+    """
+
+    def find_spec(self, *_: Any) -> None:
+        utils = sys.modules.get("transformers.utils.import_utils")
+        read: Any = getattr(utils, "create_import_structure_from_path", None)
+        if hasattr(read, "cache_parameters") and read.cache_parameters()["maxsize"] is not None:
+            setattr(utils, read.__name__, functools.cache(read.__wrapped__))
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    finder: Any = _ReadOnce()  # asked at every import, also at the one between the function's making and its first use
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from configs.imports import import_large
 from configs.schema.pretrain import Objective
 
 END_OF_TEXT, MASK = "<|endoftext|>", "<|mask|>"
@@ -95,6 +96,7 @@ def first_token(tokenizer: Any) -> int:
 
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a tokenizer or model directory."""
+    import_large("transformers")
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(directory)

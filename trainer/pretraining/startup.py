@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from configs.imports import uncollected
+from configs.imports import import_large, uncollected
 
 
 def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
@@ -30,7 +30,7 @@ def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
 
         tell("import of transformers")
         with _hidden("scipy"):
-            import transformers.models.llama.modeling_llama  # noqa: F401
+            import_large("transformers.models.llama.modeling_llama")
 
 
 class Start:

@@ -1,6 +1,8 @@
 """Large imports leave Python's collector as it was."""
 
 import gc
+import os
+import subprocess
 import sys
 
 import pytest
@@ -44,3 +46,30 @@ def test_modules_are_imported_once(monkeypatch, tmp_path):
     import_large("large_module")
     assert gc.get_freeze_count() == frozen
     del sys.modules["large_module"]
+
+
+READS = """
+import builtins, collections, sys
+opened, real = collections.Counter(), builtins.open
+
+def counted(file, *rest, **options):
+    opened[str(file)] += 1
+    return real(file, *rest, **options)
+
+builtins.open = counted
+from configs.imports import import_large
+
+import_large("transformers", "transformers.models.llama.modeling_llama")
+from transformers import LlamaConfig
+
+read = [number for file, number in opened.items() if "/transformers/models/" in file]
+print(len(read) > 1000, sum(number > 1 for number in read) < 50, LlamaConfig.model_type)
+"""
+
+
+def test_transformers_reads_the_files_of_its_models_once():
+    """Before: twice, which took every process with a model some tenths of a second. A model's own are read again."""
+    done = subprocess.run(
+        [sys.executable, "-c", READS], env=os.environ, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert (done.stdout.split(), done.returncode) == (["True", "True", "llama"], 0), done.stderr
