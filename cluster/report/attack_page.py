@@ -9,7 +9,8 @@ from configs.printing import rounded
 ATTACKS = {
     "model_loss": "the model, by its loss",
     "model_loss_against_base": "the model, by its loss against the base model's",
-    "updates": "this silo's updates, all rounds together",
+    "updates": "this silo's updates, by where they point",
+    "updates_lowered_loss": "this silo's updates, by how far they lower the loss",
 }
 ROUND_ATTACKS = {
     "loss": "loss after the update",

@@ -34,6 +34,7 @@ from trainer.scoring.score import places_by_length
 from trainer.tasks.task import Encoded, Task
 
 ATTACK_VERSION = 1
+_OF_ALL_ROUNDS = {"update": "updates", "loss_against_start": "updates_lowered_loss"}  # a record's sum over them
 Mask = npt.NDArray[np.bool_]
 OnDone = Callable[[int, int], None]
 _LOG = logging.getLogger(__name__)
@@ -97,14 +98,16 @@ class _Kit:
     def figures(self, model: Path | None) -> dict[str, Any]:
         """Of the run's model, where it is given, of each round, and of all rounds' updates together."""
         attacks = self._of_model(model) if model is not None else {}
-        rounds, along = [], np.zeros(len(self._units))
+        rounds, totals = [], {name: np.zeros(len(self._units)) for name in _OF_ALL_ROUNDS}
         for released in self._found.rounds:
             scores, there = self._of_round(released)
-            along[there] += scores["update"]
+            for name, total in totals.items():
+                total[there] += scores[name]
             shown = {name: self._compared(values, there) for name, values in scores.items()}
             rounds.append({"round": released.number, **{name: _short(found) for name, found in shown.items()}})
         if rounds:
-            attacks["updates"] = self._compared(along, np.ones_like(self._is_member))
+            everywhere = np.ones_like(self._is_member)
+            attacks |= {_OF_ALL_ROUNDS[name]: self._compared(total, everywhere) for name, total in totals.items()}
         return {"attacks": attacks, "rounds": rounds}
 
     def _of_model(self, folder: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def notes(rows, seed=0):
 def silo_config(folder, model, texts, **changes):
     """A silo with these texts, half of them held out, that keeps what leaves."""
     state = folder / "state"
-    if not state.exists():
+    if not state.exists():  # whoever makes it before has the silo draw another split
         state.mkdir(parents=True)
         (state / "split.key").write_bytes(bytes(range(32)))
         (state / "split.key").chmod(0o600)

@@ -67,6 +67,7 @@ def test_without_noise_members_are_found(found):
     assert last["round"] == 2
     assert last["loss"]["auc"] >= 0.7
     assert last["loss_against_start"]["auc"] >= 0.7
+    assert found["attacks"]["updates_lowered_loss"]["auc"] >= 0.7
     assert found["attacks"]["updates"]["auc_interval"][0] > 0.5
     assert (found["rounds_left"], found["epsilon"]) == (2, None)
     assert found["members"] + found["held_out"] == 160
@@ -227,7 +228,7 @@ def test_the_command_leaves_private_files_and_says_nothing_of_records(copied, tm
         "attack.html": 0o600,
     }
     page, document = (folder / "attack.html").read_text(), json.loads((folder / "attack.json").read_text())
-    assert "this silo's updates, all rounds together: AUC" in done.stdout
+    assert "this silo's updates, by where they point: AUC" in done.stdout
     assert f"private data, not to be passed on: {folder / 'attack.html'}" in done.stdout
     assert page.count("<svg") == 2
     assert "http" not in re.sub(r'(xmlns|xlink|href|about|rdf|cc|dc)[^"]*="[^"]*"', "", page)
