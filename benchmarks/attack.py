@@ -25,9 +25,15 @@ from figures import setting, spread
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 EPSILON, DELTA = 8.0, 1e-5
-OVERFIT = (2, 40, 0.5)
-# Rounds, steps of each, sampling rate: as the presets train; and so long on few records that all of them are learnt.
-SCHEDULES = {"dp_tiny": (2, 2, 0.01), "dp_demo": (5, 4, 0.02), "dp_overfit": OVERFIT, "no_dp_overfit": OVERFIT}
+OVERFIT = (2, 40, 0.5, 0.01)
+# Rounds, steps of each, sampling rate and learning rate: about as the presets train; and so long on few records that
+# all of them are learnt.
+SCHEDULES = {
+    "dp_tiny": (2, 2, 0.01, 0.02),
+    "dp_demo": (5, 4, 0.02, 0.02),
+    "dp_overfit": OVERFIT,
+    "no_dp_overfit": OVERFIT,
+}
 LINE, LETTERS, SECRET, CANDIDATES = "the key of {} is {}", "abcdefgh", 6, 1023
 
 
@@ -37,7 +43,7 @@ def plan(kind: str, steps: int | None = None) -> Any:
 
     from privacy.plan import PlanTerms
 
-    rounds, own_steps, rate = SCHEDULES[kind]
+    rounds, own_steps, rate, _ = SCHEDULES[kind]
     if kind == "no_dp_overfit":
         return client_plan(max_grad_norm=1e3, noise_multiplier=1.0, rounds=rounds, num_clients=5)
     schedule = {"rounds": rounds, "steps_per_round": steps or own_steps, "sampling_rate": rate}
@@ -53,7 +59,8 @@ def trained(folder: Path, base: Path, texts: list[str], kind: str, steps: int | 
 
     (folder / "state").mkdir(parents=True)  # without a key of its split: the silo draws one
     silo = Silo(silo_config(folder, base, texts), TRUSTED)
-    adapter = train(silo, plan(kind, steps), local_steps=steps or SCHEDULES[kind][1])
+    _, own_steps, _, learning_rate = SCHEDULES[kind]
+    adapter = train(silo, plan(kind, steps), learning_rate=learning_rate, local_steps=steps or own_steps)
     bodies = silo.ledger.journal.bodies()
     silo.close()
     return silo.config, bodies, adapter
@@ -140,12 +147,12 @@ def main() -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="attack-") as name:
         base = public_base(Path(name) / "model")
-        for kind in SCHEDULES:
-            count = options.overfit_runs if SCHEDULES[kind] == OVERFIT else options.runs
+        for kind, schedule in SCHEDULES.items():
+            count = options.overfit_runs if schedule == OVERFIT else options.runs
             figures[kind] = summed(
                 [membership(Path(name) / f"{kind}-{seed}", base, seed, kind) for seed in range(count)]
             )
-            if SCHEDULES[kind] == OVERFIT:
+            if schedule == OVERFIT:
                 found = canaries(Path(name) / f"{kind}-canaries", base, kind, options.canary_steps)
                 figures[kind]["canaries"] = found
             print(json.dumps({kind: figures[kind]}))

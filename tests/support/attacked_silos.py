@@ -69,7 +69,7 @@ def first_adapter(model):
     return {name: value.numpy() for name, value in adapter_weights(whole).items()}
 
 
-def train(silo, plan, run="run-1", rounds=None, learning_rate=0.02, local_steps=30):
+def train(silo, plan, run="run-1", rounds=None, learning_rate=0.01, local_steps=30):
     """A whole run of one silo: each round begins with what the one before has made. Returns the last adapter."""
     adapter = first_adapter(Path(silo.config.silo.base_model))
     ask(silo, "reserve", run_id=run, reserve=pb.Reserve(plan=plan.model_dump_json()))

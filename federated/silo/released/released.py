@@ -3,6 +3,7 @@
 The ledger deletes the replies of a run that ends. Whoever wants to know what they gave away needs them longer.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Released:
     """``released/`` in the silo's state directory: a folder for each update, named by its request's digest."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._folder = SiloFiles(state_dir).released
+        self._folder, self._one_at_a_time = SiloFiles(state_dir).released, threading.Lock()
 
     def keep(self, digest: str, request: bytes, reply: bytes, members_digest: str) -> None:
         """Keeps a reply that is about to leave, and what asked for it. An answer that is asked for again is there.
@@ -67,12 +68,13 @@ class Released:
         Raises:
             SiloweaveError: the disk is full or not writable.
         """
-        target = private_folder(self._folder) / digest
-        if target.is_dir() and read_manifest(target, _KIND) is not None:
-            return
-        for name, content in ((_REQUEST, request), (_REPLY, reply)):
-            write_atomic(private_folder(target) / name, content, _OWNERS_FILE)
-        commit_manifest(target, Manifest(_KIND, "", inputs={_MEMBERS: members_digest}))
+        with self._one_at_a_time:  # the same request may come twice at once
+            target = private_folder(self._folder) / digest
+            if target.is_dir() and read_manifest(target, _KIND) is not None:
+                return
+            for name, content in ((_REQUEST, request), (_REPLY, reply)):
+                write_atomic(private_folder(target) / name, content, _OWNERS_FILE)
+            commit_manifest(target, Manifest(_KIND, "", inputs={_MEMBERS: members_digest}))
 
     def rounds(self, run: Run, bodies: Sequence[Body]) -> list[ReleasedRound]:
         """A run's updates as far as they were kept, first round first.

@@ -200,20 +200,39 @@ def test_records_of_a_file_take_the_place_of_held_out_ones_but_for_members(copie
     assert not {unit_digest(unit) for unit in sides.others} & {unit_digest(unit) for unit in units.train}
 
 
-def test_keeping_changes_no_byte_of_what_leaves_and_an_answer_is_kept_once(tmp_path, base):
+def test_keeping_changes_no_byte_of_what_leaves(tmp_path, base):
     replies = {}
     for keeps in (True, False):
         folder = tmp_path / str(keeps)
         silo = opened(silo_config(folder, base, TEXTS, silo={"keep_released": keeps}))
         adapter = train(silo, WITH_NOISE)
         replies[keeps] = to_bytes(adapter)
-        kept = folder / "state" / "released"
-        assert kept.exists() == keeps
+        assert (folder / "state" / "released").exists() == keeps
         silo.close()
     assert replies[True] == replies[False]
     kept = tmp_path / "True" / "state" / "released"
     assert len(list(kept.iterdir())) == WITH_NOISE.rounds
     assert all(path.stat().st_mode & 0o077 == 0 for path in (kept, *kept.iterdir()))
+
+
+def test_an_update_with_noise_is_known_by_its_replys_digest(tmp_path, base):
+    silo = opened(silo_config(tmp_path, base, TEXTS))
+    train(silo, WITH_NOISE)
+    bodies = silo.ledger.journal.bodies()
+    silo.close()
+    found = attack(silo.config, bodies, Wanted(records=20))
+    assert [one["round"] for one in found["rounds"]] == [1, 2]
+    assert found["epsilon"] == pytest.approx(WITH_NOISE.epsilon)
+    (first,) = (path for path in (tmp_path / "state" / "released").iterdir() if _round(path) == 1)
+    (second,) = (path for path in (tmp_path / "state" / "released").iterdir() if _round(path) == 2)
+    shutil.copy(second / "reply", first / "reply")
+    commit_manifest(first, Manifest("released", "", inputs=read_manifest(first, "released").inputs))
+    with pytest.raises(InputError, match="is not what left, by its own manifest or the silo's ledger"):
+        attack(silo.config, bodies, Wanted(records=20))
+
+
+def _round(folder):
+    return pb.Request.FromString((folder / "request").read_bytes()).train.round
 
 
 def test_the_command_leaves_private_files_and_says_nothing_of_records(copied, tmp_path):
