@@ -26,14 +26,16 @@ def roc_plot(curves: Mapping[str, Mapping[str, Any]], title: str) -> str:
         curves: what ``membership_figures`` gave of each attack, by a name for people.
         title: above the plot.
     """
-    figure, (axes,) = new_figure(height=4.2)
+    figure, (axes,) = new_figure(height=4.6)
     for name, figures in curves.items():
         curve, label = figures["roc"], f"{name}: AUC {rounded(figures['auc'])}"
         axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label)
     axes.plot([1e-4, 1], [1e-4, 1], color=MUTED, linestyle="--", label="guessing")
     axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1), title=title)
     axes.set(xlabel="false-positive rate", ylabel="true-positive rate")
-    axes.legend(frameon=False, fontsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")  # powers of ten would be formulas, which plots don't read
+    figure.legend(loc="outside lower center", frameon=False, fontsize=7)
     return svg(figure)
 
 
@@ -68,7 +70,7 @@ def summary(document: dict[str, Any]) -> list[str]:
 
 def _rounds_plot(rounds: list[dict[str, Any]]) -> str:
     """AUC round by round, each attack a little beside the others so that no interval hides another one."""
-    figure, (axes,) = new_figure(height=4.2)
+    figure, (axes,) = new_figure(height=4.6)
     for place, ((name, label), color) in enumerate(zip(ROUND_ATTACKS.items(), (INK, ACCENT, MUTED), strict=True)):
         found = [one[name] for one in rounds]
         values = [one["auc"] for one in found]
@@ -79,5 +81,6 @@ def _rounds_plot(rounds: list[dict[str, Any]]) -> str:
         axes.errorbar(numbers, values, reach, fmt="o", markersize=3, capsize=2, color=color, label=label)
     axes.axhline(0.5, color=MUTED, linestyle="--", label="guessing")
     axes.set(title="What each round gave away", xlabel="round", ylabel="AUC with its 95% interval", ylim=(0, 1.02))
-    axes.legend(frameon=False, fontsize=7)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=7)
     return svg(figure)

@@ -142,7 +142,13 @@ class _Kit:
     def _encoded(self, task: Task) -> tuple[list[Encoded], Mask]:
         """One example of each unit that has any: what a unit adds to a step is one, too."""
         examples = [task.examples(unit)[:1] for unit in self._units]
-        return [one for found in examples for one in found], np.array([bool(found) for found in examples])
+        there = np.array([bool(found) for found in examples])
+        if min(there[self._is_member].sum(), there[~self._is_member].sum()) < 2:
+            raise InputError(
+                f"silo {self._config.silo.id!r}: hardly a record has anything to learn in {task.context_length} tokens; "
+                "give others with --held-out FILE, or attack another run"
+            )
+        return [one for found in examples for one in found], there
 
     def _losses(self, model: Any, task: Task, records: Sequence[Encoded]) -> Scores:
         with beside(model):

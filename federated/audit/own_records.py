@@ -12,6 +12,7 @@ from configs.storage.secrets import load_secret
 from federated.audit.membership import spread
 from federated.silo.released.released import Released, ReleasedRound, left_rounds
 from federated.silo.units import Rows, Units, load_units, unit_digest, units_of
+from privacy.certificate.check import check_certificate
 from privacy.certificate.model_digests import ADAPTER, ModelDigests, which_model
 from privacy.ledger.runs import Body, Run, Runs
 
@@ -99,11 +100,11 @@ def _run(config: SiloConfig, bodies: Sequence[Body], name: str) -> Run:
 
 def _check_model(config: SiloConfig, run: Run, bodies: Sequence[Body], folder: Path) -> None:
     """Refuses a model of another run: what it says of these records would mean nothing."""
-    path = next((path for place in (folder, folder.parent) if (path := place / CERTIFICATE).is_file()), None)
-    if path is None:
+    path = folder.absolute().parent / CERTIFICATE
+    if not path.is_file():
         raise InputError(
-            f"{folder}: no {CERTIFICATE} in it or beside it, which says of which run it is; give the folder with the "
-            "certificate that the coordinator published"
+            f"{folder}: no {CERTIFICATE} beside it, which says of which run it is; put both into one folder, as the "
+            "coordinator has published them"
         )
     document = json_object(path.read_bytes(), str(path))
     if document.get("run_id") != run.name:
@@ -111,6 +112,7 @@ def _check_model(config: SiloConfig, run: Run, bodies: Sequence[Body], folder: P
         raise InputError(
             f"{path}: is of run {shown!r}, and what is attacked is run {run.name!r}; give --run or its model"
         )
+    check_certificate(document, str(path))
     model = parse(ModelDigests, document.get("model") or {}, f"{path}: model")
     for number, digest in model.rounds_of(config.silo.id).items():
         if left_rounds(run, bodies).get(number) != digest:

@@ -147,7 +147,7 @@ def model_alone(config, _):
 
 def of_another_run(config, bodies):
     wanted = model_alone(config, bodies)
-    (wanted.model / "certificate.json").write_text(json.dumps({"run_id": "run-\x1b2"}))
+    wanted.model.with_name("certificate.json").write_text(json.dumps({"run_id": "run-\x1b2"}))
     return wanted
 
 
@@ -162,7 +162,7 @@ BAD = {
     "is not what left, by its own manifest or the silo's ledger": damaged,
     "not what left, by its own manifest or the silo's ledger; delete": swapped,
     "run 'run-1': nothing of what left is kept here, and no model is given": forgotten,
-    "adapter: no certificate.json in it or beside it": model_alone,
+    "adapter: no certificate.json beside it": model_alone,
     r"is of run 'run-\\x1b2', and what is attacked is run 'run-1'": of_another_run,
 }
 
