@@ -145,7 +145,7 @@ class _Kit:
         there = np.array([bool(found) for found in examples])
         if min(there[self._is_member].sum(), there[~self._is_member].sum()) < 2:
             raise InputError(
-                f"silo {self._config.silo.id!r}: hardly a record has anything to learn in {task.context_length} tokens; "
+                f"silo {self._config.silo.id!r}: hardly a record says anything within {task.context_length} tokens; "
                 "give others with --held-out FILE, or attack another run"
             )
         return [one for found in examples for one in found], there
