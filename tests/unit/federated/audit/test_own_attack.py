@@ -67,8 +67,8 @@ def test_without_noise_members_are_found(found):
     assert last["round"] == 2
     assert last["loss"]["auc"] >= 0.7
     assert last["loss_against_start"]["auc"] >= 0.7
-    assert found["attacks"]["updates_lowered_loss"]["auc"] >= 0.7
-    assert found["attacks"]["updates"]["auc_interval"][0] > 0.5
+    for name in ("updates", "updates_lowered_loss"):
+        assert found["attacks"][name]["auc_interval"][0] > 0.5
     assert (found["rounds_left"], found["epsilon"]) == (2, None)
     assert found["members"] + found["held_out"] == 160
 
