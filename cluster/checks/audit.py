@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-from cluster.report.plots import MUTED, new_figure, svg
+from cluster.report.attack_page import roc_plot
 from cluster.run import Run
 from configs.errors import InputError
-from configs.printing import rounded
 from configs.schema.schema import RunConfig
 from configs.storage.files import digest_json, write_atomic
 from configs.storage.layout import CERTIFICATE, FEDERATED, RunFiles
@@ -97,7 +96,7 @@ def audit(run: Run, canaries: int) -> dict[str, Any]:
         "membership": membership,
         "versions": {name: version(name) for name in _LIBRARIES},
     }
-    write_atomic(directory / "roc.svg", roc_plot(membership).encode())
+    write_atomic(directory / "roc.svg", roc_of(membership).encode())
     write_atomic(run.files.audit_report, json.dumps(document, indent=2).encode() + b"\n")
     return document
 
@@ -195,19 +194,14 @@ def _membership(run: Run, federations: dict[str, Path]) -> dict[str, Any]:
     return infer_membership(run.config, run.model, federations)
 
 
-def roc_plot(membership: dict[str, Any]) -> str:
-    """ROC of the attacks, both axes logarithmic, because what counts are few false positives (Carlini et al. 2022)."""
-    figure, (axes,) = new_figure(height=4.2)
-    for name, attacks in membership.items():
-        for attack, figures in attacks.items() if isinstance(attacks, dict) else ():
-            curve = figures["roc"]
-            label = f"{name}, {attack.replace('_', ' ')}: AUC {rounded(figures['auc'])}"
-            axes.plot(curve["false_positive_rate"], curve["true_positive_rate"], label=label)
-    axes.plot([1e-4, 1], [1e-4, 1], color=MUTED, linestyle="--", label="guessing")
-    axes.set(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1), title="Membership inference (simulation only)")
-    axes.set(xlabel="false-positive rate", ylabel="true-positive rate")
-    axes.legend(frameon=False, fontsize=7)
-    return svg(figure)
+def roc_of(membership: dict[str, Any]) -> str:
+    """The curves of all attacks on all federations."""
+    curves = {
+        f"{name}, {attack.replace('_', ' ')}": figures
+        for name, attacks in membership.items()
+        for attack, figures in (attacks.items() if isinstance(attacks, dict) else ())
+    }
+    return roc_plot(curves, "Membership inference (simulation only)")
 
 
 def failure(document: dict[str, Any]) -> str:

@@ -1,14 +1,18 @@
-"""``siloweave federation run``: the rounds over silos elsewhere, shown by the same listeners as a simulation's."""
+"""What the two sides of a federation show by the same listeners and plots as a simulation.
 
+``siloweave federation run``: the rounds over silos elsewhere. ``siloweave silo attack``: what left one of them.
+"""
+
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cluster.commands.stages import SetOption
+from cluster.commands.stages import JsonOption, SetOption, quiet_libraries
 from configs.load import load
 from configs.locks import working_on
-from configs.printing import say
+from configs.printing import answer, say
 from configs.run_directory import run_directory
 from configs.storage.layout import CERTIFICATE, FEDERATED
 
@@ -38,6 +42,49 @@ def run(
 
         directory = run_rounds(FederationFolder(folder), settings, on_event, say if renew else None)
     say(f"finished: {directory / CERTIFICATE}")
+
+
+def attack(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")],
+    run: Annotated[str, typer.Option(help="The run; by default the newest in which an update has left.")] = "",
+    model: Annotated[
+        Path | None, typer.Option(help="What the run has published, with its certificate: adapter/ or model/.")
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="Records that were never trained on, in the format of data.source, in place of the silo's."),
+    ] = None,
+    records: Annotated[int, typer.Option(min=20, help="Most records of each side.")] = 500,
+    as_json: JsonOption = False,
+) -> None:
+    """Attacks what has left this silo: can its training records be told from held-out ones?
+
+    Looks at each update that `silo.keep_released` has kept, and at the run's model. Nothing is sent. The figures are
+    private data: they are written to `attack/` in the state directory, for its owner alone.
+    """
+    quiet_libraries()
+    from cluster.monitoring.console import Progressing
+    from cluster.report.attack_page import render, summary
+    from configs.schema.silo import load_silo
+    from configs.storage.files import private_folder, write_atomic
+    from configs.storage.layout import SiloFiles
+    from federated.audit.own_attack import attack as attacked
+    from federated.audit.own_records import Wanted
+    from federated.commands.silo_runs import found_journal
+
+    settings = load_silo(config)
+    files, wanted = SiloFiles(Path(settings.silo.state_dir)), Wanted(run, model, held_out, records)
+    bodies = found_journal(settings).bodies()
+    with Progressing(quiet=as_json) as shown:
+
+        def on_done(done: int, of: int) -> None:
+            shown({"event": "scored", "stage": "attack", "done": done, "of": of})
+
+        document = attacked(settings, bodies, wanted, on_done)
+    private_folder(files.attack_page.parent)
+    write_atomic(files.attack_report, json.dumps(document, indent=2).encode() + b"\n", 0o600)
+    write_atomic(files.attack_page, render(document).encode(), 0o600)
+    answer(as_json, document, *summary(document), f"private data, not to be passed on: {files.attack_page}")
 
 
 def _say(event: dict[str, Any]) -> None:

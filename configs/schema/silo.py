@@ -65,6 +65,9 @@ class SiloSettings(Settings):
     Batches and noise are drawn on the processor, the same either way. Not speed only: a GPU rounds differently."""
     gpu_memory_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the GPU's memory that the silo may take."""
+    keep_released: bool = False
+    """Whether each round's update is kept in ``state_dir`` as it left, with the request that asked for it, for
+    `siloweave silo attack`. A round takes about the bytes of two adapters, and nothing deletes them."""
 
 
 class SiloDataSettings(RecordSettings):

@@ -205,6 +205,21 @@ class SiloFiles:
         return self.directory / "personal"
 
     @property
+    def released(self) -> Path:
+        """What left in the rounds, and what asked for it, where ``silo.keep_released`` is set."""
+        return self.directory / "released"
+
+    @property
+    def attack_report(self) -> Path:
+        """How well the silo's own members are told from its held-out records. Private."""
+        return self.directory / "attack" / "attack.json"
+
+    @property
+    def attack_page(self) -> Path:
+        """The same for people. Private."""
+        return self.directory / "attack" / "attack.html"
+
+    @property
     def enrolment(self) -> Path:
         """What coordinators get."""
         return self.directory / "enrolment.json"

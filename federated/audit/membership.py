@@ -62,7 +62,7 @@ def _records(silos: Mapping[str, SiloConfig], task: Task, limit: int) -> tuple[l
         units = units_of(silo)
         count = min(limit, len(units.train), len(units.held_out))
         inside, outside = (
-            [one for unit in _spread(part, count) for one in task.examples(unit)[:1]]
+            [one for unit in spread(part, count) for one in task.examples(unit)[:1]]
             for part in (units.train, units.held_out)
         )
         found = min(len(inside), len(outside))  # a unit may have no example
@@ -71,7 +71,7 @@ def _records(silos: Mapping[str, SiloConfig], task: Task, limit: int) -> tuple[l
     return members, others
 
 
-def _spread(units: Sequence[Rows], count: int) -> list[Rows]:
+def spread(units: Sequence[Rows], count: int) -> list[Rows]:
     """Units from the whole length of the source: the first ones may share an author or a time, and be told by that."""
     return [units[index] for index in np.linspace(0, len(units) - 1, count).round().astype(int)]
 

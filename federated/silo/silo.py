@@ -24,6 +24,7 @@ from federated.silo.contribution import contribution
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import LocalSettings, PrivateUpdate
 from federated.silo.policy import check_model, check_optimizer
+from federated.silo.released.released import Released
 from federated.silo.requests import (
     check_sender,
     decode,
@@ -81,6 +82,7 @@ class Silo:
         key = split_key(SiloFiles(self._state_dir), self.ledger.journal.bodies())
         units = load_units(config, key)
         self._log, self._traffic = private_log(self._state_dir), TrafficLog(self._state_dir)
+        self._released = Released(self._state_dir)
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
 
@@ -122,6 +124,8 @@ class Silo:
             self._count(request, content, digest)
             accepted = True
             body, outcome = self._answer(request, envelope.receipt, digest), "answered"
+            if self.config.silo.keep_released and request.WhichOneof("kind") in ("train", "contribute"):
+                self._released.keep(digest, envelope.body, body, self.workbench.members_digest)
         except UnloggedError:
             raise
         except PolicyRefusal as refusal:

@@ -12,6 +12,7 @@ from configs.errors import InputError
 from configs.identities import IdentityColumn, UnclearIdentityError, alike, canonical
 from configs.schema.silo import SiloConfig, SiloDataSettings
 from configs.schema.tasks import CAUSAL, TaskSpec
+from configs.storage.files import digest_json
 from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_or_create_secret, load_secret
 from privacy.ledger.client_runs import UNNOISED
@@ -48,6 +49,11 @@ class Units:
     torn: int = 0
     deidentified: dict[str, int] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def members_digest(self) -> str:
+        """Of all that may be trained on, in order. Private: whoever can guess the records can confirm them by it."""
+        return digest_json([unit_digest(unit) for unit in self.train])
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,11 @@ def _group(rows: tuple[tuple[str, Row], ...], *, has_units: bool) -> list[tuple[
 def _words(row: Row) -> str:
     """What a row says: the same for every task that reads its text, so that all tasks hold the same out."""
     return row["text"] if "text" in row else json.dumps(row, sort_keys=True)
+
+
+def unit_digest(unit: Rows) -> str:
+    """Of what a unit's rows say. Private."""
+    return digest_json([_words(row) for row in unit])
 
 
 def _cap(rows: list[Row], key: bytes, largest: int) -> list[Row]:

@@ -139,6 +139,11 @@ class Workbench:
             )
         return table("text of this silo's records", lines)
 
+    @cached_property
+    def members_digest(self) -> str:
+        """Of all units that may be trained on. Private."""
+        return self._units.members_digest
+
     @property
     def held_out_texts(self) -> tuple[str, ...]:
         """The held-out units of a task whose records are texts. Private."""

@@ -17,5 +17,5 @@ def record_losses(model: Any, task: Task, records: Sequence[Encoded], micro_batc
     with torch.no_grad():
         for places in places_by_length(records, micro_batch_size):
             batch = task.collate([records[place] for place in places])
-            losses[places] = task.record_losses(model, batch).double().numpy()
+            losses[places] = task.record_losses(model, batch).double().cpu().numpy()
     return losses

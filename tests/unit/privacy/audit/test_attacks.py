@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
+from sklearn.metrics import roc_auc_score
 
 from configs.errors import InputError
-from privacy.audit.attacks import exposure, membership_figures, roc, true_positive_rate
+from privacy.audit.attacks import auc_interval, exposure, membership_figures, roc, true_positive_rate
 
 scores = st.lists(st.integers(-5, 5), min_size=1, max_size=30).map(lambda values: np.array(values, dtype=float))
 
@@ -31,6 +33,43 @@ def test_the_figures_are_those_of_counting_pairs_and_thresholds(members, others)
     assert (np.diff(false_rates) >= 0).all()
     assert (np.diff(true_rates) >= 0).all()
     assert np.trapezoid(true_rates, false_rates) == pytest.approx(np.mean(pairs))
+
+
+def interval_by_pairs(members, others):
+    """DeLong's variance from its definition, over all pairs."""
+    won = (members[:, None] > others) + 0.5 * (members[:, None] == others)
+    variance = won.mean(axis=1).var(ddof=1) / len(members) + won.mean(axis=0).var(ddof=1) / len(others)
+    reach = 1.959963984540054 * np.sqrt(variance)
+    return max(0.0, won.mean() - reach), min(1.0, won.mean() + reach)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_interval_is_delongs_and_the_auc_is_sklearns(ties):
+    random = np.random.default_rng(3)
+    for members, others, apart in [(2, 2, 0.0), (5, 40, 1.0), (60, 30, 0.3), (33, 34, 2.5)]:
+        scores = random.normal(size=members) + apart, random.normal(size=others)
+        scores = tuple(np.round(one) if ties else one for one in scores)
+        found = membership_figures(*scores)
+        labels = np.repeat([1, 0], [members, others])
+        assert found["auc"] == pytest.approx(roc_auc_score(labels, np.concatenate(scores)))
+        if found["auc"] not in (0, 1):
+            assert found["auc_interval"] == pytest.approx(interval_by_pairs(*scores))
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.5, 1.5])
+def test_the_interval_holds_the_true_auc_as_often_as_it_says(apart):
+    random, true = np.random.default_rng(4), norm.cdf(apart / np.sqrt(2))
+    intervals = [auc_interval(random.normal(size=60) + apart, random.normal(size=80)) for _ in range(1000)]
+    assert 0.93 < np.mean([low <= true <= high for low, high in intervals]) < 0.97  # within three deviations
+
+
+def test_the_interval_of_a_perfect_attack_is_not_a_point():
+    """DeLong's variance is zero then. Twenty disjoint pairs that were told apart leave room for an AUC of 0.83."""
+    low, high = auc_interval(np.arange(100.0) + 100, np.arange(20.0))
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 20)), 1.0)
+    assert auc_interval(np.arange(20.0), np.arange(20.0) + 30) == pytest.approx([0.0, 1 - 0.025 ** (1 / 20)])
+    assert auc_interval(np.ones(5), np.ones(5)) == [0.5, 0.5]
+    assert auc_interval(np.ones(1), np.zeros(5)) is None
 
 
 def test_a_perfect_attack_and_a_blind_one():

@@ -1,0 +1,1 @@
+"""What left a silo in its rounds, kept for its own steward."""
