@@ -51,6 +51,7 @@ app.add_typer(job_app, name="job")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(silo_app, name="silo")
 federation_app.command()(federation_command.run)
+federation_app.command()(federation_command.rehearse)
 app.add_typer(federation_app, name="federation")
 
 

@@ -24,6 +24,7 @@ from federated.silo.contribution import contribution
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import LocalSettings, PrivateUpdate
 from federated.silo.policy import check_model, check_optimizer
+from federated.silo.rehearsal.rehearsal import Rehearsals, facts
 from federated.silo.requests import (
     check_sender,
     decode,
@@ -83,6 +84,8 @@ class Silo:
         self._log, self._traffic = private_log(self._state_dir), TrafficLog(self._state_dir)
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
+        locks = self._one_at_a_time, self._accounting
+        self._rehearsals = Rehearsals(self.ledger, self.workbench, self._log, *locks)
 
     def trusted(self) -> frozenset[str]:
         """Public keys of the coordinators that may ask now."""
@@ -111,7 +114,7 @@ class Silo:
             raise
 
     def _exchanged(self, content: bytes) -> bytes:
-        digest, accepted = "", False
+        digest, accepted, told = "", False, dict[str, Any]()
         try:
             if self._file is not None:
                 self.config = self.config.model_copy(update={"policy": policy_now(self._file, self._log)})
@@ -122,6 +125,7 @@ class Silo:
             self._count(request, content, digest)
             accepted = True
             body, outcome = self._answer(request, envelope.receipt, digest), "answered"
+            told = facts(body) if request.HasField("rehearse") else {}
         except UnloggedError:
             raise
         except PolicyRefusal as refusal:
@@ -133,7 +137,8 @@ class Silo:
             # Whatever failed may depend on the data: one constant code leaves, the details stay here.
             self._log.exception("failed %s", digest)
             body, outcome = _serialized(self._reply(digest, failure=pb.Failure(code=FAILED))), "failed"
-        reply, public = seal_reply(self.ledger.journal.signer, body), {"request_digest": digest, "outcome": outcome}
+        reply = seal_reply(self.ledger.journal.signer, body)
+        public = {"request_digest": digest, "outcome": outcome, **told}
         if accepted:
             self._traffic.leaves(reply, **public)
         else:
@@ -142,6 +147,9 @@ class Silo:
 
     def _answer(self, request: pb.Request, receipt: bytes, digest: str) -> bytes:
         kind = request.WhichOneof("kind")
+        if kind == "rehearse":
+            rehearsed = self._rehearsals.answer(self.config, request, digest)
+            return _serialized(self._reply(digest, rehearsed=rehearsed))
         if kind != "describe":  # which tells public settings and asks no ledger
             with self._one_at_a_time:
                 self.ledger.accept(receipt_of(receipt))

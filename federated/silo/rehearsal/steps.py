@@ -1,0 +1,78 @@
+"""The process that takes steps on made-up records: a round as the silo takes it, as far as time and memory go.
+
+It is given the silo's settings and a request, and prints seconds. Three rounds are taken: one to warm up, one of one
+step, one of several; what the last two differ by are steps.
+"""
+
+import json
+import resource
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from configs.printing import say
+
+_MOST_RECORDS = 32  # of a step; a larger one takes as much longer
+_FEW, _SEVERAL = 1, 3
+_ALL = 1 - 2.0**-53  # a sampling rate at which all are drawn
+_WANTS_MEMORY = ("alloc", "failed to map", "can't start new thread")
+
+
+def main() -> None:
+    """Reads one line of JSON and then a serialized ``Train`` from standard input."""
+    given = json.loads(sys.stdin.buffer.readline())
+    train = sys.stdin.buffer.read()
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short this process goes, and not the silo
+    resource.setrlimit(resource.RLIMIT_DATA, (given["most_bytes"], given["most_bytes"]))
+    try:
+        found = _taken(given, train)
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in _WANTS_MEMORY):
+            raise
+        found = {"outcome": "memory"}
+    say(json.dumps(found))
+
+
+def _taken(given: dict[str, Any], content: bytes) -> dict[str, Any]:
+    import logging
+
+    from configs.parse import parse
+    from configs.schema.silo import SiloConfig
+    from federated.protocol import silo_pb2 as pb
+    from federated.silo.local_training import PrivateUpdate
+    from federated.silo.units import Units
+    from federated.silo.workbench import Workbench, public_base_model
+    from privacy.mechanism.streams import SEED_BYTES, Streams
+    from privacy.plan import PlanTerms, PrivacyPlan
+    from trainer.data.reading.counts import ReadCounts
+    from trainer.tasks.task import longest_shape
+
+    config, plan = parse(SiloConfig, given["config"], "rehearsal"), parse(PlanTerms, given["plan"], "rehearsal")
+    train = pb.Train.FromString(content)
+    bench = Workbench(config, public_base_model(config), Units((), (), ReadCounts()), logging.getLogger())
+    model, adapter = bench.fitted(train, config.policy)
+    settings, task = bench.local_settings(train, config.policy), bench.examples(train).task
+    expected = max(1, round(plan.sampling_rate * config.silo.public_record_count))
+    units = [(one,) for one in task.made_up(longest_shape(task), min(_MOST_RECORDS, expected))]
+
+    def seconds(steps: int) -> float:
+        few = plan.model_copy(
+            update={"sampling_rate": _ALL, "rounds": 1, "steps_per_round": steps, "metric_releases": ()}
+        )
+        began = time.perf_counter()
+        update = PrivateUpdate(PrivacyPlan(terms=few, public_record_count=expected), model, task, adapter, settings)
+        update.run(Streams(bytes(SEED_BYTES), "00" * 32), units)
+        return time.perf_counter() - began
+
+    seconds(_FEW)
+    few, several = seconds(_FEW), seconds(_SEVERAL)
+    step = max(several - few, 0.0) / (_SEVERAL - _FEW)
+    prepare = max(few - _FEW * step, 0.0)
+    return {"outcome": "done", "records": len(units), "prepare_seconds": prepare, "step_seconds": step}
+
+
+if __name__ == "__main__":
+    main()
