@@ -8,8 +8,8 @@ from typing import Any
 import tomli_w
 
 from configs.errors import InputError, SiloweaveError
-from configs.events import read_events
 from configs.findings import Finding
+from configs.locks import HeldError, locked
 from configs.parse import to_toml
 from configs.run_directory import run_directory
 from configs.schema.base import named_as
@@ -22,7 +22,7 @@ from federated.coordinator.rehearsal.rehearsal import HEARD, Heard
 from federated.coordinator.rehearsal.verdict import Site, away, judged
 from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.served_run import follow
-from federated.deployment.superlink import nodes, start_run
+from federated.deployment.superlink import nodes, start_run, stop_run
 from federated.identity.x509 import days_left, read_certificate
 
 FOLDER, COORDINATOR = "rehearsal", "(coordinator)"
@@ -138,8 +138,6 @@ def rehearse(federation: FederationFolder, config: RunConfig, machine: list[Find
 def _heard(federation: FederationFolder, config: RunConfig, model: Path) -> tuple[dict[str, Heard], dict[int, str]]:
     """What the server app has heard of each silo, and why of a node nothing."""
     directory = private_folder(federation.state / FOLDER)
-    (directory / HEARD).unlink(missing_ok=True)
-    settings = directory / "run-config.toml"
     given = {
         "config": to_toml(config),
         "base-model": str(model),
@@ -148,18 +146,33 @@ def _heard(federation: FederationFolder, config: RunConfig, model: Path) -> tupl
         "num-silos": len(federation.silos()),
         "rehearsal": True,
     }
-    write_atomic(settings, tomli_w.dumps(given).encode(), mode=0o600)
-    seen = sum(1 for _ in read_events(directory / EVENTS))
-    outcome, _ = follow(federation, directory, start_run(federation, settings), seen, lambda _: None)
-    if outcome is None:
-        raise SiloweaveError(f"{directory}: the server app died; see {federation.state}/superlink.log")
-    if outcome.exit_status:
-        error = SiloweaveError(outcome.message)
-        error.exit_status = outcome.exit_status
-        raise error
-    found = json.loads((directory / HEARD).read_text(encoding="utf-8"))
+    try:
+        with locked(directory / "command.lock", b""):
+            _run(federation, directory, tomli_w.dumps(given))
+            found = json.loads((directory / HEARD).read_text(encoding="utf-8"))
+    except HeldError:
+        raise InputError(
+            f"{directory}: another rehearsal is under way; give the command again when it is over"
+        ) from None
     silos = {name: Heard.of(tree) for name, tree in found["silos"].items()}
     return silos, {int(node): reason for node, reason in found["nodes"].items()}
+
+
+def _run(federation: FederationFolder, directory: Path, given: str) -> None:
+    """Has Flower run the rehearsal, to its end; one that is interrupted is stopped."""
+    for earlier in (HEARD, EVENTS):
+        (directory / earlier).unlink(missing_ok=True)
+    settings = directory / "run-config.toml"
+    write_atomic(settings, given.encode(), mode=0o600)
+    flower_run = start_run(federation, settings)
+    try:
+        outcome, _ = follow(federation, directory, flower_run, 0, lambda _: None)
+    except BaseException:
+        stop_run(federation, flower_run)
+        raise
+    if outcome is None:
+        raise SiloweaveError(f"{directory}: the server app died; see {federation.state}/superlink.log")
+    outcome.require_success()
 
 
 def _of_site(site: Site) -> dict[str, Any]:

@@ -89,10 +89,7 @@ def run(
 def _finish(config: RunConfig, model: Path, directory: Path, outcome: Outcome) -> Path:
     from federated.coordinator.final_model import publish
 
-    if outcome.exit_status:
-        error = SiloweaveError(outcome.message)
-        error.exit_status = outcome.exit_status
-        raise error
+    outcome.require_success()
     publish(config, model, directory, FEDERATED)
     return directory
 

@@ -85,7 +85,7 @@ class Silo:
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
         locks = self._one_at_a_time, self._accounting
-        self._rehearsals = Rehearsals(self.ledger, self.workbench, self._log, *locks)
+        self._rehearsals = Rehearsals(self.ledger, base_model.content_digest, self._log, *locks)
 
     def trusted(self) -> frozenset[str]:
         """Public keys of the coordinators that may ask now."""

@@ -1,8 +1,9 @@
 """Whether a run would work here: answered from settings, ledger and made-up records.
 
 No record is read, nothing is charged or written to the ledger, and what is answered is a fixed set of facts that would
-be the same with other records: the policy's rules apply to the request as they would in a run, and steps are taken by
-a process of its own, which has never held a record.
+be the same with other records. The policy's rules apply to the request as they would in a run. Model and adapter are
+put together, and steps taken, by a process of its own that has never held a record; the silo's warm model stays as it
+is.
 """
 
 import shutil
@@ -28,7 +29,6 @@ from federated.silo.policy import check_epsilon, check_model, check_new_plan, ch
 from federated.silo.rehearsal.trial import take
 from federated.silo.requests import refusal_message, update_dtype_of
 from federated.silo.reservations import budget_of, check_request_size, epsilon_of, limits_of
-from federated.silo.workbench import Workbench
 from privacy.ledger.journal import anchor_dir_of
 from privacy.ledger.ledger import Ledger
 from privacy.ledger.limits import DAY_S, check_new
@@ -44,21 +44,16 @@ class Rehearsals:
 
     Args:
         ledger: the silo's. It is only looked at.
-        workbench: the silo's.
+        base_model: digest of the silo's.
         log: the silo's own.
         one_at_a_time: held while the silo answers another request.
         accounting: held while epsilon is computed.
     """
 
     def __init__(
-        self,
-        ledger: Ledger,
-        workbench: Workbench,
-        log: Logger,
-        one_at_a_time: threading.Lock,
-        accounting: threading.Lock,
+        self, ledger: Ledger, base_model: str, log: Logger, one_at_a_time: threading.Lock, accounting: threading.Lock
     ) -> None:
-        self._ledger, self._workbench, self._log = ledger, workbench, log
+        self._ledger, self._base_model, self._log = ledger, base_model, log
         self._one_at_a_time, self._accounting, self._under_way = one_at_a_time, accounting, threading.Lock()
         self._asked: dict[str, deque[float]] = defaultdict(deque)  # when, by coordinator
 
@@ -77,12 +72,11 @@ class Rehearsals:
         if asked.filler_bytes > (most := request.ByteSize()):
             raise PolicyRefusal.of("filler_bytes", f"{asked.filler_bytes}", f"{most}, the request's own")
         with self._alone(request.coordinator):
-            told = _said(config, self._workbench.base_model.content_digest)
+            told = _said(config, self._base_model)
             if asked.HasField("train"):
                 told.refusals.extend(self._refusals(config, request))
-            if asked.trial and asked.HasField("train") and told.room and not told.refusals:
-                plan = plan_of(asked.reserve.plan)
-                told.trial.CopyFrom(take(config, plan, asked.train, self._log))
+                if asked.trial and told.room and not told.refusals:
+                    self._try(told, config, asked)
         told.filler = filler(digest, asked.filler_bytes)
         told.clock, told.seconds = time.time(), time.monotonic() - began
         return told
@@ -115,8 +109,9 @@ class Rehearsals:
         checks: tuple[Callable[[], object], ...] = (
             lambda: check_request_size(asked.reserve, policy),
             lambda: self._check_plan(config, request),
-            lambda: self._check_model(config, asked.train),
+            lambda: check_model(asked.train, policy, self._base_model),
             lambda: check_optimizer(asked.train, policy),
+            lambda: update_dtype_of(asked.train),
         )
         return [said for check in checks if (said := _refused(check))]
 
@@ -132,14 +127,12 @@ class Rehearsals:
         bodies = [*bodies, {**bodies[-1], "kind": "policy", **asdict(budget_of(policy))}]
         check_new(bodies, plan.terms, epsilon, limits_of(policy), request.coordinator)
 
-    def _check_model(self, config: SiloConfig, train: pb.Train) -> None:
-        policy, bench = config.policy, self._workbench
-        check_model(train, policy, bench.base_model.content_digest)
-        update_dtype_of(train)
-        with self._one_at_a_time:
-            bench.fitted(train, policy)
-            bench.local_settings(train, policy)
-            bench.examples(train)  # as they would be read; nothing asks for them
+    def _try(self, told: pb.Rehearsed, config: SiloConfig, asked: pb.Rehearse) -> None:
+        found = take(config, plan_of(asked.reserve.plan), asked.train, self._log)
+        if isinstance(found, PolicyRefusal):
+            told.refusals.append(_said_first(found))
+        else:
+            told.trial.CopyFrom(found)
 
 
 def facts(reply: bytes) -> dict[str, Any]:
@@ -173,10 +166,15 @@ def _has_room(config: SiloConfig) -> bool:
 
 
 def _refused(check: Callable[[], object]) -> str:
-    """A refusal as it leaves, beginning with its rule; nothing where there is none."""
+    """A refusal as it leaves; nothing where there is none."""
     try:
         check()
     except PolicyRefusal as refusal:
-        said = refusal_message(refusal)
-        return said.message if said.message.startswith(said.rule) else f"{said.rule}: {said.message}"
+        return _said_first(refusal)
     return ""
+
+
+def _said_first(refusal: PolicyRefusal) -> str:
+    """A refusal as it leaves, beginning with its rule."""
+    said = refusal_message(refusal)
+    return said.message if said.message.startswith(said.rule) else f"{said.rule}: {said.message}"

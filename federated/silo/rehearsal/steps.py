@@ -1,7 +1,8 @@
 """The process that takes steps on made-up records: a round as the silo takes it, as far as time and memory go.
 
-It is given the silo's settings and a request, and prints seconds. Three rounds are taken: one to warm up, one of one
-step, one of several; what the last two differ by are steps.
+It is given the silo's settings and a request, and prints seconds. Of the last two rounds one has one step, the other
+several: what they differ by are steps. Others come before them, to warm up, and to see how many records there is time
+for.
 """
 
 import json
@@ -16,6 +17,7 @@ from configs.printing import say
 
 _MOST_RECORDS = 32  # of a step; a larger one takes as much longer
 _FEW, _SEVERAL = 1, 3
+_FOR_STEPS_S = 20.0
 _ALL = 1 - 2.0**-53  # a sampling rate at which all are drawn
 _WANTS_MEMORY = ("alloc", "failed to map", "can't start new thread")
 
@@ -27,8 +29,13 @@ def main() -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short this process goes, and not the silo
     resource.setrlimit(resource.RLIMIT_DATA, (given["most_bytes"], given["most_bytes"]))
+    from configs.errors import PolicyRefusal
+
     try:
         found = _taken(given, train)
+    except PolicyRefusal as refusal:
+        said = {"rule": refusal.rule, "asked": refusal.asked, "allowed": refusal.allowed, "message": str(refusal)}
+        found = {"refusal": said}
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
         if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in _WANTS_MEMORY):
             raise
@@ -58,20 +65,23 @@ def _taken(given: dict[str, Any], content: bytes) -> dict[str, Any]:
     expected = max(1, round(plan.sampling_rate * config.silo.public_record_count))
     units = [(one,) for one in task.made_up(longest_shape(task), min(_MOST_RECORDS, expected))]
 
-    def seconds(steps: int) -> float:
+    def seconds(steps: int, records: int) -> float:
         few = plan.model_copy(
             update={"sampling_rate": _ALL, "rounds": 1, "steps_per_round": steps, "metric_releases": ()}
         )
         began = time.perf_counter()
         update = PrivateUpdate(PrivacyPlan(terms=few, public_record_count=expected), model, task, adapter, settings)
-        update.run(Streams(bytes(SEED_BYTES), "00" * 32), units)
+        update.run(Streams(bytes(SEED_BYTES), "00" * 32), units[:records])
         return time.perf_counter() - began
 
-    seconds(_FEW)
-    few, several = seconds(_FEW), seconds(_SEVERAL)
+    seconds(_FEW, 1)
+    affordable = int(_FOR_STEPS_S / (_FEW + _SEVERAL) / seconds(_FEW, 1))
+    records = max(1, min(affordable, len(units)))
+    seconds(_FEW, records)  # the first time of so many at once
+    few, several = seconds(_FEW, records), seconds(_SEVERAL, records)
     step = max(several - few, 0.0) / (_SEVERAL - _FEW)
     prepare = max(few - _FEW * step, 0.0)
-    return {"outcome": "done", "records": len(units), "prepare_seconds": prepare, "step_seconds": step}
+    return {"outcome": "done", "records": records, "prepare_seconds": prepare, "step_seconds": step}
 
 
 if __name__ == "__main__":

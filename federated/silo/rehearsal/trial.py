@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from configs.errors import PolicyRefusal
 from configs.schema.silo import SiloConfig
 from federated.protocol import silo_pb2 as pb
 from privacy.plan import PlanTerms
@@ -50,7 +51,7 @@ def take(config: SiloConfig, plan: PlanTerms, train: pb.Train, log: Logger, most
     if found is None:
         log.error("a rehearsal's steps failed (%d): %s", done.returncode, done.stderr.decode(errors="replace")[-4000:])
         return pb.Trial(outcome=MEMORY if done.returncode < 0 else FAILED)  # a signal: the system's, for want of it
-    return pb.Trial(**found)
+    return PolicyRefusal.of(**found["refusal"]) if "refusal" in found else pb.Trial(**found)
 
 
 def _without_records(config: SiloConfig) -> SiloConfig:

@@ -65,7 +65,7 @@ def test_a_line_that_is_too_slow_for_the_deadline(tmp_path, tiny_model, monkeypa
     monkeypatch.setattr(answers, "take", lambda *_: pb.Trial(outcome="done", records=1))
     with served(tmp_path, tiny_model) as north:
         config = settings(tmp_path, tiny_model, "federated.round_timeout_s=1")
-        site, _ = rehearse(Line([north], down=10_000), tmp_path, config)
+        site, _ = rehearse(Line([north], down=25_000), tmp_path, config)
     found = wrong(site)
     assert found.check == "round" and "deadline 1 s" in found.found
     assert "federated.deadlines_s" in found.fix and "send less over this line" in found.fix

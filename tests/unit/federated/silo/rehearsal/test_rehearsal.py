@@ -15,6 +15,7 @@ from federated.protocol.envelope import seal_request
 from federated.protocol.framing import filler
 from federated.silo.rehearsal import rehearsal, trial
 from federated.silo.silo import Silo
+from federated.silo.units import rows_of
 from privacy.plan import PlanTerms
 
 PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
@@ -107,6 +108,7 @@ def test_other_records_make_no_other_answer(tmp_path, tiny_model, adapter, monke
     for rows, words in ((60, "note"), (700, "a much longer note about everything that was seen in this ward today")):
         config = ward(tmp_path, tiny_model)
         (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": f"{words} {n}"}) + "\n" for n in range(rows)))
+        rows_of.cache_clear()
         silo = Silo(config, TRUSTED)
         assert len(silo.workbench.records) > rows / 2
         reply, _ = ask(silo, "rehearsal", **asked(silo, adapter, trial=True, filler_bytes=500))
@@ -126,9 +128,19 @@ def test_a_trial_that_takes_too_long_or_fails(silo, adapter, monkeypatch, caplog
     with monkeypatch.context() as patched:
         patched.setattr(trial, "TRIAL_S", 0.05)
         assert trial.take(silo.config, PLAN, train(silo, adapter), log).outcome == "slow"
-    broken = train(silo, b"no adapter")
-    assert trial.take(silo.config, PLAN, broken, log).outcome == "failed"
-    assert "adapter" in caplog.text
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "_STEPS", "federated.silo.rehearsal.no_such_steps")
+        assert trial.take(silo.config, PLAN, train(silo, adapter), log).outcome == "failed"
+    assert "no_such_steps" in caplog.text
+
+
+def test_what_is_refused_once_the_model_is_there(silo, adapter):
+    """By the process that takes the steps: the silo's own model stays as it is, and may not even be loaded."""
+    other = train(silo, adapter, adapter_spec=pb.AdapterSpec(rank=8, alpha=8.0))
+    reserve = pb.Reserve(plan=PLAN.model_dump_json())
+    reply, _ = ask(silo, "rehearsal", rehearse=pb.Rehearse(reserve=reserve, train=other, trial=True))
+    assert [line.split(":")[0] for line in reply.rehearsed.refusals] == ["adapter"]
+    assert not reply.rehearsed.HasField("trial")
 
 
 def test_what_is_refused_takes_no_steps(silo, adapter, monkeypatch):
