@@ -61,6 +61,13 @@ class Federation(FederationFolder):
         events = [json.loads(line) for line in (self.root / "runs" / "run" / "federated" / "events.jsonl").open()]
         return [event for event in events if event["event"] == "round"]
 
+    def in_silo(self, name: str) -> list[float]:
+        """Seconds from a round's request that was accepted to its reply's departure."""
+        lines = [json.loads(line) for line in (self.root / name / "state" / "audit.jsonl").open()]
+        asked = {line["request_digest"]: line["time"] for line in lines if line.get("kind") == "train"}
+        left = {line["request_digest"]: line["time"] for line in lines if line["direction"] == "out"}
+        return [left[digest] - time for digest, time in asked.items()]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,6 +82,7 @@ def main() -> None:
         shutil.copytree(federation.model, root / "runs" / "run" / "model")
         found, took_s = federation.rehearsed(options.rounds, options.steps)
         rounds = federation.measured(options.rounds, options.steps)
+        in_silo = {name: spread(federation.in_silo(name)) for name in SILOS}
     finally:
         federation.end()
     seconds, moved = (spread([event[name] for event in rounds]) for name in ("seconds", "bytes"))
@@ -85,7 +93,7 @@ def main() -> None:
         "seconds_of_the_rehearsal": took_s,
         "sites": {name: site["round"] for name, site in found["sites"].items()},
         "predicted": found["round"],
-        "measured": {"seconds": seconds, "bytes": moved},
+        "measured": {"seconds": seconds, "bytes": moved, "seconds in the silo": in_silo},
         "predicted_over_measured": {
             "seconds": found["round"]["seconds"] / seconds["median"],
             "bytes": found["round"]["bytes"] / moved["median"],

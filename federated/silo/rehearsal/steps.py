@@ -16,8 +16,8 @@ from typing import Any
 from configs.printing import say
 
 _MOST_RECORDS = 32  # of a step; a larger one takes as much longer
-_FEW, _SEVERAL = 1, 3
-_FOR_STEPS_S = 20.0
+_FEWEST, _MOST = 3, 32  # steps: many short ones, so that what else the machine does evens out
+_FOR_RECORDS_S, _FOR_STEPS_S = 20.0, 4.0
 _ALL = 1 - 2.0**-53  # a sampling rate at which all are drawn
 _WANTS_MEMORY = ("alloc", "failed to map", "can't start new thread")
 
@@ -74,13 +74,14 @@ def _taken(given: dict[str, Any], content: bytes) -> dict[str, Any]:
         update.run(Streams(bytes(SEED_BYTES), "00" * 32), units[:records])
         return time.perf_counter() - began
 
-    seconds(_FEW, 1)
-    affordable = int(_FOR_STEPS_S / (_FEW + _SEVERAL) / seconds(_FEW, 1))
+    seconds(1, 1)
+    affordable = int(_FOR_RECORDS_S / (1 + _FEWEST) / seconds(1, 1))
     records = max(1, min(affordable, len(units)))
-    seconds(_FEW, records)  # the first time of so many at once
-    few, several = seconds(_FEW, records), seconds(_SEVERAL, records)
-    step = max(several - few, 0.0) / (_SEVERAL - _FEW)
-    prepare = max(few - _FEW * step, 0.0)
+    seconds(1, records)  # the first time of so many at once
+    one = seconds(1, records)
+    steps = max(_FEWEST, min(_MOST, int(_FOR_STEPS_S / one)))
+    step = max(seconds(steps, records) - one, 0.0) / (steps - 1)
+    prepare = max(one - step, 0.0)
     return {"outcome": "done", "records": records, "prepare_seconds": prepare, "step_seconds": step}
 
 

@@ -6,6 +6,7 @@ nothing of the silo with it.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from logging import Logger
@@ -20,23 +21,23 @@ from privacy.plan import PlanTerms
 
 TRIAL_S = 60.0
 DONE, MEMORY, SLOW, FAILED = "done", "memory", "slow", "failed"
+_FOR_WANT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGABRT)  # by the system, and by what C++ does where none is left
 _STEPS = "federated.silo.rehearsal.steps"
 
 
-def take(config: SiloConfig, plan: PlanTerms, train: pb.Train, log: Logger, most_bytes: int | None = None) -> pb.Trial:
-    """What a round's steps take here.
+def take(config: SiloConfig, plan: PlanTerms, train: pb.Train, log: Logger) -> pb.Trial | PolicyRefusal:
+    """What a round's steps take here, or why the silo would refuse the request once its model is there.
 
     Args:
         config: the silo, whose places of records the process is not told.
         plan: how large a step's batch is.
         train: the request of a round.
         log: gets what the process says where it fails.
-        most_bytes: of memory that it may take; None: what is free now.
     """
     given = {
         "config": _without_records(config).model_dump(mode="json"),
         "plan": plan.model_dump(mode="json"),
-        "most_bytes": psutil.virtual_memory().available if most_bytes is None else most_bytes,
+        "most_bytes": psutil.virtual_memory().available,
     }
     content = json.dumps(given).encode() + b"\n" + train.SerializeToString()
     command = [sys.executable, "-P", "-m", _STEPS]
@@ -50,8 +51,8 @@ def take(config: SiloConfig, plan: PlanTerms, train: pb.Train, log: Logger, most
     found = _result(done.stdout)
     if found is None:
         log.error("a rehearsal's steps failed (%d): %s", done.returncode, done.stderr.decode(errors="replace")[-4000:])
-        return pb.Trial(outcome=MEMORY if done.returncode < 0 else FAILED)  # a signal: the system's, for want of it
-    return PolicyRefusal.of(**found["refusal"]) if "refusal" in found else pb.Trial(**found)
+        return pb.Trial(outcome=MEMORY if done.returncode in _FOR_WANT_OF_MEMORY else FAILED)
+    return PolicyRefusal(**found["refusal"]) if "refusal" in found else pb.Trial(**found)
 
 
 def _without_records(config: SiloConfig) -> SiloConfig:

@@ -64,6 +64,6 @@ def test_what_has_to_be_mended_stands_below_its_site():
 
 
 def test_runs_with_clients_as_units_are_not_rehearsed():
-    clients = ["privacy.unit=client", "privacy.num_clients=10"]
+    clients = ["privacy.unit=client", "privacy.num_clients=10", "evaluate.without_dp=false"]
     with pytest.raises(InputError, match="a rehearsal is of runs with records as units"):
         rehearse(None, load("tiny", clients), [])
