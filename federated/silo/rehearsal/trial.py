@@ -19,7 +19,7 @@ from configs.schema.silo import SiloConfig
 from federated.protocol import silo_pb2 as pb
 from privacy.plan import PlanTerms
 
-TRIAL_S = 60.0
+TRIAL_S = 90.0
 DONE, MEMORY, SLOW, FAILED = "done", "memory", "slow", "failed"
 _FOR_WANT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGABRT)  # by the system, and by what C++ does where none is left
 _STEPS = "federated.silo.rehearsal.steps"

@@ -40,10 +40,16 @@ def labelled(folder, model, labels):
     return config
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch):
+    """However busy the machine is."""
+    monkeypatch.setattr(trial, "TRIAL_S", 400.0)
+
+
 def test_the_whole_path(tmp_path, tiny_model):
     """Steps are taken on made-up records; what was heard of the line and the work makes the prediction."""
     with served(tmp_path, tiny_model) as north:
-        site, rehearsal = rehearse(Line([north], down=100_000, up=50_000), tmp_path, settings(tmp_path, tiny_model))
+        site, rehearsal = rehearse(Line([north]), tmp_path, settings(tmp_path, tiny_model))
     assert site.go, site.findings
     names = [finding.check for finding in site.findings]
     assert names == [
@@ -51,14 +57,30 @@ def test_the_whole_path(tmp_path, tiny_model):
     ]
     heard, found = rehearsal.heard["north"], site.prediction
     assert list(heard.steps) == [FACTS, REQUEST, REPLY, TRIAL]
-    assert found.down_s >= (heard.steps[REQUEST].request_bytes - heard.steps[FACTS].request_bytes) / 100_000
-    assert found.up_s > 0 and found.step_s >= 0
     assert (heard.records, found.steps) == (1, 2)
     # An update weighs what the request's adapter does, so that a reply is as long as a round's.
     assert abs(heard.steps[REPLY].reply_bytes - heard.steps[REQUEST].request_bytes) < BESIDE_BYTES / 8
-    assert found.seconds == pytest.approx(
-        found.latency_s + found.down_s + found.prepare_s + 2 * found.step_s + found.up_s
-    )
+
+
+def test_a_prediction_is_made_of_differences():
+    """Of a silo with 5000 records, whose batch of 50 takes twice what was tried, and of a line of 1 Mbit/s up."""
+    steps = {
+        FACTS: Step(0.5, 0.1, 100, 300),
+        REQUEST: Step(1.5, 0.1, 500_000, 300),
+        REPLY: Step(5.5, 0.1, 500_000, 500_000),
+        TRIAL: Step(30.0, 29.0, 500_000, 300),
+    }
+    heard = Heard(5000, "1", "d", "causal", outcome="done", records=25, prepare_s=0.5, step_s=0.25, steps=steps)
+    config = load("tiny", ["federated.local_steps=4", "federated.round_timeout_s=5"])
+    site = judged("north", heard, config, "d", required=True)
+    found = site.prediction
+    assert (found.latency_s, found.down_s, found.up_s) == (pytest.approx(0.4), pytest.approx(1.0), pytest.approx(4.0))
+    assert (found.step_s, found.seconds) == (pytest.approx(0.5), pytest.approx(0.4 + 1 + 0.5 + 4 * 0.5 + 4))
+    late = wrong(site)
+    assert late.check == "round" and "send less over this line" in late.fix
+    assert "4 Mbit/s down, 1 Mbit/s up" in next(one.found for one in site.findings if one.check == "line")
+    heard.step_s = 25.0
+    assert "fewer federated.local_steps" in wrong(judged("north", heard, config, "d", required=True)).fix
 
 
 def test_a_line_that_is_too_slow_for_the_deadline(tmp_path, tiny_model, monkeypatch):
@@ -68,7 +90,7 @@ def test_a_line_that_is_too_slow_for_the_deadline(tmp_path, tiny_model, monkeypa
         site, _ = rehearse(Line([north], down=25_000), tmp_path, config)
     found = wrong(site)
     assert found.check == "round" and "deadline 1 s" in found.found
-    assert "federated.deadlines_s" in found.fix and "send less over this line" in found.fix
+    assert "federated.deadlines_s" in found.fix
 
 
 def test_a_long_message_that_does_not_come_in_time():
