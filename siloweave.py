@@ -53,6 +53,7 @@ app.add_typer(ledger_app, name="ledger")
 silo_app.command()(federation_command.attack)
 app.add_typer(silo_app, name="silo")
 federation_app.command()(federation_command.run)
+federation_app.command()(federation_command.rehearse)
 app.add_typer(federation_app, name="federation")
 
 

@@ -9,13 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cluster.runtime import limits
 from cluster.runtime.session import address_of, no_ray, unreachable
 from configs.errors import InputError
+from configs.findings import Finding
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 from configs.storage.bucket import Bucket
@@ -35,47 +35,37 @@ _TIMEX_BYTES, _TIME_ERROR = 1024, 5  # more than struct timex has; adjtimex(2)
 _MIN_DISK_BYTES, _MIN_SHM_BYTES = 2 * 2**30, 512 * 2**20
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One check.
-
-    Attributes:
-        check: what was looked at.
-        ok: whether it holds.
-        found: what was found.
-        fix: what to do, where it doesn't hold.
-    """
-
-    check: str
-    ok: bool
-    found: str
-    fix: str = ""
-
-
 def examine(config: RunConfig) -> list[Finding]:
     """All checks, each one independent of the others."""
+    checks: list[Callable[[], Finding]] = [
+        *(lambda name=name, least=least: _package(name, least) for name, least in _WANTED.items()),
+        _compiler,
+        lambda: _cpus(config),
+        lambda: _space("shared memory", Path("/dev/shm"), _MIN_SHM_BYTES, "give the container more (--shm-size=1g)"),  # noqa: S108
+        lambda: _limit("Ray's folder", limits.temporary()),
+        _build_locks,
+        lambda: _address(config),
+        lambda: _options(config),
+    ]
+    return [*coordinating(config), *(check() for check in checks)]
+
+
+def coordinating(config: RunConfig) -> list[Finding]:
+    """The checks that hold for any machine, and all there are of one that trains nothing itself."""
     storage = run_directory(config)
     # Of an object store this machine keeps a mirror.
     what, which = ("the mirror", "SILOWEAVE_CACHE") if config.run.url else ("run.storage", "run.storage")
     checks: list[Callable[[], Finding]] = [
         _system,
         _python,
-        *(lambda name=name, least=least: _package(name, least) for name, least in _WANTED.items()),
-        _compiler,
-        lambda: _cpus(config),
         lambda: _space(f"disk for {what}", _existing(storage), _MIN_DISK_BYTES, f"choose another {which}"),
-        lambda: _space("shared memory", Path("/dev/shm"), _MIN_SHM_BYTES, "give the container more (--shm-size=1g)"),  # noqa: S108
         lambda: _writable(_existing(storage), what, which),
         *([lambda: _store(config)] if config.run.url else []),
         _loopback,
         lambda: _limit("open files", limits.files()),
         lambda: _limit("paths of sockets", limits.sockets()),
-        lambda: _limit("Ray's folder", limits.temporary()),
         _home,
-        _build_locks,
         _clock,
-        lambda: _address(config),
-        lambda: _options(config),
     ]
     return [check() for check in checks]
 

@@ -86,7 +86,7 @@ def _peak_bytes(config: RunConfig, terms: PlanTerms, base_model: Path, records: 
     from federated.simulation import simulation  # noqa: F401  (loads what a silo's process has beside what is used here)
     from privacy.mechanism.streams import SEED_BYTES, Streams
     from trainer.models.adapters import adapter_weights
-    from trainer.tasks.task import task_of
+    from trainer.tasks.task import longest_shape, task_of
 
     how = config.federated
     torch.set_num_threads(config.cluster.threads_per_rank)
@@ -114,15 +114,9 @@ def _peak_bytes(config: RunConfig, terms: PlanTerms, base_model: Path, records: 
     )
     few = terms.model_copy(update={"rounds": 1, "steps_per_round": _STEPS, "metric_releases": ()})
     update = PrivateUpdate(few.bind(_record_count(config)), model, task, from_bytes(asked.adapter), settings)
-    units = [(one,) for one in task.made_up(_longest(task), math.ceil(records / terms.sampling_rate))]
+    units = [(one,) for one in task.made_up(longest_shape(task), math.ceil(records / terms.sampling_rate))]
     update.run(Streams(bytes(SEED_BYTES), "00" * 32), units)
     return _most_resident()
-
-
-def _longest(task: Any) -> Any:
-    """The shape of examples that fill the context: a length, or one for each of two texts."""
-    shape = task.shape(task.synthetic()[0])
-    return (task.context_length,) * len(shape) if isinstance(shape, tuple) else task.context_length
 
 
 def _most_resident() -> int:

@@ -1,6 +1,6 @@
 """What the two sides of a federation show by the same listeners and plots as a simulation.
 
-``siloweave federation run``: the rounds over silos elsewhere. ``siloweave silo attack``: what left one of them.
+``siloweave federation run``: the rounds over silos elsewhere; ``rehearse``: whether they would work. ``siloweave silo attack``: what left one of them.
 """
 
 import json
@@ -85,6 +85,27 @@ def attack(
     write_atomic(files.attack_report, json.dumps(document, indent=2).encode() + b"\n", 0o600)
     write_atomic(files.attack_page, render(document).encode(), 0o600)
     answer(as_json, document, *summary(document), f"private data, not to be passed on: {files.attack_page}")
+
+
+def rehearse(
+    folder: Annotated[Path, typer.Argument(help="The federation's folder.")],
+    config: Annotated[str, typer.Option("--config", "-c", help="A TOML file, or a preset's name.")],
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tries a run at every site on made-up records, and says what to mend. Exit status 0: go; 3: a policy refuses.
+
+    No record is read for it, and nothing is charged.
+    """
+    from cluster.checks.doctor import coordinating
+    from federated.deployment.federation_folder import FederationFolder
+    from federated.deployment.federation_rehearsal import rehearse as try_run
+
+    settings = load(config, overrides or [])
+    found = try_run(FederationFolder(folder), settings, coordinating(settings))
+    answer(as_json, found.document(), *found.lines())
+    if found.exit_status:
+        raise typer.Exit(found.exit_status)
 
 
 def _say(event: dict[str, Any]) -> None:

@@ -187,12 +187,7 @@ def doctor(config: ConfigOption = "demo", override: SetOption = None, as_json: J
     from cluster.checks.doctor import examine
 
     findings = examine(load(config, override or []))
-    marks = {True: "ok  ", False: "FIX "}
-    lines = [
-        f"{marks[finding.ok]}{finding.check}: {finding.found}" + ("" if finding.ok else f"; {finding.fix}")
-        for finding in findings
-    ]
-    answer(as_json, [asdict(finding) for finding in findings], *lines)
+    answer(as_json, [asdict(finding) for finding in findings], *map(str, findings))
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 

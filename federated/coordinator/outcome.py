@@ -28,6 +28,17 @@ class Outcome:
     exit_status: int = 0
     message: str = ""
 
+    def require_success(self) -> None:
+        """Raises the error with which it ended, with its exit status.
+
+        Raises:
+            SiloweaveError: it failed.
+        """
+        if self.exit_status:
+            error = SiloweaveError(self.message)
+            error.exit_status = self.exit_status
+            raise error
+
 
 @contextmanager
 def recorded(directory: Path, flower_run: int) -> Iterator[None]:

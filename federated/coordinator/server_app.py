@@ -13,6 +13,7 @@ from configs.storage.layout import AGGREGATOR_FOLDER
 from federated.coordinator.flower_grid import OneByOne
 from federated.coordinator.outcome import recorded
 from federated.coordinator.parties import Parties
+from federated.coordinator.rehearsal.rehearsal import rehearse
 from federated.coordinator.rounds import run_federation
 from federated.coordinator.trusted_aggregator import MEMBERS, open_ledger
 from federated.identity.trust import coordinator_signer, enrolled_silos
@@ -32,4 +33,7 @@ def main(grid: Grid, context: Context) -> None:
     parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home), ledger)
     with recorded(directory, context.run_id):
         line = LARGEST_MESSAGE_BYTES
+        if given["rehearsal"]:
+            rehearse(OneByOne(grid), config, base_model, directory, parties)
+            return
         run_federation(OneByOne(grid), config, base_model, directory, parties, lambda _: None, carries_bytes=line)

@@ -76,7 +76,7 @@ def run(
             flower_run = start_run(federation, settings)
             current = {"directory": str(directory), "run": config.run.name, "flower_run": flower_run}
             write_atomic(federation.state / CURRENT, json.dumps(current).encode())
-        outcome, seen = _follow(federation, directory, flower_run, seen, on_event)
+        outcome, seen = follow(federation, directory, flower_run, seen, on_event)
         if outcome is not None:
             return _finish(config, model, directory, outcome)
         attempts = 0 if num_rounds(directory) > rounds else attempts + 1
@@ -89,10 +89,7 @@ def run(
 def _finish(config: RunConfig, model: Path, directory: Path, outcome: Outcome) -> Path:
     from federated.coordinator.final_model import publish
 
-    if outcome.exit_status:
-        error = SiloweaveError(outcome.message)
-        error.exit_status = outcome.exit_status
-        raise error
+    outcome.require_success()
     publish(config, model, directory, FEDERATED)
     return directory
 
@@ -127,7 +124,7 @@ def num_rounds(directory: Path) -> int:
     return max(0, len(list(directory.glob(f"round-*/{COMMITTED}"))) - 1)
 
 
-def _follow(
+def follow(
     federation: FederationFolder, directory: Path, flower_run: int, seen: int, on_event: Listener
 ) -> tuple[Outcome | None, int]:
     """Passes events on until the ServerApp has ended; None where it died without a word."""

@@ -17,6 +17,7 @@ PLAN = 10_000
 TEXT = 3000  # of a refusal's message, as silos have cut it since their first version
 SUMS = 1000
 LABELS, TEMPLATE = 300, 2000
+COLUMNS, REFUSALS = 100, 100
 WHOLE = 2**31 - 1  # protobuf's own bound
 
 LARGEST = {  # characters of a string, bytes of bytes, entries of a list
@@ -65,6 +66,13 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "Refusal.allowed": TEXT,
     "Refusal.message": TEXT,
     "Failure.code": NAME,
+    "Rehearsed.version": NAME,
+    "Rehearsed.base_model_digest": DIGEST,
+    "Rehearsed.task": NAME,
+    "Rehearsed.columns": COLUMNS,
+    "Rehearsed.refusals": REFUSALS,
+    "Rehearsed.filler": WHOLE,
+    "Trial.outcome": NAME,
 }
 
 

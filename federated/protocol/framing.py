@@ -1,6 +1,7 @@
 """What both ends of a silo's boundary must agree on."""
 
 from collections.abc import Iterator
+from hashlib import shake_256
 
 PROTOCOL_VERSION = 3
 ROUNDED_VERSION = 4  # of a run whose updates travel rounded: a silo that does not know of it has to refuse
@@ -17,3 +18,8 @@ def chunks(content: bytes) -> Iterator[bytes]:
     """A message in parts of at most ``CHUNK_BYTES``; an empty one has one empty part."""
     for start in range(0, max(len(content), 1), CHUNK_BYTES):
         yield content[start : start + CHUNK_BYTES]
+
+
+def filler(request_digest: str, size: int) -> bytes:
+    """So many bytes for a line to carry: nobody can say anything by them, since they follow from the request."""
+    return shake_256(f"siloweave filler\n{request_digest}".encode()).digest(size)

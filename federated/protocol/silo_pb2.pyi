@@ -23,7 +23,7 @@ class Envelope(_message.Message):
     def __init__(self, body: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "describe", "reserve", "train", "close", "evaluate", "contribute")
+    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "describe", "reserve", "train", "close", "evaluate", "contribute", "rehearse")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Request(_message.Message):
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    REHEARSE_FIELD_NUMBER: _ClassVar[int]
     version: int
     run_id: str
     silo_id: str
@@ -48,7 +49,8 @@ class Request(_message.Message):
     close: Close
     evaluate: Evaluate
     contribute: Contribute
-    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., contribute: _Optional[_Union[Contribute, _Mapping]] = ...) -> None: ...
+    rehearse: Rehearse
+    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., contribute: _Optional[_Union[Contribute, _Mapping]] = ..., rehearse: _Optional[_Union[Rehearse, _Mapping]] = ...) -> None: ...
 
 class Describe(_message.Message):
     __slots__ = ()
@@ -166,12 +168,24 @@ class Evaluate(_message.Message):
     task_spec: TaskSpec
     def __init__(self, number: _Optional[int] = ..., metric: _Optional[str] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ...) -> None: ...
 
+class Rehearse(_message.Message):
+    __slots__ = ("reserve", "train", "filler_bytes", "trial")
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FIELD_NUMBER: _ClassVar[int]
+    FILLER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
+    reserve: Reserve
+    train: Train
+    filler_bytes: int
+    trial: bool
+    def __init__(self, reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., filler_bytes: _Optional[int] = ..., trial: bool = ...) -> None: ...
+
 class Close(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("version", "silo_id", "request_digest", "described", "reserved", "trained", "closed", "refusal", "failure", "evaluated")
+    __slots__ = ("version", "silo_id", "request_digest", "described", "reserved", "trained", "closed", "refusal", "failure", "evaluated", "rehearsed")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +196,7 @@ class Reply(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     EVALUATED_FIELD_NUMBER: _ClassVar[int]
+    REHEARSED_FIELD_NUMBER: _ClassVar[int]
     version: int
     silo_id: str
     request_digest: str
@@ -192,7 +207,8 @@ class Reply(_message.Message):
     refusal: Refusal
     failure: Failure
     evaluated: Evaluated
-    def __init__(self, version: _Optional[int] = ..., silo_id: _Optional[str] = ..., request_digest: _Optional[str] = ..., described: _Optional[_Union[Described, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ...) -> None: ...
+    rehearsed: Rehearsed
+    def __init__(self, version: _Optional[int] = ..., silo_id: _Optional[str] = ..., request_digest: _Optional[str] = ..., described: _Optional[_Union[Described, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., rehearsed: _Optional[_Union[Rehearsed, _Mapping]] = ...) -> None: ...
 
 class Described(_message.Message):
     __slots__ = ("dataset_id", "public_key", "public_record_count")
@@ -233,6 +249,44 @@ class Closed(_message.Message):
     receipt: bytes
     statement: bytes
     def __init__(self, receipt: _Optional[bytes] = ..., statement: _Optional[bytes] = ...) -> None: ...
+
+class Rehearsed(_message.Message):
+    __slots__ = ("clock", "version", "base_model_digest", "task", "task_spec", "columns", "room", "refusals", "trial", "seconds", "filler")
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    TASK_SPEC_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    ROOM_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    TRIAL_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FILLER_FIELD_NUMBER: _ClassVar[int]
+    clock: float
+    version: str
+    base_model_digest: str
+    task: str
+    task_spec: TaskSpec
+    columns: _containers.RepeatedScalarFieldContainer[str]
+    room: bool
+    refusals: _containers.RepeatedScalarFieldContainer[str]
+    trial: Trial
+    seconds: float
+    filler: bytes
+    def __init__(self, clock: _Optional[float] = ..., version: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., columns: _Optional[_Iterable[str]] = ..., room: bool = ..., refusals: _Optional[_Iterable[str]] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ..., seconds: _Optional[float] = ..., filler: _Optional[bytes] = ...) -> None: ...
+
+class Trial(_message.Message):
+    __slots__ = ("outcome", "records", "prepare_seconds", "step_seconds")
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    outcome: str
+    records: int
+    prepare_seconds: float
+    step_seconds: float
+    def __init__(self, outcome: _Optional[str] = ..., records: _Optional[int] = ..., prepare_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("rule", "asked", "allowed", "message")

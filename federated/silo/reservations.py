@@ -83,10 +83,19 @@ def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_ti
         with one_at_a_time:
             ledger.bind(budget_of(policy))
             ledger.check_room(request.run_id, plan.terms, limits_of(policy), request.coordinator)
+    check_epsilon(epsilon_of(plan.terms, accounting), policy)
+
+
+def epsilon_of(terms: PlanTerms, accounting: Lock) -> float:
+    """What a plan spends, which the accountant remembers; computed for one plan at a time.
+
+    Raises:
+        PolicyRefusal: another plan is being accounted for.
+    """
     if not accounting.acquire(blocking=False):
         raise PolicyRefusal.of(QUEUE, "a second plan at a time", "one; ask again later")
     try:
-        check_epsilon(plan.terms.epsilon, policy)
+        return terms.epsilon
     finally:
         accounting.release()
 

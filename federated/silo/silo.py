@@ -24,6 +24,7 @@ from federated.silo.contribution import contribution
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import LocalSettings, PrivateUpdate
 from federated.silo.policy import check_model, check_optimizer
+from federated.silo.rehearsal.rehearsal import Rehearsals, facts
 from federated.silo.released.released import Released
 from federated.silo.requests import (
     check_sender,
@@ -85,6 +86,8 @@ class Silo:
         self._released = Released(self._state_dir)
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
+        locks = self._one_at_a_time, self._accounting
+        self._rehearsals = Rehearsals(self.ledger, base_model.content_digest, self._log, *locks)
 
     def trusted(self) -> frozenset[str]:
         """Public keys of the coordinators that may ask now."""
@@ -113,7 +116,7 @@ class Silo:
             raise
 
     def _exchanged(self, content: bytes) -> bytes:
-        digest, accepted = "", False
+        digest, accepted, told = "", False, dict[str, Any]()
         try:
             if self._file is not None:
                 self.config = self.config.model_copy(update={"policy": policy_now(self._file, self._log)})
@@ -126,6 +129,7 @@ class Silo:
             body, outcome = self._answer(request, envelope.receipt, digest), "answered"
             if self.config.silo.keep_released and request.WhichOneof("kind") in ("train", "contribute"):
                 self._released.keep(digest, envelope.body, body, self.workbench.members_digest)
+            told = facts(body) if request.HasField("rehearse") else {}
         except UnloggedError:
             raise
         except PolicyRefusal as refusal:
@@ -137,7 +141,8 @@ class Silo:
             # Whatever failed may depend on the data: one constant code leaves, the details stay here.
             self._log.exception("failed %s", digest)
             body, outcome = _serialized(self._reply(digest, failure=pb.Failure(code=FAILED))), "failed"
-        reply, public = seal_reply(self.ledger.journal.signer, body), {"request_digest": digest, "outcome": outcome}
+        reply = seal_reply(self.ledger.journal.signer, body)
+        public = {"request_digest": digest, "outcome": outcome, **told}
         if accepted:
             self._traffic.leaves(reply, **public)
         else:
@@ -146,6 +151,9 @@ class Silo:
 
     def _answer(self, request: pb.Request, receipt: bytes, digest: str) -> bytes:
         kind = request.WhichOneof("kind")
+        if kind == "rehearse":
+            rehearsed = self._rehearsals.answer(self.config, request, digest)
+            return _serialized(self._reply(digest, rehearsed=rehearsed))
         if kind != "describe":  # which tells public settings and asks no ledger
             with self._one_at_a_time:
                 self.ledger.accept(receipt_of(receipt))

@@ -20,7 +20,7 @@ from configs.storage.files import digest_bytes
 from privacy.ledger.chain import Budget, left, policy_budget, releases, verify_entries
 from privacy.ledger.journal import RECONCILE, Journal, default_anchor_dir
 from privacy.ledger.kept_replies import gone, too_old
-from privacy.ledger.limits import Limits, check_runs, check_spend, check_unit
+from privacy.ledger.limits import Limits, check_new
 from privacy.ledger.runs import Run, Runs, named
 from privacy.ledger.statements import Receipt, RunStatement
 from privacy.mechanism.streams import SEED_BYTES
@@ -131,7 +131,7 @@ class Ledger:
         """
         bodies = self.journal.bodies()
         if Runs(bodies).of(run_id, coordinator) is None:
-            _check_new(bodies, terms, 0.0, limits, coordinator)
+            check_new(bodies, terms, 0.0, limits, coordinator)
 
     def reserve(self, run_id: str, plan: PrivacyPlan, limits: Limits = NO_LIMITS, coordinator: str = "") -> Receipt:
         """Commits a run's whole schedule. The same run and plan again change nothing.
@@ -152,7 +152,7 @@ class Ledger:
             bodies = self.journal.bodies()
             before = Runs(bodies).of(run_id, coordinator)
             if before is None:
-                _check_new(bodies, terms, epsilon, limits, coordinator)
+                check_new(bodies, terms, epsilon, limits, coordinator)
                 self.journal.append(
                     "reserve",
                     run=run_id,
@@ -310,14 +310,6 @@ def _reserved(bodies: list[dict[str, Any]], run_id: str, coordinator: str) -> Ru
     """A run that reserved a plan; None for one that was entrusted with updates, too."""
     run = Runs(bodies).of(run_id, coordinator)
     return run if run is not None and run.opening["kind"] == "reserve" else None
-
-
-def _check_new(
-    bodies: list[dict[str, Any]], terms: PlanTerms, epsilon: float, limits: Limits, coordinator: str
-) -> None:
-    check_unit(bodies, terms.unit)
-    check_runs(bodies, coordinator, limits)
-    check_spend(bodies, coordinator, epsilon, terms.delta, limits)
 
 
 def _what(number: int, metric: str) -> dict[str, Any]:

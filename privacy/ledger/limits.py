@@ -7,6 +7,7 @@ from configs.errors import PolicyRefusal
 from privacy.ledger.chain import Budget, left, spent_since
 from privacy.ledger.journal import Journal
 from privacy.ledger.runs import Runs
+from privacy.plan import PlanTerms
 
 DAY_S = 24 * 3600
 LARGEST_NUMBER_OF_SPENDS = 5000  # about 130 bytes each in a receipt, which may be a megabyte
@@ -26,6 +27,24 @@ class Limits:
     epsilon_per_day: float | None = None
     runs_per_day: int | None = None
     open_runs: int | None = None
+
+
+def check_new(bodies: list[dict[str, Any]], terms: PlanTerms, epsilon: float, limits: Limits, coordinator: str) -> None:
+    """Whether a run that has reserved nothing yet may reserve this plan. Writes nothing.
+
+    Args:
+        bodies: the ledger's entries.
+        terms: the plan.
+        epsilon: what it spends; 0 before it is known.
+        limits: of the policy.
+        coordinator: who asks.
+
+    Raises:
+        PolicyRefusal: the ledger is of another unit, or one of the limits has no room.
+    """
+    check_unit(bodies, terms.unit)
+    check_runs(bodies, coordinator, limits)
+    check_spend(bodies, coordinator, epsilon, terms.delta, limits)
 
 
 def check_runs(bodies: list[dict[str, Any]], coordinator: str, limits: Limits) -> None:

@@ -294,6 +294,45 @@ def test_a_wrong_fingerprint_changes_nothing(coordinator, tmp_path):
     assert before == (sorted((coordinator.folder / "silos").iterdir()), sorted((site.state_dir / "trusted").iterdir()))
 
 
+def rehearsed(deployment: Deployment, *overrides: str) -> tuple[int, dict]:
+    """`federation rehearse`: its exit status, and what it has found."""
+    model = deployment.root / "runs" / "tried" / "model"
+    if not model.exists():
+        shutil.copytree(deployment.model, model)
+    given = ["federation", "rehearse", str(deployment.folder), *deployment.settings("tried", *overrides), "--json"]
+    done = deployment.siloweave(*given, check=False)
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_rehearsal_names_a_site_that_is_away(coordinator):
+    status, found = rehearsed(coordinator)
+    (check,) = found["sites"]["comedies"]["checks"]
+    assert (status, found["go"], check["check"], check["found"]) == (1, False, "reached", "not online")
+    assert "siloweave silo relay -c relay.toml --check" in check["fix"]
+
+
+def ledgers(deployment: Deployment) -> list[bytes]:
+    """All that the ledgers of the silos keep."""
+    kept = [path for site in deployment.sites.values() for path in site.state_dir.glob("ledger.sqlite*")]
+    return [path.read_bytes() for path in sorted(kept) if not path.name.endswith("-shm")]
+
+
+def test_a_rehearsal_tries_every_site_and_charges_nothing(deployment):
+    before = ledgers(deployment)
+    status, found = rehearsed(deployment, "federated.rounds=3", *FAST)
+    assert {name: site["go"] for name, site in found["sites"].items()} == {"comedies": True, "histories": True}, found
+    assert status == (0 if all(check["ok"] for check in found["coordinator"]) else 1)
+    for site in found["sites"].values():
+        assert [check["check"] for check in site["checks"]][:3] == ["reached", "version", "clock"]
+        assert site["round"]["seconds"] > 0
+    assert found["round"]["bytes"] == sum(
+        site["round"]["request_bytes"] + site["round"]["reply_bytes"] for site in found["sites"].values()
+    )
+    assert found["run"]["seconds"] == pytest.approx(3 * found["round"]["seconds"])
+    assert ledgers(deployment) == before
+    assert not (deployment.root / "runs" / "tried" / "config.toml").exists()  # nothing is begun
+
+
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 

@@ -22,7 +22,7 @@ ALLOWED = {
 }
 FLOORS = {
     "configs": (
-        "ending errors imports",
+        "ending errors findings imports",
         "printing",
         "identities parse",
         "schema",
@@ -240,4 +240,4 @@ def test_the_stubs_are_those_of_silo_proto(tmp_path):
     assert described == fields
 
 
-KINDS = {1: "double", 4: "uint64", 9: "string", 12: "bytes", 13: "uint32"}
+KINDS = {1: "double", 4: "uint64", 8: "bool", 9: "string", 12: "bytes", 13: "uint32"}

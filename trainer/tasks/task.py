@@ -293,3 +293,9 @@ def by_length(records: Sequence[Encoded], micro_batch_size: int) -> Iterator[lis
     ordered = sorted(records, key=lambda record: len(record.ids))
     for start in range(0, len(ordered), micro_batch_size):
         yield list(ordered[start : start + micro_batch_size])
+
+
+def longest_shape(task: Task) -> Any:
+    """The shape of examples that fill the context: a length, or one for each of two texts."""
+    shape = task.shape(task.synthetic()[0])
+    return (task.context_length,) * len(shape) if isinstance(shape, tuple) else task.context_length

@@ -4,7 +4,7 @@ import pytest
 from tiny_bert import CONTEXT, base_model, published
 
 from cluster.checks.estimate import estimate
-from cluster.checks.step_memory import _longest, _most_resident, _peak_bytes, step_memory
+from cluster.checks.step_memory import _most_resident, _peak_bytes, step_memory
 from configs.errors import InputError
 from configs.load import load
 from configs.schema.tasks import TaskSpec
@@ -13,7 +13,7 @@ from federated.adapters.warm_model import adaptation, warm_model
 from privacy.plan_from_settings import plan_terms
 from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import adapter_weights
-from trainer.tasks.task import task_of
+from trainer.tasks.task import longest_shape, task_of
 from trainer.tasks.text_to_text import TranslationTask
 
 TEXTS = ["the old ship sails to the north in wind and rain", "men in the harbour tell of the wind"]
@@ -48,8 +48,8 @@ def test_records_fill_the_context(config, tmp_path):
     both = TranslationTask.with_encoder(load_tokenizer(folder), CONTEXT, TaskSpec(name="translation"))
     both._tokenizer.eos_token = "[SEP]"
     for task, shape in ((task_of(config.federated.task_spec, folder), CONTEXT), (both, (CONTEXT, CONTEXT))):
-        assert _longest(task) == shape
-        assert {task.shape(one) for one in task.made_up(_longest(task), 8)} == {shape}
+        assert longest_shape(task) == shape
+        assert {task.shape(one) for one in task.made_up(longest_shape(task), 8)} == {shape}
 
 
 def test_what_cannot_be_tried_is_refused_before_anything_starts(config, tmp_path):
