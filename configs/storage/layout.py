@@ -215,6 +215,16 @@ class SiloFiles:
         return self.directory / "trusted"
 
     @property
+    def mandates(self) -> Path:
+        """A file for each study that may ask. Once this folder is there, nothing else may."""
+        return self.directory / "mandates"
+
+    @property
+    def revoked_mandates(self) -> Path:
+        """Mandates that are in force no longer, by their digests."""
+        return self.mandates / "revoked"
+
+    @property
     def tls(self) -> Path:
         """Authority, keys and certificates of service and relay."""
         return self.directory / "tls"

@@ -43,6 +43,7 @@ FLOORS = {
         "declaration plan register secagg",
         "mechanism plan_from_settings",
         "audit ledger",
+        "mandate",
         "certificate",
         "commands",
     ),

@@ -57,6 +57,8 @@ ON_DISK = {
         "personal": "personal",
         "enrolment": "enrolment.json",
         "trusted": "trusted",
+        "mandates": "mandates",
+        "revoked_mandates": "mandates/revoked",
         "tls": "tls",
         "service_key": "tls/service.key",
         "service_certificate": "tls/service.crt",
