@@ -114,6 +114,11 @@ class RunFiles:
         return self.directory / "explanations.html"
 
     @property
+    def dossier(self) -> Path:
+        """What who approves a release is given."""
+        return self.directory / "dossier"
+
+    @property
     def report(self) -> Path:
         """The report for machines; a run that has one is finished."""
         return self.directory / "report.json"

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 from silo_requests import COORDINATOR
 
+from privacy.ledger.limits import Limits
 from privacy.mandate import Mandate, MandateTerms
 
 STUDY = "ward-notes"
@@ -33,3 +34,22 @@ def signed(signer, allowed=None, **changes):
     """A mandate of silo north with its dataset ward, signed with any key."""
     given = {"silo": "north", "dataset": "ward", "public_key": signer.public_key, "issued": datetime.now(tz=UTC)}
     return Mandate(**{**given, "terms": allowed or terms(), **changes}).signed(signer)
+
+
+def stated(ledger, plan, mandate, replies=("a reply",)):
+    """What a ledger signs of a closed run of this plan under a mandate, as a certificate has it."""
+    key = COORDINATOR.public_key
+    ledger.reserve("run-1", plan, Limits(study=mandate.limit), key)
+    for number, reply in enumerate(replies, 1):
+        charge = ledger.charge("run-1", f"round-{number}", "aa" * 32, number, coordinator=key)
+        ledger.release(charge.number, "run-1", reply.encode())
+    receipt = ledger.close("run-1", key)
+    statement = ledger.statement("run-1", {"torch": "2"}, attests_disjoint_units=True, coordinator=key)
+    return {
+        "dataset_id": receipt.dataset,
+        "public_key": ledger.public_key,
+        "public_record_count": plan.public_record_count,
+        "mandate": mandate.model_dump(mode="json"),
+        "receipt": receipt.model_dump(mode="json"),
+        "statement": statement.model_dump(mode="json"),
+    }

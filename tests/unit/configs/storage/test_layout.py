@@ -37,6 +37,7 @@ ON_DISK = {
         "sample": "sample.txt",
         "explanations": "explanations.json",
         "explained_page": "explanations.html",
+        "dossier": "dossier",
         "report": "report.json",
         "page": "report.html",
         "audit": "audit",

@@ -4,9 +4,9 @@ import copy
 import json
 
 import pytest
-from mandates import signed, terms
+from mandates import signed, stated, terms
 from model_parts import model_of
-from silo_requests import COORDINATOR, signer_of
+from silo_requests import signer_of
 
 from configs.errors import InputError
 from configs.storage.files import digest_bytes
@@ -14,11 +14,10 @@ from privacy.certificate.certificate import certificate
 from privacy.certificate.check import check_certificate, check_in_ledger
 from privacy.ledger.chain import Budget, verify_entries
 from privacy.ledger.ledger import Ledger
-from privacy.ledger.limits import Limits
 from privacy.plan import PlanTerms
 
 PLAN = PlanTerms(sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=2, steps_per_round=4, delta=1e-5)
-REPLY = b"the whole reply of a round"
+REPLY = "the whole reply of a round"
 OTHER = signer_of(bytes(range(1, 33)))
 
 
@@ -37,21 +36,8 @@ def mandate(ledger):
 @pytest.fixture(scope="module")
 def sound(ledger, mandate):
     """The certificate of a run that the ledger of a silo with mandates has seen."""
-    key = COORDINATOR.public_key
-    ledger.reserve("run-1", PLAN.bind(5000), Limits(study=mandate.limit), key)
-    charge = ledger.charge("run-1", "round-1", "aa" * 32, 1, coordinator=key)
-    ledger.release(charge.number, "run-1", REPLY)
-    receipt = ledger.close("run-1", key)
-    statement = ledger.statement("run-1", {"torch": "2"}, attests_disjoint_units=True, coordinator=key)
-    north = {
-        "dataset_id": "ward",
-        "public_key": ledger.public_key,
-        "public_record_count": 5000,
-        "mandate": mandate.model_dump(mode="json"),
-        "receipt": receipt.model_dump(mode="json"),
-        "statement": statement.model_dump(mode="json"),
-    }
-    document = certificate("run-1", PLAN, {"north": north}, model_of({"north": digest_bytes(REPLY)}, {}))
+    north = stated(ledger, PLAN.bind(5000), mandate, [REPLY])
+    document = certificate("run-1", PLAN, {"north": north}, model_of({"north": digest_bytes(REPLY.encode())}, {}))
     return json.loads(json.dumps(document))
 
 
