@@ -1,9 +1,9 @@
 """The sentences of a dossier, section by section: each is about one field that somebody has signed, or a digest."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from cluster.report.dossier.sources import AUDIT, COORDINATOR, Sentence, Sources, cited
+from cluster.report.dossier.sources import AUDIT, COORDINATOR, Sentence, Sources, Traffic, cited
 from privacy.certificate.certificate import NOT_AUDITED
 
 FORM = 1  # a change of these words is a new form: verifying a dossier writes it again
@@ -96,16 +96,20 @@ def _traffic(sources: Sources) -> Iterator[Sentence]:
         else:
             said = f"{name} charged {statement['rounds_charged']} rounds, each of which may have left"
             yield cited(f"{said}.", *at, "statement", "rounds_charged")
+    told = {traffic.round: place for place, traffic in enumerate(sources.word.rounds)}
     for number, one in enumerate(certificate["model"]["rounds"]):
-        yield from _round(sources, number, one)
+        if (place := told.get(number + 1)) is not None:
+            yield _ended(sources.word.rounds[place], place)
+        yield from _releases(number, one)
 
 
-def _round(sources: Sources, number: int, one: dict[str, object]) -> Iterator[Sentence]:
-    for place, traffic in enumerate(sources.word.rounds):
-        if traffic.round == number + 1:
-            ended = traffic.ended.isoformat(timespec="seconds")
-            said = f"Round {number + 1} ended at {ended} and moved {traffic.moved_bytes:,} bytes both ways together"
-            yield cited(f"{said}.", "rounds", place, file=COORDINATOR)
+def _ended(traffic: Traffic, place: int) -> Sentence:
+    ended = traffic.ended.isoformat(timespec="seconds")
+    said = f"Round {traffic.round} ended at {ended} and moved {traffic.moved_bytes:,} bytes both ways together"
+    return cited(f"{said}.", "rounds", place, file=COORDINATOR)
+
+
+def _releases(number: int, one: Mapping[str, object]) -> Iterator[Sentence]:
     releases, updates = one["releases"], one.get("updates", [])
     for name, digest in sorted(releases.items()) if isinstance(releases, dict) else ():
         said = f"In round {number + 1} a reply of {name} went into the model; its SHA-256 is {digest}"

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from mandates import STUDY, signed, terms
+from signed_silos import InProcess, coordinator
+from signed_silos import adapter as shared
 from silo_requests import COORDINATOR, TRUSTED, body_of, opened, signer_of, ward
 
+from configs.errors import PolicyRefusal
 from configs.storage.files import digest_bytes
 from configs.storage.manifests import read_manifest
 from federated.adapters.arrays import to_bytes
@@ -253,6 +256,16 @@ def test_no_byte_of_a_mandate_can_be_changed(silo, place):
     content[place] ^= 1
     put(silo, bytes(content))
     assert refused(silo, reserve).startswith("mandate.")
+
+
+@pytest.mark.parametrize(("study", "said"), [("", "asked none"), ("other", "asked other")])
+def test_a_run_that_no_mandate_covers_ends_with_its_own_status_in_one_line(silo, tmp_path, study, said):
+    mandated(silo)
+    overrides = (f"federated.study={study}", "federated.round_timeout_s=0.3")
+    with pytest.raises(PolicyRefusal, match=rf"silo north refuses: mandate\.study: {said}, allowed a study") as refusal:
+        coordinator(InProcess([silo]), tmp_path / "run", *overrides).run(shared)
+    assert refusal.value.exit_status == 3
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_silo_without_mandates_answers_as_before_whatever_study_it_is_told(silo):
