@@ -74,7 +74,10 @@ class Mandates:
         ).signed(signer)
         if draft.is_over(time.time()):
             raise InputError(f"expires is {terms.expires}: that day has passed; give a later one")
-        there = self.read(terms.study)
+        try:
+            there = self.read(terms.study)
+        except UnsoundMandateError as error:
+            raise InputError(f"{error}; take it away with `siloweave silo mandate revoke {terms.study}`") from None
         if there is not None and there.is_over(time.time()):
             self.revoke(terms.study)
         with suppress(FileNotFoundError):  # one that was revoked, and put back

@@ -145,7 +145,7 @@ def test_a_damaged_file_is_listed_as_such_and_goes_the_same_way(toml, tmp_path, 
     path.write_bytes(path.read_bytes().replace(b"10.0", b"99.0"))
     (found,) = json.loads(silo(toml, "list", "--json").stdout)
     assert "one of its fields was edited" in found["state"]
-    assert "edited" in failed(toml, "add", write())
+    assert f"edited; take it away with `siloweave silo mandate revoke {STUDY}`" in failed(toml, "add", write())
     assert silo(toml, "revoke", STUDY).exit_code == 0
     assert silo(toml, "add", write()).exit_code == 0
 
