@@ -87,8 +87,14 @@ class SiloRecords:
             if found[name] != known[name]:
                 raise ValueError(f"silo {silo!r}: its {name} was {known[name]!r} and is {found[name]!r} now")
 
-    def take_reservation(self, silo: str, reserved: pb.Reserved) -> None:
+    def take_reservation(self, silo: str, reserved: pb.Reserved, study: str, coordinator: str) -> None:
         """Keeps what a silo has signed for a reservation: its receipt, and the mandate that covers the run.
+
+        Args:
+            silo: its name.
+            reserved: its reply.
+            study: in whose name the run asks.
+            coordinator: the public key of who asks.
 
         Raises:
             InputError: a field of one of them is wrong, or they don't fit together.
@@ -100,6 +106,9 @@ class SiloRecords:
             facts = {**self.silos[silo], "mandate": json_object(reserved.mandate, where)}
             receipt = Receipt.from_bytes(reserved.receipt, f"receipt of silo {silo}")
             check_mandate(facts, silo, self._plan, receipt.epsilon_reserved, where)
+            for field, asked in (("study", study), ("coordinator", coordinator)):
+                if (found := facts["mandate"]["terms"][field]) != asked:
+                    raise InputError(f"{where}.terms.{field} is {found!r}, and the run asks as {asked or 'none'!r}")
             self._check(silo, facts, receipt, f"receipt of silo {silo}")
             self.silos[silo] = facts
         self.take_receipt(silo, reserved.receipt)

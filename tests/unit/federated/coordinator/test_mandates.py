@@ -82,13 +82,6 @@ def edited(silo, reply, request):
     return reply
 
 
-def narrower(silo, reply, request):
-    silo.mandate = of(silo, **{**WIDE, "max_rounds_per_run": 1})
-    reply.reserved.mandate = silo.mandate.to_bytes()
-    reply.reserved.receipt = silo.receipt(request.run_id).to_bytes()
-    return reply
-
-
 def of_another(silo, reply, request):
     silo.mandate = signed(silo.signer, terms(**WIDE), silo="other", dataset="ward-one")
     reply.reserved.mandate = silo.mandate.to_bytes()
@@ -96,8 +89,30 @@ def of_another(silo, reply, request):
     return reply
 
 
-@pytest.mark.parametrize("change", [without, edited, narrower, of_another])
-def test_a_mandate_that_does_not_fit_its_receipt_or_the_plan_rejects_the_reservation(tmp_path, change):
+def resigned(**changes):
+    """Another mandate that the silo itself has signed, and names in its receipt."""
+
+    def change(silo, reply, request):
+        silo.mandate = of(silo, **{**WIDE, **changes})
+        reply.reserved.mandate = silo.mandate.to_bytes()
+        reply.reserved.receipt = silo.receipt(request.run_id).to_bytes()
+        return reply
+
+    return change
+
+
+CHANGES = [
+    without,
+    edited,
+    of_another,
+    resigned(max_rounds_per_run=1),
+    resigned(study="other"),
+    resigned(coordinator="ab" * 32),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_mandate_that_does_not_fit_receipt_plan_or_run_rejects_the_reservation(tmp_path, change):
     silo = mandated("one")
     silo.change = lambda *a: change(*a) if a[2].WhichOneof("kind") == "reserve" else a[1]
     one = coordinator(InProcess([silo]), tmp_path, STUDY, "federated.round_timeout_s=0.3")
