@@ -11,6 +11,7 @@ import typer
 
 from cluster.commands import federation as federation_command
 from cluster.commands import stages as cluster_commands
+from cluster.commands.approval.dossier import dossier
 from cluster.commands.chat import chat
 from cluster.commands.evaluate import evaluate
 from cluster.commands.explain import explain
@@ -45,6 +46,7 @@ app.command()(generate)
 app.command()(predict)
 app.command()(merge)
 app.command()(optimise)
+app.command()(dossier)
 app.command()(serve)
 app.command()(tune)
 app.command()(submit)

@@ -80,6 +80,7 @@ _LATER = {
     "federated.buffer": 0,
     "federated.staleness_exponent": 0.5,
     "federated.max_staleness": 100,
+    "federated.study": "",
     **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
     "model.family": "llama",
     "model.config": "",

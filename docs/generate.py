@@ -15,6 +15,7 @@ import siloweave
 from configs.schema.deployment import FederationConfig, RelayConfig
 from configs.schema.schema import RunConfig
 from configs.schema.silo import SiloConfig
+from privacy.mandate import MandateTerms
 
 DOCS = Path(__file__).parent
 _SET = """`--set group.field=value` overrides one setting. Keys and values are those of TOML, and a bare word is text:
@@ -23,6 +24,7 @@ _SET = """`--set group.field=value` overrides one setting. Keys and values are t
 FILES: tuple[tuple[str, str, type[BaseModel]], ...] = (
     ("A run", f"`-c FILE` of every command of a run. {_SET}", RunConfig),
     ("A silo", "`silo.toml` of `siloweave silo`. The steward of the silo writes it.", SiloConfig),
+    ("A mandate", "What `siloweave silo mandate add` reads. The steward of a silo writes it.", MandateTerms),
     ("A federation", "`federation.toml`. `siloweave federation init` writes it.", FederationConfig),
     ("A relay", "`relay.toml` of `siloweave silo relay`.", RelayConfig),
 )
@@ -40,7 +42,7 @@ def pages() -> dict[str, str]:
 
 
 def settings_page() -> str:
-    """Every setting of the four kinds of files, from the schema's own docstrings."""
+    """Every setting of the five kinds of files, from the schema's own docstrings."""
     lines = [_HEAD, "# Settings", "", _HEADER, ""]
     for title, purpose, schema in FILES:
         lines += [f"## {title}", "", purpose, ""]

@@ -1,6 +1,7 @@
 """What the two sides of a federation show by the same listeners and plots as a simulation.
 
-``siloweave federation run``: the rounds over silos elsewhere; ``rehearse``: whether they would work. ``siloweave silo attack``: what left one of them.
+``siloweave federation run``: the rounds over silos elsewhere; ``rehearse``: whether they would work. ``siloweave silo
+attack``: what left one of them.
 """
 
 import json

@@ -22,6 +22,10 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """SHA-256 in hexadecimal; a public key looks alike."""
 
 
+StudyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""The name of a study, by which a request says which mandate covers it; a file is called by it."""
+
+
 def _two_or_more(labels: tuple[str, ...]) -> tuple[str, ...]:
     if len(labels) == 1 or len(set(labels)) < len(labels):
         raise ValueError(f"the labels {list(labels)}: give two or more, each once")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from configs.schema.base import Count, CountBySilo, Positive, SecondsBySilo, Settings, SiloNames, named_as
+from configs.schema.base import Count, CountBySilo, Positive, SecondsBySilo, Settings, SiloNames, StudyName, named_as
 from configs.schema.places import Place
 from configs.schema.rounds.schedule import ROUND_RULES, Schedule, schedule_problems
 from configs.schema.stages import RoundStage, stage_at
@@ -160,7 +160,8 @@ class FederatedSettings(Settings):
     state_dir: Annotated[str, Place("the simulated silos' keys and ledgers", made=True, lasting=True)] = ""
     """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does. Empty: the same folder for
     all runs of a user, ``$XDG_STATE_HOME/siloweave/ledgers``, or ``~/.local/state/siloweave/ledgers``."""
-
+    study: StudyName | Literal[""] = ""
+    """Study in whose name silos are asked; empty: none, which silos with mandates refuse."""
     stages: tuple[RoundStage, ...] = ()
     """Stages of the fine-tuning, each a ``[[federated.stages]]`` of the file; none: all rounds are alike."""
 

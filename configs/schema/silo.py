@@ -161,6 +161,9 @@ class SiloPolicy(Settings):
     """Runs that one coordinator may open within 24 hours, by the ledger's own signed times."""
     max_open_runs: Count = 20
     """Runs of one coordinator that may be open at once. `siloweave silo runs stop` ends one that was left open."""
+    requires_mandate: bool = False
+    """Whether a mandate (`siloweave silo mandate`) has to cover all that is asked. It has to anyway once one was added;
+    with this nothing is answered before that, or should the mandates' folder ever be lost."""
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""

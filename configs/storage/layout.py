@@ -114,6 +114,11 @@ class RunFiles:
         return self.directory / "explanations.html"
 
     @property
+    def dossier(self) -> Path:
+        """What who approves a release is given."""
+        return self.directory / "dossier"
+
+    @property
     def report(self) -> Path:
         """The report for machines; a run that has one is finished."""
         return self.directory / "report.json"
@@ -228,6 +233,16 @@ class SiloFiles:
     def trusted(self) -> Path:
         """A file for each coordinator that may ask."""
         return self.directory / "trusted"
+
+    @property
+    def mandates(self) -> Path:
+        """A file for each study that may ask. Once this folder is there, nothing else may."""
+        return self.directory / "mandates"
+
+    @property
+    def revoked_mandates(self) -> Path:
+        """Mandates that are in force no longer, by their digests."""
+        return self.mandates / "revoked"
 
     @property
     def tls(self) -> Path:

@@ -10,6 +10,7 @@ import typer
 
 from configs.imports import import_large
 from configs.printing import FIGURES, answer, confirmed, rounded, say
+from federated.commands.mandates import mandate_app
 from federated.commands.silo_runs import found_journal, journal_of, runs_app
 from federated.deployment.supervisor import ended_by_signal
 
@@ -23,6 +24,7 @@ silo_app = typer.Typer(help="Runs a silo at an edge site.", no_args_is_help=True
 budget_app = typer.Typer(help="A silo's privacy budget.", no_args_is_help=True)
 silo_app.add_typer(budget_app, name="budget")
 silo_app.add_typer(runs_app, name="runs")
+silo_app.add_typer(mandate_app, name="mandate")
 
 
 @silo_app.callback()

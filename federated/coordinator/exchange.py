@@ -162,6 +162,7 @@ class SiloExchange:
             request_id=request_id,
             coordinator=self.parties.signer.public_key,
             expires=self.run.expires,
+            study=self.settings.study,
             **kind,
         ).SerializeToString(deterministic=True)
 

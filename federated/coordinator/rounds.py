@@ -222,7 +222,8 @@ class Coordinator:
         return min(federated.round_timeout_s, LONGEST_QUERY_S) if enough else federated.round_timeout_s
 
     def _take_reservation(self, answer: Answer) -> None:
-        self.silo_records.take_receipt(answer.silo, answer.reply.reserved.receipt)
+        study, key = self.config.federated.study, self.parties.signer.public_key
+        self.silo_records.take_reservation(answer.silo, answer.reply.reserved, study, key)
         self.reserved.add(answer.silo)
 
     def _round(self, round_number: int, adapter: Arrays) -> tuple[Arrays, list[str]]:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from configs.errors import InputError, SiloweaveError
-from configs.parse import parse
+from configs.parse import json_object, parse
 from configs.storage.files import canonical_json
 from federated.protocol import silo_pb2 as pb
 from privacy.certificate.signed_parts import (
     check_closing,
     check_history,
+    check_mandate,
     check_receipt,
     check_statement,
     expect,
@@ -63,6 +64,7 @@ class SiloRecords:
         """The receipt of what was committed of a silo, once it and the statement are found sound."""
         where = f"{origin}.receipt"
         receipt = parse(Receipt, silo["receipt"], where)
+        check_mandate(silo, name, self._plan, receipt.epsilon_reserved, f"{origin}.mandate")
         self._check(name, silo, receipt, where)
         if "statement" in silo:
             where = f"{origin}.statement"
@@ -84,6 +86,32 @@ class SiloRecords:
         for name in ("dataset_id", "public_key"):
             if found[name] != known[name]:
                 raise ValueError(f"silo {silo!r}: its {name} was {known[name]!r} and is {found[name]!r} now")
+
+    def take_reservation(self, silo: str, reserved: pb.Reserved, study: str, coordinator: str) -> None:
+        """Keeps what a silo has signed for a reservation: its receipt, and the mandate that covers the run.
+
+        Args:
+            silo: its name.
+            reserved: its reply.
+            study: in whose name the run asks.
+            coordinator: the public key of who asks.
+
+        Raises:
+            InputError: a field of one of them is wrong, or they don't fit together.
+        """
+        if not self._signed:
+            return
+        if reserved.mandate:
+            where = f"mandate of silo {silo}"
+            facts = {**self.silos[silo], "mandate": json_object(reserved.mandate, where)}
+            receipt = Receipt.from_bytes(reserved.receipt, f"receipt of silo {silo}")
+            check_mandate(facts, silo, self._plan, receipt.epsilon_reserved, where)
+            for field, asked in (("study", study), ("coordinator", coordinator)):
+                if (found := facts["mandate"]["terms"][field]) != asked:
+                    raise InputError(f"{where}.terms.{field} is {found!r}, and the run asks as {asked or 'none'!r}")
+            self._check(silo, facts, receipt, f"receipt of silo {silo}")
+            self.silos[silo] = facts
+        self.take_receipt(silo, reserved.receipt)
 
     def take_receipt(self, silo: str, content: bytes) -> None:
         """Keeps a silo's newest receipt: it goes back to the silo with the next request, and into the certificate.

@@ -23,13 +23,14 @@ class Envelope(_message.Message):
     def __init__(self, body: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "describe", "reserve", "train", "close", "evaluate", "contribute", "rehearse")
+    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "study", "describe", "reserve", "train", "close", "evaluate", "contribute", "rehearse")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_FIELD_NUMBER: _ClassVar[int]
+    STUDY_FIELD_NUMBER: _ClassVar[int]
     DESCRIBE_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +44,7 @@ class Request(_message.Message):
     request_id: str
     coordinator: str
     expires: int
+    study: str
     describe: Describe
     reserve: Reserve
     train: Train
@@ -50,7 +52,7 @@ class Request(_message.Message):
     evaluate: Evaluate
     contribute: Contribute
     rehearse: Rehearse
-    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., contribute: _Optional[_Union[Contribute, _Mapping]] = ..., rehearse: _Optional[_Union[Rehearse, _Mapping]] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., study: _Optional[str] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., contribute: _Optional[_Union[Contribute, _Mapping]] = ..., rehearse: _Optional[_Union[Rehearse, _Mapping]] = ...) -> None: ...
 
 class Describe(_message.Message):
     __slots__ = ()
@@ -221,10 +223,12 @@ class Described(_message.Message):
     def __init__(self, dataset_id: _Optional[str] = ..., public_key: _Optional[str] = ..., public_record_count: _Optional[int] = ...) -> None: ...
 
 class Reserved(_message.Message):
-    __slots__ = ("receipt",)
+    __slots__ = ("receipt", "mandate")
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    MANDATE_FIELD_NUMBER: _ClassVar[int]
     receipt: bytes
-    def __init__(self, receipt: _Optional[bytes] = ...) -> None: ...
+    mandate: bytes
+    def __init__(self, receipt: _Optional[bytes] = ..., mandate: _Optional[bytes] = ...) -> None: ...
 
 class Trained(_message.Message):
     __slots__ = ("receipt", "update")

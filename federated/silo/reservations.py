@@ -18,6 +18,7 @@ from privacy.ledger.chain import Budget
 from privacy.ledger.client_runs import entrust, entrusted
 from privacy.ledger.ledger import Ledger
 from privacy.ledger.limits import Limits
+from privacy.mandate import Mandate
 from privacy.plan import PlanTerms, PrivacyPlan
 
 
@@ -39,9 +40,10 @@ def budget_of(policy: SiloPolicy) -> Budget:
     return Budget(policy.budget_epsilon, policy.budget_delta)
 
 
-def limits_of(policy: SiloPolicy) -> Limits:
-    """What a policy allows beside its budget."""
-    return Limits(policy.max_epsilon_per_day, policy.max_runs_per_day, policy.max_open_runs)
+def limits_of(policy: SiloPolicy, mandate: Mandate | None) -> Limits:
+    """What a policy allows beside its budget, and a study beside that."""
+    study = None if mandate is None else mandate.limit
+    return Limits(policy.max_epsilon_per_day, policy.max_runs_per_day, policy.max_open_runs, study)
 
 
 def check_request_size(asked: pb.Reserve, policy: SiloPolicy) -> None:
@@ -59,7 +61,14 @@ def check_request_size(asked: pb.Reserve, policy: SiloPolicy) -> None:
         raise PolicyRefusal.of("max_request_bytes", f"{size}", f"{most}", message)
 
 
-def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_time: Lock, accounting: Lock) -> None:
+def account(
+    ledger: Ledger,
+    config: SiloConfig,
+    request: pb.Request,
+    mandate: Mandate | None,
+    one_at_a_time: Lock,
+    accounting: Lock,
+) -> None:
     """Checks all about a reservation that is cheap, then computes its epsilon, which the accountant remembers.
 
     So ``reserve`` waits for nothing while it holds the silo and its ledger; and what has no room costs no accounting.
@@ -70,6 +79,7 @@ def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_ti
         ledger: the silo's.
         config: the silo, with its policy of now.
         request: a reservation.
+        mandate: what covers it, where the silo asks for mandates.
         one_at_a_time: held while the ledger is looked at.
         accounting: held while epsilon is computed.
 
@@ -82,7 +92,7 @@ def account(ledger: Ledger, config: SiloConfig, request: pb.Request, one_at_a_ti
     if plan.terms.unit == "record":
         with one_at_a_time:
             ledger.bind(budget_of(policy))
-            ledger.check_room(request.run_id, plan.terms, limits_of(policy), request.coordinator)
+            ledger.check_room(request.run_id, plan.terms, limits_of(policy, mandate), request.coordinator)
     check_epsilon(epsilon_of(plan.terms, accounting), policy)
 
 
@@ -100,19 +110,20 @@ def epsilon_of(terms: PlanTerms, accounting: Lock) -> float:
         accounting.release()
 
 
-def reserve(ledger: Ledger, config: SiloConfig, request: pb.Request) -> pb.Reserved:
-    """Commits a run's whole schedule.
+def reserve(ledger: Ledger, config: SiloConfig, request: pb.Request, mandate: Mandate | None) -> pb.Reserved:
+    """Commits a run's whole schedule, in the name of its study where a mandate covers it.
 
     Raises:
         PolicyRefusal: a rule of the policy, or no room.
     """
-    policy, coordinator = config.policy, request.coordinator
+    policy, coordinator, limits = config.policy, request.coordinator, limits_of(config.policy, mandate)
     plan = check_new_plan(plan_of(request.reserve.plan), policy, config.silo.public_record_count)
     check_epsilon(plan.terms.epsilon, policy)
     if plan.terms.unit == "client":  # its guarantee, and what it spends, are the aggregator's
-        entrust(ledger.journal, request.run_id, plan.terms, coordinator, limits_of(policy))
+        entrust(ledger.journal, request.run_id, plan.terms, coordinator, limits)
         return pb.Reserved(receipt=ledger.receipt(request.run_id, coordinator).to_bytes())
-    return pb.Reserved(receipt=ledger.reserve(request.run_id, plan, limits_of(policy), coordinator).to_bytes())
+    receipt = ledger.reserve(request.run_id, plan, limits, coordinator)
+    return pb.Reserved(receipt=receipt.to_bytes(), mandate=mandate.to_bytes() if mandate else b"")
 
 
 def reserved_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan_digest: str) -> PrivacyPlan:

@@ -23,6 +23,7 @@ from federated.protocol.framing import PROTOCOL_VERSION
 from federated.silo.contribution import contribution
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import LocalSettings, PrivateUpdate
+from federated.silo.mandates.coverage import covering
 from federated.silo.policy import check_model, check_optimizer
 from federated.silo.rehearsal.rehearsal import Rehearsals, facts
 from federated.silo.released.released import Released
@@ -150,25 +151,28 @@ class Silo:
         return reply
 
     def _answer(self, request: pb.Request, receipt: bytes, digest: str) -> bytes:
-        kind = request.WhichOneof("kind")
+        kind, config = request.WhichOneof("kind"), self.config
         if kind == "rehearse":
-            rehearsed = self._rehearsals.answer(self.config, request, digest)
+            rehearsed = self._rehearsals.answer(config, request, digest)
             return _serialized(self._reply(digest, rehearsed=rehearsed))
-        if kind != "describe":  # which tells public settings and asks no ledger
-            with self._one_at_a_time:
+        with self._one_at_a_time:
+            mandate = covering(request, config, self.ledger.journal, self._log)
+            if kind != "describe":  # which tells public settings and asks no ledger
                 self.ledger.accept(receipt_of(receipt))
         if kind == "reserve":
-            account(self.ledger, self.config, request, self._one_at_a_time, self._accounting)
+            account(self.ledger, config, request, mandate, self._one_at_a_time, self._accounting)
         with self._one_at_a_time:
             return self._dispatch(request, digest)
 
     def _count(self, request: pb.Request, content: bytes, digest: str) -> None:
         names = {"run": request.run_id, "request": request.request_id, "kind": request.WhichOneof("kind")}
+        names |= {"study": request.study} if request.study else {}
         most = self.config.policy.max_requests_per_day
         self._traffic.accepted(content, request.coordinator, most, request_digest=digest, **names)
 
     def _dispatch(self, request: pb.Request, digest: str) -> bytes:
         kind = request.WhichOneof("kind")
+        mandate = covering(request, self.config, self.ledger.journal, self._log)  # anew: it may be revoked by now
         if kind == "train":
             return self._train(request, digest)
         if kind == "evaluate":
@@ -180,7 +184,7 @@ class Silo:
             content = encoded(update, dtype)
             reply = self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), update=content))
         elif kind == "reserve":
-            reply = self._reply(digest, reserved=reserve(self.ledger, self.config, request))
+            reply = self._reply(digest, reserved=reserve(self.ledger, self.config, request, mandate))
         elif kind == "close":
             reply = self._reply(digest, closed=close(self.ledger, self.config, request))
         else:

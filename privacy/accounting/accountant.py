@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from configs.errors import InputError, SiloweaveError
+from configs.imports import import_large
 from privacy.accounting.schedule import Schedule
 from privacy.accounting.size import LARGEST_BINS, check_size
 
@@ -111,6 +112,7 @@ def _rdp_epsilon(schedule: Schedule, delta: float) -> float | None:
 
 
 def _prv_epsilon(schedule: Schedule, delta: float) -> float | None:
+    import_large("opacus.accountants")  # and torch with it
     from opacus.accountants import PRVAccountant
 
     class Bounded(PRVAccountant):  # type: ignore[misc]

@@ -19,6 +19,7 @@ from privacy.certificate.model_digests import ModelDigests
 from privacy.certificate.signed_parts import (
     TOLERANCE,
     check_closing,
+    check_mandate,
     check_receipt,
     check_statement,
     expect,
@@ -29,7 +30,7 @@ from privacy.ledger.runs import Run, Runs
 from privacy.ledger.statements import AuditStatement, Receipt, RunStatement
 from privacy.plan import PlanTerms
 
-_SILO_FIELDS = {"dataset_id", "public_key", "public_record_count", "receipt", "statement", "audit"}
+_SILO_FIELDS = {"dataset_id", "public_key", "public_record_count", "receipt", "statement", "audit", "mandate"}
 
 
 def check_certificate(document: Mapping[str, Any], origin: str) -> None:
@@ -113,8 +114,9 @@ def _signed(value: Any, name: str, run: str, plan: PlanTerms, where: str) -> dic
     for field in sorted(silo.keys() - _SILO_FIELDS):
         raise InputError(f"{where}.{field}: no such field, and nothing signs it; the certificate was edited")
     receipt = parse(Receipt, silo.get("receipt", {}), f"{where}.receipt")
+    mandate = check_mandate(silo, name, plan, receipt.epsilon_reserved, f"{where}.mandate")
     check_receipt(receipt, silo, name, run, plan, f"{where}.receipt")
-    found = {**silo, "receipt": receipt.model_dump(mode="json")}
+    found = {**silo, "receipt": receipt.model_dump(mode="json"), **({"mandate": mandate} if mandate else {})}
     if "statement" in silo:
         statement = parse(RunStatement, silo["statement"], f"{where}.statement")
         check_statement(statement, silo, name, run, plan, f"{where}.statement")
@@ -161,8 +163,8 @@ def check_in_ledger(document: Mapping[str, Any], bodies: list[dict[str, Any]], h
     if found is None:
         raise InputError(f"{where}: the ledger holds no reservation of run {run}")
     for field, value in _facts(found).items():
-        if "statement" in silo and silo["statement"][field] != value:
-            raise InputError(f"{where}.statement.{field} is {silo['statement'][field]!r}, the ledger has {value!r}")
+        if "statement" in silo and silo["statement"].get(field, "") != value:
+            raise InputError(f"{where}.statement.{field} is {silo['statement'].get(field)!r}, the ledger has {value!r}")
     if document.get("model") is not None:
         _check_releases(ModelDigests.model_validate(document["model"]), str(name), bodies, found, origin)
     return str(name)
@@ -182,6 +184,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "public_record_count": run.opening["public_record_count"],
         "rounds_charged": run.rounds_charged,
         "number": run.closing["number"] if run.closing else None,
+        "mandate": run.opening.get("mandate", ""),
     }
 
 
@@ -202,7 +205,7 @@ def _check_releases(model: ModelDigests, name: str, bodies: list[dict[str, Any]]
 def _check_audit(silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str) -> AuditStatement:
     audit = parse(AuditStatement, silo["audit"], where)
     expected = in_both(silo, name, run, plan)
-    del expected["public_record_count"]
+    del expected["public_record_count"], expected["mandate"]
     expect(audit, expected, where)
     if "statement" not in silo:
         raise InputError(f"{where}: is of a run that is not closed; the certificate was edited")

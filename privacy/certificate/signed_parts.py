@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.errors import InputError
+from configs.storage.files import digest_json
 from privacy.ledger.statements import AuditStatement, Receipt, RunStatement
+from privacy.mandate import mandate_of, require_owner
 from privacy.plan import PlanTerms
 
 TOLERANCE = 1e-6  # accountants differ by less between machines
@@ -27,7 +29,35 @@ def in_both(silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms) -> di
         "public_record_count": silo.get("public_record_count"),
         "run": run,
         "plan_digest": plan.digest,
+        "mandate": digest_json(silo["mandate"]) if "mandate" in silo else "",
     }
+
+
+def check_mandate(
+    silo: Mapping[str, Any], name: str, plan: PlanTerms, epsilon: float, where: str
+) -> dict[str, Any] | None:
+    """Checks the mandate of a run, whose digest its receipt and statement have to name.
+
+    Args:
+        silo: as in ``in_both``; its ``mandate``, where there is one.
+        name: the ledger's.
+        plan: the plan that was reserved.
+        epsilon: what that spends.
+        where: what is checked, for the message.
+
+    Returns:
+        The mandate as its signature gives it.
+
+    Raises:
+        InputError: it was edited, is another silo's, or does not cover the plan.
+    """
+    if "mandate" not in silo:
+        return None
+    mandate = mandate_of(silo["mandate"], where)
+    require_owner(mandate, name, str(silo.get("dataset_id")), str(silo.get("public_key")), where)
+    if found := mandate.beyond(plan, epsilon):
+        raise InputError(f"{where}.terms.{found[0]}: the plan has {found[1]}, allowed {found[2]}; do not trust it")
+    return mandate.model_dump(mode="json")
 
 
 def check_receipt(receipt: Receipt, silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str) -> None:

@@ -171,6 +171,7 @@ class Journal:
             delta_reserved=reservation.get("delta", 0.0),
             epsilon_left=remaining.epsilon,
             delta_left=remaining.delta,
+            mandate=reservation.get("mandate", ""),
             spends=history.spends,
         ).signed(self.signer)
 

@@ -20,7 +20,7 @@ from configs.storage.files import digest_bytes
 from privacy.ledger.chain import Budget, left, policy_budget, releases, verify_entries
 from privacy.ledger.journal import RECONCILE, Journal, default_anchor_dir
 from privacy.ledger.kept_replies import gone, too_old
-from privacy.ledger.limits import Limits, check_new
+from privacy.ledger.limits import Limits, check_new, under
 from privacy.ledger.runs import Run, Runs, named
 from privacy.ledger.statements import Receipt, RunStatement
 from privacy.mechanism.streams import SEED_BYTES
@@ -157,6 +157,7 @@ class Ledger:
                     "reserve",
                     run=run_id,
                     **named(coordinator),
+                    **under(limits.study),
                     plan=terms.model_dump(),
                     plan_digest=terms.digest,
                     public_record_count=plan.public_record_count,
@@ -303,6 +304,7 @@ class Ledger:
             attests_disjoint_units=attests_disjoint_units,
             seed_source=run.seed_source,
             versions=versions,
+            mandate=reservation.get("mandate", ""),
         ).signed(self.journal.signer)
 
 

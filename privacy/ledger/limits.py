@@ -15,6 +15,23 @@ LARGEST_SHARE = 1000  # of them, for one coordinator
 
 
 @dataclass(frozen=True)
+class Study:
+    """What the mandate of a study allows all of its runs together.
+
+    Attributes:
+        name: the study's.
+        mandate: digest of the mandate in force.
+        epsilon: of all reservations in the study's name, under whichever mandate.
+        delta: the same.
+    """
+
+    name: str
+    mandate: str
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the policy in force allows beside the budget; None is no limit.
 
@@ -22,11 +39,13 @@ class Limits:
         epsilon_per_day: the epsilon of all reservations within 24 hours.
         runs_per_day: the runs that one coordinator opens within 24 hours.
         open_runs: the open runs of one coordinator.
+        study: in whose name the run is asked for; None where the silo asks for no mandate.
     """
 
     epsilon_per_day: float | None = None
     runs_per_day: int | None = None
     open_runs: int | None = None
+    study: Study | None = None
 
 
 def check_new(bodies: list[dict[str, Any]], terms: PlanTerms, epsilon: float, limits: Limits, coordinator: str) -> None:
@@ -88,6 +107,22 @@ def check_spend(bodies: list[dict[str, Any]], coordinator: str, epsilon: float, 
     _check_left(left(bodies), epsilon, delta)
     _check_number(bodies, coordinator)
     _check_day(bodies, epsilon, limits.epsilon_per_day)
+    if limits.study is not None:
+        _check_study(bodies, epsilon, delta, limits.study)
+
+
+def under(study: Study | None) -> dict[str, str]:
+    """How a reservation names its study, where there is one."""
+    return {} if study is None else {"study": study.name, "mandate": study.mandate}
+
+
+def spent_by(bodies: list[dict[str, Any]], study: str) -> Budget:
+    """What the runs of a study have reserved.
+
+    What a reconciliation has charged is counted for every study: nobody can tell whose the lost runs were.
+    """
+    own = [body for body in bodies if body["kind"] == "reconcile" or body.get("study") == study]
+    return Budget(sum(body["epsilon"] for body in own), sum(body["delta"] for body in own))
 
 
 def check_unit(bodies: list[dict[str, Any]], unit: str) -> None:
@@ -110,6 +145,22 @@ def _check_left(remaining: Budget, epsilon: float, delta: float) -> None:
                 f"{max(there, 0):.6g}",
                 f"the run needs {name} {asked:.4g} and this dataset has {max(there, 0):.4g} left; "
                 f"lower privacy.{name}, or ask the steward to raise the budget",
+            )
+
+
+def _check_study(bodies: list[dict[str, Any]], epsilon: float, delta: float, study: Study) -> None:
+    spent = spent_by(bodies, study.name)
+    for name, asked, allowed, before in (
+        ("epsilon", epsilon, study.epsilon, spent.epsilon),
+        ("delta", delta, study.delta, spent.delta),
+    ):
+        if before + asked > allowed * (1 + 1e-12):
+            raise PolicyRefusal.of(
+                f"mandate.budget_{name}",
+                f"{before + asked:.6g}",
+                f"{allowed:.6g}",
+                f"the run needs {name} {asked:.4g}, its study {study.name} has reserved {before:.4g} of the "
+                f"{allowed:.4g} that its mandate allows",
             )
 
 

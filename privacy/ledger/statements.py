@@ -4,9 +4,9 @@ A signature is over the canonical JSON of all other fields. It shows that the ow
 that is has to be known from elsewhere.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from configs.errors import InputError
 from configs.parse import json_object, parse
@@ -43,6 +43,12 @@ class Signed(BaseModel):
     dataset: Name
     public_key: Hexadecimal
     signature: Hexadecimal = ""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a mandate where there is none: earlier versions had no field for it."""
+        found: dict[str, Any] = write(self)
+        return found if found.get("mandate", True) else {name: found[name] for name in found if name != "mandate"}
 
     def signed(self, signer: Signer) -> Self:
         """The same with its signature."""
@@ -86,6 +92,7 @@ class Receipt(Signed):
         delta_reserved: of the run.
         epsilon_left: what no run has reserved yet.
         delta_left: the same for delta.
+        mandate: digest of the mandate that covers the run; empty where the silo asked for none.
         spends: everything that the dataset has ever spent. From sums alone nobody could tell which spends of a file
             that was put back are lost: two branches of a ledger may have spent different things.
     """
@@ -101,6 +108,7 @@ class Receipt(Signed):
     delta_reserved: Spent
     epsilon_left: Finite
     delta_left: Finite
+    mandate: Hexadecimal = ""
     spends: Annotated[tuple[Spend, ...], Field(max_length=10_000)]
 
 
@@ -119,6 +127,7 @@ class RunStatement(Signed):
         attests_disjoint_units: the steward's word that its units appear in no other silo.
         seed_source: where the seeds of the run's charges came from.
         versions: of the libraries that sampled, clipped, added noise and accounted.
+        mandate: digest of the mandate that covered the run; empty where the silo asked for none.
     """
 
     kind: Literal["statement"] = "statement"
@@ -133,6 +142,7 @@ class RunStatement(Signed):
     attests_disjoint_units: bool
     seed_source: Literal["operating system", "injected", "not recorded"]
     versions: Annotated[dict[Name, Name], Field(max_length=100)]
+    mandate: Hexadecimal = ""
 
 
 class AuditedScore(BaseModel):

@@ -38,7 +38,7 @@ class SignedSilo:
         self.name, self.change, self.value = name, change, value
         self.signer = signer_of(digest_bytes(name.encode())[:32].encode())
         self.number, self.plan = 1, None
-        self.charged = 0
+        self.charged, self.mandate = 0, None
 
     def receipt(self, run, /, **values):
         """What an honest ledger of one reservation would show now."""
@@ -58,6 +58,7 @@ class SignedSilo:
             "delta_reserved": delta,
             "epsilon_left": 32 - epsilon,
             "delta_left": 1e-4 - delta,
+            "mandate": self.mandate.digest if self.mandate else "",
             "spends": spends,
         }
         return Receipt(**{**given, **values}).signed(self.signer)
@@ -79,6 +80,7 @@ class SignedSilo:
             "attests_disjoint_units": True,
             "seed_source": "operating system",
             "versions": {"torch": "2"},
+            "mandate": self.mandate.digest if self.mandate else "",
         }
         return RunStatement(**{**given, **values}).signed(self.signer)
 
@@ -101,6 +103,7 @@ class SignedSilo:
         if kind == "reserve":
             self.plan = PlanTerms.model_validate_json(request.reserve.plan)
             reply.reserved.receipt = self.receipt(run).to_bytes()
+            reply.reserved.mandate = self.mandate.to_bytes() if self.mandate else b""
         elif kind == "train":
             self.charged = max(self.charged, request.train.round)
             reply.trained.receipt = self.receipt(run).to_bytes()

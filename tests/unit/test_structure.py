@@ -45,6 +45,7 @@ FLOORS = {
         "declaration plan register",
         "mechanism plan_from_settings",
         "audit ledger",
+        "mandate",
         "certificate",
         "commands",
     ),

@@ -35,6 +35,7 @@ _FIXES = {  # by what a refusal begins with
     "expires": f"set the clock that is wrong; {CLOCK_RULE}",
     "queue": "give the command again when the silo has finished what it does",
     "rehearsal": "give the command again when the silo has finished what it does, or tomorrow",
+    "mandate": "ask the steward for a mandate that covers the run, and name its study by federated.study",
     "coordinator": "ask the steward for `siloweave silo trust` with this federation's coordinator.json",
 }
 _OF_STEPS = {
@@ -179,7 +180,7 @@ def _untold(message: str, rule: str, late: str = "") -> Finding:
     if rule in ("request", "version"):
         return Finding("version", ok=False, found=message, fix=_UPGRADE)
     if rule:
-        return Finding("policy", ok=False, found=message, fix=_FIXES.get(rule, _POLICY))
+        return Finding("policy", ok=False, found=message, fix=_FIXES.get(rule.partition(".")[0], _POLICY))
     if "no reply can leave" in message:
         return Finding("disk", ok=False, found=message, fix=_LOGS)
     if "its service at" in message:

@@ -25,6 +25,7 @@ from configs.schema.silo import SiloConfig
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.bounds import COLUMNS
 from federated.protocol.framing import filler
+from federated.silo.mandates.coverage import covering
 from federated.silo.policy import check_epsilon, check_model, check_new_plan, check_optimizer, plan_of
 from federated.silo.rehearsal.trial import take
 from federated.silo.requests import refusal_message, update_dtype_of
@@ -32,6 +33,7 @@ from federated.silo.reservations import budget_of, check_request_size, epsilon_o
 from privacy.ledger.journal import anchor_dir_of
 from privacy.ledger.ledger import Ledger
 from privacy.ledger.limits import DAY_S, check_new
+from privacy.mandate import Mandate
 from trainer.tasks.task import kind_of
 
 MOST_A_DAY = 100  # requests of one coordinator; a rehearsal takes four, and of these one that computes
@@ -66,15 +68,18 @@ class Rehearsals:
             digest: of its body.
 
         Raises:
-            PolicyRefusal: the silo is at work, or was asked too often, or for more bytes than it was sent.
+            PolicyRefusal: the silo is at work, or was asked too often, or for more bytes than it was sent, or no
+                mandate covers the run.
         """
         began, asked = time.monotonic(), request.rehearse
         if asked.filler_bytes > (most := request.ByteSize()):
             raise PolicyRefusal.of("filler_bytes", f"{asked.filler_bytes}", f"{most}, the request's own")
         with self._alone(request.coordinator):
+            with self._one_at_a_time:
+                mandate = covering(request, config, self._ledger.journal, self._log)
             told = _said(config, self._base_model)
             if asked.HasField("train"):
-                told.refusals.extend(self._refusals(config, request))
+                told.refusals.extend(self._refusals(config, request, mandate))
                 if asked.trial and told.room and not told.refusals:
                     self._try(told, config, asked)
         told.filler = filler(digest, asked.filler_bytes)
@@ -103,19 +108,19 @@ class Rehearsals:
             raise PolicyRefusal.of(RULE, f"{len(asked) + 1} requests within 24 hours", f"{MOST_A_DAY}")
         asked.append(now)
 
-    def _refusals(self, config: SiloConfig, request: pb.Request) -> list[str]:
+    def _refusals(self, config: SiloConfig, request: pb.Request, mandate: Mandate | None) -> list[str]:
         """What the run would be refused for, each rule that can be looked at by itself."""
         asked, policy = request.rehearse, config.policy
         checks: tuple[Callable[[], object], ...] = (
             lambda: check_request_size(asked.reserve, policy),
-            lambda: self._check_plan(config, request),
+            lambda: self._check_plan(config, request, mandate),
             lambda: check_model(asked.train, policy, self._base_model),
             lambda: check_optimizer(asked.train, policy),
             lambda: update_dtype_of(asked.train),
         )
         return [said for check in checks if (said := _refused(check))]
 
-    def _check_plan(self, config: SiloConfig, request: pb.Request) -> None:
+    def _check_plan(self, config: SiloConfig, request: pb.Request, mandate: Mandate | None) -> None:
         policy = config.policy
         plan = check_new_plan(plan_of(request.rehearse.reserve.plan), policy, config.silo.public_record_count)
         epsilon = epsilon_of(plan.terms, self._accounting)
@@ -125,7 +130,7 @@ class Rehearsals:
             bodies = self._ledger.journal.bodies()
         # As the entry would have it that a reservation adds where the steward has changed the budget.
         bodies = [*bodies, {**bodies[-1], "kind": "policy", **asdict(budget_of(policy))}]
-        check_new(bodies, plan.terms, epsilon, limits_of(policy), request.coordinator)
+        check_new(bodies, plan.terms, epsilon, limits_of(policy, mandate), request.coordinator)
 
     def _try(self, told: pb.Rehearsed, config: SiloConfig, asked: pb.Rehearse) -> None:
         found = take(config, plan_of(asked.reserve.plan), asked.train, self._log)

@@ -91,6 +91,7 @@ NO_PATHS = {
     "evaluate.public.language",
     "federated.labels",
     "federated.template",
+    "federated.study",
     "policy.labels",
     "policy.template",
     "data.private.dataset_id",

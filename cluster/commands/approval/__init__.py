@@ -1,0 +1,1 @@
+"""Commands for who has to approve that a model leaves."""

@@ -1,0 +1,1 @@
+"""The dossier: one folder for who has to approve that a model leaves."""
