@@ -89,7 +89,7 @@ def train(silo, adapter=b"", number=1, plan=PLAN, how=None, **changes):
     given = {
         "round": number,
         "plan_digest": plan.digest,
-        "base_model_digest": base_model(silo),
+        "base_model_digest": of_silo(silo),
         "task": "causal",
         "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0),
         "adapter": adapter,
@@ -99,7 +99,15 @@ def train(silo, adapter=b"", number=1, plan=PLAN, how=None, **changes):
     return ask(silo, f"round-{number}", **(how or {}), train=pb.Train(**{**given, **changes}))
 
 
-def base_model(silo):
+def rehearse(silo, plan=PLAN, base_model=None, **how):
+    model = of_silo(silo) if base_model is None else base_model
+    content = pb.Train(round=1, plan_digest=plan.digest, base_model_digest=model, task="causal")
+    return ask(
+        silo, "trial", **how, rehearse=pb.Rehearse(reserve=pb.Reserve(plan=plan.model_dump_json()), train=content)
+    )
+
+
+def of_silo(silo):
     """The base model that the mandate names, without a look at the workbench."""
     return read_manifest(Path(silo.config.silo.base_model), "model").content_digest
 
@@ -227,10 +235,17 @@ REQUESTS = {
     "another task": (lambda silo: train(silo, task="qa"), "task"),
     "labels": (lambda silo: train(silo, task_spec=pb.TaskSpec(labels=("yes", "no"))), "labels"),
     "to contribute, with another task": (
-        lambda silo: ask(silo, "c", contribute=pb.Contribute(train=pb.Train(base_model_digest=base_model(silo)))),
+        lambda silo: ask(silo, "c", contribute=pb.Contribute(train=pb.Train(base_model_digest=of_silo(silo)))),
         "task",
     ),
     "to evaluate another base model": (lambda silo: ask(silo, "e", evaluate=pb.Evaluate(number=1)), "base_models"),
+    "to rehearse in no study": (lambda silo: rehearse(silo, study=""), "study"),
+    "to rehearse for another coordinator": (lambda silo: rehearse(silo, sender=OTHER), "coordinator"),
+    "to rehearse with less noise": (
+        lambda silo: rehearse(silo, PLAN.model_copy(update={"noise_multiplier": 0.79})),
+        "min_noise_multiplier",
+    ),
+    "to rehearse with another base model": (lambda silo: rehearse(silo, base_model="cd" * 32), "base_models"),
     "to go on with a run of another name": (lambda silo: train(silo, how={"study": "other"}), "study"),
 }
 
@@ -310,6 +325,17 @@ def test_a_round_after_the_mandate_was_revoked_is_refused_and_so_is_what_is_stor
     assert refused(silo, reserve) == "mandate.run"
     closed = ask(silo, "close", close=pb.Close())
     assert RunStatement.from_bytes(closed.closed.statement, "reply").rounds_charged == 1
+
+
+def test_a_rehearsal_is_told_what_its_study_has_left(silo):
+    mandated(silo, budget_epsilon=1.5 * PLAN.epsilon)
+    told = rehearse(silo)
+    assert told.WhichOneof("kind") == "rehearsed"
+    assert not any("mandate" in line for line in told.rehearsed.refusals)
+    reserve(silo)
+    assert [
+        line for line in rehearse(silo, run_id="run-2").rehearsed.refusals if line.startswith("mandate.budget_epsilon")
+    ]
 
 
 def test_a_run_from_before_all_mandates_is_not_covered_by_the_first_one(silo, adapter):
