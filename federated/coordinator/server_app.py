@@ -33,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
     parties = Parties(coordinator_signer(home), int(given["num-silos"]), partial(enrolled_silos, home), ledger)
     with recorded(directory, context.run_id):
         line = LARGEST_MESSAGE_BYTES
-        if given["rehearsal"]:
+        if given.get("rehearsal"):
             rehearse(OneByOne(grid), config, base_model, directory, parties)
             return
         run_federation(OneByOne(grid), config, base_model, directory, parties, lambda _: None, carries_bytes=line)

@@ -20,7 +20,7 @@ from federated.protocol import silo_pb2 as pb
 from privacy.plan import PlanTerms
 
 TRIAL_S = 90.0
-DONE, MEMORY, SLOW, FAILED = "done", "memory", "slow", "failed"
+MEMORY, SLOW, FAILED = "memory", "slow", "failed"
 _FOR_WANT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGABRT)  # by the system, and by what C++ does where none is left
 _STEPS = "federated.silo.rehearsal.steps"
 
