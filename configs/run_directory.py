@@ -80,6 +80,8 @@ _LATER = {
     "federated.buffer": 0,
     "federated.staleness_exponent": 0.5,
     "federated.max_staleness": 100,
+    "federated.secure_aggregation": False,
+    "federated.colluders": 0,
     **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
     "model.family": "llama",
     "model.config": "",
