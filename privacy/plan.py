@@ -16,6 +16,7 @@ from configs.schema.base import Labels, MaxNewTokens
 from configs.storage.files import digest_json
 from privacy.accounting.schedule import Schedule
 from privacy.accounting.truncation import Truncation, size_margin, size_noise
+from privacy.secure_sum import SecureSum
 
 if TYPE_CHECKING:
     from privacy.accounting.accountant import Guarantee
@@ -64,26 +65,6 @@ class MetricRelease(BaseModel):
         """What a release has not got is written as before there was any, so that its plan's digest stays."""
         tree: dict[str, Any] = handler(self)
         return {name: value for name, value in tree.items() if name not in _LATER or value}
-
-
-class SecureSum(BaseModel):
-    """How updates are added up where whoever asks for them is to see their sum alone.
-
-    Attributes:
-        colluders: silos that may be in league with whoever adds up, without more being learnt.
-        min_survivors: with fewer silos in a sum nothing is unmasked; more than half of all silos and colluders are
-            needed anyway.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    colluders: Size = 0
-    min_survivors: Size = 0
-
-    @property
-    def fewest(self) -> int:
-        """Silos that are in every sum, however few there are in all: two that don't collude among them."""
-        return max(self.min_survivors, self.colluders + 2)
 
 
 class PlanTerms(BaseModel):

@@ -14,10 +14,11 @@ import numpy.typing as npt
 from configs.schema.federated import FederatedSettings
 from federated.adapters.arrays import Arrays
 from federated.protocol import silo_pb2 as pb
-from privacy.plan import PlanTerms, SecureSum
+from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement, least_survivors
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.messages import pack
+from privacy.secure_sum import SecureSum
 
 # Most by which Adam moves a weight, in learning rates: by Cauchy and Schwarz the ratio of its moments is at most
 # (1 - b1) / sqrt(1 - b2) / sqrt(1 - b1^2 / b2), which is 7.27, for betas of 0.9 and 0.999.

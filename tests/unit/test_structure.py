@@ -39,7 +39,7 @@ FLOORS = {
         "export imported inference optimisation",
     ),
     "privacy": (
-        "accounting clipping signing",
+        "accounting clipping secure_sum signing",
         "declaration plan register secagg",
         "mechanism plan_from_settings",
         "audit ledger",

@@ -23,11 +23,12 @@ from federated.coordinator.schedule.quorum import Quorum
 from federated.coordinator.schedule.training_request import TrainingRequests
 from federated.coordinator.secure.sum_record import SumRecord
 from federated.protocol import silo_pb2 as pb
-from privacy.plan import PlanTerms, SecureSum
+from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement, least_survivors
 from privacy.secagg.failures import ForgedMessage
 from privacy.secagg.messages import Phase, open_silo_message
 from privacy.secagg.server import Server
+from privacy.secure_sum import SecureSum
 
 _LEAST_PATIENCE_S = 60.0  # of an exchange without training
 

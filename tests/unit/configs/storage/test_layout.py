@@ -57,6 +57,7 @@ ON_DISK = {
         "personal": "personal",
         "enrolment": "enrolment.json",
         "trusted": "trusted",
+        "roster": "roster",
         "tls": "tls",
         "service_key": "tls/service.key",
         "service_certificate": "tls/service.crt",
