@@ -34,7 +34,7 @@ from federated.coordinator.schedule.evaluations import PrivateEvaluations
 from federated.coordinator.schedule.mail import QUERY, TRAIN
 from federated.coordinator.schedule.quorum import Quorum
 from federated.coordinator.schedule.training_request import TrainingRequests
-from federated.coordinator.secure.secure_rounds import SecureRounds, check_silos
+from federated.coordinator.secure.secure_rounds import SUM_TAKES, SecureRounds, check_silos
 from federated.coordinator.secure.sum_record import SumRecord
 from federated.coordinator.silo_records import SiloRecords
 from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
@@ -199,8 +199,9 @@ class Coordinator:
             InputError: there are rounds to do, and the run's time is up.
         """
         fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
+        needs = Quorum(fewest)
         if self.secure and fewest:
-            fewest = self.secure.fewest()
+            needs = Quorum(fewest := self.secure.fewest(), rule=SUM_TAKES)
         if done < self.plan.rounds:
             self.exchange.run.require_time(self.directory, self.silo_records.cost_anew)
         self.exchange.wait_for(number, fewest)
@@ -214,7 +215,7 @@ class Coordinator:
         asked = pb.Reserve(plan=text, request_bytes=self.sizes.request, secure=secure)
         bodies = Bodies(new, lambda silo: (self.exchange.body("reserve", silo, reserve=asked), b""), self._patience_s)
         present = self._present()
-        needs = Quorum(fewest, len(present))
+        needs.already = len(present)
         if done < self.plan.rounds:
             needs.missing = lambda answered: self.config.federated.missing([*present, *answered])
         self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, needs)

@@ -30,6 +30,7 @@ from privacy.secagg.messages import Phase, open_silo_message
 from privacy.secagg.server import Server
 from privacy.secure_sum import SecureSum
 
+SUM_TAKES = "a secure sum takes"
 _LEAST_PATIENCE_S = 60.0  # of an exchange without training
 
 
@@ -209,8 +210,7 @@ class _Sum:
         enough = federated.enough_silos
         if before is not None:
             fewest = enough = len(before)
-        rule = "a secure sum takes"
-        return Quorum(fewest, enough=enough, grace_s=federated.grace_s, rule=rule, missing=federated.missing)
+        return Quorum(fewest, enough=enough, grace_s=federated.grace_s, rule=SUM_TAKES, missing=federated.missing)
 
     def _patience_s(self) -> float:
         """What is left of the round's time; an exchange without training has a minute in any case."""
