@@ -3,7 +3,6 @@
 A run belongs to the coordinator that reserved it. Under another coordinator its name is another run, or none.
 """
 
-from collections.abc import Mapping
 from logging import Logger
 from pathlib import Path
 from threading import Lock
@@ -13,7 +12,7 @@ from configs.parse import parse
 from configs.schema.silo import SiloConfig, SiloPolicy, load_silo
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.framing import QUEUE
-from federated.silo.masking.terms import check_roster
+from federated.silo.masking.terms import Known, check_roster
 from federated.silo.policy import check_epsilon, check_new_plan, check_plan, plan_of
 from privacy.certificate.certificate import library_versions
 from privacy.ledger.chain import Budget
@@ -65,7 +64,7 @@ def account(
     ledger: Ledger,
     config: SiloConfig,
     request: pb.Request,
-    known: Mapping[str, str],
+    known_now: Known,
     one_at_a_time: Lock,
     accounting: Lock,
 ) -> None:
@@ -79,7 +78,7 @@ def account(
         ledger: the silo's.
         config: the silo, with its policy of now.
         request: a reservation.
-        known: keys of the silos that the steward knows, by name.
+        known_now: gives the keys of the silos that the steward knows, by name.
         one_at_a_time: held while the ledger is looked at.
         accounting: held while epsilon is computed.
 
@@ -89,7 +88,7 @@ def account(
     policy = config.policy
     check_request_size(request.reserve, policy)
     plan = check_new_plan(plan_of(request.reserve.plan), policy, config.silo.public_record_count)
-    check_roster(plan.terms, request.reserve.secure.roster, known)
+    check_roster(plan.terms, request.reserve.secure.roster, known_now)
     if plan.terms.unit == "record":
         with one_at_a_time:
             ledger.bind(budget_of(policy))

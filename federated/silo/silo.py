@@ -96,11 +96,19 @@ class Silo:
         return trusted_coordinators(self._state_dir) if self._trusted is None else self._trusted
 
     def roster(self) -> Mapping[str, str]:
-        """Public keys of the silos that may add up with this one now, by name; its own among them."""
+        """Public keys of the silos that may add up with this one now, by name; its own among them.
+
+        Raises:
+            PolicyRefusal: a file of the roster can't be read; which one is told to the silo's own log alone.
+        """
         if self._roster is not None:
             return self._roster
-        known = {name: silo.public_key for name, silo in confirmed_silos(self._state_dir).items()}
-        return known | {self.config.silo.id: self.ledger.public_key}
+        try:
+            known = confirmed_silos(self._state_dir)
+        except InputError as error:
+            self._log.error("no updates are added up until this is mended: %s", error)
+            raise PolicyRefusal.of("roster", "a sum", "none until the silo's steward has mended its roster") from None
+        return {name: silo.public_key for name, silo in known.items()} | {self.config.silo.id: self.ledger.public_key}
 
     def close(self) -> None:
         """Closes the files of ledger and log. A host of many silos keeps few open."""
@@ -161,7 +169,7 @@ class Silo:
                 self.ledger.accept(receipt_of(receipt))
         if kind == "reserve":
             locks = self._one_at_a_time, self._accounting
-            account(self.ledger, self.config, request, self.roster(), *locks)
+            account(self.ledger, self.config, request, self.roster, *locks)
         with self._one_at_a_time:
             return self._dispatch(request, digest)
 
@@ -218,7 +226,7 @@ class Silo:
         dtype = update_dtype_of(train)
         model, adapter = self.workbench.fitted(train, self.config.policy)
         settings, examples = self.workbench.local_settings(train, self.config.policy), self.workbench.examples(train)
-        summed = agreed(request, plan.terms, self.roster(), length_of(adapter))
+        summed = agreed(request, plan.terms, self.roster, length_of(adapter))
         release = self._release(request, digest, train.round)
         stored = self.ledger.reply(*release)
         if stored is not None:
@@ -243,7 +251,7 @@ class Silo:
         """This silo's next message of a sum that it is in, as policy, roster and ledger are now."""
         opened = self._masking.of(request)
         terms = reserved_plan(self.ledger, self.config, request, opened.plan_digest).terms
-        check_roster(terms, members(opened.agreement.roster), self.roster())
+        check_roster(terms, members(opened.agreement.roster), self.roster)
         self.ledger.reply(*opened.release)  # refuses a run that was ended meanwhile
         message = opened.answer(request.aggregate, digest)
         return _serialized(self._reply(digest, aggregated=pb.Aggregated(message=message)))

@@ -136,6 +136,7 @@ def test_a_federation_learns_the_mean_and_commits_nothing_else(settings, tiny_mo
     silos = {name: simulated_silo(config, name, tiny_model) for name in NAMES}
     states = {name: Path(silo.silo.state_dir) for name, silo in silos.items()}
     roster = {name: own_signer(silo).public_key for name, silo in silos.items()}
+    warm_ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes do not find this module
     opener = partial(open_silo, silos, frozenset({signer.public_key}), roster, ("south",))
     with LocalGrid(warm_ray, opener, NAMES, workers=2, threads=1, kept=True) as grid:
         run_federation(grid, config, tiny_model, run, Parties(signer, 3), lambda _: None)

@@ -5,9 +5,10 @@ from flwr.app import Error, Message
 from signed_silos import InProcess, SignedSilo, adapter
 
 from configs.errors import PolicyRefusal
+from configs.schema.silo import SiloPolicy
 from federated.aggregation.secure_sum import length_of
 from federated.silo.masking.masking import Masking
-from federated.silo.masking.terms import agreed, check_roster
+from federated.silo.masking.terms import agreed, check_roster, check_secure
 from federated.silo.requests import refusal_message
 from federated.transport.flower_messages import unpack
 
@@ -19,6 +20,7 @@ class MaskedSilo(SignedSilo):
         super().__init__(name, change, value)
         self.masking, self.stored, self.roster = Masking(name, self.signer), {}, {}
         self.gone, self.asked, self.trained = set(), [], []
+        self.policy = SiloPolicy(budget_epsilon=8, budget_delta=1e-5)
 
     def update(self):
         return {name: np.full_like(array, self.value) for name, array in adapter().items()}
@@ -40,12 +42,13 @@ class MaskedSilo(SignedSilo):
             return
         super().answer(request, reply)
         if kind == "reserve":
-            check_roster(self.plan, request.reserve.secure.roster, self.roster)
+            check_secure(self.plan, self.policy)
+            check_roster(self.plan, request.reserve.secure.roster, lambda: self.roster)
         if kind == "train":
             self.train(request, reply)
 
     def train(self, request, reply):
-        known, asked = agreed(request, self.plan, self.roster, length_of(adapter())), reply.request_digest
+        known, asked = agreed(request, self.plan, lambda: self.roster, length_of(adapter())), reply.request_digest
         if self.stored.setdefault(request.train.round, (asked, None))[0] != asked:
             raise PolicyRefusal.of("request_id", asked, "the request that was charged")
         if self.stored[request.train.round][1] is None:

@@ -12,18 +12,22 @@ _REASONS = {
     "trimmed_mean": "it compares single updates",
     "krum": "it compares single updates",
 }
-# What needs more than the sum of a round's updates: setting, the only value that fits, why, and what to give.
+# What needs more than the sum of a round's updates: setting, the values that fit, why, and what to give.
 _REFUSED = (
     (
         "schedule",
-        "synchronous",
+        ("synchronous",),
         "a step adds up whoever has come, so that who is slow would decide whose sum is seen",
         "'synchronous'",
     ),
-    ("adapters", "average", "updates of factors become products one by one, before they are added", "'average'"),
-    ("update_dtype", "float32", "under masks a value travels as a word of 32 bits, whatever it was", "'float32'"),
+    (
+        "adapters",
+        ("average", "ffa"),
+        "updates of factors become products one by one, before they are added",
+        "'average' or 'ffa'",
+    ),
+    ("update_dtype", ("float32",), "under masks a value travels as a word of 32 bits, whatever it was", "'float32'"),
 )
-_ALLOWED_TOO = {"adapters": "ffa"}
 
 
 def secure_problems(given: Mapping[str, Any]) -> Iterator[str]:
@@ -40,7 +44,7 @@ def secure_problems(given: Mapping[str, Any]) -> Iterator[str]:
             )
         return
     for name, fits, why, instead in _REFUSED:
-        if given[name] not in (fits, _ALLOWED_TOO.get(name)):
+        if given[name] not in fits:
             yield f"federated.{name} is {given[name]!r} with federated.secure_aggregation: {why}; give {instead}"
     if why := _REASONS.get(given["aggregation"], ""):
         yield (

@@ -1,6 +1,6 @@
 """What a secure sum needs before a silo takes part: plan and policy, and the roster as its steward knows it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloPolicy
@@ -9,6 +9,7 @@ from federated.protocol import silo_pb2 as pb
 from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement
 
+Known = Callable[[], Mapping[str, str]]
 _CONFIRM = "`siloweave silo roster --add` confirms one"
 
 
@@ -25,13 +26,13 @@ def check_secure(terms: PlanTerms, policy: SiloPolicy) -> None:
         raise PolicyRefusal.of("min_colluders", str(terms.secure_sum.colluders), str(policy.min_colluders))
 
 
-def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known: Mapping[str, str]) -> None:
+def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known_now: Known) -> None:
     """Whether a request names the silos that the steward knows, with their keys, and no others.
 
     Args:
         terms: the run's plan.
         roster: of the request; empty where it has none.
-        known: keys of all silos of the federation by name, this one among them.
+        known_now: gives the keys of all silos that the steward knows, by name, this one among them.
 
     Raises:
         PolicyRefusal: it doesn't.
@@ -40,7 +41,7 @@ def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known: Mapping[s
         if roster:
             raise PolicyRefusal.of("secure_aggregation", "a secure sum", "none, which the plan has not got")
         return
-    asked = {member.silo: member.public_key for member in roster}
+    asked, known = {member.silo: member.public_key for member in roster}, known_now()
     if len(asked) == len(roster) and asked == known:
         return
     wrong = {
@@ -53,13 +54,13 @@ def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known: Mapping[s
     raise PolicyRefusal.of("roster", f"{len(roster)} silos", f"{len(known)} silos", message)
 
 
-def agreed(request: pb.Request, terms: PlanTerms, known: Mapping[str, str], length: int) -> Agreement | None:
+def agreed(request: pb.Request, terms: PlanTerms, known_now: Known, length: int) -> Agreement | None:
     """What a request to train makes this silo agree to; None where updates leave by themselves.
 
     Raises:
         PolicyRefusal: the roster is another one, or such a sum would not be secure.
     """
-    check_roster(terms, request.train.secure.roster, known)
+    check_roster(terms, request.train.secure.roster, known_now)
     if terms.secure_sum is None:
         return None
     try:

@@ -305,6 +305,20 @@ def test_a_forged_roster_is_refused_before_anything_is_reserved(changed, said, t
     assert not any(silo.trained for silo in silos)
 
 
+def test_a_run_that_does_not_offer_what_a_policy_requires_ends_with_status_3_before_anything_is_reserved(tmp_path):
+    silos = silos_of(NAMES[:3])
+    for silo in silos:
+        silo.policy = silo.policy.model_copy(update={"secure_aggregation": "required"})
+    with pytest.raises(PolicyRefusal, match="allowed a run with secure aggregation alone") as refused:
+        coordinator(MaskedGrid(silos), tmp_path / "plain").run(adapter)
+    assert refused.value.exit_status == 3 and not any(silo.trained for silo in silos)
+    run(silos, tmp_path / "secure", "federated.rounds=1")
+    for silo in silos:
+        silo.policy = silo.policy.model_copy(update={"min_colluders": 1})
+    with pytest.raises(PolicyRefusal, match="min_colluders: asked 0, allowed 1"):
+        run(silos, tmp_path / "few")
+
+
 def test_a_silo_cannot_pass_off_another_ones_message(tmp_path):
     """It sends what the first silo has signed: its own is missing then, and nobody else's."""
     stolen = {}

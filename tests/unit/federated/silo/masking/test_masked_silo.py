@@ -301,4 +301,11 @@ def test_a_service_knows_the_silos_that_its_steward_has_confirmed(tmp_path, tiny
     folder.mkdir()
     write_document(folder / "south.json", EnrolledSilo(silo="south", public_key="22" * 32, node_key=""))
     assert silo.roster() == {"north": silo.ledger.public_key, "south": "22" * 32}
+    (folder / "west.json").write_text("{")
+    asked = {"plan": PLAN.model_dump_json(), "secure": pb.Secure(roster=members({"north": "00" * 32}))}
+    refusal = ask(silo, "reserve", reserve=pb.Reserve(**asked))[0].refusal
+    assert refusal.rule == "roster" and str(tmp_path) not in refusal.message
+    assert "west.json" in (tmp_path / "state" / "silo.log").read_text()
+    plain = ask(silo, "plain", run_id="run-2", reserve=pb.Reserve(plan=PLAIN.model_dump_json()))[0]
+    assert plain.WhichOneof("kind") == "reserved"  # whose updates go with nobody's
     silo.close()
