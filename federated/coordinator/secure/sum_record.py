@@ -50,7 +50,8 @@ class SumRecord:
         """Goes on with a round's sum, or begins it.
 
         Raises:
-            InputError: a later round was summed before: what silos sent of this one is no longer kept.
+            InputError: a later round was begun before: what silos sent of this one is no longer kept.
+            SiloweaveError: the disk is full or not writable.
         """
         if round_number < self.round:
             raise InputError(
@@ -59,6 +60,7 @@ class SumRecord:
             )
         if round_number > self.round:
             self.round, self.answered, self.lost = round_number, {}, ""
+            self._write()
 
     def passed_on(self, phase: Phase, names: list[str]) -> None:
         """Keeps whose messages of a phase are about to be told to others.
