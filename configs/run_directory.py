@@ -81,6 +81,8 @@ _LATER = {
     "federated.staleness_exponent": 0.5,
     "federated.max_staleness": 100,
     "federated.study": "",
+    "federated.secure_aggregation": False,
+    "federated.colluders": 0,
     **{f"{records}.{name}": {} for records in ("data.private", "evaluate.public") for name in ("columns", "labels")},
     "model.family": "llama",
     "model.config": "",

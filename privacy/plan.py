@@ -16,6 +16,7 @@ from configs.schema.base import Labels, MaxNewTokens
 from configs.storage.files import digest_json
 from privacy.accounting.schedule import Schedule
 from privacy.accounting.truncation import Truncation, size_margin, size_noise
+from privacy.secure_sum import SecureSum
 
 if TYPE_CHECKING:
     from privacy.accounting.accountant import Guarantee
@@ -32,6 +33,7 @@ _SINCE_VERSION_2 = {
     "max_batch_size",
     "max_units",
     "metric_releases",
+    "secure_sum",
 }
 _COUNT_NOISE_SHARE = 1 / 20  # of the expected batch (Andrew et al. 2021)
 Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -90,6 +92,7 @@ class PlanTerms(BaseModel):
         max_batch_size: cap of truncated Poisson sampling; 0 without.
         max_units: most units of a dataset under truncated Poisson sampling, the size in its event; 0 without.
         metric_releases: everything else that is released from the same units.
+        secure_sum: how updates are added up under masks; None: each is seen as it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -110,6 +113,7 @@ class PlanTerms(BaseModel):
     max_batch_size: Size = 0
     max_units: Size = 0
     metric_releases: Annotated[tuple[MetricRelease, ...], Field(max_length=20)] = ()
+    secure_sum: SecureSum | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanTerms:
@@ -126,11 +130,11 @@ class PlanTerms(BaseModel):
         return self
 
     def _version_problem(self) -> str:
-        shown = (self.unit, self.sampler, self.clipping_function, self.metric_releases)
-        if self.version == 1 and shown != ("record", "poisson", "fixed", ()):
+        shown = (self.unit, self.sampler, self.clipping_function, self.metric_releases, self.secure_sum)
+        if self.version == 1 and shown != ("record", "poisson", "fixed", (), None):
             return (
-                "version is 1: its plans have unit 'record', sampler 'poisson', clipping_function 'fixed' and no "
-                "metric_releases; give 2"
+                "version is 1: its plans have unit 'record', sampler 'poisson', clipping_function 'fixed', no "
+                "metric_releases and no secure_sum; give 2"
             )
         return ""
 
@@ -144,7 +148,7 @@ class PlanTerms(BaseModel):
                     "'poisson' or 'truncated_poisson' and a sampling_rate below 1"
                 )
         else:
-            fixed = {"relation": "zero_out", "sampler": "all", "steps_per_round": 1}
+            fixed = {"relation": "zero_out", "sampler": "all", "steps_per_round": 1, "secure_sum": None}
             if self.sampling_rate != 1:
                 return (
                     f"sampling_rate is {self.sampling_rate:g}: who takes part is not secret, and so sampling clients "
@@ -193,8 +197,10 @@ class PlanTerms(BaseModel):
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A plan of version 1 is written as it was, so that its digest stays."""
+        """A plan of before is written as it was, so that its digest stays."""
         tree: dict[str, Any] = handler(self)
+        if self.secure_sum is None:
+            del tree["secure_sum"]
         return {name: value for name, value in tree.items() if self.version > 1 or name not in _SINCE_VERSION_2}
 
     @property

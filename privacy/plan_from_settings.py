@@ -34,6 +34,7 @@ def plan_terms(config: RunConfig) -> PlanTerms:
                 "max_new_tokens": privacy.evaluation_max_new_tokens,
             }
         ]
+    secure = {"colluders": federated.colluders, "min_survivors": federated.min_silos}
     tree = {
         "unit": privacy.unit,
         "sampler": privacy.sampler,
@@ -46,6 +47,7 @@ def plan_terms(config: RunConfig) -> PlanTerms:
         "steps_per_round": federated.local_steps,
         "delta": privacy.delta,
         "metric_releases": metrics,
+        "secure_sum": secure if federated.secure_aggregation else None,
         **cap,
         **(_WHOLE_CLIENTS if privacy.unit == "client" else {}),
         "num_clients": privacy.num_clients,

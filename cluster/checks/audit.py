@@ -118,7 +118,8 @@ def _design(config: RunConfig, canaries: int, model_digest: str) -> dict[str, An
     """Everything that is fixed before the first step: canaries, scores, guesses, claims."""
     claims = {}
     # The run's plan by every score; and a plan at which one audit can prove something, with all the error on one score.
-    for name, request, examples in (("run", plan_terms(config), _EXAMPLE_CANARIES), ("reference", REFERENCE_PLAN, 0)):
+    run = plan_terms(config).model_copy(update={"secure_sum": None})  # an audit's one silo adds nothing up
+    for name, request, examples in (("run", run, _EXAMPLE_CANARIES), ("reference", REFERENCE_PLAN, 0)):
         settings = AuditSettings(
             gradient_canaries=canaries,
             example_canaries=examples,

@@ -251,6 +251,7 @@ def _privacy(
         "audited": certificate["audited"],
         "seeds": certificate["seeds"],
         "left_each_silo": certificate["left_each_silo"],
+        "secure_sum": certificate.get("secure_sum"),
         "not_covered": certificate["not_covered"],
     }
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from configs.schema.base import Count, CountBySilo, Positive, SecondsBySilo, Settings, SiloNames, StudyName, named_as
 from configs.schema.places import Place
 from configs.schema.rounds.schedule import ROUND_RULES, Schedule, schedule_problems
+from configs.schema.rounds.secure import SECURE_RULES, secure_problems
 from configs.schema.stages import RoundStage, stage_at
 from configs.schema.tasks import (
     NO_AUGMENTATION,
@@ -157,6 +158,12 @@ class FederatedSettings(Settings):
     """With ``buffered``: an update from a model of s steps ago counts ``(1 + s) ** -staleness_exponent``."""
     max_staleness: Annotated[int, Field(ge=0)] = 100
     """With ``buffered``: an update from a model of more steps ago than this is dropped; it stays charged."""
+    secure_aggregation: bool = False
+    """Whether the coordinator sees a round's updates as their sum alone: silos send them under masks that cancel. Each
+    steward has to have confirmed the other silos' keys (`siloweave silo roster`). Older silos refuse such a run."""
+    colluders: Annotated[int, Field(ge=0)] = 0
+    """With ``secure_aggregation``: how many silos may be in league with the coordinator without it learning more than
+    a sum. A round takes more than half of all silos and these, and ``min_silos`` at least; else nothing is unmasked."""
     state_dir: Annotated[str, Place("the simulated silos' keys and ledgers", made=True, lasting=True)] = ""
     """Folder of the simulated silos' keys and ledgers. It outlives runs, as a budget does. Empty: the same folder for
     all runs of a user, ``$XDG_STATE_HOME/siloweave/ledgers``, or ``~/.local/state/siloweave/ledgers``."""
@@ -172,15 +179,14 @@ class FederatedSettings(Settings):
             self._local_problem(),
             self._lora_problem(),
             self._rank_problem(),
-            self._enough_problem(),
             self._anchor_problem(),
             self._head_problem(),
             augmentation_problem("federated.augmentation", self.task, self.augmentation.largest),
             self._stages_problem(),
         )
         of_task = task_problems("federated", self.task, self.labels, self.template, self.pooling)
-        of_schedule = schedule_problems(dict(self))
-        for problem in (*of_task, *self._unused(), *problems, self._pull_problem(), *of_schedule):
+        of_rounds = (*schedule_problems(dict(self)), *secure_problems(dict(self)))
+        for problem in (*of_task, *self._unused(), *problems, self._pull_problem(), *of_rounds):
             if problem:
                 raise ValueError(problem)
         return self
@@ -206,7 +212,7 @@ class FederatedSettings(Settings):
     @property
     def round_rules(self) -> dict[str, Any]:
         """When a round ends and what it needs to count, as plan and report say it: what departs from the defaults."""
-        rules = {name: getattr(self, name) for name in ROUND_RULES}
+        rules = {name: getattr(self, name) for name in (*ROUND_RULES, *SECURE_RULES)}
         return {
             name: value
             for name, value in rules.items()
@@ -254,14 +260,6 @@ class FederatedSettings(Settings):
         return (
             f"federated.adapters is 'product': the head of the task {self.task!r} is no product of two factors; give "
             "'average' or 'ffa'"
-        )
-
-    def _enough_problem(self) -> str:
-        if not 0 < self.enough_silos < self.min_silos:
-            return ""
-        return (
-            f"federated.enough_silos is {self.enough_silos}: a round would end before federated.min_silos "
-            f"({self.min_silos}) have answered; give 0, or at least that"
         )
 
     def _unused(self) -> Iterator[str]:

@@ -21,7 +21,7 @@ from configs.schema.pretrain import (
     Objective,
     PretrainSettings,
 )
-from configs.schema.rounds.schedule import evaluation_problem
+from configs.schema.rounds.secure import rounds_problem
 from configs.schema.stages import Stage, TrainingStage, model_problems, resolved, stage_at, stage_problems
 from configs.schema.tasks import WRITTEN, deidentify_problem
 
@@ -297,7 +297,7 @@ class RunConfig(Settings):
                 "federated.optimizer is 'adam_bc': it needs noise of one size, and privacy.clipping_function "
                 "'quantile' changes it; give 'adam' or 'fixed'"
             )
-        if problem := self._client_problem() or evaluation_problem(self.federated.schedule, self.privacy.evaluations):
+        if problem := self._client_problem() or rounds_problem(dict(self.federated), dict(self.privacy)):
             raise ValueError(problem)
         if self.evaluate.without_dp and not private.public:
             raise ValueError(

@@ -164,6 +164,11 @@ class SiloPolicy(Settings):
     requires_mandate: bool = False
     """Whether a mandate (`siloweave silo mandate`) has to cover all that is asked. It has to anyway once one was added;
     with this nothing is answered before that, or should the mandates' folder ever be lost."""
+    secure_aggregation: Literal["allowed", "required"] = "allowed"
+    """Whether updates may leave as they are, noised, or only in a run that adds them up under masks (``required``), so
+    that its coordinator sees the sum alone. The noised sums of a private evaluation leave by themselves either way."""
+    min_colluders: Annotated[int, Field(ge=0)] = 0
+    """How many silos in league with the coordinator a run with secure aggregation has to withstand at least."""
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""

@@ -9,6 +9,7 @@ from configs.storage.files import digest_bytes
 CONFIG, EVENTS, CERTIFICATE = "config.toml", "events.jsonl", "certificate.json"
 EARLIER_CERTIFICATE = "earlier-certificate.json"  # of the run that a federation continues, in that federation's folder
 ARRIVALS, ARRIVED = "arrivals.jsonl", "arrived"  # of buffered rounds: the order of updates, and the newest of them
+SECURE_SUM = "secure-sum.json"  # of a run with secure aggregation: who has answered in which phase of its newest sum
 FEDERATED, NO_DP = "federated", "federated-no-dp"  # a federation's stage, and its folder
 AGGREGATOR_FOLDER = "aggregator"  # of the coordinator's own ledger, where clients are the units
 
@@ -243,6 +244,11 @@ class SiloFiles:
     def revoked_mandates(self) -> Path:
         """Mandates that are in force no longer, by their digests."""
         return self.mandates / "revoked"
+
+    @property
+    def roster(self) -> Path:
+        """A file for each other silo whose key the steward has confirmed."""
+        return self.directory / "roster"
 
     @property
     def tls(self) -> Path:

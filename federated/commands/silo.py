@@ -90,6 +90,41 @@ def distrust(
 
 
 @silo_app.command()
+def roster(
+    config: SiloToml,
+    add: Annotated[Path | None, typer.Option(help="enrolment.json of another silo, which its steward sent.")] = None,
+    fingerprint: Annotated[
+        str | None, typer.Option(help="The fingerprint that its steward read out; without it you are asked.")
+    ] = None,
+    remove: Annotated[str | None, typer.Option(help="Name of a silo that is to be known no longer.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print for machines.")] = False,
+) -> None:
+    """The other silos with which this one adds updates up under masks (secure aggregation), as you confirm them.
+
+    A run's own roster has to be the same. Without options it shows which they are.
+    """
+    from configs.errors import InputError
+    from configs.schema.silo import load_silo
+    from federated.deployment.silo_site import confirm_silo, drop_silo
+    from federated.deployment.silo_site import roster as known
+    from federated.identity.cards import EnrolledSilo, confirm, read_document
+
+    if add is not None and remove is not None:
+        raise InputError("silo roster: give --add or --remove, one at a time")
+    if fingerprint is not None and add is None:
+        raise InputError("silo roster: --fingerprint is of the silo that --add names; give both")
+    settings = load_silo(config)
+    if add is not None:
+        card = read_document(EnrolledSilo, add)
+        confirm(card, fingerprint, str(add), confirmed)
+        confirm_silo(settings, card)
+    if remove is not None:
+        drop_silo(settings, remove)
+    found = known(settings)
+    answer(as_json, found, *[f"{name}: {digits}" for name, digits in found.items()] or ["no other silo is known"])
+
+
+@silo_app.command()
 def serve(
     config: SiloToml,
     socket: Annotated[

@@ -29,7 +29,7 @@ from federated.coordinator.schedule.mail import QUERY, Mail
 from federated.coordinator.schedule.quorum import Quorum, check_names
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.clocks import EXPIRES
-from federated.protocol.framing import PROTOCOL_VERSION, ROUNDED_VERSION
+from federated.protocol.framing import version_of
 
 _CONNECTS_S = 1.0
 
@@ -43,11 +43,13 @@ class Bodies:
         make: gives a silo's request, and the part of it that others have in common with it: its adapter, or nothing.
         patience_s: gives the seconds to wait for the replies, also anew while they come; None: each silo's deadline, as
             the settings say.
+        reply_bytes: that a reply may have beyond those of its request.
     """
 
     silos: Sequence[str]
     make: Callable[[str], tuple[bytes, bytes]]
     patience_s: Callable[[], float] | None = None
+    reply_bytes: int = 0
 
 
 @dataclass
@@ -62,6 +64,7 @@ class SiloExchange:
         log: receives refusals, rejected replies and time-outs.
         nodes: node of each silo that is there.
         keys: public key of each silo that has ever answered.
+        secure: whether the silos are asked for masked updates alone.
         mail: carries requests and replies.
     """
 
@@ -71,6 +74,7 @@ class SiloExchange:
     settings: FederatedSettings
     log: EventLog
     receipt_of: InitVar[Callable[[str], bytes]]
+    secure: bool = False
     nodes: dict[str, int] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     mail: Mail = field(init=False)
@@ -127,9 +131,13 @@ class SiloExchange:
                 self._emit("rejected", "describe", node, error)
                 continue
             self.mail.silo_at[node], self.keys[reply.silo_id] = reply.silo_id, reply.described.public_key
-        enrolled = self.parties.roster() if self.parties.roster else self.keys
+        enrolled = self.enrolled()
         here = {silo: node for node, silo in self.mail.silo_at.items() if node in present}
         self.nodes = {silo: node for silo, node in here.items() if enrolled.get(silo) == self.keys[silo]}
+
+    def enrolled(self) -> Mapping[str, str]:
+        """Public keys of the federation's silos now, by name, whoever is there."""
+        return self.parties.roster() if self.parties.roster else self.keys
 
     def _admitted(self, message: Message, body: bytes, present: set[int], roster: Mapping[str, str] | None) -> pb.Reply:
         """Raises a ValueError where a node is not behind an enrolled silo, or another node is already."""
@@ -156,7 +164,7 @@ class SiloExchange:
     def body(self, request_id: str, silo: str = "", **kind: Any) -> bytes:
         """A request's bytes. The same step of the same run has the same bytes, so a restart asks nothing new."""
         return pb.Request(
-            version=PROTOCOL_VERSION if self.settings.update_dtype == "float32" else ROUNDED_VERSION,
+            version=version_of(self.settings.update_dtype, secure=self.secure),
             run_id=self.run.id,
             silo_id=silo,
             request_id=request_id,
@@ -198,7 +206,7 @@ class SiloExchange:
         def sent() -> Iterator[tuple[int, bytes, bytes]]:
             for silo in bodies.silos:
                 body, shared = bodies.make(silo)
-                asked[silo] = Asked.of(body)
+                asked[silo] = Asked.of(body, bodies.reply_bytes)
                 yield self.nodes[silo], body, shared
 
         for node, message in self.mail.send(sent(), kind, group, bodies.patience_s, quorum.over):
@@ -268,7 +276,7 @@ class SiloExchange:
         if missing:
             message += f"without {', '.join(missing)}, and federated.required_silos names them: the step does not count"
         else:
-            message += f"federated.min_silos is {quorum.fewest}"
+            message += f"{quorum.rule} {quorum.fewest}"
         if refusals := [*quorum.refusals, *(("", refusal) for refusal in self._refused)]:
             silo, first = min(refusals, key=lambda one: one[0] not in missing)  # of a silo that is missing, if one is
             told = f"{message}; {f'{silo} refuses: ' if silo else ''}{first}"
@@ -280,7 +288,9 @@ class SiloExchange:
         message = str(refusal)
         if refusal.rule == EXPIRES:
             message += f"; {self.run.clocks()}: have the clock that is wrong set; if the time is up, {RENEW} helps"
-        if refusal.rule == "version" and (dtype := self.settings.update_dtype) != "float32":
+        if refusal.rule == "version" and self.secure:
+            message += "; federated.secure_aggregation is true: have the silo upgraded, or leave it out"
+        elif refusal.rule == "version" and (dtype := self.settings.update_dtype) != "float32":
             message += f"; federated.update_dtype is {dtype!r}: have the silo upgraded, or leave it at 'float32'"
         return PolicyRefusal(message, rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed)
 

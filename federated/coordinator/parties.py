@@ -25,3 +25,8 @@ class Parties:
     num_silos: int
     roster: Roster | None = None
     open_ledger: Callable[[], Ledger] | None = None
+
+    @property
+    def size(self) -> int:
+        """Silos of the federation, whoever is there."""
+        return len(self.roster()) if self.roster else self.num_silos

@@ -35,9 +35,9 @@ class Asked:
     size_bytes: int
 
     @classmethod
-    def of(cls, body: bytes) -> "Asked":
-        """What the reply to these bytes has to fit."""
-        return cls(digest_bytes(body), len(body))
+    def of(cls, body: bytes, more_bytes: int = 0) -> "Asked":
+        """What the reply to these bytes has to fit; it may have ``more_bytes`` than they."""
+        return cls(digest_bytes(body), len(body) + more_bytes)
 
 
 @dataclass(frozen=True)

@@ -30,18 +30,20 @@ from federated.coordinator.replies import Answer
 from federated.coordinator.run_ticket import open_run
 from federated.coordinator.schedule.arrivals import Arrivals
 from federated.coordinator.schedule.buffered import BufferedRounds, Models
+from federated.coordinator.schedule.evaluations import PrivateEvaluations
 from federated.coordinator.schedule.mail import QUERY, TRAIN
 from federated.coordinator.schedule.quorum import Quorum
 from federated.coordinator.schedule.training_request import TrainingRequests
+from federated.coordinator.secure.secure_rounds import SUM_TAKES, SecureRounds, check_silos
+from federated.coordinator.secure.sum_record import SumRecord
 from federated.coordinator.silo_records import SiloRecords
 from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
-from federated.evaluation.private_sums import bounds_of, checked_sums, evaluation_after, figures
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.bounds import WHOLE
 from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.model_digests import ModelDigests, RoundDigests
 from privacy.declaration import declared_by
-from privacy.plan import METRIC, PlanTerms
+from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
 
 LONGEST_QUERY_S = 60.0
@@ -85,19 +87,25 @@ class Coordinator:
     server_state: Arrays = field(default_factory=dict)
     held_back: Callable[[int], frozenset[str]] = field(init=False)
     buffered: BufferedRounds | None = None
+    secure: SecureRounds | None = None
 
     def __post_init__(self) -> None:
-        check_size(self.config.federated, self.parties.num_silos)
-        run = open_run(self.directory, self.config.federated.run_lifetime_h)
+        federated = self.config.federated
+        check_size(federated, self.parties.num_silos)
+        check_silos(federated, self.parties.size)
+        run = open_run(self.directory, federated.run_lifetime_h)
         self.plan = plan_terms(self.config)
         self.silo_records = SiloRecords(run.id, self.plan, signed=self.certify)
-        self.exchange = SiloExchange(
-            self.grid, run, self.parties, self.config.federated, self.log, self.silo_records.held
-        )
+        secure = federated.secure_aggregation and self.certify
+        held = self.silo_records.held
+        self.exchange = SiloExchange(self.grid, run, self.parties, federated, self.log, held, secure)
         self.base = require_manifest(self.base_model, "model", self.config.model.made_by)
         self.requests = TrainingRequests(self.config, self.plan, self.base.content_digest)
         self.aggregator = new_aggregator(self.parties, run.id, self.plan)
         self.held_back = held_back_in(self.config, self.base_model)
+        if secure:
+            told = self.requests, federated, self.plan, SumRecord(self.directory)
+            self.secure = SecureRounds(self.exchange, *told, self._present, self.silo_records.take_receipt)
 
     def run(self, initial_adapter: Callable[[], Arrays]) -> None:
         """All rounds, from the one after the newest commit.
@@ -191,6 +199,9 @@ class Coordinator:
             InputError: there are rounds to do, and the run's time is up.
         """
         fewest = self.config.federated.min_silos if done < self.plan.rounds else 0
+        needs = Quorum(fewest)
+        if self.secure and fewest:
+            needs = Quorum(fewest := self.secure.fewest(), rule=SUM_TAKES)
         if done < self.plan.rounds:
             self.exchange.run.require_time(self.directory, self.silo_records.cost_anew)
         self.exchange.wait_for(number, fewest)
@@ -200,10 +211,11 @@ class Coordinator:
             self.exchange.wait_for_required(meet)
         text = json.dumps(self.plan.model_dump(), sort_keys=True)
         new = sorted(set(self.exchange.nodes) - self.reserved)
-        asked = pb.Reserve(plan=text, request_bytes=self.sizes.request)
+        secure = self.secure.reservation() if self.secure else None
+        asked = pb.Reserve(plan=text, request_bytes=self.sizes.request, secure=secure)
         bodies = Bodies(new, lambda silo: (self.exchange.body("reserve", silo, reserve=asked), b""), self._patience_s)
         present = self._present()
-        needs = Quorum(fewest, len(present))
+        needs.already = len(present)
         if done < self.plan.rounds:
             needs.missing = lambda answered: self.config.federated.missing([*present, *answered])
         self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, needs)
@@ -232,6 +244,12 @@ class Coordinator:
         silos, held_back = len(self.silo_records.silos), self.held_back(round_number)
         aggregation = RoundAggregation(federated, adapter, self.server_state, silos, clients, held_back)
         self.released = {}
+        if self.secure:
+            summed = self.secure.round(round_number, aggregation, adapter)
+            if summed is None:
+                return adapter, []
+            self.released, (adapter, self.server_state) = summed.releases, aggregation.after(summed.mean)
+            return adapter, summed.answered
         if self.aggregator is None:
             ask = self.buffered.ask if self.buffered else partial(self._ask, adapter=adapter)
             if answered := ask(round_number, aggregation):
@@ -275,31 +293,10 @@ class Coordinator:
         return self.exchange.collect(Bodies(silos, body), TRAIN, str(round_number), "trained", fold, needs)
 
     def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
-        """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again."""
-        number = evaluation_after(round_number, self.plan.rounds, self.config.privacy.evaluations)
-        if number is None or not self.certify:
-            return
-        federated, privacy = self.config.federated, self.config.privacy
-        evaluate = pb.Evaluate(
-            number=number,
-            metric=METRIC,
-            **self.requests.model(),
-            adapter_spec=self.requests.shared_spec(),
-            adapter=to_bytes(adapter) if adapter else b"",  # nothing: the base model alone
-        )
-        sums: dict[str, list[float]] = {}
-        released = privacy.evaluation_labels, privacy.evaluation_max_new_tokens
-        bounds = bounds_of(self.base, federated.task_spec, *released)
-
-        def take(answer: Answer) -> None:
-            self.silo_records.take_receipt(answer.silo, answer.reply.evaluated.receipt)
-            sums[answer.silo] = checked_sums(answer.reply.evaluated.sums, bounds)
-
-        bodies = self._bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
-        needs = Quorum(federated.min_silos)
-        answered = self.exchange.collect(bodies, TRAIN, f"evaluation-{number}", "evaluated", take, needs)
-        found = figures([sums[silo] for silo in answered], bounds, privacy.evaluation_noise_multiplier)
-        self.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
+        if self.certify:
+            take_receipt = self.silo_records.take_receipt
+            evaluations = PrivateEvaluations(self.exchange, self.requests, self.config, self.base, take_receipt)
+            evaluations.after(round_number, adapter, self._bodies)
 
     def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:
         """The same request to each silo that is there and has reserved."""

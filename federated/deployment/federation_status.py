@@ -18,7 +18,7 @@ from federated.identity.x509 import days_left, read_certificate
 
 REFUSALS_SHOWN = 20
 _BUDGET = ("epsilon_left", "delta_left", "epsilon_reserved")
-_TROUBLE = ("refused", "rejected", "timeout")
+_TROUBLE = ("refused", "rejected", "timeout", "lost")
 
 
 def status(federation: FederationFolder) -> dict[str, Any]:
@@ -87,6 +87,7 @@ def _run(name: str, directory: Path, salvage: Salvage) -> dict[str, Any]:
         "round": last.get("round", 0),
         "rounds": last.get("rounds"),
         "answered": last.get("answered", []),
+        "secure_aggregation": any(event["event"] == "secure_sum" for event in events),
         "seconds": last.get("seconds"),
         "bytes": last.get("bytes"),
         "trouble": [event for event in events if event["event"] in _TROUBLE][-REFUSALS_SHOWN:],
@@ -110,10 +111,11 @@ def lines(found: dict[str, Any]) -> list[str]:
         state = "finished" if run["finished"] else "at work" if run["working"] else "not at work"
         total = run["rounds"] or "?"
         text.append(f"  run {run['name']}: {state}, round {run['round']} of {total}; see {run['directory']}")
+        text += ["    updates are added up under masks"] if run["secure_aggregation"] else []
         text += [f"    {_trouble(event)}" for event in run["trouble"]]
     return text + [f"  unreadable: {problem}" for problem in found["unreadable"]]
 
 
 def _trouble(event: dict[str, Any]) -> str:
     what = event.get("message") or f"{event.get('missing')} silos did not answer"  # of a run of before, it was a number
-    return f"{event['event']} at {event.get('step')}: {what}"
+    return f"{event['event']} at {event.get('step', event.get('round'))}: {what}"

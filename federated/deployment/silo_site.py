@@ -1,4 +1,4 @@
-"""What a silo's steward makes and confirms: the silo's keys and enrolment, and the coordinators it trusts."""
+"""What a silo's steward makes and confirms: its keys and enrolment, the coordinators it trusts, the silos it knows."""
 
 from pathlib import Path
 
@@ -6,16 +6,18 @@ from configs.errors import InputError
 from configs.identities import UnclearIdentityError, canonical
 from configs.schema.silo import SiloConfig
 from configs.storage.files import private_folder, sync_directory
-from configs.storage.layout import SiloFiles
+from configs.storage.layout import SiloFiles, name_on_disk
 from federated.identity.cards import (
     CoordinatorCard,
     EnrolledSilo,
     RelayCard,
     TrustedCoordinator,
+    fingerprint,
     read_folder,
     write_document,
 )
 from federated.identity.keys import load_or_create_key
+from federated.identity.trust import confirmed_silos
 from federated.identity.trust import trust as write_trusted
 from federated.identity.x509 import CURVE, Authority, requested_key
 from federated.transport.service import ServiceTls
@@ -93,6 +95,50 @@ def distrust(config: SiloConfig, name: str) -> None:
     for path in paths:
         path.unlink()
         sync_directory(path.parent)
+
+
+def confirm_silo(config: SiloConfig, silo: EnrolledSilo) -> None:
+    """From now on this silo adds updates up with another one.
+
+    Raises:
+        InputError: it is this silo itself, or one of its name, or with its key, is there.
+    """
+    state_dir = private_folder(Path(config.silo.state_dir))
+    if silo.silo == config.silo.id:
+        raise InputError(f"silo {silo.silo!r}: is this silo itself, whose own key it knows")
+    for known in confirmed_silos(state_dir).values():
+        if known == silo:
+            return
+        if known.silo == silo.silo:
+            raise InputError(f"silo {silo.silo!r}: is there with other keys; --remove it first, if its steward says so")
+        if known.public_key == silo.public_key:
+            raise InputError(f"silo {silo.silo!r}: has the key of silo {known.silo!r}; each silo makes its own")
+    write_document(_roster_file(private_folder(SiloFiles(state_dir).roster), silo.silo), silo)
+
+
+def drop_silo(config: SiloConfig, name: str) -> None:
+    """From now on this silo adds nothing up with another one.
+
+    Raises:
+        InputError: the steward has confirmed no silo of that name.
+    """
+    state_dir = Path(config.silo.state_dir)
+    path = _roster_file(SiloFiles(state_dir).roster, name)
+    if not path.exists():
+        known = ", ".join(sorted(confirmed_silos(state_dir))) or "none"
+        raise InputError(f"silo {name!r}: is not in this silo's roster (there are {known})")
+    path.unlink()
+    sync_directory(path.parent)
+
+
+def roster(config: SiloConfig) -> dict[str, str]:
+    """Fingerprints of the silos that the steward has confirmed, by name."""
+    known = confirmed_silos(Path(config.silo.state_dir))
+    return {name: fingerprint(silo) for name, silo in sorted(known.items())}
+
+
+def _roster_file(folder: Path, name: str) -> Path:
+    return folder / f"{name_on_disk(name, safe=' ')}.json"
 
 
 def trusted(config: SiloConfig) -> dict[str, str]:

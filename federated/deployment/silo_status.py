@@ -7,7 +7,7 @@ from typing import Any
 from configs.schema.deployment import load_relay
 from configs.schema.silo import SiloConfig
 from configs.storage.layout import SiloFiles
-from federated.deployment.silo_site import trusted
+from federated.deployment.silo_site import roster, trusted
 from federated.deployment.supervisor import last_line, read_state
 from federated.identity.x509 import days_left, read_certificate
 from federated.protocol.framing import SERVICE
@@ -22,7 +22,7 @@ _REFUSAL = re.compile(r"\S+ \S+ WARNING refused ")
 
 
 def silo_status(settings: SiloConfig, journal: Journal, socket: Path | None) -> dict[str, Any]:
-    """Health, budget, open runs, trusted coordinators, certificates and the newest refusals of a silo."""
+    """Health, budget, open runs, trusted coordinators, known silos, certificates and the newest refusals of a silo."""
     files, policy = SiloFiles(Path(settings.silo.state_dir)), settings.policy
     bodies = journal.bodies()
     remaining = left(bodies) if bodies else Budget(policy.budget_epsilon, policy.budget_delta)
@@ -37,6 +37,7 @@ def silo_status(settings: SiloConfig, journal: Journal, socket: Path | None) -> 
         "open_runs": [run.name for run in runs.open()],
         "closed_runs": sum(run.closing is not None for run in runs),
         "trusted": trusted(settings),
+        "roster": roster(settings),
         "certificate_days_left": certificates,
         "refusals": _refusals(files.log),
     }

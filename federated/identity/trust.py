@@ -1,4 +1,4 @@
-"""Whom each side knows: the coordinators that a silo's steward trusts, and the silos that a coordinator has enrolled.
+"""Whom each side knows: a steward the coordinators and other silos of the federation, a coordinator the enrolled ones.
 
 One small file each, read again for every request and every round, so that one is added or dropped without a restart.
 """
@@ -46,6 +46,16 @@ def enrolled_silos(coordinator: Path) -> dict[str, str]:
     """
     found = read_folder(EnrolledSilo, coordinator / ENROLLED).values()
     return {silo.silo: silo.public_key for silo in found}
+
+
+def confirmed_silos(state_dir: Path) -> dict[str, EnrolledSilo]:
+    """The other silos whose keys a silo's steward has confirmed, by name.
+
+    Raises:
+        InputError: a file there is not one of ours.
+    """
+    found = read_folder(EnrolledSilo, SiloFiles(state_dir).roster).values()
+    return {silo.silo: silo for silo in found}
 
 
 def coordinator_signer(coordinator: Path) -> Signer:

@@ -18,6 +18,7 @@ TEXT = 3000  # of a refusal's message, as silos have cut it since their first ve
 SUMS = 1000
 LABELS, TEMPLATE = 300, 2000
 COLUMNS, REFUSALS = 100, 100
+KEYS, MOST_SILOS = 1000, 10_000
 WHOLE = 2**31 - 1  # protobuf's own bound
 
 LARGEST = {  # characters of a string, bytes of bytes, entries of a list
@@ -39,6 +40,10 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "Train.correction": WHOLE,
     "Train.frozen": WHOLE,
     "Train.update_dtype": NAME,
+    "Secure.roster": MOST_SILOS,
+    "Member.silo": NAME,
+    "Member.public_key": DIGEST,
+    "Aggregate.message": WHOLE,
     "TaskSpec.labels": LABELS,
     "TaskSpec.template": TEMPLATE,
     "TaskSpec.pooling": NAME,
@@ -59,6 +64,8 @@ LARGEST = {  # characters of a string, bytes of bytes, entries of a list
     "Reserved.mandate": LARGEST_STATEMENT_BYTES,
     "Trained.receipt": LARGEST_STATEMENT_BYTES,
     "Trained.update": WHOLE,
+    "Trained.keys": KEYS,
+    "Aggregated.message": WHOLE,
     "Evaluated.receipt": LARGEST_STATEMENT_BYTES,
     "Evaluated.sums": SUMS,
     "Closed.receipt": LARGEST_STATEMENT_BYTES,
@@ -85,12 +92,12 @@ def excess(message: Any) -> tuple[str, str, str] | None:
         Its name, its length, and what is allowed; None where all are short enough.
     """
     for field, value in message.ListFields():
-        if field.type == FieldDescriptor.TYPE_MESSAGE:
-            found = excess(value)
-            if found is not None:
-                return found
-        elif has_length(field) and len(value) > (most := LARGEST[f"{message.DESCRIPTOR.name}.{field.name}"]):
+        if has_length(field) and len(value) > (most := LARGEST[f"{message.DESCRIPTOR.name}.{field.name}"]):
             return field.name, f"{len(value)} {_unit(field)}", f"at most {most}"
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            inside = (excess(one) for one in (value if field.is_repeated else (value,)))
+            if found := next((one for one in inside if one is not None), None):
+                return found
     return None
 
 

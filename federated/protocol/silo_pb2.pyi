@@ -23,7 +23,7 @@ class Envelope(_message.Message):
     def __init__(self, body: _Optional[bytes] = ..., receipt: _Optional[bytes] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "study", "describe", "reserve", "train", "close", "evaluate", "contribute", "rehearse")
+    __slots__ = ("version", "run_id", "silo_id", "request_id", "coordinator", "expires", "study", "describe", "reserve", "train", "close", "evaluate", "contribute", "rehearse", "aggregate")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class Request(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTE_FIELD_NUMBER: _ClassVar[int]
     REHEARSE_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATE_FIELD_NUMBER: _ClassVar[int]
     version: int
     run_id: str
     silo_id: str
@@ -52,22 +53,25 @@ class Request(_message.Message):
     evaluate: Evaluate
     contribute: Contribute
     rehearse: Rehearse
-    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., study: _Optional[str] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., contribute: _Optional[_Union[Contribute, _Mapping]] = ..., rehearse: _Optional[_Union[Rehearse, _Mapping]] = ...) -> None: ...
+    aggregate: Aggregate
+    def __init__(self, version: _Optional[int] = ..., run_id: _Optional[str] = ..., silo_id: _Optional[str] = ..., request_id: _Optional[str] = ..., coordinator: _Optional[str] = ..., expires: _Optional[int] = ..., study: _Optional[str] = ..., describe: _Optional[_Union[Describe, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., train: _Optional[_Union[Train, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., evaluate: _Optional[_Union[Evaluate, _Mapping]] = ..., contribute: _Optional[_Union[Contribute, _Mapping]] = ..., rehearse: _Optional[_Union[Rehearse, _Mapping]] = ..., aggregate: _Optional[_Union[Aggregate, _Mapping]] = ...) -> None: ...
 
 class Describe(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("plan", "request_bytes")
+    __slots__ = ("plan", "request_bytes", "secure")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECURE_FIELD_NUMBER: _ClassVar[int]
     plan: str
     request_bytes: int
-    def __init__(self, plan: _Optional[str] = ..., request_bytes: _Optional[int] = ...) -> None: ...
+    secure: Secure
+    def __init__(self, plan: _Optional[str] = ..., request_bytes: _Optional[int] = ..., secure: _Optional[_Union[Secure, _Mapping]] = ...) -> None: ...
 
 class Train(_message.Message):
-    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer", "proximal_mu", "correction", "task_spec", "augmentation", "frozen_below", "frozen", "context_length", "update_dtype")
+    __slots__ = ("round", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "learning_rate", "optimizer", "proximal_mu", "correction", "task_spec", "augmentation", "frozen_below", "frozen", "context_length", "update_dtype", "secure")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +88,7 @@ class Train(_message.Message):
     FROZEN_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     UPDATE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SECURE_FIELD_NUMBER: _ClassVar[int]
     round: int
     plan_digest: str
     base_model_digest: str
@@ -100,7 +105,34 @@ class Train(_message.Message):
     frozen: bytes
     context_length: int
     update_dtype: str
-    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., proximal_mu: _Optional[float] = ..., correction: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., augmentation: _Optional[_Union[Augmentation, _Mapping]] = ..., frozen_below: _Optional[int] = ..., frozen: _Optional[bytes] = ..., context_length: _Optional[int] = ..., update_dtype: _Optional[str] = ...) -> None: ...
+    secure: Secure
+    def __init__(self, round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., learning_rate: _Optional[float] = ..., optimizer: _Optional[str] = ..., proximal_mu: _Optional[float] = ..., correction: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., augmentation: _Optional[_Union[Augmentation, _Mapping]] = ..., frozen_below: _Optional[int] = ..., frozen: _Optional[bytes] = ..., context_length: _Optional[int] = ..., update_dtype: _Optional[str] = ..., secure: _Optional[_Union[Secure, _Mapping]] = ...) -> None: ...
+
+class Secure(_message.Message):
+    __slots__ = ("roster", "clip")
+    ROSTER_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
+    roster: _containers.RepeatedCompositeFieldContainer[Member]
+    clip: float
+    def __init__(self, roster: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., clip: _Optional[float] = ...) -> None: ...
+
+class Member(_message.Message):
+    __slots__ = ("silo", "public_key")
+    SILO_FIELD_NUMBER: _ClassVar[int]
+    PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
+    silo: str
+    public_key: str
+    def __init__(self, silo: _Optional[str] = ..., public_key: _Optional[str] = ...) -> None: ...
+
+class Aggregate(_message.Message):
+    __slots__ = ("round", "phase", "message")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    phase: int
+    message: bytes
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[int] = ..., message: _Optional[bytes] = ...) -> None: ...
 
 class Augmentation(_message.Message):
     __slots__ = ("dropout", "swap", "mask")
@@ -187,7 +219,7 @@ class Close(_message.Message):
     def __init__(self) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("version", "silo_id", "request_digest", "described", "reserved", "trained", "closed", "refusal", "failure", "evaluated", "rehearsed")
+    __slots__ = ("version", "silo_id", "request_digest", "described", "reserved", "trained", "closed", "refusal", "failure", "evaluated", "rehearsed", "aggregated")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SILO_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +231,7 @@ class Reply(_message.Message):
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     EVALUATED_FIELD_NUMBER: _ClassVar[int]
     REHEARSED_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATED_FIELD_NUMBER: _ClassVar[int]
     version: int
     silo_id: str
     request_digest: str
@@ -210,7 +243,8 @@ class Reply(_message.Message):
     failure: Failure
     evaluated: Evaluated
     rehearsed: Rehearsed
-    def __init__(self, version: _Optional[int] = ..., silo_id: _Optional[str] = ..., request_digest: _Optional[str] = ..., described: _Optional[_Union[Described, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., rehearsed: _Optional[_Union[Rehearsed, _Mapping]] = ...) -> None: ...
+    aggregated: Aggregated
+    def __init__(self, version: _Optional[int] = ..., silo_id: _Optional[str] = ..., request_digest: _Optional[str] = ..., described: _Optional[_Union[Described, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., trained: _Optional[_Union[Trained, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., rehearsed: _Optional[_Union[Rehearsed, _Mapping]] = ..., aggregated: _Optional[_Union[Aggregated, _Mapping]] = ...) -> None: ...
 
 class Described(_message.Message):
     __slots__ = ("dataset_id", "public_key", "public_record_count")
@@ -231,12 +265,20 @@ class Reserved(_message.Message):
     def __init__(self, receipt: _Optional[bytes] = ..., mandate: _Optional[bytes] = ...) -> None: ...
 
 class Trained(_message.Message):
-    __slots__ = ("receipt", "update")
+    __slots__ = ("receipt", "update", "keys")
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     UPDATE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     receipt: bytes
     update: bytes
-    def __init__(self, receipt: _Optional[bytes] = ..., update: _Optional[bytes] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, receipt: _Optional[bytes] = ..., update: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class Aggregated(_message.Message):
+    __slots__ = ("message",)
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    message: bytes
+    def __init__(self, message: _Optional[bytes] = ...) -> None: ...
 
 class Evaluated(_message.Message):
     __slots__ = ("receipt", "sums")

@@ -9,6 +9,7 @@ from configs.schema.silo import SiloPolicy
 from configs.schema.tasks import AugmentationSettings
 from federated.protocol import silo_pb2 as pb
 from federated.silo.local_training import OPTIMIZERS
+from federated.silo.masking.terms import check_secure
 from federated.silo.requests import json_object
 from privacy.accounting.size import check_size
 from privacy.plan import METRIC, PlanTerms, PrivacyPlan
@@ -38,6 +39,7 @@ def check_plan(terms: PlanTerms, policy: SiloPolicy, public_record_count: int) -
     """
     if terms.unit not in policy.units:
         raise PolicyRefusal.of("units", terms.unit, ", ".join(policy.units))
+    check_secure(terms, policy)
     plan = terms.bind(public_record_count) if terms.unit == "record" else terms.for_clients()
     if not policy.min_grad_norm <= terms.max_grad_norm <= policy.max_grad_norm:
         bounds = f"{policy.min_grad_norm:g} to {policy.max_grad_norm:g}"

@@ -47,9 +47,7 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
     if request.version not in SPOKEN:
         raise PolicyRefusal.of("version", str(request.version), " or ".join(map(str, SPOKEN)))
     if kind is None:
-        raise PolicyRefusal.of(
-            "request", "no kind", "describe, reserve, train, contribute, evaluate, close or rehearse"
-        )
+        raise PolicyRefusal.of("request", "no kind", "one that this silo knows")
     if kind != "describe" and request.silo_id != silo_id:
         raise PolicyRefusal.of("silo_id", request.silo_id, silo_id)
     if kind != "describe" and not request.run_id:

@@ -12,6 +12,7 @@ from configs.parse import parse
 from configs.schema.silo import SiloConfig, SiloPolicy, load_silo
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.framing import QUEUE
+from federated.silo.masking.terms import Known, check_roster
 from federated.silo.policy import check_epsilon, check_new_plan, check_plan, plan_of
 from privacy.certificate.certificate import library_versions
 from privacy.ledger.chain import Budget
@@ -66,6 +67,7 @@ def account(
     config: SiloConfig,
     request: pb.Request,
     mandate: Mandate | None,
+    known_now: Known,
     one_at_a_time: Lock,
     accounting: Lock,
 ) -> None:
@@ -80,6 +82,7 @@ def account(
         config: the silo, with its policy of now.
         request: a reservation.
         mandate: what covers it, where the silo asks for mandates.
+        known_now: gives the keys of the silos that the steward knows, by name.
         one_at_a_time: held while the ledger is looked at.
         accounting: held while epsilon is computed.
 
@@ -89,6 +92,7 @@ def account(
     policy = config.policy
     check_request_size(request.reserve, policy)
     plan = check_new_plan(plan_of(request.reserve.plan), policy, config.silo.public_record_count)
+    check_roster(plan.terms, request.reserve.secure.roster, known_now)
     if plan.terms.unit == "record":
         with one_at_a_time:
             ledger.bind(budget_of(policy))

@@ -5,6 +5,7 @@ request: who asks, policy and proof without reading data, charge, train, store t
 """
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import Arrays
 from federated.adapters.update_codec import encoded
+from federated.aggregation.secure_sum import length_of, members
 from federated.evaluation.label_counts import examples_of
 from federated.evaluation.private_sums import bounds_of, evaluated, private_sums
-from federated.identity.trust import trusted_coordinators
+from federated.identity.trust import confirmed_silos, trusted_coordinators
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_reply
 from federated.protocol.framing import PROTOCOL_VERSION
@@ -24,9 +26,11 @@ from federated.silo.contribution import contribution
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import LocalSettings, PrivateUpdate
 from federated.silo.mandates.coverage import covering
+from federated.silo.masking.masking import Masking
+from federated.silo.masking.terms import agreed, check_roster
 from federated.silo.policy import check_model, check_optimizer
 from federated.silo.rehearsal.rehearsal import Rehearsals, facts
-from federated.silo.released.released import Released
+from federated.silo.released.released import Released, asks_for_update
 from federated.silo.requests import (
     check_sender,
     decode,
@@ -57,6 +61,7 @@ class Silo:
         injected_seed: for tests of a simulated silo in this process only: makes its charges' seeds repeatable. A
             service never passes it.
         file: the silo.toml, whose policy is read again for every request; None keeps that of ``config``.
+        roster: public keys of a simulation's silos by name; None reads what the steward has confirmed, as ``trusted``.
 
     Raises:
         InputError: the base model, the ledger, the data or a trusted coordinator's file can't be used.
@@ -68,8 +73,9 @@ class Silo:
         trusted: frozenset[str] | None = None,
         injected_seed: bytes | None = None,
         file: Path | None = None,
+        roster: Mapping[str, str] | None = None,
     ) -> None:
-        self.config, self._trusted, self._file = config, trusted, file
+        self.config, self._trusted, self._file, self._roster = config, trusted, file, roster
         self._state_dir = Path(config.silo.state_dir)
         base_model = public_base_model(config)
         self.trusted()
@@ -88,11 +94,27 @@ class Silo:
         self.workbench = Workbench(config, base_model, units, self._log)
         self._one_at_a_time, self._accounting = threading.Lock(), threading.Lock()
         locks = self._one_at_a_time, self._accounting
-        self._rehearsals = Rehearsals(self.ledger, base_model.content_digest, self._log, *locks)
+        self._rehearsals = Rehearsals(self.ledger, base_model.content_digest, self._log, self.roster, *locks)
+        self._masking = Masking(config.silo.id, self.ledger.journal.signer)
 
     def trusted(self) -> frozenset[str]:
         """Public keys of the coordinators that may ask now."""
         return trusted_coordinators(self._state_dir) if self._trusted is None else self._trusted
+
+    def roster(self) -> Mapping[str, str]:
+        """Public keys of the silos that may add up with this one now, by name; its own among them.
+
+        Raises:
+            PolicyRefusal: a file of the roster can't be read; which one is told to the silo's own log alone.
+        """
+        if self._roster is not None:
+            return self._roster
+        try:
+            known = confirmed_silos(self._state_dir)
+        except InputError as error:
+            self._log.error("no updates are added up until this is mended: %s", error)
+            raise PolicyRefusal.of("roster", "a sum", "none until the silo's steward has mended its roster") from None
+        return {name: silo.public_key for name, silo in known.items()} | {self.config.silo.id: self.ledger.public_key}
 
     def close(self) -> None:
         """Closes the files of ledger and log. A host of many silos keeps few open."""
@@ -128,7 +150,7 @@ class Silo:
             self._count(request, content, digest)
             accepted = True
             body, outcome = self._answer(request, envelope.receipt, digest), "answered"
-            if self.config.silo.keep_released and request.WhichOneof("kind") in ("train", "contribute"):
+            if self.config.silo.keep_released and asks_for_update(request):
                 self._released.keep(digest, envelope.body, body, self.workbench.members_digest)
             told = facts(body) if request.HasField("rehearse") else {}
         except UnloggedError:
@@ -160,7 +182,8 @@ class Silo:
             if kind != "describe":  # which tells public settings and asks no ledger
                 self.ledger.accept(receipt_of(receipt))
         if kind == "reserve":
-            account(self.ledger, config, request, mandate, self._one_at_a_time, self._accounting)
+            locks = self._one_at_a_time, self._accounting
+            account(self.ledger, config, request, mandate, self.roster, *locks)
         with self._one_at_a_time:
             return self._dispatch(request, digest)
 
@@ -177,6 +200,8 @@ class Silo:
             return self._train(request, digest)
         if kind == "evaluate":
             return self._evaluate(request, digest)
+        if kind == "aggregate":
+            return self._aggregate(request, digest)
         if kind == "contribute":
             dtype = update_dtype_of(request.contribute.train)
             plan = entrusted_plan(self.ledger, self.config, request, request.contribute.train.plan_digest)
@@ -187,6 +212,7 @@ class Silo:
             reply = self._reply(digest, reserved=reserve(self.ledger, self.config, request, mandate))
         elif kind == "close":
             reply = self._reply(digest, closed=close(self.ledger, self.config, request))
+            self._masking.forget(request)
         else:
             reply = self._reply(digest, described=self.describe())
         return _serialized(reply)
@@ -216,6 +242,7 @@ class Silo:
         dtype = update_dtype_of(train)
         model, adapter = self.workbench.fitted(train, self.config.policy)
         settings, examples = self.workbench.local_settings(train, self.config.policy), self.workbench.examples(train)
+        summed = agreed(request, plan.terms, self.roster, length_of(adapter))
         release = self._release(request, digest, train.round)
         stored = self.ledger.reply(*release)
         if stored is not None:
@@ -228,9 +255,22 @@ class Silo:
         # 3. Train under the charge's own randomness.
         update = ready.run(_streams(charge, digest), examples.records)
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
-        trained = pb.Trained(receipt=self._receipt(request), update=encoded(update, dtype))
-        reply = _serialized(self._reply(digest, trained=trained))
-        return self.ledger.release(charge.number, request.run_id, reply)
+        opened = self._masking.begun(summed, update, train.plan_digest, release) if summed else None
+        leaves = {"keys": opened.keys} if opened else {"update": encoded(update, dtype)}
+        reply = _serialized(self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), **leaves)))
+        stored = self.ledger.release(charge.number, request.run_id, reply)
+        if opened and stored == reply:  # else another process has answered meanwhile, and its keys are the round's
+            self._masking.keep(request, opened)
+        return stored
+
+    def _aggregate(self, request: pb.Request, digest: str) -> bytes:
+        """This silo's next message of a sum that it is in, as policy, roster and ledger are now."""
+        opened = self._masking.of(request)
+        terms = reserved_plan(self.ledger, self.config, request, opened.plan_digest).terms
+        check_roster(terms, members(opened.agreement.roster), self.roster)
+        self.ledger.reply(*opened.release)  # refuses a run that was ended meanwhile
+        message = opened.answer(request.aggregate, digest)
+        return _serialized(self._reply(digest, aggregated=pb.Aggregated(message=message)))
 
     def _proved(
         self, plan: PrivacyPlan, model: Any, task: Task, adapter: Arrays, settings: LocalSettings

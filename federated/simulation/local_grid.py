@@ -29,6 +29,7 @@ _CALL_S = 0.02  # seconds of work in a call of several messages, which itself co
 _CALL_BYTES = 15 * 2**16  # of replies in such a call: Ray would put more into its object store, which is slower
 _LOOK_AHEAD = 64  # waiting messages among which a process looks for those of silos that it holds
 _WAIT_S = 0.5
+_ELSEWHERE = 2  # how far a worker is from a silo that another one holds
 
 
 class OpenedSilo(Protocol):
@@ -126,15 +127,19 @@ class LocalGrid(Grid):
         silos: names of the silos, one node each.
         workers: number of processes.
         threads: torch threads, and CPUs, of a process.
+        kept: whether a silo stays open, in the process that was asked for it first: what it has in memory lasts.
     """
 
-    def __init__(self, ray: Any, open_silo: OpenSilo, silos: Iterable[str], workers: int, threads: int) -> None:
-        self._ray = ray
+    def __init__(
+        self, ray: Any, open_silo: OpenSilo, silos: Iterable[str], workers: int, threads: int, *, kept: bool = False
+    ) -> None:
+        self._ray, self._kept = ray, kept
         self._silo_of = dict(enumerate(sorted(silos), start=_FIRST_NODE))
         # No environment of its own for the process: Ray starts processes ahead, and an environment would not fit them.
         # It sets OMP_NUM_THREADS to num_cpus by itself, and torch's threads are set when the process starts.
         actor: Any = ray.remote(SiloHost).options(num_cpus=threads, max_restarts=0)
-        self._start_worker: Callable[[], Any] = partial(actor.remote, ray.cloudpickle.dumps(open_silo), threads)
+        given = (ray.cloudpickle.dumps(open_silo), threads, *((len(self._silo_of),) if kept else ()))
+        self._start_worker: Callable[[], Any] = partial(actor.remote, *given)
         self._workers = [_Worker(self._start_worker()) for _ in range(min(workers, len(self._silo_of)))]
         self._home: dict[int, _Worker] = {}
         self._waiting: dict[str, Message] = {}
@@ -211,6 +216,8 @@ class LocalGrid(Grid):
             for worker in self._workers:
                 if len(worker.running) == held and len(self._waiting) > held * len(self._workers):
                     chosen = self._next_for(worker)
+                    if not chosen:
+                        continue
                     # What is asked alone has a process to itself: a reply may be lost when the next call ends it.
                     if self._alone.isdisjoint(chosen if held else ()) and self._alone.isdisjoint(worker.message_ids()):
                         self._call(worker, [self._waiting.pop(message_id) for message_id in chosen])
@@ -224,9 +231,13 @@ class LocalGrid(Grid):
     def _next_for(self, worker: _Worker) -> list[str]:
         def distance(message_id: str) -> int:
             home = self._home.get(self._waiting[message_id].metadata.dst_node_id)
-            return 0 if home is worker else 1 if home is None else 2
+            return 0 if home is worker else 1 if home is None else _ELSEWHERE
 
-        nearest = sorted(islice(self._waiting, _LOOK_AHEAD), key=distance)
+        nearest = sorted(self._waiting if self._kept else islice(self._waiting, _LOOK_AHEAD), key=distance)
+        if self._kept:
+            nearest = [message_id for message_id in nearest if distance(message_id) < _ELSEWHERE]
+        if not nearest:
+            return []
         fit = int(self._fit.get(self._waiting[nearest[0]].metadata.message_type, 1))
         part = -(-len(self._waiting) // len(self._workers))
         chosen = nearest[: max(1, min(fit, part))]
@@ -275,6 +286,7 @@ class LocalGrid(Grid):
         self._wait_again(list(chain(*later)))
         self._failed(at, reason)
         self._workers[self._workers.index(worker)] = _Worker(self._start_worker())
+        self._home = {node: home for node, home in self._home.items() if home is not worker}
 
     def _failed(self, messages: list[Message], reason: str) -> None:
         """A call has ended without replies: its messages are asked one by one, and one that fails again is given up."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloConfig
-from configs.storage.files import digest_bytes
+from configs.storage.files import digest_bytes, private_folder
 from configs.storage.layout import SiloFiles
 from configs.storage.secrets import load_secret
 from federated.adapters.update_codec import encoded
@@ -87,11 +87,20 @@ def _own_keys(config: SiloConfig) -> tuple[Signer, bytes]:
     Raises:
         InputError: one of them is lost, or its ledger is.
     """
-    files = SiloFiles(Path(config.silo.state_dir))
+    split = own_split_key(config)
+    return own_signer(config), split
+
+
+def own_signer(config: SiloConfig) -> Signer:
+    """The signing key of a simulated silo, made where there is no ledger yet.
+
+    Raises:
+        InputError: it is lost.
+    """
+    files = SiloFiles(private_folder(Path(config.silo.state_dir)))
     if files.ledger.exists():
         load_secret(files.key)  # never a new one beside it
-    split = own_split_key(config)
-    return Signer(files.key), split
+    return Signer(files.key)
 
 
 def own_split_key(config: SiloConfig) -> bytes:

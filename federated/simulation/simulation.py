@@ -19,7 +19,7 @@ from federated.identity.trust import COORDINATOR_KEY, coordinator_signer
 from federated.silo.silo import Silo
 from federated.silo.units import rows_of
 from federated.simulation.local_grid import LocalGrid, OpenSilo
-from federated.simulation.public_silo import PublicSilo
+from federated.simulation.public_silo import PublicSilo, own_signer
 from federated.simulation.simulated_places import (
     ledgers_of_other_spellings,
     refuse_earlier_place,
@@ -122,7 +122,7 @@ def simulate(
         signer = coordinator_signer(home)
     trusted = frozenset({signer.public_key})
     if with_dp:
-        opener: OpenSilo = partial(_open_silo, silos, trusted, injected_seed)
+        opener: OpenSilo = partial(_open_silo, silos, trusted, injected_seed, _roster(config, silos))
     else:
         opener = partial(_open_comparison, silos, trusted, plan_terms(config))
     ledger = partial(
@@ -134,12 +134,26 @@ def simulate(
         injected_seeds(injected_seed, AGGREGATOR),
     )
     parties = Parties(signer, len(silos), open_ledger=ledger)
-    with LocalGrid(ray, opener, silos, config.federated.workers, config.cluster.threads_per_rank) as grid:
+    processes, kept = config.federated.workers, config.federated.secure_aggregation
+    with LocalGrid(ray, opener, silos, processes, config.cluster.threads_per_rank, kept=kept) as grid:
         run_federation(grid, config, base_model, directory, parties, on_event, certify=with_dp)
 
 
-def _open_silo(silos: dict[str, SiloConfig], trusted: frozenset[str], injected_seed: bytes | None, name: str) -> Silo:
-    return Silo(silos[name], trusted, injected_seed)
+def _roster(config: RunConfig, silos: dict[str, SiloConfig]) -> dict[str, str] | None:
+    """The simulated silos' own keys by name, where their stewards would have confirmed each other's."""
+    if not config.federated.secure_aggregation:
+        return None
+    return {name: own_signer(silo).public_key for name, silo in silos.items()}
+
+
+def _open_silo(
+    silos: dict[str, SiloConfig],
+    trusted: frozenset[str],
+    injected_seed: bytes | None,
+    roster: dict[str, str] | None,
+    name: str,
+) -> Silo:
+    return Silo(silos[name], trusted, injected_seed, roster=roster)
 
 
 def _open_comparison(silos: dict[str, SiloConfig], trusted: frozenset[str], plan: PlanTerms, name: str) -> "PublicSilo":

@@ -13,8 +13,9 @@ from privacy.certificate.headline import Claim, headline
 from privacy.certificate.model_digests import ModelDigests
 from privacy.ledger.statements import AuditStatement
 from privacy.plan import PlanTerms
+from privacy.secure_sum import SecureSum
 
-CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL = 7, (3, 4, 5, 6, 7), 4
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL, FIRST_WITH_SUMS = 8, (3, 4, 5, 6, 7, 8), 4, 8
 NOT_AUDITED = "not audited"
 AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
@@ -43,16 +44,18 @@ _NOT_COVERED_IN_6 = (
     "what an earlier run has spent where this one continues it (model.continues): that run's own certificate says "
     "it, and both add up for whoever was in both",
 )
+_NOT_COVERED_IN_7 = (
+    *_NOT_COVERED_IN_6,
+    "when updates came, which decides their order and weights in buffered rounds (model.rounds): how long a silo "
+    "takes depends on its batches",
+)
 _NOT_COVERED = {
     3: _NOT_COVERED_IN_3,
     4: _NOT_COVERED_IN_4,
     5: _NOT_COVERED_IN_5,
     6: _NOT_COVERED_IN_6,
-    7: (
-        *_NOT_COVERED_IN_6,
-        "when updates came, which decides their order and weights in buffered rounds (model.rounds): how long a silo "
-        "takes depends on its batches",
-    ),
+    7: _NOT_COVERED_IN_7,
+    8: _NOT_COVERED_IN_7,
 }
 _TRUSTED = (
     "the aggregator, which sees every client's update without noise and adds the noise to their sum: this holds "
@@ -113,6 +116,7 @@ def certificate(
         "audited": _audited(plan, guarantee.epsilon, ledgers),
         "seeds": _seeds(ledgers, statements),
         "left_each_silo": _left_each_silo(plan),
+        **({} if form < FIRST_WITH_SUMS or plan.secure_sum is None else {"secure_sum": _of_sums(plan.secure_sum)}),
         **_signed_by(plan, ledgers),
         **({} if form < FIRST_WITH_MODEL else {"model": _model(model)}),
         "not_covered": [*(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()), *_NOT_COVERED[form]],
@@ -189,13 +193,24 @@ def _left_each_silo(plan: PlanTerms) -> str:
         return (
             "to the aggregator: one clipped adapter update a round, WITHOUT noise of the silo's own; no loss or count"
         )
-    left = "one noised adapter update a charged round; no loss, norm or count"
+    update = "one noised adapter update a charged round"
+    left = f"{update}{', under masks (secure_sum)' if plan.secure_sum else ''}; no loss, norm or count"
     for metric in plan.metric_releases:
         left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"
         left += f" with counts of the labels {', '.join(metric.labels)}" if metric.labels else ""
         written = f" with what answers of up to {metric.max_new_tokens} tokens have in common with the right ones"
         left += written if metric.max_new_tokens else ""
     return left
+
+
+def _of_sums(terms: SecureSum) -> str:
+    """What secure aggregation promises beside epsilon, and what it rests on, in one sentence."""
+    return (
+        f"each update left under masks, and the coordinator learnt no more of a round's updates than the sum of "
+        f"{terms.fewest} or more silos', at least {terms.fewest - terms.colluders} of them honest: as long as at most "
+        f"{terms.colluders} silos collude with it and each steward's roster has the silos' true keys; epsilon does not "
+        "rest on it"
+    )
 
 
 def _seeds(silos: Mapping[str, Any], statements: Mapping[str, Mapping[str, Any]]) -> str:

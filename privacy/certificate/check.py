@@ -95,6 +95,7 @@ def _model(
     model = parse(ModelDigests, dict(_mapping(found, where)), where)
     if len(model.rounds) != plan.rounds:
         raise InputError(f"{where}.rounds: {len(model.rounds)}, the plan has {plan.rounds}")
+    _check_sums(model, plan, where)
     for name in sorted(model.contributors()):
         if name not in ledgers:
             raise InputError(f"{where}: has a release of {name!r}, which the certificate leaves out; do not trust it")
@@ -102,6 +103,19 @@ def _model(
         if charged is not None and released > charged:
             raise InputError(f"{where}: has {released} releases of {name!r}, which states {charged} charged rounds")
     return model
+
+
+def _check_sums(model: ModelDigests, plan: PlanTerms, where: str) -> None:
+    """A round that was added up under masks is of as many silos as the plan says, or was lost."""
+    if plan.secure_sum is None:
+        return
+    for number, one in enumerate(model.rounds, 1):
+        summed = len(one.counts)
+        if one.updates or 0 < summed < plan.secure_sum.fewest:
+            raise InputError(
+                f"{where}.rounds.{number - 1}: {summed} releases, and with secure aggregation there are none or at "
+                f"least {plan.secure_sum.fewest}; do not trust it"
+            )
 
 
 def _where(origin: str, unit: str, name: str) -> str:

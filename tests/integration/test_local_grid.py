@@ -168,3 +168,39 @@ def test_a_steps_messages_hold_the_adapter_once(shared_ray, tmp_path, monkeypatc
     assert all(len(unpack(content)) > 4 * 2**20 for content in contents)
     (event,) = [event for event in read_events(tmp_path / "events.jsonl") if event["event"] == "round"]
     assert event["answered"] == ["a", "b", "c"]
+
+
+class Counts:
+    """A silo that has its process and the number of its requests in memory; one ends the process at its third."""
+
+    def __init__(self, name):
+        self.name, self.asked = name, 0
+
+    def handle(self, content):
+        self.asked += 1
+        if "dies" in self.name and self.asked == 3:
+            os._exit(1)
+        return f"{os.getpid()} {self.asked}".encode()
+
+    def close(self):
+        pass
+
+
+def test_silos_that_are_kept_stay_in_one_process_and_find_another_when_it_dies(warm_ray):
+    names = [f"silo{number}" for number in range(7)] + ["silo7-dies"]
+    with LocalGrid(warm_ray, Counts, names, workers=2, threads=1, kept=True) as grid:
+        steps = [{name: answer.split() for name, answer in ask_all(grid, names).items()} for _ in range(2)]
+        assert [{int(count) for _, count in step.values()} for step in steps] == [{1}, {2}]
+        home = {name: process for name, (process, _) in steps[0].items()}
+        assert {name: process for name, (process, _) in steps[1].items()} == home
+        assert len(set(home.values())) == 2
+        third = ask_all(grid, names)  # the one that dies is asked again alone, in the process that has come for it
+        others = {name: answer.split() for name, answer in third.items() if name != "silo7-dies"}
+        dead = home["silo7-dies"]
+        for name, (process, count) in others.items():
+            if home[name] != dead:
+                assert (process, int(count)) == (home[name], 3)
+            else:
+                assert (process, int(count)) == (dead, 3) or process != dead
+        again = {name: answer.split() for name, answer in ask_all(grid, names).items()}
+        assert dead not in {process for process, _ in again.values()}

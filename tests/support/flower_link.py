@@ -42,6 +42,7 @@ class FlowerLink:
         authority.issue(folder / "server.pem", key, "server", ["localhost", "127.0.0.1"], "server")
         self.node_key = load_or_create_key(folder / "node.ssh", ec.SECP384R1())
         self.node: psutil.Popen | None = None
+        self.others: list[psutil.Popen] = []
         self.heartbeats: HeartbeatSender | None = None
         self._start()
         state: Any = self.app.state.linkstate_factory.state()
@@ -80,13 +81,27 @@ class FlowerLink:
 
     def start_node(self, port: int, **environment: str) -> None:
         """Starts the relay's node, which reaches the SuperLink at this port."""
+        self.node = self._started("node", port, self.state_dir, self.silo_address, environment)
+
+    def start_another(self, name: str, silo_address: str) -> None:
+        """Registers one more node and starts it, straight to the SuperLink."""
+        key = load_or_create_key(self.folder / f"{name}.ssh", ec.SECP384R1())
+        state: Any = self.app.state.linkstate_factory.state()
+        state.create_node("<id:none>", "none", public_key_to_bytes(key.public_key()), 0)
+        (self.folder / name).mkdir()
+        straight = {"NO_PROXY": "localhost", "no_proxy": "localhost"}
+        self.others.append(self._started(name, self.port, self.folder / name, silo_address, straight))
+
+    def _started(
+        self, name: str, port: int, state_dir: Path, silo_address: str, environment: dict[str, str]
+    ) -> psutil.Popen:
         health, folder = f"127.0.0.1:{free_port()}", self.folder
         command = [sys.executable, "-m", "federated.transport.node", "--superlink", f"localhost:{port}"]
-        command += ["--root-certificates", str(folder / "ca.pem"), "--key", str(folder / "node.ssh")]
-        command += ["--health", health, "--state", str(self.state_dir), "--silo-address", self.silo_address]
-        with (folder / "node.log").open("ab") as log:
+        command += ["--root-certificates", str(folder / "ca.pem"), "--key", str(folder / f"{name}.ssh")]
+        command += ["--health", health, "--state", str(state_dir), "--silo-address", silo_address]
+        with (folder / f"{name}.log").open("ab") as log:
             given = {**os.environ, **environment}
-            self.node = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=given)
+            return psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=given)
 
     def kill_node(self) -> None:
         """Ends it without a word."""
@@ -96,7 +111,7 @@ class FlowerLink:
 
     def end(self) -> None:
         """Ends everything."""
-        end_tree([self.node] if self.node else [], 10)
+        end_tree([*self.others, *([self.node] if self.node else [])], 10)
         self.heartbeats.stop()
         self.server.should_exit = self.server.force_exit = True
         self.thread.join()

@@ -17,8 +17,8 @@ class WarmHost(SiloHost):
     def __init__(self) -> None:
         self._silos: dict[str, Any] = {}
 
-    def host(self, open_silo: bytes, threads: int) -> None:
-        super().__init__(open_silo, threads)
+    def host(self, *given: Any) -> None:
+        super().__init__(*given)
 
     def rest(self) -> None:
         while self._silos:

@@ -39,7 +39,7 @@ FLOORS = {
         "export imported inference optimisation",
     ),
     "privacy": (
-        "accounting clipping signing",
+        "accounting clipping secure_sum signing",
         "secagg",
         "distributed",
         "declaration plan register",

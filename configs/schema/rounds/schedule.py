@@ -31,6 +31,11 @@ def schedule_problems(given: Mapping[str, Any]) -> Iterator[str]:
     Args:
         given: the settings, by name.
     """
+    if 0 < given["enough_silos"] < given["min_silos"]:
+        yield (
+            f"federated.enough_silos is {given['enough_silos']}: a round would end before federated.min_silos "
+            f"({given['min_silos']}) have answered; give 0, or at least that"
+        )
     if given["grace_s"] and not given["enough_silos"]:
         yield (
             f"federated.grace_s is {given['grace_s']:g} and federated.enough_silos 0: a round waits for every silo "

@@ -24,6 +24,7 @@ from federated.adapters.arrays import Arrays, to_bytes
 from federated.adapters.warm_model import held_back_in
 from federated.aggregation.aggregation import RoundAggregation
 from federated.aggregation.message_sizes import BESIDE_BYTES, message_sizes, require_room
+from federated.aggregation.secure_sum import members
 from federated.coordinator.exchange import SiloExchange
 from federated.coordinator.final_model import start
 from federated.coordinator.flower_grid import Nodes
@@ -121,7 +122,8 @@ class Rehearsal:
         log = EventLog(directory / EVENTS, (self._noted,))
         ticket = RunTicket(f"rehearsal-{uuid.uuid4().hex}", int(time.time()) + _LIFETIME_S)
         settings = _soon(config.federated)
-        self._exchange = SiloExchange(grid, ticket, parties, settings, log, lambda _: b"")
+        secure = config.federated.secure_aggregation
+        self._exchange = SiloExchange(grid, ticket, parties, settings, log, lambda _: b"", secure)
 
     def run(self) -> None:
         """All four requests to each silo that is there.
@@ -135,7 +137,8 @@ class Rehearsal:
         require_room(sizes, LARGEST_MESSAGE_BYTES)
         self._exchange.meet(self._admitted, lambda: _LONGEST_QUERY_S)
         train = self._trains(plan, adapter)
-        reserve = pb.Reserve(plan=json.dumps(plan.model_dump(), sort_keys=True), request_bytes=sizes.request)
+        text = json.dumps(plan.model_dump(), sort_keys=True)
+        reserve = pb.Reserve(plan=text, request_bytes=sizes.request, secure=self._secure())
 
         def asked(silo: str, **more: Any) -> tuple[pb.Rehearse, bytes]:
             content, shared = train(silo)
@@ -146,6 +149,10 @@ class Rehearsal:
         self._ask(REQUEST, asked, None)
         self._ask(REPLY, lambda silo: asked(silo, filler_bytes=update), None, update)
         self._ask(TRIAL, lambda silo: asked(silo, trial=True), lambda: _LONGEST_TRIAL_S)
+
+    def _secure(self) -> pb.Secure | None:
+        """With whom the silos would add up."""
+        return pb.Secure(roster=members(self._exchange.enrolled())) if self._exchange.secure else None
 
     def _admitted(self, silo: str, described: pb.Described) -> None:
         self.heard[silo] = Heard(described.public_record_count)

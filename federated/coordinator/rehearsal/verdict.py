@@ -35,6 +35,7 @@ _FIXES = {  # by what a refusal begins with
     "expires": f"set the clock that is wrong; {CLOCK_RULE}",
     "queue": "give the command again when the silo has finished what it does",
     "rehearsal": "give the command again when the silo has finished what it does, or tomorrow",
+    "roster": "have each steward confirm the others by `siloweave silo roster --add`, and enrol the same silos here",
     "mandate": "ask the steward for a mandate that covers the run, and name its study by federated.study",
     "coordinator": "ask the steward for `siloweave silo trust` with this federation's coordinator.json",
 }

@@ -35,6 +35,7 @@ class Quorum:
         already: silos that need not be asked and count as having answered.
         enough: replies after which the others are not waited for; 0: all.
         grace_s: for how long they are, all the same.
+        rule: what says how many are fewest.
         missing: the silos that the step can't do without, beside those that it is given.
         answered: whose replies were accepted.
         refusals: silos, and what their policies have refused.
@@ -44,6 +45,7 @@ class Quorum:
     already: int = 0
     enough: int = 0
     grace_s: float = 0.0
+    rule: str = "federated.min_silos is"
     missing: Callable[[Iterable[str]], list[str]] = lambda _: []
     answered: list[str] = field(default_factory=list)
     refusals: list[tuple[str, PolicyRefusal]] = field(default_factory=list)

@@ -40,7 +40,14 @@ class TrainingRequests:
         federated = self.config.federated
         return _adapter_spec(federated, federated.lora_rank, federated.lora_alpha)
 
-    def kind(self, round_number: int, sent: Sent, frozen: dict[str, Any], adapter: bytes) -> dict[str, Any]:
+    def kind(
+        self,
+        round_number: int,
+        sent: Sent,
+        frozen: dict[str, Any],
+        adapter: bytes,
+        secure: pb.Secure | None = None,
+    ) -> dict[str, Any]:
         """A request to train one round; with clients as units, to contribute to it.
 
         Args:
@@ -48,9 +55,10 @@ class TrainingRequests:
             sent: what the silo trains on.
             frozen: ``frozen_part`` of the shared adapter.
             adapter: that of ``sent``, as bytes.
+            secure: with whom the silos add up; None: updates come by themselves.
         """
         said = _training(self.config.federated, round_number, sent, **frozen)
-        train = pb.Train(**self.model(), **said, adapter=adapter)
+        train = pb.Train(**self.model(), **said, adapter=adapter, secure=secure)
         if self.plan.unit == "record":
             return {"train": train}
         rate, steps = self.config.privacy.sampling_rate, self.config.federated.local_steps

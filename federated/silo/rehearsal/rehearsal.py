@@ -26,6 +26,7 @@ from federated.protocol import silo_pb2 as pb
 from federated.protocol.bounds import COLUMNS
 from federated.protocol.framing import filler
 from federated.silo.mandates.coverage import covering
+from federated.silo.masking.terms import Known, check_roster
 from federated.silo.policy import check_epsilon, check_model, check_new_plan, check_optimizer, plan_of
 from federated.silo.rehearsal.trial import take
 from federated.silo.requests import refusal_message, update_dtype_of
@@ -48,14 +49,21 @@ class Rehearsals:
         ledger: the silo's. It is only looked at.
         base_model: digest of the silo's.
         log: the silo's own.
+        known_now: gives the keys of the silos that the steward knows, by name.
         one_at_a_time: held while the silo answers another request.
         accounting: held while epsilon is computed.
     """
 
     def __init__(
-        self, ledger: Ledger, base_model: str, log: Logger, one_at_a_time: threading.Lock, accounting: threading.Lock
+        self,
+        ledger: Ledger,
+        base_model: str,
+        log: Logger,
+        known_now: Known,
+        one_at_a_time: threading.Lock,
+        accounting: threading.Lock,
     ) -> None:
-        self._ledger, self._base_model, self._log = ledger, base_model, log
+        self._ledger, self._base_model, self._log, self._known_now = ledger, base_model, log, known_now
         self._one_at_a_time, self._accounting, self._under_way = one_at_a_time, accounting, threading.Lock()
         self._asked: dict[str, deque[float]] = defaultdict(deque)  # when, by coordinator
 
@@ -123,6 +131,7 @@ class Rehearsals:
     def _check_plan(self, config: SiloConfig, request: pb.Request, mandate: Mandate | None) -> None:
         policy = config.policy
         plan = check_new_plan(plan_of(request.rehearse.reserve.plan), policy, config.silo.public_record_count)
+        check_roster(plan.terms, request.rehearse.reserve.secure.roster, self._known_now)
         epsilon = epsilon_of(plan.terms, self._accounting)
         check_epsilon(epsilon, policy)
         with self._one_at_a_time:

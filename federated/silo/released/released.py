@@ -56,6 +56,12 @@ class ReleasedRound:
         return train, update
 
 
+def asks_for_update(request: pb.Request) -> bool:
+    """Whether the answer is an update that its receiver can read. Under masks none leaves: their sum alone is read."""
+    kind = request.WhichOneof("kind")
+    return kind == "contribute" or (kind == "train" and not request.train.HasField("secure"))
+
+
 class Released:
     """``released/`` in the silo's state directory: a folder for each update, named by its request's digest."""
 

@@ -63,6 +63,7 @@ ON_DISK = {
         "trusted": "trusted",
         "mandates": "mandates",
         "revoked_mandates": "mandates/revoked",
+        "roster": "roster",
         "tls": "tls",
         "service_key": "tls/service.key",
         "service_certificate": "tls/service.crt",

@@ -33,6 +33,7 @@ def test_every_text_content_and_list_of_every_message_has_a_bound():
 def test_a_value_may_be_as_long_as_its_bound_and_no_longer(name):
     field, most = FIELDS[name], LARGEST[name]
     one = {FieldDescriptor.TYPE_STRING: "é", FieldDescriptor.TYPE_BYTES: b"x", FieldDescriptor.TYPE_DOUBLE: [0.0]}
+    one[FieldDescriptor.TYPE_MESSAGE] = [pb.Member()]
     message = getattr(pb, field.containing_type.name)
     assert excess(message(**{field.name: one[field.type] * most})) is None
     found = excess(message(**{field.name: one[field.type] * (most + 1)}))
@@ -107,3 +108,9 @@ def test_what_is_wrong_with_a_document_is_said_in_few_words():
     with pytest.raises(InputError) as error:
         Receipt.from_bytes(json.dumps({"x" * 10**5: 1}).encode()[:-1] + b', "y": 1, "y": 2}', "receipt")
     assert str(error.value) == "receipt: 'y' is there twice; give the file as it was written"
+
+
+def test_what_is_inside_of_a_list_is_bounded_too():
+    secure = pb.Secure(roster=[pb.Member(silo="a"), pb.Member(silo="b" * 101)])
+    train = pb.Request(train=pb.Train(secure=secure))
+    assert excess(train) == ("silo", "101 characters", "at most 100")

@@ -15,6 +15,7 @@ from privacy.certificate.check import check_certificate, check_in_ledger
 from privacy.ledger.chain import Budget, verify_entries
 from privacy.ledger.ledger import Ledger
 from privacy.plan import PlanTerms
+from privacy.secure_sum import SecureSum
 
 REQUEST = PlanTerms(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
@@ -175,7 +176,7 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
         (("audited",), "yes", "audited"),
         (("extra",), 1, "extra: no such field"),
         (("version",), 1, "version is 1"),
-        (("version",), 8, "version is 8, this Siloweave reads 3 to 7; a newer one needs a newer Siloweave"),
+        (("version",), 9, "version is 9, this Siloweave reads 3 to 8; a newer one needs a newer Siloweave"),
         (("version",), True, "version is True"),
         (("version",), 3, "model: no such field"),
         (("model",), None, "model: NoneType, expected an object"),
@@ -221,6 +222,41 @@ def test_one_that_an_earlier_version_has_made_verifies_as_it_was():
             check_certificate(edited(document, ("epsilon",), 1.0), name)
         with pytest.raises(InputError, match="model: no such field"):
             check_certificate({**document, "model": MODEL.model_dump(mode="json")}, name)
+
+
+def test_one_of_before_secure_aggregation_verifies_as_it_was(sound):
+    document = json.loads(json.dumps(certificate("run-1", REQUEST, sound["silos"], MODEL, form=7)))
+    check_certificate(document, "test")
+    assert {**document, "version": 8} == sound and "secure_sum" not in sound
+
+
+def test_secure_aggregation_is_claimed_with_what_it_rests_on(tmp_path, monkeypatch):
+    request = REQUEST.model_copy(update={"secure_sum": SecureSum(colluders=1, min_survivors=4)})
+    monkeypatch.setitem(globals(), "PLAN", request.bind(5000))
+    names = ("a", "b", "c", "d")
+    silos = {name: close_run(tmp_path, name) for name in names}
+    model = model_of(*({silo: digest_bytes(reply_of(silo, n)) for silo in names} for n in (1, 2)), {})
+    document = json.loads(json.dumps(certificate("run-1", request, silos, model)))
+    check_certificate(document, "test")
+    assert "sum of 4 or more silos', at least 3 of them honest: as long as at most 1 silos" in document["secure_sum"]
+    assert "under masks" in document["left_each_silo"]
+    for path, value, said in (
+        (("secure_sum",), "nobody sees anything", "secure_sum is 'nobody sees anything'"),
+        (("plan", "secure_sum", "colluders"), 0, "plan_digest"),
+        (("version",), 7, "secure_sum: no such field"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_certificate(edited(document, path, value), "test")
+    few = model_of(*({s: digest_bytes(reply_of(s, 1)) for s in names[:count]} for count in (3, 4)), {})
+    with pytest.raises(
+        InputError, match=r"model\.rounds\.0: 3 releases, and with secure aggregation there are none or"
+    ):
+        check_certificate(certificate("run-1", request, silos, few), "test")
+    plain = REQUEST.model_dump()
+    with pytest.raises(InputError, match="plan_digest"):
+        check_certificate({**document, "plan": plain}, "test")
+    with pytest.raises(InputError, match=r"silos\.a\.receipt\.plan_digest"):  # no silo has signed the other plan
+        check_certificate({**document, "plan": plain, "plan_digest": REQUEST.digest}, "test")
 
 
 def test_a_field_that_was_taken_out_is_missed(sound):

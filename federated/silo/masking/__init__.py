@@ -1,0 +1,1 @@
+"""A silo's side of secure aggregation: whom it adds up with, and the sums that it is in."""

@@ -1,0 +1,69 @@
+"""What a secure sum needs before a silo takes part: plan and policy, and the roster as its steward knows it."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from configs.errors import InputError, PolicyRefusal
+from configs.schema.silo import SiloPolicy
+from federated.aggregation.secure_sum import agreement
+from federated.protocol import silo_pb2 as pb
+from privacy.plan import PlanTerms
+from privacy.secagg.agreement import Agreement
+
+Known = Callable[[], Mapping[str, str]]
+_CONFIRM = "`siloweave silo roster --add` confirms one"
+
+
+def check_secure(terms: PlanTerms, policy: SiloPolicy) -> None:
+    """Whether a plan adds updates up as the steward wants it.
+
+    Raises:
+        PolicyRefusal: it doesn't.
+    """
+    if terms.secure_sum is None:
+        if policy.secure_aggregation == "required":
+            raise PolicyRefusal.of("secure_aggregation", "updates by themselves", "a run with secure aggregation alone")
+    elif terms.secure_sum.colluders < policy.min_colluders:
+        raise PolicyRefusal.of("min_colluders", str(terms.secure_sum.colluders), str(policy.min_colluders))
+
+
+def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known_now: Known) -> None:
+    """Whether a request names the silos that the steward knows, with their keys, and no others.
+
+    Args:
+        terms: the run's plan.
+        roster: of the request; empty where it has none.
+        known_now: gives the keys of all silos that the steward knows, by name, this one among them.
+
+    Raises:
+        PolicyRefusal: it doesn't.
+    """
+    if terms.secure_sum is None:
+        if roster:
+            raise PolicyRefusal.of("secure_aggregation", "a secure sum", "none, which the plan has not got")
+        return
+    asked, known = {member.silo: member.public_key for member in roster}, known_now()
+    if len(asked) == len(roster) and asked == known:
+        return
+    wrong = {
+        "not confirmed here": sorted(asked.keys() - known.keys()),
+        "confirmed here, and not there": sorted(known.keys() - asked.keys()),
+        "with another key": sorted(name for name in asked.keys() & known.keys() if asked[name] != known[name]),
+    }
+    said = "; ".join(f"{', '.join(names)} {what}" for what, names in wrong.items() if names) or "a silo is there twice"
+    message = f"the roster of the run is not what this silo's steward has confirmed: {said}; {_CONFIRM}"
+    raise PolicyRefusal.of("roster", f"{len(roster)} silos", f"{len(known)} silos", message)
+
+
+def agreed(request: pb.Request, terms: PlanTerms, known_now: Known, length: int) -> Agreement | None:
+    """What a request to train makes this silo agree to; None where updates leave by themselves.
+
+    Raises:
+        PolicyRefusal: the roster is another one, or such a sum would not be secure.
+    """
+    check_roster(terms, request.train.secure.roster, known_now)
+    if terms.secure_sum is None:
+        return None
+    try:
+        return agreement(request.train, terms.secure_sum, request.coordinator, request.run_id, length)
+    except InputError as error:
+        raise PolicyRefusal.of("secure_aggregation", "a sum", "a secure one", str(error)) from None
