@@ -28,6 +28,7 @@ _POSITIONS = {"part": "part", "step": "step", "round": "round", "scored": "done"
 _SHOWN = {
     "convert",
     "damaged",
+    "lost",
     "missing",
     "restart",
     "rollback",

@@ -24,7 +24,7 @@ from configs.storage.storage import COMMITTED
 from privacy.certificate.certificate import ledgers_of
 from trainer.checkpoints import checkpoints
 
-_TROUBLES = ("restart", "rollback", "damaged", "refused", "rejected", "timeout", "failed")
+_TROUBLES = ("restart", "rollback", "damaged", "refused", "rejected", "timeout", "lost", "failed")
 _RECENT = 20
 
 
