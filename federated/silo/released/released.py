@@ -57,9 +57,12 @@ class ReleasedRound:
 
 
 def asks_for_update(request: pb.Request) -> bool:
-    """Whether the answer is an update that its receiver can read. Under masks none leaves: their sum alone is read."""
+    """Whether the answer is an update that its receiver can read. Under masks none leaves: their sum alone is read.
+
+    A request has a roster where the plan has masks, and nowhere else: all others were refused.
+    """
     kind = request.WhichOneof("kind")
-    return kind == "contribute" or (kind == "train" and not request.train.HasField("secure"))
+    return kind == "contribute" or (kind == "train" and not request.train.secure.roster)
 
 
 class Released:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from silo_requests import COORDINATOR, TRUSTED, ask, body_of, opened, ward
 
+from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.adapters.warm_model import initial_adapter
 from federated.aggregation.secure_sum import agreement, length_of, members
@@ -309,3 +310,28 @@ def test_a_service_knows_the_silos_that_its_steward_has_confirmed(tmp_path, tiny
     plain = ask(silo, "plain", run_id="run-2", reserve=pb.Reserve(plan=PLAIN.model_dump_json()))[0]
     assert plain.WhichOneof("kind") == "reserved"  # whose updates go with nobody's
     silo.close()
+
+
+def test_a_silo_keeps_the_updates_that_leave_and_none_that_its_masks_hide(pair):
+    silo = pair.silos["north"]
+    silo.config = silo.config.model_copy(update={"silo": silo.config.silo.model_copy(update={"keep_released": True})})
+    kept = SiloFiles(silo.ledger.path.parent).released
+    pair.trained(pair.train())
+    assert not kept.exists()
+    plain = {"run_id": "run-2", "silo_id": "north"}
+    ask(silo, "reserve", reserve=pb.Reserve(plan=PLAIN.model_dump_json()), **plain)
+    # A request that speaks of masks where the plan has none has no roster.
+    train = pair.train(PLAIN, roster={})
+    assert ask(silo, "round-1", train=train, **plain)[0].trained.update
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_a_rehearsal_says_that_rosters_differ(pair):
+    def refusals(roster):
+        asked = pb.Reserve(plan=PLAN.model_dump_json(), secure=pb.Secure(roster=members(roster)))
+        told = pair.ask("north", f"trial-{len(roster)}", rehearse=pb.Rehearse(reserve=asked, train=pair.train()))
+        return [line.split(":")[0] for line in told.rehearsed.refusals]
+
+    assert refusals(pair.roster) == []
+    assert refusals({**pair.roster, "west": "00" * 32}) == ["roster"]
+    assert refusals({}) == ["roster"]
