@@ -26,7 +26,7 @@ from configs.parse import to_toml
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
 
-LARGEST_UPLOAD_BYTES = 2 * 2**20
+LARGEST_UPLOAD_BYTES = 4 * 2**20
 CONFIG = "submitted.toml"
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("configs", "trainer", "privacy", "federated", "cluster")

@@ -61,14 +61,18 @@ def ray_head():
 
 
 def wait_for(address, head, said):
+    """The job server, once the whole head is up: the server is there before the raylet, and may go with it again."""
     deadline = time.monotonic() + 300
     while True:
         try:
-            return jobs.find_server(address)
+            found = jobs.find_server(address)
+            if "Ray runtime started" in said.read_text():
+                return found
         except InputError:
-            assert head.poll() is None, said.read_text()
-            assert time.monotonic() < deadline, "no job server"
-            time.sleep(0.5)
+            pass
+        assert head.poll() is None, said.read_text()
+        assert time.monotonic() < deadline, "no job server"
+        time.sleep(0.5)
 
 
 def submit(siloweave, server, root, *words, **more):
