@@ -14,7 +14,10 @@ def scrape(ray):
     found = {}
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        text = urllib.request.urlopen(url, timeout=300).read().decode()
+        try:
+            text = urllib.request.urlopen(url, timeout=20).read().decode()
+        except OSError:  # an agent that is busy; it is asked again
+            continue
         lines = [line for line in text.splitlines() if line.startswith("ray_siloweave_")]
         found.update((line.rpartition(" ")[0], float(line.rpartition(" ")[2])) for line in lines)
     return found
