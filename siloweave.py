@@ -25,6 +25,7 @@ from cluster.commands.tune import tune
 from configs.ending import ended_by_signals
 from configs.errors import SiloweaveError
 from configs.printing import escape_unencodable, say, to_json
+from federated.commands.bundle import bundle
 from federated.commands.federation import federation_app
 from federated.commands.silo import silo_app
 from privacy.commands import ledger_app
@@ -47,6 +48,7 @@ app.command()(predict)
 app.command()(merge)
 app.command()(optimise)
 app.command()(dossier)
+app.command()(bundle)
 app.command()(serve)
 app.command()(tune)
 app.command()(submit)

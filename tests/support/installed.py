@@ -34,6 +34,7 @@ def install(folder: Path) -> Path:
     source.mkdir(parents=True)
     for name in packages() - {"siloweave"}:
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "docs", source / "docs")
     for name in ("siloweave.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(REPOSITORY / name, source / name)
     offline = ("--quiet", "--no-index", "--no-deps", "--disable-pip-version-check")

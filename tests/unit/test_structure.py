@@ -54,7 +54,8 @@ FLOORS = {
         "aggregation evaluation transport",
         "coordinator silo",
         "deployment simulation",
-        "audit commands",
+        "audit bundle",
+        "commands",
     ),
     "cluster": (
         "monitoring report runtime",
