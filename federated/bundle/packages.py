@@ -133,7 +133,7 @@ def _kept(distribution: Distribution, info: str) -> Iterator[tuple[str, PackageP
     made_by_pip = {
         point.name for point in distribution.entry_points if point.group in {"console_scripts", "gui_scripts"}
     }
-    site = Path(os.path.normpath(distribution.locate_file("")))  # type: ignore[arg-type]  # a path, of any kind
+    site = Path(os.path.normpath(str(distribution.locate_file(""))))
     data = f"{info.removesuffix('.dist-info')}.data"
     for file in distribution.files or []:
         path = Path(os.path.normpath(site / file))

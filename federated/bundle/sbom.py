@@ -40,14 +40,14 @@ def bill_of_materials(packages: Iterable[Distribution], digests: Mapping[str, st
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.output.json import JsonV1Dot6
 
-    by_name = {canonicalize_name(package.name): package for package in packages}
+    by_name = {str(canonicalize_name(package.name)): package for package in packages}
     parts = {name: _component(package, digests[name]) for name, package in by_name.items()}
     bom = Bom(components=[part for name, part in parts.items() if name != "siloweave"])
     bom.metadata.component = parts["siloweave"]
     digest = HashType(alg=HashAlgorithm.SHA_256, content=model_digest)
     bom.components.add(Component(name="base model", type=ComponentType.MACHINE_LEARNING_MODEL, hashes=[digest]))
     for name, package in by_name.items():
-        asked = {canonicalize_name(Requirement(line).name) for line in package.requires or []}
+        asked = {str(canonicalize_name(Requirement(line).name)) for line in package.requires or []}
         bom.register_dependency(parts[name], [parts[each] for each in sorted(asked & set(parts))])
     return JsonV1Dot6(bom).output_as_string(indent=2) + "\n"
 
@@ -73,8 +73,8 @@ def _component(package: Distribution, digest: str) -> "Component":
 def _license(package: Distribution) -> str:
     """As its maker declares it: an expression, else a short name, else the classifiers'."""
     described = package.metadata
-    named = described.get("License-Expression") or described.get("License") or ""
-    if named and len(named) < 100:
-        return named.strip()
+    for field in ("License-Expression", "License"):
+        if field in described and len(described[field]) < 100:  # some put the whole text there
+            return described[field].strip()
     classified = (line.split(" :: ") for line in described.get_all("Classifier") or [])
     return " OR ".join(parts[-1] for parts in classified if parts[0] == "License" and len(parts) > 2)

@@ -15,7 +15,7 @@ _NONE: list[str] = []
 def bundle(
     federation: Annotated[Path, typer.Argument(help="The federation's folder, whose key signs the bundle.")],
     output: Annotated[Path, typer.Argument(help="Where to write; nothing may be there yet.")],
-    model: Annotated[Path, typer.Option(help="The base model, as `siloweave export` or `siloweave model` wrote it.")],
+    model: Annotated[Path, typer.Option(help="The base model, as `siloweave export` wrote it.")],
     extra: Annotated[
         list[str], typer.Option(help="An extra of siloweave that the sites need; may be repeated.")
     ] = _NONE,
