@@ -13,6 +13,7 @@ from typing import Any
 from configs.errors import InputError
 from configs.parse import refuse_stream
 from configs.storage.files import digest_file, digest_json, sync_tree, unreadable, write_atomic, write_failure
+from configs.storage.layout import FEDERATED
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -154,10 +155,10 @@ def require_manifest(directory: Path, kind: str, made_by: str) -> Manifest:
     if manifest is None:
         raise InputError(f"{directory}: no finished {kind} here; run `siloweave {made_by}` first")
     if damaged is not None:
-        raise InputError(
-            f"{directory / damaged}: its digest is not the manifest's; delete {directory} and run "
-            f"`siloweave {made_by}` again"
-        )
+        again = f"delete {directory} and run `siloweave {made_by}` again"
+        if kind == FEDERATED:
+            again = "put the backup of that file back; to federate again would take its privacy budget a second time"
+        raise InputError(f"{directory / damaged}: its digest is not the manifest's; {again}")
     return manifest
 
 

@@ -20,6 +20,7 @@ from configs.storage.manifests import require_manifest
 from federated.bundle.packages import check_packable, write_wheel
 from federated.bundle.sbom import bill_of_materials, check_installed
 from federated.deployment.federation_folder import FederationFolder
+from federated.identity.cards import write_document
 from federated.identity.trust import coordinator_signer
 
 SUMS, SIGNATURE = "SHA256SUMS", "SHA256SUMS.sig"
@@ -89,7 +90,7 @@ def _unpack_documents(wheel: Path, docs: Path) -> None:
 
 
 def _describe(made: Path, federation: FederationFolder, model_digest: str, packages: Packages) -> None:
-    (made / "coordinator.json").write_bytes(federation.card_file.read_bytes())
+    write_document(made / "coordinator.json", federation.card)
     digests, pins = dict[str, str](), list[str]()
     for wheel in sorted((made / "wheels").iterdir()):
         name, version, _, _ = parse_wheel_filename(wheel.name)

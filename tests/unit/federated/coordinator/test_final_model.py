@@ -76,7 +76,7 @@ def test_a_run_of_another_base_model_is_refused(begin, earlier):
 def test_a_run_that_has_not_ended_under_dp_is_refused(begin, earlier):
     certificate = earlier / "federated" / "certificate.json"
     certificate.write_text("{}")
-    with pytest.raises(InputError, match=r"certificate\.json: its digest is not the manifest's"):
+    with pytest.raises(InputError, match=r"certificate\.json: its digest is not the manifest's; put the backup"):
         begin()
     certificate.unlink()
     (earlier / "federated" / "manifest.json").unlink()
