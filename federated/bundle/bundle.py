@@ -16,6 +16,7 @@ from packaging.utils import parse_wheel_filename
 import configs
 from configs.errors import InputError
 from configs.storage.files import digest_file, sync_tree, write_failure
+from configs.storage.layout import RunFiles
 from configs.storage.manifests import require_manifest
 from federated.bundle.packages import check_packable, write_wheel
 from federated.bundle.sbom import bill_of_materials, check_installed
@@ -76,7 +77,7 @@ def _fill(made: Path, model: Path, packages: Iterable[Distribution]) -> None:
         wheel = write_wheel(package, wheels)
         if package.name == "siloweave":
             _unpack_documents(wheel, made / "docs")
-    shutil.copytree(model, made / "model")
+    shutil.copytree(model, RunFiles(made).model)  # by the name that it has in a run
     shutil.copytree(Path(configs.__path__[0]) / "deploy", made / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(Path(__file__).with_name("install.sh"), made / "install.sh")
 
