@@ -276,10 +276,11 @@ def check_silos(config: RunConfig, silos: int) -> None:
     needed = max(settings.min_silos, settings.colluders + honest)
     least = fewest(SecureSum(colluders=settings.colluders, min_survivors=needed), silos)
     if least > silos:
-        rests = f", federated.min_silos {settings.min_silos}" + (f" and privacy.min_honest {honest}" if honest else "")
+        noise = f", privacy.min_honest {honest}" if honest else ""
         raise InputError(
-            f"federated.secure_aggregation: with federated.colluders {settings.colluders}{rests} a sum takes {least} "
-            f"silos, and there are {silos}; lower one of them, or enrol more"
+            f"federated.secure_aggregation: with federated.colluders {settings.colluders}{noise} and "
+            f"federated.min_silos {settings.min_silos} a sum takes {least} silos, and there are {silos}; lower one of "
+            "them, or enrol more"
         )
     always = least_survivors(silos, settings.colluders) - settings.colluders
     if 0 < honest < always:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from silo_requests import COORDINATOR, TRUSTED, ask, ward
 
+from configs.schema.silo import SiloPolicy
 from configs.storage.files import digest_bytes
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.adapters.warm_model import initial_adapter, put_on
@@ -20,7 +21,9 @@ from privacy.distributed.planned import of_length
 from privacy.mechanism.sampler import one_example_each, sample
 from privacy.mechanism.streams import Streams, injected_seeds
 from privacy.plan import PlanTerms
-from privacy.secagg.messages import Phase
+from privacy.secagg.client import Client
+from privacy.secagg.failures import SecureAggregationError, TooFewSilos
+from privacy.secagg.messages import Phase, server_message
 from privacy.secagg.server import Server
 from privacy.secure_sum import SharedNoise
 from trainer.models.adapters import trainable
@@ -218,3 +221,126 @@ def test_silos_draw_noise_of_their_own_and_one_more_time_the_same(three):
     refused = three.ask("north", "round-2", train=three.train(round=2, learning_rate=0.2)).refusal
     assert refused.rule == "request_id"
     assert kinds(again).count("charge") == 2
+
+
+@pytest.mark.parametrize("phase", list(Phase)[1:])
+def test_with_fewer_than_are_charged_for_nothing_is_unmasked(three, phase):
+    """Two of three are left out by the server, which may lie as it likes: the last one tells it nothing."""
+    train = three.train()
+    server = three.server(train)
+    for name in NAMES:
+        server.receive(three.keys(name, train)[0].trained.keys)
+    inbox = server.advance()
+    for now in range(Phase.SHARES, phase):
+        for name in NAMES:
+            server.receive(three.aggregate(name, now, inbox[name]).aggregated.message)
+        inbox = server.advance()
+    if phase is not Phase.REVEALED:
+        server.receive(three.aggregate("north", phase, inbox["north"]).aggregated.message)
+        with pytest.raises(TooFewSilos, match="1 silos are left, and 2 have to be"):
+            server.advance()
+    forged = server_message(phase, server._agreement.digest, b"north")  # a list of one survivor, where one is due
+    told = three.aggregate("north", min(phase + 1, Phase.REVEALED), forged)
+    assert told.refusal.rule == "secure_aggregation"
+    assert kinds(three.silos["north"]) == ["open", "reserve", "charge", "release"]  # what was charged stays
+    assert three.silos["north"].ledger.left().epsilon == pytest.approx(20 - PLAN.epsilon)
+
+
+def test_a_list_of_too_few_survivors_is_not_signed(three):
+    """A sum of one silo and another one's share of the noise is all that a hostile server is after."""
+    train = three.train()
+    server = three.server(train)
+    for name in NAMES:
+        server.receive(three.keys(name, train)[0].trained.keys)
+    inbox = server.advance()
+    for now in (Phase.SHARES, Phase.MASKED):
+        for name in NAMES:
+            server.receive(three.aggregate(name, now, inbox[name]).aggregated.message)
+        inbox = server.advance()
+    digest = server._agreement.digest
+    for few in ((b"north",), ()):
+        told = three.aggregate("north", Phase.SURVIVORS, server_message(Phase.MASKED, digest, *few))
+        assert "silos are left, and 2 have to be" in told.refusal.message
+    assert three.aggregate("north", Phase.SURVIVORS, inbox["north"]).aggregated.message
+
+
+def test_the_charge_is_the_plans_and_comes_before_anything_is_read(three):
+    assert three.reserve("north").WhichOneof("kind") == "reserved"
+    reserved = json.loads(three.silos["north"].ledger.entries()[1]["body"])
+    assert reserved["epsilon"] == PLAN.epsilon and reserved["plan"]["secure_sum"]["noise"]["min_honest"] == 2
+    more = plan_with(min_honest=3)
+    assert three.ask("north", "round-1", train=three.train(more)).refusal.rule == "reservation"
+    assert kinds(three.silos["north"]) == ["open", "reserve"]
+
+
+def test_a_steward_says_how_many_honest_silos_a_run_may_count_on(three):
+    refusal = three.reserve("north", plan_with(min_honest=3)).refusal
+    assert (refusal.rule, refusal.asked, refusal.allowed) == ("honest_silos", "3", "2")
+    silo = three.silos["north"]
+    for allowed, kind in ((0, "refusal"), (1, "refusal"), (2, "reserved")):
+        policy = silo.config.policy.model_copy(update={"honest_silos": allowed})
+        silo.config = silo.config.model_copy(update={"policy": policy})
+        assert three.reserve("north").WhichOneof("kind") == kind
+    assert SiloPolicy(budget_epsilon=1, budget_delta=1e-5).honest_silos == 0
+    policy = silo.config.policy.model_copy(update={"honest_silos": 0})  # no longer, in the middle of the run
+    silo.config = silo.config.model_copy(update={"policy": policy})
+    assert three.ask("north", "round-1", train=three.train()).refusal.rule == "honest_silos"
+    assert kinds(silo) == ["open", "reserve"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"min_honest": 1}, "min_honest"),
+        ({"reach": 0.5}, "give more than max_grad_norm"),
+        ({"reach": 1e9}, "does not fit 32 bits"),
+        ({"reach": float("inf")}, "reach"),
+        ({"values": 2**32}, "values"),
+        ({"word_bits": 8}, "word_bits"),
+        ({"word_bits": 16}, "would cost more than a unit does"),
+        ({"min_honest": 2**14}, "of 32767 silos would cost more"),
+    ],
+)
+def test_noise_that_no_sum_could_have_is_refused_before_anything_is_reserved(three, change, said):
+    tree = PLAN.model_dump()
+    tree["secure_sum"]["noise"] |= change
+    asked = pb.Reserve(plan=json.dumps(tree), secure=pb.Secure(roster=members(three.roster)))
+    refusal = three.ask("north", "reserve", reserve=asked).refusal
+    assert refusal.rule == "plan" and said in refusal.message and "\n" not in refusal.message
+    assert kinds(three.silos["north"]) == ["open"]
+
+
+@pytest.mark.parametrize("change", [{"steps_per_round": 2}, {"clipping_function": "quantile", "target_quantile": 0.5}])
+def test_other_steps_than_the_proof_is_about_are_refused(three, change):
+    asked = pb.Reserve(plan=json.dumps({**PLAN.model_dump(), **change}))
+    assert "with secure_sum.noise give" in three.ask("north", "reserve", reserve=asked).refusal.message
+
+
+def test_a_request_for_more_values_than_were_charged_or_with_a_clip_of_its_own_is_refused(three):
+    small = plan_with(values=1000)
+    three.reserve("north", small)
+    assert three.ask("north", "round-1", train=three.train(small)).refusal.rule == "values"
+    three.reserve("south")
+    assert three.ask("south", "round-1", train=three.train(clip=1.0)).refusal.rule == "clip"
+    assert kinds(three.silos["north"]) == kinds(three.silos["south"]) == ["open", "reserve"]
+
+
+def test_more_silos_than_the_words_have_room_for_are_refused(three):
+    """Five silos, of which three would be the fewest: a plan for two honest ones has no room for them."""
+    three.roster |= {"west": "11" * 32, "far": "22" * 32}
+    three.reserve("north")
+    refusal = three.ask("north", "round-1", train=three.train()).refusal
+    assert refusal.rule == "secure_aggregation" and "a sum of 5 silos could wrap" in refusal.message
+    assert kinds(three.silos["north"]) == ["open", "reserve"]
+
+
+def test_silos_that_are_shown_two_models_or_two_rates_are_never_added_up(three):
+    trains = {name: three.train() for name in NAMES}
+    moved = {name: array + 1 for name, array in from_bytes(three.adapter).items()}
+    for other in (three.train(adapter=to_bytes(moved)), three.train(learning_rate=0.2)):
+        server = three.server(trains["north"])
+        server.receive(three.keys("north", trains["north"])[0].trained.keys)
+        with pytest.raises(SecureAggregationError):
+            server.receive(
+                Client("south", three.silos["south"].ledger.journal.signer, three.server(other)._agreement).advertise()
+            )
