@@ -20,6 +20,7 @@ from privacy.secure_sum import SecureSum
 
 if TYPE_CHECKING:
     from privacy.accounting.accountant import Guarantee
+    from privacy.distributed.distributed import DistributedNoise
 
 METRIC = "held_out"
 _LATER = ("labels", "max_new_tokens")  # of a metric's release
@@ -27,14 +28,11 @@ _LATER = ("labels", "max_new_tokens")  # of a metric's release
 SMALLEST_DELTA, LARGEST_DELTA = 1e-100, 1e-5
 SMALLEST_RATE = 2.0**-64  # below it the sampler's 64 bits never choose a unit, and accounting ends in floating point
 _SINCE_VERSION_2 = {
-    "clipping_function",
-    "target_quantile",
-    "num_clients",
-    "max_batch_size",
-    "max_units",
-    "metric_releases",
-    "secure_sum",
+    *("clipping_function", "target_quantile", "num_clients", "max_batch_size", "max_units"),
+    *("metric_releases", "secure_sum"),
 }
+_FIXED_NORM = ("fixed", "automatic")
+_WIDE = 1e4  # a noise multiplier beside which words have room for any sum that they have room for at all
 _COUNT_NOISE_SHARE = 1 / 20  # of the expected batch (Andrew et al. 2021)
 Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rounds = Annotated[int, Field(ge=1, le=100_000)]
@@ -117,14 +115,8 @@ class PlanTerms(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanTerms:
-        problems = (
-            self._version_problem(),
-            self._unit_problem(),
-            self._sampler_problem(),
-            self._clipping_problem(),
-            self._metric_problem(),
-        )
-        for problem in problems:
+        of_terms = (self._version_problem(), self._unit_problem(), self._sampler_problem(), self._clipping_problem())
+        for problem in (*of_terms, self._metric_problem(), self._noise_problem()):
             if problem:
                 raise ValueError(problem)
         return self
@@ -195,6 +187,17 @@ class PlanTerms(BaseModel):
             return f"metric_releases has the names {', '.join(names)}: give each its own"
         return ""
 
+    def _noise_problem(self) -> str:
+        """A step over all silos' Poisson samples is all that shared noise is proven for."""
+        if self.secure_sum is None or self.secure_sum.noise is None:
+            return ""
+        for name, fits in (("steps_per_round", (1,)), ("sampler", ("poisson",)), ("clipping_function", _FIXED_NORM)):
+            if getattr(self, name) not in fits:
+                return f"{name} is {getattr(self, name)!r}: with secure_sum.noise give {' or '.join(map(str, fits))}"
+        from privacy.distributed.planned import problem_of
+
+        return problem_of(self.secure_sum, self.noise_multiplier, self.max_grad_norm)
+
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A plan of before is written as it was, so that its digest stays."""
@@ -221,14 +224,17 @@ class PlanTerms(BaseModel):
         if self.sampler == "truncated_poisson":
             truncation = Truncation(self.max_units, self.max_batch_size)
             releases.append((size_noise(self.rounds), self.rounds))
-        return Schedule(
-            self.steps,
-            self.sampling_rate,
-            self.noise_multiplier,
-            truncation,
-            tuple(releases),
-            fixed_bins=self.version == 1,
-        )
+        from privacy.distributed.guarantee import as_gaussian
+
+        told = (self.steps, self.sampling_rate, self.noise_multiplier, truncation, tuple(releases))
+        return as_gaussian(Schedule(*told, fixed_bins=self.version == 1), self.delta, self.noise)
+
+    @property
+    def noise(self) -> DistributedNoise | None:
+        """What the silos of a sum add together in a step; None where whoever adds noise adds all of it."""
+        from privacy.distributed.planned import planned
+
+        return planned(self.secure_sum, self.noise_multiplier, self.max_grad_norm)
 
     def event(self) -> Any:
         """The whole schedule as a dp_accounting ``DpEvent``, for any accountant."""
@@ -237,15 +243,15 @@ class PlanTerms(BaseModel):
     @property
     def epsilon(self) -> float:
         """What the whole schedule spends: the number that is reserved and claimed."""
-        from privacy.accounting.accountant import schedule_epsilon
+        from privacy.distributed.guarantee import spent
 
-        return schedule_epsilon(self.schedule, self.delta)
+        return spent(self.schedule, self.delta, self.noise)
 
     def guarantee(self) -> Guarantee:
         """The whole schedule's guarantee, with the other accountants' epsilons for comparison; slower."""
-        from privacy.accounting.accountant import guarantee
+        from privacy.distributed.guarantee import guarantee_of
 
-        return guarantee(self.schedule, self.delta)
+        return guarantee_of(self.schedule, self.delta, self.noise)
 
     def calibrated(self, epsilon: float) -> PlanTerms:
         """The same plan with the smallest noise multiplier whose whole schedule spends at most epsilon.
@@ -253,9 +259,11 @@ class PlanTerms(BaseModel):
         Raises:
             InputError: no noise multiplier is enough.
         """
-        from privacy.accounting.accountant import calibrate
+        from privacy.distributed.guarantee import multiplier
 
-        return self.model_copy(update={"noise_multiplier": calibrate(epsilon, self.delta, self.schedule)})
+        wide = self.model_copy(update={"noise_multiplier": _WIDE})
+        sigma = multiplier(epsilon, wide.schedule, self.delta, wide.noise)
+        return self.model_copy(update={"noise_multiplier": sigma})
 
     def passes_size_test(self, noised_size: float) -> bool:
         """Whether a round of truncated sampling may use the dataset whose noised size this is."""

@@ -1,12 +1,16 @@
 """Makes the plan that a run's settings ask for."""
 
+import math
 from typing import Any
 
+from configs.errors import InputError
 from configs.parse import parse
 from configs.schema.schema import RunConfig
 from privacy.accounting.truncation import units_for
 from privacy.plan import METRIC, PlanTerms
+from privacy.secure_sum import SecureSum, SharedNoise
 
+_MOST_VALUES = 2**26  # of a sum with shared noise: rounding so many costs next to nothing in words of 32 bits
 # A client's whole update is one vector of a round; who takes part is not secret, and so sampling would not amplify.
 _WHOLE_CLIENTS: dict[str, Any] = {"relation": "zero_out", "sampler": "all", "sampling_rate": 1, "steps_per_round": 1}
 
@@ -34,7 +38,6 @@ def plan_terms(config: RunConfig) -> PlanTerms:
                 "max_new_tokens": privacy.evaluation_max_new_tokens,
             }
         ]
-    secure = {"colluders": federated.colluders, "min_survivors": federated.min_silos}
     tree = {
         "unit": privacy.unit,
         "sampler": privacy.sampler,
@@ -47,9 +50,40 @@ def plan_terms(config: RunConfig) -> PlanTerms:
         "steps_per_round": federated.local_steps,
         "delta": privacy.delta,
         "metric_releases": metrics,
-        "secure_sum": secure if federated.secure_aggregation else None,
+        "secure_sum": None,
         **cap,
         **(_WHOLE_CLIENTS if privacy.unit == "client" else {}),
         "num_clients": privacy.num_clients,
     }
-    return parse(PlanTerms, tree, "privacy").calibrated(privacy.epsilon)
+    # Noise that is shared may not fit the words before it is calibrated.
+    plan = parse(PlanTerms, tree, "privacy").model_copy(update={"secure_sum": _secure_sum(config, largest)})
+    try:
+        plan = plan.calibrated(privacy.epsilon)
+    except InputError as error:
+        if privacy.mode == "single":
+            raise
+        raise InputError(
+            f"privacy.mode is 'distributed' with privacy.min_honest {privacy.min_honest}: {error} (reach follows from "
+            "privacy.sampling_rate times the largest public_record_count, word_bits are 32); lower that rate, or give "
+            "privacy.mode = 'single'"
+        ) from None
+    return parse(PlanTerms, plan.model_dump(), "privacy")
+
+
+def _secure_sum(config: RunConfig, largest: int) -> SecureSum | None:
+    """How updates are added up.
+
+    Args:
+        config: the run's settings.
+        largest: public count of the largest silo: a longer sum than that of its batch is shortened, which costs quality
+            alone. Ten deviations of the batch's size are left for it to vary.
+    """
+    privacy, federated = config.privacy, config.federated
+    if not federated.secure_aggregation:
+        return None
+    noise = None
+    if privacy.mode == "distributed":
+        batch = privacy.sampling_rate * largest
+        reach = privacy.max_grad_norm * math.ceil(batch + 10 * math.sqrt(batch) + 10)
+        noise = SharedNoise(min_honest=privacy.min_honest, reach=reach, values=_MOST_VALUES)
+    return SecureSum(colluders=federated.colluders, min_survivors=federated.min_silos, noise=noise)

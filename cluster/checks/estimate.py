@@ -12,6 +12,7 @@ from configs.schema.silo import SiloPolicy
 from federated.adapters.lora_factors import frozen
 from federated.adapters.warm_model import adaptation
 from federated.aggregation.message_sizes import message_sizes
+from federated.coordinator.secure.shared_step import check_values
 from federated.protocol.framing import LARGEST_MESSAGE_BYTES
 from federated.simulation.simulated_places import ledgers_of
 from federated.simulation.simulation import look_at_private
@@ -35,11 +36,13 @@ def estimate(config: RunConfig, *, memory: bool = False) -> dict[str, Any]:
 
     Raises:
         PolicyRefusal: a silo's rule for delta does not hold.
-        InputError: no noise multiplier reaches the epsilon, or a silo's memory can't be tried.
+        InputError: no noise multiplier reaches the epsilon, more trains than noise is charged for, or a silo's memory
+            can't be tried.
     """
     private = config.data.private
     sizes = [parameter.numel() for parameter in _base_model(config).parameters()]
-    plan = plan_terms(config)
+    plan, travels = plan_terms(config), adapter_parameters(config)
+    check_values(plan, travels)
     counts = {"(default)": private.public_record_count, **private.public_record_counts}
     return {
         "model": {
@@ -53,7 +56,7 @@ def estimate(config: RunConfig, *, memory: bool = False) -> dict[str, Any]:
             "rounds": config.federated.rounds,
             "steps_per_round": config.federated.local_steps,
             "round_rules": config.federated.round_rules,
-            "adapter_parameters": adapter_parameters(config),
+            "adapter_parameters": travels,
             "messages": _messages(config),
             "silo_memory": step_memory(config, plan) if memory else "not tried; give --memory",
             **_private_data(config),

@@ -43,8 +43,11 @@ def agreement(train: pb.Train, terms: SecureSum, coordinator: str, run_id: str, 
     roster = {member.silo: member.public_key for member in train.secure.roster}
     asked = train.SerializeToString(deterministic=True)
     context = sha256(b"siloweave secure round 1\n" + pack(coordinator.encode(), run_id.encode(), asked)).digest()
-    fewest = max(terms.min_survivors, least_survivors(len(roster), terms.colluders))
-    encoding = Encoding(train.secure.clip, len(roster))
+    fewest = max(terms.fewest, least_survivors(len(roster), terms.colluders))
+    if terms.noise is None:
+        encoding = Encoding(train.secure.clip, len(roster))
+    else:  # how values become words is the noise's, and its numbers are the plan's, whose digest is in the request
+        encoding = Encoding(terms.noise.reach, terms.most, terms.noise.word_bits)
     return Agreement(roster, terms.colluders, fewest, encoding, length, context)
 
 

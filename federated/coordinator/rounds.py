@@ -22,6 +22,7 @@ from federated.adapters.update_codec import decoded
 from federated.adapters.warm_model import held_back_in
 from federated.aggregation.aggregation import RoundAggregation, check_size
 from federated.aggregation.message_sizes import MessageSizes, message_sizes, require_room
+from federated.aggregation.secure_sum import length_of
 from federated.coordinator import round_commits as commits
 from federated.coordinator.exchange import Bodies, SiloExchange
 from federated.coordinator.flower_grid import Nodes
@@ -35,6 +36,7 @@ from federated.coordinator.schedule.mail import QUERY, TRAIN
 from federated.coordinator.schedule.quorum import Quorum
 from federated.coordinator.schedule.training_request import TrainingRequests
 from federated.coordinator.secure.secure_rounds import SUM_TAKES, SecureRounds, check_silos
+from federated.coordinator.secure.shared_step import check_values
 from federated.coordinator.secure.sum_record import SumRecord
 from federated.coordinator.silo_records import SiloRecords
 from federated.coordinator.trusted_aggregator import TrustedAggregator, new_aggregator
@@ -92,7 +94,7 @@ class Coordinator:
     def __post_init__(self) -> None:
         federated = self.config.federated
         check_size(federated, self.parties.num_silos)
-        check_silos(federated, self.parties.size)
+        check_silos(self.config, self.parties.size)
         run = open_run(self.directory, federated.run_lifetime_h)
         self.plan = plan_terms(self.config)
         self.silo_records = SiloRecords(run.id, self.plan, signed=self.certify)
@@ -105,7 +107,7 @@ class Coordinator:
         self.held_back = held_back_in(self.config, self.base_model)
         if secure:
             told = self.requests, federated, self.plan, SumRecord(self.directory)
-            self.secure = SecureRounds(self.exchange, *told, self._present, self.silo_records.take_receipt)
+            self.secure = SecureRounds(self.exchange, *told, self._present, self.silo_records)
 
     def run(self, initial_adapter: Callable[[], Arrays]) -> None:
         """All rounds, from the one after the newest commit.
@@ -122,6 +124,7 @@ class Coordinator:
         adapter = from_bytes(commit.adapter) if commit else initial_adapter()
         self.sizes = message_sizes(self.config.federated, {name: array.shape for name, array in adapter.items()})
         require_room(self.sizes, self.carries_bytes)  # before a commit binds the folder to these settings
+        check_values(self.plan, length_of(adapter))
         if commit is None:
             commit = commits.save(self.directory, digest, commits.Round(0, to_bytes(adapter), {}), run_id, key)
         self.digests = commits.digests(self.directory, commit, key)

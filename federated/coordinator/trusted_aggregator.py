@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, SiloweaveError
-from configs.schema.schema import PrivacySettings
+from configs.schema.rounds.privacy import PrivacySettings
 from configs.storage.files import digest_json
 from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes

@@ -13,11 +13,13 @@ import torch
 from configs.schema.federated import ClippingMethod, Optimizer
 from federated.adapters.arrays import Arrays
 from federated.adapters.warm_model import put_on
+from privacy.distributed.distributed import DistributedNoise
 from privacy.mechanism.adam_bc import AdamBC
 from privacy.mechanism.dp_sgd import PrivateTraining
 from privacy.mechanism.sampler import one_example_each, sample
 from privacy.mechanism.streams import Streams
 from privacy.plan import PrivacyPlan
+from privacy.secagg.encoding import Words
 from trainer.augmentation import Augment
 from trainer.device import beside
 from trainer.models.adapters import adapter_weights, trainable
@@ -83,6 +85,22 @@ class PrivateUpdate:
         with beside(self._model):
             self._training.run(streams, units)
         return _difference(self._model, self._before)
+
+    def share(self, streams: Streams, units: Sequence[Sequence[Encoded]], noise: DistributedNoise) -> Words:
+        """This silo's part of one step over all silos' samples, with its share of the noise, for a secure sum.
+
+        Args:
+            streams: the charge's; dither and noise have one that is theirs alone.
+            units: the private units.
+            noise: of the step.
+
+        Raises:
+            NotFinite: a value of the sum is not finite.
+        """
+        with beside(self._model):
+            sums = self._training.clipped_sum(streams, units)
+        flat = np.concatenate([sums[name].cpu().numpy().reshape(-1) for name in sorted(sums)])
+        return noise.encode(flat, streams.generator("share", 0))
 
 
 def public_update(

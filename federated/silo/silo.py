@@ -27,7 +27,7 @@ from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import LocalSettings, PrivateUpdate
 from federated.silo.mandates.coverage import covering
 from federated.silo.masking.masking import Masking
-from federated.silo.masking.terms import agreed, check_roster
+from federated.silo.masking.terms import agreed, check_roster, shared_noise
 from federated.silo.policy import check_model, check_optimizer
 from federated.silo.rehearsal.rehearsal import Rehearsals, facts
 from federated.silo.released.released import Released, asks_for_update
@@ -243,6 +243,7 @@ class Silo:
         model, adapter = self.workbench.fitted(train, self.config.policy)
         settings, examples = self.workbench.local_settings(train, self.config.policy), self.workbench.examples(train)
         summed = agreed(request, plan.terms, self.roster, length_of(adapter))
+        noise = shared_noise(plan.terms, summed, length_of(adapter))
         release = self._release(request, digest, train.round)
         stored = self.ledger.reply(*release)
         if stored is not None:
@@ -253,10 +254,14 @@ class Silo:
         if charge.reply is not None:  # by another process, meanwhile
             return charge.reply
         # 3. Train under the charge's own randomness.
-        update = ready.run(_streams(charge, digest), examples.records)
+        opened, streams, records = None, _streams(charge, digest), examples.records
+        if summed is None:
+            leaves = {"update": encoded(ready.run(streams, records), dtype)}
+        else:
+            part = ready.run(streams, records) if noise is None else ready.share(streams, records, noise)
+            opened = self._masking.begun(summed, part, train.plan_digest, release)
+            leaves = {"keys": opened.keys}
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
-        opened = self._masking.begun(summed, update, train.plan_digest, release) if summed else None
-        leaves = {"keys": opened.keys} if opened else {"update": encoded(update, dtype)}
         reply = _serialized(self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), **leaves)))
         stored = self.ledger.release(charge.number, request.run_id, reply)
         if opened and stored == reply:  # else another process has answered meanwhile, and its keys are the round's

@@ -109,6 +109,7 @@ def simulated_silo(config: RunConfig, name: str, base_model: Path) -> SiloConfig
             max_epsilon_per_run=privacy.budget_epsilon,
             base_models=_imported(base_model),
             units=(privacy.unit,),
+            honest_silos=privacy.min_honest,
             tasks=(config.federated.task,),
             labels=config.federated.labels,
             template=config.federated.template,

@@ -9,13 +9,14 @@ from importlib.metadata import version
 from typing import Any
 
 from configs.errors import InputError
-from privacy.certificate.headline import Claim, headline
+from privacy.certificate.headline import Claim, everywhere, headline, headline_of_sums
 from privacy.certificate.model_digests import ModelDigests
 from privacy.ledger.statements import AuditStatement
 from privacy.plan import PlanTerms
 from privacy.secure_sum import SecureSum
 
-CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL, FIRST_WITH_SUMS = 8, (3, 4, 5, 6, 7, 8), 4, 8
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL, FIRST_WITH_SUMS = 9, (3, 4, 5, 6, 7, 8, 9), 4, 8
+FIRST_WITH_SHARED_NOISE = 9
 NOT_AUDITED = "not audited"
 AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
@@ -56,6 +57,7 @@ _NOT_COVERED = {
     6: _NOT_COVERED_IN_6,
     7: _NOT_COVERED_IN_7,
     8: _NOT_COVERED_IN_7,
+    9: _NOT_COVERED_IN_7,
 }
 _TRUSTED = (
     "the aggregator, which sees every client's update without noise and adds the noise to their sum: this holds "
@@ -97,6 +99,7 @@ def certificate(
     """
     guarantee = plan.guarantee()
     statements = {name: ledger["statement"] for name, ledger in ledgers.items() if "statement" in ledger}
+    in_all = everywhere(guarantee.epsilon, plan.delta, len(ledgers), one_sum=plan.noise is not None)
     return {
         "version": form,
         "run_id": run_id,
@@ -107,8 +110,8 @@ def certificate(
         "headline": asdict(_claim(plan, guarantee.epsilon, statements, list(ledgers))),
         "delta": plan.delta,
         "epsilon": guarantee.epsilon,
-        "epsilon_sum": guarantee.epsilon * len(ledgers),
-        "delta_sum": plan.delta * len(ledgers),
+        "epsilon_sum": in_all[0],
+        "delta_sum": in_all[1],
         "epsilon_optimistic": guarantee.epsilon_optimistic,
         "epsilon_rdp": guarantee.epsilon_rdp,
         "epsilon_prv": guarantee.epsilon_prv,
@@ -152,6 +155,8 @@ def _claim(plan: PlanTerms, epsilon: float, statements: Mapping[str, Mapping[str
     if plan.unit == "client":
         return Claim(epsilon, plan.delta, _ONE_MECHANISM)
     attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
+    if plan.noise is not None:
+        return headline_of_sums(names, epsilon, plan.delta, attested)
     return headline(dict.fromkeys(names, epsilon), dict.fromkeys(names, plan.delta), attested)
 
 
@@ -194,6 +199,8 @@ def _left_each_silo(plan: PlanTerms) -> str:
             "to the aggregator: one clipped adapter update a round, WITHOUT noise of the silo's own; no loss or count"
         )
     update = "one noised adapter update a charged round"
+    if plan.noise is not None:
+        update = "one sum of clipped gradients a charged round, with this silo's share of the noise alone"
     left = f"{update}{', under masks (secure_sum)' if plan.secure_sum else ''}; no loss, norm or count"
     for metric in plan.metric_releases:
         left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"
@@ -205,6 +212,14 @@ def _left_each_silo(plan: PlanTerms) -> str:
 
 def _of_sums(terms: SecureSum) -> str:
     """What secure aggregation promises beside epsilon, and what it rests on, in one sentence."""
+    if terms.noise is not None:
+        return (
+            f"the silos of each sum made its noise together, and epsilon rests on it that at least "
+            f"{terms.noise.min_honest} of them were honest, which added their shares and told nobody: what was charged "
+            f"is the noise of so many, and the coordinator learnt no more of a round than the noised sum of "
+            f"{terms.fewest} or more silos' clipped gradients, as long as at most {terms.colluders} silos collude with "
+            "it and each steward's roster has the silos' true keys"
+        )
     return (
         f"each update left under masks, and the coordinator learnt no more of a round's updates than the sum of "
         f"{terms.fewest} or more silos', at least {terms.fewest - terms.colluders} of them honest: as long as at most "

@@ -10,6 +10,7 @@ from privacy.certificate.certificate import (
     AGGREGATOR,
     CERTIFICATE_VERSION,
     FIRST_WITH_MODEL,
+    FIRST_WITH_SHARED_NOISE,
     NOT_AUDITED,
     READABLE,
     certificate,
@@ -53,7 +54,7 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     for name in ("run_id", "plan", "versions"):
         if name not in document:
             raise InputError(f"{origin}: {name}: missing; the certificate was edited")
-    plan = _accountable(parse(PlanTerms, document["plan"], f"{origin}: plan"), origin)
+    plan = _accountable(parse(PlanTerms, document["plan"], f"{origin}: plan"), form, origin)
     signers = AGGREGATOR if plan.unit == "client" else "silos"
     if signers not in document:
         raise InputError(f"{origin}: {signers}: missing, with unit {plan.unit!r}; the certificate was edited")
@@ -76,8 +77,12 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
         raise InputError(f"{origin}: audited: epsilon is at least {bound:.4g} (99.9% confidence): its claim is false")
 
 
-def _accountable(plan: PlanTerms, origin: str) -> PlanTerms:
-    """Refuses a stranger's plan that is too large to account for, before it is accounted for."""
+def _accountable(plan: PlanTerms, form: int, origin: str) -> PlanTerms:
+    """Refuses a stranger's plan that is too large to account for, or of which its version has nothing to say."""
+    if plan.noise is not None and form < FIRST_WITH_SHARED_NOISE:
+        raise InputError(
+            f"{origin}: version is {form}, and silos make noise together since {FIRST_WITH_SHARED_NOISE}: edited"
+        )
     try:
         check_size(plan.schedule)
     except PolicyRefusal as refusal:

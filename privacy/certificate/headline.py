@@ -1,11 +1,16 @@
 """What a whole federation may claim, from what its silos claim."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from configs.errors import InputError
 
 _MAXIMUM = "maximum over silos: every steward attests that its units are in no other silo"
+_GROUP = (
+    "all silos' data of one unit as a group: not every steward attests that its units are in no other, and one sum has "
+    "the noise of all silos once"
+)
 _SUM = "sum over silos: not every steward attests that its units are in no other"
 
 
@@ -52,3 +57,40 @@ def headline(epsilons: Mapping[str, float], deltas: Mapping[str, float], atteste
     if all(attested.get(silo) is True for silo in epsilons):
         return Claim(max(epsilons.values()), max(deltas.values()), _MAXIMUM)
     return Claim(sum(epsilons.values()), sum(deltas.values()), _SUM)
+
+
+def headline_of_sums(names: Sequence[str], epsilon: float, delta: float, attested: Mapping[str, bool]) -> Claim:
+    """The claim where silos make the noise of each sum together.
+
+    Args:
+        names: the silos that have reserved.
+        epsilon: for a unit that is in one silo.
+        delta: for such a unit.
+        attested: whether a silo's steward attests that; a silo that is not named has not.
+    """
+    if names and all(attested.get(silo) is True for silo in names):
+        return Claim(epsilon, delta, _MAXIMUM)
+    return Claim(*everywhere(epsilon, delta, len(names), one_sum=True), _GROUP)
+
+
+def everywhere(epsilon: float, delta: float, silos: int, *, one_sum: bool) -> tuple[float, float]:
+    """Epsilon and delta for a unit that is in all silos.
+
+    Where each silo adds its own noise that is basic composition: each has a mechanism of its own. A sum with one noise
+    is one mechanism, and what it promises for a group of so many units (Vadhan 2017, lemma 2.2) has a delta that grows
+    with epsilon; a delta of 1 promises nothing.
+
+    Args:
+        epsilon: for a unit that is in one silo.
+        delta: for such a unit.
+        silos: how many there are.
+        one_sum: whether their noise is one.
+    """
+    if not one_sum:
+        return epsilon * silos, delta * silos
+    grown, factor = 0.0, 1.0
+    for _ in range(silos):
+        grown, factor = min(1.0, grown + factor * delta), factor * math.exp(min(epsilon, 500.0))
+        if grown == 1:
+            break
+    return epsilon * silos, grown

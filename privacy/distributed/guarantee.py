@@ -21,7 +21,7 @@ from dataclasses import replace
 from math import exp, log, pi, sqrt
 
 from configs.errors import InputError
-from privacy.accounting.accountant import calibrate, schedule_epsilon
+from privacy.accounting.accountant import Guarantee, calibrate, guarantee, schedule_epsilon
 from privacy.accounting.schedule import Schedule
 from privacy.distributed.distributed import FRACTION_BITS, DistributedNoise
 
@@ -66,6 +66,67 @@ def _excess(noise: DistributedNoise, steps: int) -> float:
     return steps * noise.dimension * _CLOSENESS
 
 
+def refuse_coarse(noise: DistributedNoise) -> None:
+    """Refuses noise whose steps are so coarse that rounding would move neighbours farther apart than a unit does.
+
+    Raises:
+        InputError: they are.
+    """
+    if noise.dimension / 4 > (noise.clip / noise.step) ** 2:
+        raise InputError(
+            f"word_bits = {noise.word_bits}: rounding {noise.dimension} values of {noise.silos} silos would cost more "
+            "than a unit does; give more word_bits, fewer silos, or a smaller reach"
+        )
+
+
+def as_gaussian(schedule: Schedule, delta: float, noise: DistributedNoise | None) -> Schedule:
+    """A schedule of sums with the noise multiplier of the Gaussian mechanism that bounds each of them.
+
+    Args:
+        schedule: what is released.
+        delta: of all of it.
+        noise: of the sums; None: they have a Gaussian's own, and the schedule stays.
+    """
+    if noise is None:
+        return schedule
+    return schedule.with_noise(gaussian_noise_multiplier(noise, steps=schedule.steps, delta=delta))
+
+
+def spent(schedule: Schedule, delta: float, noise: DistributedNoise | None) -> float:
+    """Epsilon of what ``as_gaussian`` has given for the same delta and noise."""
+    if noise is None:
+        return schedule_epsilon(schedule, delta)
+    left = gaussian_delta(noise, steps=schedule.steps, delta=delta)
+    return schedule_epsilon(schedule, left) + 2 * _excess(noise, schedule.steps)
+
+
+def guarantee_of(schedule: Schedule, delta: float, noise: DistributedNoise | None) -> Guarantee:
+    """Its guarantee, with the other accountants' epsilons beside it."""
+    if noise is None:
+        return guarantee(schedule, delta)
+    found = guarantee(schedule, gaussian_delta(noise, steps=schedule.steps, delta=delta))
+    return replace(found, epsilon=spent(schedule, delta, noise), delta=delta)
+
+
+def multiplier(epsilon: float, schedule: Schedule, delta: float, noise: DistributedNoise | None) -> float:
+    """The smallest noise multiplier with which a whole schedule spends at most epsilon.
+
+    Args:
+        epsilon: of the whole schedule.
+        schedule: what is released; the noise of its steps is what is looked for.
+        delta: of the whole schedule.
+        noise: of sums whose noise silos make together; its noise multiplier is not looked at. None: of other steps.
+
+    Raises:
+        InputError: none is enough.
+    """
+    if noise is None:
+        return calibrate(epsilon, delta, schedule)
+    rate, releases = schedule.sampling_rate, schedule.releases
+    found = calibrated(noise, epsilon, steps=schedule.steps, delta=delta, sampling_rate=rate, releases=releases)
+    return found.noise_multiplier
+
+
 def epsilon(noise: DistributedNoise, *, steps: int, delta: float, sampling_rate: float = 1.0) -> float:
     """What so many sums spend.
 
@@ -81,26 +142,28 @@ def epsilon(noise: DistributedNoise, *, steps: int, delta: float, sampling_rate:
         PolicyRefusal: nothing should account for so large a schedule.
     """
     _check(noise, steps, delta, sampling_rate)
-    if noise.dimension / 4 > (noise.clip / noise.step) ** 2:
-        raise InputError(
-            f"word_bits = {noise.word_bits}: rounding {noise.dimension} values of {noise.silos} silos would cost more "
-            "than a unit does; give more word_bits, fewer silos, or a smaller reach"
-        )
-    schedule = Schedule(steps, sampling_rate, gaussian_noise_multiplier(noise, steps=steps, delta=delta))
-    return schedule_epsilon(schedule, gaussian_delta(noise, steps=steps, delta=delta)) + 2 * _excess(noise, steps)
+    refuse_coarse(noise)
+    return spent(as_gaussian(Schedule(steps, sampling_rate, 1.0), delta, noise), delta, noise)
 
 
 def calibrated(
-    noise: DistributedNoise, spent: float, *, steps: int, delta: float, sampling_rate: float = 1.0
+    noise: DistributedNoise,
+    target: float,
+    *,
+    steps: int,
+    delta: float,
+    sampling_rate: float = 1.0,
+    releases: tuple[tuple[float, int], ...] = (),
 ) -> DistributedNoise:
     """The same with the smallest noise multiplier, to a part in a thousand, that spends at most so much.
 
     Args:
         noise: its noise multiplier is not looked at.
-        spent: epsilon of the whole run.
+        target: epsilon of the whole run.
         steps: as in ``epsilon``.
         delta: as in ``epsilon``.
         sampling_rate: as in ``epsilon``.
+        releases: Gaussian releases beside the sums: noise multiplier and number of each.
 
     Raises:
         InputError: no noise multiplier is enough, or as in ``epsilon``.
@@ -108,7 +171,8 @@ def calibrated(
     """
     _check(noise, steps, delta, sampling_rate)
     left = gaussian_delta(noise, steps=steps, delta=delta)
-    needed = calibrate(spent - 2 * _excess(noise, steps), left, Schedule(steps, sampling_rate, 1.0))
+    wanted = Schedule(steps, sampling_rate, 1.0, releases=releases)
+    needed = calibrate(target - 2 * _excess(noise, steps), left, wanted)
 
     def enough(multiple: int) -> bool:
         try:
@@ -121,12 +185,12 @@ def calibrated(
     place = bisect_left(multiples, True, key=enough)
     if place == len(multiples):
         raise InputError(
-            f"epsilon = {spent:g}: no noise multiplier up to {_LARGEST:g} reaches it with min_honest = "
+            f"epsilon = {target:g}: no noise multiplier up to {_LARGEST:g} reaches it with min_honest = "
             f"{noise.min_honest} of {noise.silos} silos, {noise.dimension} values and {noise.word_bits} bits; raise "
             "epsilon or word_bits, or lower reach or steps"
         )
     best = replace(noise, noise_multiplier=round(multiples[place] * _GRID, 4))
-    epsilon(best, steps=steps, delta=delta, sampling_rate=sampling_rate)  # refuses coarse rounding
+    refuse_coarse(best)
     return best
 
 

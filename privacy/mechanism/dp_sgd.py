@@ -87,10 +87,31 @@ class PrivateTraining(Generic[Unit]):
             self.prove()
         self._proved = False  # the weights move on
         with self._clipping() as clipper:
-            together = Together(clipper, self.unit_losses, self.shape_of, self.made_up, self.micro_batch_size)
+            together = self._together(clipper)
             for step in range(self.plan.terms.steps_per_round):
                 with _seeded(streams, step):
                     self._step(clipper, together, streams, units, step)
+
+    def clipped_sum(self, streams: Streams, units: Sequence[Sequence[Unit]]) -> dict[str, torch.Tensor]:
+        """The sum of one step's clipped gradients by parameter, WITHOUT noise: private until there is noise on it.
+
+        Its batch is that of ``run``'s first step. The model stays as it is.
+
+        Args:
+            streams: as of ``run``.
+            units: as of ``run``.
+
+        Raises:
+            InputError: as ``prove``.
+        """
+        if not self._proved:
+            self.prove()
+        with self._clipping() as clipper, _seeded(streams, 0):
+            self._accumulate(clipper, self._together(clipper), streams, units, 0)
+            return clipper.take()
+
+    def _together(self, clipper: Clipper) -> Together[Unit]:
+        return Together(clipper, self.unit_losses, self.shape_of, self.made_up, self.micro_batch_size)
 
     @contextmanager
     def _clipping(self) -> Iterator[Clipper]:
@@ -103,10 +124,7 @@ class PrivateTraining(Generic[Unit]):
         self, clipper: Clipper, together: Together[Unit], streams: Streams, units: Sequence[Sequence[Unit]], step: int
     ) -> None:
         plan = self.plan
-        # 1. Every unit is in the batch with probability q, by one of its examples; the batch may be empty.
-        batch = one_example_each(streams, step, units, sample(plan, streams, step, len(units)), self.augment)
-        # 2. Forward, backward and clipping, of units together where none changes another one's bits.
-        norms = [clipper.accumulate(self.unit_losses, units) for units in together.cut(batch)]
+        norms = self._accumulate(clipper, together, streams, units, step)
         # 3. Noise once on the sum, then the public normaliser.
         noise_std = plan.noise_std * self.max_grad_norm / plan.terms.max_grad_norm
         for name, clipped_sum in clipper.take().items():
@@ -118,6 +136,14 @@ class PrivateTraining(Generic[Unit]):
         # 4. From here on only noised values are seen.
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _accumulate(
+        self, clipper: Clipper, together: Together[Unit], streams: Streams, units: Sequence[Sequence[Unit]], step: int
+    ) -> list[torch.Tensor]:
+        # 1. Every unit is in the batch with probability q, by one of its examples; the batch may be empty.
+        batch = one_example_each(streams, step, units, sample(self.plan, streams, step, len(units)), self.augment)
+        # 2. Forward, backward and clipping, of units together where none changes another one's bits.
+        return [clipper.accumulate(self.unit_losses, units) for units in together.cut(batch)]
 
     def _next_norm(self, norms: list[torch.Tensor], streams: Streams, step: int) -> float:
         """The clipping norm after this step, by a noised count of the gradients that were not shortened."""

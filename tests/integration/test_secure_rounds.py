@@ -167,6 +167,22 @@ def test_a_simulation_does_all_of_it_by_itself(settings, tiny_model, warm_ray, t
     assert events(run, "private_evaluation")[0]["silos"] == list(NAMES)
 
 
+def test_silos_make_the_noise_together_in_a_simulation(settings, tiny_model, warm_ray, tmp_path):
+    """One step a round over all silos' samples, with a private evaluation, whose noise is each silo's own."""
+    run, honest = tmp_path / "run", ("privacy.mode=distributed", "privacy.min_honest=2", "federated.optimizer=sgd")
+    config = settings("federated.rounds=2", "federated.aggregation=fedadam", "privacy.evaluations=1", *honest)
+    simulate(warm_ray, config, tiny_model, run, on_event=lambda _: None)
+    certificate = json.loads((run / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    assert "at least 2 of them were honest" in certificate["secure_sum"]
+    assert certificate["headline"]["epsilon"] == certificate["epsilon"] <= 4
+    sums = events(run, "secure_sum")
+    assert [event["summed"] for event in sums] == [list(NAMES)] * 2 and sums[0]["noise_std"] > 0
+    assert events(run, "private_evaluation")[0]["silos"] == list(NAMES)
+    rounds = {found.round_number: from_bytes(found.adapter) for found in commits.all_rounds(run)}
+    assert all((rounds[1][name] != rounds[0][name]).any() for name in rounds[0])
+
+
 @pytest.fixture
 def sockets():
     with tempfile.TemporaryDirectory(prefix="sw-") as folder:  # pytest's own paths may be too long for a socket

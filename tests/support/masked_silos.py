@@ -6,9 +6,9 @@ from signed_silos import InProcess, SignedSilo, adapter
 
 from configs.errors import PolicyRefusal
 from configs.schema.silo import SiloPolicy
-from federated.aggregation.secure_sum import length_of
+from federated.aggregation.secure_sum import length_of, vector
 from federated.silo.masking.masking import Masking
-from federated.silo.masking.terms import agreed, check_roster, check_secure
+from federated.silo.masking.terms import agreed, check_roster, check_secure, shared_noise
 from federated.silo.requests import refusal_message
 from federated.transport.flower_messages import unpack
 
@@ -20,7 +20,7 @@ class MaskedSilo(SignedSilo):
         super().__init__(name, change, value)
         self.masking, self.stored, self.roster = Masking(name, self.signer), {}, {}
         self.gone, self.asked, self.trained = set(), [], []
-        self.policy = SiloPolicy(budget_epsilon=8, budget_delta=1e-5)
+        self.policy = SiloPolicy(budget_epsilon=8, budget_delta=1e-5, honest_silos=3)
 
     def update(self):
         return {name: np.full_like(array, self.value) for name, array in adapter().items()}
@@ -53,7 +53,11 @@ class MaskedSilo(SignedSilo):
             raise PolicyRefusal.of("request_id", asked, "the request that was charged")
         if self.stored[request.train.round][1] is None:
             release = (request.run_id, request.request_id, asked, request.train.round, "", request.coordinator)
-            opened = self.masking.begun(known, self.update(), self.plan.digest, release)
+            noise, part = shared_noise(self.plan, known, length_of(adapter())), self.update()
+            if noise is not None:  # then it is a sum of gradients
+                draws = np.random.default_rng([*self.name.encode(), request.train.round])
+                part = noise.encode(vector(part, np.inf), draws)
+            opened = self.masking.begun(known, part, self.plan.digest, release)
             self.masking.keep(request, opened)
             reply.trained.ClearField("update")
             reply.trained.keys = opened.keys

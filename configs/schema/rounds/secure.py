@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from configs.schema.rounds.distributed import distributed_problems
 from configs.schema.rounds.schedule import evaluation_problem
 
 SECURE_RULES = ("secure_aggregation", "colluders")
@@ -60,6 +61,8 @@ def secure_problems(given: Mapping[str, Any]) -> Iterator[str]:
 
 def rounds_problem(federated: Mapping[str, Any], privacy: Mapping[str, Any]) -> str:
     """Why the settings of the rounds don't go with those of the privacy; empty where they do."""
+    for problem in distributed_problems(federated, privacy):
+        return problem
     if not federated["secure_aggregation"]:
         return evaluation_problem(federated["schedule"], privacy["evaluations"])
     if privacy["unit"] == "client":

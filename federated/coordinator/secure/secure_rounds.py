@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from configs.errors import InputError, SiloweaveError
 from configs.schema.federated import FederatedSettings
+from configs.schema.schema import RunConfig
 from federated.adapters.arrays import Arrays, to_bytes
 from federated.aggregation.aggregation import RoundAggregation, Sent
 from federated.aggregation.secure_sum import agreement, arrays_of, length_of, members, update_bound
@@ -21,10 +21,14 @@ from federated.coordinator.replies import Answer
 from federated.coordinator.schedule.mail import QUERY, TRAIN
 from federated.coordinator.schedule.quorum import Quorum
 from federated.coordinator.schedule.training_request import TrainingRequests
+from federated.coordinator.secure.shared_step import SharedStep, check_room, check_values
 from federated.coordinator.secure.sum_record import SumRecord
+from federated.coordinator.silo_records import SiloRecords
 from federated.protocol import silo_pb2 as pb
+from privacy.distributed.planned import of_length
 from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement, least_survivors
+from privacy.secagg.encoding import Words
 from privacy.secagg.failures import ForgedMessage
 from privacy.secagg.messages import Phase, open_silo_message
 from privacy.secagg.server import Server
@@ -39,7 +43,7 @@ class Summed:
     """What a round's sum has given.
 
     Attributes:
-        mean: of the updates that are in it.
+        mean: of the updates that are in it; where silos make the noise together, the step over all their samples.
         answered: whose these are.
         releases: digests of the replies with which they were charged, by silo.
     """
@@ -60,7 +64,7 @@ class SecureRounds:
         plan: what the silos have reserved.
         record: what is kept of the newest sum.
         present: gives the silos that are there and have reserved.
-        take_receipt: takes a silo's receipt in; raises where it is not sound.
+        silo_records: what the silos have said of themselves, and signed.
     """
 
     exchange: SiloExchange
@@ -69,15 +73,23 @@ class SecureRounds:
     plan: PlanTerms
     record: SumRecord
     present: Callable[[], list[str]]
-    take_receipt: Callable[[str, bytes], None]
+    silo_records: SiloRecords
 
     def reservation(self) -> pb.Secure:
-        """Who would add up, as a reservation says it."""
+        """Who would add up, as a reservation says it.
+
+        Raises:
+            InputError: a silo is larger than the plan has room for.
+        """
+        check_room(self.plan, {silo: self._count(silo) for silo in self.exchange.nodes})
         return pb.Secure(roster=members(self.exchange.enrolled()))
 
     def fewest(self) -> int:
         """Silos that have to be in a sum."""
         return fewest(self._terms, self.exchange.parties.size)
+
+    def _count(self, silo: str) -> int:
+        return int(self.silo_records.silos[silo]["public_record_count"])
 
     @property
     def _terms(self) -> SecureSum:
@@ -100,16 +112,18 @@ class SecureRounds:
             return None
         sent, settings = aggregation.sent(""), self.settings.in_round(number)
         pulled = max((float(np.abs(array).max(initial=0)) for array in sent.correction.values()), default=0.0)
-        secure = pb.Secure(roster=members(self.exchange.enrolled()), clip=update_bound(settings, self.plan, pulled))
-        content = to_bytes(sent.adapter)
-        train = self.requests.kind(number, sent, self.requests.frozen_part(adapter), content, secure)["train"]
+        step = self._step(settings, sent)
+        clip = update_bound(settings, self.plan, pulled) if step is None else 0.0
+        secure = pb.Secure(roster=members(self.exchange.enrolled()), clip=clip)
+        content, asked = to_bytes(sent.adapter), sent if step is None else replace(sent, correction={})
+        train = self.requests.kind(number, asked, self.requests.frozen_part(adapter), content, secure)["train"]
         who = self.exchange.parties.signer.public_key, self.exchange.run.id
         agreed = agreement(train, self._terms, *who, length_of(sent.adapter))
         one = _Sum(self.exchange, self.settings, self.record, Server(agreed), agreed, time.monotonic())
         releases: dict[str, str] = {}
 
         def trained(answer: Answer) -> bytes:
-            self.take_receipt(answer.silo, answer.reply.trained.receipt)
+            self.silo_records.take_receipt(answer.silo, answer.reply.trained.receipt)
             releases[answer.silo] = answer.digest
             return answer.reply.trained.keys
 
@@ -119,15 +133,29 @@ class SecureRounds:
         one.ask(Phase.KEYS, Bodies(self.present(), body), (TRAIN, "trained"), trained)
         for phase in list(Phase)[1:]:
             one.next(phase)
-        return self._summed(one, releases, sent)
+        return self._summed(one, releases, sent, step)
 
-    def _summed(self, one: "_Sum", releases: Mapping[str, str], sent: Sent) -> Summed:
-        values, survivors = one.unmasked()
+    def _step(self, settings: FederatedSettings, sent: Sent) -> SharedStep | None:
+        """The step that a round takes whose noise the silos make together; None where each adds its own."""
+        if (noise := self.plan.noise) is None:
+            return None
+        length = length_of(sent.adapter)
+        check_values(self.plan, length)
+        return SharedStep(of_length(noise, length), self.plan.sampling_rate, settings.learning_rate)
+
+    def _summed(self, one: "_Sum", releases: Mapping[str, str], sent: Sent, step: SharedStep | None) -> Summed:
+        total, survivors = one.unmasked()
+        if step is None:
+            encoding, number = one.agreement.encoding, len(survivors)
+            mean = arrays_of(encoding.decode(total) / number, sent.adapter)
+            error = {"error_bound": encoding.error_bound(number) / number}
+        else:
+            counts = {silo: self._count(silo) for silo in survivors}
+            mean = step.update(total, counts, sent.correction, sent.adapter)
+            error = step.told(counts)
         dropped = sorted(set(releases) - set(survivors))
-        bound = one.agreement.encoding.error_bound(len(survivors)) / len(survivors)
-        told = {"silos": len(one.agreement.roster), "summed": survivors, "dropped": dropped, "error_bound": bound}
+        told = {"silos": len(one.agreement.roster), "summed": survivors, "dropped": dropped, **error}
         self.exchange.log.emit("federate", "secure_sum", round=self.record.round, **told)
-        mean = arrays_of(values / len(survivors), sent.adapter)
         return Summed(mean, survivors, {silo: releases[silo] for silo in survivors})
 
 
@@ -191,9 +219,9 @@ class _Sum:
             raise
         self.record.passed_on(phase, answered)
 
-    def unmasked(self) -> tuple[npt.NDArray[np.float64], list[str]]:
+    def unmasked(self) -> tuple[Words, list[str]]:
         """The sum, and whose updates are in it."""
-        return self.agreement.encoding.decode(self.server.total()), self.server.survivors
+        return self.server.total(), self.server.survivors
 
     def _step(self, phase: Phase) -> str:
         return f"{self.record.round}/{phase.name.lower()}"
@@ -233,22 +261,32 @@ class _Sum:
 
 def fewest(terms: SecureSum, silos: int) -> int:
     """Silos that have to be in a sum."""
-    return max(terms.min_survivors, least_survivors(silos, terms.colluders))
+    return max(terms.fewest, least_survivors(silos, terms.colluders))
 
 
-def check_silos(settings: FederatedSettings, silos: int) -> None:
-    """Refuses secure aggregation among silos that are too few for it.
+def check_silos(config: RunConfig, silos: int) -> None:
+    """Refuses secure aggregation among silos that are too few for it, or too many for the noise that they share.
 
     Raises:
         InputError: they are, or a round would end before enough of them have answered.
     """
+    settings, honest = config.federated, config.privacy.min_honest
     if not settings.secure_aggregation:
         return
-    least = fewest(SecureSum(colluders=settings.colluders, min_survivors=settings.min_silos), silos)
+    needed = max(settings.min_silos, settings.colluders + honest)
+    least = fewest(SecureSum(colluders=settings.colluders, min_survivors=needed), silos)
     if least > silos:
+        noise = f", privacy.min_honest {honest}" if honest else ""
         raise InputError(
-            f"federated.secure_aggregation: with federated.colluders {settings.colluders} and federated.min_silos "
-            f"{settings.min_silos} a sum takes {least} silos, and there are {silos}; lower one of them, or enrol more"
+            f"federated.secure_aggregation: with federated.colluders {settings.colluders}{noise} and "
+            f"federated.min_silos {settings.min_silos} a sum takes {least} silos, and there are {silos}; lower one of "
+            "them, or enrol more"
+        )
+    always = least_survivors(silos, settings.colluders) - settings.colluders
+    if 0 < honest < always:
+        raise InputError(
+            f"privacy.min_honest is {honest}: with {silos} silos and federated.colluders {settings.colluders} at least "
+            f"{always} honest ones are in every sum anyway; give {always} or more, which makes each share smaller"
         )
     if 0 < settings.enough_silos < least:
         raise InputError(

@@ -94,14 +94,26 @@ class Masking:
         self._open: dict[tuple[str, str], OpenSum] = {}
 
     def begun(
-        self, agreement: Agreement, update: Arrays, plan_digest: str, release: tuple[str, str, str, int, str, str]
+        self,
+        agreement: Agreement,
+        update: Arrays | Words,
+        plan_digest: str,
+        release: tuple[str, str, str, int, str, str],
     ) -> OpenSum:
         """A charged round's part in a sum, which is not kept yet: nothing of it may leave before its keys are stored.
+
+        Args:
+            agreement: what it is a sum of, and with whom.
+            update: a noised update; or words, which have a share of the sum's noise.
+            plan_digest: of the plan that the round was charged to.
+            release: the round's charge.
 
         Raises:
             ValueError: the update has a value that is not finite.
         """
-        words = agreement.encoding.encode(vector(update, agreement.encoding.clip))
+        words = update
+        if isinstance(words, dict):
+            words = agreement.encoding.encode(vector(words, agreement.encoding.clip))
         client = Client(self._name, self._signer, agreement)
         return OpenSum(release[3], plan_digest, release, agreement, client, words, client.advertise())
 

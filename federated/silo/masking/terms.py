@@ -6,6 +6,8 @@ from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloPolicy
 from federated.aggregation.secure_sum import agreement
 from federated.protocol import silo_pb2 as pb
+from privacy.distributed.distributed import DistributedNoise
+from privacy.distributed.planned import of_length
 from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement
 
@@ -22,8 +24,17 @@ def check_secure(terms: PlanTerms, policy: SiloPolicy) -> None:
     if terms.secure_sum is None:
         if policy.secure_aggregation == "required":
             raise PolicyRefusal.of("secure_aggregation", "updates by themselves", "a run with secure aggregation alone")
-    elif terms.secure_sum.colluders < policy.min_colluders:
-        raise PolicyRefusal.of("min_colluders", str(terms.secure_sum.colluders), str(policy.min_colluders))
+        return
+    secure = terms.secure_sum
+    if secure.colluders < policy.min_colluders:
+        raise PolicyRefusal.of("min_colluders", str(secure.colluders), str(policy.min_colluders))
+    if secure.noise is not None and secure.noise.min_honest > policy.honest_silos:
+        asked, allowed = f"{secure.noise.min_honest}", f"{policy.honest_silos}"
+        message = (
+            f"epsilon would rest on {asked} honest silos of each sum, and this silo's steward counts on {allowed} "
+            "(policy.honest_silos)"
+        )
+        raise PolicyRefusal.of("honest_silos", asked, allowed, message)
 
 
 def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known_now: Known) -> None:
@@ -63,7 +74,23 @@ def agreed(request: pb.Request, terms: PlanTerms, known_now: Known, length: int)
     check_roster(terms, request.train.secure.roster, known_now)
     if terms.secure_sum is None:
         return None
+    if terms.secure_sum.noise is not None and request.train.secure.clip:
+        raise PolicyRefusal.of("clip", f"{request.train.secure.clip:g}", "0: the plan says how sums are written")
     try:
         return agreement(request.train, terms.secure_sum, request.coordinator, request.run_id, length)
     except InputError as error:
         raise PolicyRefusal.of("secure_aggregation", "a sum", "a secure one", str(error)) from None
+
+
+def shared_noise(terms: PlanTerms, summed: Agreement | None, length: int) -> DistributedNoise | None:
+    """The noise that this silo adds its share of; None where it adds all of its own to its update.
+
+    Raises:
+        PolicyRefusal: the plan is of fewer values.
+        TooFewShares: the sum could be unmasked with less noise than is charged.
+    """
+    noise = terms.noise
+    if noise is None or summed is None:
+        return None
+    noise.require(summed.min_survivors)  # the least that this silo's signature and shares unmask
+    return of_length(noise, length)

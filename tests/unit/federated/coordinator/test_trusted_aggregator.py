@@ -16,7 +16,7 @@ from repository import REPOSITORY, SUPPORT
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.load import load
 from configs.schema.federated import FederatedSettings
-from configs.schema.schema import PrivacySettings
+from configs.schema.rounds.privacy import PrivacySettings
 from federated.adapters.arrays import to_bytes
 from federated.aggregation.aggregation import RoundAggregation
 from federated.coordinator.parties import Parties

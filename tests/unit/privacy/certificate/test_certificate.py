@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from configs.parse import json_object
 from configs.storage.files import digest_bytes
 from privacy.certificate.certificate import certificate
 from privacy.certificate.check import check_certificate, check_in_ledger
+from privacy.certificate.headline import everywhere
 from privacy.ledger.chain import Budget, verify_entries
 from privacy.ledger.ledger import Ledger
 from privacy.plan import PlanTerms
-from privacy.secure_sum import SecureSum
+from privacy.secure_sum import SecureSum, SharedNoise
 
 REQUEST = PlanTerms(
     sampling_rate=0.02, max_grad_norm=1.0, noise_multiplier=0.9, rounds=3, steps_per_round=4, delta=1e-5
@@ -176,7 +178,7 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
         (("audited",), "yes", "audited"),
         (("extra",), 1, "extra: no such field"),
         (("version",), 1, "version is 1"),
-        (("version",), 9, "version is 9, this Siloweave reads 3 to 8; a newer one needs a newer Siloweave"),
+        (("version",), 10, "version is 10, this Siloweave reads 3 to 9; a newer one needs a newer Siloweave"),
         (("version",), True, "version is True"),
         (("version",), 3, "model: no such field"),
         (("model",), None, "model: NoneType, expected an object"),
@@ -227,7 +229,7 @@ def test_one_that_an_earlier_version_has_made_verifies_as_it_was():
 def test_one_of_before_secure_aggregation_verifies_as_it_was(sound):
     document = json.loads(json.dumps(certificate("run-1", REQUEST, sound["silos"], MODEL, form=7)))
     check_certificate(document, "test")
-    assert {**document, "version": 8} == sound and "secure_sum" not in sound
+    assert {**document, "version": 9} == sound and "secure_sum" not in sound
 
 
 def test_secure_aggregation_is_claimed_with_what_it_rests_on(tmp_path, monkeypatch):
@@ -257,6 +259,63 @@ def test_secure_aggregation_is_claimed_with_what_it_rests_on(tmp_path, monkeypat
         check_certificate({**document, "plan": plain}, "test")
     with pytest.raises(InputError, match=r"silos\.a\.receipt\.plan_digest"):  # no silo has signed the other plan
         check_certificate({**document, "plan": plain, "plan_digest": REQUEST.digest}, "test")
+
+
+def test_one_of_before_silos_made_noise_together_verifies_as_it_was(sound):
+    document = json.loads(json.dumps(certificate("run-1", REQUEST, sound["silos"], MODEL, form=8)))
+    check_certificate(document, "test")
+    assert {**document, "version": 9} == sound
+
+
+def test_noise_that_silos_made_together_is_claimed_with_the_silos_that_it_rests_on(tmp_path, monkeypatch):
+    noise = SharedNoise(min_honest=2, reach=50.0, values=2**20)
+    secure = {"secure_sum": SecureSum(colluders=1, noise=noise), "steps_per_round": 1}
+    request = REQUEST.model_copy(update=secure)
+    monkeypatch.setitem(globals(), "PLAN", request.bind(5000))
+    names = ("a", "b", "c", "d")
+    silos = {name: close_run(tmp_path, name) for name in names}
+    model = model_of(*({silo: digest_bytes(reply_of(silo, n)) for silo in names[:3]} for n in (1, 2)), {})
+    document = json.loads(json.dumps(certificate("run-1", request, silos, model)))
+    check_certificate(document, "test")
+    assert "epsilon rests on it that at least 2 of them were honest" in document["secure_sum"]
+    assert "noised sum of 3 or more silos'" in document["secure_sum"]
+    assert "with this silo's share of the noise alone, under masks" in document["left_each_silo"]
+    assert document["headline"]["epsilon"] == document["epsilon"] == request.epsilon
+    for path, value, said in (
+        (("secure_sum",), "epsilon does not rest on it", "secure_sum is 'epsilon does not rest on it'"),
+        (("plan", "secure_sum", "noise", "min_honest"), 3, "plan_digest"),
+        (("version",), 8, "version is 8, and silos make noise together since 9: edited"),
+    ):
+        with pytest.raises(InputError, match=said):
+            check_certificate(edited(document, path, value), "test")
+    few = model_of(*({s: digest_bytes(reply_of(s, n)) for s in names[:2]} for n in (1, 2)), {})
+    with pytest.raises(InputError, match=r"model\.rounds\.0: 2 releases, .* at least 3"):
+        check_certificate(certificate("run-1", request, silos, few), "test")
+
+
+def test_a_unit_in_several_silos_is_a_group_in_a_sum_that_has_the_noise_once(tmp_path, monkeypatch):
+    """What every steward attests, or else the group's delta, by its recursion: adding one silo's unit after another."""
+    noise = SharedNoise(min_honest=2, reach=50.0, values=2**20)
+    request = REQUEST.model_copy(update={"secure_sum": SecureSum(noise=noise), "steps_per_round": 1})
+    monkeypatch.setitem(globals(), "PLAN", request.bind(5000))
+    silos = {"a": close_run(tmp_path, "a"), "b": close_run(tmp_path, "b", attests=False)}
+    model = model_of(*({silo: digest_bytes(reply_of(silo, n)) for silo in silos} for n in (1, 2)), {})
+    document = json.loads(json.dumps(certificate("run-1", request, silos, model)))
+    check_certificate(document, "test")
+    epsilon, delta = request.epsilon, request.delta
+    claim = document["headline"]
+    assert claim["epsilon"] == document["epsilon_sum"] == pytest.approx(2 * epsilon)
+    assert claim["delta"] == document["delta_sum"] == pytest.approx(delta + math.exp(epsilon) * delta)
+    assert "as a group" in claim["rule"]
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "silos"), [(0.5, 1e-6, 3), (8.0, 1e-5, 3), (1e4, 1e-9, 40)])
+def test_a_groups_delta_is_that_of_the_lemma_and_never_above_1(epsilon, delta, silos):
+    whole, grown = everywhere(epsilon, delta, silos, one_sum=True)
+    assert whole == epsilon * silos and delta * silos <= grown <= 1
+    if epsilon < 5:
+        assert grown == pytest.approx(delta * math.expm1(silos * epsilon) / math.expm1(epsilon))
+    assert everywhere(epsilon, delta, silos, one_sum=False) == (epsilon * silos, delta * silos)
 
 
 def test_a_field_that_was_taken_out_is_missed(sound):

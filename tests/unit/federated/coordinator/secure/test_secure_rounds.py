@@ -370,9 +370,9 @@ def test_what_a_silo_is_asked_without_secure_aggregation_says_nothing_of_it(tmp_
     ],
 )
 def test_silos_that_are_too_few_are_told_before_anybody_is_asked(settings, silos, said):
-    federated = load("tiny", [SECURE, *settings]).federated
+    config = load("tiny", [SECURE, *settings])
     if not said:
-        check_silos(federated, silos)
+        check_silos(config, silos)
         return
     with pytest.raises(InputError, match=said):
-        check_silos(federated, silos)
+        check_silos(config, silos)

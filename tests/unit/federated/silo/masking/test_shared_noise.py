@@ -1,0 +1,346 @@
+"""Real silos that make the noise of a sum together: what the sum is, what it is charged, and what is never unmasked."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from silo_requests import COORDINATOR, TRUSTED, ask, ward
+
+from configs.schema.silo import SiloPolicy
+from configs.storage.files import digest_bytes
+from federated.adapters.arrays import from_bytes, to_bytes
+from federated.adapters.warm_model import initial_adapter, put_on
+from federated.aggregation.secure_sum import agreement, length_of, members
+from federated.coordinator.secure.shared_step import SharedStep
+from federated.protocol import silo_pb2 as pb
+from federated.protocol.framing import SECURE_VERSION
+from federated.silo.silo import Silo
+from privacy.distributed import distributed
+from privacy.distributed.planned import of_length
+from privacy.mechanism.sampler import one_example_each, sample
+from privacy.mechanism.streams import Streams, injected_seeds
+from privacy.plan import PlanTerms
+from privacy.secagg.client import Client
+from privacy.secagg.failures import SecureAggregationError, TooFewSilos
+from privacy.secagg.messages import Phase, server_message
+from privacy.secagg.server import Server
+from privacy.secure_sum import SharedNoise
+from trainer.models.adapters import trainable
+
+NAMES = ("east", "north", "south")
+SEED = bytes(range(32))
+PLAN = PlanTerms(
+    sampling_rate=0.2,
+    max_grad_norm=0.5,
+    noise_multiplier=1.5,
+    rounds=2,
+    steps_per_round=1,
+    delta=1e-5,
+    secure_sum={"noise": SharedNoise(min_honest=2, reach=40.0, values=2**26)},
+)
+
+
+def plan_with(**noise):
+    shared = PLAN.secure_sum.noise.model_copy(update=noise)
+    return PLAN.model_copy(update={"secure_sum": PLAN.secure_sum.model_copy(update={"noise": shared})})
+
+
+@dataclass
+class Three:
+    """Three silos, and what all of them know."""
+
+    silos: dict
+    roster: dict
+    adapter: bytes
+
+    def ask(self, name, request_id, **kind):
+        return ask(self.silos[name], request_id, silo_id=name, version=SECURE_VERSION, **kind)[0]
+
+    def reserve(self, name, plan=PLAN):
+        asked = pb.Reserve(plan=plan.model_dump_json(), secure=pb.Secure(roster=members(self.roster)))
+        return self.ask(name, "reserve", reserve=asked)
+
+    def train(self, plan=PLAN, clip=0.0, **changes):
+        return pb.Train(
+            **{
+                "round": 1,
+                "plan_digest": plan.digest,
+                "base_model_digest": self.silos["north"].workbench.base_model.content_digest,
+                "task": "causal",
+                "adapter_spec": pb.AdapterSpec(rank=4, alpha=8.0),
+                "adapter": self.adapter,
+                "learning_rate": 0.1,
+                "optimizer": "sgd",
+                "secure": pb.Secure(roster=members(self.roster), clip=clip),
+                **changes,
+            }
+        )
+
+    def server(self, train, plan=PLAN):
+        length = length_of(from_bytes(train.adapter))
+        return Server(agreement(train, plan.secure_sum, COORDINATOR.public_key, "run-1", length))
+
+    def keys(self, name, train, plan=PLAN):
+        self.reserve(name, plan)
+        return ask(self.silos[name], "round-1", silo_id=name, version=SECURE_VERSION, train=train)
+
+    def aggregate(self, name, phase, message):
+        asked = pb.Aggregate(round=1, phase=phase, message=message)
+        return self.ask(name, f"round-1-{phase}", aggregate=asked)
+
+    def summed(self, train, plan=PLAN, gone=()):
+        """The server after all phases, and each silo's request; ``gone`` has (silo, phase from which it is silent)."""
+        server, bodies, silent = self.server(train, plan), {}, dict(gone)
+        for name in NAMES:
+            reply, bodies[name] = self.keys(name, train, plan)
+            server.receive(reply.trained.keys)
+        inbox = server.advance()
+        for phase in list(Phase)[1:]:
+            for name in inbox:
+                if phase < silent.get(name, 99):
+                    server.receive(self.aggregate(name, phase, inbox[name]).aggregated.message)
+            inbox = server.advance()
+        return server, bodies
+
+    def noise(self, plan=PLAN):
+        return of_length(plan.noise, length_of(from_bytes(self.adapter)))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_run):
+    draw = np.random.default_rng(1)
+    start = initial_adapter(tiny_run.config(), tiny_run.model)
+    return to_bytes({n: (a + 0.02 * draw.standard_normal(a.shape)).astype(np.float32) for n, a in start.items()})
+
+
+@pytest.fixture
+def three(tmp_path, tiny_model, adapter):
+    roster, silos = {}, {}
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        config = ward(tmp_path / name, tiny_model, max_sampling_rate=0.5, honest_silos=2)
+        config = config.model_copy(update={"silo": config.silo.model_copy(update={"id": name})})
+        silos[name] = Silo(config, TRUSTED, SEED, roster=roster)
+        roster[name] = silos[name].ledger.public_key
+    yield Three(silos, roster, adapter)
+    for silo in silos.values():
+        silo.close()
+
+
+def kinds(silo):
+    return [json.loads(entry["body"])["kind"] for entry in silo.ledger.entries()]
+
+
+def clipped_by_hand(silo, train, body, plan=PLAN):
+    """The sum over a silo's sampled records of their gradients, clipped one by one, in float64."""
+    request_digest = digest_bytes(body)
+    streams = Streams(injected_seeds(SEED, silo.config.silo.id)(request_digest), request_digest)
+    bench, bound = silo.workbench, plan.bind(100)
+    model = bench.model(train)
+    put_on(model, from_bytes(train.adapter))
+    model.train()
+    units = bench.records
+    batch = one_example_each(streams, 0, units, sample(bound, streams, 0, len(units)))
+    assert 5 < len(batch) < 40
+    total = np.zeros(length_of(from_bytes(train.adapter)))
+    for record in batch:
+        model.zero_grad()
+        bench.task.record_losses(model, bench.task.collate([record])).sum().backward()
+        parts = [trainable(model)[name].grad.double().numpy().reshape(-1) for name in sorted(trainable(model))]
+        gradient = np.concatenate(parts)
+        total += gradient * min(1.0, plan.max_grad_norm / np.linalg.norm(gradient))
+    model.zero_grad()
+    return total, len(batch)
+
+
+@pytest.fixture
+def without_noise(monkeypatch):
+    """Shares of zeros: what is left of an encoded sum is its rounding."""
+    monkeypatch.setattr(distributed, "discrete_gaussian", lambda _bits, size, _stream: np.zeros(size, np.int64))
+
+
+def test_the_sum_without_its_noise_is_that_of_single_clipped_records(three, without_noise):
+    train = three.train()
+    server, bodies = three.summed(train)
+    found, noise = three.noise().decode(server.total()), three.noise()
+    by_hand = [clipped_by_hand(three.silos[name], train, bodies[name]) for name in NAMES]
+    exact = sum(total for total, _ in by_hand)
+    records = sum(number for _, number in by_hand)
+    # Float32's own rounding of gradients and factors, beside the dither's of one step for each silo.
+    assert np.abs(found - exact).max() <= noise.rounding_bound(3) + 1e-5 * PLAN.max_grad_norm * records
+    assert np.linalg.norm(exact) > 1e3 * np.sqrt(len(exact)) * noise.rounding_bound(3)
+    step = SharedStep(noise, PLAN.sampling_rate, 0.1)
+    moved = step.update(server.total(), dict.fromkeys(NAMES, 100), {}, from_bytes(train.adapter))
+    flat = np.concatenate([moved[name].reshape(-1) for name in sorted(moved)])
+    assert np.abs(flat + 0.1 * exact / 60).max() < 1e-6  # 60: a fifth of three times 100 records
+
+
+@pytest.mark.parametrize("gone", [(), (("east", Phase.MASKED),)])
+def test_the_noise_of_a_sum_is_that_of_its_survivors_and_at_least_what_is_charged(three, gone, monkeypatch):
+    train = three.train()
+    server, bodies = three.summed(train, gone=gone)
+    left = [name for name in NAMES if name not in dict(gone)]
+    assert server.survivors == left
+    noise = three.noise()
+    exact = sum(clipped_by_hand(three.silos[name], train, bodies[name])[0] for name in left)
+    drawn = noise.decode(server.total()) - exact
+    wanted = noise.noise_std(len(left))
+    assert wanted >= PLAN.noise_multiplier * PLAN.max_grad_norm * (1 - 1e-12)
+    if len(left) == 2:
+        assert wanted == pytest.approx(PLAN.noise_multiplier * PLAN.max_grad_norm)
+    # The streams are fixed; others would be outside of this with a chance below 1e-9.
+    assert drawn.std() == pytest.approx(wanted, rel=6.5 / np.sqrt(2 * len(drawn)))
+    assert abs(drawn.mean()) < 6.5 * wanted / np.sqrt(len(drawn))
+
+
+def test_silos_draw_noise_of_their_own_and_one_more_time_the_same(three):
+    """A silo that is asked again after a crash sends the very same words, under other masks."""
+    train, words = three.train(), {}
+    for name in NAMES:
+        three.keys(name, train)
+        words[name] = three.silos[name]._masking._open[COORDINATOR.public_key, "run-1"].words
+    spread = three.noise().noise_std(1)
+    for one, other in (("east", "north"), ("east", "south")):
+        difference = three.noise().decode(words[one]) - three.noise().decode(words[other])
+        assert difference.std() > spread  # two shares and two samples
+    again = Silo(three.silos["north"].config, TRUSTED, SEED, roster=three.roster)
+    release, again.ledger.release = again.ledger.release, lambda *_: (_ for _ in ()).throw(OSError("no space left"))
+    second = three.train(round=2)
+    three.silos["north"].close()
+    three.silos["north"] = again
+    assert three.ask("north", "round-2", train=second).failure.code
+    kept = {}
+    begun = again._masking.begun
+    again._masking.begun = lambda *given: kept.setdefault(len(kept), begun(*given))
+    assert three.ask("north", "round-2", train=second).failure.code
+    again.ledger.release = release
+    assert three.ask("north", "round-2", train=second).trained.keys
+    assert (kept[0].words == kept[1].words).all() and kept[0].keys != kept[1].keys
+    assert not (kept[0].words == words["north"]).all()
+    refused = three.ask("north", "round-2", train=three.train(round=2, learning_rate=0.2)).refusal
+    assert refused.rule == "request_id"
+    assert kinds(again).count("charge") == 2
+
+
+@pytest.mark.parametrize("phase", list(Phase)[1:])
+def test_with_fewer_than_are_charged_for_nothing_is_unmasked(three, phase):
+    """Two of three are left out by the server, which may lie as it likes: the last one tells it nothing."""
+    train = three.train()
+    server = three.server(train)
+    for name in NAMES:
+        server.receive(three.keys(name, train)[0].trained.keys)
+    inbox = server.advance()
+    for now in range(Phase.SHARES, phase):
+        for name in NAMES:
+            server.receive(three.aggregate(name, now, inbox[name]).aggregated.message)
+        inbox = server.advance()
+    if phase is not Phase.REVEALED:
+        server.receive(three.aggregate("north", phase, inbox["north"]).aggregated.message)
+        with pytest.raises(TooFewSilos, match="1 silos are left, and 2 have to be"):
+            server.advance()
+    forged = server_message(phase, server._agreement.digest, b"north")  # a list of one survivor, where one is due
+    told = three.aggregate("north", min(phase + 1, Phase.REVEALED), forged)
+    assert told.refusal.rule == "secure_aggregation"
+    assert kinds(three.silos["north"]) == ["open", "reserve", "charge", "release"]  # what was charged stays
+    assert three.silos["north"].ledger.left().epsilon == pytest.approx(20 - PLAN.epsilon)
+
+
+def test_a_list_of_too_few_survivors_is_not_signed(three):
+    """A sum of one silo and another one's share of the noise is all that a hostile server is after."""
+    train = three.train()
+    server = three.server(train)
+    for name in NAMES:
+        server.receive(three.keys(name, train)[0].trained.keys)
+    inbox = server.advance()
+    for now in (Phase.SHARES, Phase.MASKED):
+        for name in NAMES:
+            server.receive(three.aggregate(name, now, inbox[name]).aggregated.message)
+        inbox = server.advance()
+    digest = server._agreement.digest
+    for few in ((b"north",), ()):
+        told = three.aggregate("north", Phase.SURVIVORS, server_message(Phase.MASKED, digest, *few))
+        assert "silos are left, and 2 have to be" in told.refusal.message
+    assert three.aggregate("north", Phase.SURVIVORS, inbox["north"]).aggregated.message
+
+
+def test_the_charge_is_the_plans_and_comes_before_anything_is_read(three):
+    assert three.reserve("north").WhichOneof("kind") == "reserved"
+    reserved = json.loads(three.silos["north"].ledger.entries()[1]["body"])
+    assert reserved["epsilon"] == PLAN.epsilon and reserved["plan"]["secure_sum"]["noise"]["min_honest"] == 2
+    more = plan_with(min_honest=3)
+    assert three.ask("north", "round-1", train=three.train(more)).refusal.rule == "reservation"
+    assert kinds(three.silos["north"]) == ["open", "reserve"]
+
+
+def test_a_steward_says_how_many_honest_silos_a_run_may_count_on(three):
+    refusal = three.reserve("north", plan_with(min_honest=3)).refusal
+    assert (refusal.rule, refusal.asked, refusal.allowed) == ("honest_silos", "3", "2")
+    silo = three.silos["north"]
+    for allowed, kind in ((0, "refusal"), (1, "refusal"), (2, "reserved")):
+        policy = silo.config.policy.model_copy(update={"honest_silos": allowed})
+        silo.config = silo.config.model_copy(update={"policy": policy})
+        assert three.reserve("north").WhichOneof("kind") == kind
+    assert SiloPolicy(budget_epsilon=1, budget_delta=1e-5).honest_silos == 0
+    policy = silo.config.policy.model_copy(update={"honest_silos": 0})  # no longer, in the middle of the run
+    silo.config = silo.config.model_copy(update={"policy": policy})
+    assert three.ask("north", "round-1", train=three.train()).refusal.rule == "honest_silos"
+    assert kinds(silo) == ["open", "reserve"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"min_honest": 1}, "min_honest"),
+        ({"reach": 0.5}, "give more than max_grad_norm"),
+        ({"reach": 1e9}, "does not fit 32 bits"),
+        ({"reach": float("inf")}, "reach"),
+        ({"values": 2**32}, "values"),
+        ({"word_bits": 8}, "word_bits"),
+        ({"word_bits": 16}, "would cost more than a unit does"),
+        ({"min_honest": 2**14}, "of 32767 silos would cost more"),
+    ],
+)
+def test_noise_that_no_sum_could_have_is_refused_before_anything_is_reserved(three, change, said):
+    tree = PLAN.model_dump()
+    tree["secure_sum"]["noise"] |= change
+    asked = pb.Reserve(plan=json.dumps(tree), secure=pb.Secure(roster=members(three.roster)))
+    refusal = three.ask("north", "reserve", reserve=asked).refusal
+    assert refusal.rule == "plan" and said in refusal.message and "\n" not in refusal.message
+    assert kinds(three.silos["north"]) == ["open"]
+
+
+@pytest.mark.parametrize("change", [{"steps_per_round": 2}, {"clipping_function": "quantile", "target_quantile": 0.5}])
+def test_other_steps_than_the_proof_is_about_are_refused(three, change):
+    asked = pb.Reserve(plan=json.dumps({**PLAN.model_dump(), **change}))
+    assert "with secure_sum.noise give" in three.ask("north", "reserve", reserve=asked).refusal.message
+
+
+def test_a_request_for_more_values_than_were_charged_or_with_a_clip_of_its_own_is_refused(three):
+    small = plan_with(values=1000)
+    three.reserve("north", small)
+    assert three.ask("north", "round-1", train=three.train(small)).refusal.rule == "values"
+    three.reserve("south")
+    assert three.ask("south", "round-1", train=three.train(clip=1.0)).refusal.rule == "clip"
+    assert kinds(three.silos["north"]) == kinds(three.silos["south"]) == ["open", "reserve"]
+
+
+def test_more_silos_than_the_words_have_room_for_are_refused(three):
+    """Five silos, of which three would be the fewest: a plan for two honest ones has no room for them."""
+    three.roster |= {"west": "11" * 32, "far": "22" * 32}
+    three.reserve("north")
+    refusal = three.ask("north", "round-1", train=three.train()).refusal
+    assert refusal.rule == "secure_aggregation" and "a sum of 5 silos could wrap" in refusal.message
+    assert kinds(three.silos["north"]) == ["open", "reserve"]
+
+
+def test_silos_that_are_shown_two_models_or_two_rates_are_never_added_up(three):
+    trains = {name: three.train() for name in NAMES}
+    moved = {name: array + 1 for name, array in from_bytes(three.adapter).items()}
+    for other in (three.train(adapter=to_bytes(moved)), three.train(learning_rate=0.2)):
+        server = three.server(trains["north"])
+        server.receive(three.keys("north", trains["north"])[0].trained.keys)
+        with pytest.raises(SecureAggregationError):
+            server.receive(
+                Client("south", three.silos["south"].ledger.journal.signer, three.server(other)._agreement).advertise()
+            )
