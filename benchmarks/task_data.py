@@ -124,8 +124,27 @@ SETTINGS = {
     "intent": Setting(
         "classification", _intents, lambda row: [row["label"]], "mean", train="head", context=32, rounds=4, rate=3e-2
     ),
-    "entities": Setting("entities", _entities, lambda row: list(row["tags"]), rank=8, records=1200, rate=1e-3),
-    "questions": Setting("qa", _questions, rank=8, context=256, records=250, held_out=40),
+    "entities": Setting(
+        "entities",
+        _entities,
+        lambda row: list(row["tags"]),
+        train="head",
+        records=1200,
+        sampling_rate=0.3,
+        steps=60,
+        rate=3e-2,
+    ),
+    "questions": Setting(
+        "qa",
+        _questions,
+        train="head",
+        context=256,
+        records=250,
+        held_out=40,
+        sampling_rate=0.3,
+        steps=20,
+        rate=3e-2,
+    ),
     "words": Setting(
         "classification",
         _snippets,

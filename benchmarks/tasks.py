@@ -40,7 +40,7 @@ from trainer.scoring.score import score
 from trainer.tasks.task import IGNORED
 
 LIBRARIES = ("siloweave", "torch", "transformers", "peft", "opacus", "numpy")
-DELTA = 1e-5
+DELTA, MICRO_BATCH = 1e-5, 32
 
 
 class Above(torch.nn.Module):
@@ -155,11 +155,11 @@ class Runs:
     def figures(self, adapter: Arrays) -> dict[str, float]:
         """The task's figures over all silos' held-out records."""
         put_on(self.model, adapter)
-        found = [score(self.model.eval(), self.task, held_out, 16) for _, held_out in self.silos.values()]
+        found = [score(self.model.eval(), self.task, held_out, MICRO_BATCH) for _, held_out in self.silos.values()]
         return {name: value for name, value in sum(found[1:], found[0]).figures.items() if isinstance(value, float)}
 
     def local(self) -> LocalSettings:
-        return LocalSettings(self.used.rate, "adam", 16, "bookkeeping", augment=self.augment)
+        return LocalSettings(self.used.rate, "adam", MICRO_BATCH, "bookkeeping", augment=self.augment)
 
     def plain(self, adapter: Arrays, units: list[Unit], steps: int, number: int) -> Arrays:
         """Ordinary steps on Poisson batches of the size that the plan expects, of one example of each unit."""
