@@ -4,10 +4,10 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from configs.schema.federated import Train
 from configs.schema.tasks import Pooling, TaskName, TaskSpec
@@ -19,6 +19,7 @@ from trainer.tasks.task import Encoded, Row, Task, kind_of
 Unit = tuple[Encoded, ...]
 Silos = dict[str, tuple[list[Unit], list[Encoded]]]
 """By name: units that train, and examples that are scored."""
+Clipping = Literal["fixed", "automatic"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Setting:
         steps: of a silo in a round.
         rate: of Adam, with noise and without.
         norm: that gradients are clipped to.
+        clipping: the clipping function.
+        frozen: layers, from the lowest, that keep their weights, and the embeddings with them.
+        augmentation: what a step changes in what it reads.
     """
 
     task: TaskName
@@ -60,6 +64,9 @@ class Setting:
     steps: int = 8
     rate: float = 2e-3
     norm: float = 1.0
+    clipping: Clipping = "fixed"
+    frozen: int = 0
+    augmentation: dict[str, float] = field(default_factory=dict, hash=False)
 
     def spec(self, data: Path) -> TaskSpec:
         """The task with the labels that its data have."""
@@ -117,8 +124,27 @@ SETTINGS = {
     "intent": Setting(
         "classification", _intents, lambda row: [row["label"]], "mean", train="head", context=32, rounds=4, rate=3e-2
     ),
-    "entities": Setting("entities", _entities, lambda row: list(row["tags"]), rank=8, records=1200, rate=1e-3),
-    "questions": Setting("qa", _questions, rank=8, context=256, records=250, held_out=40),
+    "entities": Setting(
+        "entities",
+        _entities,
+        lambda row: list(row["tags"]),
+        train="head",
+        records=1200,
+        sampling_rate=0.3,
+        steps=60,
+        rate=3e-2,
+    ),
+    "questions": Setting(
+        "qa",
+        _questions,
+        train="head",
+        context=256,
+        records=250,
+        held_out=40,
+        sampling_rate=0.3,
+        steps=20,
+        rate=3e-2,
+    ),
     "words": Setting(
         "classification",
         _snippets,
@@ -145,8 +171,7 @@ SETTINGS = {
 
 
 @cache
-def task_of(model: Path, data: Path, name: str) -> Task:
-    used = SETTINGS[name]
+def task_of(model: Path, data: Path, used: Setting) -> Task:
     kind = LikelihoodTask if used.pooling == "likelihood" else kind_of(used.task)
     return kind(load_tokenizer(model), used.context, used.spec(data))
 
@@ -165,9 +190,9 @@ def numbered(row: dict[str, Any], labels: tuple[str, ...]) -> Row:
 
 
 @cache
-def silos(model: Path, data: Path, name: str) -> Silos:
+def silos(model: Path, data: Path, used: Setting) -> Silos:
     """What trains and what is held out at each silo, by a hash of the record."""
-    task, used, found = task_of(model, data, name), SETTINGS[name], defaultdict[str, Any](lambda: ([], []))
+    task, found = task_of(model, data, used), defaultdict[str, Any](lambda: ([], []))
     labels = used.spec(data).labels
     hashes = {
         hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest(): (silo, row) for silo, row in used.rows(data)
