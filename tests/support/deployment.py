@@ -134,8 +134,9 @@ class Deployment:
         self.fingerprint = done.stdout.split()[-1]
 
     def serve(self) -> psutil.Popen:
+        before = self.log("federation").count("serving")  # of earlier starts
         process = self.start("federation", ["federation", "serve", str(self.folder)])
-        self.wait_until("a federation that serves", lambda: "serving" in self.log("federation"), process)
+        self.wait_until("a federation that serves", lambda: self.log("federation").count("serving") > before, process)
         return process
 
     def run(self, name: str, *overrides: str, model: bool = True) -> psutil.Popen:
@@ -183,13 +184,19 @@ class Deployment:
         shutil.copyfile(site.folder / "relay" / "state" / "relay.json", card)
         done = self.siloweave("silo", "init", "-c", str(site.settings), "--relay", str(card), user=steward, at=name)
         site.fingerprint = done.stdout.split()[-1]
+        self.trust(site)
+        return site
+
+    def trust(self, site: Site) -> None:
         coordinator = str(self.root / "coordinator.json")
         trust = ["silo", "trust", "-c", str(site.settings), coordinator, "--fingerprint", self.fingerprint]
-        self.siloweave(*trust, user=steward, at=name)
-        return site
+        self.siloweave(*trust, user=site.steward, at=site.name)
 
     def start_site(self, site: Site) -> None:
         self.start_service(site)
+        self.start_relay(site)
+
+    def start_relay(self, site: Site) -> None:
         relay = ["silo", "relay", "-c", str(site.relay_settings)]
         site.relay_process = self.start(f"relay-{site.name}", relay, user=site.relay, at=site.name)
 
