@@ -16,7 +16,7 @@ test: $(INSTALLED)
 # A federation over several hosts, which are namespaces of this machine, its faults and its upgrade; as root, in some
 # minutes. What can't be had here is skipped with its reason; after a test that fails the others would wait in vain.
 hosts: $(INSTALLED)
-	$(BIN)/python -m pytest --exitfirst tests/hosts
+	$(BIN)/python -m pytest --exitfirst tests/hosts --numprocesses 2 --dist loadfile
 
 # Checks and measures all that needs a GPU, in some minutes. Where there is none, see benchmarks/gpu.py --help.
 gpu: $(INSTALLED)

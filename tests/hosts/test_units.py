@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,21 +124,32 @@ def federate(system: Booted) -> list[str]:
     return system.command(PROGRAM, "federation", "run", FEDERATION, "-c", "tiny", *settings, user=COORDINATOR)
 
 
+def is_online(system: Booted) -> bool:
+    done = system.run(PROGRAM, "federation", "status", FEDERATION, "--json", user=COORDINATOR, check=False)
+    return done.returncode == 0 and json.loads(done.stdout)["silos"]["north"]["status"] == "online"
+
+
+def wait_until(system: Booted, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, system.run("journalctl", "--no-pager", "--lines=200").stdout
+        time.sleep(0.5)
+
+
 def rounds(system: Booted) -> list[dict]:
     path = system.path("/srv/siloweave/runs/units/federated/events.jsonl")
-    told = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    told = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half there
     return [event for event in told if event["event"] == "round"]
 
 
 def wait_for_a_round(system: Booted) -> None:
-    seen, deadline = len(rounds(system)), time.monotonic() + WAIT_S
-    while len(rounds(system)) == seen:
-        journal = "" if time.monotonic() < deadline else system.run("journalctl", "--no-pager", "-n", "100").stdout
-        assert not journal, journal
-        time.sleep(0.3)
+    seen = len(rounds(system))
+    wait_until(system, lambda: len(rounds(system)) > seen)
 
 
 def test_units_are_back_after_a_kill_and_after_a_reboot_and_their_run_reaches_a_certificate(machine):
+    wait_until(machine, lambda: is_online(machine))
     run = subprocess.Popen(federate(machine), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_a_round(machine)
     machine.run("systemctl", "kill", "--signal=KILL", *UNITS)
@@ -147,7 +158,7 @@ def test_units_are_back_after_a_kill_and_after_a_reboot_and_their_run_reaches_a_
         assert int(machine.run("systemctl", "show", "--property=NRestarts", "--value", unit).stdout) >= 1
     machine.reboot()
     run.wait(WAIT_S)
-
+    wait_until(machine, lambda: is_online(machine))
     again = subprocess.run(federate(machine), capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
     assert [event["answered"] for event in rounds(machine)] == [["north"]] * 30

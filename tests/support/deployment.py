@@ -155,8 +155,8 @@ class Deployment:
 
     def events(self, name: str, kind: str) -> list[dict]:
         path = self.root / "runs" / name / "federated" / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines]
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half there
         return [event for event in found if event["event"] == kind]
 
     def pid_of(self, program: str, state: Path | None = None) -> int:
@@ -179,13 +179,18 @@ class Deployment:
                 shutil.chown(site.folder / folder, owner, owner)
         self._write_relay_settings(site)
         self._write_silo_settings(site)
-        self.siloweave("silo", "relay", "-c", str(site.relay_settings), "--init", user=relay, at=name)
-        card = site.folder / "relay.json"  # handed from one user to the other, as it is public
-        shutil.copyfile(site.folder / "relay" / "state" / "relay.json", card)
-        done = self.siloweave("silo", "init", "-c", str(site.settings), "--relay", str(card), user=steward, at=name)
-        site.fingerprint = done.stdout.split()[-1]
+        self.make_keys(site)
         self.trust(site)
         return site
+
+    def make_keys(self, site: Site) -> None:
+        """Those that are missing, and the site's enrolment."""
+        at = site.name
+        self.siloweave("silo", "relay", "-c", str(site.relay_settings), "--init", user=site.relay, at=at)
+        card = site.folder / "relay.json"  # handed from one user to the other, as it is public
+        shutil.copyfile(site.folder / "relay" / "state" / "relay.json", card)
+        made = ["silo", "init", "-c", str(site.settings), "--relay", str(card)]
+        site.fingerprint = self.siloweave(*made, user=site.steward, at=at).stdout.split()[-1]
 
     def trust(self, site: Site) -> None:
         coordinator = str(self.root / "coordinator.json")
@@ -205,11 +210,11 @@ class Deployment:
         process = site.service_process = self.start(f"service-{site.name}", command, user=site.steward, at=site.name)
         self.wait_until(f"service of {site.name}", lambda: is_serving(f"unix:{site.socket}", SERVICE), process)
 
-    def enrol(self, site: Site) -> None:
+    def enrol(self, site: Site, *, check: bool = True) -> subprocess.CompletedProcess:
         enrolment = self.root / f"{site.name}.json"
         shutil.copyfile(self.enrolment(site), enrolment)
         command = ["federation", "enrol", str(self.folder), str(enrolment), "--fingerprint", site.fingerprint]
-        self.siloweave(*command)
+        return self.siloweave(*command, check=check)
 
     def enrolment(self, site: Site) -> Path:
         """Where `silo init` has put it."""
