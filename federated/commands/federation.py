@@ -94,6 +94,7 @@ def serve(folder: Folder) -> None:
 def _enrolments(served: "FederationFolder") -> "Callable[[], None]":
     """Registers and unregisters nodes when the enrolled silos have changed; a SuperLink that is away is asked later."""
     from configs.errors import SiloweaveError
+    from federated.deployment.federation_folder import FRESH
     from federated.deployment.superlink import reconcile
 
     registered: dict[str, Any] | None = None
@@ -104,7 +105,10 @@ def _enrolments(served: "FederationFolder") -> "Callable[[], None]":
         try:
             wanted = served.silos()
             if wanted != registered:
-                reconcile(served)
+                for name in reconcile(served):
+                    say(
+                        f"enrolments: silo {name}: its relay's key was revoked before; revoke it, and {FRESH}", err=True
+                    )
                 registered, said = wanted, ""
         except SiloweaveError as error:
             if str(error) != said:  # not twice a second

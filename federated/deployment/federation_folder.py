@@ -1,7 +1,8 @@
 """A coordinator's federation: a folder with its settings, keys, certificates and enrolled silos.
 
 ``federation.toml``, ``coordinator.json`` (what silos get), ``keys/`` and ``certificates/``, ``silos/`` (one enrolment
-each), ``state/`` (SuperLink's database, process logs), ``flower/`` (Flower's own settings).
+each), ``revoked/`` (those that were taken out), ``state/`` (SuperLink's database, process logs), ``flower/`` (Flower's
+own settings).
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from configs.errors import InputError
 from configs.parse import to_toml
 from configs.schema.addresses import join_address
 from configs.schema.deployment import FEDERATION_FILE, FederationConfig, load_federation
-from configs.storage.files import private_folder, sync_directory, write_atomic
+from configs.storage.files import digest_bytes, private_folder, sync_directory, write_atomic
 from configs.storage.layout import name_on_disk
 from configs.storage.secrets import load_secret
 from federated.deployment.flower_programs import LOOPBACK
@@ -23,6 +24,12 @@ from federated.identity.cards import CoordinatorCard, EnrolledSilo, read_documen
 from federated.identity.keys import load_or_create_key
 from federated.identity.trust import COORDINATOR_KEY, ENROLLED, coordinator_signer
 from federated.identity.x509 import CURVE, Authority, check_x509, read_certificate
+
+REVOKED = "revoked"
+FRESH = (
+    "at the site delete supernode.ssh, relay.key and relay.json, then do `siloweave silo relay --init` and "
+    "`siloweave silo init` again"
+)
 
 
 class FederationFolder:
@@ -115,9 +122,11 @@ class FederationFolder:
         """Takes a silo in. The federation may be running: it is registered within seconds.
 
         Raises:
-            InputError: a silo of that name, or with one of its keys, is there.
+            InputError: a silo of that name, or with one of its keys, is there; or its relay's key was revoked.
         """
         self._check_keys(card)
+        if self._revoked_path(card).exists():
+            raise InputError(f"silo {card.silo!r}: its relay's key was revoked, and no key is taken twice; {FRESH}")
         for known in self.silos().values():
             if known == card:
                 return
@@ -139,11 +148,18 @@ class FederationFolder:
         if not path.exists():
             known = ", ".join(sorted(self.silos())) or "none"
             raise InputError(f"silo {name!r}: is not enrolled (there are {known})")
+        with contextlib.suppress(InputError):  # a damaged one goes, too
+            card = read_document(EnrolledSilo, path)
+            write_document(self._revoked_path(card), card)
         path.unlink()
         sync_directory(path.parent)
 
     def _card_path(self, name: str) -> Path:
         return self.folder / ENROLLED / f"{name_on_disk(name, safe=' ')}.json"
+
+    def _revoked_path(self, card: EnrolledSilo) -> Path:
+        key = " ".join(card.node_key.split()[:2])  # without the comment that may stand behind it
+        return self.folder / REVOKED / f"{digest_bytes(key.encode())}.json"
 
     def _check_keys(self, card: EnrolledSilo) -> None:
         try:

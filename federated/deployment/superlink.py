@@ -90,23 +90,23 @@ def nodes(federation: FederationFolder) -> dict[str, dict[str, Any]]:
     return {name: {"node": node.node_id, "status": node.status} for name, node in known.items() if node is not None}
 
 
-def reconcile(federation: FederationFolder) -> None:
-    """Makes the registered nodes those of the enrolled silos, without a restart of anything."""
+def reconcile(federation: FederationFolder) -> list[str]:
+    """Makes the registered nodes those of the enrolled silos, without a restart of anything.
+
+    Returns:
+        Enrolled silos whose nodes Flower takes no more: it has unregistered them before.
+    """
     from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
     wanted = {pem(card.node_key): name for name, card in federation.silos().items()}
     with control(federation) as client:
-        there = {
-            node.public_key: node.node_id
-            for node in client.ListNodes(ListNodesRequest()).nodes_info
-            if node.status != "unregistered"
-        }
-        for key, node_id in there.items():
-            if key not in wanted:
-                client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
-        for key, name in wanted.items():
-            if key not in there:
-                client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+        known = {node.public_key: node for node in client.ListNodes(ListNodesRequest()).nodes_info}
+        gone = {key for key, node in known.items() if node.status == "unregistered"}
+        for key in known.keys() - gone - wanted.keys():
+            client.UnregisterNode(UnregisterNodeRequest(node_id=known[key].node_id))
+        for key in wanted.keys() - known.keys():
+            client.RegisterNode(RegisterNodeRequest(public_key=key, name=wanted[key]))
+    return sorted(wanted[key] for key in gone & wanted.keys())
 
 
 def pem(ssh_key: str) -> bytes:

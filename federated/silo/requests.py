@@ -45,7 +45,9 @@ def decode(body: bytes, silo_id: str) -> pb.Request:
     _parse(request, body)
     kind = request.WhichOneof("kind")
     if request.version not in SPOKEN:
-        raise PolicyRefusal.of("version", str(request.version), " or ".join(map(str, SPOKEN)))
+        asked, allowed = str(request.version), " or ".join(map(str, SPOKEN))
+        whom = "this silo" if request.version > max(SPOKEN) else "the coordinator"
+        raise PolicyRefusal.of("version", asked, allowed, f"asked {asked}, allowed {allowed}: upgrade {whom}")
     if kind is None:
         raise PolicyRefusal.of("request", "no kind", "one that this silo knows")
     if kind != "describe" and request.silo_id != silo_id:

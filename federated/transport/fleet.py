@@ -36,6 +36,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from configs.printing import printable
+from federated.protocol.clocks import ahead_of, clock_problem
 from federated.transport.node_memory import NodeMemory
 
 LARGEST_ANSWER_BYTES = 2**31  # no envelope is longer: protobuf's own limit
@@ -225,11 +226,13 @@ def _may_pass(error: httpx.HTTPError) -> bool:
 
 def reason(error: BaseException) -> str:
     """Why something failed, in one line."""
-    said = str(error) or type(error).__name__
+    said, clock = str(error) or type(error).__name__, ""
     if isinstance(error, httpx.HTTPStatusError):
         told = FlowerError.from_json(error.response.text)
         said = f"{told.message} ({error.response.status_code})" if told else f"HTTP {error.response.status_code}"
-    return printable(" ".join(said[:_LONGEST_DETAIL].split()))
+        if error.response.status_code == httpx.codes.UNAUTHORIZED:  # Flower's word for a wrong clock, too
+            clock = clock_problem(ahead_of(error.response.headers.get("date")))
+    return printable(" ".join(said[:_LONGEST_DETAIL].split())) + (f"; {clock}" if clock else "")
 
 
 def bounded(client: httpx.Client) -> None:

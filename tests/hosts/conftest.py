@@ -14,11 +14,16 @@ BEHIND_PROXY, SMALL_DISK = "histories", "roman"
 
 
 @pytest.fixture(scope="session")
-def federation(tiny_run) -> Iterator[HostDeployment]:
-    """A coordinator and three silos, one of them behind a proxy; where netem is there, lines are slow."""
+def hosts_here() -> None:
+    """Skips, before anything else is made, where there can be no hosts."""
     reason = why_no_hosts()
     if reason:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def federation(hosts_here, tiny_run) -> Iterator[HostDeployment]:
+    """A coordinator and three silos, one of them behind a proxy; where netem is there, lines are slow."""
     root = Path(tempfile.mkdtemp(prefix="hosts-"))  # pytest's own folders are too long for a socket
     try:
         with lan(delay_ms=20, loss_percent=1) as network:

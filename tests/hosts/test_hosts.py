@@ -4,6 +4,7 @@ The tests stand in the order in which things happen to one federation.
 """
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,25 +15,31 @@ from pathlib import Path
 
 import psutil
 import pytest
-from host_deployment import COORDINATOR, NAME, PROXY, PROXY_PORT, HostDeployment
-from hosts import has_firewall
+from host_deployment import COORDINATOR, FAKETIME, NAME, PROXY, PROXY_PORT, HostDeployment
+from hosts import BRIDGE, LINK, has_firewall
 from repository import SUPPORT
 
+from configs.storage.storage import COMMITTED
+from federated.coordinator.round_commits import SILOS
+from federated.deployment.federation_folder import REVOKED
 from privacy.certificate.check import check_certificate
+from privacy.ledger.chain import left
 from privacy.ledger.file import read_only
+from privacy.ledger.journal import default_anchor_dir
 
-RUN_S = 300.0
-SERVICE, RELAY, SUPERLINK, SERVER_APP = "silo serve", "federated.transport.node", "flower-superlink", "flwr-serverapp"
+RUN_S = 900.0
+SERVICE, RELAY, SUPERVISOR = "silo serve", "federated.transport.node", "silo relay"
+SUPERLINK, SERVER_APP, NGINX = "flower-superlink", "flwr-serverapp", "nginx: "
 ALL = ("comedies", "histories", "roman")
 FAST = ("federated.local_steps=2", "privacy.epsilon=1")
 FIRST = ("federated.rounds=2", "federated.min_silos=3", f"federated.round_timeout_s={RUN_S}", *FAST)
 # More rounds than the tests need: they look at what is committed, and wait for what they look for.
-FAULTS = ("federated.rounds=200", "federated.min_silos=1", "federated.enough_silos=2", "federated.grace_s=5", *FAST)
+FAULTS = ("federated.rounds=2000", "federated.min_silos=1", "federated.enough_silos=2", "federated.grace_s=5", *FAST)
 
 
-def connects(federation: HostDeployment, at: str, address: str, port: int) -> bool:
+def connects(federation: HostDeployment, at: str, address: str, port: int, within_s: float) -> bool:
     """Whether a connection is answered, be it by a refusal."""
-    script = f"import socket; socket.create_connection(({address!r}, {port}), timeout=2)"
+    script = f"import socket; socket.create_connection(({address!r}, {port}), timeout={within_s})"
     try:
         federation.hosts[at].run(sys.executable, "-c", script)
     except OSError as error:
@@ -47,8 +54,9 @@ def test_each_silo_has_one_way_out_and_none_in(federation):
         way, other = (proxy, coordinator) if silo == "histories" else (coordinator, proxy)
         tried |= {(silo, *way): True, (silo, *other): False, ("", federation.hosts[silo].address, 22): False}
         tried |= {(silo, way[0], way[1] + 1): False} if has_firewall() else {}  # routes know no ports
+    # Lines lose packets, and each one that is sent again takes longer; what is closed is waited for until the end.
     with ThreadPoolExecutor(len(tried)) as pool:
-        found = list(pool.map(lambda one: connects(federation, *one), tried))
+        found = list(pool.map(lambda one: connects(federation, *one, within_s=120 if tried[one] else 3), tried))
     assert dict(zip(tried, found, strict=True)) == tried
 
 
@@ -100,6 +108,17 @@ def serve(federation: HostDeployment, silo: str) -> None:
     federation.start_service(federation.sites[silo])
 
 
+def stop_service(federation: HostDeployment, silo: str) -> None:
+    """systemd's other part."""
+    federation.process(silo, SERVICE).terminate()
+    federation.let_end(federation.sites[silo].service_process)
+
+
+def stop_relay(federation: HostDeployment, silo: str) -> None:
+    for program in (SUPERVISOR, RELAY):
+        federation.kill(silo, program)
+
+
 def kill_in_training(federation: HostDeployment, silo: str) -> None:
     """Kills a silo's service after it has charged a round, and before the update is in its ledger."""
 
@@ -114,7 +133,7 @@ def kill_in_training(federation: HostDeployment, silo: str) -> None:
             break
         service.resume()
     service.kill()
-    federation.sites[silo].service_process.wait(30)
+    federation.let_end(federation.sites[silo].service_process)
 
 
 def test_a_silo_that_is_killed_while_it_trains_spends_nothing_twice(federation, faults):
@@ -135,16 +154,17 @@ def test_a_relay_that_is_killed_is_back(federation, faults):
     federation.kill("comedies", RELAY)
     faults.next_round(*ALL)
     status = ["silo", "status", "-c", str(federation.sites["comedies"].relay_settings), "--json"]
-    assert json.loads(federation.siloweave(*status, at="comedies").stdout)["restarts"] == 1
+    assert json.loads(federation.siloweave(*status, at="comedies").stdout)["restarts"] >= 1
 
 
-def test_a_killed_server_app_and_superlink_cost_no_committed_round(federation, faults):
-    for program in (SERVER_APP, SUPERLINK):
+def test_a_killed_server_app_nginx_or_superlink_costs_no_committed_round(federation, faults):
+    for program in (SERVER_APP, NGINX, SUPERLINK):
         before = federation.receipts(faults.name)
         federation.kill("", program)
         faults.next_round(*ALL)
         assert federation.receipts(faults.name)[: len(before)] == before
-    assert federation.status()["processes"]["superlink"]["restarts"] == 1
+    restarts = {name: process["restarts"] for name, process in federation.status()["processes"].items()}
+    assert set(restarts) == {"superlink", "nginx"} and min(restarts.values()) >= 1
 
 
 def test_a_silo_that_stands_still_is_left_out_and_is_back(federation, faults):
@@ -179,6 +199,77 @@ def test_a_silo_whose_disk_is_full_is_left_out_and_is_back(federation, faults):
     faults.next_round(*ALL)
 
 
+@pytest.mark.skipif(FAKETIME is None, reason="no clock can be set wrong here (package faketime)")
+@pytest.mark.parametrize("ahead_s", [-320, 60])
+def test_a_site_whose_clock_is_off_is_told_so_and_is_back(federation, faults, ahead_s):
+    stop_relay(federation, "comedies")
+    federation.ahead_s["comedies"] = ahead_s
+    relay = ["silo", "relay", "-c", str(federation.sites["comedies"].relay_settings)]
+    done = federation.siloweave(*relay, at="comedies", check=False)
+    del federation.ahead_s["comedies"]
+    assert done.returncode == 2
+    assert "set the one that is wrong; Flower turns a SuperNode away that is 5 s ahead" in done.stderr
+    faults.next_round("histories", "roman", without="comedies")
+    federation.start_relay(federation.sites["comedies"])
+    faults.next_round(*ALL)
+
+
+def refusal_of(federation: HostDeployment, run: str, silo: str) -> dict:
+    """The next one of a silo from now on."""
+    seen = len(federation.events(run, "refused"))
+
+    def found() -> list[dict]:
+        return [event for event in federation.events(run, "refused")[seen:] if event["silo"] == silo]
+
+    federation.wait_until(f"a refusal of {silo}", lambda: bool(found()))
+    return found()[0]
+
+
+def test_a_coordinator_that_a_silo_trusts_no_more_is_refused_and_the_others_go_on(federation, faults):
+    site = federation.sites["comedies"]
+    federation.siloweave("silo", "distrust", "-c", str(site.settings), "test-net", at="comedies")
+    assert refusal_of(federation, faults.name, "comedies")["rule"] == "coordinator"
+    faults.next_round("histories", "roman", without="comedies")
+    federation.trust(site)
+    faults.next_round(*ALL)
+
+
+def test_a_revoked_silo_is_cut_off_and_the_others_go_on_until_it_has_new_keys(federation, faults):
+    site, revoke = federation.sites["histories"], ["federation", "revoke", str(federation.folder), "histories"]
+    relay_state = site.folder / "relay" / "state"
+    federation.siloweave(*revoke)
+    faults.next_round("comedies", "roman", without="histories")
+    assert set(federation.status()["silos"]) == {"comedies", "roman"}
+    log = relay_state / "supernode.log"
+    federation.wait_until("a node that is turned away", lambda: "Failed to activate" in log.read_text())
+    refused = federation.enrol(site, check=False)
+    assert refused.returncode == 2 and "its relay's key was revoked, and no key is taken twice" in refused.stderr
+
+    shutil.rmtree(federation.folder / REVOKED)  # as where it was revoked before that was noted
+    federation.enrol(site)
+    named = "silo histories: its relay's key was revoked before"
+    federation.wait_until("a line about its key", lambda: named in federation.log("federation"))
+    federation.siloweave(*revoke)
+
+    stop_relay(federation, "histories")
+    for key in ("supernode.ssh", "relay.key", "relay.json"):
+        (relay_state / key).unlink()
+    federation.make_keys(site)
+    federation.enrol(site)
+    federation.start_relay(site)
+    faults.next_round(*ALL)
+
+
+def test_power_that_is_cut_everywhere_costs_no_committed_round(federation, faults):
+    before = federation.receipts(faults.name)
+    federation.cut_power()
+    federation.start_everything()
+    faults.process = federation.run(faults.name, *FAULTS, model=False)
+    faults.next_round(*ALL)
+    after = federation.receipts(faults.name)
+    assert len(after) > len(before) and after[: len(before)] == before
+
+
 def test_after_all_of_this_no_spend_is_lost_and_none_is_there_twice(federation, faults):
     """Each receipt is an entry of its silo's ledger, in which each round that counted is charged once."""
     receipts = federation.receipts(faults.name)
@@ -192,19 +283,51 @@ def test_after_all_of_this_no_spend_is_lost_and_none_is_there_twice(federation, 
         assert set(charged.values()) == {1}
 
 
+def test_a_silo_that_is_put_back_is_found_out_with_and_without_its_anchor(federation, faults, tmp_path):
+    """What it has forgotten is charged once its steward takes in what the coordinator holds."""
+    site = federation.sites["comedies"]
+    state, anchor = site.state_dir, default_anchor_dir(site.state_dir)
+    stop_service(federation, "comedies")
+    for place in (state, anchor):
+        shutil.copytree(federation.hosts["comedies"].path(place), tmp_path / place.name)
+    before = left(federation.entries("comedies")).epsilon
+    serve(federation, "comedies")
+    faults.next_round(*ALL)
+    stop_service(federation, "comedies")
+
+    federation.put_back("comedies", tmp_path, state)
+    started = ["silo", "serve", "-c", str(site.settings), "--socket", str(site.socket)]
+    done = federation.siloweave(*started, at="comedies", check=False)
+    assert done.returncode == 2
+    assert "an old or other ledger was put back" in done.stderr and "silo budget reconcile" in done.stderr
+
+    federation.put_back("comedies", tmp_path, state, anchor)
+    serve(federation, "comedies")
+    assert refusal_of(federation, faults.name, "comedies")["rule"] == "rollback"
+    faults.next_round("histories", "roman", without="comedies")
+
+    held = max((federation.root / "runs" / faults.name / "federated").glob(f"round-*/{COMMITTED}")).with_name(SILOS)
+    stop_service(federation, "comedies")
+    mend = ["silo", "budget", "reconcile", str(site.settings), str(held), "--json"]
+    mended = json.loads(federation.siloweave(*mend, at="comedies").stdout)
+    assert faults.name in str(mended["closed_runs"]) and mended["reservations_charged_again"] == 1
+    assert mended["epsilon_left"] == pytest.approx(before - mended["epsilon_charged"])
+    serve(federation, "comedies")
+    assert refusal_of(federation, faults.name, "comedies")["rule"] != "rollback"  # the run is over there
+
+
 def test_a_session_that_is_killed_leaves_nothing_behind():
     script = (
         "from hosts import Lan; import time; net = Lan(); host = net.boot('10.77.0.1')\n"
         "import subprocess; subprocess.Popen([*host.enter(), 'sleep', '1000'])\n"
         "print(host.pid, net.bridge.pid, flush=True); time.sleep(1000)"
     )
-    before = set(socket.if_nameindex())
     session = subprocess.Popen(
         [sys.executable, "-c", script], env={"PYTHONPATH": str(SUPPORT)}, stdout=subprocess.PIPE, text=True
     )
     hosts = [psutil.Process(int(pid)) for pid in session.stdout.readline().split()]
     session.send_signal(signal.SIGKILL)
-    session.wait(30)
-    gone, left = psutil.wait_procs(hosts, timeout=30)
+    session.wait(RUN_S)
+    gone, left = psutil.wait_procs(hosts, timeout=RUN_S)
     assert len(gone) == 2 and not left
-    assert set(socket.if_nameindex()) == before
+    assert not {BRIDGE, LINK, "p1"} & {name for _, name in socket.if_nameindex()}

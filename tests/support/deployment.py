@@ -134,8 +134,9 @@ class Deployment:
         self.fingerprint = done.stdout.split()[-1]
 
     def serve(self) -> psutil.Popen:
+        before = self.log("federation").count("serving")  # of earlier starts
         process = self.start("federation", ["federation", "serve", str(self.folder)])
-        self.wait_until("a federation that serves", lambda: "serving" in self.log("federation"), process)
+        self.wait_until("a federation that serves", lambda: self.log("federation").count("serving") > before, process)
         return process
 
     def run(self, name: str, *overrides: str, model: bool = True) -> psutil.Popen:
@@ -154,8 +155,8 @@ class Deployment:
 
     def events(self, name: str, kind: str) -> list[dict]:
         path = self.root / "runs" / name / "federated" / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines]
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half there
         return [event for event in found if event["event"] == kind]
 
     def pid_of(self, program: str, state: Path | None = None) -> int:
@@ -178,18 +179,29 @@ class Deployment:
                 shutil.chown(site.folder / folder, owner, owner)
         self._write_relay_settings(site)
         self._write_silo_settings(site)
-        self.siloweave("silo", "relay", "-c", str(site.relay_settings), "--init", user=relay, at=name)
+        self.make_keys(site)
+        self.trust(site)
+        return site
+
+    def make_keys(self, site: Site) -> None:
+        """Those that are missing, and the site's enrolment."""
+        at = site.name
+        self.siloweave("silo", "relay", "-c", str(site.relay_settings), "--init", user=site.relay, at=at)
         card = site.folder / "relay.json"  # handed from one user to the other, as it is public
         shutil.copyfile(site.folder / "relay" / "state" / "relay.json", card)
-        done = self.siloweave("silo", "init", "-c", str(site.settings), "--relay", str(card), user=steward, at=name)
-        site.fingerprint = done.stdout.split()[-1]
+        made = ["silo", "init", "-c", str(site.settings), "--relay", str(card)]
+        site.fingerprint = self.siloweave(*made, user=site.steward, at=at).stdout.split()[-1]
+
+    def trust(self, site: Site) -> None:
         coordinator = str(self.root / "coordinator.json")
         trust = ["silo", "trust", "-c", str(site.settings), coordinator, "--fingerprint", self.fingerprint]
-        self.siloweave(*trust, user=steward, at=name)
-        return site
+        self.siloweave(*trust, user=site.steward, at=site.name)
 
     def start_site(self, site: Site) -> None:
         self.start_service(site)
+        self.start_relay(site)
+
+    def start_relay(self, site: Site) -> None:
         relay = ["silo", "relay", "-c", str(site.relay_settings)]
         site.relay_process = self.start(f"relay-{site.name}", relay, user=site.relay, at=site.name)
 
@@ -198,11 +210,11 @@ class Deployment:
         process = site.service_process = self.start(f"service-{site.name}", command, user=site.steward, at=site.name)
         self.wait_until(f"service of {site.name}", lambda: is_serving(f"unix:{site.socket}", SERVICE), process)
 
-    def enrol(self, site: Site) -> None:
+    def enrol(self, site: Site, *, check: bool = True) -> subprocess.CompletedProcess:
         enrolment = self.root / f"{site.name}.json"
         shutil.copyfile(self.enrolment(site), enrolment)
         command = ["federation", "enrol", str(self.folder), str(enrolment), "--fingerprint", site.fingerprint]
-        self.siloweave(*command)
+        return self.siloweave(*command, check=check)
 
     def enrolment(self, site: Site) -> Path:
         """Where `silo init` has put it."""

@@ -23,6 +23,12 @@ NET = "10.77.0."
 COORDINATOR, PROXY, FIRST_SILO = f"{NET}1", f"{NET}2", 11
 NAME, PROXY_PORT = "fed.hosts.test", 3128
 DISK_BYTES = 32 * 2**20
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+def wrong_clock(ahead_s: int) -> dict[str, str]:
+    """Environment of a process whose clock is off; time that passes is right."""
+    return {"LD_PRELOAD": str(FAKETIME), "FAKETIME": f"{ahead_s:+d}", "DONT_FAKE_MONOTONIC": "1"}
 
 
 class HostDeployment(Deployment):
@@ -38,6 +44,7 @@ class HostDeployment(Deployment):
         super().__init__(root, model)
         self.network, self.behind_proxy, self.small_disk = network, behind_proxy, small_disk
         self.hosts: dict[str, Host] = {}
+        self.ahead_s: dict[str, int] = {}  # clocks that are wrong, by host
         (root / "hosts").write_text(f"127.0.0.1 localhost\n{COORDINATOR} {NAME}\n")
         self.boot("")
 
@@ -73,10 +80,13 @@ class HostDeployment(Deployment):
         )
         own = f"import lines; lines.serve_proxy('{PROXY}', {PROXY_PORT}, '{COORDINATOR}')"
         installed = shutil.which("tinyproxy")
-        command = [installed, "-d", "-c", str(settings)] if installed else [sys.executable, "-c", own]
-        environment = {**self.environment, "PYTHONPATH": str(SUPPORT)}
-        self.popen("proxy", [*host.enter(self.root), *command], environment)
+        self._proxy = [installed, "-d", "-c", str(settings)] if installed else [sys.executable, "-c", own]
+        self._start_proxy()
         return host
+
+    def _start_proxy(self) -> None:
+        command = [*self.hosts["proxy"].enter(self.root), *self._proxy]
+        self.popen("proxy", command, {**self.environment, "PYTHONPATH": str(SUPPORT)})
 
     def add_sites(self, *names: str) -> None:
         """All of some sites, from their hosts to their enrolments; their keys are made at the same time."""
@@ -108,7 +118,8 @@ class HostDeployment(Deployment):
 
     def _environment(self, user: str | None, at: str) -> dict[str, str]:
         home = self.root / "home" / (at or "coordinator")
-        return {**self.environment, "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
+        clock = wrong_clock(self.ahead_s[at]) if at in self.ahead_s else {}
+        return {**self.environment, **clock, "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
 
     def process(self, at: str, text: str) -> psutil.Process:
         """A process of a host, by what is in its command line: waited for, as it may be on its way."""
@@ -131,10 +142,53 @@ class HostDeployment(Deployment):
             with contextlib.suppress(psutil.Error):
                 entering.send_signal(signal.SIGCONT)
 
+    def let_end(self, entered: psutil.Popen) -> None:
+        """Waits for the end of what ``popen`` has started; nsenter stops itself with that, and would never see it."""
+
+        def ended() -> bool:
+            with contextlib.suppress(psutil.Error):
+                entered.send_signal(signal.SIGCONT)
+            return entered.poll() is not None
+
+        self.wait_until("end of a process", ended)
+
     def end(self) -> None:
+        for entered in self.started:  # one that stands still would leave a dead child, for which its host waits
+            with contextlib.suppress(psutil.Error):
+                entered.kill()
         for host in self.hosts.values():
             host.end()
         super().end()
+
+    # What befalls hosts
+
+    def cut_power(self) -> None:
+        """Of all hosts at once. Lines are cut first, so that nobody hears a connection's end; disks stay."""
+        for host in self.hosts.values():
+            host.link("down")
+        for host in self.hosts.values():
+            while left := host.processes():
+                for process in left:
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()
+        for entered in self.started:
+            self.let_end(entered)
+
+    def start_everything(self) -> None:
+        """What systemd does when power is back."""
+        for host in self.hosts.values():
+            host.link("up")
+        self._start_proxy()
+        self.serve()
+        for site in self.sites.values():
+            self.start_site(site)
+
+    def put_back(self, name: str, copy: Path, *places: Path) -> None:
+        """Folders of a silo as they were when a copy was made."""
+        for place in places:
+            there = self.hosts[name].path(place)
+            shutil.rmtree(there)
+            shutil.copytree(copy / place.name, there)
 
     # Rounds and ledgers
 

@@ -16,6 +16,7 @@ import psutil
 
 TOOLS = ("ip", "mount", "nsenter", "setpriv", "tc", "unshare")
 BRIDGE, LINK = "br0", "e0"
+COMMAND_S = 300  # ends a wait for what will not come
 # It answers once its mounts are its own; as nobody waits for the dead of a host, its first process ignores them.
 _FIRST = "set -e; ip link set lo up; echo up; trap '' CHLD; exec sleep infinity"
 _UNSHARED = ("--net", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child=KILL")
@@ -69,7 +70,7 @@ class Host:
             OSError: it failed.
         """
         done = subprocess.run(
-            [*self.enter(), *command], input=given, capture_output=True, text=True, timeout=60, check=False
+            [*self.enter(), *command], input=given, capture_output=True, text=True, timeout=COMMAND_S, check=False
         )
         if done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -122,7 +123,7 @@ class Host:
         """Ends it with all that runs on it, at once."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, 9)
-        self._holder.wait(30)
+        self._holder.wait(COMMAND_S)
         for pipe in (self._holder.stdout, self._holder.stderr):
             if pipe:
                 pipe.close()
@@ -166,7 +167,7 @@ class Lan:
     def _net(self, *command: str) -> None:
         """On the bridge, where processes have the numbers that they have outside."""
         entered = ["nsenter", f"--target={self.bridge.pid}", "--net", "--", *command]
-        done = subprocess.run(entered, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(entered, capture_output=True, text=True, timeout=COMMAND_S, check=False)
         if done.returncode:
             raise OSError(f"{' '.join(command)}: {done.stderr.strip()}")
 
@@ -186,17 +187,23 @@ def lan(delay_ms: int = 0, loss_percent: float = 0.0) -> Iterator[Lan]:
         made.end()
 
 
+@functools.cache
 def has_firewall() -> bool:
-    """Whether hosts can have firewalls that know ports."""
-    return shutil.which("nft") is not None
+    """Whether hosts can have firewalls that know ports: nft is here, and this kernel does what it asks for."""
+    return shutil.which("nft") is not None and _can("nft", "-f", "-", given=_FIREWALL.format(open="", ways=""))
 
 
 @functools.cache
 def has_netem() -> bool:
     """Whether this kernel can delay packets."""
+    return _can("tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
+
+
+def _can(*command: str, given: str | None = None) -> bool:
+    """Whether a command works on a host that is there for that alone."""
     host = Host()
     try:
-        host.run("tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
+        host.run(*command, given=given)
     except OSError:
         return False
     finally:

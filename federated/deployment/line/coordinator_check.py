@@ -1,10 +1,8 @@
 """Looks at the way to the coordinator, and says in one line what Flower's programs would say in many."""
 
 import ssl
-import time
 from contextlib import closing
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 
 from cryptography import x509
@@ -14,7 +12,7 @@ from configs.errors import InputError
 from federated.deployment.line.site_proxy import SiteProxy, UnreachableError, connected, reason, split
 from federated.identity.cards import CoordinatorCard
 from federated.identity.x509 import check_x509, days_left
-from federated.protocol.clocks import CLOCK_RULE, MOST_AHEAD_S, MOST_BEHIND_S, shown
+from federated.protocol.clocks import ahead_of, clock_problem
 
 _LONGEST_NAME = 200  # of an issuer, which a stranger chooses
 # OpenSSL's X509_V_ERR_ for a time too early or too late, a host and an address: the authority was found good before.
@@ -60,7 +58,8 @@ def check_coordinator(coordinator: CoordinatorCard, proxy: SiteProxy | None) -> 
         except OSError as error:
             raise UnreachableError(f"{address}: the coordinator does not answer by TLS ({_said(error)})") from None
         else:
-            _check_clock(ahead_s)
+            if problem := clock_problem(ahead_s):
+                raise InputError(problem)
             return Way(days_left(certificate), ahead_s)
     raise _explained(failed, coordinator, proxy)
 
@@ -118,20 +117,9 @@ def _ahead_s(connection: ssl.SSLSocket, host: str) -> float | None:
         connection.sendall(request.encode())
         answer = HTTPResponse(connection, method="HEAD")
         answer.begin()
-        return time.time() - parsedate_to_datetime(answer.headers["Date"]).timestamp()
-    except (OSError, HTTPException, ValueError, TypeError, OverflowError):
+        return ahead_of(answer.headers["Date"])
+    except (OSError, HTTPException):
         return None
-
-
-def _check_clock(ahead_s: float | None) -> None:
-    # A date has whole seconds, and took a while to come: less than two seconds over the bound may be the line's.
-    if ahead_s is None or -MOST_BEHIND_S < ahead_s < MOST_AHEAD_S + 2:
-        return
-    own = time.time()
-    raise InputError(
-        f"this machine's clock says {shown(own)}, the coordinator's {shown(own - ahead_s)}: set the one that is wrong; "
-        f"{CLOCK_RULE}"
-    )
 
 
 def _said(error: OSError) -> str:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from silo_requests import COORDINATOR, EXPIRES, TRUSTED, ask, body_of, opened, signer_of, ward
 
-from configs.errors import InputError, SiloweaveError
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.storage.files import digest_bytes
 from federated.adapters.arrays import check_update, from_bytes, to_bytes
 from federated.adapters.update_codec import decoded
@@ -107,6 +107,12 @@ def test_a_trusted_file_that_is_none_stops_the_start(open_silo, tmp_path):
     (tmp_path / "state" / "trusted" / "x.json").write_text('{"kind": "coordinator", "name": "x", "public_key": "12"}')
     with pytest.raises(InputError, match=r"x\.json: public_key"):
         open_silo(trusted=None)
+
+
+@pytest.mark.parametrize(("version", "whom"), [(2, "the coordinator"), (6, "this silo"), (2**32 - 1, "this silo")])
+def test_a_version_that_is_not_spoken_is_refused_with_who_has_to_be_upgraded(version, whom):
+    with pytest.raises(PolicyRefusal, match=rf"^version: asked {version}, allowed 3 or 4 or 5: upgrade {whom}$"):
+        decode(body_of("reserve", version=version, reserve=pb.Reserve()), "north")
 
 
 @pytest.mark.parametrize("position", [0.1, 0.5, 0.9])
@@ -346,8 +352,6 @@ MESSAGES = st.one_of(
 @given(body=MESSAGES, signature=st.text(max_size=130), wrapped=st.booleans())
 def test_the_decoder_refuses_and_never_crashes(body, signature, wrapped):
     """10,000 envelopes, none of which a coordinator signed: each is refused by a rule, and nothing else is raised."""
-    from configs.errors import PolicyRefusal
-
     content = pb.Envelope(body=body, signature=signature).SerializeToString() if wrapped else body
     with pytest.raises(PolicyRefusal) as refused:
         envelope = open_envelope(content, 2**20)

@@ -1,0 +1,53 @@
+"""Silos that come and go in a federation's folder."""
+
+import pytest
+
+from configs.errors import InputError
+from configs.schema.deployment import FederationConfig
+from federated.deployment.federation_folder import FederationFolder
+from federated.deployment.relay import SUPERNODE_CURVE
+from federated.identity.cards import EnrolledSilo
+from federated.identity.keys import load_or_create_key, ssh_public_key
+
+
+@pytest.fixture
+def federation(tmp_path):
+    return FederationFolder.create(tmp_path / "f", FederationConfig(name="net", hosts=("localhost",)))
+
+
+@pytest.fixture
+def card(tmp_path):
+    """The card of a silo, with a relay's key by number."""
+
+    def made(silo: str, relay: int) -> EnrolledSilo:
+        key = load_or_create_key(tmp_path / f"{relay}.ssh", SUPERNODE_CURVE)
+        return EnrolledSilo(silo=silo, public_key=silo.encode().hex().ljust(64, "0"), node_key=ssh_public_key(key))
+
+    return made
+
+
+@pytest.mark.parametrize("again", ["north", "south"])
+def test_a_relays_key_that_was_revoked_is_never_taken_again(federation, card, again):
+    """Flower's SuperLink takes none twice; and it may be revoked because it was stolen."""
+    federation.enrol(card("north", 1))
+    federation.revoke("north")
+    again = card(again, 1)
+    for key in (again.node_key, f"{again.node_key.split()[0]} {again.node_key.split()[1]} another-comment"):
+        with pytest.raises(
+            InputError, match=r"its relay's key was revoked, and no key is taken twice; at the site del"
+        ):
+            federation.enrol(again.model_copy(update={"node_key": key}))
+    assert federation.silos() == {}
+    federation.enrol(card("north", 2))
+    federation.revoke("north")
+    for relay in (1, 2):
+        with pytest.raises(InputError, match="revoked"):
+            federation.enrol(card("north", relay))
+
+
+def test_a_silo_that_is_not_enrolled_is_not_revoked(federation, card):
+    federation.enrol(card("north", 1))
+    with pytest.raises(InputError, match=r"'south': is not enrolled \(there are north\)"):
+        federation.revoke("south")
+    federation.enrol(card("north", 1))  # changes nothing, as before
+    assert set(federation.silos()) == {"north"}
