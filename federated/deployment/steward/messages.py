@@ -12,7 +12,7 @@ from federated.silo.line_file import LineFile
 
 SHOWN = 20
 _READ_BYTES = 4 * 2**20  # of each log, its newest: whoever keeps a page open has it read again and again
-_REFUSAL = re.compile(r"\S+ \S+ WARNING refused (\S+): (.*)")
+_REFUSAL = re.compile(r"\S+ \S+ WARNING refused (.*)")
 _Line = dict[str, Any]
 
 
@@ -39,8 +39,8 @@ def replies(files: SiloFiles, coordinators: Coordinators) -> list[_Line]:
 
 def with_reasons(refused: list[_Line], files: SiloFiles) -> list[_Line]:
     """Replies that refuse, each with what ``silo.log`` says of it."""
-    matches = [match for line in refusal_lines(files) if (match := _REFUSAL.match(line))]
-    reasons = {match[1]: match[2] for match in matches}
+    said = [match[1].partition(": ") for line in refusal_lines(files) if (match := _REFUSAL.match(line))]
+    reasons = {digest: reason for digest, _, reason in said}
     return [{**line, "reason": reasons.get(line["request_digest"], line["outcome"])} for line in refused]
 
 
