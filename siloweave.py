@@ -55,9 +55,11 @@ app.command()(submit)
 app.add_typer(job_app, name="job")
 app.add_typer(ledger_app, name="ledger")
 silo_app.command()(federation_command.attack)
+silo_app.command("dashboard")(federation_command.silo_dashboard)
 app.add_typer(silo_app, name="silo")
 federation_app.command()(federation_command.run)
 federation_app.command()(federation_command.rehearse)
+federation_app.command("dashboard")(federation_command.federation_dashboard)
 app.add_typer(federation_app, name="federation")
 
 

@@ -24,10 +24,12 @@ def _is_names(value: object) -> bool:
 
 
 _STEP: Figures = {"step": is_number, "loss": _is_loss, "tokens": is_number, "seconds": is_number}
+_ROUND: Figures = {"round": is_number, "answered": _is_names}
 _FIGURES: dict[tuple[str, str], Figures] = {
     ("pretrain", "step"): _STEP,
     ("pretrain", "validation"): {"loss": _is_loss, "bits_per_char": lambda value: value is None or _is_loss(value)},
-    (FEDERATED, "round"): {"round": is_number, "answered": _is_names},
+    (FEDERATED, "round"): _ROUND,
+    ("federate", "round"): _ROUND,  # as the coordinator's own log has it
 }
 _END: Figures = {"seconds": is_number}
 

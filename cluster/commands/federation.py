@@ -1,21 +1,27 @@
 """What the two sides of a federation show by the same listeners and plots as a simulation.
 
 ``siloweave federation run``: the rounds over silos elsewhere; ``rehearse``: whether they would work. ``siloweave silo
-attack``: what left one of them.
+attack``: what left one of them. ``dashboard`` of either: a page of what there is to see.
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cluster.commands.stages import JsonOption, SetOption, quiet_libraries
+from configs.errors import InputError
 from configs.load import load
 from configs.locks import working_on
 from configs.printing import answer, say
 from configs.run_directory import run_directory
 from configs.storage.layout import CERTIFICATE, FEDERATED
+
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="On loopback; 0 takes a free one, which is printed.")]
+FiguresOption = Annotated[bool, typer.Option("--json", help="Print the page's figures once, and end.")]
 
 
 def run(
@@ -107,6 +113,51 @@ def rehearse(
     answer(as_json, found.document(), *found.lines())
     if found.exit_status:
         raise typer.Exit(found.exit_status)
+
+
+def silo_dashboard(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")],
+    socket: Annotated[Path | None, typer.Option(help="The service's socket, to ask whether it is serving.")] = None,
+    port: PortOption = 0,
+    as_json: FiguresOption = False,
+) -> None:
+    """Serves the steward's page: what was spent, by whom and for what, what left, what was refused, how to stop it.
+
+    At this machine alone, under an address that the command prints. Nothing can be changed there, and the ledger is
+    neither locked nor written to. Exit status 0 after SIGTERM or Ctrl-C.
+    """
+    from federated.deployment.steward.steward import figures
+
+    _dashboard(partial(figures, config, socket), "silo.html.j2", port, as_json=as_json)
+
+
+def federation_dashboard(
+    folder: Annotated[Path, typer.Argument(help="The federation's folder.")],
+    port: PortOption = 0,
+    as_json: FiguresOption = False,
+) -> None:
+    """Serves the coordinator's page: which sites are up, down or refuse, and why; rounds, throughput, budgets left.
+
+    At this machine alone, under an address that the command prints. Nothing can be changed there. Exit status 0 after
+    SIGTERM or Ctrl-C.
+    """
+    from federated.deployment.federation_folder import FederationFolder
+    from federated.deployment.federation_status import overview
+
+    _dashboard(partial(overview, FederationFolder(folder)), "federation.html.j2", port, as_json=as_json)
+
+
+def _dashboard(look: Callable[[], dict[str, Any]], template: str, port: int, *, as_json: bool) -> None:
+    figures = look()  # what is wrong now is said before a page is there
+    if as_json:
+        answer(True, figures)
+        return
+    try:
+        from cluster.dashboard.dashboard import Dashboard, serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed; `pip install 'siloweave[serve]'`, or give --json") from None
+    serve(Dashboard(look, template), port, lambda address: say(f"dashboard at {address}"))
+    say("dashboard: stopped", err=True)
 
 
 def _say(event: dict[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """What every request passes first: is there room, who asks, how much do they send, and how slowly."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,17 +15,18 @@ OPEN = ("/", "/health")  # of these two nobody needs a key
 _BODY_S = 20.0
 
 
-def _from_here(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether it is no other site's page that asks.
+def _from_here(scope: Scope) -> bool:
+    """Whether it is this machine that asks, and no other site's page.
 
     Any page may have a browser ask loopback, also by a name of its own that leads there (DNS rebinding). Without keys
-    nothing else tells it from whoever sits at this machine.
+    nothing else tells it from whoever sits at this machine. A proxy on this machine says for whom it asks.
     """
+    headers, (client, _) = dict(scope["headers"]), scope.get("client") or ("", 0)
     host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
-    try:
-        return urlsplit(f"//{host}").hostname in LOOPBACK and (not origin or urlsplit(origin).netloc == host)
-    except ValueError:
-        return False
+    with suppress(ValueError):
+        own = urlsplit(f"//{host}").hostname in LOOPBACK and (not origin or urlsplit(origin).netloc == host)
+        return own and ip_address(client).is_loopback
+    return False
 
 
 class Guard:
@@ -34,6 +37,7 @@ class Guard:
         keys: whose requests are taken; None: anybody's.
         largest_body: bytes.
         most: requests at one time, waiting ones and those that are still being read included.
+        otherwise: what whoever may not ask from elsewhere can do.
 
     Attributes:
         active: requests that are being answered.
@@ -42,8 +46,16 @@ class Guard:
         failed: is told the kind of an error inside the service.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys | None, largest_body: int, most: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: ApiKeys | None,
+        largest_body: int,
+        most: int,
+        otherwise: str = "ask at 127.0.0.1, or serve with --api-keys",
+    ) -> None:
         self._app, self._keys, self._largest, self._most = app, keys, largest_body, most
+        self._otherwise = otherwise
         self.active = 0
         self.stopping = False
         self.count: Callable[[str, int], None] = lambda *_: None
@@ -81,8 +93,8 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
-        if self._keys is None and not _from_here(headers):
-            said = "Host or Origin is none of this machine's; ask at 127.0.0.1, or serve with --api-keys"
+        if self._keys is None and not _from_here(scope):
+            said = f"sender, Host or Origin is none of this machine's; {self._otherwise}"
             raise ApiError(403, said, "not_from_here")
         if scope["path"] in OPEN:
             return

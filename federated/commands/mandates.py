@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from configs.schema.silo import SiloConfig
     from federated.silo.mandates.folder import Mandates
     from privacy.ledger.journal import Journal
-    from privacy.mandate import Mandate, MandateTerms
+    from privacy.mandate import MandateTerms
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The silo.toml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -32,22 +32,31 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Signs a mandate with the silo's key, in force at once. From the first one on, nothing is answered without."""
+    from federated.deployment.steward.mandate_rows import mandate_row
+    from federated.silo.mandates.folder import IN_FORCE
+
     mandates, journal, settings = _opened(config)
     terms = _terms(file, settings)
     try:
         added = mandates.add(terms, journal.signer)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    shown = _shown(terms.study, "in force", added, journal)
+    shown = mandate_row(terms.study, IN_FORCE, added, journal.bodies())
     answer(as_json, shown, f"{_line(shown)}; digest {added.digest}")
 
 
 @mandate_app.command("list")
 def show(config: ConfigOption, as_json: JsonOption = False) -> None:
     """Every mandate, those in force first: whose it is, for what and how long, and what its study has reserved."""
-    mandates, journal, _ = _opened(config)
-    found = [_shown(*one, journal) for one in mandates.listed()]
-    nothing = "no mandates; nothing is answered" if mandates.are_asked_for else "no mandates; none is asked for"
+    from configs.schema.silo import load_silo
+    from federated.deployment.steward.ledger_look import look
+    from federated.deployment.steward.mandate_rows import mandate_rows
+    from federated.silo.mandates.folder import Mandates
+
+    settings = load_silo(config)
+    looked = look(settings)
+    found, asked = mandate_rows(settings, looked), Mandates.of(settings, looked.public_key).are_asked_for
+    nothing = "no mandates; nothing is answered" if asked else "no mandates; none is asked for"
     answer(as_json, found, *(map(_line, found) if found else [nothing]))
 
 
@@ -94,28 +103,7 @@ def _terms(file: Path, settings: "SiloConfig") -> "MandateTerms":
     return parse(MandateTerms, {**tree, "coordinator": key}, str(file))
 
 
-def _shown(study: str, state: str, found: "Mandate | None", journal: "Journal") -> dict[str, Any]:
-    from privacy.ledger.limits import spent_by
+def _line(row: dict[str, Any]) -> str:
+    from federated.deployment.steward.mandate_rows import how_it_stands
 
-    if found is None:
-        return {"study": study, "state": state}
-    spent = spent_by(journal.bodies(), found.terms.study)
-    return {
-        "study": study,
-        "state": state,
-        "digest": found.digest,
-        "issued": found.issued.isoformat(timespec="seconds"),
-        "epsilon_reserved": spent.epsilon,
-        "delta_reserved": spent.delta,
-        "terms": found.terms.model_dump(mode="json"),
-    }
-
-
-def _line(one: dict[str, Any]) -> str:
-    if "terms" not in one:
-        return f"{one['study']}: {one['state']}"
-    terms = one["terms"]
-    return (
-        f"{one['study']}: {one['state']}, until {terms['expires']}, of coordinator {terms['coordinator'][:16]}…, "
-        f"epsilon {one['epsilon_reserved']:.4g} of {terms['budget_epsilon']:g} reserved: {terms['purpose']}"
-    )
+    return f"{row['study']}: {how_it_stands(row)}"

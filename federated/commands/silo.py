@@ -217,14 +217,15 @@ def status(
     socket: Annotated[Path | None, typer.Option(help="The service's socket, to ask whether it is serving.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print for machines.")] = False,
 ) -> None:
-    """What the silo, or its relay, is doing: health, budget left, open runs, trusted coordinators, certificates."""
+    """What the silo, or its relay, is doing: health, budget left, open runs, mandates, trust, certificates."""
     from configs.parse import read_toml
     from configs.schema.silo import load_silo
     from federated.deployment.silo_status import lines, relay_status, silo_status
+    from federated.deployment.steward.ledger_look import look
 
     if "silo" in read_toml(config):
         settings = load_silo(config)
-        found = silo_status(settings, found_journal(settings), socket)
+        found = silo_status(settings, look(settings), socket)
     else:
         found = relay_status(config)
     answer(as_json, found, *lines(found))

@@ -125,7 +125,7 @@ class SiloExchange:
                     admit(reply.silo_id, reply.described)
             except PolicyRefusal as refusal:
                 self._refused.append(self._explained(refusal))
-                self._emit("rejected", "describe", node, self._refused[-1])
+                self._emit("rejected", "describe", node, self._refused[-1], rule=refusal.rule)
                 continue
             except UnsoundReply as error:
                 self._emit("rejected", "describe", node, error)

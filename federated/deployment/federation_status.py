@@ -1,6 +1,9 @@
 """What a coordinator sees of its federation: processes, silos, the run's round, budgets left, refusals."""
 
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from configs.errors import SiloweaveError
@@ -12,6 +15,7 @@ from federated.coordinator.outcome import LOCK, worked_on_by
 from federated.coordinator.round_commits import SILOS
 from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.served_run import CURRENT, read_current
+from federated.deployment.steward.entries import at
 from federated.deployment.superlink import nodes
 from federated.deployment.supervisor import STATE, read_state
 from federated.identity.x509 import days_left, read_certificate
@@ -19,6 +23,9 @@ from federated.identity.x509 import days_left, read_certificate
 REFUSALS_SHOWN = 20
 _BUDGET = ("epsilon_left", "delta_left", "epsilon_reserved")
 _TROUBLE = ("refused", "rejected", "timeout", "lost")
+_STATES = {"refused": "refuses", "rejected": "no sound reply", "timeout": "silent"}
+_ROUNDS_SHOWN, _RECENT = 20, 10  # rounds, from which a run's pace is taken
+Events = list[dict[str, Any]]
 
 
 def status(federation: FederationFolder) -> dict[str, Any]:
@@ -27,19 +34,33 @@ def status(federation: FederationFolder) -> dict[str, Any]:
     One looks when something is broken: of each file that can't be read there is one line in ``unreadable``, and the
     rest is shown.
     """
+    return _seen(federation)[0]
+
+
+def overview(federation: FederationFolder) -> dict[str, Any]:
+    """The same with what each site does now and why, the newest rounds, and their pace."""
+    found, events = _seen(federation)
+    rounds = [_round(event) for event in events if event["event"] == "round"]
+    sites = {name: _site(name, silo, events, served=bool(found["processes"])) for name, silo in found["silos"].items()}
+    return {**found, "time": at(time.time()), "silos": sites, "rounds": rounds[-_ROUNDS_SHOWN:], "pace": _pace(rounds)}
+
+
+def _seen(federation: FederationFolder) -> tuple[dict[str, Any], Events]:
     salvage, state = Salvage(), federation.state
     processes = salvage.tried(state / STATE, lambda: read_state(state), None)
     current = salvage.tried(state / CURRENT, lambda: read_current(federation), None)
     directory = Path(current["directory"]) if current else None
-    return {
+    events = salvage.events(directory / EVENTS) if directory else []
+    found = {
         "federation": federation.config.name,
         "address": federation.card.address,
         "certificate_days_left": days_left(read_certificate(federation.certificates / "proxy.pem")),
         "processes": processes["programs"] if processes else {},
         "silos": _silos(federation, directory, salvage, running=processes is not None),
-        "run": _run(str(current["run"]), directory, salvage) if current and directory else None,
+        "run": _run(str(current["run"]), directory, events, salvage) if current and directory else None,
         "unreadable": salvage.problems,
     }
+    return found, events
 
 
 def _silos(
@@ -52,8 +73,9 @@ def _silos(
         except SiloweaveError:
             online = {}
     told = _newest_receipts(directory, salvage)
+    unknown = {"status": "unknown", "node": None}
     return {
-        name: {"status": online.get(name, {}).get("status", "unknown"), **told.get(name, dict.fromkeys(_BUDGET))}
+        name: {**unknown, **online.get(name, {}), **told.get(name, dict.fromkeys(_BUDGET))}
         for name in federation.silos()
     }
 
@@ -75,8 +97,7 @@ def _newest_receipts(directory: Path | None, salvage: Salvage) -> dict[str, dict
     return salvage.tried(path, look, {})
 
 
-def _run(name: str, directory: Path, salvage: Salvage) -> dict[str, Any]:
-    events = salvage.events(directory / EVENTS)
+def _run(name: str, directory: Path, events: Events, salvage: Salvage) -> dict[str, Any]:
     rounds = [event for event in events if event["event"] == "round"]
     last = rounds[-1] if rounds else {}
     return {
@@ -91,6 +112,61 @@ def _run(name: str, directory: Path, salvage: Salvage) -> dict[str, Any]:
         "seconds": last.get("seconds"),
         "bytes": last.get("bytes"),
         "trouble": [event for event in events if event["event"] in _TROUBLE][-REFUSALS_SHOWN:],
+    }
+
+
+def _site(name: str, silo: dict[str, Any], events: Events, *, served: bool) -> dict[str, Any]:
+    """A silo with what it does now: up, down, refuses, and the like; and why."""
+    trouble = _newest_trouble(name, silo["node"], events)
+    reason = _trouble(trouble) if trouble else ""
+    if not served:
+        state, reason = "unknown", "nothing is served here: `siloweave federation serve`"
+    elif silo["status"] == "unknown":
+        state, reason = "unknown", "the SuperLink does not tell of it"
+    elif silo["status"] != "online":
+        said = f"its relay is not connected (Flower says {silo['status']})"
+        state, reason = "down", f"{said}; before that: {reason}" if reason else said
+    else:
+        state = "up" if trouble is None else _STATES[trouble["event"]]
+        state = "refuses" if trouble and trouble.get("rule") else state
+    return {**silo, "state": state, "reason": reason}
+
+
+def _newest_trouble(name: str, node: int | None, events: Events) -> dict[str, Any] | None:
+    """What of a silo has come to nothing since it last answered a round."""
+    for event in reversed(events):
+        if event["event"] == "round" and name in event["answered"]:
+            return None
+        named = event.get("silo") == name or (node is not None and event.get("node") == node)
+        silent = event["event"] == "timeout" and name in _names(event.get("silos"))
+        if event["event"] in _STATES and (named or silent):
+            return event
+    return None
+
+
+def _names(value: object) -> Iterable[object]:
+    return value if isinstance(value, list) else ()
+
+
+def _round(event: dict[str, Any]) -> dict[str, Any]:
+    """A round's figures; those that an event lacks are none."""
+    figures = {name: event.get(name) for name in ("rounds", "seconds", "bytes", "epsilon_left")}
+    sound = {name: value if is_number(value) else None for name, value in figures.items()}
+    return {"time": at(event["time"]), "round": event["round"], "answered": event["answered"], **sound}
+
+
+def _pace(rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How fast the newest rounds were, and how long the others take at that pace; None before the first."""
+    recent = [one for one in rounds if one["seconds"] and one["bytes"] is not None][-_RECENT:]
+    if not recent:
+        return None
+    seconds, last = median(one["seconds"] for one in recent), rounds[-1]
+    return {
+        "rounds": len(recent),
+        "seconds_per_round": seconds,
+        "bytes_per_round": median(one["bytes"] for one in recent),
+        "bytes_per_second": sum(one["bytes"] for one in recent) / sum(one["seconds"] for one in recent),
+        "seconds_to_go": None if last["rounds"] is None else max(0, last["rounds"] - last["round"]) * seconds,
     }
 
 

@@ -1,6 +1,5 @@
 """What a silo's steward sees, of the service by its silo.toml and of the relay by its relay.toml."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,39 +7,47 @@ from configs.schema.deployment import load_relay
 from configs.schema.silo import SiloConfig
 from configs.storage.layout import SiloFiles
 from federated.deployment.silo_site import roster, trusted
+from federated.deployment.steward.ledger_look import Looked
+from federated.deployment.steward.mandate_rows import how_it_stands, is_revoked, mandate_rows
+from federated.deployment.steward.messages import refusal_lines
 from federated.deployment.supervisor import last_line, read_state
 from federated.identity.x509 import days_left, read_certificate
 from federated.protocol.framing import SERVICE
-from federated.silo.line_file import LineFile
 from federated.transport.health import is_serving
 from privacy.ledger.chain import Budget, left
-from privacy.ledger.journal import Journal
 from privacy.ledger.runs import Runs
 
-REFUSALS_SHOWN = 20
-_REFUSAL = re.compile(r"\S+ \S+ WARNING refused ")
 
-
-def silo_status(settings: SiloConfig, journal: Journal, socket: Path | None) -> dict[str, Any]:
-    """Health, budget, open runs, trusted coordinators, known silos, certificates and the newest refusals of a silo."""
+def silo_status(settings: SiloConfig, looked: Looked, socket: Path | None) -> dict[str, Any]:
+    """Health, budget, open runs, whom a silo trusts and knows, mandates, certificates and the newest refusals."""
     files, policy = SiloFiles(Path(settings.silo.state_dir)), settings.policy
-    bodies = journal.bodies()
+    bodies = looked.bodies
     remaining = left(bodies) if bodies else Budget(policy.budget_epsilon, policy.budget_delta)
-    runs = Runs(bodies)
-    certificates = {file.stem: days_left(read_certificate(file)) for file in sorted(files.tls.glob("*.crt"))}
+    runs, mandates = Runs(bodies), mandate_rows(settings, looked)
     return {
         "silo": settings.silo.id,
-        "serving": None if socket is None else is_serving(f"unix:{socket}", SERVICE),
+        "serving": is_up(socket),
         "epsilon_left": remaining.epsilon,
         "delta_left": remaining.delta,
-        "doubt": journal.doubt(),
+        "doubt": looked.doubt,
         "open_runs": [run.name for run in runs.open()],
         "closed_runs": sum(run.closing is not None for run in runs),
         "trusted": trusted(settings),
         "roster": roster(settings),
-        "certificate_days_left": certificates,
-        "refusals": _refusals(files.log),
+        "mandates": {row["study"]: how_it_stands(row) for row in mandates if not is_revoked(row)},
+        "certificate_days_left": certificates(files),
+        "refusals": refusal_lines(files),
     }
+
+
+def is_up(socket: Path | None) -> bool | None:
+    """Whether a silo's service is serving; None where there is no socket to ask at."""
+    return None if socket is None else is_serving(f"unix:{socket}", SERVICE)
+
+
+def certificates(files: SiloFiles) -> dict[str, int]:
+    """Days for which the certificates of service and relay are valid."""
+    return {file.stem: days_left(read_certificate(file)) for file in sorted(files.tls.glob("*.crt"))}
 
 
 def relay_status(path: Path) -> dict[str, Any]:
@@ -55,17 +62,6 @@ def relay_status(path: Path) -> dict[str, Any]:
         "restarts": process["restarts"] if process else 0,
         "last_line": last_line(Path(settings.state_dir) / "supernode.log"),
     }
-
-
-def _refusals(log: Path) -> list[str]:
-    """The newest refusals, in older files too; an indented line goes on with another message, and is none."""
-    found: list[str] = []
-    for path in LineFile(log).newest_first():
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        found = [line for line in lines if _REFUSAL.match(line)] + found
-        if len(found) >= REFUSALS_SHOWN:
-            break
-    return found[-REFUSALS_SHOWN:]
 
 
 def lines(found: dict[str, Any]) -> list[str]:

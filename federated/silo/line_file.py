@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from configs.errors import SiloweaveError
+from configs.parse import refuse_stream
 from configs.printing import printable
 from configs.storage.files import sync_directory, write_atomic, write_failure
 from configs.storage.layout import SiloFiles
@@ -56,6 +57,26 @@ class LineFile:
         """The files that are there, each once: a kill in a rotation may have left one under two names."""
         paths = [path for path in (self.path, *map(self._older, range(1, KEPT + 1))) if path.exists()]
         return reversed({path.stat().st_ino: path for path in reversed(paths)}.values())
+
+    def newest(self, size_bytes: int) -> list[str]:
+        """The newest whole lines, oldest first, in older files too; at most so many bytes of them are read.
+
+        Raises:
+            InputError: one of the files is none.
+        """
+        found: list[str] = []
+        for path in self.newest_first():
+            refuse_stream(path, "move it away")
+            with path.open("rb") as file:
+                start = max(0, file.seek(0, os.SEEK_END) - size_bytes)
+                file.seek(start)
+                content = file.read(size_bytes)
+            lines = content.decode(errors="replace").split("\n")
+            found = [line for line in lines[start > 0 :] if line] + found
+            size_bytes -= len(content)
+            if size_bytes <= 0:
+                break
+        return found
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0

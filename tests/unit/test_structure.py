@@ -61,7 +61,7 @@ FLOORS = {
         "monitoring report runtime",
         "finished run",
         "checks optimising serving",
-        "pipeline",
+        "dashboard pipeline",
         "tuning",
         "commands",
     ),

@@ -68,7 +68,7 @@ def test_a_page_of_another_site_reaches_nothing_without_keys(headers, taken, ser
     if taken:
         assert post(service, ASKED, headers=headers).status_code == 200
         return
-    refused(post(service, ASKED, headers=headers), 403, "Host or Origin is none of this machine's")
+    refused(post(service, ASKED, headers=headers), 403, "sender, Host or Origin is none of this machine's")
     for path in ("/", "/health", "/v1/models"):
         refused(ask(service, ("GET", path, {"headers": headers}))[0], 403, "Host or Origin")
     file = tmp_path / "keys"
