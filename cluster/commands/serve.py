@@ -13,7 +13,7 @@ from configs.printing import answer, say
 _WAITING = 8  # requests that may wait, for each slot
 
 
-def serve(
+def serve(  # noqa: PLR0913, PLR0917  # a command's options are its arguments
     models: Annotated[
         list[str],
         typer.Argument(
@@ -35,6 +35,15 @@ def serve(
     timeout_s: Annotated[
         float, typer.Option(min=1, max=86_400, help="Longest that an answer may take, also after SIGTERM.")
     ] = 300,
+    adapters_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="MIB",
+            help="Memory for the adapters on one base. Each is read when it is asked for; the one asked for "
+            "longest ago makes room. Default: all stay.",
+        ),
+    ] = None,
     key_file: Annotated[
         str, typer.Option(help="Key of encrypted runs. Default: SILOWEAVE_ENCRYPTION_KEY, where it is set.")
     ] = "",
@@ -63,7 +72,8 @@ def serve(
     keys = None if api_keys is None else ApiKeys(api_keys)
     listener = server.listen(host, port, timeout_s)  # before minutes of loading, and nobody else gets it meanwhile
     key = load_key(key_file or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else ""))
-    served = load([find(model, key) for model in models], key)
+    most = None if adapters_memory is None else int(adapters_memory * 2**20)
+    served = load([find(model, key) for model in models], key, most)
     writing = {name: one for name, one in served.items() if isinstance(one, ServedModel)}
     room = slots * max((model.context_length for model in writing.values()), default=1)
     engine = Engine({name: one.voice for name, one in writing.items()}, EngineLimits(slots, room, _WAITING * slots))

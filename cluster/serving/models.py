@@ -1,7 +1,7 @@
 """From what a person names to models that answer: runs, adapters, base models, merged ones; each base loaded once."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from configs.storage.manifests import MANIFEST, Manifest, require_manifest
 from configs.storage.sealing import MasterKey, opened
 from federated.adapters.merged import ADAPTER, WHOLE, finished_federation, head_of, stage_of, with_shared
 from trainer.data.tokenizer import first_token, load_tokenizer
+from trainer.inference.adapters import Adapters
 from trainer.inference.batching import Voice
 from trainer.inference.lanes import Lane
 from trainer.models.load import Head, load_model, read_model
@@ -71,10 +72,10 @@ class ServedModel:
         ends: tokens that end a text.
     """
 
-    def __init__(self, place: Place, model: Any, activate: Callable[[], None]) -> None:
+    def __init__(self, place: Place, model: Any, lane: Lane) -> None:
         tokenizer = load_tokenizer(place.base)
         self.name, self.claim = place.name, place.claim
-        self.voice = Voice(Lane(model, activate, place.name), tokenizer.backend_tokenizer)
+        self.voice = Voice(lane, tokenizer.backend_tokenizer)
         self.context_length = _context_length(place, model)
         self.ends = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self._plain, self._start = plain_backend(tokenizer), first_token(tokenizer)
@@ -119,11 +120,18 @@ def find(argument: str, key: MasterKey | None) -> Place:
     return Place(name, base, manifest, claim, federation, _settings(path) if head else None, head)
 
 
-def load(places: Sequence[Place], key: MasterKey | None) -> dict[str, ServedModel | LabelModel]:
+def load(
+    places: Sequence[Place], key: MasterKey | None, adapters_memory: int | None = None
+) -> dict[str, ServedModel | LabelModel]:
     """The models, by name. Several adapters on one base share its weights.
 
+    Args:
+        places: of them.
+        key: of encrypted runs.
+        adapters_memory: bytes that the adapters on one base may take beside it; None: as many as there are.
+
     Raises:
-        InputError: two have one name, or a model can't be loaded or served.
+        InputError: two have one name, a model can't be loaded or served, or an adapter alone takes more.
     """
     names = [place.name for place in places]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -135,7 +143,7 @@ def load(places: Sequence[Place], key: MasterKey | None) -> dict[str, ServedMode
     writing = [place for place in places if not place.settings]
     by_base = sorted(writing, key=lambda place: place.manifest.content_digest)
     for _, group in groupby(by_base, key=lambda place: place.manifest.content_digest):
-        found |= {model.name: model for model in _together(list(group), key)}
+        found |= {model.name: model for model in _together(list(group), key, adapters_memory)}
     return {name: found[name] for name in names}
 
 
@@ -161,50 +169,30 @@ def _labelling(place: Place, settings: RunConfig, key: MasterKey | None) -> Labe
     return LabelModel(place.name, place.claim, _whole(place, key), spec, place.base, context_length)
 
 
-def _together(places: list[Place], key: MasterKey | None) -> list[ServedModel]:
-    """Models of one base: one adapter alone is merged into it; of several each is switched on."""
-    adapters = [place for place in places if place.shared is not None and place.shared.name == ADAPTER]
-    if len(places) == 1 or len(adapters) < len([place for place in places if place.shared is not None]):
-        return [ServedModel(place, _whole(place, key), lambda: None) for place in places]
-    base = _base(places[0], key)
-    if not adapters:
-        return [ServedModel(place, base, lambda: None) for place in places]
-    from peft import PeftModel
-
-    wrapped: Any = None
-    for place in adapters:
-        with _opened(place, key) as folder:
+def _together(places: list[Place], key: MasterKey | None, limit: int | None) -> list[ServedModel]:
+    """Models of one base: one adapter alone is merged into it; of several each is put on when it is asked for."""
+    apart = [place for place in places if len(places) == 1 or (place.shared and place.shared.name == WHOLE)]
+    sharing = [place for place in places if place not in apart]
+    found = [_alone(place, key) for place in apart]
+    if not sharing:
+        return found
+    base = _base(sharing[0], key)
+    adapters = Adapters(base, limit)
+    for place in sharing:
+        if place.shared is not None:
             try:
-                if wrapped is None:
-                    wrapped = PeftModel.from_pretrained(base, folder, _own(place), local_files_only=True)
-                else:
-                    wrapped.load_adapter(folder, _own(place), local_files_only=True)
+                adapters.add(place.name, partial(_opened, place, key))
+            except InputError:
+                raise
             except (OSError, RuntimeError, ValueError, SafetensorError):
                 raise InputError(f"{place.shared}: is no adapter of {place.base}; give the right folder") from None
-    switch = _Switch(wrapped.eval())
-    return [ServedModel(place, wrapped.get_base_model(), partial(switch, place)) for place in places]
+    lanes = [adapters.lane(place.name if place.shared else None, place.name) for place in sharing]
+    return [*found, *(ServedModel(place, base, lane) for place, lane in zip(sharing, lanes, strict=True))]
 
 
-class _Switch:
-    """Puts one of several adapters on their base, or none; nothing is done where it is there already."""
-
-    def __init__(self, wrapped: Any) -> None:
-        self._tuner, self._on = wrapped.base_model, ""
-
-    def __call__(self, place: Place) -> None:
-        if self._on == place.name:
-            return
-        if place.shared is None:
-            self._tuner.disable_adapter_layers()
-        else:
-            self._tuner.enable_adapter_layers()
-            self._tuner.set_adapter(_own(place), inference_mode=True)
-        self._on = place.name
-
-
-def _own(place: Place) -> str:
-    """The adapter's name in peft, which makes a module's name of it: no dot, and no method of torch's."""
-    return f"served/{place.name.replace('.', '/')}"
+def _alone(place: Place, key: MasterKey | None) -> ServedModel:
+    model = _whole(place, key)
+    return ServedModel(place, model, Lane(model, name=place.name))
 
 
 def _whole(place: Place, key: MasterKey | None) -> Any:

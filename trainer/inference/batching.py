@@ -213,7 +213,8 @@ class Engine:
 
     def _fits(self, job: Job) -> bool:
         taken = sum(other.size for jobs in self._running.values() for other in jobs)
-        return self.running < self._limits.slots and taken + job.size <= self._limits.tokens
+        room = self.running < self._limits.slots and taken + job.size <= self._limits.tokens
+        return room and self._voices[job.voice].lane.fits()
 
     @staticmethod
     def _gone(job: Job, *, told: bool = True) -> bool:

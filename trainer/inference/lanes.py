@@ -19,16 +19,23 @@ class Lane:
         model: a decoder of transformers, in evaluation mode.
         activate: puts this lane's adapter on the model, before each computation.
         name: for messages.
+        fits: whether there is room for this lane's adapter just now, before a row joins an empty lane.
 
     Raises:
         InputError: the model has no cache of keys and values alone.
     """
 
-    def __init__(self, model: Any, activate: Callable[[], None] = lambda: None, name: str = "model") -> None:
+    def __init__(
+        self,
+        model: Any,
+        activate: Callable[[], None] = lambda: None,
+        name: str = "model",
+        fits: Callable[[], bool] = lambda: True,
+    ) -> None:
         takes = inspect.signature(model.forward).parameters
         if model.config.is_encoder_decoder or not model.can_generate() or "past_key_values" not in takes:
             raise InputError(f"{name}: a {type(model).__name__} can't be served; give a decoder with attention")
-        self.device = where(model)
+        self.device, self.fits = where(model), fits
         self._model, self._activate = model, activate
         self._positions, self._last_alone = "position_ids" in takes, "logits_to_keep" in takes
         self._cache = DynamicCache()
