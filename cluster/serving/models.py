@@ -158,14 +158,14 @@ def _labelling(place: Place, settings: RunConfig, key: MasterKey | None) -> Labe
     # What the certificate names is what is loaded: the published files, not the rounds that they were made of.
     context_length = settings.model.context_length if place.federation is None else None
     spec = settings.federated.task_spec
-    return LabelModel(place.name, place.claim, _whole(place, key), spec, place.base, context_length)
+    return LabelModel(place.name, place.claim, whole(place, key), spec, place.base, context_length)
 
 
 def _together(places: list[Place], key: MasterKey | None) -> list[ServedModel]:
     """Models of one base: one adapter alone is merged into it; of several each is switched on."""
     adapters = [place for place in places if place.shared is not None and place.shared.name == ADAPTER]
     if len(places) == 1 or len(adapters) < len([place for place in places if place.shared is not None]):
-        return [ServedModel(place, _whole(place, key), lambda: None) for place in places]
+        return [ServedModel(place, whole(place, key), lambda: None) for place in places]
     base = _base(places[0], key)
     if not adapters:
         return [ServedModel(place, base, lambda: None) for place in places]
@@ -207,7 +207,8 @@ def _own(place: Place) -> str:
     return f"served/{place.name.replace('.', '/')}"
 
 
-def _whole(place: Place, key: MasterKey | None) -> Any:
+def whole(place: Place, key: MasterKey | None) -> Any:
+    """A model as one plain one, as what its certificate names has left it."""
     base = _base(place, key)
     if place.federation is None or place.shared is None:
         return base

@@ -37,6 +37,7 @@ FLOORS = {
         "augmentation checkpoints explanation scoring",
         "pretraining",
         "export imported inference optimisation",
+        "synthesis",
     ),
     "privacy": (
         "accounting clipping secure_sum signing",
@@ -59,8 +60,8 @@ FLOORS = {
     "cluster": (
         "monitoring report runtime",
         "finished run",
-        "checks optimising serving",
-        "pipeline",
+        "checks optimising serving showing",
+        "pipeline synthesising",
         "tuning",
         "commands",
     ),
