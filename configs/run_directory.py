@@ -88,6 +88,7 @@ _LATER = {
     "model.config": "",
     "pretrain.objective": "auto",
     "privacy.evaluation_max_new_tokens": 0,
+    "evaluate.prompts": (),
     "pretrain.stages": (),
     **dict.fromkeys(("data.private.language", "evaluate.public.language"), "en"),
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),
