@@ -21,6 +21,7 @@ from cluster.commands.merge import merge
 from cluster.commands.optimise import optimise
 from cluster.commands.predict import predict
 from cluster.commands.serve import serve
+from cluster.commands.synthesis.synthesise import synthesise
 from cluster.commands.tune import tune
 from configs.ending import ended_by_signals
 from configs.errors import SiloweaveError
@@ -50,6 +51,7 @@ app.command()(optimise)
 app.command()(dossier)
 app.command()(bundle)
 app.command()(serve)
+app.command()(synthesise)
 app.command()(tune)
 app.command()(submit)
 app.add_typer(job_app, name="job")

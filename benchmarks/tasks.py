@@ -213,13 +213,14 @@ class Runs:
 
     def alone(self) -> dict[str, float]:
         """Each silo trains by itself, as many steps as in the federation, and is asked about all silos' records."""
-        found = [self._trained(units, 1000 + place) for place, (units, _) in enumerate(self.silos.values())]
+        found = [self.trained_on(units, 1000 + place) for place, (units, _) in enumerate(self.silos.values())]
         return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
     def centralised(self) -> dict[str, float]:
-        return self._trained([unit for units, _ in self.silos.values() for unit in units], 2000)
+        return self.trained_on([unit for units, _ in self.silos.values() for unit in units], 2000)
 
-    def _trained(self, units: list[Unit], number: int) -> dict[str, float]:
+    def trained_on(self, units: list[Unit], number: int) -> dict[str, float]:
+        """Figures after as many ordinary steps on these units as all rounds have together."""
         update = self.plain(self.start, units, self.used.rounds * self.used.steps, number)
         return self.figures({name: value + update[name] for name, value in self.start.items()})
 

@@ -1,6 +1,6 @@
 """The main job, stage after stage, as one story. Each stage can be run alone, again, and after a kill.
 
-prepare -> pretrain -> export -> federate -> evaluate -> generate -> report
+prepare -> pretrain -> export -> federate -> evaluate -> generate -> show -> report
 
 A base model that others have made takes the place of the first three: import -> federate -> ...
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.run import Run
 from cluster.runtime.session import ray_session
+from cluster.showing import show
 from configs.errors import InputError
 from configs.events import EventLog
 from configs.imports import import_large
@@ -44,6 +45,7 @@ def demo(run: Run, on_text: Printer) -> dict[str, Any]:
         federate(run)
         evaluate(run)
     generate(run, on_text)
+    show(run, sample_decoding(run.config))
     return report(run)
 
 

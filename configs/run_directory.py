@@ -90,6 +90,7 @@ _LATER = {
     "privacy.evaluation_max_new_tokens": 0,
     "privacy.mode": "single",
     "privacy.min_honest": 0,
+    "evaluate.prompts": (),
     "pretrain.stages": (),
     **dict.fromkeys(("data.private.language", "evaluate.public.language"), "en"),
     **dict.fromkeys(("data.public.encoding", "data.private.encoding", "evaluate.public.encoding"), "utf-8"),

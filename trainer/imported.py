@@ -21,10 +21,11 @@ from configs.storage.files import digest_file, digest_json, write_atomic
 from configs.storage.layout import CERTIFICATE, RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, describe_files, finished
 from configs.storage.sealing import load_key, sealing
+from trainer.data.embedded import model_file
 from trainer.models.families import attention
 from trainer.models.load import MODEL, model_class
 
-HUB, GGUF = "hf:", "gguf:"
+HUB, GGUF, EMBEDDED = "hf:", "gguf:", "embedded:"
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 # What a task needs of a model: a family of transformers' that has such a head, and, where the task uses the model's own
 # words, that the model is of that kind itself.
@@ -139,8 +140,9 @@ def open_origin(source: str, *, download: bool = True) -> Origin:
     """
     if source.startswith(HUB):
         return _from_hub(source, download=download)
-    if source.startswith(GGUF):
-        path = Path(source.removeprefix(GGUF))
+    if source.startswith((GGUF, EMBEDDED)):
+        kind, _, name = source.partition(":")
+        path = Path(name) if f"{kind}:" == GGUF else model_file(name)
         if not path.is_file():
             raise InputError(f"model.source {source!r}: no such file; give the path of a GGUF file after gguf:")
         return Origin(path.parent, gguf=path.name)

@@ -79,7 +79,8 @@ def demo(
         say(to_json(document))
         return
     Terminal().print(result_table(document))
-    say(f"report: {RunFiles(directory).page}")
+    files = RunFiles(directory)
+    say(f"report: {files.page}", *([f"what its models say: {files.showcase_page}"] if document["showcase"] else []))
 
 
 def prepare(config: ConfigOption = "demo", override: SetOption = None, as_json: JsonOption = False) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.report.explained import explanations_of
+from cluster.report.showcase import showcase_of
 from configs.errors import InputError
 from configs.events import read_events
 from configs.parse import json_object, reading, to_toml
@@ -61,6 +62,8 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         sample = files.sample.read_text(encoding="utf-8") if files.sample.exists() else ""
     with reading(files.explanations, LOOK):
         explanations = explanations_of(files.explanations, manifest.content_digest)
+    with reading(files.showcase, LOOK):
+        showcase = showcase_of(files.showcase, files.showcase_page, manifest.content_digest)
     return {
         "version": REPORT_VERSION,
         "name": config.run.name,
@@ -71,6 +74,7 @@ def build(config: RunConfig, run_directory: Path) -> dict[str, Any]:
         "model": model,
         "sample": sample,
         "explanations": explanations,
+        "showcase": showcase,
         "simulation_only": [] if elsewhere else [f"federated.{federated['metric']}_*", *_SIMULATION_ONLY],
         "settings": to_toml(config),
         "versions": {name: version(name) for name in _LIBRARIES},

@@ -166,7 +166,7 @@ def _labelling(place: Place, settings: RunConfig, key: MasterKey | None) -> Labe
     # What the certificate names is what is loaded: the published files, not the rounds that they were made of.
     context_length = settings.model.context_length if place.federation is None else None
     spec = settings.federated.task_spec
-    return LabelModel(place.name, place.claim, _whole(place, key), spec, place.base, context_length)
+    return LabelModel(place.name, place.claim, whole(place, key), spec, place.base, context_length)
 
 
 def _together(places: list[Place], key: MasterKey | None, limit: int | None) -> list[ServedModel]:
@@ -191,11 +191,12 @@ def _together(places: list[Place], key: MasterKey | None, limit: int | None) -> 
 
 
 def _alone(place: Place, key: MasterKey | None) -> ServedModel:
-    model = _whole(place, key)
+    model = whole(place, key)
     return ServedModel(place, model, Lane(model, name=place.name))
 
 
-def _whole(place: Place, key: MasterKey | None) -> Any:
+def whole(place: Place, key: MasterKey | None) -> Any:
+    """A model as one plain one, as what its certificate names has left it."""
     base = _base(place, key)
     if place.federation is None or place.shared is None:
         return base

@@ -29,11 +29,11 @@ named."""
 class ModelSettings(Settings):
     """The base model: one that is pretrained from a random start, or one that others have made."""
 
-    source: Annotated[str, Place("the base model", unless="hf:.*", prefix="gguf:")] = ""
+    source: Annotated[str, Place("the base model", unless="(embedded|hf):.*", prefix="gguf:")] = ""
     """A model that others have made, instead of pretraining: the folder of a Hugging Face causal language model,
-    ``hf:ORG/NAME@REVISION`` or ``gguf:FILE`` (extra ``gguf``). It has widths and layers of its own, so
-    ``hidden_size``, ``layers``, ``heads`` and ``intermediate_size`` are not read. With it you declare, signed by the
-    key in ``federated.state_dir``, that public text alone has made it. Empty: pretrain."""
+    ``hf:ORG/NAME@REVISION``, ``gguf:FILE`` (extra ``gguf``) or ``embedded:smollm2`` (extra ``models``). It has widths
+    and layers of its own, so ``hidden_size``, ``layers``, ``heads`` and ``intermediate_size`` are not read. With it you
+    declare, signed by the key in ``federated.state_dir``, that public text alone has made it. Empty: pretrain."""
     family: Family = "llama"
     """Architecture of the model that is pretrained: decoder (``llama``, ``gpt2``), encoder (``bert``), encoder-decoder
     (``t5``) or recurrent (``rnn``, ``lstm``, ``gru``). Not read with ``source`` or ``config``."""

@@ -84,6 +84,8 @@ class EvaluateSettings(Settings):
     """Also run the same federation without DP, to show what privacy costs; needs ``data.private.public``."""
     prompt: str = "What is"
     """Start of the generated sample."""
+    prompts: tuple[str, ...] = ()
+    """What the demo's page asks every model; empty: ``prompt``, where the model writes."""
     sample_tokens: Count = 80
     """Tokens to generate."""
     temperature: Positive = 0.8

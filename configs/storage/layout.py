@@ -115,6 +115,21 @@ class RunFiles:
         return self.directory / "explanations.html"
 
     @property
+    def showcase(self) -> Path:
+        """What the run's models say to the same prompts, for machines."""
+        return self.directory / "showcase.json"
+
+    @property
+    def showcase_page(self) -> Path:
+        """The same for people."""
+        return self.directory / "showcase.html"
+
+    @property
+    def synthetic(self) -> Path:
+        """Records that the final model has written."""
+        return self.directory / "synthetic"
+
+    @property
     def dossier(self) -> Path:
         """What who approves a release is given."""
         return self.directory / "dossier"

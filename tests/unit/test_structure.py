@@ -37,6 +37,7 @@ FLOORS = {
         "augmentation checkpoints explanation scoring",
         "pretraining",
         "export imported inference optimisation",
+        "synthesis",
     ),
     "privacy": (
         "accounting clipping secure_sum signing",
@@ -60,8 +61,8 @@ FLOORS = {
     "cluster": (
         "monitoring report runtime",
         "finished run",
-        "checks optimising serving",
-        "dashboard pipeline",
+        "checks optimising serving showing",
+        "dashboard pipeline synthesising",
         "tuning",
         "commands",
     ),

@@ -7,12 +7,11 @@ from configs.errors import InputError
 from trainer.data.tokenizer import first_token
 from trainer.inference.decoding import Decoding
 from trainer.inference.generation import OnText, write
-from trainer.tasks.chat import ASSISTANT, ROLES, ChatTemplate, Message
+from trainer.tasks.chat import ASSISTANT, USER, ChatTemplate, Message
 from trainer.tasks.marked import plain_backend
 from trainer.tasks.task import Opening, WritingTask
 
-_USER = ROLES.index("user")
-_NAMES = {_USER: "User", ASSISTANT: "Assistant"}
+_NAMES = {USER: "User", ASSISTANT: "Assistant"}
 
 
 class Dialogue:
@@ -54,7 +53,7 @@ class Dialogue:
         Raises:
             InputError: what is said fills the context by itself.
         """
-        opening, turns = self._opening([*self._turns, (_USER, said)], decoding)
+        opening, turns = self._opening([*self._turns, (USER, said)], decoding)
         if self.plain:
             decoding = replace(decoding, stop=(*decoding.stop, *(f"\n{name}:" for name in _NAMES.values())))
         shown = list[str]()

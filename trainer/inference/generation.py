@@ -1,6 +1,7 @@
 """Text from a model, token by token."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,21 @@ from trainer.inference.decoding import Decoding
 from trainer.tasks.task import Opening, WritingTask
 
 OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A text that a model has written after an opening.
+
+    Attributes:
+        ids: its tokens, without the one that ends it.
+        text: as it reads, without the opening, and before a stop string.
+        ended: whether the model ended it; else it had no more room.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    ended: bool
 
 
 def generate(
@@ -55,25 +71,70 @@ def write(
     """
     if decoding.beams > 1 and getattr(model, "_is_stateful", False):
         raise InputError("beams: a recurrent model's state does not follow them; give 1 beam")
-    both_sides = model.config.is_encoder_decoder
-    room = context_length - (0 if both_sides else len(opening.ids))
-    if room < 1:
-        raise InputError(
-            f"the prompt has {len(opening.ids):,} tokens, and the model's context is {context_length:,}; give a "
-            "shorter one"
-        )
+    room, read = room_of(model, opening, context_length), _read(model, opening)
     written = _Written(tokenizer.backend_tokenizer, opening, decoding.stop)
     pieces = list[str]()
 
     def further(token: int) -> None:
         _hand_on("" if token in opening.ends else written.text(token), pieces, on_text)
 
-    stopping = _Stopping(tokenizer.backend_tokenizer, opening, decoding.stop, 1 if both_sides else len(opening.ids))
-    found = _generated(model, opening, decoding, room, stopping, None if decoding.beams > 1 else _Streamer(further))
-    for token in found[stopping.read :] if decoding.beams > 1 else ():
+    stopping = _Stopping(tokenizer.backend_tokenizer, opening, decoding.stop, read)
+    streamer = None if decoding.beams > 1 else _Streamer(further)
+    (found,) = _generated(model, opening, decoding, room, stopping, streamer)
+    for token in found[read:] if decoding.beams > 1 else ():
         further(token)
     _hand_on(written.rest(), pieces, on_text)
     return "".join(pieces)
+
+
+def draw(
+    model: Any, tokenizer: Any, opening: Opening, context_length: int, decoding: Decoding, rows: int
+) -> list[Drawn]:
+    """Several texts after one opening, drawn together.
+
+    Args:
+        model: that writes.
+        tokenizer: the model's.
+        opening: what it reads first, each time.
+        context_length: of the model.
+        decoding: how tokens are chosen; its seed is that of all rows together.
+        rows: how many texts.
+
+    Raises:
+        InputError: the opening fills the context.
+    """
+    read = _read(model, opening)
+    stopping = _Stopping(tokenizer.backend_tokenizer, opening, decoding.stop, read)
+    found = _generated(model, opening, decoding, room_of(model, opening, context_length), stopping, None, rows)
+    return [_drawn(tokenizer.backend_tokenizer, opening, decoding.stop, row[read:]) for row in found]
+
+
+def _drawn(backend: Any, opening: Opening, stop: Sequence[str], tokens: list[int]) -> Drawn:
+    end = next((place for place, token in enumerate(tokens) if token in opening.ends), len(tokens))
+    # A row that has met a stop string before the others is filled up with ends.
+    written = _Written(backend, opening, stop)
+    stopped = written.stopped_by(tokens[:end])
+    return Drawn(tuple(tokens[:end]), written.rest(), end < len(tokens) or stopped)
+
+
+def room_of(model: Any, opening: Opening, context_length: int) -> int:
+    """Most tokens that a model can write after an opening.
+
+    Raises:
+        InputError: none, since the opening fills the context.
+    """
+    room = context_length - (0 if model.config.is_encoder_decoder else len(opening.ids))
+    if room < 1:
+        raise InputError(
+            f"the prompt has {len(opening.ids):,} tokens, and the model's context is {context_length:,}; give a "
+            "shorter one"
+        )
+    return room
+
+
+def _read(model: Any, opening: Opening) -> int:
+    """How many of the tokens that transformers gives back are what was read, or what a decoder starts with."""
+    return 1 if model.config.is_encoder_decoder else len(opening.ids)
 
 
 def _hand_on(piece: str, pieces: list[str], on_text: OnText) -> None:
@@ -83,9 +144,9 @@ def _hand_on(piece: str, pieces: list[str], on_text: OnText) -> None:
 
 
 def _generated(
-    model: Any, opening: Opening, decoding: Decoding, room: int, stopping: "_Stopping", streamer: Any
-) -> list[int]:
-    ids = torch.tensor([opening.ids])
+    model: Any, opening: Opening, decoding: Decoding, room: int, stopping: "_Stopping", streamer: Any, rows: int = 1
+) -> list[list[int]]:
+    ids = torch.tensor([opening.ids] * rows)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(decoding.seed)
         found = model.generate(
@@ -97,7 +158,7 @@ def _generated(
             streamer=streamer,
             **{**decoding.arguments, "max_new_tokens": min(decoding.max_new_tokens, room)},
         )
-    tokens: list[int] = found[0].tolist()
+    tokens: list[list[int]] = found.tolist()
     return tokens
 
 

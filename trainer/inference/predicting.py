@@ -4,7 +4,6 @@ Answers collect in a file beside the output, chunk by chunk. What is asked toget
 output is the same, byte for byte, however often it was interrupted.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from configs.errors import InputError
 from configs.storage.files import digest_file, digest_json, write_failure
+from trainer.inference import part_files
 from trainer.inference.asking import Asking
 from trainer.inference.tables import Numbered, check_kind, json_line, rows_of, write_rows
 from trainer.tasks.task import Encoded, Prediction
@@ -74,8 +74,9 @@ def predict(
     part, bad = output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.bad.jsonl")
     try:
         with part.open("a+b") as file:
-            _lock(file, output)
-            resumed = _resumed(file, digest_json({**asked_by, "input": digest_file(source), "chunk": CHUNK}), part)
+            part_files.lock(file, output)
+            identity = digest_json({**asked_by, "input": digest_file(source), "chunk": CHUNK})
+            resumed = part_files.resumed(file, identity, part, CHUNK)
             on_progress(resumed, total)
             _go_on(file, asking, labels, source, resumed, lambda done: on_progress(done, total))
             faults = _finish(part, bad, output)
@@ -99,35 +100,6 @@ def _check_columns(source: Path, asking: Asking) -> None:
 def _taken(row: Mapping[str, Any]) -> str:
     name = next((name for name in (ANSWER, PROBABILITIES) if name in row), "")
     return name and f"has a column {name!r} already; rename it"
-
-
-def _lock(file: BinaryIO, output: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{output}: another command is making it; wait for that one") from None
-
-
-def _resumed(file: BinaryIO, identity: str, part: Path) -> int:
-    """How many records earlier tries have answered; what they left of an unfinished chunk is cut off."""
-    file.seek(0)
-    head = json_line({"of": identity})
-    first = file.readline()
-    if not first.endswith(b"\n"):  # nothing, or a first line that was cut short
-        file.truncate(0)
-        file.write(head)
-        return 0
-    if first != head:
-        raise InputError(f"{part}: was begun with another input, model or settings; delete it, or give those")
-    whole, end, place = 0, file.tell(), file.tell()
-    for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
-            break
-        place += len(line)
-        if number % CHUNK == 0:
-            whole, end = number, place
-    file.truncate(end)
-    return whole
 
 
 def _go_on(

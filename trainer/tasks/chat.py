@@ -20,7 +20,7 @@ from trainer.tasks.task import Encoded, Opening, Row
 from trainer.tasks.written import WrittenAnswerTask
 
 ROLES = ("system", "user", "assistant")
-SYSTEM, ASSISTANT = ROLES.index("system"), ROLES.index("assistant")
+SYSTEM, USER, ASSISTANT = range(len(ROLES))
 Message = tuple[int, str]
 """Whose turn it is, by its place in ``ROLES``, and what is said."""
 _ROLES = {**{role: number for number, role in enumerate(ROLES)}, "human": ROLES.index("user"), "gpt": ASSISTANT}
@@ -106,7 +106,7 @@ class ChatTemplate:
         self.ends = self._ends()
 
     def _ends(self) -> tuple[int, ...]:
-        frame = self._frame((ROLES.index("user"), ASSISTANT), opening=False) or ()
+        frame = self._frame((USER, ASSISTANT), opening=False) or ()
         if not any(learnt for part in frame if not isinstance(part, _Token) for _, learnt in part):
             raise InputError(
                 "the model's chat template writes no dialogue of a user and an assistant; give another model, or "
@@ -245,9 +245,13 @@ class ChatTask(WrittenAnswerTask):
 
     def opening(self, prompt: str) -> Opening:
         """The prompt as a user's message, or as the question."""
+        return super().opening(prompt) if self._chat is None else self.opened({"messages": ((USER, prompt),)})
+
+    def opened(self, row: Row) -> Opening:
+        """The messages so far, or the question."""
         if self._chat is None:
-            return super().opening(prompt)
-        found = self._chat.tokens([(ROLES.index("user"), prompt)], opening=True)
+            return super().opened(row)
+        found = self._chat.tokens(row["messages"], opening=True)
         if found is None:
             raise InputError("the model's chat template opens no dialogue with a user's message; give another model")
         return Opening(tuple(found.ids), continued=False, ends=self.ends)

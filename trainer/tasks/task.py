@@ -145,6 +145,9 @@ class WritingTask(Task, Protocol):
     def opening(self, prompt: str) -> Opening:
         """What a prompt is to the model."""
 
+    def opened(self, row: Row) -> Opening:
+        """The same of a record's fields without its answer; of a text its start."""
+
 
 @runtime_checkable
 class AugmentedTask(Task, Protocol):

@@ -105,6 +105,10 @@ class CausalTask:
         ids = self._backend.encode(prompt, add_special_tokens=False).ids
         return Opening((self._start, *ids), continued=True, ends=(self._tokenizer.eos_token_id,))
 
+    def opened(self, row: Row) -> Opening:
+        """The text so far as how it starts."""
+        return self.opening(row["text"])
+
     def shape(self, record: Encoded) -> int:
         """What a record is padded to, in tokens: what decides the shape of its computation."""
         return padded(len(record.ids), self.context_length)

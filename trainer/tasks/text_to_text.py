@@ -11,7 +11,7 @@ from trainer.data.languages import count_unknown
 from trainer.tasks.marked import own_backend, words_of
 from trainer.tasks.task import IGNORED, Encoded, Opening, Row
 from trainer.tasks.text import padded, random_ids
-from trainer.tasks.written import WrittenAnswerTask, asked_with, filled, filled_up
+from trainer.tasks.written import WrittenAnswerTask, asked_of, filled, filled_up
 
 
 class EncoderDecoderTask(WrittenAnswerTask):
@@ -53,9 +53,9 @@ class EncoderDecoderTask(WrittenAnswerTask):
         """Of both texts together."""
         return count_unknown(self._tokenizer, (*example.ids, *example.target))
 
-    def opening(self, prompt: str) -> Opening:
-        """The prompt as what is asked."""
-        ids, _, _ = self._source(asked_with(self._template, prompt))
+    def opened(self, row: Row) -> Opening:
+        """What is asked, of the fields before the answer."""
+        ids, _, _ = self._source(asked_of(self._template, row))
         return Opening(ids, continued=False, ends=self.ends)
 
     def shape(self, example: Encoded) -> Any:

@@ -113,7 +113,11 @@ class WrittenAnswerTask:
 
     def opening(self, prompt: str) -> Opening:
         """The prompt as what is asked."""
-        asked = self._tokens([(asked_with(self._template, prompt), Mark.READ)], ended=False)
+        return self.opened(with_prompt(self._template, prompt))
+
+    def opened(self, row: Row) -> Opening:
+        """What is asked, of the fields before the answer."""
+        asked = self._tokens([(asked_of(self._template, row), Mark.READ)], ended=False)
         return Opening(tuple(asked.ids), continued=False, ends=self.ends)
 
     @property
@@ -234,11 +238,20 @@ def filled(template: str, row: Mapping[str, Any]) -> tuple[str, str]:
     return kept, before[len(kept) :] + answer
 
 
-def asked_with(template: str, prompt: str) -> str:
-    """What is asked where a prompt stands in the first field, and nothing in the others."""
-    asked, _, _ = cut(template)
-    names = TaskSpec(template=asked).fields
-    return asked.format_map({name: prompt if name == names[0] else "" for name in names}).rstrip(" ")
+def with_prompt(template: str, prompt: str) -> dict[str, str]:
+    """The fields before the answer, where a prompt stands in the first one, and nothing in the others."""
+    names = asked_fields(template)
+    return {name: prompt if name == names[0] else "" for name in names}
+
+
+def asked_fields(template: str) -> tuple[str, ...]:
+    """The fields before the answer."""
+    return TaskSpec(template=cut(template)[0]).fields
+
+
+def asked_of(template: str, row: Mapping[str, Any]) -> str:
+    """What is asked, without spaces at its end."""
+    return cut(template)[0].format_map(row).rstrip(" ")
 
 
 def cut(template: str) -> tuple[str, str, str]:

@@ -116,6 +116,7 @@ NO_PATHS = {
     "evaluate.public.split",
     "evaluate.public.encoding",
     "evaluate.prompt",
+    "evaluate.prompts",
     "federated.lora_ranks",
     "federated.deadlines_s",
     "federated.required_silos",

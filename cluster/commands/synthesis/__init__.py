@@ -1,0 +1,1 @@
+"""The command that writes records of a model's own."""
