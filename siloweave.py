@@ -11,6 +11,7 @@ import typer
 
 from cluster.commands import federation as federation_command
 from cluster.commands import stages as cluster_commands
+from cluster.commands.approval.bundle import bundle
 from cluster.commands.approval.dossier import dossier
 from cluster.commands.chat import chat
 from cluster.commands.evaluate import evaluate
@@ -26,7 +27,6 @@ from cluster.commands.tune import tune
 from configs.ending import ended_by_signals
 from configs.errors import SiloweaveError
 from configs.printing import escape_unencodable, say, to_json
-from federated.commands.bundle import bundle
 from federated.commands.federation import federation_app
 from federated.commands.silo import silo_app
 from privacy.commands import ledger_app

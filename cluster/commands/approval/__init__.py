@@ -1,1 +1,1 @@
-"""Commands for who has to approve that a model leaves."""
+"""What the people get who have to agree: a dossier about a model, and a bundle for a site."""

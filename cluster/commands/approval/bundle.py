@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.commands.stages import JsonOption
 from configs.printing import answer
 
 _NONE: list[str] = []
@@ -19,22 +20,22 @@ def bundle(
     extra: Annotated[
         list[str], typer.Option(help="An extra of siloweave that the sites need; may be repeated.")
     ] = _NONE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print for machines.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Makes a signed folder that a site without internet installs from. Nothing is fetched.
 
     It holds this environment's packages, the base model, units, documents, a bill of materials and checksums.
     """
-    from rich.console import Console
     from rich.progress import track
 
+    from cluster.monitoring.console import Terminal
     from federated.bundle.bundle import make_bundle
     from federated.bundle.packages import required
     from federated.deployment.federation_folder import FederationFolder
     from federated.identity.cards import fingerprint
 
     made = FederationFolder(federation)
-    terminal = Console(stderr=True)
+    terminal = Terminal(stderr=True)
     packages = required("siloweave", tuple(extra))
 
     def shown(found: Sequence[Distribution]) -> Iterable[Distribution]:
