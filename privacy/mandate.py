@@ -103,7 +103,7 @@ class Mandate(Signed):
         terms = self.terms
         if plan.unit != "record":  # the noise on clients' updates is the coordinator's word, which no mandate takes
             return "unit", plan.unit, "record"
-        noise = min([plan.noise_multiplier, *(metric.noise_multiplier for metric in plan.metric_releases)])
+        noise = min([plan.schedule.noise_multiplier, *(metric.noise_multiplier for metric in plan.metric_releases)])
         if noise < terms.min_noise_multiplier:
             return "min_noise_multiplier", f"{noise:g}", f"at least {terms.min_noise_multiplier:g}"
         evaluations = sum(metric.releases for metric in plan.metric_releases)

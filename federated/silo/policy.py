@@ -44,10 +44,8 @@ def check_plan(terms: PlanTerms, policy: SiloPolicy, public_record_count: int) -
     if not policy.min_grad_norm <= terms.max_grad_norm <= policy.max_grad_norm:
         bounds = f"{policy.min_grad_norm:g} to {policy.max_grad_norm:g}"
         raise PolicyRefusal.of("max_grad_norm", f"{terms.max_grad_norm:g}", bounds)
-    if terms.noise_multiplier < policy.min_noise_multiplier:
-        raise PolicyRefusal.of(
-            "min_noise_multiplier", f"{terms.noise_multiplier:g}", f"{policy.min_noise_multiplier:g}"
-        )
+    if (noise := terms.schedule.noise_multiplier) < policy.min_noise_multiplier:  # what is left of it after rounding
+        raise PolicyRefusal.of("min_noise_multiplier", f"{noise:g}", f"{policy.min_noise_multiplier:g}")
     if terms.unit == "record":  # with clients as units each request says how it samples, and how long it trains
         _check_steps(terms.sampling_rate, terms.steps_per_round, policy)
     weakest = min((metric.noise_multiplier for metric in terms.metric_releases), default=math.inf)
