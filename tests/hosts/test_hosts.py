@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -115,8 +116,11 @@ def stop_service(federation: HostDeployment, silo: str) -> None:
 
 
 def stop_relay(federation: HostDeployment, silo: str) -> None:
-    for program in (SUPERVISOR, RELAY):
-        federation.kill(silo, program)
+    """Its node may be down at the moment, where it is turned away."""
+    federation.kill(silo, SUPERVISOR)
+    for node in federation.hosts[silo].find(RELAY):
+        with suppress(psutil.Error):
+            node.kill()
 
 
 def kill_in_training(federation: HostDeployment, silo: str) -> None:

@@ -77,8 +77,8 @@ class Host:
         return done.stdout
 
     def processes(self) -> list[psutil.Process]:
-        """All of its processes but the first."""
-        return [process for process in psutil.process_iter() if process.pid != self.pid and self._holds(process.pid)]
+        """All of its processes but the first, and but those that are dead and wait for their parents."""
+        return [process for process in psutil.process_iter() if process.pid != self.pid and self._holds(process)]
 
     def find(self, text: str) -> list[psutil.Process]:
         """Those of its processes whose command line has a text in it; not the ones by which it is entered."""
@@ -88,9 +88,10 @@ class Host:
                 found += [process] if text in " ".join(process.cmdline()) else []
         return found
 
-    def _holds(self, pid: int) -> bool:
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{pid}/ns/pid").readlink() == Path(f"/proc/{self.pid}/ns/pid").readlink()
+    def _holds(self, process: psutil.Process) -> bool:
+        with contextlib.suppress(OSError, psutil.Error):
+            place, own = (Path(f"/proc/{pid}/ns/pid").readlink() for pid in (process.pid, self.pid))
+            return place == own and process.status() != psutil.STATUS_ZOMBIE
         return False
 
     def link(self, state: str) -> None:

@@ -208,7 +208,8 @@ def test_a_silo_may_be_called_anything_and_stays_in_its_folder(federation):
     assert [path.parent for path in federation.folder.rglob("*etc*")] == [federation.folder / "silos"]
     assert set(federation.silos()) == {"../../etc/x"}
     federation.revoke("../../etc/x")
-    long = "\u5317\u4eac" * 50  # 900 bytes where each is quoted
+    long, key = "\u5317\u4eac" * 50, ssh_public_key(load_or_create_key(federation.folder / "y.ssh", ec.SECP384R1()))
+    # 900 bytes where each is quoted
     federation.enrol(EnrolledSilo(silo=long, public_key="0" * 64, node_key=key))
     assert set(federation.silos()) == {long}
     federation.revoke(long)
