@@ -157,7 +157,7 @@ def _round(event: dict[str, Any]) -> dict[str, Any]:
 
 def _pace(rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
     """How fast the newest rounds were, and how long the others take at that pace; None before the first."""
-    recent = [one for one in rounds if one["seconds"] and one["bytes"] is not None][-_RECENT:]
+    recent = [one for one in rounds if (one["seconds"] or 0) > 0 and one["bytes"] is not None][-_RECENT:]
     if not recent:
         return None
     seconds, last = median(one["seconds"] for one in recent), rounds[-1]
