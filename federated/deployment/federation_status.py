@@ -152,7 +152,12 @@ def _round(event: dict[str, Any]) -> dict[str, Any]:
     """A round's figures; those that an event lacks are none."""
     figures = {name: event.get(name) for name in ("rounds", "seconds", "bytes", "epsilon_left")}
     sound = {name: value if is_number(value) else None for name, value in figures.items()}
-    return {"time": at(event["time"]), "round": event["round"], "answered": list(_names(event.get("answered"))), **sound}
+    return {
+        "time": at(event["time"]),
+        "round": event["round"],
+        "answered": list(_names(event.get("answered"))),
+        **sound,
+    }
 
 
 def _pace(rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
