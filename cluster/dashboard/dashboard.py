@@ -49,15 +49,15 @@ class Dashboard:
             said = "no such page; open the address that the command has printed"
             return ApiError(404, said, "not_found").response()
         try:
-            found, status = {"found": self._look(), "problem": None}, 200
+            found = self._look()
         except SiloweaveError as error:
-            found, status = {"found": None, "problem": str(error)}, 503
-        return whole_in_itself(rendered(self._template, found), status=status)
+            return whole_in_itself(rendered(self._template, problem=str(error)), status=503)
+        return whole_in_itself(rendered(self._template, found))
 
 
-def rendered(template: str, found: dict[str, Any]) -> str:
-    """A page of figures. Names and reasons are strangers' words: they are text, and each sign is shown as itself."""
-    return _environment().get_template(template).render(refresh_s=REFRESH_S, **found)
+def rendered(template: str, found: dict[str, Any] | None = None, problem: str = "") -> str:
+    """A page of figures, or of why there are none. Names and reasons in it are strangers' words, and so text alone."""
+    return _environment().get_template(template).render(refresh_s=REFRESH_S, found=found, problem=problem)
 
 
 @cache

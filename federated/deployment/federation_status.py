@@ -40,7 +40,7 @@ def status(federation: FederationFolder) -> dict[str, Any]:
 def overview(federation: FederationFolder) -> dict[str, Any]:
     """The same with what each site does now and why, the newest rounds, and their pace."""
     found, events = _seen(federation)
-    rounds = [_round(event) for event in events if event["event"] == "round"]
+    rounds = [_round(event) for event in events if event["event"] == "round" and is_number(event.get("round"))]
     sites = {name: _site(name, silo, events, served=bool(found["processes"])) for name, silo in found["silos"].items()}
     return {**found, "time": at(time.time()), "silos": sites, "rounds": rounds[-_ROUNDS_SHOWN:], "pace": _pace(rounds)}
 
@@ -135,7 +135,7 @@ def _site(name: str, silo: dict[str, Any], events: Events, *, served: bool) -> d
 def _newest_trouble(name: str, node: int | None, events: Events) -> dict[str, Any] | None:
     """What of a silo has come to nothing since it last answered a round."""
     for event in reversed(events):
-        if event["event"] == "round" and name in event["answered"]:
+        if event["event"] == "round" and name in _names(event.get("answered")):
             return None
         named = event.get("silo") == name or (node is not None and event.get("node") == node)
         silent = event["event"] == "timeout" and name in _names(event.get("silos"))
@@ -152,12 +152,17 @@ def _round(event: dict[str, Any]) -> dict[str, Any]:
     """A round's figures; those that an event lacks are none."""
     figures = {name: event.get(name) for name in ("rounds", "seconds", "bytes", "epsilon_left")}
     sound = {name: value if is_number(value) else None for name, value in figures.items()}
-    return {"time": at(event["time"]), "round": event["round"], "answered": event["answered"], **sound}
+    return {
+        "time": at(event["time"]),
+        "round": event["round"],
+        "answered": list(_names(event.get("answered"))),
+        **sound,
+    }
 
 
 def _pace(rounds: list[dict[str, Any]]) -> dict[str, Any] | None:
     """How fast the newest rounds were, and how long the others take at that pace; None before the first."""
-    recent = [one for one in rounds if one["seconds"] and one["bytes"] is not None][-_RECENT:]
+    recent = [one for one in rounds if (one["seconds"] or 0) > 0 and one["bytes"] is not None][-_RECENT:]
     if not recent:
         return None
     seconds, last = median(one["seconds"] for one in recent), rounds[-1]

@@ -309,6 +309,13 @@ def test_a_rehearsal_names_a_site_that_is_away(coordinator):
     (check,) = found["sites"]["comedies"]["checks"]
     assert (status, found["go"], check["check"], check["found"]) == (1, False, "reached", "not online")
     assert "siloweave silo relay -c relay.toml --check" in check["fix"]
+    site = seen(coordinator)["silos"]["comedies"]
+    assert (site["state"], "its relay is not connected" in site["reason"]) == ("down", True)
+
+
+def seen(deployment: Deployment) -> dict:
+    """The figures of the coordinator's page."""
+    return json.loads(deployment.siloweave("federation", "dashboard", str(deployment.folder), "--json").stdout)
 
 
 def ledgers(deployment: Deployment) -> list[bytes]:
@@ -591,6 +598,8 @@ def test_a_run_that_fails_says_so(deployment):
     assert "min_noise_multiplier" in deployment.log("run-three")
     trouble = deployment.status()["run"]["trouble"]
     assert {event["rule"] for event in trouble if event["event"] == "refused"} == {"min_noise_multiplier"}
+    site = seen(deployment)["silos"]["comedies"]
+    assert (site["state"], "min_noise_multiplier" in site["reason"]) == ("refuses", True)
 
 
 def test_stop_ends_everything(deployment):

@@ -1,6 +1,7 @@
 """What a ledger's entries tell its steward: the runs, who has spent what, and what has left."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -88,5 +89,7 @@ def _what(charge: dict[str, Any]) -> str:
 
 
 def at(seconds: float) -> str:
-    """A time, in seconds since 1970, for people and machines."""
-    return datetime.fromtimestamp(seconds, tz=UTC).isoformat(timespec="seconds")
+    """A time, in seconds since 1970, for people and machines; one that no calendar has is shown as it is."""
+    with suppress(ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(seconds, tz=UTC).isoformat(timespec="seconds")
+    return f"{seconds:g}"

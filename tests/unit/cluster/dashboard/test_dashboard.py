@@ -9,13 +9,11 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from service_client import refused
-from steward_silo import REASON, made_up
+from shown_pages import FEDERATION, HOSTILE, REASON, made_up
 
 from cluster.dashboard.dashboard import Dashboard, rendered
 from configs.errors import InputError
 from federated.deployment.steward.steward import figures
-
-HOSTILE = "<script>alert(1)</script>\u202e"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +126,7 @@ def test_a_silo_of_which_nothing_is_known_has_a_page():
         "roster": {},
         "certificate_days_left": {},
     }
-    page = rendered("silo.html.j2", {"found": found, "problem": None})
+    page = rendered("silo.html.j2", found)
     for words in (
         "not serving",
         "The ledger is in doubt",
@@ -157,51 +155,8 @@ def test_the_command_serves_on_loopback_until_it_is_told_to_end(made):
         process.wait()
 
 
-SITE = {"epsilon_left": 6.5, "delta_left": 9e-5, "epsilon_reserved": 1.5}
-FEDERATION = {
-    "federation": "stroke-net",
-    "address": "fed.example.org:9092",
-    "time": "2026-11-30T12:00:00+00:00",
-    "certificate_days_left": 397,
-    "processes": {"superlink": {"healthy": True, "restarts": 0}, "proxy": {"healthy": False, "restarts": 3}},
-    "silos": {
-        "north": {**SITE, "state": "up", "reason": ""},
-        "south": {**dict.fromkeys(SITE), "state": "down", "reason": "its relay is not connected"},
-        HOSTILE: {**dict.fromkeys(SITE), "state": "refuses", "reason": f"refused at 3: {HOSTILE}"},
-    },
-    "run": {
-        "name": "late-referrals",
-        "directory": "/srv/runs/late-referrals/federated",
-        "working": True,
-        "finished": False,
-        "round": 3,
-        "rounds": 20,
-        "secure_aggregation": True,
-        "trouble": [{"event": "refused", "step": "3", "silo": HOSTILE, "message": HOSTILE}],
-    },
-    "rounds": [
-        {
-            "time": "2026-11-30T11:59:00+00:00",
-            "round": 3,
-            "answered": ["north"],
-            "seconds": 61.5,
-            "bytes": 2.5e6,
-            "epsilon_left": None,
-        }
-    ],
-    "pace": {
-        "rounds": 3,
-        "seconds_per_round": 61.5,
-        "bytes_per_round": 2.5e6,
-        "bytes_per_second": 40_650,
-        "seconds_to_go": 1045.5,
-    },
-    "unreadable": ["events.jsonl: 1 of 9 lines are no events of ours"],
-}
-
-
 def test_the_coordinators_page_has_sites_rounds_pace_and_what_came_to_nothing():
-    page = rendered("federation.html.j2", {"found": FEDERATION, "problem": None})
+    page = rendered("federation.html.j2", FEDERATION)
     assert "<script" not in page
     for shown in ('<span class="good">up</span>', '<span class="bad">down</span>', "its relay is not connected"):
         assert shown in page
@@ -210,6 +165,6 @@ def test_the_coordinators_page_has_sites_rounds_pace_and_what_came_to_nothing():
     assert "updates are added up under masks" in page
     assert "1 of 9 lines" in page
     bare = {**FEDERATION, "silos": {}, "run": None, "pace": None, "rounds": [], "processes": {}, "unreadable": []}
-    page = rendered("federation.html.j2", {"found": bare, "problem": None})
+    page = rendered("federation.html.j2", bare)
     for nothing in ("Not served.", "No silo is enrolled.", "No run was started here."):
         assert nothing in page

@@ -54,7 +54,7 @@ def test_status_shows_what_can_be_read_of_any_damaged_federation(federation):
     @given(st.sampled_from(files), KINDS)
     def check(path, kind):
         with damaged(path, *kind):
-            for arguments in (shown, shown[:-1]):
+            for arguments in (shown, shown[:-1], ("federation", "dashboard", *shown[2:])):
                 status, out, errors = command(*arguments)
                 assert (status, errors) == (0, ""), (path, kind)
             assert "one" in out and out.isascii()

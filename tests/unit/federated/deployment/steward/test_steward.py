@@ -10,8 +10,8 @@ import pytest
 from damage import KINDS, command, damaged, is_clear
 from hypothesis import given, settings
 from mandates import STUDY
+from shown_pages import OTHER, PLAN, REASON, UPDATE, made_up
 from silo_requests import COORDINATOR
-from steward_silo import OTHER, PLAN, REASON, UPDATE, made_up
 
 from configs.errors import InputError
 from configs.storage.files import digest_bytes
@@ -146,6 +146,21 @@ def test_it_looks_while_the_service_writes_and_holds_nothing_up(toml):
     ledger.release(charge.number, "late-referrals-1", UPDATE)  # which scrubs, or fails
     assert figures(toml, None)["left"]["releases"] == 3
     ledger.close_file()
+
+
+def test_it_looks_at_what_a_killed_service_has_left(toml, tmp_path_factory):
+    """Its last entries are in the write-ahead log alone, which stays as it is for the service's next start."""
+    ledger = opened(toml)
+    ledger.charge("late-referrals-1", "round-3", "aa" * 32, 3, coordinator=COORDINATOR.public_key)
+    left = tmp_path_factory.mktemp("killed")
+    shutil.copytree(toml.parent, left, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*-shm"))
+    ledger.close_file()
+    killed = left / "silo.toml"
+    killed.write_text(toml.read_text().replace(str(toml.parent), str(left)))
+    before = state_of(killed)
+    assert any(path.name.endswith("-wal") and content for path, (content, _) in before.items())
+    assert figures(killed, None)["runs"][0]["rounds_charged"] == 3
+    assert state_of(killed) == before
 
 
 def test_an_edited_ledger_is_one_line(toml):

@@ -1,4 +1,4 @@
-"""A made-up silo's folder for the steward's page: a ledger with runs, a mandate, logs, no model and no data."""
+"""A made-up silo's folder, with a ledger and logs, no model and no data, and figures of a made-up federation."""
 
 from mandates import STUDY, terms
 from silo_requests import COORDINATOR, signer_of
@@ -15,6 +15,7 @@ from privacy.ledger.ledger import Ledger
 from privacy.ledger.limits import Limits
 from privacy.plan import PlanTerms, PrivacyPlan
 
+HOSTILE = "<script>alert(1)</script>\u202e"
 OTHER = signer_of(bytes(range(1, 33)))
 REASON = "max_rounds: asked 80, allowed at most 40"
 UPDATE = b"u" * 5000
@@ -73,3 +74,46 @@ def with_ledger(state, run):
         charge = ledger.charge(run, f"round-{number}", "aa" * 32, number, coordinator=key)
         ledger.release(charge.number, run, UPDATE)
     ledger.close_file()
+
+
+SITE = {"epsilon_left": 6.5, "delta_left": 9e-5, "epsilon_reserved": 1.5}
+FEDERATION = {
+    "federation": "stroke-net",
+    "address": "fed.example.org:9092",
+    "time": "2026-11-30T12:00:00+00:00",
+    "certificate_days_left": 397,
+    "processes": {"superlink": {"healthy": True, "restarts": 0}, "proxy": {"healthy": False, "restarts": 3}},
+    "silos": {
+        "north": {**SITE, "state": "up", "reason": ""},
+        "south": {**dict.fromkeys(SITE), "state": "down", "reason": "its relay is not connected"},
+        HOSTILE: {**dict.fromkeys(SITE), "state": "refuses", "reason": f"refused at 3: {HOSTILE}"},
+    },
+    "run": {
+        "name": "late-referrals",
+        "directory": "/srv/runs/late-referrals/federated",
+        "working": True,
+        "finished": False,
+        "round": 3,
+        "rounds": 20,
+        "secure_aggregation": True,
+        "trouble": [{"event": "refused", "step": "3", "silo": HOSTILE, "message": HOSTILE}],
+    },
+    "rounds": [
+        {
+            "time": "2026-11-30T11:59:00+00:00",
+            "round": 3,
+            "answered": ["north"],
+            "seconds": 61.5,
+            "bytes": 2.5e6,
+            "epsilon_left": None,
+        }
+    ],
+    "pace": {
+        "rounds": 3,
+        "seconds_per_round": 61.5,
+        "bytes_per_round": 2.5e6,
+        "bytes_per_second": 40_650,
+        "seconds_to_go": 1045.5,
+    },
+    "unreadable": ["events.jsonl: 1 of 9 lines are no events of ours"],
+}
