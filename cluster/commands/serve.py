@@ -43,9 +43,9 @@ def serve(  # noqa: PLR0913, PLR0917  # a command's options are its arguments
         float, typer.Option(min=1, max=86_400, help="Longest that an answer may take, also after SIGTERM.")
     ] = 300,
     adapters_memory: Annotated[
-        float | None,
+        int | None,
         typer.Option(
-            min=0,
+            min=1,
             metavar="MIB",
             help="Memory for the adapters on one base. Each is read when it is asked for; the one asked for "
             "longest ago makes room. Default: all stay.",
@@ -80,7 +80,7 @@ def serve(  # noqa: PLR0913, PLR0917  # a command's options are its arguments
     listener = server.listen(host, port, timeout_s)  # before minutes of loading, and nobody else gets it meanwhile
     rpc_listener = None if grpc_port is None else server.listen(host, grpc_port, timeout_s, "--grpc-port")
     key = load_key(key_file or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else ""))
-    most = None if adapters_memory is None else int(adapters_memory * 2**20)
+    most = None if adapters_memory is None else adapters_memory * 2**20
     served = load([find(model, key) for model in models], key, most)
     writing = {name: one for name, one in served.items() if isinstance(one, ServedModel)}
     room = slots * max((model.context_length for model in writing.values()), default=1)

@@ -197,13 +197,16 @@ async def serving(service: Service, address: str) -> AsyncIterator[None]:
     Raises:
         InputError: somebody else has the port.
     """
+    most = service.guard.most + _QUESTIONS
     options = {
         "grpc.max_receive_message_length": LARGEST_BODY,
         "grpc.so_reuseport": 0,
         "grpc.keepalive_time_ms": _SILENT_MS,
         "grpc.keepalive_timeout_ms": _SILENT_MS,
+        "grpc.http2.max_pings_without_data": 0,
+        "grpc.max_concurrent_streams": most,
     }
-    server = grpc.aio.server(options=list(options.items()), maximum_concurrent_rpcs=service.guard.most + _QUESTIONS)
+    server = grpc.aio.server(options=list(options.items()), maximum_concurrent_rpcs=most)
     server.add_generic_rpc_handlers((_handlers(service), _health(service)))
     try:
         server.add_insecure_port(address)
