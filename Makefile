@@ -49,7 +49,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 proto:
 	$(PYTHON) -m venv build/proto
 	build/proto/bin/pip install --quiet 'grpcio-tools==1.78.*' 'protobuf<7'
-	build/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. federated/protocol/silo.proto
+	build/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		federated/protocol/silo.proto cluster/serving/rpc/serving.proto
 
 clean:
 	rm -rf $(VENV) build

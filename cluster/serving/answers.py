@@ -20,7 +20,7 @@ from configs.errors import InputError
 from trainer.inference.batching import Closed, Engine, Output, QueueFull
 from trainer.inference.sampling import Sampling
 
-_SLOW_S = 30.0
+SLOW_S = 30.0
 GONE = 499  # nginx's status for a client that has gone
 
 
@@ -167,7 +167,7 @@ class Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events, and then lets the slot go."""
         try:
-            async with asyncio.timeout(self._timeout_s + _SLOW_S):  # for who takes the events slower than they come
+            async with asyncio.timeout(self._timeout_s + SLOW_S):  # for who takes the events slower than they come
                 await super().__call__(scope, receive, send)
         finally:
             self._answer.cancel()

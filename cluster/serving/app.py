@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -24,9 +24,11 @@ from cluster.serving.requests import ChatRequest, CompletionRequest, ExplainRequ
 from configs.errors import InputError
 from trainer.inference.batching import Engine
 
-_LARGEST_BODY = 2**20
+LARGEST_BODY = 2**20
 _SPARE = 32  # requests that are being read, or refused
+_CALLS = ("ListModels", "Complete", "StreamComplete", "Chat", "StreamChat", "Predict", "Explain")
 _PATHS = (
+    *(f"grpc {call}" for call in _CALLS),
     "/",
     "/health",
     "/metrics",
@@ -59,17 +61,17 @@ class Service:
         timeout_s: float,
         most: int,
     ) -> None:
-        self._models, self._engine, self._timeout_s = dict(models), engine, timeout_s
+        self._models, self._engine, self.timeout_s = dict(models), engine, timeout_s
         self._began = int(time.time())
         self.metrics = ServingMetrics(lambda: engine.waiting, lambda: engine.running)
-        self.guard = Guard(self._app(), keys, _LARGEST_BODY, most + _SPARE)
+        self.guard = Guard(self._app(), keys, LARGEST_BODY, most + _SPARE)
         self.guard.count = self._counted
         self.guard.failed = engine.on_failure = self._failed
 
     def _failed(self, kind: str) -> None:
         self.metrics.failures.labels(kind).inc()
 
-    def _counted(self, path: str, status: int) -> None:
+    def _counted(self, path: str, status: int | str) -> None:
         known = path if path in _PATHS or path.removeprefix("/v1/models/") in self._models else "other"
         self.metrics.requests.labels(known, status).inc()
 
@@ -93,36 +95,65 @@ class Service:
 
     async def completions(self, asked: CompletionRequest, request: Request) -> Response:
         """Goes on with a text."""
-        served = self._writing(asked.model)
-        ids = await anyio.to_thread.run_sync(served.opening, asked.prompt)
-        return await self._answered(asked, served, ids, served.ends, request)
+        return await self._sent(asked, request)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """Answers the last message of a dialogue, in the model's own chat template."""
+        return await self._sent(asked, request)
+
+    async def _sent(self, asked: CompletionRequest | ChatRequest, request: Request) -> Response:
+        answer = await self.begin(asked)
+        return Stream(answer, self.timeout_s) if asked.stream else await whole(answer, request)
+
+    async def begin(self, asked: CompletionRequest | ChatRequest) -> Answer:
+        """An answer that is being written. Whoever takes it has to cancel it in the end.
+
+        Raises:
+            ApiError: it is refused.
+        """
         served = self._writing(asked.model)
-        try:
-            turns = [message.turn() for message in asked.messages]
-            ids, ends = await anyio.to_thread.run_sync(served.dialogue, turns)
-        except InputError as error:
-            raise ApiError(400, str(error), "invalid_value", "messages") from None
-        return await self._answered(asked, served, ids, ends, request)
+        ids: list[int]
+        ends: tuple[int, ...] = served.ends
+        if isinstance(asked, CompletionRequest):
+            ids = await anyio.to_thread.run_sync(served.opening, asked.prompt)
+        else:
+            try:
+                turns = [message.turn() for message in asked.messages]
+                ids, ends = await anyio.to_thread.run_sync(served.dialogue, turns)
+            except InputError as error:
+                raise ApiError(400, str(error), "invalid_value", "messages") from None
+        return self._begun(asked, served, ids, ends)
 
     async def predict(self, asked: PredictRequest, request: Request) -> Response:
         """Gives labels to records, or finds the answers to questions in them."""
-        served = self._labelling(asked.model, "ask it at /v1/completions")
-        return await self._in_time(served.answer(asked.records), request, "records", "fewer records")
+        return await unless_gone(self.predicted(asked), request)
 
     async def explain(self, asked: ExplainRequest, request: Request) -> Response:
         """Says how much each word of a text speaks for the answer, in nats (integrated gradients)."""
-        served = self._labelling(asked.model, "`siloweave explain` weighs the words for what it writes")
-        return await self._in_time(served.explain(asked.text), request, "text", "a shorter text")
+        return await unless_gone(self.explained(asked), request)
 
-    async def _in_time(
-        self, work: Coroutine[Any, Any, dict[str, Any]], request: Request, field: str, less: str
-    ) -> Response:
+    async def predicted(self, asked: PredictRequest) -> dict[str, Any]:
+        """The document that answers records.
+
+        Raises:
+            ApiError: it is refused, or took too long.
+        """
+        served = self._labelling(asked.model, "ask it at /v1/completions")
+        return await self._in_time(served.answer(asked.records), "records", "fewer records")
+
+    async def explained(self, asked: ExplainRequest) -> dict[str, Any]:
+        """The document that weighs a text's words.
+
+        Raises:
+            ApiError: it is refused, or took too long.
+        """
+        served = self._labelling(asked.model, "`siloweave explain` weighs the words for what it writes")
+        return await self._in_time(served.explain(asked.text), "text", "a shorter text")
+
+    async def _in_time(self, work: Coroutine[Any, Any, dict[str, Any]], field: str, less: str) -> dict[str, Any]:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await unless_gone(work, request)
+            async with asyncio.timeout(self.timeout_s):
+                return await work
         except TimeoutError:
             raise ApiError(504, f"the answer took too long; send {less}", "timeout") from None
         except InputError as error:
@@ -136,10 +167,14 @@ class Service:
         """One of them."""
         return self._described(self._served(name))
 
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._engine.alive and not self.guard.stopping
+
     async def health(self) -> JSONResponse:
         """Whether requests are taken: 200, or 503 while the service stops or where it can't decode any more."""
-        alive = self._engine.alive
-        status = "failed" if not alive else "stopping" if self.guard.stopping else "ok"
+        status = "failed" if not self._engine.alive else "stopping" if self.guard.stopping else "ok"
         document = {
             "status": status,
             "waiting": self._engine.waiting,
@@ -181,14 +216,9 @@ class Service:
             **(served.about if isinstance(served, LabelModel) else {}),
         }
 
-    async def _answered(
-        self,
-        asked: CompletionRequest | ChatRequest,
-        served: ServedModel,
-        ids: list[int],
-        ends: tuple[int, ...],
-        request: Request,
-    ) -> Response:
+    def _begun(
+        self, asked: CompletionRequest | ChatRequest, served: ServedModel, ids: list[int], ends: tuple[int, ...]
+    ) -> Answer:
         room = served.context_length - len(ids)
         most = room if asked.most is None else asked.most
         if most > room or room < 1:
@@ -200,22 +230,29 @@ class Service:
             )
         counts = bool(asked.stream_options and asked.stream_options.include_usage)
         question = Question(served, ids, asked.sampling(most, ends), isinstance(asked, ChatRequest), counts)
-        answer = Answer(self._engine, question, self.metrics, self._timeout_s)
-        return Stream(answer, self._timeout_s) if asked.stream else await whole(answer, request)
+        return Answer(self._engine, question, self.metrics, self.timeout_s)
 
 
-async def _not_valid(_request: Request, error: Exception) -> Response:
-    """A field that is wrong, and why; never what it holds. Where a field may be several things, the nearest counts."""
-    found = error.errors() if isinstance(error, RequestValidationError) else []
+def not_valid(found: Sequence[Mapping[str, Any]]) -> ApiError:
+    """A field that is wrong, and why; never what it holds. Where a field may be several things, the nearest counts.
+
+    Args:
+        found: what pydantic has against a request.
+    """
     first: Mapping[str, Any] = max(found, key=lambda one: len(one["loc"]), default={})
-    if first.get("type") == "json_invalid":
-        return ApiError(400, "the body is no JSON; send one object", "invalid_json").response()
-    parts = [str(part) for part in first.get("loc", ())[1:]]
+    parts = [str(part) for part in first.get("loc", ())]
     field = ".".join(part for part in parts if part != "str" and "[" not in part)[:200]  # without a union's branches
     said = str(first.get("msg", "is not valid")) if first.get("type") != "extra_forbidden" else _UNKNOWN
     if first.get("type") == "literal_error" and field.endswith(".type"):
         said = "this model reads text alone; send a part of type 'text'"
-    return ApiError(400, f"{field or 'the body'}: {said}", "invalid_value", field or None).response()
+    return ApiError(400, f"{field or 'the body'}: {said}", "invalid_value", field or None)
+
+
+async def _not_valid(_request: Request, error: Exception) -> Response:
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    if any(one["type"] == "json_invalid" for one in found):
+        return ApiError(400, "the body is no JSON; send one object", "invalid_json").response()
+    return not_valid([{**one, "loc": one["loc"][1:]} for one in found]).response()
 
 
 _UNKNOWN = "is not known here; leave it out"

@@ -40,6 +40,7 @@ class Guard:
         otherwise: what whoever may not ask from elsewhere can do.
 
     Attributes:
+        most: requests at one time.
         active: requests that are being answered.
         stopping: whether new ones are turned away.
         count: is told path and status of each request that has ended.
@@ -54,11 +55,11 @@ class Guard:
         most: int,
         otherwise: str = "ask at 127.0.0.1, or serve with --api-keys",
     ) -> None:
-        self._app, self._keys, self._largest, self._most = app, keys, largest_body, most
+        self._app, self._keys, self._largest, self.most = app, keys, largest_body, most
         self._otherwise = otherwise
         self.active = 0
         self.stopping = False
-        self.count: Callable[[str, int], None] = lambda *_: None
+        self.count: Callable[[str, int | str], None] = lambda *_: None
         self.failed: Callable[[str], None] = lambda _: None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,15 +99,26 @@ class Guard:
             raise ApiError(403, said, "not_from_here")
         if scope["path"] in OPEN:
             return
-        if self.stopping:
-            raise stopping()
-        if self._keys is not None and not self._keys.allow(headers.get(b"authorization", b"")):
-            raise ApiError(401, "the API key is missing or wrong; send `Authorization: Bearer KEY`", "invalid_api_key")
-        if self.active > self._most:
-            raise ApiError(429, "too many requests at one time; try again later", "rate_limit_exceeded")
+        self.admit(headers.get(b"authorization", b""))
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced[:20]) > self._largest:
             raise self._too_large()
+
+    def admit(self, authorization: bytes) -> None:
+        """Lets a request in that is counted already, however it has come.
+
+        Args:
+            authorization: the header of that name; empty: there is none.
+
+        Raises:
+            ApiError: the service stops, the key is missing or wrong, or there are too many requests.
+        """
+        if self.stopping:
+            raise stopping()
+        if self._keys is not None and not self._keys.allow(authorization):
+            raise ApiError(401, "the API key is missing or wrong; send `Authorization: Bearer KEY`", "invalid_api_key")
+        if self.active > self.most:
+            raise ApiError(429, "too many requests at one time; try again later", "rate_limit_exceeded")
 
     async def _with_body(self, receive: Receive) -> Receive:
         """The whole body is read before anything else is done: who sends it slowly holds no slot."""

@@ -5,7 +5,7 @@ import errno
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import uvicorn
@@ -18,13 +18,14 @@ _HEAD_S = 20.0
 _LOOK_S = 0.05
 
 
-def listen(host: str, port: int, silent_s: float) -> socket.socket:
+def listen(host: str, port: int, silent_s: float, option: str = "--port") -> socket.socket:
     """A socket that listens.
 
     Args:
         host: name or address.
         port: 0 takes a free one.
         silent_s: after so long without a sign from who should read an answer the connection is given up.
+        option: by which the port was given.
 
     Raises:
         InputError: the port is taken, or this machine has no such address.
@@ -34,8 +35,10 @@ def listen(host: str, port: int, silent_s: float) -> socket.socket:
         listener = socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise InputError(f"--port {port}: {host} has a service there already; give another port, or 0") from None
-        raise InputError(f"--host {host}, --port {port}: can't listen there ({error.strerror}); give others") from None
+            raise InputError(f"{option} {port}: {host} has a service there already; give another port, or 0") from None
+        raise InputError(
+            f"--host {host}, {option} {port}: can't listen there ({error.strerror}); give others"
+        ) from None
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silent_s * 1000))
     return listener
 
@@ -60,7 +63,12 @@ class _Server(uvicorn.Server):
         yield
 
 
-def serve(guard: Guard, listener: socket.socket, grace_s: float, on_ready: Callable[[], None]) -> None:
+Beside = Callable[[], AbstractAsyncContextManager[None]]
+
+
+def serve(
+    guard: Guard, listener: socket.socket, grace_s: float, on_ready: Callable[[], None], beside: Beside = nullcontext
+) -> None:
     """Serves until SIGTERM or SIGINT; then until what was accepted has been answered, or the grace has passed.
 
     Args:
@@ -68,6 +76,7 @@ def serve(guard: Guard, listener: socket.socket, grace_s: float, on_ready: Calla
         listener: its socket.
         grace_s: longest wait for answers after the signal. A second signal ends it at once.
         on_ready: is called when requests are taken.
+        beside: another server of the same loop, whose requests the guard counts, too.
     """
     config = uvicorn.Config(
         guard,
@@ -80,11 +89,16 @@ def serve(guard: Guard, listener: socket.socket, grace_s: float, on_ready: Calla
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    asyncio.run(_until_stopped(_Server(config), guard, listener, grace_s, on_ready))
+    asyncio.run(_until_stopped(_Server(config), guard, listener, grace_s, on_ready, beside))
 
 
 async def _until_stopped(
-    server: _Server, guard: Guard, listener: socket.socket, grace_s: float, on_ready: Callable[[], None]
+    server: _Server,
+    guard: Guard,
+    listener: socket.socket,
+    grace_s: float,
+    on_ready: Callable[[], None],
+    beside: Beside,
 ) -> None:
     asked, again = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -94,18 +108,17 @@ async def _until_stopped(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signalled)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not (server.started or serving.done()):
-        await asyncio.sleep(_LOOK_S)
-    on_ready()
-    await asyncio.wait((serving, stop := asyncio.ensure_future(asked.wait())), return_when=asyncio.FIRST_COMPLETED)
-    stop.cancel()
-    guard.stopping = True  # new requests get 503, and their clients ask elsewhere
-    try:
-        async with asyncio.timeout(grace_s):
-            while guard.active and not again.is_set():
-                await asyncio.sleep(_LOOK_S)
-    except TimeoutError:
-        pass
+    async with beside():
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not (server.started or serving.done()):
+            await asyncio.sleep(_LOOK_S)
+        on_ready()
+        await asyncio.wait((serving, stop := asyncio.ensure_future(asked.wait())), return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        guard.stopping = True  # new requests get 503, and their clients ask elsewhere
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while guard.active and not again.is_set():
+                    await asyncio.sleep(_LOOK_S)
     server.should_exit = True
     await serving

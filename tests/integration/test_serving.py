@@ -11,10 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
 
+import grpc
 import httpx
 import openai
 import pytest
 from served_models import CONTEXT, a_federation, a_labelling_run, a_model
+
+from cluster.serving.rpc import serving_pb2 as pb
+from cluster.serving.rpc import serving_pb2_grpc
 
 SECRET = "PATIENT-4711"
 TOKENS = 300  # of an answer that lasts for a while
@@ -130,7 +134,12 @@ def test_who_goes_away_or_does_not_listen_frees_the_slot(service):
 
 
 def test_what_is_accepted_is_finished_after_sigterm_and_no_more_is_taken(base):
-    with serving(base, "--slots", 2) as (process, said), ThreadPoolExecutor(6) as clients:
+    with (
+        serving(base, "--slots", 2, "--grpc-port", 0) as (process, said),
+        ThreadPoolExecutor(6) as clients,
+        grpc.insecure_channel(said["grpc"]) as channel,
+    ):
+        stub = serving_pb2_grpc.ServingStub(channel)
         url, begun = said["url"], Barrier(3)
 
         def stream(number):
@@ -141,10 +150,16 @@ def test_what_is_accepted_is_finished_after_sigterm_and_no_more_is_taken(base):
                 begun.wait(timeout=WAIT_S)
             return "".join(event.choices[0].text for event in (first, *events)), number
 
+        def stream_by_grpc(number):
+            how = pb.Sampling(max_tokens=TOKENS, seed=number)
+            request = pb.CompletionRequest(model="ship", prompt="the old ship", sampling=how)
+            return "".join(piece.text for piece in stub.StreamComplete(request, timeout=WAIT_S)), number
+
         going = [clients.submit(stream, number) for number in range(2)]
         begun.wait(timeout=WAIT_S)  # both slots are taken, and what comes now waits
         prompt_tokens_of_one = prompt_tokens(url) / 2
-        waiting = [clients.submit(stream, number) for number in range(2, 5)]
+        waiting = [clients.submit(stream, number) for number in range(2, 4)]
+        waiting.append(clients.submit(stream_by_grpc, 4))
         while prompt_tokens(url) < 5 * prompt_tokens_of_one:
             pass
         os.kill(process.pid, signal.SIGTERM)
@@ -153,6 +168,9 @@ def test_what_is_accepted_is_finished_after_sigterm_and_no_more_is_taken(base):
         with pytest.raises(openai.InternalServerError, match="is stopping") as refused:
             client(url).completions.create(model="ship", prompt="a")
         assert refused.value.status_code == 503
+        with pytest.raises(grpc.RpcError, match="is stopping") as turned_away:
+            stub.Complete(pb.CompletionRequest(model="ship", prompt="a"), timeout=WAIT_S)
+        assert turned_away.value.code() is grpc.StatusCode.UNAVAILABLE
         texts = [future.result(timeout=WAIT_S) for future in (*going, *waiting)]
         assert [number for _, number in texts] == [0, 1, 2, 3, 4]
         assert all(text for text, _ in texts)

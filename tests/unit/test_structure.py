@@ -218,11 +218,11 @@ def test_the_command_line_answers_without_heavy_imports(siloweave, tmp_path):
         assert command in done.stdout
 
 
-def test_the_stubs_are_those_of_silo_proto(tmp_path):
-    """protoc's descriptor of silo.proto, as grpcio-tools made it, equals what a parse of the file gives today."""
-    from federated.protocol import silo_pb2
-
-    text = (REPOSITORY / "federated" / "protocol" / "silo.proto").read_text()
+@pytest.mark.parametrize("file", ["federated/protocol/silo", "cluster/serving/rpc/serving"])
+def test_the_stubs_are_those_of_the_proto_files(file):
+    """protoc's descriptor of the file, as grpcio-tools made it, equals what a parse of the file gives today."""
+    descriptor = importlib.import_module(f"{file.replace('/', '.')}_pb2").DESCRIPTOR
+    text = (REPOSITORY / f"{file}.proto").read_text()
     code = [line.split("//")[0].strip() for line in text.splitlines()]
     messages = {line.split()[1] for line in code if line.startswith("message")}
     fields = {}
@@ -232,15 +232,21 @@ def test_the_stubs_are_those_of_silo_proto(tmp_path):
             current = line.split()[1]
         elif line.endswith(";") and "=" in line and not line.startswith("syntax"):
             declaration, number = line.rstrip(";").split("=")
-            *_, kind, name = declaration.split()  # "repeated" may stand before them
+            *_, kind, name = declaration.split()  # "repeated", "optional" or a map's key may stand before them
             fields[current, name] = (kind, int(number))
     described = {}
-    for message in silo_pb2.DESCRIPTOR.message_types_by_name.values():
+    for message in descriptor.message_types_by_name.values():
         for field in message.fields:
-            kind = field.message_type.name if field.message_type else KINDS[field.type]
-            described[message.name, field.name] = (kind, field.number)
-    assert messages == set(silo_pb2.DESCRIPTOR.message_types_by_name)
+            described[message.name, field.name] = (kind_of(field).removeprefix(f"{descriptor.package}."), field.number)
+    assert messages == set(descriptor.message_types_by_name)
     assert described == fields
 
 
-KINDS = {1: "double", 4: "uint64", 8: "bool", 9: "string", 12: "bytes", 13: "uint32"}
+def kind_of(field):
+    if not field.message_type:
+        return KINDS[field.type]
+    entry = field.message_type.GetOptions().map_entry
+    return f"{KINDS[field.message_type.fields_by_name['value'].type]}>" if entry else field.message_type.full_name
+
+
+KINDS = {1: "double", 3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string", 12: "bytes", 13: "uint32"}

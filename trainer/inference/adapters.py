@@ -13,6 +13,7 @@ from configs.storage.files import digest_file
 from trainer.inference.lanes import Lane
 
 _MIB = 2**20
+_UNKNOWN = ""  # what is on the model, after it was wrapped or an adapter could not be read
 
 
 class Adapters:
@@ -31,7 +32,7 @@ class Adapters:
         self._sizes: dict[str, int] = {}
         self._lanes: dict[str, Lane] = {}
         self._loaded = list[str]()  # the one that was asked for last at the end
-        self._on: str | None = None
+        self._on: str | None = _UNKNOWN
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -84,18 +85,19 @@ class Adapters:
 
     def _put_on(self, name: str | None) -> None:
         """Nothing is done where it is on already. The thread that decodes asks for it, and no other one."""
-        if self._wrapped is None or (name == self._on and (name is None or name in self._loaded)):
+        if self._wrapped is None or name == self._on:
             return
-        tuner, self._on = self._wrapped.base_model, None
+        tuner, before, self._on = self._wrapped.base_model, self._on, _UNKNOWN
         if name is None:
             tuner.disable_adapter_layers()
-            return
-        if name not in self._loaded:
-            self._make_room(self._sizes[name])
-            self._read(name)
-        self._loaded.append(self._loaded.pop(self._loaded.index(name)))
-        tuner.enable_adapter_layers()
-        tuner.set_adapter(_own(name), inference_mode=True)
+        else:
+            if name not in self._loaded:
+                self._make_room(self._sizes[name])
+                self._read(name)
+            self._loaded.append(self._loaded.pop(self._loaded.index(name)))
+            if not before:  # it goes through the whole model, as what comes next does
+                tuner.enable_adapter_layers()
+            tuner.set_adapter(_own(name), inference_mode=True)
         self._on = name
 
     def _make_room(self, size: int) -> None:

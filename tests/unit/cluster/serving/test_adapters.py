@@ -101,6 +101,7 @@ def test_the_one_asked_for_longest_ago_makes_room(asked, size, alone):
     assert len(set(alone.values())) == 4
     assert service.pool.loaded == ("run.2", "run.3")
     for name, left in (
+        ("model", ("run.2", "run.3")),
         ("run.1", ("run.3", "run.1")),
         ("run.3", ("run.1", "run.3")),
         ("model", ("run.1", "run.3")),
@@ -136,14 +137,14 @@ def test_one_that_answers_is_not_dropped_and_who_needs_its_room_waits(asked, siz
 def test_an_adapter_that_has_changed_or_gone_fails_and_the_others_go_on(base, runs, asked, size, alone, tmp_path):
     first = shutil.copytree(runs["run.1"], tmp_path / "run.1")
     second = shutil.copytree(runs["run.2"], tmp_path / "run.2")
-    service = asked(size, first, second, runs["run.3"])
+    service = asked(size, first, second, runs["run.3"], base)
     shutil.copy(runs["run.3"] / "federated" / "adapter" / "adapter_model.safetensors", first / "federated" / "adapter")
     shutil.rmtree(second)
     failures = []
     service.engine.on_failure = failures.append
-    for name, ending in (("run.3", "length"), ("run.1", "failed"), ("run.2", "failed"), ("run.3", "length")):
-        text, finish = ended(service.ask(name))
-        assert (text, finish) == (alone[name] if ending == "length" else "", ending)
+    broken = ("run.1", "run.2")
+    for name in ("run.3", "run.1", "model", "run.3", "run.2", "run.3", "model"):
+        assert ended(service.ask(name)) == (("", "failed") if name in broken else (alone[name], "length"))
     assert failures == ["InputError", "FileNotFoundError"]
 
 
