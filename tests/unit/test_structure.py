@@ -59,7 +59,8 @@ FLOORS = {
     "cluster": (
         "monitoring report runtime",
         "finished run",
-        "checks optimising serving",
+        "public_records",
+        "calibrating checks optimising serving",
         "pipeline",
         "tuning",
         "commands",
