@@ -12,7 +12,6 @@ from configs.storage.layout import CALIBRATION
 from trainer.scoring.calibrating import figures, fit, judged
 from trainer.tasks.task import Calibration
 
-
 _MOST = 10_000  # records
 
 

@@ -15,12 +15,13 @@ from configs.storage.layout import CERTIFICATE
 from configs.storage.manifests import Manifest
 from configs.storage.sealing import MasterKey, load_key
 from federated.adapters.merged import finished_federation, plain_model, write_whole
+from trainer.models.load import is_quantised
 from trainer.optimisation.distilling import distil, student_of
 from trainer.optimisation.heads import prune_heads
 from trainer.optimisation.measuring import seconds_a_batch, sizes
 from trainer.optimisation.pruning import prune_neurons, prune_weights
 from trainer.optimisation.public_text import public_windows
-from trainer.optimisation.quantising import is_quantised, quantise
+from trainer.optimisation.quantising import quantise
 from trainer.scoring.score import score
 
 OPTIMISATION = "optimisation.json"

@@ -99,6 +99,11 @@ def read_model(folder: Path, where: str, head: Head | None = None) -> Any:
     return model.eval()
 
 
+def is_quantised(model: Any) -> bool:
+    """Whether a model's weights are integers."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
 def require_torchao(where: str) -> None:
     """Refuses what needs torchao where that is not installed.
 

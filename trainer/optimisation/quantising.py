@@ -36,11 +36,6 @@ def quantise(model: Any, method: str) -> None:
     model.config.quantization_config, model.hf_quantizer = quantizer.quantization_config, quantizer
 
 
-def is_quantised(model: Any) -> bool:
-    """Whether a model's weights are integers already."""
-    return getattr(model.config, "quantization_config", None) is not None
-
-
 def stored(value: torch.Tensor) -> list[torch.Tensor]:
     """What a weight is on disk: itself, or integers and the scales that give them their size."""
     if not hasattr(value, "__tensor_flatten__"):

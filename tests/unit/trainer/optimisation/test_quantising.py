@@ -9,10 +9,11 @@ from small_models import FAMILIES, a_model, logits
 from transformers import T5Config, T5ForConditionalGeneration
 
 from configs.errors import InputError
-from trainer.models.load import read_model
+from trainer.explanation.attribution import explain
+from trainer.models.load import is_quantised, read_model
 from trainer.models.recurrent import RecurrentForCausalLM
 from trainer.optimisation.measuring import sizes
-from trainer.optimisation.quantising import is_quantised, quantise
+from trainer.optimisation.quantising import quantise
 
 
 def quantised(family, method):
@@ -75,6 +76,12 @@ def test_models_without_layers_for_it_are_refused(method):
     quantise(few, method)  # which has some
     with pytest.raises(InputError, match=f"--method {method}: a GPT2LMHeadModel has no layer that torchao can take"):
         quantise(a_model("gpt2"), method)
+
+
+def test_a_quantised_model_is_not_explained():
+    _, smaller = quantised("bert", "int8")
+    with pytest.raises(InputError, match="its weights are quantised and have no gradients; explain the model that it"):
+        explain(None, None, smaller, "a text")
 
 
 def test_groups_that_do_not_fit_are_smaller_or_refused():
