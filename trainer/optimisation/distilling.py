@@ -50,7 +50,7 @@ def student_of(teacher: Any, task_name: str, share: float) -> Any:
 
 
 def _keep_layers(student: Any, layers: torch.nn.ModuleList, kept: list[int]) -> None:
-    left = [layers[place] for place in kept]
+    left: list[Any] = [layers[place] for place in kept]
     del layers[:]
     layers.extend(left)
     for place, layer in enumerate(left):

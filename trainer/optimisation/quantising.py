@@ -64,9 +64,10 @@ def _kind(model: Any, method: str, apart: list[str]) -> Any:
         )
     if method == "int8":
         return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    of_torch: Any = torch  # whose types lack int4
     for group in _GROUPS:
         if not any(layer.in_features % group for layer in layers.values()):
-            return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group))
+            return IntxWeightOnlyConfig(weight_dtype=of_torch.int4, granularity=PerGroup(group))
     name, layer = next((name, layer) for name, layer in layers.items() if layer.in_features % _GROUPS[-1])
     raise InputError(
         f"--method int4: {name} has {layer.in_features} inputs, no multiple of {_GROUPS[-1]}; give --method int8"
