@@ -1,5 +1,6 @@
 """A model that a run has made, for whoever wants its answers: from a run, or from a folder that `merge` wrote."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 from configs.errors import InputError
 from configs.parse import json_object, parse, read_toml, reading
 from configs.schema.schema import RunConfig
-from configs.storage.layout import CERTIFICATE, NO_DP, RunFiles
+from configs.storage.files import digest_bytes
+from configs.storage.layout import CALIBRATION, CERTIFICATE, NO_DP, RunFiles
 from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import load_key
 
@@ -131,6 +133,35 @@ def check_head(model: Any, task: Any, place: Path) -> None:
     named = tuple(model.config.id2label.values())
     if task.head.labels and named != task.head.labels:
         raise InputError(f"{place}: its labels are {', '.join(named)[:300]}; give the settings of the run that made it")
+
+
+def calibrated(task: Any, made: Path, digest: str) -> tuple[Any, str]:
+    """A task whose answers are read as `siloweave calibrate` has found best, and that file's digest.
+
+    Args:
+        task: as it is; returned without a digest where nothing was calibrated.
+        made: the model's folder.
+        digest: the model's.
+
+    Raises:
+        InputError: the file is damaged, or of another model.
+    """
+    path = made / CALIBRATION
+    if not path.is_file():
+        return task, ""
+    from trainer.tasks.task import Calibration, LabellingTask
+
+    with reading(path, "run `siloweave calibrate` again, or delete it"):
+        content = path.read_bytes()
+        document = json_object(content, str(path))
+        if document["model"] != digest:
+            raise InputError(f"{path}: is of another model; run `siloweave calibrate` again, or delete it")
+        temperature, thresholds = document["temperature"], tuple(document["thresholds"])
+        known = all(isinstance(one, float) and math.isfinite(one) for one in (temperature, *thresholds))
+        known = known and isinstance(task, LabellingTask) and temperature > 0
+        if not known or len(thresholds) not in (0, len(task.head.labels)):
+            raise ValueError
+    return task.calibrated(Calibration(temperature, thresholds)), digest_bytes(content)
 
 
 def _privacy(place: Path) -> str:

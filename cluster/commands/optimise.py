@@ -21,9 +21,18 @@ _NAMES = {"bytes": "bytes of weights", "zeros": "share of zeros", "seconds_a_bat
 
 def optimise(
     model: ModelArgument,
-    method: Annotated[str, typer.Option(help="prune: weights become zero; neurons: they are cut out.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="prune: weights become zero; neurons, heads: they are cut out; int8, int4: weights become integers; "
+            "distil: a student of fewer layers learns from the model, on the run's public text."
+        ),
+    ],
     output: Annotated[Path, typer.Option(help="Where to write; nothing may be there yet.")],
-    share: Annotated[float, typer.Option(help="Of what is removed, between 0 and 1.")] = 0.5,
+    share: Annotated[
+        float | None, typer.Option(help="Of what is removed, between 0 and 1. Default: half; int8 and int4 take all.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Batches that a student learns from. Default: 500.")] = None,
     records: Annotated[
         Path | None,
         typer.Option(help="Records to compare both models on. Default: evaluate.public, or the public silos."),
@@ -38,11 +47,19 @@ def optimise(
     quiet_libraries()
     from cluster import optimising
     from cluster.finished import finished_model
-    from cluster.monitoring.console import Terminal
+    from cluster.monitoring.console import Progressing, Terminal
 
-    optimising.check(method, share, output)
+    order = optimising.Order(method, share, steps)
+    optimising.refuse_existing(output)
     found = finished_model(model, load(config) if config else None)
-    done, manifest = optimising.optimise(found, method, share, output, records)
+    with Progressing(quiet=as_json) as shown:
+        done, manifest = optimising.optimise(
+            found,
+            order,
+            output,
+            records,
+            lambda at, of, _loss: shown({"event": "scored", "stage": "distil", "done": at, "of": of}),
+        )
     if not as_json:
         Terminal().print(_table(done))
     document = {**asdict(done), "directory": str(output), "digest": manifest.content_digest, "inputs": manifest.inputs}
@@ -53,7 +70,9 @@ def _table(done: "Optimised") -> "Table":
     from rich.table import Table
 
     read = f"figures of {done.records:,} records of {done.read}" if done.read else "no records to compare answers on"
-    table = Table(title=f"{done.method}, share {done.share:g}; {read}", title_justify="left")
+    of = "" if done.share is None else f", share {done.share:g}"
+    of += "" if done.steps is None else f", {done.steps:,} steps"
+    table = Table(title=f"{done.method}{of}; {read}", title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")

@@ -30,15 +30,17 @@ def predict(
     it stopped when it is given again. Records that can't be answered are listed in OUTPUT.bad.jsonl.
     """
     quiet_libraries()
-    from cluster.finished import finished_model
+    from cluster.finished import calibrated, finished_model
     from cluster.monitoring.console import Progressing
     from trainer.inference import predicting
     from trainer.inference.asking import Asking, with_columns
 
     found = finished_model(model, load(config) if config else None)
     spec, data = found.config.federated.task_spec, with_columns(found.config.data.private, columns or [])
-    asking = Asking(found.model, found.tokenizer, found.task, spec, data, max_new_tokens)
+    task, calibration = calibrated(found.task, found.made, found.digest)
+    asking = Asking(found.model, found.tokenizer, task, spec, data, max_new_tokens)
     asked_by = {"model": found.digest, "task": spec.model_dump(mode="json"), "tokens": max_new_tokens}
+    asked_by |= {"calibration": calibration} if calibration else {}
     with Progressing(quiet=as_json) as shown:
         made = predicting.predict(
             asking,
@@ -50,4 +52,5 @@ def predict(
         )
     bad = f"; {made.bad} could not be answered: {made.bad_file} says why" if made.bad_file else ""
     document = {**asdict(made), "bad_file": str(made.bad_file or ""), "output": str(output), "model": found.digest}
+    document |= {"calibration": calibration} if calibration else {}
     answer(as_json, document, f"predict: {made.records - made.bad} of {made.records} records in {output}{bad}")

@@ -291,7 +291,7 @@ def quiet_libraries() -> None:
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", DATASETS_VERBOSITY="error")
     os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", TOKENIZERS_PARALLELISM="false")
     warnings.simplefilter("ignore")
-    for name in ("DeepSpeed", "flwr", "absl"):
+    for name in ("DeepSpeed", "flwr", "absl", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -1,7 +1,7 @@
 """A model that gives labels, or shows where an answer stands: what it answers to records."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -35,6 +35,7 @@ class LabelModel:
         spec: its task.
         tokens: the folder with its tokenizer.
         context_length: most tokens that it reads; None: what that folder's manifest says.
+        calibrated: gives the task as its answers are to be read.
 
     Attributes:
         fields: that a record has.
@@ -45,13 +46,21 @@ class LabelModel:
     """
 
     def __init__(
-        self, name: str, claim: Claim, model: Any, spec: TaskSpec, tokens: Path, context_length: int | None
+        self,
+        name: str,
+        claim: Claim,
+        model: Any,
+        spec: TaskSpec,
+        tokens: Path,
+        context_length: int | None,
+        calibrated: Callable[[Any], Any] = lambda task: task,
     ) -> None:
         task = task_of(spec, tokens, context_length)
         of_task = task.head and model_class(model.config, str(tokens), task.head).__name__
         if type(model).__name__ != of_task:
             raise InputError(f"{name}: has another head than the task {spec.name!r}; give the settings of its own run")
         check_head(model, task, tokens)
+        task = calibrated(task)
         self.name, self.claim, self.context_length = name, claim, task.context_length
         self._spec, self._task, self._model, self._tokenizer = spec, task, model, load_tokenizer(tokens)
         self._asking = Asking(model, self._tokenizer, task, spec, _OWN_NAMES, max_new_tokens=1)

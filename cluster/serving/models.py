@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cluster.finished import run_of, settings_of
+from cluster.finished import calibrated, run_of, settings_of
 from cluster.serving.claims import Claim, of_federation, of_merged
 from cluster.serving.labels import LabelModel
 from configs.errors import InputError
@@ -166,7 +166,17 @@ def _labelling(place: Place, settings: RunConfig, key: MasterKey | None) -> Labe
     # What the certificate names is what is loaded: the published files, not the rounds that they were made of.
     context_length = settings.model.context_length if place.federation is None else None
     spec = settings.federated.task_spec
-    return LabelModel(place.name, place.claim, whole(place, key), spec, place.base, context_length)
+    made = place.federation or place.base
+    of = place.manifest if place.federation is None else require_manifest(made, stage_of(made), "federate")
+    return LabelModel(
+        place.name,
+        place.claim,
+        whole(place, key),
+        spec,
+        place.base,
+        context_length,
+        lambda task: calibrated(task, made, of.content_digest)[0],
+    )
 
 
 def _together(places: list[Place], key: MasterKey | None, limit: int | None) -> list[ServedModel]:

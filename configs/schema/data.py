@@ -1,5 +1,6 @@
 """Settings of the data: where it comes from, how public text is cleaned, and its tokenizer."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -155,3 +156,11 @@ def corpora(data: DataSettings) -> dict[str, CorpusSettings]:
 def field_of(corpus: str) -> str:
     """The setting that names a corpus' source."""
     return "data.public.source" if corpus == PUBLIC else f"data.corpora.{corpus}.source"
+
+
+def overlaps(one: SourceSettings, other: SourceSettings) -> bool:
+    """Whether two sources may have a record in common, by where they are."""
+    if ":" in one.source or ":" in other.source:
+        return (one.source, one.split) == (other.source, other.split)
+    here, there = Path(one.source).resolve(), Path(other.source).resolve()
+    return here.is_relative_to(there) or there.is_relative_to(here)

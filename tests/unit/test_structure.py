@@ -61,7 +61,8 @@ FLOORS = {
     "cluster": (
         "monitoring report runtime",
         "finished run",
-        "checks optimising serving showing",
+        "public_records",
+        "calibrating checks optimising serving showing",
         "dashboard pipeline synthesising",
         "tuning",
         "commands",

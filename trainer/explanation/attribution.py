@@ -10,6 +10,7 @@ import torch
 
 from configs.errors import InputError
 from trainer.explanation.aims import Aim, aims, logits
+from trainer.models.load import is_quantised
 
 _STEPS = 64
 _AT_ONCE = 16
@@ -62,8 +63,11 @@ def explain(task: Any, tokenizer: Any, model: Any, text: str, tokens: int = 8) -
         tokens: how many it writes at most, where it writes.
 
     Raises:
-        InputError: the text is empty, this kind of model or task can't be explained, or captum is not installed.
+        InputError: the text is empty, this kind of model or task can't be explained, its weights are quantised, or
+            captum is not installed.
     """
+    if is_quantised(model):
+        raise InputError("its weights are quantised and have no gradients; explain the model that it was made from")
     blank = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.pad_token_id
     blank = tokenizer.eos_token_id if blank is None else blank
     return [_explained(tokenizer, model, text, aim, blank) for aim in aims(task, tokenizer, model, text, tokens)]

@@ -104,6 +104,20 @@ def multilabel_confusion_matrix(
     return np.asarray(counts[: len(labels)], np.int64)
 
 
+def calibration_error(probabilities: npt.ArrayLike, happened: npt.ArrayLike) -> float:
+    """The expected calibration error, over 15 bins of equal width (Guo et al. 2017).
+
+    Args:
+        probabilities: what a model gives to each of its predictions.
+        happened: whether each was right, in the same shape.
+
+    Raises:
+        InputError: the shapes differ, or a probability is none.
+    """
+    right = np.asarray(happened, np.bool_)
+    return _calibration(probabilities, right)(np.arange(len(right)))["expected_calibration_error"]
+
+
 def reliability(probabilities: npt.ArrayLike, happened: npt.ArrayLike) -> list[list[float]]:
     """A reliability diagram: mean probability, frequency, and number of predictions, of each of 15 bins that has some.
 

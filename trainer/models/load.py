@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +73,8 @@ def read_model(folder: Path, where: str, head: Head | None = None) -> Any:
         head: what is put on it.
 
     Raises:
-        InputError: transformers has no such model, or no such head fits it.
+        InputError: transformers has no such model, no such head fits it, or its weights are quantised and torchao is
+            not installed.
     """
     import_large("transformers.modeling_utils")
     from transformers import AutoConfig
@@ -82,6 +84,8 @@ def read_model(folder: Path, where: str, head: Head | None = None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of a head: the same one wherever it is put on
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            require_torchao(where)
         kind = model_class(config, where, head)
         with _without_report():
             model = kind.from_pretrained(
@@ -93,6 +97,26 @@ def read_model(folder: Path, where: str, head: Head | None = None) -> Any:
                 attn_implementation=attention(),
             )
     return model.eval()
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a model's weights are integers."""
+    return getattr(model.config, "quantization_config", None) is not None
+
+
+def require_torchao(where: str) -> None:
+    """Refuses what needs torchao where that is not installed.
+
+    Args:
+        where: what it is called in the message.
+
+    Raises:
+        InputError: it is not.
+    """
+    if find_spec("torchao") is None:
+        raise InputError(
+            f"{where}: torchao is not installed, which quantised weights need; pip install 'siloweave[optimise]'"
+        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How fast models are, beside each other."""
+"""How large models are, and how fast beside each other."""
 
 import statistics
 import time
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from trainer.optimisation.quantising import stored
 from trainer.tasks.task import Task
 
 _BATCH, _TURNS = 16, 7
@@ -24,3 +25,11 @@ def seconds_a_batch(models: Sequence[Any], task: Task) -> list[float]:
                 task.record_losses(model, batch)
                 times.append(time.perf_counter() - begun)
     return [statistics.median(times[1:]) for times in took]  # the first turn warms up
+
+
+def sizes(model: Any) -> dict[str, float]:
+    """Bytes of a model's weights, as they lie on disk, and the share of them that is zero."""
+    weights = [stored(value) for value in model.parameters()]
+    count = sum(parts[0].numel() for parts in weights)
+    zeros = sum(int((parts[0] == 0).sum()) for parts in weights)
+    return {"bytes": sum(part.nbytes for parts in weights for part in parts), "zeros": zeros / count}

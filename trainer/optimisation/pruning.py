@@ -1,6 +1,5 @@
 """What a trained model can do without: single weights, which become zero, or neurons, which are cut out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -10,6 +9,7 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from configs.errors import InputError
+from trainer.optimisation.layers import is_linear, keep, rows_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def prune_neurons(model: Any, share: float) -> None:
         InputError: it is of a family whose neurons aren't known here, or its blocks aren't all of one width.
     """
     block, found = _blocks(model)
-    widths = {_neurons_first(attrgetter(block.out)(one), out=True).shape[0] for one in found}
+    widths = {rows_of(attrgetter(block.out)(one), out=True).shape[0] for one in found}
     if len(widths) != 1 or (getattr(model.config, block.width, None) or min(widths)) not in widths:
         raise InputError(f"--method neurons: blocks of a {type(model).__name__} differ in width; give --method prune")
     (width,) = widths
@@ -74,54 +74,20 @@ def prune_neurons(model: Any, share: float) -> None:
     setattr(model.config, block.width, left)
 
 
-METHODS: dict[str, Callable[[Any, float], None]] = {"prune": prune_weights, "neurons": prune_neurons}
-
-
 def _blocks(model: Any) -> tuple[_Block, list[Any]]:
     for block in _BLOCKS:
-        if found := [one for one in model.modules() if all(_has(one, name) for name in (*block.into, block.out))]:
+        if found := [one for one in model.modules() if all(is_linear(one, name) for name in (*block.into, block.out))]:
             return block, found
     raise InputError(f"--method neurons: not known for a {type(model).__name__}; give --method prune")
-
-
-def _has(module: Any, name: str) -> bool:
-    try:
-        return isinstance(attrgetter(name)(module), torch.nn.Linear | Conv1D)
-    except AttributeError:
-        return False
-
-
-def _neurons_first(layer: Any, *, out: bool) -> torch.Tensor:
-    """A layer's weights with a row for each neuron: (outputs, inputs) in a linear layer, the reverse in GPT-2's."""
-    weight: torch.Tensor = layer.weight.detach()
-    return weight.T if out is isinstance(layer, torch.nn.Linear) else weight
 
 
 def _cut(module: Any, block: _Block, left: int) -> None:
     into = [attrgetter(name)(module) for name in block.into]
     out = attrgetter(block.out)(module)
-    moved_N = _neurons_first(out, out=True).norm(dim=1)
+    moved_N = rows_of(out, out=True).norm(dim=1)
     for layer in into:
-        moved_N = moved_N * _neurons_first(layer, out=False).norm(dim=1)
+        moved_N = moved_N * rows_of(layer).norm(dim=1)
     kept = moved_N.topk(left).indices.sort().values
     for layer in into:
-        _keep(layer, kept, out=False)
-    _keep(out, kept, out=True)
-
-
-def _keep(layer: Any, kept: torch.Tensor, *, out: bool) -> None:
-    linear = isinstance(layer, torch.nn.Linear)
-    side = int(out is linear)  # of the weights: where the neurons are
-    layer.weight = torch.nn.Parameter(layer.weight.detach().index_select(side, kept))
-    if not out and layer.bias is not None:
-        layer.bias = torch.nn.Parameter(layer.bias.detach()[kept])
-    inputs, outputs = ("in_features", "out_features") if linear else ("nx", "nf")
-    setattr(layer, inputs if out else outputs, len(kept))
-
-
-def sizes(model: Any) -> dict[str, float]:
-    """Bytes of a model's weights, as they lie on disk, and the share of them that is zero."""
-    values = list(model.parameters())
-    count = sum(value.numel() for value in values)
-    zeros = sum(int((value == 0).sum()) for value in values)
-    return {"bytes": sum(value.nbytes for value in values), "zeros": zeros / count}
+        keep(layer, kept, out=False)
+    keep(out, kept, out=True)

@@ -1,8 +1,9 @@
 """Which label a text has, or which labels: a head on what the model makes of the text, be it encoder or decoder."""
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -11,7 +12,7 @@ from trainer.metrics.measures import Measures, Ratio
 from trainer.tasks import fields
 from trainer.tasks.headed import HeadedTask, logits_of
 from trainer.tasks.marked import words_of
-from trainer.tasks.task import Encoded, Prediction, Row
+from trainer.tasks.task import Calibration, Encoded, Prediction, Row
 
 _MOST_NATS = 8.0
 
@@ -23,7 +24,13 @@ class ClassificationTask(HeadedTask):
 
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         super().__init__(tokenizer, context_length, spec)
-        self.measures = self.measured(spec, context_length)
+        self.measures, self._calibration = self.measured(spec, context_length), Calibration()
+
+    def calibrated(self, calibration: Calibration) -> Self:
+        """The same task, whose answers and scores are of what the model says divided by a temperature."""
+        other = copy.copy(self)
+        other._calibration = calibration
+        return other
 
     @classmethod
     def fields(cls, spec: TaskSpec) -> dict[str, fields.Kind]:
@@ -84,16 +91,24 @@ class ClassificationTask(HeadedTask):
     def _nats(self, logits_BL: torch.Tensor, targets_B1: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits_BL, targets_B1.squeeze(1), reduction="none")
 
+    def judged(self, model: Any, examples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head says of each label (B, L), and whether each is right (B, L)."""
+        batch = self.collate(examples)
+        return self._read(model, batch), self._truths(batch["targets"])
+
+    def _read(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return logits_of(model, batch) / self._calibration.temperature
+
     def record_scores(self, model: Any, examples: Sequence[Encoded]) -> torch.Tensor:
         """For each example: right or not, nats, one; then the counts of each label. Shape (B, 3 + 3 L), float64."""
         batch = self.collate(examples)
-        logits_BL = logits_of(model, batch)
+        logits_BL = self._read(model, batch)
         answers_BL, truths_BL = self._chosen(logits_BL), self._truths(batch["targets"])
         return scores_of(answers_BL, truths_BL, self._nats(logits_BL, batch["targets"]))
 
     def predictions(self, model: Any, examples: Sequence[Encoded], _max_new_tokens: int) -> list[Prediction]:
         """The labels that the model chooses, with the probability of each label that there is."""
-        logits_BL = logits_of(model, self.collate(examples))
+        logits_BL = self._read(model, self.collate(examples))
         found = zip(self._chosen(logits_BL), self._probabilities(logits_BL).tolist(), strict=True)
         return [Prediction(self._named(chosen_L), tuple(probabilities)) for chosen_L, probabilities in found]
 
@@ -154,7 +169,9 @@ class MultilabelTask(ClassificationTask):
         return logits_BL.double().sigmoid()
 
     def _chosen(self, logits_BL: torch.Tensor) -> torch.Tensor:
-        return logits_BL > 0
+        if not self._calibration.thresholds:
+            return logits_BL > 0
+        return self._probabilities(logits_BL) > torch.tensor(self._calibration.thresholds, dtype=torch.float64)
 
     def _truths(self, targets_BL: torch.Tensor) -> torch.Tensor:
         return targets_BL.bool()

@@ -72,6 +72,19 @@ class Prediction:
     probabilities: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How what a model says of labels becomes probabilities and choices.
+
+    Attributes:
+        temperature: what is said is divided by it.
+        thresholds: of each label's probability, above which a text has the label; empty: half.
+    """
+
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] = ()
+
+
 class Task(Protocol):
     """How records become a batch, and what an example's loss is: a function of that example alone.
 
@@ -128,6 +141,17 @@ class AnsweringTask(Task, Protocol):
 
     def references(self, examples: Sequence[Encoded], /) -> list[Any]:
         """The right answers, each as a prediction's; of a question all that are right."""
+
+
+@runtime_checkable
+class LabellingTask(Task, Protocol):
+    """A task whose answers are labels, each with a probability."""
+
+    def calibrated(self, calibration: Calibration, /) -> Task:
+        """The same task, whose answers are read so."""
+
+    def judged(self, model: Any, examples: Sequence[Encoded], /) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model says of each label (B, L), and whether each is right (B, L)."""
 
 
 @runtime_checkable

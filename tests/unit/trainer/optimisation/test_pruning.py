@@ -4,46 +4,13 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from small_models import FAMILIES, a_model, logits
 
 from configs.errors import InputError
 from trainer.models.load import read_model
 from trainer.models.recurrent import RecurrentForCausalLM
-from trainer.optimisation.pruning import prune_neurons, prune_weights, sizes
-
-IDS = torch.arange(3, 19).view(2, 8)
-SMALL = {"vocab_size": 50, "initializer_range": 0.3}
-
-
-def a_model(family):
-    torch.manual_seed(0)
-    wide = {**SMALL, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    if family == "llama":
-        return LlamaForCausalLM(LlamaConfig(**wide, tie_word_embeddings=True)).eval()
-    if family == "bert":
-        return BertForSequenceClassification(BertConfig(**wide)).eval()
-    return GPT2LMHeadModel(GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2)).eval()
-
-
-FAMILIES = {
-    "llama": ("model.layers.1.mlp.down_proj", 24, AutoModelForCausalLM),
-    "gpt2": ("transformer.h.1.mlp.c_proj", 64, AutoModelForCausalLM),
-    "bert": ("bert.encoder.layer.1.output.dense", 24, AutoModelForSequenceClassification),
-}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+from trainer.optimisation.measuring import sizes
+from trainer.optimisation.pruning import prune_neurons, prune_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,1 @@
+"""Commands that fit how a finished model's answers are read."""
