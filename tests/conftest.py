@@ -157,6 +157,12 @@ def shared_ray():
         yield ray
 
 
+@pytest.fixture
+def joined_ray(shared_ray, monkeypatch):
+    """The test's commands join that Ray, where it isn't their own start of one that is looked at."""
+    monkeypatch.setenv("RAY_ADDRESS", shared_ray.get_runtime_context().gcs_address)
+
+
 @pytest.fixture(scope="session")
 def warm_ray(shared_ray):
     """The same with processes that stay, for federations that are only looked at."""

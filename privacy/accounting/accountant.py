@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from configs.errors import InputError, SiloweaveError
-from configs.imports import import_large
+from privacy.accounting.opacus_prv import prv_accountant
 from privacy.accounting.schedule import Schedule
 from privacy.accounting.size import LARGEST_BINS, check_size
 
@@ -112,10 +112,7 @@ def _rdp_epsilon(schedule: Schedule, delta: float) -> float | None:
 
 
 def _prv_epsilon(schedule: Schedule, delta: float) -> float | None:
-    import_large("opacus.accountants")  # and torch with it
-    from opacus.accountants import PRVAccountant
-
-    class Bounded(PRVAccountant):  # type: ignore[misc]
+    class Bounded(prv_accountant()):  # type: ignore[misc]
         """Chooses its own number of bins, which ``check_size`` doesn't bound: so it is bounded here."""
 
         def _get_domain(self, *args: Any, **options: Any) -> Any:

@@ -50,7 +50,8 @@ def test_an_audit_of_private_silos_and_of_a_broken_engine(tiny_run, siloweave, t
     folder = root / "runs" / "tiny" / "audit"
     assert document == json.loads((folder / "audit.json").read_text())
     assert (document["verdict"], document["simulation_only"], document["earlier_audits"]) == ("pass", True, 0)
-    assert document["claims"]["reference"]["findings"][0]["guesses"] == 250
+    (found,) = document["claims"]["reference"]["findings"]
+    assert (found["mode"], found["guesses"], found["share"]) == ("gradient_white_box", 250, 1.0)
     assert document["claims"]["run"]["epsilon"] > 7.5
     assert 0 <= document["audited_bound"]["epsilon_lower_bound"] < document["claims"]["run"]["epsilon"]
     assert document["membership"]["not_available"] == "the silos' data are not declared public"

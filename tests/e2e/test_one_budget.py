@@ -30,7 +30,7 @@ def charges(ledger: Path) -> list[tuple[str, float]]:
     return [(body["run"], body["epsilon"]) for body in bodies if body["kind"] == "reserve"]
 
 
-def test_the_same_run_in_another_folder_spends_of_the_same_budget(siloweave, folders, tmp_path):
+def test_the_same_run_in_another_folder_spends_of_the_same_budget(siloweave, joined_ray, folders, tmp_path):
     """Before: state_dir was relative, and so two folders spent twice the budget."""
     given = ("federate", "-c", "tiny", *SHORT, "--set", "privacy.budget_epsilon=1")
     home = Path(os.environ["XDG_STATE_HOME"])
@@ -45,7 +45,7 @@ def test_the_same_run_in_another_folder_spends_of_the_same_budget(siloweave, fol
     assert json.loads(plan.stdout)["federated"]["ledgers"] == str((home / ROMAN).parents[1])
 
 
-def test_ledgers_of_private_data_have_one_place(siloweave, folders):
+def test_ledgers_of_private_data_have_one_place(siloweave, joined_ray, folders):
     given = ("federate", "-c", "tiny", *SHORT, "--set", "data.private.public=false")
     first, second, third = (siloweave(*given, "--set", "federated.state_dir=state", cwd=folders[n]) for n in (0, 1, 0))
     assert (first.returncode, second.returncode, third.returncode) == (0, 2, 0), second.stderr

@@ -20,13 +20,13 @@ from configs.events import read_events
 from trainer.checkpoints import resize as elastic
 
 SILOWEAVE = Path(sys.executable).with_name("siloweave")
-# Under the second, the numbers of targets in a batch's rows differ, and each leg begins with a stage of training: the
-# ranks before it have gone on into that stage by two steps, and are killed there.
+# The numbers of targets in a batch's rows differ, and each leg begins with a stage of training: the ranks before it
+# have gone on into that stage by two steps, and are killed there.
 STAGED = """pretrain.stages=[
     {steps=10, context_length=16, frozen="embeddings"}, {steps=10, context_length=32, learning_rate=0.005},
     {steps=10, frozen=1}, {steps=10},
 ]"""
-DATA = [(), ("data.packing=documents", "data.public.source=corpus.jsonl", STAGED)]
+DATA = ("data.packing=documents", "data.public.source=corpus.jsonl", STAGED)
 
 
 def options(settings):
@@ -59,10 +59,9 @@ def losses(run):
     return {event["step"]: event["loss"] for event in events(run, "step")}
 
 
-@pytest.mark.parametrize("data", DATA)
-def test_one_rank_two_four_a_kill_and_two_again(prepared, tmp_path, data):
-    run = prepared(*data)
-    settings = ("cluster.world_size=4", "pretrain.micro_batch_size=1", *data)
+def test_one_rank_two_four_a_kill_and_two_again(prepared, tmp_path):
+    run = prepared(*DATA)
+    settings = ("cluster.world_size=4", "pretrain.micro_batch_size=1", *DATA)
     done = subprocess.run(
         [SILOWEAVE, "pretrain", "--verify-resume", "--json", "-c", "tiny", *options(settings)],
         cwd=tmp_path,

@@ -7,6 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from cluster import pipeline
+from cluster.run import Run
 from configs.errors import InputError
 from configs.events import read_events
 from configs.storage.manifests import require_manifest
@@ -24,7 +26,7 @@ WEIGHTS = {".safetensors", ".pt"}
 
 
 @pytest.fixture(scope="module")
-def sealed(tiny_run, siloweave, tmp_path_factory):
+def sealed(tiny_run, shared_ray, tmp_path_factory):
     """(folder, key file): 20 encrypted steps on the tiny corpus, the last commit undone and made again, exported."""
     root = tmp_path_factory.mktemp("sealed")
     for name in ("corpus", "tokenizer"):
@@ -32,13 +34,12 @@ def sealed(tiny_run, siloweave, tmp_path_factory):
     key_file = root / "key"
     key_file.touch(mode=0o600)
     key_file.write_text(SECRET)
-    settings = ["-c", "tiny", "--set", "pretrain.steps=20", "--set", f"run.encryption_key_file={key_file}"]
-    for command in ("pretrain", "undo", "pretrain", "export"):
-        if command == "undo":
-            (root / "runs" / "tiny" / "pretrain" / "checkpoints" / "step-00000020" / "COMMITTED").unlink()
-            continue
-        done = siloweave(command, *settings, cwd=root)
-        assert done.returncode == 0, done.stderr
+    given = ("pretrain.steps=20", f"run.storage={root / 'runs'}", f"run.encryption_key_file={key_file}")
+    run = Run(tiny_run.config(*given))
+    pipeline.pretrain(run)
+    (run.files.checkpoints / "step-00000020" / "COMMITTED").unlink()
+    pipeline.pretrain(run)
+    pipeline.export(run)
     return root, key_file
 
 
@@ -120,22 +121,21 @@ def test_rounds_resume_encrypted_and_the_adapter_is_sealed(federation, monkeypat
         commits.all_rounds(folder)
 
 
-def test_the_wrong_key_and_no_key_are_one_clear_line(sealed, siloweave, tmp_path):
+def test_the_wrong_key_and_no_key_are_one_clear_line(sealed, siloweave, tiny_run, tmp_path, monkeypatch):
     root, _ = sealed
     shutil.copytree(root / "runs", tmp_path / "runs")
-    shutil.rmtree(tmp_path / "runs" / "tiny" / "model")
-    common = ["export", "-c", "tiny", "--set", "pretrain.steps=20"]
-    none = siloweave(*common, cwd=tmp_path)
-    other = siloweave(*common, cwd=tmp_path, **{ENVIRONMENT: bytes(range(32)).hex()})
-    loose = siloweave(*common, "--set", f"run.encryption_key_file={tmp_path / 'no'}", cwd=tmp_path)
-    for done, message in (
-        (none, "_states.pt: is encrypted; set run.encryption_key_file"),
-        (other, "_states.pt: was encrypted with another key than SILOWEAVE_ENCRYPTION_KEY"),
-        (loose, "no: the encryption key can't be read"),
-    ):
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+    run = tmp_path / "runs" / "tiny"
+    shutil.rmtree(run / "model")
+    none = siloweave("export", "-c", "tiny", "--set", "pretrain.steps=20", cwd=tmp_path)
+    assert none.returncode == 2, none.stderr
+    assert "_states.pt: is encrypted; set run.encryption_key_file" in none.stderr
+    assert "Traceback" not in none.stderr
+    loose = tiny_run.config("pretrain.steps=20", f"run.encryption_key_file={tmp_path / 'no'}")
+    with pytest.raises(InputError, match=r"no: the encryption key can't be read.*$"):
+        export(loose, run)
+    monkeypatch.setenv(ENVIRONMENT, bytes(range(32)).hex())
+    with pytest.raises(InputError, match=r"_states\.pt: was encrypted with another key than SILOWEAVE_ENCRYPTION_KEY"):
+        export(tiny_run.config("pretrain.steps=20"), run)
 
 
 def put_in_place_of_another(folder, name, config_digest):

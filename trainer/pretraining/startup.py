@@ -16,7 +16,8 @@ def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
 
     DeepSpeed's autotuner imports mlflow where it is installed (two seconds), and its Muon optimizer, which every first
     backward imports, has its kernels compiled by torch's inductor (another one and a half). Transformers takes scipy's
-    optimizers for losses of object detection (half a second). None of them is used here.
+    optimizers for losses of object detection (half a second), and accelerate boto3, for machines that it would rent (a
+    fifth of one). None of them is used here.
     """
     with uncollected():
         tell("import of torch")
@@ -29,7 +30,7 @@ def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
         tell("import of transformers")
-        with _hidden("scipy"):
+        with _hidden("scipy"), _hidden("boto3"):
             import_large("transformers.models.llama.modeling_llama")
 
 

@@ -222,7 +222,7 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path):
 def test_where_ray_runs_may_change_between_two_starts(tmp_path):
     base = [f"run.storage={tmp_path}"]
     bind_run_directory(load("tiny", base))
-    moved = load("tiny", [*base, "cluster.max_failures=3", "federated.workers=1", "privacy.budget_epsilon=99"])
+    moved = load("tiny", [*base, "cluster.max_failures=3", "federated.workers=3", "privacy.budget_epsilon=99"])
     bind_run_directory(moved)
     assert load(str(tmp_path / "tiny" / "config.toml")) == moved
     assert config_digest(moved) == config_digest(load("tiny", base))

@@ -10,10 +10,9 @@ from configs.errors import PolicyRefusal, SiloweaveError
 from federated.audit import canary_training
 from federated.audit.canary_training import BLACK_BOX, GRADIENT, WHITE_BOX, AuditSettings, AuditTraining
 from federated.audit.membership import infer_membership
-from privacy.audit.bound import REFERENCE_PLAN, overall
+from privacy.audit.bound import REFERENCE_PLAN
 from privacy.audit.canaries import NO_CANARY
 from privacy.mechanism.streams import SEED_BYTES
-from privacy.plan import PrivacyPlan
 from trainer.data.tokenizer import load_tokenizer
 from trainer.models.adapters import add_adapter, trainable
 from trainer.models.load import load_model
@@ -52,17 +51,9 @@ def run(audit):
     return audit.findings()
 
 
-def test_the_engine_passes_among_real_records(tiny_model):
-    (found,) = run(training(tiny_model))
-    assert (found.mode, found.canaries, found.guesses, found.share) == (GRADIENT, 2000, 250, 1.0)
-    assert found.epsilon == REFERENCE_PLAN.epsilon
-    assert found.verdict == "pass"
-
-
-def test_too_little_noise_shows_among_real_records(tiny_model, monkeypatch):
-    honest = PrivacyPlan.noise_std.fget
-    monkeypatch.setattr(PrivacyPlan, "noise_std", property(lambda plan: honest(plan) / 4))
-    assert overall(run(training(tiny_model))) == "fail"
+def test_gradient_canaries_have_all_of_the_error_where_they_are_alone():
+    """That the engine passes so, and fails with too little noise, tests/e2e/test_audit.py shows."""
+    assert SETTINGS.modes(REFERENCE_PLAN) == {GRADIENT: (250, 1.0)}
 
 
 def test_a_gradient_canary_touches_its_own_coordinate_and_nothing_else(tiny_model):
