@@ -25,7 +25,6 @@ from federated.coordinator.round_commits import SILOS
 from federated.deployment.federation_folder import REVOKED
 from privacy.certificate.check import check_certificate
 from privacy.ledger.chain import left
-from privacy.ledger.file import read_only
 from privacy.ledger.journal import default_anchor_dir
 
 RUN_S = 900.0
@@ -278,7 +277,7 @@ def test_after_all_of_this_no_spend_is_lost_and_none_is_there_twice(federation, 
     """Each receipt is an entry of its silo's ledger, in which each round that counted is charged once."""
     receipts = federation.receipts(faults.name)
     for silo in ALL:
-        entries, heads = federation.entries(silo), [entry["hash"] for entry in read_only(federation.state(silo).ledger)]
+        entries, heads = federation.entries(silo), [entry["hash"] for entry in federation.chain(silo)]
         mine = [(number, receipt) for number, name, receipt in receipts if name == silo]
         assert mine and all(heads[receipt["number"] - 1] == receipt["head"] for _, receipt in mine)
         run = mine[0][1]["run"]
