@@ -184,13 +184,6 @@ class HostDeployment(Deployment):
         for site in self.sites.values():
             self.start_site(site)
 
-    def put_back(self, name: str, copy: Path, *places: Path) -> None:
-        """Folders of a silo as they were when a copy was made."""
-        for place in places:
-            there = self.hosts[name].path(place)
-            shutil.rmtree(there)
-            shutil.copytree(copy / place.name, there)
-
     # Rounds and ledgers
 
     def rounds(self, run: str) -> list[dict]:
