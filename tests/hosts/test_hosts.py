@@ -20,13 +20,8 @@ from host_deployment import COORDINATOR, FAKETIME, NAME, PROXY, PROXY_PORT, Host
 from hosts import BRIDGE, LINK, has_firewall
 from repository import SUPPORT
 
-from configs.storage.storage import COMMITTED
-from federated.coordinator.round_commits import SILOS
 from federated.deployment.federation_folder import REVOKED
 from privacy.certificate.check import check_certificate
-from privacy.ledger.chain import left
-from privacy.ledger.file import read_only
-from privacy.ledger.journal import default_anchor_dir
 
 RUN_S = 900.0
 SERVICE, RELAY, SUPERVISOR = "silo serve", "federated.transport.node", "silo relay"
@@ -107,12 +102,6 @@ def faults(federation, first) -> Faults:
 def serve(federation: HostDeployment, silo: str) -> None:
     """systemd's part."""
     federation.start_service(federation.sites[silo])
-
-
-def stop_service(federation: HostDeployment, silo: str) -> None:
-    """systemd's other part."""
-    federation.process(silo, SERVICE).terminate()
-    federation.let_end(federation.sites[silo].service_process)
 
 
 def stop_relay(federation: HostDeployment, silo: str) -> None:
@@ -278,46 +267,13 @@ def test_after_all_of_this_no_spend_is_lost_and_none_is_there_twice(federation, 
     """Each receipt is an entry of its silo's ledger, in which each round that counted is charged once."""
     receipts = federation.receipts(faults.name)
     for silo in ALL:
-        entries, heads = federation.entries(silo), [entry["hash"] for entry in read_only(federation.state(silo).ledger)]
+        entries, heads = federation.entries(silo), [entry["hash"] for entry in federation.chain(silo)]
         mine = [(number, receipt) for number, name, receipt in receipts if name == silo]
         assert mine and all(heads[receipt["number"] - 1] == receipt["head"] for _, receipt in mine)
         run = mine[0][1]["run"]
         charged = Counter(body["round"] for body in entries if body["kind"] == "charge" and body["run"] == run)
         assert {number for number, _ in mine} <= set(charged)
         assert set(charged.values()) == {1}
-
-
-def test_a_silo_that_is_put_back_is_found_out_with_and_without_its_anchor(federation, faults, tmp_path):
-    """What it has forgotten is charged once its steward takes in what the coordinator holds."""
-    site = federation.sites["comedies"]
-    state, anchor = site.state_dir, default_anchor_dir(site.state_dir)
-    stop_service(federation, "comedies")
-    for place in (state, anchor):
-        shutil.copytree(federation.hosts["comedies"].path(place), tmp_path / place.name)
-    before = left(federation.entries("comedies")).epsilon
-    serve(federation, "comedies")
-    faults.next_round(*ALL)
-    stop_service(federation, "comedies")
-
-    federation.put_back("comedies", tmp_path, state)
-    started = ["silo", "serve", "-c", str(site.settings), "--socket", str(site.socket)]
-    done = federation.siloweave(*started, at="comedies", check=False)
-    assert done.returncode == 2
-    assert "an old or other ledger was put back" in done.stderr and "silo budget reconcile" in done.stderr
-
-    federation.put_back("comedies", tmp_path, state, anchor)
-    serve(federation, "comedies")
-    assert refusal_of(federation, faults.name, "comedies")["rule"] == "rollback"
-    faults.next_round("histories", "roman", without="comedies")
-
-    held = max((federation.root / "runs" / faults.name / "federated").glob(f"round-*/{COMMITTED}")).with_name(SILOS)
-    stop_service(federation, "comedies")
-    mend = ["silo", "budget", "reconcile", str(site.settings), str(held), "--json"]
-    mended = json.loads(federation.siloweave(*mend, at="comedies").stdout)
-    assert faults.name in str(mended["closed_runs"]) and mended["reservations_charged_again"] == 1
-    assert mended["epsilon_left"] == pytest.approx(before - mended["epsilon_charged"])
-    serve(federation, "comedies")
-    assert refusal_of(federation, faults.name, "comedies")["rule"] != "rollback"  # the run is over there
 
 
 def test_a_session_that_is_killed_leaves_nothing_behind():

@@ -13,10 +13,11 @@ from deployment import Deployment, Site
 from hosts import Host, Lan
 from repository import SUPPORT
 
+from configs.errors import InputError
 from configs.storage.layout import SiloFiles
 from configs.storage.storage import COMMITTED
 from federated.coordinator.round_commits import SILOS
-from privacy.ledger.chain import verify_entries
+from privacy.ledger.chain import Entry, verify_entries
 from privacy.ledger.file import read_only
 
 NET = "10.77.0."
@@ -183,13 +184,6 @@ class HostDeployment(Deployment):
         for site in self.sites.values():
             self.start_site(site)
 
-    def put_back(self, name: str, copy: Path, *places: Path) -> None:
-        """Folders of a silo as they were when a copy was made."""
-        for place in places:
-            there = self.hosts[name].path(place)
-            shutil.rmtree(there)
-            shutil.copytree(copy / place.name, there)
-
     # Rounds and ledgers
 
     def rounds(self, run: str) -> list[dict]:
@@ -209,10 +203,21 @@ class HostDeployment(Deployment):
         self.wait_until(f"a round with {silos}, without {without!r}", lambda: bool(found()), process)
         return found()[0]
 
+    def chain(self, name: str) -> list[Entry]:
+        """A silo's ledger as it is at a moment in which SQLite can open it, which it can't while the silo closes it."""
+        found: list[Entry] = []
+
+        def read() -> bool:
+            with contextlib.suppress(InputError):
+                found[:] = read_only(self.state(name).ledger)
+            return bool(found)
+
+        self.wait_until(f"a ledger of {name} that can be read", read)
+        return found
+
     def entries(self, name: str) -> list[dict]:
-        """A silo's ledger, replayed; the place of an entry is its number, less one."""
-        path = self.state(name).ledger
-        return verify_entries(read_only(path), str(path))
+        """The same replayed; the place of an entry is its number, less one."""
+        return verify_entries(self.chain(name), name)
 
     def receipts(self, run: str) -> list[tuple[int, str, dict]]:
         """Round, silo and receipt of all that is committed of a run."""
