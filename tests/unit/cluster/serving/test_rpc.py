@@ -1,6 +1,8 @@
 """The service over gRPC: the same answers and the same refusals as over HTTP, and calls that end free their slots."""
 
 import asyncio
+import threading
+from contextlib import contextmanager
 
 import grpc
 import pytest
@@ -78,6 +80,22 @@ def refusal(service, name, request, **options):
 def by_http(service, path, document):
     (response,) = ask(service, ("POST", path, {"json": document}))
     return response
+
+
+@contextmanager
+def held(service):
+    """Each answer stands still after its first token, until the block ends: no answer is over too early."""
+    go, submit = threading.Event(), service._engine.submit
+
+    def standing(voice, ids, how, on_output, *, continued):
+        return submit(voice, ids, how, lambda output: (on_output(output), go.wait(300)), continued=continued)
+
+    service._engine.submit = standing
+    try:
+        yield
+    finally:
+        del service._engine.submit
+        go.set()
 
 
 async def idle(service):
@@ -223,12 +241,13 @@ def test_a_call_that_is_cancelled_or_past_its_deadline_frees_its_slot(service_of
         await anext(aiter(stream))
         stream.cancel()
         await idle(service)
-        going = stub.Complete(LONG)  # gone while it waits for the whole
-        while not service._engine.running:
-            await asyncio.sleep(0.01)
-        going.cancel()
+        with held(service):
+            going = stub.Complete(LONG)  # gone while it waits for the whole
+            while not service._engine.running:
+                await asyncio.sleep(0.01)
+            going.cancel()
         await idle(service)
-        with pytest.raises(grpc.aio.AioRpcError) as late:
+        with held(service), pytest.raises(grpc.aio.AioRpcError) as late:
             await stub.Complete(LONG, timeout=0.05)
         await idle(service)
         return late.value.code(), (await stub.Complete(SHORT)).completion_tokens
@@ -250,9 +269,9 @@ def test_too_many_and_too_much_exhaust_a_resource(service_of):
     service = service_of(slots=1, waiting=0)
 
     async def crowd(stub):
-        stream = stub.StreamComplete(LONG)
-        await anext(aiter(stream))
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
+        with held(service), pytest.raises(grpc.aio.AioRpcError) as refused:
+            stream = stub.StreamComplete(LONG)
+            await anext(aiter(stream))
             await stub.Complete(SHORT)
         stream.cancel()
         await idle(service)
