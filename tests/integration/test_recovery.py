@@ -183,7 +183,8 @@ def distance(one, other, steps):
 def test_a_run_that_diverges_ends_with_its_first_cause(tiny_run, tmp_path):
     """Other data does not help it; what was committed before stays."""
     run = prepared(tiny_run, tmp_path)
-    process = start(tmp_path, "--set", "pretrain.weight_decay=1e30", "--set", "pretrain.commit_every=1")
+    settings = ("pretrain.weight_decay=1e30", "pretrain.commit_every=1", "cluster.world_size=1")
+    process = start(tmp_path, *(part for setting in settings for part in ("--set", setting)))
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1, errors
     assert "error: step 2: the gradient is not finite, after 3 rollbacks (pretrain.max_rollbacks)" in errors
