@@ -282,7 +282,9 @@ def _value(written: str) -> Any:
 
 def measured(arguments: argparse.Namespace, used: Setting) -> dict[str, Any]:
     """All runs, those of an earlier call included, which are kept in the file one by one."""
-    settings = {name: value for name, value in vars(used).items() if not callable(value)}
+    settings = {name: value for name, value in vars(used).items() if not callable(value)} | {
+        "model": str(arguments.model)
+    }
     document = {**setting(LIBRARIES), "task": arguments.task, "settings": settings, "runs": {}}
     if arguments.json.exists():
         earlier = json.loads(arguments.json.read_text())
