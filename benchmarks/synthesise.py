@@ -20,7 +20,7 @@ import random
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,22 +50,9 @@ from trainer.tasks.task import kind_of
 
 LIBRARIES = ("siloweave", "torch", "transformers", "peft", "opacus", "numpy")
 EPSILON = 8.0
-SENTIMENT = replace(SETTINGS["sentiment"], records=800, held_out=200)
-WRITING = Setting(
-    "chat",
-    SENTIMENT.rows,
-    template="A {label} review: {text}",
-    targets=("v_proj",),
-    rank=2,
-    context=40,
-    records=800,
-    sampling_rate=0.0625,
-    rounds=2,
-    steps=2,
-    rate=5e-3,
-)
-USED = {"text": WRITING, "head": SENTIMENT}
-LINE, LETTERS, LENGTH, CANARIES, OTHERS = "the key of ward {} is {}", "abcdefgh", 6, 2, 63
+SENTIMENT = replace(SETTINGS["sentiment"], records=400, held_out=100)
+WRITING = Setting("chat", SENTIMENT.rows, template="A {label} review: {text}", records=400)
+LINE, LETTERS, LENGTH, CANARIES, OTHERS = "the key of ward {} is {}", "abcdefgh", 6, 5, 255
 
 
 class Generator:
@@ -75,18 +62,19 @@ class Generator:
         folder: of the model.
         data: folder of the datasets.
         work: where what is done lies.
+        used: how it is trained.
     """
 
-    def __init__(self, folder: Path, data: Path, work: Path) -> None:
-        self.work, self.spec = work, WRITING.spec(data)
+    def __init__(self, folder: Path, data: Path, work: Path, used: Setting) -> None:
+        self.work, self.used, self.spec = work, used, used.spec(data)
         self.tokenizer = load_tokenizer(folder)
-        self.task = kind_of(self.spec.name)(self.tokenizer, WRITING.context, self.spec)
+        self.task = kind_of(self.spec.name)(self.tokenizer, self.used.context, self.spec)
         settings = FederatedSettings(
             task=self.spec.name,
             template=self.spec.template,
-            adapter_targets=WRITING.targets,
-            lora_rank=WRITING.rank,
-            lora_alpha=2.0 * WRITING.rank,
+            adapter_targets=self.used.targets or "all-linear",
+            lora_rank=self.used.rank,
+            lora_alpha=2.0 * self.used.rank,
         )
         self.settings, self.model = settings, adapted(load_model(folder), adaptation(settings, None), 0)
         self.start = {name: value.detach().numpy().copy() for name, value in adapter_weights(self.model).items()}
@@ -98,11 +86,11 @@ class Generator:
         found: dict[str, list[Any]] = {}
         rows = {
             hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest(): (silo, row)
-            for silo, row in WRITING.rows(data)
+            for silo, row in self.used.rows(data)
         }
         for digest, (silo, row) in sorted(rows.items()):
             units = found.setdefault(silo, [])
-            if digest[2] >= 40 and len(units) < WRITING.records - CANARIES and (unit := self.task.examples([row])):
+            if digest[2] >= 40 and len(units) < self.used.records - CANARIES and (unit := self.task.examples([row])):
                 units.append(unit)
         for units in found.values():
             for _ in range(CANARIES):
@@ -113,9 +101,9 @@ class Generator:
     def trained(self) -> Arrays:
         """The adapter after the last round."""
         adapter, state = self.start, dict[str, Any]()
-        terms = plan(WRITING, EPSILON)
-        local = LocalSettings(WRITING.rate, "adam", 8, "bookkeeping")
-        for number in range(WRITING.rounds):
+        terms = plan(self.used, EPSILON)
+        local = LocalSettings(self.used.rate, "adam", 8, "bookkeeping")
+        for number in range(self.used.rounds):
             aggregation = RoundAggregation(self.settings, adapter, state, len(self.silos))
             for silo, units in self.silos.items():
                 sent, kept = aggregation.sent(silo).adapter, self.work / f"round-{number}-{silo}.safetensors"
@@ -134,8 +122,8 @@ class Generator:
         """Records that the model writes as it is now, as many of each label."""
         form = Form(self.task, self.spec, RecordSettings(source="x"))
         conditions = form.conditions(["label=negative", "label=positive"])
-        decoding = Decoding(WRITING.context, temperature=1.0, top_p=0.95)
-        drawing = Drawing(self.model.eval(), self.tokenizer, WRITING.context, form, conditions, decoding, number)
+        decoding = Decoding(self.used.context, temperature=1.0, top_p=0.95)
+        drawing = Drawing(self.model.eval(), self.tokenizer, self.used.context, form, conditions, decoding, number)
         return synthesise(
             drawing,
             self.work / f"drawn-{name}",
@@ -164,39 +152,36 @@ def accuracy(runs: Runs, data: Path, records: Iterable[Any]) -> float:
     return runs.trained_on(units, 3000)[runs.task.measures.main]
 
 
-def measured(arguments: Namespace) -> dict[str, Any]:
-    began = time.perf_counter()
-    generator = Generator(arguments.generator, arguments.data, arguments.work)
-    untrained = generator.records("untrained", arguments.records)
-    put_on(generator.model, generator.trained())
+def trained_by(arguments: Namespace) -> Setting:
+    """How the decoder is trained."""
+    names = ("rank", "context", "sampling_rate", "rounds", "steps", "rate")
+    chosen = {name: getattr(arguments, name) for name in names}
+    return replace(WRITING, targets=tuple(arguments.targets), **chosen)
+
+
+def measured(arguments: Namespace) -> Iterator[dict[str, Any]]:
+    """Part after part of the figures, the dearest last."""
+    used = {"text": trained_by(arguments), "head": SENTIMENT}
+    generator = Generator(arguments.generator, arguments.data, arguments.work, used["text"])
+    adapter = generator.trained()
+    put_on(generator.model, adapter)
     drawn = generator.records("trained", arguments.records)
-    bits = generator.exposures()
     text = "\n".join(record["text"] for record in drawn.records)
-    secrets = [line[-LENGTH:] for line in generator.planted]
-    runs = Runs(Namespace(model=arguments.encoder, data=arguments.data, lower_once=True), SENTIMENT, 0)
-    direct = runs.federated(EPSILON)[runs.task.measures.main]
-    return {
-        "accuracy": {
-            "most frequent label": runs.guess()[runs.task.measures.main],
-            "DP rounds, directly": direct,
-            "synthetic text": accuracy(runs, arguments.data, drawn.records),
-            "text of the decoder as it came": accuracy(runs, arguments.data, untrained.records),
-        },
-        "canaries": {
-            "number": len(bits),
-            "others": OTHERS,
-            "exposure_bits": float(np.mean(bits)),
-            "largest": max(bits),
-            "secrets_in_text": sum(secret in text for secret in secrets),
-        },
+    yield {
+        "noise_multiplier": {name: plan(one, EPSILON).terms.noise_multiplier for name, one in used.items()},
         "drawn": {"records": len(drawn.records), "texts": drawn.drawn, "dropped": dict(drawn.dropped)},
-        "noise_multiplier": {
-            "text": plan(WRITING, EPSILON).terms.noise_multiplier,
-            "head": plan(SENTIMENT, EPSILON).terms.noise_multiplier,
-        },
         "examples": [dict(record) for record in drawn.records[:6]],
-        "seconds_of_the_last_start": time.perf_counter() - began,
+        "secrets_in_text": sum(line[-LENGTH:] in text for line in generator.planted),
     }
+    runs = Runs(Namespace(model=arguments.encoder, data=arguments.data, lower_once=True), SENTIMENT, 0)
+    yield {"accuracy_guess": runs.guess()[runs.task.measures.main]}
+    yield {"accuracy_synthetic": accuracy(runs, arguments.data, drawn.records)}
+    yield {"accuracy_direct": runs.federated(EPSILON)[runs.task.measures.main]}
+    bits = generator.exposures()
+    yield {"canaries": len(bits), "others": OTHERS, "exposure_bits": float(np.mean(bits)), "largest_bits": max(bits)}
+    put_on(generator.model, generator.start)
+    untrained = generator.records("untrained", arguments.records)
+    yield {"accuracy_untrained": accuracy(runs, arguments.data, untrained.records)}
 
 
 def main() -> None:
@@ -205,15 +190,24 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, required=True, help="the folder of an encoder with its tokenizer")
     parser.add_argument("--data", type=Path, required=True, help="folder of the datasets")
     parser.add_argument("--work", type=Path, required=True, help="what is done is kept there")
-    parser.add_argument("--records", type=int, default=400)
+    parser.add_argument("--records", type=int, default=400, help="to draw")
+    parser.add_argument("--targets", nargs="*", default=[], help="of LoRA; none: all linear layers")
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--sampling-rate", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    found = measured(arguments)
-    document = {**setting(LIBRARIES), "epsilon": EPSILON, "silos": 4, "settings": repr(WRITING), **found}
-    arguments.json.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(found, indent=2))
+    told = {name: value for name, value in vars(trained_by(arguments)).items() if not callable(value)}
+    document = {**setting(LIBRARIES), "epsilon": EPSILON, "settings": told}
+    for part in measured(arguments):
+        document |= part
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+        print(json.dumps(part), flush=True)
 
 
 if __name__ == "__main__":

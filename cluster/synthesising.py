@@ -101,12 +101,18 @@ def usual_file(place: Path) -> Path:
     """Where records are written if nothing else is said.
 
     Raises:
-        InputError: the model lies in no run.
+        InputError: the model is not there, or lies in no run.
     """
+    return RunFiles(_run(place)).synthetic / "records.jsonl"
+
+
+def _run(place: Path) -> Path:
+    if not place.is_dir():
+        raise InputError(f"{place}: no such folder; give a run's directory, or an adapter/ in one")
     run = run_of(place)
     if run is None:
-        raise InputError(f"{place}: lies in no run; give a run's directory, or say where to write, by --output")
-    return RunFiles(run).synthetic / "records.jsonl"
+        raise InputError(f"{place}: lies in no run, whose settings say what a record is; give a run's directory")
+    return run
 
 
 def make(
@@ -128,7 +134,7 @@ def make(
         SiloweaveError: nothing can be kept of what the model writes (``Fruitless``), or the disk is full or not
             writable.
     """
-    config = _settings(place)
+    config = settings_of(_run(place))
     key = load_key(config.run.encryption_key_file)
     found = find(f"model={place}", key)
     if found.claim.epsilon is None and not wanted.not_private:
@@ -136,10 +142,11 @@ def make(
     drawing = _drawing(config, found, key, wanted)
     part = wanted.folder.with_name(f".{wanted.folder.name}.part")
     try:
+        if part.exists() and not (part / _DRAWN).exists():
+            shutil.rmtree(part)  # of a command that was killed at its end
         part.mkdir(parents=True, exist_ok=True)
-        drawn = synthesise(
-            drawing, part / _DRAWN, {"model": _digest(found), "task": config.federated.task}, on_progress
-        )
+        identity = {"model": _digest(found), "file": wanted.file.name}
+        drawn = synthesise(drawing, part / _DRAWN, identity, on_progress)
         manifest = _write(part / wanted.file.name, found, drawing, drawn)
         part.rename(wanted.folder)
     except Fruitless:  # which would be so again: there is nothing to go on with
@@ -148,12 +155,6 @@ def make(
     except OSError as error:
         raise write_failure(wanted.folder, error) from None
     return {"file": str(wanted.file), **_described(found, drawn), "digest": manifest.content_digest}
-
-
-def _settings(place: Path) -> RunConfig:
-    if run_of(place) is None:
-        raise InputError(f"{place}: lies in no run, whose settings say what a record is; give a run's directory")
-    return settings_of(place)
 
 
 def _drawing(config: RunConfig, found: Place, key: MasterKey | None, wanted: Wanted) -> Drawing:

@@ -134,6 +134,13 @@ def test_what_cannot_be_made_is_one_line_and_leaves_nothing(run, tmp_path, chang
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_killed_command_left_is_no_part_of_the_next_ones_folder(run, tmp_path):
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "other.jsonl").write_text("{}\n")
+    make(run, wanted(tmp_path / "out" / "a.jsonl"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "a.jsonl", "manifest.json"]
+
+
 def test_a_model_that_writes_nothing_worth_keeping_leaves_nothing(run, tmp_path):
     with pytest.raises(Fruitless, match="any record: of the last 640 texts none could be kept"):
         make(run, wanted(tmp_path / "out" / "a.jsonl", decode=["max_new_tokens=2"]))
@@ -141,8 +148,10 @@ def test_a_model_that_writes_nothing_worth_keeping_leaves_nothing(run, tmp_path)
 
 
 def test_a_model_outside_of_a_run_or_of_labels_is_refused(base, tmp_path):
-    with pytest.raises(InputError, match="lies in no run; give a run's directory"):
+    with pytest.raises(InputError, match="lies in no run, whose settings say what a record is"):
         usual_file(base)
+    with pytest.raises(InputError, match="nowhere: no such folder; give a run's directory"):
+        usual_file(tmp_path / "nowhere")
     with pytest.raises(InputError, match="lies in no run, whose settings say what a record is"):
         make(base, wanted(tmp_path / "out" / "a.jsonl"))
     labelling, _, _ = a_labelling_run(
