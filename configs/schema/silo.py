@@ -168,11 +168,13 @@ class SiloPolicy(Settings):
     """Whether updates may leave as they are, noised, or only in a run that adds them up under masks (``required``), so
     that its coordinator sees the sum alone. The noised sums of a private evaluation leave by themselves either way."""
     min_colluders: Annotated[int, Field(ge=0)] = 0
-    """How many silos in league with the coordinator a run with secure aggregation has to withstand at least."""
+    """How many silos in league with the coordinator a run with secure aggregation has to withstand at least. Where
+    silos make the noise together, one that looks at a model is one of them, since it knows its own share."""
     honest_silos: Annotated[int, Field(ge=0)] = 0
-    """How many silos of each sum, this one among them, the steward takes for honest: they add their shares of the noise
-    and tell nobody. A run may count on so many at most (``privacy.min_honest``), and epsilon rests on them. 0: on none,
-    so that noise which silos make together (``privacy.mode = "distributed"``) is refused."""
+    """How many silos of each sum, this one among them, the steward takes for honest: they add their shares of the
+    noise, keep nothing of them and tell nobody. A run may count on so many at most (``privacy.min_honest``), and
+    epsilon rests on them. 0: on none, so that noise which silos make together (``privacy.mode = "distributed"``) is
+    refused."""
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""

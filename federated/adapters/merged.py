@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from configs.errors import InputError
 from configs.storage.files import digest_file, write_failure
-from configs.storage.layout import CERTIFICATE, FEDERATED, NO_DP, RunFiles
+from configs.storage.layout import CALIBRATION, CERTIFICATE, FEDERATED, NO_DP, RunFiles
 from configs.storage.manifests import MANIFEST, Manifest, commit_manifest, require_manifest
 from configs.storage.sealing import MasterKey, opened, sealing
 from privacy.declaration import DECLARATION
@@ -18,7 +18,8 @@ from trainer.models.load import Head, load_model
 
 ADAPTER, WHOLE = "adapter", "model"  # what a federation publishes: an adapter, or the whole model where that trained
 _LORA, _CONFIG = "adapter_config.json", "config.json"
-_OF_THE_BASE = {_CONFIG, "generation_config.json", "README.md", MANIFEST, DECLARATION}  # no part of what was made of it
+# No part of what was made of it.
+_OF_THE_BASE = {_CONFIG, "generation_config.json", "README.md", MANIFEST, DECLARATION, CALIBRATION}
 _CARD = """---
 base_model: ../model
 library_name: transformers

@@ -64,6 +64,10 @@ _TRUSTED = (
     "against those who see the model, and not against the aggregator or whoever reads its memory or messages"
 )
 _ONE_MECHANISM = "one noised sum a round over all clients; all data of a client is one unit"
+_SHARED_NOT_COVERED = (
+    "silos whose machines are put back to a state of before a sum, whose noise they made together: two sums of the "
+    "same shares may differ by one silo's alone",
+)
 _CLIENTS_NOT_COVERED = (
     "a client that takes part under several names: each name is a unit of its own",
     "who takes part, and in which round: membership and participation are public",
@@ -122,7 +126,11 @@ def certificate(
         **({} if form < FIRST_WITH_SUMS or plan.secure_sum is None else {"secure_sum": _of_sums(plan.secure_sum)}),
         **_signed_by(plan, ledgers),
         **({} if form < FIRST_WITH_MODEL else {"model": _model(model)}),
-        "not_covered": [*(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()), *_NOT_COVERED[form]],
+        "not_covered": [
+            *(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()),
+            *(_SHARED_NOT_COVERED if plan.noise is not None else ()),
+            *_NOT_COVERED[form],
+        ],
         "versions": dict(versions or library_versions()),
     }
 
@@ -156,7 +164,7 @@ def _claim(plan: PlanTerms, epsilon: float, statements: Mapping[str, Mapping[str
         return Claim(epsilon, plan.delta, _ONE_MECHANISM)
     attested = {name: bool(statement["attests_disjoint_units"]) for name, statement in statements.items()}
     if plan.noise is not None:
-        return headline_of_sums(names, epsilon, plan.delta, attested)
+        return headline_of_sums(names, epsilon, plan.delta, attested, plan.noise.min_honest)
     return headline(dict.fromkeys(names, epsilon), dict.fromkeys(names, plan.delta), attested)
 
 
@@ -217,8 +225,9 @@ def _of_sums(terms: SecureSum) -> str:
             f"the silos of each sum made its noise together, and epsilon rests on it that at least "
             f"{terms.noise.min_honest} of them were honest, which added their shares and told nobody: what was charged "
             f"is the noise of so many, and the coordinator learnt no more of a round than the noised sum of "
-            f"{terms.fewest} or more silos' clipped gradients, as long as at most {terms.colluders} silos collude with "
-            "it and each steward's roster has the silos' true keys"
+            f"{terms.fewest} or more silos' clipped gradients, as long as at most {terms.colluders} silos, any that "
+            "looks at a model with its own share in mind among them, collude with it, and each steward's roster has the "
+            "silos' true keys"
         )
     return (
         f"each update left under masks, and the coordinator learnt no more of a round's updates than the sum of "

@@ -100,7 +100,7 @@ def _model(
     model = parse(ModelDigests, dict(_mapping(found, where)), where)
     if len(model.rounds) != plan.rounds:
         raise InputError(f"{where}.rounds: {len(model.rounds)}, the plan has {plan.rounds}")
-    _check_sums(model, plan, where)
+    _check_sums(model, plan, ledgers, where)
     for name in sorted(model.contributors()):
         if name not in ledgers:
             raise InputError(f"{where}: has a release of {name!r}, which the certificate leaves out; do not trust it")
@@ -110,10 +110,15 @@ def _model(
     return model
 
 
-def _check_sums(model: ModelDigests, plan: PlanTerms, where: str) -> None:
+def _check_sums(model: ModelDigests, plan: PlanTerms, ledgers: Mapping[str, Any], where: str) -> None:
     """A round that was added up under masks is of as many silos as the plan says, or was lost."""
     if plan.secure_sum is None:
         return
+    if plan.noise is not None and len(ledgers) < plan.secure_sum.fewest:
+        raise InputError(
+            f"{where}: {len(ledgers)} silos, and each sum had the noise of {plan.secure_sum.fewest} or more; do not "
+            "trust it"
+        )
     for number, one in enumerate(model.rounds, 1):
         summed = len(one.counts)
         if one.updates or 0 < summed < plan.secure_sum.fewest:

@@ -59,7 +59,9 @@ def headline(epsilons: Mapping[str, float], deltas: Mapping[str, float], atteste
     return Claim(sum(epsilons.values()), sum(deltas.values()), _SUM)
 
 
-def headline_of_sums(names: Sequence[str], epsilon: float, delta: float, attested: Mapping[str, bool]) -> Claim:
+def headline_of_sums(
+    names: Sequence[str], epsilon: float, delta: float, attested: Mapping[str, bool], honest: int
+) -> Claim:
     """The claim where silos make the noise of each sum together.
 
     Args:
@@ -67,10 +69,12 @@ def headline_of_sums(names: Sequence[str], epsilon: float, delta: float, atteste
         epsilon: for a unit that is in one silo.
         delta: for such a unit.
         attested: whether a silo's steward attests that; a silo that is not named has not.
+        honest: silos of each sum on which the noise rests.
     """
+    rests = f"; rests on {honest} honest silos of each sum, whose noise it is"
     if names and all(attested.get(silo) is True for silo in names):
-        return Claim(epsilon, delta, _MAXIMUM)
-    return Claim(*everywhere(epsilon, delta, len(names), one_sum=True), _GROUP)
+        return Claim(epsilon, delta, _MAXIMUM + rests)
+    return Claim(*everywhere(epsilon, delta, len(names), one_sum=True), _GROUP + rests)
 
 
 def everywhere(epsilon: float, delta: float, silos: int, *, one_sum: bool) -> tuple[float, float]:

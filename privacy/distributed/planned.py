@@ -45,6 +45,8 @@ def problem_of(terms: SecureSum | None, noise_multiplier: float, clip: float) ->
             refuse_coarse(noise)
     except InputError as error:
         return f"secure_sum.noise: {error}"
+    if noise is not None and not noise.colluders:
+        return "secure_sum.colluders is 0: with secure_sum.noise give 1 or more, since a silo knows its own share of it"
     if noise is not None and noise.unit_is_silo:
         return f"secure_sum.noise: reach = {noise.reach:g}: give more than max_grad_norm ({clip:g})"
     return ""

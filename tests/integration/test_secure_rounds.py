@@ -169,8 +169,9 @@ def test_a_simulation_does_all_of_it_by_itself(settings, tiny_model, warm_ray, t
 
 def test_silos_make_the_noise_together_in_a_simulation(settings, tiny_model, warm_ray, tmp_path):
     """One step a round over all silos' samples, with a private evaluation, whose noise is each silo's own."""
-    run, honest = tmp_path / "run", ("privacy.mode=distributed", "privacy.min_honest=2", "federated.optimizer=sgd")
-    config = settings("federated.rounds=2", "federated.aggregation=fedadam", "privacy.evaluations=1", *honest)
+    run, honest = tmp_path / "run", ("privacy.mode=distributed", "privacy.min_honest=2", "federated.colluders=1")
+    given = ("federated.rounds=2", "federated.aggregation=fedadam", "federated.optimizer=sgd", "privacy.evaluations=1")
+    config = settings(*given, *honest)
     simulate(warm_ray, config, tiny_model, run, on_event=lambda _: None)
     certificate = json.loads((run / "certificate.json").read_text())
     check_certificate(certificate, "test")

@@ -58,6 +58,11 @@ def distributed_problems(federated: Mapping[str, Any], privacy: Mapping[str, Any
         for name, fits, why, instead in rules:
             if given[name] not in (fits if isinstance(fits, tuple) else (fits,)):
                 yield f"{group}.{name} is {_shown(given[name])} with privacy.mode 'distributed': {why}; give {instead}"
+    if not colluders:
+        yield (
+            "federated.colluders is 0 with privacy.mode 'distributed': a silo that looks at the next model knows its "
+            "own share of the noise, which hides nothing from it; give 1 or more"
+        )
     if honest < 2:
         yield (
             f"privacy.min_honest is {honest} with privacy.mode 'distributed': a secure sum has two honest silos at "

@@ -10,6 +10,7 @@ from privacy.distributed.distributed import DistributedNoise
 from privacy.distributed.planned import of_length
 from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement
+from privacy.secure_sum import SecureSum
 
 Known = Callable[[], Mapping[str, str]]
 _CONFIRM = "`siloweave silo roster --add` confirms one"
@@ -54,6 +55,7 @@ def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known_now: Known
         return
     asked, known = {member.silo: member.public_key for member in roster}, known_now()
     if len(asked) == len(roster) and asked == known:
+        _check_number(terms.secure_sum, len(roster))
         return
     wrong = {
         "not confirmed here": sorted(asked.keys() - known.keys()),
@@ -63,6 +65,15 @@ def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known_now: Known
     said = "; ".join(f"{', '.join(names)} {what}" for what, names in wrong.items() if names) or "a silo is there twice"
     message = f"the roster of the run is not what this silo's steward has confirmed: {said}; {_CONFIRM}"
     raise PolicyRefusal.of("roster", f"{len(roster)} silos", f"{len(known)} silos", message)
+
+
+def _check_number(terms: SecureSum, silos: int) -> None:
+    """Refuses, before anything is reserved, silos of whom no sum could have the noise that they share."""
+    if terms.noise is not None and not terms.fewest <= silos <= terms.most:
+        allowed = f"{terms.fewest} to {terms.most} silos"
+        raise PolicyRefusal.of(
+            "roster", f"{silos} silos", allowed, f"{silos} silos, and the plan's noise is for {allowed}"
+        )
 
 
 def agreed(request: pb.Request, terms: PlanTerms, known_now: Known, length: int) -> Agreement | None:

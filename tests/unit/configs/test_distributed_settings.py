@@ -8,6 +8,7 @@ from configs.run_directory import config_digest
 
 SHARED = (
     "federated.secure_aggregation=true",
+    "federated.colluders=1",
     "privacy.mode=distributed",
     "privacy.min_honest=2",
     "federated.local_steps=1",
@@ -18,7 +19,10 @@ SHARED = (
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (("federated.secure_aggregation=false",), "secure_aggregation is false .*: a silo's share of the noise is too"),
+        (
+            ("federated.secure_aggregation=false", "federated.colluders=0"),
+            "secure_aggregation is false .*: a silo's share of the noise is too",
+        ),
         (("federated.local_steps=2",), "local_steps is 2 .*: a round is one step over all silos' samples: .*; give 1"),
         (("federated.optimizer=adam",), "optimizer is 'adam' .*: the moments of an optimizer inside a silo would be"),
         (("federated.proximal_mu=0.1",), r"proximal_mu is 0\.1 .*: a round is one step, which begins where"),
@@ -35,6 +39,7 @@ SHARED = (
             ("privacy.clipping_function=quantile", "privacy.target_quantile=0.5"),
             "clipping_function is 'quantile' .*: the count that moves the norm is released by each silo",
         ),
+        (("federated.colluders=0",), "colluders is 0 .*: a silo that looks at the next model knows its own"),
         (("privacy.min_honest=1",), "min_honest is 1 with privacy.mode 'distributed': a secure sum has two honest"),
         (("privacy.min_honest=0",), "min_honest is 0 with privacy.mode 'distributed'"),
         (("privacy.mode=single",), "min_honest is 2: with privacy.mode 'single' no noise rests on other silos"),
@@ -57,7 +62,7 @@ def test_what_is_no_step_over_all_samples_is_refused_with_the_reason(settings, s
         (),
         ("privacy.clipping_function=automatic",),
         ("federated.aggregation=fedadam", "federated.adapters=ffa", "federated.anchor=0.1"),
-        ("federated.enough_silos=2", "federated.grace_s=5"),
+        ("federated.enough_silos=3", "federated.grace_s=5"),
         ("privacy.evaluations=2",),
     ],
 )

@@ -296,17 +296,23 @@ def test_noise_that_silos_made_together_is_claimed_with_the_silos_that_it_rests_
 def test_a_unit_in_several_silos_is_a_group_in_a_sum_that_has_the_noise_once(tmp_path, monkeypatch):
     """What every steward attests, or else the group's delta, by its recursion: adding one silo's unit after another."""
     noise = SharedNoise(min_honest=2, reach=50.0, values=2**20)
-    request = REQUEST.model_copy(update={"secure_sum": SecureSum(noise=noise), "steps_per_round": 1})
+    request = REQUEST.model_copy(update={"secure_sum": SecureSum(colluders=1, noise=noise), "steps_per_round": 1})
     monkeypatch.setitem(globals(), "PLAN", request.bind(5000))
-    silos = {"a": close_run(tmp_path, "a"), "b": close_run(tmp_path, "b", attests=False)}
+    silos = {name: close_run(tmp_path, name, attests=name != "b") for name in ("a", "b", "c")}
     model = model_of(*({silo: digest_bytes(reply_of(silo, n)) for silo in silos} for n in (1, 2)), {})
     document = json.loads(json.dumps(certificate("run-1", request, silos, model)))
     check_certificate(document, "test")
     epsilon, delta = request.epsilon, request.delta
     claim = document["headline"]
-    assert claim["epsilon"] == document["epsilon_sum"] == pytest.approx(2 * epsilon)
-    assert claim["delta"] == document["delta_sum"] == pytest.approx(delta + math.exp(epsilon) * delta)
-    assert "as a group" in claim["rule"]
+    assert claim["epsilon"] == document["epsilon_sum"] == pytest.approx(3 * epsilon)
+    grown = min(1.0, delta * (1 + math.exp(epsilon) + math.exp(2 * epsilon)))
+    assert claim["delta"] == document["delta_sum"] == pytest.approx(grown)
+    assert "as a group" in claim["rule"] and claim["rule"].endswith(
+        "rests on 2 honest silos of each sum, whose noise it is"
+    )
+    one = {name: silos[name] for name in ("a", "b")}
+    with pytest.raises(InputError, match="2 silos, and each sum had the noise of 3 or more"):
+        check_certificate(certificate("run-1", request, one, model_of({}, {}, {})), "test")
 
 
 @pytest.mark.parametrize(("epsilon", "delta", "silos"), [(0.5, 1e-6, 3), (8.0, 1e-5, 3), (1e4, 1e-9, 40)])

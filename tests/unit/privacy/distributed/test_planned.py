@@ -14,6 +14,7 @@ from privacy.secure_sum import SecureSum, SharedNoise
 
 SHARED = (
     "federated.secure_aggregation=true",
+    "federated.colluders=1",
     "privacy.mode=distributed",
     "privacy.min_honest=3",
     "federated.local_steps=1",
@@ -81,16 +82,16 @@ def test_plans_of_before_are_written_as_they_were():
 
 
 def test_the_settings_plan_spends_its_epsilon_with_nearly_the_noise_of_data_in_one_place():
-    config = load("tiny", [*SHARED, "privacy.epsilon=2", "privacy.evaluations=1", "federated.colluders=1"])
+    config = load("tiny", [*SHARED, "privacy.epsilon=2", "privacy.evaluations=1"])
     plan = plan_terms(config)
-    alone = load("tiny", [*SHARED[3:], "privacy.epsilon=2", "privacy.evaluations=1"])
+    alone = load("tiny", [*SHARED[4:], "privacy.epsilon=2", "privacy.evaluations=1"])
     central = plan_terms(alone)
     assert 1.99 < plan.epsilon <= 2
     assert central.noise_multiplier <= plan.noise_multiplier < 1.003 * central.noise_multiplier
     assert plan.secure_sum.noise.min_honest == 3 and plan.noise.silos == 6
     batch = plan.sampling_rate * max(config.data.private.public_record_counts.values())
     assert plan.noise.reach >= (batch + 10 * batch**0.5) * plan.max_grad_norm
-    assert config_digest(config) != config_digest(load("tiny", ["federated.secure_aggregation=true", *SHARED[3:]]))
+    assert config_digest(config) != config_digest(load("tiny", ["federated.secure_aggregation=true", *SHARED[4:]]))
 
 
 def test_noise_that_words_have_no_room_for_is_refused_in_one_line_with_its_settings():

@@ -23,6 +23,7 @@ NAMES = ("a", "b", "c", "d", "e")
 STEPS = ("train", "phase 2", "phase 3", "phase 4", "phase 5")
 SHARED = (
     "federated.secure_aggregation=true",
+    "federated.colluders=1",
     "privacy.mode=distributed",
     "privacy.min_honest=3",
     "federated.optimizer=sgd",
@@ -126,8 +127,8 @@ def test_a_silo_may_be_gone_from_any_phase_on_and_the_step_is_over_the_others(st
 
 @pytest.mark.parametrize("step", STEPS[1:])
 def test_a_round_with_less_noise_than_is_charged_is_lost_and_stays_charged(step, tmp_path):
-    """Three of five would be enough for masks alone; with a colluder four have to be there for the noise."""
-    silos, settings = silos_of(), ("federated.colluders=1", "federated.rounds=2")
+    """Three of five honest ones would have the noise; with a colluder four have to be there."""
+    silos, settings = silos_of(), ("federated.rounds=2",)
     for silo in silos[:2]:
         silo.gone = set(STEPS[STEPS.index(step) :])
     with pytest.raises(SiloweaveError, match="3 of 5 silos answered, a secure sum takes 4"):
@@ -144,7 +145,7 @@ def test_a_round_with_less_noise_than_is_charged_is_lost_and_stays_charged(step,
 
 
 def test_a_silo_that_was_told_other_numbers_is_never_added_up(tmp_path, monkeypatch):
-    silos = silos_of(NAMES[:3])
+    silos = silos_of(NAMES[:4])
     one = started(silos, tmp_path)
     body = one.exchange.body
 
@@ -156,7 +157,7 @@ def test_a_silo_that_was_told_other_numbers_is_never_added_up(tmp_path, monkeypa
         return body(request_id, silo, **kind)
 
     monkeypatch.setattr(one.exchange, "body", other)
-    with pytest.raises(SiloweaveError, match="2 of 3 silos answered, a secure sum takes 3"):
+    with pytest.raises(SiloweaveError, match="3 of 4 silos answered, a secure sum takes 4"):
         one.run(adapter)
 
 
@@ -172,10 +173,11 @@ def test_a_steward_who_counts_on_fewer_silos_ends_the_run_with_status_3_before_a
 @pytest.mark.parametrize(
     ("settings", "silos", "said"),
     [
-        ((), 3, ""),
+        ((), 4, ""),
         ((), 5, ""),
-        ((), 2, "privacy.min_honest 3 and federated.min_silos 1 a sum takes 3 silos, and there are 2"),
-        ((), 6, "privacy.min_honest is 3: with 6 silos and federated.colluders 0 at least 4 honest ones are in every"),
+        ((), 2, "privacy.min_honest 3 and federated.min_silos 1 a sum takes 4 silos, and there are 2"),
+        ((), 6, ""),
+        ((), 7, "privacy.min_honest is 3: with 7 silos and federated.colluders 1 at least 4 honest ones are in every"),
         (
             ("federated.colluders=2",),
             4,
