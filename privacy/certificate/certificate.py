@@ -224,10 +224,10 @@ def _of_sums(terms: SecureSum) -> str:
         return (
             f"the silos of each sum made its noise together, and epsilon rests on it that at least "
             f"{terms.noise.min_honest} of them were honest, which added their shares and told nobody: what was charged "
-            f"is the noise of so many, and the coordinator learnt no more of a round than the noised sum of "
+            "is the noise of so many, and the coordinator learnt no more of a round than the noised sum of "
             f"{terms.fewest} or more silos' clipped gradients, as long as at most {terms.colluders} silos, any that "
-            "looks at a model with its own share in mind among them, collude with it, and each steward's roster has the "
-            "silos' true keys"
+            "looks at a model with its own share in mind among them, collude with it, and each steward's roster has "
+            "the silos' true keys"
         )
     return (
         f"each update left under masks, and the coordinator learnt no more of a round's updates than the sum of "

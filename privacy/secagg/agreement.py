@@ -53,6 +53,7 @@ class Agreement:
             raise InputError(f"encoding.silos = {self.encoding.silos}: a sum of {silos} silos could wrap")
         if self.length < 1:
             raise InputError(f"length = {self.length}: give 1 or more")
+        _ = self.ring  # raises where there are too many neighbours
 
     @cached_property
     def digest(self) -> bytes:

@@ -40,7 +40,10 @@ def bundle(tiny_run, tmp_path_factory):
     """The folder, and the fingerprint that its coordinator reads out."""
     root = tmp_path_factory.mktemp("bundle")
     federation = federation_at(root / "federation")
-    command = [tiny_run.programs / "python", "-P", "-c", MAKE, root / "federation", tiny_run.model, root / "bundle"]
+    model = shutil.copytree(tiny_run.model, root / "model")
+    (model / "notes.txt").write_text("is no part of the model")
+    (model / "elsewhere").symlink_to(root / "federation")
+    command = [tiny_run.programs / "python", "-P", "-c", MAKE, root / "federation", model, root / "bundle"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return root / "bundle", fingerprint(federation.card)
@@ -149,6 +152,13 @@ def test_more_fewer_and_other_than_files(copied):
     assert refused(folder, code).startswith("./docs/index.md: missing")
     (folder / "bundle.json").unlink()
     assert refused(folder, code).startswith("bundle.json: missing")
+
+
+def test_what_else_lies_in_the_models_folder_stays_there(bundle):
+    folder, _ = bundle
+    named = json.loads((folder / "model" / "manifest.json").read_text())["files"]
+    there = {path.relative_to(folder / "model").as_posix() for path in (folder / "model").rglob("*") if path.is_file()}
+    assert there == {*named, "manifest.json"}
 
 
 @pytest.mark.parametrize(
