@@ -298,7 +298,7 @@ def test_a_steward_says_how_many_honest_silos_a_run_may_count_on(four):
         ({"values": 2**32}, "values"),
         ({"word_bits": 8}, "word_bits"),
         ({"word_bits": 16}, "would cost more than a unit does"),
-        ({"min_honest": 2**14}, "of 32767 silos would cost more"),
+        ({"min_honest": 2**14}, "at most 32767"),
     ],
 )
 def test_noise_that_no_sum_could_have_is_refused_before_anything_is_reserved(four, change, said):
