@@ -20,7 +20,17 @@ from configs.storage.manifests import Manifest, commit_manifest, require_manifes
 from trainer.synthesis.drawing import Fruitless
 
 OPENED = []
-sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if event == "open" else None)
+AT_RENAME = {}
+
+
+def hook(event, arguments):
+    if event == "open":
+        OPENED.append(str(arguments[0]))
+    elif event == "os.rename" and (act := AT_RENAME.pop(str(arguments[1]), None)):
+        act()
+
+
+sys.addaudithook(hook)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -175,7 +185,7 @@ def test_a_folder_that_is_none_of_ours_is_refused_and_stays(run, tmp_path):
 
 
 def test_a_second_command_is_kept_off_until_the_folder_is_there(run, tmp_path):
-    """It is started in the middle of the first one, and once more when that one has just ended."""
+    """It is started in the middle of the first one, right before the folder gets its name, and right after."""
     late, said = wanted(tmp_path / "out" / "a.jsonl"), []
 
     def start_another(*_):
@@ -183,7 +193,10 @@ def test_a_second_command_is_kept_off_until_the_folder_is_there(run, tmp_path):
             make(run, late)
         said.append(str(refused.value))
 
-    make(run, wanted(tmp_path / "out" / "a.jsonl"), start_another)
+    AT_RENAME[str(tmp_path / "out")] = start_another
+    make(run, wanted(tmp_path / "out" / "a.jsonl"), lambda *_: said or start_another())
+    assert len(said) == 2
+    assert not AT_RENAME
     assert set(said) == {f"{tmp_path / 'out'}: another command is making it; wait for that one"}
     before = (tmp_path / "out" / "a.jsonl").read_bytes()
     with pytest.raises(InputError, match="out: exists; give a file in a folder that is not there yet"):
