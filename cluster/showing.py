@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from cluster.run import Run
 from configs.errors import InputError
-from configs.parse import json_object
-from configs.storage.files import digest_file, write_atomic
-from configs.storage.layout import CERTIFICATE, FEDERATED
+from configs.schema.schema import RunConfig
+from configs.storage.files import write_atomic
+from configs.storage.layout import FEDERATED, RunFiles
 from configs.storage.manifests import MANIFEST, require_manifest
 from configs.storage.sealing import load_key
 from trainer.inference.decoding import Decoding
@@ -26,8 +27,11 @@ def show(run: Run, decoding: Decoding) -> None:
     Args:
         run: with a finished federation.
         decoding: how texts are drawn.
+
+    Raises:
+        InputError: the federation's certificate doesn't hold, or is about another model.
+        SiloweaveError: the disk is full or not writable.
     """
-    from cluster.report.showcase import render
     from trainer.data.tokenizer import load_tokenizer
     from trainer.tasks.task import task_of
 
@@ -49,12 +53,19 @@ def show(run: Run, decoding: Decoding) -> None:
             "name": run.config.run.name,
             "prompts": prompts,
             "answers": answers,
-            "privacy": _privacy(run),
+            "privacy": _privacy(run.config, run.files.federated, manifest.inputs["model"]),
             "explanations": explained,
             "missing": missing,
         }
-    write_atomic(run.files.showcase, json.dumps(document, indent=2, ensure_ascii=False).encode())
-    write_atomic(run.files.showcase_page, render(document).encode())
+    _write(run.files, document)
+
+
+def _write(files: RunFiles, document: dict[str, Any]) -> None:
+    """The page comes first: a report leads to it by what the other file says of its model."""
+    from cluster.report.showcase import render
+
+    write_atomic(files.showcase_page, render(document).encode())
+    write_atomic(files.showcase, json.dumps(document, indent=2, ensure_ascii=False).encode())
 
 
 def _prompts(run: Run, task: Any) -> list[str]:
@@ -72,9 +83,14 @@ def _models(run: Run, task: Any) -> Any:
 
     if task.head is None:
         yield "base", load_model(run.model, load_key(run.config.run.encryption_key_file)).eval()
-    for name, folder in (("dp", run.files.federated), ("no_dp", run.files.no_dp)):
-        if (folder / MANIFEST).is_file():
-            yield name, final_model(run.config, run.model, folder)
+    for name, folder in _federations(run):
+        yield name, final_model(run.config, run.model, folder)
+
+
+def _federations(run: Run) -> list[tuple[str, Path]]:
+    """Those that are finished; one without DP that the settings no longer ask for is an earlier start's."""
+    asked = [("dp", run.files.federated), *([("no_dp", run.files.no_dp)] if run.config.evaluate.without_dp else [])]
+    return [(name, folder) for name, folder in asked if (folder / MANIFEST).is_file()]
 
 
 def _answer(task: Any, tokenizer: Any, model: Any, prompt: str, decoding: Decoding) -> str:
@@ -99,14 +115,11 @@ def _explained(task: Any, tokenizer: Any, model: Any, prompts: list[str]) -> tup
         return [], str(error)
 
 
-def _privacy(run: Run) -> dict[str, Any]:
-    path = run.files.federated / CERTIFICATE
-    document = json_object(path.read_bytes(), str(path))
-    claim = document["headline"]
-    return {
-        "epsilon": claim["epsilon"],
-        "delta": claim["delta"],
-        "unit": document["unit"],
-        "rule": claim["rule"],
-        "certificate": digest_file(path),
-    }
+def _privacy(config: RunConfig, federation: Path, base_digest: str) -> dict[str, Any]:
+    """What is claimed of the model with DP, as whoever serves it says it; and where it lies in the run."""
+    from cluster.serving.claims import of_federation
+    from federated.coordinator.final_model import published
+
+    made = published(config)
+    claim = of_federation(federation, federation / made, base_digest, load_key(config.run.encryption_key_file))
+    return {**claim.document(), "model": f"{federation.name}/{made}"}

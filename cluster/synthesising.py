@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from cluster.finished import run_of, settings_of
 from cluster.serving.models import Place, find, whole
 from configs.errors import InputError
+from configs.locks import HeldError, locked
 from configs.printing import printable
 from configs.schema.schema import RunConfig
-from configs.storage.files import write_failure
+from configs.storage.files import digest_file, write_failure
 from configs.storage.layout import CERTIFICATE, NO_DP, RunFiles
 from configs.storage.manifests import Manifest, commit_manifest, require_manifest
 from configs.storage.sealing import MasterKey, load_key
@@ -25,7 +27,7 @@ from trainer.synthesis.drawing import Drawing, Fruitless, Synthesis, synthesise
 from trainer.tasks.task import task_of
 
 _MOST = 10_000_000
-_DRAWN = "drawn.part"
+_DRAWN, _MADE = "drawn.part", "made"  # what a command collects, and what becomes the folder, once it is whole
 _CARD = """---
 tags:
 - synthetic
@@ -88,6 +90,14 @@ class Wanted:
         if not 1 <= self.number <= _MOST:
             raise InputError(f"--records {self.number}: give a number from 1 to {_MOST:,}")
         check_kind(self.file, "--output")
+        self.require_free()
+
+    def require_free(self) -> None:
+        """Refuses a folder that is there.
+
+        Raises:
+            InputError: it is.
+        """
         if self.folder.exists():
             raise InputError(f"{self.folder}: exists; give a file in a folder that is not there yet, by --output")
 
@@ -130,7 +140,7 @@ def make(
 
     Raises:
         InputError: there is no finished model, it is not private, its certificate is another model's, its task has no
-            records to write, or what is asked for doesn't fit it.
+            records to write, what is asked for doesn't fit it, or something else lies where it is made.
         SiloweaveError: nothing can be kept of what the model writes (``Fruitless``), or the disk is full or not
             writable.
     """
@@ -140,21 +150,52 @@ def make(
     if found.claim.epsilon is None and not wanted.not_private:
         raise InputError(f"{place}: {_why_not(found)}; give a model that was trained under DP, or --not-private")
     drawing = _drawing(config, found, key, wanted)
-    part = wanted.folder.with_name(f".{wanted.folder.name}.part")
     try:
-        if part.exists() and not (part / _DRAWN).exists():
-            shutil.rmtree(part)  # of a command that was killed at its end
-        part.mkdir(parents=True, exist_ok=True)
-        identity = {"model": _digest(found), "file": wanted.file.name}
-        drawn = synthesise(drawing, part / _DRAWN, identity, on_progress)
-        manifest = _write(part / wanted.file.name, found, drawing, drawn)
-        part.rename(wanted.folder)
-    except Fruitless:  # which would be so again: there is nothing to go on with
-        shutil.rmtree(part)
-        raise
+        with _alone(wanted) as part:
+            identity = {"model": _digest(found), "file": wanted.file.name}
+            drawn = synthesise(drawing, part / _DRAWN, identity, on_progress)
+            manifest = _write(_fresh(part / _MADE) / wanted.file.name, found, drawing, drawn)
+            (part / _MADE).rename(wanted.folder)
+            shutil.rmtree(part)
     except OSError as error:
         raise write_failure(wanted.folder, error) from None
     return {"file": str(wanted.file), **_described(found, drawn), "digest": manifest.content_digest}
+
+
+@contextmanager
+def _alone(wanted: Wanted) -> Iterator[Path]:
+    """The folder in which one command at a time makes what is wanted, and goes on with what a killed one has drawn.
+
+    The lock lies beside it, since it goes away with the command's end.
+    """
+    part = wanted.folder.with_name(f".{wanted.folder.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(wanted.folder.with_name(f".{wanted.folder.name}.lock"), b"siloweave synthesise"):
+            wanted.require_free()  # another command may just have made it
+            if not _is_ours(part):
+                raise InputError(f"{part}: is no interrupted command's; move it away, or give another --output")
+            part.mkdir(exist_ok=True)
+            try:
+                yield part
+            except Fruitless:  # which would be so again: there is nothing to go on with
+                shutil.rmtree(part)
+                raise
+    except HeldError:
+        raise InputError(f"{wanted.folder}: another command is making it; wait for that one") from None
+
+
+def _is_ours(part: Path) -> bool:
+    """Whether it may be written in, and removed: nothing lies there, or what a command had begun."""
+    return (part / _DRAWN).is_file() or not (any(part.iterdir()) if part.is_dir() else part.exists())
+
+
+def _fresh(folder: Path) -> Path:
+    """An empty folder, whatever a command that was killed at its end has left there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
 
 
 def _drawing(config: RunConfig, found: Place, key: MasterKey | None, wanted: Wanted) -> Drawing:
@@ -200,11 +241,18 @@ def _write(file: Path, found: Place, drawing: Drawing, drawn: Synthesis) -> Mani
     part, inputs = file.parent, {"model": _digest(found)}
     (part / "README.md").write_text(_card(file.name, found, drawing, drawn), encoding="utf-8")
     if found.claim.certificate is not None:
-        shutil.copyfile((found.federation or found.base) / CERTIFICATE, part / CERTIFICATE)
-        inputs["certificate"] = found.claim.certificate
-    (part / _DRAWN).unlink()
+        inputs["certificate"] = _copied((found.federation or found.base) / CERTIFICATE, part, found.claim.certificate)
     described = {name: value for name, value in _described(found, drawn).items() if name != "resumed"}
     return commit_manifest(part, Manifest("synthetic", "", inputs=inputs, metadata=described))
+
+
+def _copied(certificate: Path, folder: Path, checked: str) -> str:
+    """The digest of the certificate's copy, which is that of the file that was checked."""
+    copy = folder / certificate.name
+    shutil.copyfile(certificate, copy)
+    if digest_file(copy) != checked:
+        raise InputError(f"{certificate}: was changed since it was checked; give the command again")
+    return checked
 
 
 def _card(name: str, found: Place, drawing: Drawing, drawn: Synthesis) -> str:

@@ -14,7 +14,7 @@ from cluster.serving.errors import ApiError
 from cluster.serving.guard import Guard
 from cluster.serving.page import whole_in_itself
 from configs.errors import SiloweaveError
-from configs.printing import printable
+from configs.printing import printable, say
 
 REFRESH_S = 15
 _HERE = "127.0.0.1"
@@ -43,6 +43,7 @@ class Dashboard:
         app = FastAPI(openapi_url=None, redirect_slashes=False)
         app.get("/{secret}", response_model=None)(self._answer)
         self.guard = Guard(app, None, 0, _AT_ONE_TIME, "open the address that the command has printed, on this machine")
+        self.guard.failed = _say_failed
 
     def _answer(self, secret: str) -> Response:
         if not secrets.compare_digest(secret.encode(), self._secret.encode()):
@@ -53,6 +54,12 @@ class Dashboard:
         except SiloweaveError as error:
             return whole_in_itself(rendered(self._template, problem=str(error)), status=503)
         return whole_in_itself(rendered(self._template, found))
+
+
+def _say_failed(kind: str) -> None:
+    """Of what nobody has foreseen the kind alone is told: its message may quote a stranger or a record."""
+    said = "which is an error of Siloweave's; the next look reads everything anew"
+    say(f"a look at the page has failed ({kind}), {said}", err=True)
 
 
 def rendered(template: str, found: dict[str, Any] | None = None, problem: str = "") -> str:

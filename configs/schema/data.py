@@ -1,5 +1,6 @@
 """Settings of the data: where it comes from, how public text is cleaned, and its tokenizer."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from configs.schema.places import Place
 
 PUBLIC = "public"
 DATA = Place("the data", unless="(embedded|hf):.*")
+_HUB, _EMBEDDED = "hf:", "embedded:"
 LARGEST_DATASET_NAME = 255 - len(".anchor")  # a folder has this name, and its ledger's anchor one that is longer
 CorpusName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100)]
 
@@ -159,8 +161,30 @@ def field_of(corpus: str) -> str:
 
 
 def overlaps(one: SourceSettings, other: SourceSettings) -> bool:
-    """Whether two sources may have a record in common, by where they are."""
-    if ":" in one.source or ":" in other.source:
-        return (one.source, one.split) == (other.source, other.split)
-    here, there = Path(one.source).resolve(), Path(other.source).resolve()
-    return here.is_relative_to(there) or there.is_relative_to(here)
+    """Whether two sources may have a record in common, by where they are; where that can't be told, they may.
+
+    Splits keep two readings of one Hugging Face dataset apart only if both are plain names: ``train[:50%]`` is a part
+    of another split, ``train+test`` a sum, and ``all`` has every one.
+    """
+    here, there = _where(one.source), _where(other.source)
+    if _same(here, there) and one.source.startswith(_HUB) and other.source.startswith(_HUB):
+        splits = {one.split.casefold(), other.split.casefold()}
+        return len(splits) == 1 or not all(re.fullmatch(r"\w+", split) and split != "all" for split in splits)
+    if isinstance(here, Path) and isinstance(there, Path):
+        return here.is_relative_to(there) or there.is_relative_to(here)
+    return _same(here, there)
+
+
+def _where(source: str) -> Path | str:
+    """A path, also where ``datasets`` reads one; else a name, which the hub finds in capitals and small letters."""
+    name = source.removeprefix(_HUB)
+    if not source.startswith((_HUB, _EMBEDDED)) or Path(name).is_absolute() or Path(name).exists():
+        return Path(name).resolve()
+    return name.removeprefix("hf://datasets/").strip("/").casefold()
+
+
+def _same(here: Path | str, there: Path | str) -> bool:
+    """Of two names, one may lack the dataset's owner: the hub finds many a dataset without."""
+    if isinstance(here, Path) or isinstance(there, Path):
+        return here == there
+    return f"/{here}".endswith(f"/{there}") or f"/{there}".endswith(f"/{here}")

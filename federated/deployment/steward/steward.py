@@ -30,37 +30,56 @@ def figures(config: Path, socket: Path | None) -> dict[str, Any]:
         socket: of the service, to ask whether it is serving; None: nobody asks.
 
     Raises:
-        InputError: the settings don't hold; or there is no ledger, or it was damaged or edited.
+        InputError: the settings don't hold; there is no ledger, or it was damaged or edited; or another of the silo's
+            files can't be read.
     """
     settings = load_silo(config)
-    looked, files = look(settings), SiloFiles(Path(settings.silo.state_dir))
+    looked, files, coordinators = look(settings), SiloFiles(Path(settings.silo.state_dir)), Coordinators(settings)
     with reading(files.ledger, f"put its backup back, or run {RECONCILE}"):
-        coordinators = Coordinators(settings)
-        released, answered = list(left_rows(looked.bodies, coordinators)), replies(files, coordinators)
-        refused = [line for line in answered if line["outcome"] != "answered"]
-        return {
-            "silo": settings.silo.id,
-            "dataset": settings.silo.dataset_id,
-            "time": at(time.time()),
-            "serving": is_up(socket),
-            "last_reply": answered[-1]["time"] if answered else None,
-            "doubt": looked.doubt,
-            "budget": _budget(settings, looked),
-            "spent": spent_rows(looked.bodies, coordinators),
-            "runs": _runs(looked, coordinators, config),
-            "left": {
-                "releases": len(released),
-                "bytes": sum(row["bytes"] or 0 for row in released),
-                "newest": released[-SHOWN:],
-            },
-            "replies": answered[-SHOWN:],
-            "refused": with_reasons(refused[-SHOWN:], files),
-            "turned_away": turned_away(files),
-            "mandates": _mandates(settings, looked, config),
-            "trusted": _trusted(settings, config),
-            "roster": roster(settings),
-            "certificate_days_left": certificates(files),
-        }
+        told = _ledger_rows(settings, looked, coordinators, config)
+    with reading(files.mandates, "put the backup of what lies there back"):
+        mandates = _mandates(settings, looked, config)
+    with reading(files.traffic, "have it readable, or move it away"):
+        logged = _log_rows(files, coordinators)
+    return {
+        "silo": settings.silo.id,
+        "dataset": settings.silo.dataset_id,
+        "time": at(time.time()),
+        "serving": is_up(socket),
+        **told,
+        **logged,
+        "mandates": mandates,
+        "trusted": _trusted(settings, config),
+        "roster": roster(settings),
+        "certificate_days_left": certificates(files),
+    }
+
+
+def _ledger_rows(settings: SiloConfig, looked: Looked, coordinators: Coordinators, config: Path) -> dict[str, Any]:
+    released = list(left_rows(looked.bodies, coordinators))
+    return {
+        "doubt": looked.doubt,
+        "budget": _budget(settings, looked),
+        "spent": spent_rows(looked.bodies, coordinators),
+        "runs": _runs(looked, coordinators, config),
+        "left": {
+            "releases": len(released),
+            "bytes": sum(row["bytes"] or 0 for row in released),
+            "newest": released[-SHOWN:],
+        },
+    }
+
+
+def _log_rows(files: SiloFiles, coordinators: Coordinators) -> dict[str, Any]:
+    """Of three files of lines; an error has the name of the one that can't be read."""
+    answered = replies(files, coordinators)
+    refused = [line for line in answered if line["outcome"] != "answered"]
+    return {
+        "last_reply": answered[-1]["time"] if answered else None,
+        "replies": answered[-SHOWN:],
+        "refused": with_reasons(refused[-SHOWN:], files),
+        "turned_away": turned_away(files),
+    }
 
 
 def _budget(settings: SiloConfig, looked: Looked) -> dict[str, float | None]:

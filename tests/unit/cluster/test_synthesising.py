@@ -12,14 +12,25 @@ from repository import REPOSITORY
 from served_models import a_labelling_run, a_model
 from taught_models import a_taught_federation, a_taught_model
 
-from cluster.synthesising import Wanted, make, usual_file
+from cluster.synthesising import Wanted, _copied, make, usual_file
 from configs.errors import InputError
+from configs.storage.files import digest_file
 from configs.storage.layout import CERTIFICATE
 from configs.storage.manifests import Manifest, commit_manifest, require_manifest
 from trainer.synthesis.drawing import Fruitless
 
 OPENED = []
-sys.addaudithook(lambda event, arguments: OPENED.append(str(arguments[0])) if event == "open" else None)
+AT_RENAME = {}
+
+
+def hook(event, arguments):
+    if event == "open":
+        OPENED.append(str(arguments[0]))
+    elif event == "os.rename" and (act := AT_RENAME.pop(str(arguments[1]), None)):
+        act()
+
+
+sys.addaudithook(hook)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,11 +145,75 @@ def test_what_cannot_be_made_is_one_line_and_leaves_nothing(run, tmp_path, chang
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_command_left_is_no_part_of_the_next_ones_folder(run, tmp_path):
-    (tmp_path / ".out.part").mkdir()
-    (tmp_path / ".out.part" / "other.jsonl").write_text("{}\n")
-    make(run, wanted(tmp_path / "out" / "a.jsonl"))
+class KilledError(BaseException):
+    """Nothing after it is run, as if the process had ended there."""
+
+
+def test_a_command_that_was_killed_at_its_end_is_gone_on_with(run, tmp_path):
+    make(run, wanted(tmp_path / "whole" / "a.jsonl"))
+
+    def kill(done, of):
+        if done == of:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        make(run, wanted(tmp_path / "out" / "a.jsonl"), kill)
+    left = tmp_path / ".out.part" / "made"
+    left.mkdir()
+    (left / "other.jsonl").write_text("{}\n")
+    made = make(run, wanted(tmp_path / "out" / "a.jsonl"))
+    assert made["resumed"] == made["drawn"]
+    for name in ("README.md", "a.jsonl", "manifest.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "a.jsonl", "manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_folder_that_is_none_of_ours_is_refused_and_stays(run, tmp_path):
+    other = tmp_path / ".out.part" / "other.jsonl"
+    other.parent.mkdir()
+    other.write_text("{}\n")
+    with pytest.raises(InputError, match=r"\.out\.part: is no interrupted command's; move it away"):
+        make(run, wanted(tmp_path / "out" / "a.jsonl"))
+    assert other.read_text() == "{}\n"
+    assert [path.name for path in tmp_path.iterdir()] == [".out.part"]
+    other.unlink()
+    other.parent.rmdir()
+    other.parent.write_text("a file")
+    with pytest.raises(InputError, match=r"\.out\.part: is no interrupted command's; move it away"):
+        make(run, wanted(tmp_path / "out" / "a.jsonl"))
+
+
+def test_a_second_command_is_kept_off_until_the_folder_is_there(run, tmp_path):
+    """It is started in the middle of the first one, right before the folder gets its name, and right after."""
+    late, said = wanted(tmp_path / "out" / "a.jsonl"), []
+
+    def start_another(*_):
+        with pytest.raises(InputError) as refused:
+            make(run, late)
+        said.append(str(refused.value))
+
+    AT_RENAME[str(tmp_path / "out")] = start_another
+    make(run, wanted(tmp_path / "out" / "a.jsonl"), lambda *_: said or start_another())
+    assert len(said) == 2
+    assert not AT_RENAME
+    assert set(said) == {f"{tmp_path / 'out'}: another command is making it; wait for that one"}
+    before = (tmp_path / "out" / "a.jsonl").read_bytes()
+    with pytest.raises(InputError, match="out: exists; give a file in a folder that is not there yet"):
+        make(run, late)
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_certificate_that_comes_along_is_the_one_that_was_checked(tmp_path):
+    certificate, folder = tmp_path / CERTIFICATE, tmp_path / "out"
+    folder.mkdir()
+    certificate.write_text("{}")
+    checked = digest_file(certificate)
+    assert _copied(certificate, folder, checked) == digest_file(folder / CERTIFICATE)
+    certificate.write_text("{ }")
+    with pytest.raises(InputError, match="was changed since it was checked"):
+        _copied(certificate, folder, checked)
 
 
 def test_a_model_that_writes_nothing_worth_keeping_leaves_nothing(run, tmp_path):

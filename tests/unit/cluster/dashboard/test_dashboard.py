@@ -89,7 +89,7 @@ def test_nothing_but_a_look_is_taken(dashboard):
     refused(client(dashboard).post(dashboard.path, content=b"x"), 413, "bytes; send less")
 
 
-def test_what_goes_wrong_is_one_line_and_the_next_look_is_whole_again(made):
+def test_what_goes_wrong_is_one_line_and_the_next_look_is_whole_again(made, capsys):
     problem = [InputError("ledger.sqlite: entry 3 does not hold <b>; put its backup back"), KeyError("private")]
 
     def look():
@@ -107,6 +107,9 @@ def test_what_goes_wrong_is_one_line_and_the_next_look_is_whole_again(made):
     assert "content-security-policy" in said.headers
     failed = asking.get(dashboard.path)
     assert (failed.status_code, "private" in failed.text) == (500, False)
+    said = capsys.readouterr().err
+    assert said.startswith("a look at the page has failed (KeyError), ")
+    assert (said.count("\n"), "private" in said) == (1, False)
     assert asking.get(dashboard.path).status_code == 200
 
 

@@ -4,7 +4,8 @@ import json
 
 from cluster.report.showcase import render, showcase_of
 
-PRIVACY = {"epsilon": 7.5, "delta": 1e-5, "unit": "record", "rule": "maximum", "certificate": "ab" * 32}
+LINE = f"epsilon 7.5 at delta 1e-05 for one record, on top of what an earlier run spent; certificate {'ab' * 32}"
+PRIVACY = {"line": LINE, "certificate": "ab" * 32, "model": "federated/model"}
 HOSTILE = "<script>alert(1)</script>"
 
 
@@ -27,9 +28,15 @@ def test_words_are_text_and_all_answers_are_there():
     page = render(document())
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
-    for shown in ("first", "one", "two", "(nothing)", "base model", "with DP", "7.5", PRIVACY["certificate"]):
+    for shown in ("first", "one", "two", "(nothing)", "base model", "with DP", LINE, "--model federated/model"):
         assert shown in page
     assert "without DP" not in page
+
+
+def test_a_model_without_a_certificate_is_not_said_to_have_one():
+    page = render(document(privacy={"line": "nothing is claimed", "certificate": None, "model": "federated/adapter"}))
+    assert "nothing is claimed" in page
+    assert "ledger verify" not in page
 
 
 def test_why_there_are_no_explanations_is_said():

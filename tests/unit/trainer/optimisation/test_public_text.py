@@ -67,3 +67,35 @@ def test_sources_are_compared_by_where_they_are():
     assert not overlaps(of("hf:a"), of("hf:a", "test"))
     assert not overlaps(of("embedded:plays"), of("/records/b"))
     assert not overlaps(of("/records/bb"), of("/records/b"))
+    assert overlaps(of("/records/a:b"), of("/records/../records"))
+    assert overlaps(of("embedded:plays"), of("embedded:plays", "test"))  # which has no splits
+
+
+@pytest.mark.parametrize("split", ["train[:50%]", "train[1:2]", "train+test", "all", "", "train", "Train", "test[:1]"])
+def test_a_split_that_is_part_or_sum_of_others_is_not_apart_from_them(split):
+    one, other = SimpleNamespace(source="hf:a/b", split="train"), SimpleNamespace(source="hf:a/b", split=split)
+    assert overlaps(one, other)
+    assert overlaps(other, one)
+
+
+def test_a_dataset_has_several_names(tmp_path):
+    def meet(one, other, *splits):
+        first, second = splits or ("train", "train")
+        sources = SimpleNamespace(source=one, split=first), SimpleNamespace(source=other, split=second)
+        assert overlaps(*sources) == overlaps(*reversed(sources))
+        return overlaps(*sources)
+
+    for name in ("hf:plays", "hf:Folk/Plays", "hf:folk/plays/", "hf:hf://datasets/folk/plays"):
+        assert meet("hf:folk/plays", name), name
+        assert not meet("hf:folk/plays", name, "train", "test"), name
+    assert not meet("hf:folk/plays", "hf:folk/displays")
+    assert not meet("hf:folk/plays", "hf:others/plays")
+    assert not meet("hf:folk/plays", str(tmp_path))
+    # A folder of this machine, read by way of `datasets` or without.
+    (tmp_path / "below").mkdir()
+    (tmp_path / "other-name").symlink_to(tmp_path / "below")
+    for name in (tmp_path, f"hf:{tmp_path}", f"hf:{tmp_path}/below", f"hf:{tmp_path}/other-name"):
+        assert meet(str(name), f"hf:{tmp_path}/below"), name
+    assert not meet(f"hf:{tmp_path}", f"hf:{tmp_path}", "train", "test")
+    assert meet(f"hf:{tmp_path}", f"hf:{tmp_path}/below", "train", "test")
+    assert meet(str(tmp_path), f"hf:{tmp_path}", "train", "test")

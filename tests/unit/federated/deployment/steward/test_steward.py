@@ -176,6 +176,16 @@ def test_an_edited_ledger_is_one_line(toml):
         assert not out or json.loads(out)["exit_status"] == 2
 
 
+@pytest.mark.parametrize("name", ["audit.jsonl", "strangers.jsonl", "silo.log"])
+def test_a_log_that_cannot_be_read_is_no_word_against_the_ledger(toml, name):
+    path = toml.parent / "state" / name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match=rf"{name}: can't be read .*; have it readable, or move it away") as refused:
+        figures(toml, None)
+    assert "ledger" not in str(refused.value)
+
+
 @settings(max_examples=60, deadline=None)
 @given(KINDS)
 def test_a_damaged_ledger_or_log_is_at_most_one_line(made, kind):
