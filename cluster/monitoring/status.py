@@ -79,7 +79,9 @@ def _stages(
     done[FEDERATED] = has(files.federated)
     if config is None or config.evaluate.without_dp:
         done[NO_DP] = has(files.no_dp)
-    written = {"evaluate": files.evaluation, "generate": files.sample, "report": files.report}
+    written = {"evaluate": files.evaluation, "generate": files.sample, "show": files.showcase, "report": files.report}
+    if not files.showcase.is_file() and all(event["stage"] != "show" for event in events):
+        del written["show"]  # most runs have no prompts to show answers to
     done.update({stage: salvage.tried(path, path.is_file, otherwise=False) for stage, path in written.items()})
     return {stage: _stage(stage, events, done=finished) for stage, finished in done.items()}
 

@@ -52,7 +52,7 @@ def test_a_finished_run(tiny_run, siloweave):
 def test_a_run_cut_short_while_it_pretrained(copy):
     for name in ("model", "federated", "federated-no-dp"):
         shutil.rmtree(copy / name)
-    for name in ("evaluation.json", "sample.txt", "report.json"):
+    for name in ("evaluation.json", "sample.txt", "showcase.json", "report.json"):
         (copy / name).unlink()
     (copy / "pretrain" / "checkpoints" / "step-00000040" / "COMMITTED").unlink()
     log = [json.loads(line) for line in (copy / "events.jsonl").read_text().splitlines()]
