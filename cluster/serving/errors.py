@@ -37,6 +37,11 @@ class ApiError(Exception):
 FAILED = ApiError(500, "the service failed at this request", "failed")
 
 
+def too_many() -> ApiError:
+    """The refusal of whoever comes while there is no room."""
+    return ApiError(429, "too many requests at one time; try again later", "rate_limit_exceeded")
+
+
 def stopping() -> ApiError:
     """For requests that come after the signal to stop."""
     return ApiError(503, "the service is stopping; ask again when it is back", "stopping")

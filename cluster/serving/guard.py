@@ -1,18 +1,18 @@
 """What every request passes first: is there room, who asks, how much do they send, and how slowly."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.serving.errors import FAILED, ApiError, stopping
+from cluster.serving.errors import FAILED, ApiError, stopping, too_many
 from cluster.serving.keys import LOOPBACK, ApiKeys
 
 OPEN = ("/", "/health")  # of these two nobody needs a key
-_BODY_S = 20.0
+ARRIVAL_S = 20.0
 
 
 def _from_here(scope: Scope) -> bool:
@@ -27,6 +27,20 @@ def _from_here(scope: Scope) -> bool:
         own = urlsplit(f"//{host}").hostname in LOOPBACK and (not origin or urlsplit(origin).netloc == host)
         return own and ip_address(client).is_loopback
     return False
+
+
+@asynccontextmanager
+async def arriving() -> AsyncIterator[None]:
+    """As long as a request may take to arrive.
+
+    Raises:
+        ApiError: it took longer.
+    """
+    try:
+        async with asyncio.timeout(ARRIVAL_S):
+            yield
+    except TimeoutError:
+        raise ApiError(408, f"the request took more than {ARRIVAL_S:g} s to arrive", "timeout") from None
 
 
 class Guard:
@@ -118,24 +132,21 @@ class Guard:
         if self._keys is not None and not self._keys.allow(authorization):
             raise ApiError(401, "the API key is missing or wrong; send `Authorization: Bearer KEY`", "invalid_api_key")
         if self.active > self.most:
-            raise ApiError(429, "too many requests at one time; try again later", "rate_limit_exceeded")
+            raise too_many()
 
     async def _with_body(self, receive: Receive) -> Receive:
         """The whole body is read before anything else is done: who sends it slowly holds no slot."""
         body = bytearray()
-        try:
-            async with asyncio.timeout(_BODY_S):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        break
-                    body += message.get("body", b"")
-                    if len(body) > self._largest:
-                        raise self._too_large()
-                    if not message.get("more_body", False):
-                        break
-        except TimeoutError:
-            raise ApiError(408, f"the request took more than {_BODY_S:g} s to arrive", "timeout") from None
+        async with arriving():
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    break
+                body += message.get("body", b"")
+                if len(body) > self._largest:
+                    raise self._too_large()
+                if not message.get("more_body", False):
+                    break
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:

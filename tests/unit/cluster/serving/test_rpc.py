@@ -206,7 +206,7 @@ def test_numbers_that_are_none_and_bytes_that_are_no_message_are_refused(service
                 codes.append((error.code(), error.details()))
         return codes
 
-    said = "the message is none of this call's, or has invalid UTF-8"
+    said = "the message is none of this call's, is compressed, or has invalid UTF-8"
     assert over_grpc(service, raw) == [(grpc.StatusCode.INVALID_ARGUMENT, said)] * 2
 
 
