@@ -1,14 +1,16 @@
 """Wheels of what is installed here: a site gets the very files that this environment runs, and nothing is fetched."""
 
 import base64
+import csv
 import hashlib
 import importlib.metadata
 import json
 import os
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import Distribution, PackagePath
-from pathlib import Path
+from dataclasses import dataclass
+from importlib.metadata import Distribution
+from pathlib import Path, PurePosixPath
 
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
@@ -19,6 +21,28 @@ from configs.errors import InputError
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal environments make equal wheels
 _OF_INSTALLER = {"RECORD", "INSTALLER", "REQUESTED", "direct_url.json"}
 _FAST = 1  # most of the bytes are machine code, which higher levels of zlib shrink by a few percent in thrice the time
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A file as pip has installed it.
+
+    Attributes:
+        path: from the folder of packages.
+        digest: SHA-256 as RECORD writes it; empty: none.
+    """
+
+    path: PurePosixPath
+    digest: str
+
+
+def recorded(distribution: Distribution) -> list[Recorded]:
+    """A package's files by its RECORD: what importlib.metadata gives lacks, in some versions, files that are gone."""
+    rows = csv.reader((distribution.read_text("RECORD") or "").splitlines())
+    return [
+        Recorded(PurePosixPath(row[0]), row[1].removeprefix("sha256=") if row[1].startswith("sha256=") else "")
+        for row in rows
+    ]
 
 
 def required(root: str, extras: tuple[str, ...] = ()) -> list[Distribution]:
@@ -85,11 +109,11 @@ def write_wheel(distribution: Distribution, folder: Path) -> Path:
     wheel = folder / f"{stem}-{_tags(described)}.whl"
     record = []
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED, compresslevel=_FAST) as archive:
-        for place, file in sorted(_kept(distribution, info)):
+        for place, file in sorted(_kept(distribution, info), key=lambda kept: kept[0]):
             content = _content(distribution, file, name)
             if place.startswith(f"{info.removesuffix('.dist-info')}.data/scripts/"):
                 content = _for_any_python(content)
-            _add(archive, place, content, Path(str(distribution.locate_file(file))).stat().st_mode)
+            _add(archive, place, content, Path(str(distribution.locate_file(file.path))).stat().st_mode)
             record.append(f"{_quoted(place)},sha256={_digest(content)},{len(content)}\n")
         record.append(f"{info}/RECORD,,\n")
         _add(archive, f"{info}/RECORD", "".join(record).encode(), 0o644)
@@ -107,11 +131,12 @@ def check_packable(distribution: Distribution) -> tuple[str, str, str]:
     """
     name = f"{distribution.name}-{distribution.version}"
     described = distribution.read_text("WHEEL")
-    if distribution.files is None or described is None:
+    if not recorded(distribution) or described is None:
         raise InputError(f"{name}: not installed by pip from a wheel; use a virtual environment of its own")
     if _is_editable(distribution):
         raise InputError(f"{name}: runs from a working folder; `pip install` it from there without --editable")
-    (info,) = {file.parts[0] for file in distribution.files if file.match("*.dist-info/WHEEL") and len(file.parts) == 2}
+    paths = (file.path for file in recorded(distribution))
+    (info,) = {path.parts[0] for path in paths if path.match("*.dist-info/WHEEL") and len(path.parts) == 2}
     return name, described, info
 
 
@@ -128,23 +153,23 @@ def _tags(described: str) -> str:
     return "-".join(".".join(sorted(part)) for part in parts)
 
 
-def _kept(distribution: Distribution, info: str) -> Iterator[tuple[str, PackagePath]]:
+def _kept(distribution: Distribution, info: str) -> Iterator[tuple[str, Recorded]]:
     """Each file with its place in a wheel; what pip makes itself at the next site is left out."""
     made_by_pip = {
         point.name for point in distribution.entry_points if point.group in {"console_scripts", "gui_scripts"}
     }
     site = Path(os.path.normpath(str(distribution.locate_file(""))))
     data = f"{info.removesuffix('.dist-info')}.data"
-    for file in distribution.files or []:
-        path = Path(os.path.normpath(site / file))
-        if path.suffix == ".pyc" or (file.parts[0] == info and file.name in _OF_INSTALLER and len(file.parts) == 2):
+    for file in recorded(distribution):
+        path, parts = Path(os.path.normpath(site / file.path)), file.path.parts
+        if path.suffix == ".pyc" or (parts[0] == info and parts[-1] in _OF_INSTALLER and len(parts) == 2):
             continue
         if path.is_relative_to(site):
             yield path.relative_to(site).as_posix(), file
             continue
         prefix = site.parents[2]  # of lib/python3.11/site-packages
         if not path.is_relative_to(prefix):
-            raise InputError(f"{distribution.name}: {file} lies outside of {prefix}; install it anew")
+            raise InputError(f"{distribution.name}: {file.path} lies outside of {prefix}; install it anew")
         place = path.relative_to(prefix)
         if place.parts[0] != "bin":
             yield f"{data}/data/{place.as_posix()}", file
@@ -152,29 +177,29 @@ def _kept(distribution: Distribution, info: str) -> Iterator[tuple[str, PackageP
             yield f"{data}/scripts/{place.name}", file
 
 
-def _content(distribution: Distribution, file: PackagePath, name: str) -> bytes:
-    path = distribution.locate_file(file)
+def _content(distribution: Distribution, file: Recorded, name: str) -> bytes:
+    path = Path(str(distribution.locate_file(file.path)))
     try:
-        content = Path(str(path)).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}); install {name} anew") from None
-    if not _is(file, content) and not _installed_by_another(Path(str(path)), content):
+    if not _is(file, content) and not _installed_by_another(path, content):
         raise InputError(f"{path}: was changed since {name} was installed; install it anew")
     return content
 
 
-def _is(file: PackagePath, content: bytes) -> bool:
-    return file.hash is not None and file.hash.mode == "sha256" and file.hash.value == _digest(content)
+def _is(file: Recorded, content: bytes) -> bool:
+    return file.digest == _digest(content)
 
 
 def _installed_by_another(path: Path, content: bytes) -> bool:
     """Some packages bring the same file, such as a README.md beside all packages: the last one's is what is there."""
     mine = os.path.normpath(path)
     return any(
-        os.path.normpath(str(other.locate_file(file))) == mine and _is(file, content)
+        os.path.normpath(str(other.locate_file(file.path))) == mine and _is(file, content)
         for other in importlib.metadata.distributions()
-        for file in other.files or []
-        if file.name == path.name
+        for file in recorded(other)
+        if file.path.name == path.name
     )
 
 
