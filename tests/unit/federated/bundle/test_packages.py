@@ -85,7 +85,7 @@ def test_what_is_not_here_is_named_by_who_needs_it(site, tmp_path):
         required("no-such-package")
     with pytest.raises(InputError, match="typer: has no extra 'more'"):
         required("typer", ("more",))
-    with pytest.raises(InputError, match="siloweave.*(runs from a working folder|not installed by pip)"):
+    with pytest.raises(InputError, match=r"siloweave.*(runs from a working folder|not installed by pip)"):
         write_wheel(importlib.metadata.distribution("siloweave"), tmp_path)
 
 
