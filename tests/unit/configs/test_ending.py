@@ -9,6 +9,7 @@ import pytest
 BEGIN = """
 import signal, sys, time
 from configs.ending import came_through, ended_by_signals
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
 command = ended_by_signals()
 command.__enter__()
 def wait(seconds=60):
@@ -64,9 +65,8 @@ print("went on", flush=True)
 
 def ended(script, number):
     command = [sys.executable, "-c", BEGIN + script]
-    restore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **restore) as process:
-        assert process.stdout.readline() == "ready\n"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
         process.send_signal(number)
         output, errors = process.communicate(timeout=50)
     return process.returncode, output.split(), errors
