@@ -17,7 +17,7 @@ import configs
 from configs.errors import InputError
 from configs.storage.files import digest_file, sync_tree, write_failure
 from configs.storage.layout import RunFiles
-from configs.storage.manifests import MANIFEST, require_manifest
+from configs.storage.manifests import MANIFEST, Manifest, require_manifest
 from federated.bundle.packages import check_packable, write_wheel
 from federated.bundle.sbom import bill_of_materials, check_installed
 from federated.deployment.federation_folder import FederationFolder
@@ -61,7 +61,7 @@ def make_bundle(
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.absolute().parent) as scratch:
             made = Path(scratch) / "bundle"
             made.mkdir()
-            _fill(made, model, track(packages))
+            _fill(made, model, manifest, track(packages))
             _describe(made, federation, manifest.content_digest, packages)
             _sign(made, federation)
             sync_tree(made)
@@ -70,29 +70,30 @@ def make_bundle(
         raise write_failure(output, error) from None
 
 
-def _fill(made: Path, model: Path, packages: Iterable[Distribution]) -> None:
+def _fill(made: Path, model: Path, manifest: Manifest, packages: Iterable[Distribution]) -> None:
     wheels = made / "wheels"
     wheels.mkdir()
     for package in packages:
         wheel = write_wheel(package, wheels)
         if package.name == "siloweave":
             _unpack_documents(wheel, made / "docs")
-    _copy_model(model, RunFiles(made).model)  # by the name that it has in a run
+    _copy_model(model, manifest, RunFiles(made).model)  # by the name that it has in a run
     shutil.copytree(Path(configs.__path__[0]) / "deploy", made / "deploy", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(Path(__file__).with_name("install.sh"), made / "install.sh")
 
 
-def _copy_model(model: Path, target: Path) -> None:
-    """The files that its manifest names, and nothing else that may lie there; the copy has to be whole."""
+def _copy_model(model: Path, manifest: Manifest, target: Path) -> None:
+    """The files that its manifest names, and nothing else that may lie there; the copy has to be that model, whole."""
     target.mkdir()
-    for name in (MANIFEST, *require_manifest(model, "model", "export").files):
+    for name in (MANIFEST, *manifest.files):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(
                 f"{model / MANIFEST}: names {name!r}, which is not below the folder; export the model again"
             )
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model / name, target / name)
-    require_manifest(target, "model", "export")
+    if require_manifest(target, "model", "export") != manifest:
+        raise InputError(f"{model}: became another model while it was packed; give the command again")
 
 
 def _unpack_documents(wheel: Path, docs: Path) -> None:

@@ -10,16 +10,14 @@ import typer
 from cluster.commands.stages import JsonOption
 from configs.printing import answer
 
-_NONE: list[str] = []
-
 
 def bundle(
     federation: Annotated[Path, typer.Argument(help="The federation's folder, whose key signs the bundle.")],
     output: Annotated[Path, typer.Argument(help="Where to write; nothing may be there yet.")],
     model: Annotated[Path, typer.Option(help="The base model, as `siloweave export` wrote it.")],
     extra: Annotated[
-        list[str], typer.Option(help="An extra of siloweave that the sites need; may be repeated.")
-    ] = _NONE,
+        list[str] | None, typer.Option(help="An extra of siloweave that the sites need; may be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Makes a signed folder that a site without internet installs from. Nothing is fetched.
@@ -36,7 +34,7 @@ def bundle(
 
     made = FederationFolder(federation)
     terminal = Terminal(stderr=True)
-    packages = required("siloweave", tuple(extra))
+    packages = required("siloweave", tuple(extra or ()))
 
     def shown(found: Sequence[Distribution]) -> Iterable[Distribution]:
         return track(found, "packages", console=terminal, disable=not terminal.is_terminal)
