@@ -17,6 +17,7 @@ from configs.storage.manifests import Manifest, commit_manifest
 from federated.coordinator.parties import Parties
 from federated.coordinator.rounds import Coordinator
 from federated.coordinator.schedule.mail import TRAIN
+from federated.simulation import local_grid
 from federated.simulation.local_grid import _CALL_BYTES, _CALL_S, LocalGrid, SiloHost
 from federated.transport.flower_messages import SHARED, pack, unpack
 from privacy.signing import Signer
@@ -52,6 +53,8 @@ class Answers:
 
     def __init__(self, name):
         self.name = name
+        if "quick" in name:
+            local_grid._CALL_S = 600.0  # of this process: a busy machine makes nothing long of what is quick
 
     def handle(self, content):
         if "dies" in self.name:
