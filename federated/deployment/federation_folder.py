@@ -9,7 +9,8 @@ import contextlib
 from functools import cached_property
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import Encoding, load_ssh_public_key
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
 from configs.errors import InputError
 from configs.parse import to_toml
@@ -124,7 +125,6 @@ class FederationFolder:
         Raises:
             InputError: a silo of that name, or with one of its keys, is there; or its relay's key was revoked.
         """
-        self._check_keys(card)
         if self._revoked_path(card).exists():
             raise InputError(f"silo {card.silo!r}: its relay's key was revoked, and no key is taken twice; {FRESH}")
         for known in self.silos().values():
@@ -134,7 +134,7 @@ class FederationFolder:
                 raise InputError(
                     f"silo {card.silo!r} is enrolled with other keys; revoke it first, if its steward says so"
                 )
-            if {known.public_key, known.node_key} & {card.public_key, card.node_key}:
+            if known.public_key == card.public_key or _key(known) == _key(card):
                 raise InputError(f"silo {card.silo!r}: has a key of silo {known.silo!r}; each silo makes its own")
         write_document(self._card_path(card.silo), card)
 
@@ -158,11 +158,16 @@ class FederationFolder:
         return self.folder / ENROLLED / f"{name_on_disk(name, safe=' ')}.json"
 
     def _revoked_path(self, card: EnrolledSilo) -> Path:
-        key = " ".join(card.node_key.split()[:2])  # without the comment that may stand behind it
-        return self.folder / REVOKED / f"{digest_bytes(key.encode())}.json"
+        return self.folder / REVOKED / f"{digest_bytes(_key(card))}.json"
 
-    def _check_keys(self, card: EnrolledSilo) -> None:
-        try:
-            load_ssh_public_key(card.node_key.encode())
-        except ValueError:
-            raise InputError(f"silo {card.silo!r}: its node_key is no OpenSSH public key") from None
+
+def _key(card: EnrolledSilo) -> bytes:
+    """Its relay's key as OpenSSH writes it, without a comment: one text for each key, however a card spells it.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return load_ssh_public_key(card.node_key.encode()).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    except (ValueError, UnsupportedAlgorithm):
+        raise InputError(f"silo {card.silo!r}: its node_key is no OpenSSH public key") from None

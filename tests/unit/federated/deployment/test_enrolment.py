@@ -26,13 +26,21 @@ def card(tmp_path):
     return made
 
 
+def spellings(key: str) -> list[str]:
+    """One key four times: as it came, with a comment, with more blanks, with other bits where base64 reads none."""
+    kind, body = key.split()
+    assert body.endswith("A==") or body[-3] in "Qgw"
+    other = body[:-3] + chr(ord(body[-3]) + 1) + "=="
+    return [key, f"{key} another-comment", f"{kind}  {body}", f"{kind} {other}"]
+
+
 @pytest.mark.parametrize("again", ["north", "south"])
 def test_a_relays_key_that_was_revoked_is_never_taken_again(federation, card, again):
     """Flower's SuperLink takes none twice; and it may be revoked because it was stolen."""
     federation.enrol(card("north", 1))
     federation.revoke("north")
     again = card(again, 1)
-    for key in (again.node_key, f"{again.node_key.split()[0]} {again.node_key.split()[1]} another-comment"):
+    for key in spellings(again.node_key):
         with pytest.raises(
             InputError, match=r"its relay's key was revoked, and no key is taken twice; at the site del"
         ):
@@ -43,6 +51,14 @@ def test_a_relays_key_that_was_revoked_is_never_taken_again(federation, card, ag
     for relay in (1, 2):
         with pytest.raises(InputError, match="revoked"):
             federation.enrol(card("north", relay))
+
+
+def test_two_silos_never_have_one_key_however_it_is_written(federation, card):
+    federation.enrol(card("north", 1))
+    south = card("south", 1)
+    for key in spellings(south.node_key):
+        with pytest.raises(InputError, match="has a key of silo 'north'"):
+            federation.enrol(south.model_copy(update={"node_key": key}))
 
 
 def test_a_silo_that_is_not_enrolled_is_not_revoked(federation, card):
