@@ -72,6 +72,7 @@ def without_timings(told):
         told.ClearField(name)
     told.trial.ClearField("prepare_seconds")
     told.trial.ClearField("step_seconds")
+    told.trial.ClearField("first_seconds")
     return told.SerializeToString(deterministic=True)
 
 
