@@ -23,6 +23,11 @@ _SERVICE = (
 _LOGS = "make room on the disk of the silo's state_dir: it answers nothing that it can't write down before"
 _FAILED = "see silo.log in the silo's state_dir: it says why; mend that, and give the command again"
 _UPGRADE = "older version: upgrade the site to this one"
+_BY_WORDS = (
+    ("no reply can leave", "disk", _LOGS),
+    ("failure: FAILED", "service", _FAILED),
+    ("its service at", "service", _SERVICE),
+)
 _POLICY = "ask the silo's steward to allow it, or change the run's settings"
 _FIXES = {  # by what a refusal begins with
     "base_model": "copy this run's base model to the site, name it in silo.base_model and start the service again",
@@ -186,12 +191,9 @@ def _untold(message: str, rule: str, late: str = "") -> Finding:
         return Finding("version", ok=False, found=message, fix=_UPGRADE)
     if rule:
         return Finding("policy", ok=False, found=message, fix=_FIXES.get(rule.partition(".")[0], _POLICY))
-    if "no reply can leave" in message:
-        return Finding("disk", ok=False, found=message, fix=_LOGS)
-    if "failure: FAILED" in message:
-        return Finding("service", ok=False, found=message, fix=_FAILED)
-    if "its service at" in message:
-        return Finding("service", ok=False, found=message, fix=_SERVICE)
+    for words, check, fix in _BY_WORDS:
+        if words in message:
+            return Finding(check, ok=False, found=message, fix=fix)
     if late:
         return Finding("line", ok=False, found=message, fix=late)
     return Finding(

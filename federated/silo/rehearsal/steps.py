@@ -28,7 +28,9 @@ def main() -> None:
     train = sys.stdin.buffer.read()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short this process goes, and not the silo
-    resource.setrlimit(resource.RLIMIT_DATA, (given["most_bytes"], given["most_bytes"]))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)  # the service's own unit may have set a lower one
+    most = given["most_bytes"] if hard == resource.RLIM_INFINITY else min(given["most_bytes"], hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     from configs.errors import PolicyRefusal
 
     try:
