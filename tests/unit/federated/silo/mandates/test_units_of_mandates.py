@@ -5,16 +5,25 @@ from copy import deepcopy
 
 import pytest
 from mandates import STUDY, signed, terms
+from model_parts import FILES
+from signed_silos import InProcess
 from silo_requests import COORDINATOR, TRUSTED, body_of, opened, ward
 
 from configs.errors import InputError
+from configs.events import EventLog
+from configs.load import load
 from configs.storage.files import canonical_json
 from federated.adapters.arrays import to_bytes
 from federated.adapters.warm_model import initial_adapter
+from federated.coordinator.parties import Parties
+from federated.coordinator.rounds import Coordinator
+from federated.coordinator.trusted_aggregator import open_ledger
+from federated.identity.trust import COORDINATOR_KEY
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.silo.mandates.folder import Mandates
 from federated.silo.silo import Silo
+from privacy.certificate.check import check_certificate
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.replay import replay
 from privacy.mandate import Mandate, UnsoundMandateError, read_mandate
@@ -185,6 +194,28 @@ def test_the_studys_budget_counts_what_plans_for_clients_claim(silo):
     mandated(silo, study="another", budget_delta=1.5 * CLIENTS.delta)
     assert reserve(silo, study="another", run_id="run-3").WhichOneof("kind") == "reserved"
     assert refused(silo, lambda one: reserve(one, study="another", run_id="run-4")) == "mandate.budget_delta"
+
+
+def test_a_whole_run_for_clients_that_a_mandate_covers(silo, tiny_run, tiny_model, tmp_path):
+    """The coordinator takes the reservation with its mandate; the run's certificate is of its own ledger, and holds."""
+    overrides = (
+        *("federated.study=ward-notes", "federated.rounds=2", "federated.local_steps=2", "federated.min_silos=1"),
+        *("privacy.unit=client", "privacy.num_clients=10", "privacy.epsilon=1"),
+        *("privacy.delta=1e-6", "privacy.sampling_rate=0.05", "evaluate.without_dp=false"),
+    )
+    config = load("tiny", [*overrides, f"run.storage={tmp_path / 'runs'}"])
+    home = tmp_path / "coordinator"
+    home.mkdir()
+    (home / COORDINATOR_KEY).write_bytes(bytes(range(32)))
+    (home / COORDINATOR_KEY).chmod(0o600)
+    parties = Parties(COORDINATOR, 1, open_ledger=lambda: open_ledger(home, home / "ledger", "members", config.privacy))
+    mandate, log = mandated(silo), EventLog(tmp_path / "run" / "events.jsonl")
+    run = Coordinator(InProcess([silo]), config, tiny_model, tmp_path / "run", parties, log)
+    run.run(lambda: initial_adapter(config, tiny_model))
+    check_certificate(run.certify_model(FILES), "test")
+    assert run.silo_records.silos["north"]["mandate"] == mandate.model_dump(mode="json")
+    kinds = [body["kind"] for body in bodies(silo)]
+    assert kinds == ["open", "entrust", "unnoised", "unnoised", "close"]
 
 
 @pytest.mark.parametrize("claimed", [{"study_epsilon": 0.0}, {"study_delta": 0.0}])
