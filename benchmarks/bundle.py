@@ -36,7 +36,8 @@ def timed(*command: str, home: Path) -> tuple[str, float]:
 def measure(root: Path, model: Path) -> dict[str, Any]:
     """All steps, one after the other."""
     siloweave = (sys.executable, "-P", "-m", "siloweave")
-    federation, folder, target, rehearsal = (str(root / name) for name in ("federation", "bundle", "site", "json"))
+    federation, folder, target = (str(root / name) for name in ("federation", "bundle", "site"))
+    said = root / "rehearse.json"
     timed(*siloweave, "federation", "init", federation, "--name", "net", "--host", "127.0.0.1", home=root)
     given = ("bundle", federation, folder, "--model", str(model), "--extra", "demo", "--json")
     made, making_s = timed(*siloweave, *given, home=root)
@@ -44,8 +45,9 @@ def measure(root: Path, model: Path) -> dict[str, Any]:
     _, checking_s = timed(*_ALONE, "sh", f"{folder}/install.sh", code, home=root)
     _, installing_s = timed(*_ALONE, "sh", f"{folder}/install.sh", code, target, home=root)
     rehearse = str(Path(__file__).with_name("rehearse.py"))
-    given = (f"{target}/bin/python", rehearse, "--model", f"{folder}/model", "--rounds", "2", "--json", rehearsal)
+    given = (f"{target}/bin/python", rehearse, "--model", f"{folder}/model", "--rounds", "2", "--json", str(said))
     _, federation_s = timed(*_ALONE, *given, home=root)
+    (rehearsal,) = json.loads(said.read_text())["model 1"]["runs"]["2 steps"]
     return {
         "packages": json.loads(made)["packages"],
         "bytes": sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()),
@@ -55,7 +57,7 @@ def measure(root: Path, model: Path) -> dict[str, Any]:
             "checking and installing": installing_s,
             "two sites enrolled, rehearsed, and two rounds": federation_s,
             "from the bundle to the end of the run": installing_s + federation_s,
-            "the rehearsal alone": json.loads(Path(rehearsal).read_text())["seconds_of_the_rehearsal"],
+            "the rehearsal alone": rehearsal["seconds of the rehearsal"],
         },
     }
 

@@ -5,9 +5,17 @@ ledger's own entries; everything else is in the document, which goes into the ce
 """
 
 from datetime import UTC, date, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, Field
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    Field,
+    NonNegativeInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from configs.errors import InputError
 from configs.parse import json_object, parse
@@ -18,7 +26,8 @@ from privacy.ledger.limits import Study
 from privacy.ledger.statements import LARGEST_STATEMENT_BYTES, Signed
 from privacy.plan import PlanTerms
 
-VERSION = 1
+VERSION = 2
+_SINCE_2 = {"unit": "record", "honest_silos": 0}  # of its terms, and what a mandate of before says without them
 
 
 def _one_line(text: str) -> str:
@@ -61,19 +70,43 @@ class MandateTerms(Settings):
     """Most steps of one round."""
     max_rounds_per_run: Count
     """Most rounds of one run; its private evaluations may be one more."""
+    unit: Literal["record", "client"] = "record"
+    """What a run of the study protects. With ``client`` updates leave without noise of the silo's own: the budget is of
+    what the coordinator's plans claim, and the bounds on steps and sampling are for each request."""
+    honest_silos: NonNegativeInt = 0
+    """Most honest silos on which the epsilon of silos that make their noise together may rest, as
+    ``policy.honest_silos``; 0: no such run."""
 
 
 class Mandate(Signed):
     """A mandate as its silo has signed it.
 
     Attributes:
+        version: 2; mandates of version 1 are read, and cover what they did: records as units, and no noise that silos
+            make together.
         issued: when; so the same terms, given again, are another mandate.
         terms: what it allows.
     """
 
+    version: Literal[1, 2] = 2  # type: ignore[assignment]  # wider than what a receipt may have
     kind: Literal["mandate"] = "mandate"
     issued: AwareDatetime
     terms: MandateTerms
+
+    @model_validator(mode="after")
+    def _says_what_its_version_can(self) -> Self:
+        for name, value in _SINCE_2.items():
+            if self.version < VERSION and getattr(self.terms, name) != value:
+                raise ValueError(f"version is {self.version}, and terms.{name} is there since version {VERSION}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A mandate of before as it was, so that its signature holds."""
+        found: dict[str, Any] = write(self)
+        if self.version < VERSION:
+            found["terms"] = {name: value for name, value in found["terms"].items() if name not in _SINCE_2}
+        return found
 
     @property
     def digest(self) -> str:
@@ -101,15 +134,18 @@ class Mandate(Signed):
             The field, what the plan has, what the field allows; None where the mandate covers the plan.
         """
         terms = self.terms
-        if plan.unit != "record":  # the noise on clients' updates is the coordinator's word, which no mandate takes
-            return "unit", plan.unit, "record"
+        if plan.unit != terms.unit:
+            return "unit", plan.unit, terms.unit
         noise = min([plan.schedule.noise_multiplier, *(metric.noise_multiplier for metric in plan.metric_releases)])
         if noise < terms.min_noise_multiplier:
             return "min_noise_multiplier", f"{noise:g}", f"at least {terms.min_noise_multiplier:g}"
         evaluations = sum(metric.releases for metric in plan.metric_releases)
+        shared = plan.secure_sum.noise if plan.secure_sum else None
+        # A plan for clients samples all of them in one step; what a client does itself, each request says.
+        of_steps = () if plan.unit == "client" else self._of_steps(plan.steps_per_round, plan.sampling_rate)
         for field, asked, most in (
-            ("max_sampling_rate", plan.sampling_rate, terms.max_sampling_rate),
-            ("max_steps_per_round", plan.steps_per_round, terms.max_steps_per_round),
+            *of_steps,
+            ("honest_silos", shared.min_honest if shared else 0, terms.honest_silos),
             ("max_rounds_per_run", plan.rounds, terms.max_rounds_per_run),
             ("max_rounds_per_run", evaluations, terms.max_rounds_per_run + 1),
             ("budget_epsilon", epsilon, terms.budget_epsilon * (1 + 1e-12)),
@@ -118,6 +154,27 @@ class Mandate(Signed):
             if asked > most:
                 return field, f"{asked:g}", f"at most {most:g}"
         return None
+
+    def beyond_work(self, steps: int, sampling_rate: float) -> tuple[str, str, str] | None:
+        """The first of its bounds that the work of one round goes beyond whose update leaves without noise.
+
+        Args:
+            steps: of the round.
+            sampling_rate: of each.
+
+        Returns:
+            As ``beyond``.
+        """
+        for field, asked, most in self._of_steps(steps, sampling_rate):
+            if not asked <= most:  # true for a NaN, too
+                return field, f"{asked:g}", f"at most {most:g}"
+        return None
+
+    def _of_steps(self, steps: int, sampling_rate: float) -> tuple[tuple[str, float, float], ...]:
+        return (
+            ("max_sampling_rate", sampling_rate, self.terms.max_sampling_rate),
+            ("max_steps_per_round", steps, self.terms.max_steps_per_round),
+        )
 
 
 class UnsoundMandateError(InputError):
@@ -164,7 +221,7 @@ def mandate_of(tree: object, origin: str) -> Mandate:
         raise UnsoundMandateError(f"{origin}: no mandate", "content")
     if isinstance(found := tree.get("version"), int) and found > VERSION:
         raise UnsoundMandateError(
-            f"{origin}: version is {found}, this Siloweave reads {VERSION}; a newer one needs a newer Siloweave",
+            f"{origin}: version is {found}, this Siloweave reads 1 to {VERSION}; a newer one needs a newer Siloweave",
             "version",
         )
     try:

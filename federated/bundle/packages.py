@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 from pathlib import Path, PurePosixPath
@@ -104,12 +104,13 @@ def write_wheel(distribution: Distribution, folder: Path) -> Path:
     Raises:
         InputError: pip hasn't installed it from a wheel, or a file of it was changed since.
     """
-    name, described, info = check_packable(distribution)
+    files = recorded(distribution)
+    name, described, info = _packable(distribution, files)
     stem = f"{canonicalize_name(distribution.name).replace('-', '_')}-{distribution.version.replace('-', '_')}"
     wheel = folder / f"{stem}-{_tags(described)}.whl"
     record = []
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED, compresslevel=_FAST) as archive:
-        for place, file in sorted(_kept(distribution, info), key=lambda kept: kept[0]):
+        for place, file in sorted(_kept(distribution, files, info), key=lambda kept: kept[0]):
             content = _content(distribution, file, name)
             if place.startswith(f"{info.removesuffix('.dist-info')}.data/scripts/"):
                 content = _for_any_python(content)
@@ -120,22 +121,24 @@ def write_wheel(distribution: Distribution, folder: Path) -> Path:
     return wheel
 
 
-def check_packable(distribution: Distribution) -> tuple[str, str, str]:
+def check_packable(distribution: Distribution) -> None:
     """Refuses what no wheel can be made of, before any is.
-
-    Returns:
-        Name and version, what its WHEEL says, and the folder of that.
 
     Raises:
         InputError: pip hasn't installed it from a wheel.
     """
+    _packable(distribution, recorded(distribution))
+
+
+def _packable(distribution: Distribution, files: Sequence[Recorded]) -> tuple[str, str, str]:
+    """Name and version of a package, what its WHEEL says, and the folder of that."""
     name = f"{distribution.name}-{distribution.version}"
     described = distribution.read_text("WHEEL")
-    if not recorded(distribution) or described is None:
+    if not files or described is None:
         raise InputError(f"{name}: not installed by pip from a wheel; use a virtual environment of its own")
     if _is_editable(distribution):
         raise InputError(f"{name}: runs from a working folder; `pip install` it from there without --editable")
-    paths = (file.path for file in recorded(distribution))
+    paths = (file.path for file in files)
     (info,) = {path.parts[0] for path in paths if path.match("*.dist-info/WHEEL") and len(path.parts) == 2}
     return name, described, info
 
@@ -153,14 +156,14 @@ def _tags(described: str) -> str:
     return "-".join(".".join(sorted(part)) for part in parts)
 
 
-def _kept(distribution: Distribution, info: str) -> Iterator[tuple[str, Recorded]]:
+def _kept(distribution: Distribution, files: Sequence[Recorded], info: str) -> Iterator[tuple[str, Recorded]]:
     """Each file with its place in a wheel; what pip makes itself at the next site is left out."""
     made_by_pip = {
         point.name for point in distribution.entry_points if point.group in {"console_scripts", "gui_scripts"}
     }
     site = Path(os.path.normpath(str(distribution.locate_file(""))))
     data = f"{info.removesuffix('.dist-info')}.data"
-    for file in recorded(distribution):
+    for file in files:
         path, parts = Path(os.path.normpath(site / file.path)), file.path.parts
         if path.suffix == ".pyc" or (parts[0] == info and parts[-1] in _OF_INSTALLER and len(parts) == 2):
             continue

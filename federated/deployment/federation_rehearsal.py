@@ -66,6 +66,14 @@ class Rehearsed:
         return seconds[min(enough, len(seconds)) - 1] if seconds else None
 
     @property
+    def run_seconds(self) -> float | None:
+        """Of all rounds, the first of which the slowest of the sites makes later."""
+        if self.round_seconds is None:
+            return None
+        first = max(site.prediction.first_s for site in self.sites if site.go and site.prediction)
+        return first + self.config.federated.rounds * self.round_seconds
+
+    @property
     def round_bytes(self) -> int:
         """Of a round with the sites that are go."""
         predictions = [site.prediction for site in self.sites if site.go and site.prediction]
@@ -82,7 +90,7 @@ class Rehearsed:
             "round": {"seconds": seconds, "bytes": self.round_bytes},
             "run": {
                 "rounds": rounds,
-                "seconds": None if seconds is None else rounds * seconds,
+                "seconds": self.run_seconds,
                 "bytes": rounds * self.round_bytes,
             },
         }
@@ -91,11 +99,11 @@ class Rehearsed:
         """The same for people: a line a site, and below it what has to be mended."""
         text = [line for site in self.sites for line in _lines(site)]
         text += [f"{COORDINATOR}  {finding}" for finding in self.coordinator if not finding.ok]
-        seconds, rounds = self.round_seconds, self.config.federated.rounds
-        if seconds is not None:
+        seconds, of_run, rounds = self.round_seconds, self.run_seconds, self.config.federated.rounds
+        if seconds is not None and of_run is not None:
             text.append(
                 f"predicted: a round {seconds:.3g} s and {mebibytes(self.round_bytes)}; {rounds} rounds "
-                f"{rounds * seconds:.3g} s and {mebibytes(rounds * self.round_bytes)}"
+                f"{of_run:.3g} s and {mebibytes(rounds * self.round_bytes)}"
             )
         return [*text, "GO" if self.go else "NO-GO: mend what is said above, and give the same command again"]
 

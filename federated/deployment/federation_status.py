@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +19,8 @@ from federated.deployment.served_run import CURRENT, read_current
 from federated.deployment.steward.entries import at
 from federated.deployment.superlink import nodes
 from federated.deployment.supervisor import STATE, read_state
+from federated.identity.cards import EnrolledSilo, read_document
+from federated.identity.trust import ENROLLED
 from federated.identity.x509 import days_left, read_certificate
 
 REFUSALS_SHOWN = 20
@@ -67,17 +70,22 @@ def _silos(
     federation: FederationFolder, directory: Path | None, salvage: Salvage, *, running: bool
 ) -> dict[str, dict[str, Any]]:
     online: dict[str, dict[str, Any]] = {}
+    cards = _enrolled(federation, salvage)
     if running:
         try:
-            online = nodes(federation)
+            online = nodes(federation, cards)
         except SiloweaveError:
             online = {}
     told = _newest_receipts(directory, salvage)
     unknown = {"status": "unknown", "node": None}
-    return {
-        name: {**unknown, **online.get(name, {}), **told.get(name, dict.fromkeys(_BUDGET))}
-        for name in federation.silos()
-    }
+    return {name: {**unknown, **online.get(name, {}), **told.get(name, dict.fromkeys(_BUDGET))} for name in cards}
+
+
+def _enrolled(federation: FederationFolder, salvage: Salvage) -> dict[str, EnrolledSilo]:
+    """The silos whose documents can be read."""
+    paths = sorted((federation.folder / ENROLLED).glob("*.json"))
+    found = [salvage.tried(path, partial(read_document, EnrolledSilo, path), None) for path in paths]
+    return {card.silo: card for card in found if card is not None}
 
 
 def _newest_receipts(directory: Path | None, salvage: Salvage) -> dict[str, dict[str, float]]:

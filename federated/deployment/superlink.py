@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment, without_proxy
 from federated.deployment.ports import free_port
 from federated.deployment.supervisor import Program
+from federated.identity.cards import EnrolledSilo
 from federated.transport.health import is_serving
 
 if TYPE_CHECKING:
@@ -79,13 +80,18 @@ def control(federation: FederationFolder) -> "Iterator[ControlHttpClient]":
         client.close()
 
 
-def nodes(federation: FederationFolder) -> dict[str, dict[str, Any]]:
-    """What the SuperLink knows of each enrolled silo's node: its id and whether it is online."""
+def nodes(federation: FederationFolder, cards: Mapping[str, EnrolledSilo] | None = None) -> dict[str, dict[str, Any]]:
+    """What the SuperLink knows of each silo's node: its id and whether it is online.
+
+    Args:
+        federation: the coordinator's, being served.
+        cards: of the silos; None: of all that are enrolled.
+    """
     from flwr.proto.control_pb2 import ListNodesRequest
 
     with control(federation) as client:
         found = {node.public_key: node for node in client.ListNodes(ListNodesRequest()).nodes_info}
-    cards = federation.silos()
+    cards = federation.silos() if cards is None else cards
     known = {name: found.get(pem(card.node_key)) for name, card in cards.items()}
     return {name: {"node": node.node_id, "status": node.status} for name, node in known.items() if node is not None}
 

@@ -323,16 +323,18 @@ class Rehearsed(_message.Message):
     def __init__(self, clock: _Optional[float] = ..., version: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., columns: _Optional[_Iterable[str]] = ..., room: bool = ..., refusals: _Optional[_Iterable[str]] = ..., trial: _Optional[_Union[Trial, _Mapping]] = ..., seconds: _Optional[float] = ..., filler: _Optional[bytes] = ...) -> None: ...
 
 class Trial(_message.Message):
-    __slots__ = ("outcome", "records", "prepare_seconds", "step_seconds")
+    __slots__ = ("outcome", "records", "prepare_seconds", "step_seconds", "first_seconds")
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     RECORDS_FIELD_NUMBER: _ClassVar[int]
     PREPARE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SECONDS_FIELD_NUMBER: _ClassVar[int]
     outcome: str
     records: int
     prepare_seconds: float
     step_seconds: float
-    def __init__(self, outcome: _Optional[str] = ..., records: _Optional[int] = ..., prepare_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ...) -> None: ...
+    first_seconds: float
+    def __init__(self, outcome: _Optional[str] = ..., records: _Optional[int] = ..., prepare_seconds: _Optional[float] = ..., step_seconds: _Optional[float] = ..., first_seconds: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("rule", "asked", "allowed", "message")

@@ -125,8 +125,9 @@ def reserve(ledger: Ledger, config: SiloConfig, request: pb.Request, mandate: Ma
     check_epsilon(plan.terms.epsilon, policy)
     if plan.terms.unit == "client":  # its guarantee, and what it spends, are the aggregator's
         entrust(ledger.journal, request.run_id, plan.terms, coordinator, limits)
-        return pb.Reserved(receipt=ledger.receipt(request.run_id, coordinator).to_bytes())
-    receipt = ledger.reserve(request.run_id, plan, limits, coordinator)
+        receipt = ledger.receipt(request.run_id, coordinator)
+    else:
+        receipt = ledger.reserve(request.run_id, plan, limits, coordinator)
     return pb.Reserved(receipt=receipt.to_bytes(), mandate=mandate.to_bytes() if mandate else b"")
 
 

@@ -97,6 +97,10 @@ class Together(Generic[Unit]):
             )
         return size
 
+    def sizes(self, shape: Hashable) -> Iterator[int]:
+        """How many units of a shape are computed together, ascending; each is proven when it is asked for."""
+        yield from (s for s in reversed((*_SIZES, 1)) if s <= self._largest and (s == 1 or self._holds(shape, s)))
+
     def _size(self, shape: Hashable, there: int) -> int:
         return next((s for s in _SIZES if s <= min(there, self._largest) and self._holds(shape, s)), 1)
 

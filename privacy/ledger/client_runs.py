@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.errors import PolicyRefusal
 from privacy.ledger.journal import Journal
-from privacy.ledger.limits import Limits, check_runs
+from privacy.ledger.limits import Limits, Study, check_runs, check_study, under
 from privacy.ledger.runs import Run, Runs, named
 from privacy.plan import PlanTerms
 
@@ -29,13 +29,16 @@ def entrust(journal: Journal, run_id: str, plan: PlanTerms, aggregator: str, lim
         limits: of the policy.
 
     Raises:
-        PolicyRefusal: the run reserved another plan, or the aggregator has as many runs as it may.
+        PolicyRefusal: the run reserved another plan, the aggregator has as many runs as it may, or its study
+            has no room.
     """
     with journal.transaction():
         bodies = journal.bodies()
         before = Runs(bodies).of(run_id, aggregator)
         if before is None:
             check_runs(bodies, aggregator, limits)
+            if limits.study is not None:
+                check_study(bodies, plan.epsilon, plan.delta, limits.study)
             journal.append(
                 ENTRUST,
                 run=run_id,
@@ -43,10 +46,16 @@ def entrust(journal: Journal, run_id: str, plan: PlanTerms, aggregator: str, lim
                 plan_digest=plan.digest,
                 aggregator=aggregator,
                 noise=_NOISE,
+                **_claimed(plan, limits.study),
             )
         elif (before.opening["kind"], before.opening["plan_digest"]) != (ENTRUST, plan.digest):
             reserved = before.opening["plan_digest"]
             raise PolicyRefusal.of("reservation", plan.digest, reserved, f"run {run_id} has another plan")
+
+
+def _claimed(plan: PlanTerms, study: Study | None) -> dict[str, Any]:
+    """What a run counts for in its study: what the aggregator's plan claims. Of the silo's own budget it takes none."""
+    return {} if study is None else {**under(study), "study_epsilon": plan.epsilon, "study_delta": plan.delta}
 
 
 def entrusted(journal: Journal, run_id: str, aggregator: str) -> dict[str, Any] | None:

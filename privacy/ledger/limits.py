@@ -108,7 +108,7 @@ def check_spend(bodies: list[dict[str, Any]], coordinator: str, epsilon: float, 
     _check_number(bodies, coordinator)
     _check_day(bodies, epsilon, limits.epsilon_per_day)
     if limits.study is not None:
-        _check_study(bodies, epsilon, delta, limits.study)
+        check_study(bodies, epsilon, delta, limits.study)
 
 
 def under(study: Study | None) -> dict[str, str]:
@@ -122,7 +122,12 @@ def spent_by(bodies: list[dict[str, Any]], study: str) -> Budget:
     What a reconciliation has charged is counted for every study: nobody can tell whose the lost runs were.
     """
     own = [body for body in bodies if body["kind"] == "reconcile" or body.get("study") == study]
-    return Budget(sum(body["epsilon"] for body in own), sum(body["delta"] for body in own))
+    return Budget(*(sum(_counted(body, name) for body in own) for name in ("epsilon", "delta")))
+
+
+def _counted(body: dict[str, Any], name: str) -> float:
+    """What an entry counts for in its study: a run with clients as units takes nothing of the dataset's own budget."""
+    return float(body[f"study_{name}"] if f"study_{name}" in body else body[name])
 
 
 def check_unit(bodies: list[dict[str, Any]], unit: str) -> None:
@@ -148,7 +153,18 @@ def _check_left(remaining: Budget, epsilon: float, delta: float) -> None:
             )
 
 
-def _check_study(bodies: list[dict[str, Any]], epsilon: float, delta: float, study: Study) -> None:
+def check_study(bodies: list[dict[str, Any]], epsilon: float, delta: float, study: Study) -> None:
+    """Whether a study has room for one more run.
+
+    Args:
+        bodies: the ledger's entries.
+        epsilon: of the run.
+        delta: of the run.
+        study: as its mandate has it.
+
+    Raises:
+        PolicyRefusal: it has none.
+    """
     spent = spent_by(bodies, study.name)
     for name, asked, allowed, before in (
         ("epsilon", epsilon, study.epsilon, spent.epsilon),

@@ -146,6 +146,12 @@ def _entrust(state: _State, body: Body) -> str:
         return f"run {run} is entrusted a second time"
     if plan.unit != "client" or body["plan_digest"] != plan.digest:
         return "is entrusted with another plan than it says, or with one about records"
+    if "study" in body:
+        claimed = (body["study_epsilon"], body["study_delta"])
+        if not all(
+            math.isclose(*pair, rel_tol=_TOLERANCE) for pair in zip(claimed, (plan.epsilon, plan.delta), strict=True)
+        ):
+            return f"counts epsilon {claimed[0]} for its study, its plan claims {plan.epsilon}"
     number = state.open(body)
     state.entrusted[number], state.unnoised[number] = plan, set()
     return ""

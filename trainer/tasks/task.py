@@ -326,3 +326,14 @@ def longest_shape(task: Task) -> Any:
     """The shape of examples that fill the context: a length, or one for each of two texts."""
     shape = task.shape(task.synthetic()[0])
     return (task.context_length,) * len(shape) if isinstance(shape, tuple) else task.context_length
+
+
+def shapes(task: Task) -> list[Any]:
+    """All shapes that an example may have, shortest first: each padded length, or each pair of them."""
+    lengths = range(1, task.context_length + 1)
+    found = (task.shape(Encoded((0,) * length, 0, truncated=False, target=(0,) * length)) for length in lengths)
+    alone: list[Any] = list(dict.fromkeys(found))
+    if not isinstance(alone[0], tuple):
+        return alone
+    each = [length for length, _ in alone]
+    return sorted(((one, other) for one in each for other in each), key=sum)

@@ -1,8 +1,9 @@
-"""Asks every silo whether a run would work there, four times, each time for more.
+"""Asks every silo whether a run would work there, each time for more.
 
 ``facts`` asks for nothing but what the silo says of itself, and so for the way there and back alone. ``request`` has
 what a round's request has, ``reply`` has the silo send as much as a round's reply has, ``trial`` has it take steps on
-made-up records. What the four differ by is the line each way, and the work.
+made-up records. What they differ by is the line each way, and the work. What a round's messages take depends on when
+relay and coordinator look for them: over a line that is quick enough for that, ``reply`` is asked for three times.
 """
 
 import json
@@ -40,6 +41,8 @@ from privacy.plan import PlanTerms
 from privacy.plan_from_settings import plan_terms
 
 FACTS, REQUEST, REPLY, TRIAL = "facts", "request", "reply", "trial"
+AGAIN = ("reply-2", "reply-3")
+_QUICK_S = 5.0  # a reply that takes longer is asked for once: its line's seconds are many times those of a look
 HEARD = "rehearsal.json"
 _LONGEST_QUERY_S, _LONGEST_TRANSFER_S, _LONGEST_TRIAL_S = 30.0, 600.0, 150.0
 _LIFETIME_S = 24 * 3600
@@ -75,7 +78,7 @@ class Heard:
         room: whether its disks have room.
         ahead_s: seconds by which its clock is ahead of the coordinator's at least; below 0: behind.
         refusals: what it would refuse a run for.
-        outcome: of the steps; records of each; seconds before them and for each.
+        outcome: of the steps; records of each; seconds before them, for each, and once in a run.
         steps: those that were answered, by name.
         trouble: why the one after these was not; its rule where the silo refused.
     """
@@ -94,9 +97,15 @@ class Heard:
     records: int = 0
     prepare_s: float = 0.0
     step_s: float = 0.0
+    first_s: float = 0.0
     steps: dict[str, Step] = field(default_factory=dict)
     trouble: str = ""
     rule: str = ""
+
+    def goes_on(self, name: str) -> bool:
+        """Whether it had no trouble so far, and is asked for this as well."""
+        quick = name not in AGAIN or (REPLY in self.steps and self.steps[REPLY].seconds < _QUICK_S)
+        return quick and not self.trouble and not self.refusals
 
     @classmethod
     def of(cls, tree: dict[str, Any]) -> "Heard":
@@ -126,7 +135,7 @@ class Rehearsal:
         self._exchange = SiloExchange(grid, ticket, parties, settings, log, lambda _: b"", secure)
 
     def run(self) -> None:
-        """All four requests to each silo that is there.
+        """All requests to each silo that is there.
 
         Raises:
             InputError: the base model is missing, or a round's messages are larger than what carries them.
@@ -147,7 +156,8 @@ class Rehearsal:
         update = sizes.reply - BESIDE_BYTES
         self._ask(FACTS, lambda _: (pb.Rehearse(), b""), lambda: _LONGEST_QUERY_S)
         self._ask(REQUEST, asked, None)
-        self._ask(REPLY, lambda silo: asked(silo, filler_bytes=update), None, update)
+        for name in (REPLY, *AGAIN):
+            self._ask(name, lambda silo: asked(silo, filler_bytes=update), None, update)
         self._ask(TRIAL, lambda silo: asked(silo, trial=True), lambda: _LONGEST_TRIAL_S)
 
     def _secure(self) -> pb.Secure | None:
@@ -182,7 +192,7 @@ class Rehearsal:
     ) -> None:
         """Asks those that had no trouble so far, and notes what they say and how long it took."""
         exchange, told = self._exchange, list[pb.Rehearsed]()
-        fine = sorted(silo for silo, heard in self.heard.items() if not heard.trouble and not heard.refusals)
+        fine = sorted(silo for silo, heard in self.heard.items() if heard.goes_on(name))
         silo_of = {exchange.nodes[silo]: silo for silo in fine if silo in exchange.nodes}
         asked: dict[int, Asked] = {}
 
@@ -239,7 +249,8 @@ def _soon(settings: FederatedSettings) -> FederatedSettings:
 def _check(answer: Answer, filler_bytes: int) -> None:
     """Raises a ValueError where a silo says what it can't, or sends other bytes than those that follow."""
     told = answer.reply.rehearsed
-    numbers = (told.clock, told.seconds, told.trial.prepare_seconds, told.trial.step_seconds)
+    of_trial = (told.trial.prepare_seconds, told.trial.step_seconds, told.trial.first_seconds)
+    numbers = (told.clock, told.seconds, *of_trial)
     if not all(math.isfinite(number) and number >= 0 for number in numbers) or told.trial.outcome not in _OUTCOMES:
         raise ValueError("the reply has seconds, or an outcome, that nothing can have")
     if told.filler != filler(answer.reply.request_digest, filler_bytes):
@@ -257,7 +268,10 @@ def _note(heard: Heard, told: pb.Rehearsed, window: tuple[float, float]) -> None
     heard.template, heard.room = one_line(told.task_spec.template), told.room
     heard.ahead_s = told.clock - latest if told.clock > latest else min(told.clock - earliest, 0.0)
     heard.outcome, heard.records = told.trial.outcome, told.trial.records
-    heard.prepare_s, heard.step_s = told.trial.prepare_seconds, told.trial.step_seconds
+    heard.prepare_s, heard.step_s, heard.first_s = (
+        *(told.trial.prepare_seconds, told.trial.step_seconds),
+        told.trial.first_seconds,
+    )
 
 
 def _lines(lines: Sequence[str]) -> list[str]:

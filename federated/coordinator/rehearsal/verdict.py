@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import median
 
 from configs.findings import Finding
 from configs.schema.federated import FederatedSettings
 from configs.schema.schema import RunConfig
-from federated.coordinator.rehearsal.rehearsal import FACTS, REPLY, REQUEST, TRIAL, Heard, Step
+from federated.coordinator.rehearsal.rehearsal import AGAIN, FACTS, REPLY, REQUEST, TRIAL, Heard
 from federated.protocol.clocks import CLOCK_RULE, MOST_AHEAD_S, MOST_BEHIND_S
 
 _DIGITS = 12  # of a digest, for people
@@ -20,7 +21,13 @@ _SERVICE = (
     "at the site start `siloweave silo serve`, which says what it lacks (a column or a label of the records, too)"
 )
 _LOGS = "make room on the disk of the silo's state_dir: it answers nothing that it can't write down before"
+_FAILED = "see silo.log in the silo's state_dir: it says why; mend that, and give the command again"
 _UPGRADE = "older version: upgrade the site to this one"
+_BY_WORDS = (
+    ("no reply can leave", "disk", _LOGS),
+    ("failure: FAILED", "service", _FAILED),
+    ("its service at", "service", _SERVICE),
+)
 _POLICY = "ask the silo's steward to allow it, or change the run's settings"
 _FIXES = {  # by what a refusal begins with
     "base_model": "copy this run's base model to the site, name it in silo.base_model and start the service again",
@@ -66,7 +73,8 @@ class Prediction:
         down_s: of a round's request.
         up_s: of a round's reply.
         prepare_s: before the first step.
-        step_s: of a step with the expected number of records.
+        step_s: of a step with the expected number of records, whose lengths are spread evenly.
+        first_s: once in a run, in its first rounds: the model is loaded, and proofs are made.
         steps: of a round.
         request_bytes: of a round.
         reply_bytes: of a round.
@@ -77,6 +85,7 @@ class Prediction:
     up_s: float
     prepare_s: float
     step_s: float
+    first_s: float
     steps: int
     request_bytes: int
     reply_bytes: int
@@ -182,10 +191,9 @@ def _untold(message: str, rule: str, late: str = "") -> Finding:
         return Finding("version", ok=False, found=message, fix=_UPGRADE)
     if rule:
         return Finding("policy", ok=False, found=message, fix=_FIXES.get(rule.partition(".")[0], _POLICY))
-    if "no reply can leave" in message:
-        return Finding("disk", ok=False, found=message, fix=_LOGS)
-    if "its service at" in message:
-        return Finding("service", ok=False, found=message, fix=_SERVICE)
+    for words, check, fix in _BY_WORDS:
+        if words in message:
+            return Finding(check, ok=False, found=message, fix=fix)
     if late:
         return Finding("line", ok=False, found=message, fix=late)
     return Finding(
@@ -237,14 +245,17 @@ def _speeds(predicted: Prediction) -> str:
 
 
 def _predicted(heard: Heard, config: RunConfig) -> Prediction:
-    def moving(step: Step) -> float:
-        return step.seconds - step.in_silo
+    def moving(*names: str) -> float:
+        """Outside the silo: the line, and until relay and coordinator have looked."""
+        there = [heard.steps[name] for name in names if name in heard.steps]
+        return median(step.seconds - step.in_silo for step in there)
 
-    facts, request, reply = (heard.steps[name] for name in (FACTS, REQUEST, REPLY))
-    latency = max(moving(facts), 0.0)
-    down = max(moving(request) - latency, 0.0)
-    up = max(moving(reply) - latency - down, 0.0)
+    request, reply = heard.steps[REQUEST], heard.steps[REPLY]
+    whole = max(moving(REPLY, *AGAIN), 0.0)  # of a message as long as a round's each way; its parts add up to it
+    there = min(max(moving(REQUEST), 0.0), whole)
+    latency = min(max(moving(FACTS), 0.0), there)
     expected = max(1.0, config.privacy.sampling_rate * heard.public_record_count)
-    step_s = heard.step_s * max(1.0, expected / max(heard.records, 1))
+    step_s = heard.step_s * max(1.0, expected / max(heard.records, 1))  # earlier versions tried fewer
     steps, sizes = config.federated.local_steps, (request.request_bytes, reply.reply_bytes)
-    return Prediction(latency, down, up, heard.prepare_s, step_s, steps, *sizes)
+    line = latency, there - latency, whole - there
+    return Prediction(*line, heard.prepare_s, step_s, heard.first_s, steps, *sizes)

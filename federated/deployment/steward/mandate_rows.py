@@ -37,8 +37,9 @@ def how_it_stands(row: Row) -> str:
     if "terms" not in row:
         return str(row["state"])
     terms = row["terms"]
+    unit = "clients as units, " if terms["unit"] == "client" else ""
     return (
-        f"{row['state']}, until {terms['expires']}, of coordinator {terms['coordinator'][:16]}…, "
+        f"{row['state']}, {unit}until {terms['expires']}, of coordinator {terms['coordinator'][:16]}…, "
         f"epsilon {row['epsilon_reserved']:.4g} of {terms['budget_epsilon']:g} reserved: {terms['purpose']}"
     )
 

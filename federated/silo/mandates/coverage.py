@@ -52,6 +52,7 @@ def covering(request: pb.Request, config: SiloConfig, journal: Journal, log: Log
         _check_run(run, mandate)
     if (plan := _plan(request)) is not None and (found := mandate.beyond(plan_of(plan))):
         raise _refusal(*found)
+    _check_unit(request, mandate)
     if (asked := _asked(request)) is not None:
         _check_model(asked, mandate)
     return mandate
@@ -77,6 +78,17 @@ def _check_run(run: Run, mandate: Mandate) -> None:
     """Raises a PolicyRefusal where a run was opened under another mandate, or under none."""
     if run.opening.get("mandate") != mandate.digest:
         raise _refusal("run", f"run {run.name}, opened under another mandate or none", "a run opened under this one")
+
+
+def _check_unit(request: pb.Request, mandate: Mandate) -> None:
+    """Raises a PolicyRefusal where an update without noise is asked for and not allowed, or more work than is."""
+    kind, unit = request.WhichOneof("kind"), mandate.terms.unit
+    of_unit = {"contribute": "client", "train": "record", "evaluate": "record", "aggregate": "record"}
+    if of_unit.get(kind or "", unit) != unit:
+        raise _refusal("unit", of_unit[kind or ""], unit)
+    work = request.contribute
+    if kind == "contribute" and (found := mandate.beyond_work(work.local_steps, work.sampling_rate)):
+        raise _refusal(*found)
 
 
 def _plan(request: pb.Request) -> str | None:

@@ -37,7 +37,7 @@ from privacy.ledger.limits import DAY_S, check_new
 from privacy.mandate import Mandate
 from trainer.tasks.task import kind_of
 
-MOST_A_DAY = 100  # requests of one coordinator; a rehearsal takes four, and of these one that computes
+MOST_A_DAY = 100  # requests of one coordinator; a rehearsal takes six, and of these one that computes
 _KEPT = 4  # messages of the policy's size that the disk has to have room for: replies that are kept, and one that comes
 RULE = "rehearsal"
 

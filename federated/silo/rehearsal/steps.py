@@ -1,24 +1,24 @@
 """The process that takes steps on made-up records: a round as the silo takes it, as far as time and memory go.
 
-It is given the silo's settings and a request, and prints seconds. Of the last two rounds one has one step, the other
-several: what they differ by are steps. Others come before them, to warm up, and to see how many records there is time
-for.
+It is given the silo's settings and a request, and prints seconds: of a round without its batches, of passes over
+records of a few lengths and numbers, and so of a step whose batch is as ``batches.py`` has it.
 """
 
 import json
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from configs.printing import say
 
-_MOST_RECORDS = 32  # of a step; a larger one takes as much longer
-_FEWEST, _MOST = 3, 32  # steps: many short ones, so that what else the machine does evens out
-_FOR_RECORDS_S, _FOR_STEPS_S = 20.0, 4.0
-_ALL = 1 - 2.0**-53  # a sampling rate at which all are drawn
+_FOR_PROOFS_S, _FOR_PASSES_S = 5.0, 30.0  # the proof after the last one takes twice as long as all before
+_REPEATED_S, _MOST_REPEATED = 0.2, 10
+_STEPS = 9  # without records, which take milliseconds
 _WANTS_MEMORY = ("alloc", "failed to map", "can't start new thread")
 
 
@@ -28,7 +28,9 @@ def main() -> None:
     train = sys.stdin.buffer.read()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short this process goes, and not the silo
-    resource.setrlimit(resource.RLIMIT_DATA, (given["most_bytes"], given["most_bytes"]))
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)  # the service's own unit may have set a lower one
+    most = given["most_bytes"] if hard == resource.RLIM_INFINITY else min(given["most_bytes"], hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     from configs.errors import PolicyRefusal
 
     try:
@@ -50,39 +52,105 @@ def _taken(given: dict[str, Any], content: bytes) -> dict[str, Any]:
     from configs.schema.silo import SiloConfig
     from federated.protocol import silo_pb2 as pb
     from federated.silo.local_training import PrivateUpdate
+    from federated.silo.rehearsal.batches import batch_seconds
     from federated.silo.units import Units
     from federated.silo.workbench import Workbench, public_base_model
     from privacy.mechanism.streams import SEED_BYTES, Streams
     from privacy.plan import PlanTerms, PrivacyPlan
     from trainer.data.reading.counts import ReadCounts
-    from trainer.tasks.task import longest_shape
+    from trainer.tasks.task import shapes
 
     config, plan = parse(SiloConfig, given["config"], "rehearsal"), parse(PlanTerms, given["plan"], "rehearsal")
-    train = pb.Train.FromString(content)
+    train, records = pb.Train.FromString(content), config.silo.public_record_count
     bench = Workbench(config, public_base_model(config), Units((), (), ReadCounts()), logging.getLogger())
-    model, adapter = bench.fitted(train, config.policy)
     settings, task = bench.local_settings(train, config.policy), bench.examples(train).task
-    expected = max(1, round(plan.sampling_rate * config.silo.public_record_count))
-    units = [(one,) for one in task.made_up(longest_shape(task), min(_MOST_RECORDS, expected))]
 
-    def seconds(steps: int, records: int) -> float:
-        few = plan.model_copy(
-            update={"sampling_rate": _ALL, "rounds": 1, "steps_per_round": steps, "metric_releases": ()}
-        )
+    def round_s(steps: int) -> float:
+        """A round of which no record has anything to learn: whatever its steps take but for their batches."""
+        few = plan.model_copy(update={"rounds": 1, "steps_per_round": steps, "metric_releases": ()})
         began = time.perf_counter()
-        update = PrivateUpdate(PrivacyPlan(terms=few, public_record_count=expected), model, task, adapter, settings)
-        update.run(Streams(bytes(SEED_BYTES), "00" * 32), units[:records])
+        model, adapter = bench.fitted(train, config.policy)
+        update = PrivateUpdate(PrivacyPlan(terms=few, public_record_count=records), model, task, adapter, settings)
+        update.run(Streams(bytes(SEED_BYTES), "00" * 32), [()] * records)
         return time.perf_counter() - began
 
-    seconds(1, 1)
-    affordable = int(_FOR_RECORDS_S / (1 + _FEWEST) / seconds(1, 1))
-    records = max(1, min(affordable, len(units)))
-    seconds(1, records)  # the first time of so many at once
-    one = seconds(1, records)
-    steps = max(_FEWEST, min(_MOST, int(_FOR_STEPS_S / one)))
-    step = max(seconds(steps, records) - one, 0.0) / (steps - 1)
-    prepare = max(one - step, 0.0)
-    return {"outcome": "done", "records": records, "prepare_seconds": prepare, "step_seconds": step}
+    first = round_s(1)
+    one = mean(round_s(1) for _ in range(3))
+    step = max(round_s(_STEPS) - one, 0.0) / (_STEPS - 1)
+    model, _ = bench.fitted(train, config.policy)
+    there, expected = shapes(task), max(1.0, plan.sampling_rate * records)
+    passes = _passes(model, task, there, settings, plan.max_grad_norm)
+    batch, proofs = batch_seconds(expected, list(map(_tokens, there)), passes, plan.steps)
+    return {
+        "outcome": "done",
+        "records": round(expected),
+        "prepare_seconds": max(one - step, 0.0),
+        "step_seconds": step + batch,
+        "first_seconds": max(first - one, 0.0) + proofs,
+    }
+
+
+def _passes(
+    model: Any, task: Any, there: Sequence[Any], settings: Any, max_grad_norm: float
+) -> dict[int, dict[int, float]]:
+    """Seconds of passes over made-up records of the longest, the shortest and a middle shape, by tokens and by size."""
+    from privacy.clipping.clipping import clipping
+    from privacy.clipping.independence import Together
+    from trainer.device import beside
+
+    def losses(units: Sequence[Any]) -> Any:
+        return task.record_losses(model, task.collate(units))
+
+    with beside(model), clipping(model.train(), max_grad_norm, settings.clipping) as clipper:
+        together = Together(clipper, losses, task.shape, task.made_up, settings.micro_batch_size)
+        sizes = _proven(together.sizes(there[0]))
+
+        def seconds(shape: Any, size: int) -> float:
+            units = task.made_up(shape, size)
+            return _repeated(lambda: clipper.accumulate(losses, units))
+
+        chosen = [there[place] for place in sorted({0, len(there) // 2, len(there) - 1})]
+        return _within(_FOR_PASSES_S, reversed(chosen), sizes, seconds)
+
+
+def _proven(sizes: Iterable[int]) -> list[int]:
+    """As many as are proven in time. Where a pass takes that long, one of more records takes as much longer."""
+    began, found = time.perf_counter(), list[int]()
+    for size in sizes:
+        found.append(size)
+        if time.perf_counter() - began > _FOR_PROOFS_S:
+            break
+    return found
+
+
+def _within(
+    most_s: float, shapes: Iterable[Any], sizes: Sequence[int], seconds: Callable[[Any, int], float]
+) -> dict[int, dict[int, float]]:
+    """The passes for which there is time, the longest records first; one of more records takes as much longer."""
+    began, found = time.perf_counter(), dict[int, dict[int, float]]()
+    for shape in shapes:
+        of_shape = found[_tokens(shape)] = {}
+        for size in sizes:
+            largest = max(of_shape, default=0)
+            as_long = of_shape[largest] * size / largest if largest else 0.0
+            late = largest and time.perf_counter() - began + 2 * as_long > most_s
+            of_shape[size] = as_long if late else seconds(shape, size)
+    return found
+
+
+def _repeated(call: Callable[[], object]) -> float:
+    """Mean seconds of a call, but for the first, which readies what the others find."""
+    call()
+    taken = list[float]()
+    while not taken or (sum(taken) < _REPEATED_S and len(taken) < _MOST_REPEATED):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return mean(taken)
+
+
+def _tokens(shape: Any) -> int:
+    return sum(shape) if isinstance(shape, tuple) else int(shape)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ BROKEN = Finding("clock", ok=False, found="400 s behind", fix="set it")
 
 
 def site(name, finding=GOOD, seconds=1.0, *, required=True):
-    predicted = Prediction(0.0, 0.0, 0.0, seconds, 0.0, 1, 100, 50) if finding.ok else None
+    predicted = Prediction(0.0, 0.0, 0.0, seconds, 0.0, 7.0, 1, 100, 50) if finding.ok else None
     return Site(name, required, [finding], predicted)
 
 
@@ -49,7 +49,7 @@ def test_a_round_waits_for_the_slowest_site_that_it_waits_for():
     assert found(*sites, overrides=["federated.enough_silos=1"]).round_seconds == 2.0
     document = found(*sites).document()
     assert document["round"] == {"seconds": 5.0, "bytes": 300}
-    assert document["run"] == {"rounds": 3, "seconds": 15.0, "bytes": 900}
+    assert document["run"] == {"rounds": 3, "seconds": 7.0 + 15.0, "bytes": 900}
     assert found(site("c", BROKEN)).document()["run"]["seconds"] is None
 
 

@@ -13,11 +13,13 @@ from configs.storage.storage import COMMITTED
 from federated.coordinator import outcome
 from federated.coordinator.round_commits import SILOS
 from federated.deployment.federation_folder import FederationFolder
+from federated.deployment.federation_status import overview, status
 from federated.deployment.relay import SUPERNODE_CURVE
 from federated.deployment.served_run import CURRENT
 from federated.deployment.supervisor import STATE
 from federated.identity.cards import EnrolledSilo
 from federated.identity.keys import load_or_create_key, ssh_public_key
+from federated.identity.trust import ENROLLED
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +87,18 @@ def test_a_damaged_state_ends_no_command_with_a_traceback(federation):
             for words in (("stop",), ("run", "-c", "tiny")):
                 status, _, errors = command("federation", words[0], str(federation.folder), *words[1:])
                 assert is_clear(status, errors), (name, kind, errors)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"silo": "two"}'])
+def test_one_damaged_enrolment_hides_no_other_silo(federation, content):
+    """Before: the whole page was one line about it."""
+    path = federation.folder / ENROLLED / "two.json"
+    path.write_bytes(content)
+    try:
+        for look in (status, overview):
+            found = look(federation)
+            assert found["silos"]["one"]["epsilon_left"] == pytest.approx(30, abs=0.1)
+            (told,) = found["unreadable"]
+            assert told.startswith(str(path))
+    finally:
+        path.unlink()

@@ -14,7 +14,7 @@ from configs.run_directory import run_directory
 from configs.storage.layout import RunFiles
 from configs.storage.manifests import commit_manifest, require_manifest
 from federated.aggregation.message_sizes import BESIDE_BYTES
-from federated.coordinator.rehearsal.rehearsal import FACTS, REPLY, REQUEST, TRIAL, Heard, Step
+from federated.coordinator.rehearsal.rehearsal import AGAIN, FACTS, REPLY, REQUEST, TRIAL, Heard, Step
 from federated.coordinator.rehearsal.verdict import away, judged
 from federated.protocol import silo_pb2 as pb
 from federated.silo import requests
@@ -56,8 +56,9 @@ def test_the_whole_path(tmp_path, tiny_model):
         *("reached", "version", "clock", "base model", "task", "columns", "disk", "memory", "line", "step", "round")
     ]
     heard, found = rehearsal.heard["north"], site.prediction
-    assert list(heard.steps) == [FACTS, REQUEST, REPLY, TRIAL]
+    assert list(heard.steps) == [FACTS, REQUEST, REPLY, *AGAIN, TRIAL]
     assert (heard.records, found.steps) == (1, 2)
+    assert min(found.step_s, found.prepare_s, found.first_s) > 0
     # An update weighs what the request's adapter does, so that a reply is as long as a round's.
     assert abs(heard.steps[REPLY].reply_bytes - heard.steps[REQUEST].request_bytes) < BESIDE_BYTES / 8
 
@@ -76,6 +77,18 @@ def test_a_prediction_is_made_of_differences():
     found = site.prediction
     assert (found.latency_s, found.down_s, found.up_s) == (pytest.approx(0.4), pytest.approx(1.0), pytest.approx(4.0))
     assert (found.step_s, found.seconds) == (pytest.approx(0.5), pytest.approx(0.4 + 1 + 0.5 + 4 * 0.5 + 4))
+    # What a round's messages take is the middle one of three, whatever the shorter messages took.
+    others = {AGAIN[0]: Step(2.1, 0.1, 500_000, 500_000), AGAIN[1]: Step(1.1, 0.1, 500_000, 500_000)}
+    heard.steps = {**steps, **others}
+    middle = judged("north", heard, config, "d", required=True).prediction
+    assert (middle.latency_s, middle.down_s, middle.up_s) == (
+        *(pytest.approx(0.4), pytest.approx(1.0)),
+        pytest.approx(0.6),
+    )
+    heard.steps = {**steps, FACTS: Step(9.0, 0.1, 100, 300)}
+    late = judged("north", heard, config, "d", required=True).prediction
+    assert late.seconds == pytest.approx(found.seconds)  # one look that came late moves no round
+    heard.steps = steps
     late = wrong(site)
     assert late.check == "round" and "send less over this line" in late.fix
     assert "4 Mbit/s down, 1 Mbit/s up" in next(one.found for one in site.findings if one.check == "line")
@@ -126,6 +139,15 @@ def test_a_service_that_is_away(tmp_path, tiny_model):
         site, _ = rehearse(Line([north]), tmp_path, settings(tmp_path, tiny_model))
     found = wrong(site)
     assert found.check == "service" and found.fix.startswith("at the site start `siloweave silo serve`")
+
+
+def test_a_service_that_fails_inside(tmp_path, tiny_model, monkeypatch):
+    """It is reached; what is wrong with it stands in its own log, and nowhere else."""
+    monkeypatch.setattr(answers, "_has_room", lambda _: 1 / 0)
+    with served(tmp_path, tiny_model) as north:
+        site, _ = rehearse(Line([north]), tmp_path, settings(tmp_path, tiny_model))
+    found = wrong(site)
+    assert found.check == "service" and found.fix.startswith("see silo.log in the silo's state_dir")
 
 
 @pytest.mark.parametrize("behind_s", [-400, 400])
@@ -241,6 +263,7 @@ def test_a_silo_that_says_what_nobody_can_say_is_rejected(tmp_path, tiny_model, 
         lambda told: setattr(told, "clock", float("nan")),
         lambda told: setattr(told, "seconds", -1.0),
         lambda told: setattr(told.trial, "outcome", "\x1b[2J"),
+        lambda told: setattr(told.trial, "first_seconds", float("inf")),
     ):
         with served(tmp_path, tiny_model) as north:
             answer = north.silo._rehearsals.answer

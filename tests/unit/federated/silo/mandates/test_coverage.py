@@ -25,6 +25,7 @@ from privacy.ledger.replay import replay
 from privacy.ledger.statements import Receipt, RunStatement
 from privacy.mandate import read_mandate
 from privacy.plan import METRIC, MetricRelease, PlanTerms
+from privacy.secure_sum import SecureSum, SharedNoise
 
 PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
 CLIENTS = PlanTerms(
@@ -200,10 +201,10 @@ FILES = {
     "signed with another key": (foreign_signature, "signature"),
     "of another study": (in_its_place(allowed=terms(study="other")), "study"),
     "expired": (in_its_place(allowed=terms(**EXPIRED)), "expires"),
-    "of a later version": (edited(b'"version":1', b'"version":2'), "version"),
+    "of a later version": (edited(b'"version":2', b'"version":3'), "version"),
     "with a larger budget": (edited(b'"budget_epsilon":10.0', b'"budget_epsilon":90.0'), "signature"),
-    "with a blank more": (edited(b'"version":1', b'"version": 1'), "content"),
-    "with a field more": (edited(b'"version":1', b'"more":1,"version":1'), "content"),
+    "with a blank more": (edited(b'"version":2', b'"version": 2'), "content"),
+    "with a field more": (edited(b'"version":2', b'"more":1,"version":2'), "content"),
     "cut short": (lambda silo: put(silo, mandated(silo).to_bytes()[:-1]), "content"),
     "empty": (lambda silo: put(silo, b""), "content"),
     "too long": (lambda silo: put(silo, mandated(silo).to_bytes() + b" " * 2**20), "size"),
@@ -234,9 +235,16 @@ REQUESTS = {
     "no base model": (lambda silo: train(silo, base_model_digest=""), "base_models"),
     "another task": (lambda silo: train(silo, task="qa"), "task"),
     "labels": (lambda silo: train(silo, task_spec=pb.TaskSpec(labels=("yes", "no"))), "labels"),
-    "to contribute, with another task": (
+    "to contribute, without noise": (
         lambda silo: ask(silo, "c", contribute=pb.Contribute(train=pb.Train(base_model_digest=of_silo(silo)))),
-        "task",
+        "unit",
+    ),
+    "noise that silos make together": (
+        noisy(
+            steps_per_round=1,
+            secure_sum=SecureSum(colluders=1, noise=SharedNoise(min_honest=2, reach=1.0, values=9000)),
+        ),
+        "honest_silos",
     ),
     "to evaluate another base model": (lambda silo: ask(silo, "e", evaluate=pb.Evaluate(number=1)), "base_models"),
     "to rehearse in no study": (lambda silo: rehearse(silo, study=""), "study"),
