@@ -271,7 +271,7 @@ class Silo:
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
         reply = _serialized(self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), **leaves)))
         if left:
-            self._remainders.keep(reply, left)
+            self._remainders.keep(reply, left, self.ledger.journal.bodies())
         stored = self.ledger.release(charge.number, request.run_id, reply)
         if left:
             self._remainders.drop_old(self.ledger.journal.bodies())

@@ -41,6 +41,7 @@ class Remainders:
 
     def __init__(self, state_dir: Path, log: Logger) -> None:
         self._folder, self._log = SiloFiles(state_dir).remainders, log
+        self._tried: set[str] = set()
 
     def written(self, update: Arrays, compression: Compression, run: Run | None, bodies: Sequence[Body]) -> Written:
         """A noised update in few bytes, with what the run's earlier ones left out.
@@ -56,24 +57,25 @@ class Remainders:
         """
         if run is None or not compression.leaves_out:
             return Written(packed(update, compression), {})
-        before = self._before(run, bodies)
-        whole = {name: array + _fitting(before, name, array) for name, array in update.items()}
-        content = packed(whole, compression)
-        sent = unpacked(content, compression, {name: array.shape for name, array in whole.items()})
-        left = {name: array - sent[name] for name, array in whole.items()}
-        if not all(np.isfinite(array).all() for array in left.values()):
-            raise ValueError("an update has values that are too large to be rounded")
-        return Written(content, {**before, **left})  # what this round froze waits for one in which it trains
+        return with_feedback(update, compression, self._before(run, bodies))
 
-    def keep(self, reply: bytes, left: Arrays) -> None:
+    def keep(self, reply: bytes, left: Arrays, bodies: Sequence[Body]) -> None:
         """Keeps what an update left out whose reply is about to be stored.
+
+        Args:
+            reply: what will be stored.
+            left: what it leaves out.
+            bodies: what the ledger's entries say: replies that could not be stored may have been tried before, with
+                another receipt in each, and their files would fill the disk.
 
         Raises:
             SiloweaveError: the disk is full or not writable.
         """
+        for name in self._tried - _stored(bodies):
+            (self._folder / name).unlink(missing_ok=True)
+        self._tried = {name := digest_bytes(reply)}
         content = to_bytes(left)
-        path = private_folder(self._folder) / digest_bytes(reply)
-        write_atomic(path, digest_bytes(content).encode() + content, _OWNERS_FILE)
+        write_atomic(private_folder(self._folder) / name, digest_bytes(content).encode() + content, _OWNERS_FILE)
 
     def drop_old(self, bodies: Sequence[Body], *, strays: bool = False) -> None:
         """Deletes what no round of an open run continues from.
@@ -86,7 +88,7 @@ class Remainders:
         if not self._folder.is_dir():
             return
         needed = {newest_release(run, bodies) for run in Runs(bodies).open()}
-        stored = {body["reply_digest"] for body in bodies if body["kind"] == "release"}
+        stored = _stored(bodies)
         for path in list(self._folder.iterdir()):
             if path.name not in needed and (strays or path.name in stored):
                 path.unlink(missing_ok=True)
@@ -107,11 +109,30 @@ class Remainders:
             return {}
 
 
+def with_feedback(update: Arrays, compression: Compression, before: Arrays) -> Written:
+    """An update in few bytes, to which what earlier ones left out was added, and what is left out now.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    whole = {name: array + _fitting(before, name, array) for name, array in update.items()}
+    content = packed(whole, compression)
+    sent = unpacked(content, compression, {name: array.shape for name, array in whole.items()})
+    left = {name: array - sent[name] for name, array in whole.items()}
+    if not all(np.isfinite(array).all() for array in left.values()):
+        raise ValueError("an update has values that are too large to be rounded")
+    return Written(content, {**before, **left})  # what this round froze waits for one in which it trains
+
+
 def newest_release(run: Run, bodies: Sequence[Body]) -> str:
     """Digest of the reply that a run's newest round has released; empty before the first."""
     rounds = {body["number"] for body in run.charges if body["round"]}
     found = (body for body in reversed(bodies) if body["kind"] == "release" and body["charge"] in rounds)
     return next((str(body["reply_digest"]) for body in found), "")
+
+
+def _stored(bodies: Sequence[Body]) -> set[str]:
+    return {body["reply_digest"] for body in bodies if body["kind"] == "release"}
 
 
 def _fitting(before: Arrays, name: str, array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

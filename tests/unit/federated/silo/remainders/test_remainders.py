@@ -204,6 +204,20 @@ def test_a_failed_round_is_asked_again_and_another_runs_updates_change_nothing(o
     assert len(kept(silo)) == 1
 
 
+def test_replies_that_could_not_be_stored_leave_one_file_however_often_they_are_tried(open_silo, adapter, monkeypatch):
+    """Another run's entries come between, so that each try has another receipt, and so another digest."""
+    silo = open_silo(budget_epsilon=100.0)
+    reserve(silo)
+    with monkeypatch.context() as patch:
+        patch.setattr(silo.ledger, "release", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        for number in range(3):
+            assert trained(silo, adapter, 1).failure.code == FAILED
+            reserve(silo, run_id=f"other-{number}")
+            assert len(kept(silo)) == 1
+    reply = trained(silo, adapter, 1)
+    assert kept(silo) == [digest_bytes(reply.SerializeToString(deterministic=True))]
+
+
 @pytest.mark.parametrize("harm", ["lost", "damaged", "cut"])
 def test_what_is_lost_costs_quality_alone_and_is_logged(open_silo, adapter, noised, harm):
     silo = open_silo()
