@@ -68,6 +68,8 @@ _LATER = {
     "federated.adapter_targets": "all-linear",
     "federated.base_dtype": "float32",
     "federated.update_dtype": "float32",
+    "federated.update_block": 0,
+    "federated.update_share": 1.0,
     "model.source": "",
     "federated.labels": (),
     "federated.template": "",

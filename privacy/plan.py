@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from configs.errors import PolicyRefusal
-from configs.schema.base import Labels, MaxNewTokens
 from configs.storage.files import digest_json
 from privacy.accounting.schedule import Schedule
 from privacy.accounting.truncation import Truncation, size_margin, size_noise
+from privacy.compression import Compression, compression_problem
+from privacy.metric_release import Finite, MetricRelease, Rounds
 from privacy.secure_sum import SecureSum
 
 if TYPE_CHECKING:
@@ -23,46 +24,17 @@ if TYPE_CHECKING:
     from privacy.distributed.distributed import DistributedNoise
 
 METRIC = "held_out"
-_LATER = ("labels", "max_new_tokens")  # of a metric's release
 
 SMALLEST_DELTA, LARGEST_DELTA = 1e-100, 1e-5
 SMALLEST_RATE = 2.0**-64  # below it the sampler's 64 bits never choose a unit, and accounting ends in floating point
 _SINCE_VERSION_2 = {
     *("clipping_function", "target_quantile", "num_clients", "max_batch_size", "max_units"),
-    *("metric_releases", "secure_sum"),
+    *("metric_releases", "secure_sum", "compression"),
 }
 _FIXED_NORM = ("fixed", "automatic")
 _WIDE = 1e4  # a noise multiplier beside which words have room for any sum that they have room for at all
 _COUNT_NOISE_SHARE = 1 / 20  # of the expected batch (Andrew et al. 2021)
-Finite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rounds = Annotated[int, Field(ge=1, le=100_000)]
 Size = Annotated[int, Field(ge=0, le=10**12)]
-
-
-class MetricRelease(BaseModel):
-    """A named vector of bounded per-unit sums, released with Gaussian noise over all units, without sampling.
-
-    Attributes:
-        name: what is measured.
-        noise_multiplier: standard deviation of the noise over the most that one unit can move the vector (2-norm).
-        releases: how often it is released in the whole run.
-        labels: public classes whose counts are part of the vector: they decide its length, and how far a unit moves it.
-        max_new_tokens: most tokens that the model writes for an example, where what it writes is part of the vector.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-    noise_multiplier: Finite
-    releases: Rounds
-    labels: Labels = ()
-    max_new_tokens: MaxNewTokens = 0
-
-    @model_serializer(mode="wrap")
-    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """What a release has not got is written as before there was any, so that its plan's digest stays."""
-        tree: dict[str, Any] = handler(self)
-        return {name: value for name, value in tree.items() if name not in _LATER or value}
 
 
 class PlanTerms(BaseModel):
@@ -91,6 +63,7 @@ class PlanTerms(BaseModel):
         max_units: most units of a dataset under truncated Poisson sampling, the size in its event; 0 without.
         metric_releases: everything else that is released from the same units.
         secure_sum: how updates are added up under masks; None: each is seen as it is.
+        compression: how updates become few bytes; None: they travel as arrays.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,21 +85,24 @@ class PlanTerms(BaseModel):
     max_units: Size = 0
     metric_releases: Annotated[tuple[MetricRelease, ...], Field(max_length=20)] = ()
     secure_sum: SecureSum | None = None
+    compression: Compression | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanTerms:
         of_terms = (self._version_problem(), self._unit_problem(), self._sampler_problem(), self._clipping_problem())
-        for problem in (*of_terms, self._metric_problem(), self._noise_problem()):
+        of_updates = (self._noise_problem(), compression_problem(self.compression, self.unit, self.secure_sum))
+        for problem in (*of_terms, self._metric_problem(), *of_updates):
             if problem:
                 raise ValueError(problem)
         return self
 
     def _version_problem(self) -> str:
-        shown = (self.unit, self.sampler, self.clipping_function, self.metric_releases, self.secure_sum)
-        if self.version == 1 and shown != ("record", "poisson", "fixed", (), None):
+        later = {name: getattr(self, name) for name in ("metric_releases", "secure_sum", "compression")}
+        shown = (self.unit, self.sampler, self.clipping_function)
+        if self.version == 1 and (shown != ("record", "poisson", "fixed") or any(later.values())):
             return (
-                "version is 1: its plans have unit 'record', sampler 'poisson', clipping_function 'fixed', no "
-                "metric_releases and no secure_sum; give 2"
+                "version is 1: its plans have unit 'record', sampler 'poisson', clipping_function 'fixed', and no "
+                f"{', '.join(later)}; give 2"
             )
         return ""
 
@@ -202,9 +178,9 @@ class PlanTerms(BaseModel):
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A plan of before is written as it was, so that its digest stays."""
         tree: dict[str, Any] = handler(self)
-        if self.secure_sum is None:
-            del tree["secure_sum"]
-        return {name: value for name, value in tree.items() if self.version > 1 or name not in _SINCE_VERSION_2}
+        without = {name for name in ("secure_sum", "compression") if getattr(self, name) is None}
+        without |= _SINCE_VERSION_2 if self.version == 1 else set()
+        return {name: value for name, value in tree.items() if name not in without}
 
     @property
     def steps(self) -> int:

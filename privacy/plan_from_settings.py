@@ -7,6 +7,7 @@ from configs.errors import InputError
 from configs.parse import parse
 from configs.schema.schema import RunConfig
 from privacy.accounting.truncation import units_for
+from privacy.compression import Compression
 from privacy.plan import METRIC, PlanTerms
 from privacy.secure_sum import SecureSum, SharedNoise
 
@@ -15,8 +16,12 @@ _MOST_VALUES = 2**26  # of a sum with shared noise: rounding so many costs next 
 _WHOLE_CLIENTS: dict[str, Any] = {"relation": "zero_out", "sampler": "all", "sampling_rate": 1, "steps_per_round": 1}
 
 
-def plan_terms(config: RunConfig) -> PlanTerms:
+def plan_terms(config: RunConfig, *, compressed: bool = True) -> PlanTerms:
     """The plan that the settings ask for: noise calibrated to epsilon over the whole schedule.
+
+    Args:
+        config: the run's settings.
+        compressed: False: updates travel as they are, whatever the settings say.
 
     Raises:
         InputError: no noise multiplier reaches the epsilon, or the settings make no consistent plan.
@@ -51,6 +56,7 @@ def plan_terms(config: RunConfig) -> PlanTerms:
         "delta": privacy.delta,
         "metric_releases": metrics,
         "secure_sum": None,
+        "compression": Compression.of(federated) if compressed else None,
         **cap,
         **(_WHOLE_CLIENTS if privacy.unit == "client" else {}),
         "num_clients": privacy.num_clients,

@@ -268,6 +268,8 @@ class RunConfig(Settings):
              "one client's speed would decide how much another one counts", "'synchronous'"),
             ("federated.required_silos", federated.required_silos, bool(federated.required_silos),
              "that there is a model would show that they take part", "none"),
+            ("federated.update_share", federated.update_share, federated.update_share < 1,
+             "what an update leaves out has no noise, and would be kept at the silo", "1"),
             ("federated.optimizer", federated.optimizer, federated.optimizer == "adam_bc",
              "a silo's own steps have no noise to correct for", "'adam' or 'sgd'"),
             ("privacy.sampler", privacy.sampler, privacy.sampler != "poisson",

@@ -175,6 +175,9 @@ class SiloPolicy(Settings):
     noise, keep nothing of them and tell nobody. A run may count on so many at most (``privacy.min_honest``), and
     epsilon rests on them. 0: on none, so that noise which silos make together (``privacy.mode = "distributed"``) is
     refused."""
+    error_feedback: bool = True
+    """Whether a run may have this silo keep, in ``state_dir``, what its updates leave out, and add it to the next one
+    (``federated.update_share`` below 1). It is made of noised updates, has the bytes of one, and goes with the run."""
     attests_disjoint_units: bool = False
     """The steward's word, signed with every run, that its units appear in no other silo of the federation. Where every
     silo's steward gives it, the largest epsilon is the federation's; else the sum is."""

@@ -232,6 +232,11 @@ class SiloFiles:
         return self.directory / "released"
 
     @property
+    def remainders(self) -> Path:
+        """What updates left out of open runs' rounds, to be added to the next one. It has noise, and stays here."""
+        return self.directory / "remainders"
+
+    @property
     def attack_report(self) -> Path:
         """How well the silo's own members are told from its held-out records. Private."""
         return self.directory / "attack" / "attack.json"

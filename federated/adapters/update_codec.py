@@ -4,7 +4,7 @@ What is rounded is the noised update, by itself: nothing else that is private is
 and epsilon is the same with each.
 """
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from safetensors.torch import save as save_tensors
 from configs.schema.federated import UpdateDtype
 from federated.adapters.arrays import Arrays, from_bytes, read_arrays, to_bytes
 
-UPDATE_DTYPES: tuple[UpdateDtype, ...] = get_args(UpdateDtype)
+UPDATE_DTYPES: tuple[UpdateDtype, ...] = ("float32", "bfloat16", "int8")
 BYTES_OF: dict[UpdateDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 _SCALE = " scale"  # no parameter's name has a blank
 _LARGEST_INT8 = 127

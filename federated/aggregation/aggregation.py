@@ -92,10 +92,15 @@ class RoundAggregation:
         return Sent(
             rank=rank,
             alpha=settings.lora_alpha * rank / settings.lora_rank,
-            adapter={name: array for name, array in whole.items() if self._trains(name)},
+            adapter=self.travels(silo),
             frozen={name: array for name, array in whole.items() if name in self._held_back},
             correction=self._correction(silo),
         )
+
+    def travels(self, silo: str) -> Arrays:
+        """The weights that a silo trains, of whose change its update is."""
+        whole = cut(self._adapter, _rank_of(silo, self._settings))
+        return {name: array for name, array in whole.items() if self._trains(name)}
 
     def _correction(self, silo: str) -> Arrays:
         if self._variates:

@@ -8,7 +8,9 @@ from math import prod
 from configs.errors import InputError
 from configs.schema.federated import FederatedSettings
 from federated.adapters.lora_factors import frozen
+from federated.adapters.packed_updates import packed_bytes
 from federated.adapters.update_codec import BYTES_OF
+from privacy.compression import Compression
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -50,6 +52,8 @@ def message_sizes(settings: FederatedSettings, shapes: Shapes) -> MessageSizes:
 
 def _update_bytes(settings: FederatedSettings, shapes: Shapes) -> int:
     """Of an update as it travels: headers have about the same length; int8 has a scale beside each array."""
+    if compression := Compression.of(settings):
+        return packed_bytes(compression, sum(prod(shape) for shape in shapes.values()))
     saved = (FLOAT32_BYTES - BYTES_OF[settings.update_dtype]) * sum(prod(shape) for shape in shapes.values())
     scales = _SCALE_BYTES * len(shapes) + sum(map(len, shapes)) if settings.update_dtype == "int8" else 0
     return safetensors_bytes(shapes) - saved + scales

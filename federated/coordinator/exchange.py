@@ -164,7 +164,7 @@ class SiloExchange:
     def body(self, request_id: str, silo: str = "", **kind: Any) -> bytes:
         """A request's bytes. The same step of the same run has the same bytes, so a restart asks nothing new."""
         return pb.Request(
-            version=version_of(self.settings.update_dtype, secure=self.secure),
+            version=version_of(self.settings.update_dtype, secure=self.secure, compressed=self.settings.compressed),
             run_id=self.run.id,
             silo_id=silo,
             request_id=request_id,
@@ -290,6 +290,8 @@ class SiloExchange:
             message += f"; {self.run.clocks()}: have the clock that is wrong set; if the time is up, {RENEW} helps"
         if refusal.rule == "version" and self.secure:
             message += "; federated.secure_aggregation is true: have the silo upgraded, or leave it out"
+        elif refusal.rule == "version" and self.settings.compressed:
+            message += "; federated.update_block or update_share is set: have the silo upgraded, or leave them out"
         elif refusal.rule == "version" and (dtype := self.settings.update_dtype) != "float32":
             message += f"; federated.update_dtype is {dtype!r}: have the silo upgraded, or leave it at 'float32'"
         return PolicyRefusal(message, rule=refusal.rule, asked=refusal.asked, allowed=refusal.allowed)

@@ -18,7 +18,6 @@ from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.manifests import Manifest, require_manifest
 from configs.storage.sealing import MasterKey, load_key
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
-from federated.adapters.update_codec import decoded
 from federated.adapters.warm_model import held_back_in
 from federated.aggregation.aggregation import RoundAggregation, check_size
 from federated.aggregation.message_sizes import MessageSizes, message_sizes, require_room
@@ -96,7 +95,7 @@ class Coordinator:
         check_size(federated, self.parties.num_silos)
         check_silos(self.config, self.parties.size)
         run = open_run(self.directory, federated.run_lifetime_h)
-        self.plan = plan_terms(self.config)
+        self.plan = plan_terms(self.config, compressed=self.certify)
         self.silo_records = SiloRecords(run.id, self.plan, signed=self.certify)
         secure = federated.secure_aggregation and self.certify
         held = self.silo_records.held
@@ -223,8 +222,8 @@ class Coordinator:
             needs.missing = lambda answered: self.config.federated.missing([*present, *answered])
         self.exchange.collect(bodies, QUERY, "reserve", "reserved", self._take_reservation, needs)
 
-    def _update(self, content: bytes) -> Arrays:
-        return decoded(content, self.config.federated.update_dtype, self.sizes.request)
+    def _update(self, content: bytes, like: Arrays) -> Arrays:
+        return self.requests.update(content, like, self.sizes.request)
 
     def _patience_s(self) -> float:
         """How long to wait for what needs no training: not for long where there are silos enough for a round.
@@ -277,7 +276,7 @@ class Coordinator:
         def fold(answer: Answer) -> None:
             trained = answer.reply.trained
             self.silo_records.take_receipt(answer.silo, trained.receipt)  # without a sound one an update is not folded
-            aggregation.add(answer.silo, self._update(trained.update))
+            aggregation.add(answer.silo, self._update(trained.update, aggregation.travels(answer.silo)))
             self.released[answer.silo] = answer.digest
 
         adapters: dict[int, bytes] = {}

@@ -40,6 +40,9 @@ def check_plan(terms: PlanTerms, policy: SiloPolicy, public_record_count: int) -
     if terms.unit not in policy.units:
         raise PolicyRefusal.of("units", terms.unit, ", ".join(policy.units))
     check_secure(terms, policy)
+    if terms.compression is not None and terms.compression.leaves_out and not policy.error_feedback:
+        asked = f"{terms.compression.share:g} of an update's values"
+        raise PolicyRefusal.of("error_feedback", asked, "all of them: nothing is kept for the next update")
     plan = terms.bind(public_record_count) if terms.unit == "record" else terms.for_clients()
     if not policy.min_grad_norm <= terms.max_grad_norm <= policy.max_grad_norm:
         bounds = f"{policy.min_grad_norm:g} to {policy.max_grad_norm:g}"

@@ -16,6 +16,7 @@ from federated.protocol.bounds import excess
 from federated.protocol.clocks import EXPIRES, shown
 from federated.protocol.envelope import request_holds
 from federated.protocol.framing import SPOKEN
+from privacy.compression import Compression
 from privacy.ledger.statements import Receipt
 from trainer.models.adapters import Adaptation
 
@@ -132,13 +133,15 @@ def adaptation_of(spec: pb.AdapterSpec) -> Adaptation:
     return Adaptation(spec.rank, spec.alpha, cast("Train", train), tuple(spec.targets), cast("BaseDtype", base_dtype))
 
 
-def update_dtype_of(train: pb.Train) -> UpdateDtype:
-    """What the update of a request is to travel in.
+def update_dtype_of(train: pb.Train, compression: Compression | None) -> UpdateDtype:
+    """What the update of a request is to travel in, where its plan doesn't say so.
 
     Raises:
-        PolicyRefusal: nothing that this silo knows.
+        PolicyRefusal: nothing that this silo knows, or the plan says it.
     """
     dtype = train.update_dtype or "float32"
+    if compression is not None and train.update_dtype:
+        raise PolicyRefusal.of("update_dtype", dtype, "none: the plan's compression says how updates travel")
     if dtype not in UPDATE_DTYPES:
         raise PolicyRefusal.of("update_dtype", dtype, ", ".join(UPDATE_DTYPES))
     return dtype

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
+from configs.schema.federated import UpdateDtype
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
@@ -31,6 +32,7 @@ from federated.silo.masking.terms import agreed, check_roster, shared_noise
 from federated.silo.policy import check_model, check_optimizer
 from federated.silo.rehearsal.rehearsal import Rehearsals, facts
 from federated.silo.released.released import Released, asks_for_update
+from federated.silo.remainders.remainders import Remainders, Written
 from federated.silo.requests import (
     check_sender,
     decode,
@@ -44,8 +46,9 @@ from federated.silo.traffic_log import TrafficLog, UnloggedError
 from federated.silo.units import load_units, split_key
 from federated.silo.workbench import Workbench, public_base_model
 from privacy.ledger.ledger import Charge, Ledger
+from privacy.ledger.runs import Runs
 from privacy.mechanism.streams import Streams, injected_seeds
-from privacy.plan import METRIC, PrivacyPlan
+from privacy.plan import METRIC, PlanTerms, PrivacyPlan
 from trainer.tasks.task import Task
 
 FAILED = "FAILED"
@@ -96,6 +99,8 @@ class Silo:
         locks = self._one_at_a_time, self._accounting
         self._rehearsals = Rehearsals(self.ledger, base_model.content_digest, self._log, self.roster, *locks)
         self._masking = Masking(config.silo.id, self.ledger.journal.signer)
+        self._remainders = Remainders(self._state_dir, self._log)
+        self._remainders.drop_old(self.ledger.journal.bodies(), strays=True)
 
     def trusted(self) -> frozenset[str]:
         """Public keys of the coordinators that may ask now."""
@@ -203,16 +208,17 @@ class Silo:
         if kind == "aggregate":
             return self._aggregate(request, digest)
         if kind == "contribute":
-            dtype = update_dtype_of(request.contribute.train)
             plan = entrusted_plan(self.ledger, self.config, request, request.contribute.train.plan_digest)
+            dtype = update_dtype_of(request.contribute.train, plan.compression)
             update = contribution(self.workbench, self.ledger.journal, self.config, plan, request, digest)
-            content = encoded(update, dtype)
+            content = self._written(request, plan, update, dtype).content
             reply = self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), update=content))
         elif kind == "reserve":
             reply = self._reply(digest, reserved=reserve(self.ledger, self.config, request, mandate))
         elif kind == "close":
             reply = self._reply(digest, closed=close(self.ledger, self.config, request))
             self._masking.forget(request)
+            self._remainders.drop_old(self.ledger.journal.bodies())
         else:
             reply = self._reply(digest, described=self.describe())
         return _serialized(reply)
@@ -239,7 +245,7 @@ class Silo:
         plan = reserved_plan(self.ledger, self.config, request, train.plan_digest)
         check_model(train, self.config.policy, self.workbench.base_model.content_digest)
         check_optimizer(train, self.config.policy)
-        dtype = update_dtype_of(train)
+        dtype = update_dtype_of(train, plan.terms.compression)
         model, adapter = self.workbench.fitted(train, self.config.policy)
         settings, examples = self.workbench.local_settings(train, self.config.policy), self.workbench.examples(train)
         summed = agreed(request, plan.terms, self.roster, length_of(adapter))
@@ -254,19 +260,32 @@ class Silo:
         if charge.reply is not None:  # by another process, meanwhile
             return charge.reply
         # 3. Train under the charge's own randomness.
-        opened, streams, records = None, _streams(charge, digest), examples.records
+        opened, left, streams, records = None, Arrays(), _streams(charge, digest), examples.records
         if summed is None:
-            leaves = {"update": encoded(ready.run(streams, records), dtype)}
+            content, left = self._written(request, plan.terms, ready.run(streams, records), dtype)
+            leaves = {"update": content}
         else:
             part = ready.run(streams, records) if noise is None else ready.share(streams, records, noise)
             opened = self._masking.begun(summed, part, train.plan_digest, release)
             leaves = {"keys": opened.keys}
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
         reply = _serialized(self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), **leaves)))
+        if left:
+            self._remainders.keep(reply, left, self.ledger.journal.bodies())
         stored = self.ledger.release(charge.number, request.run_id, reply)
+        if left:
+            self._remainders.drop_old(self.ledger.journal.bodies())
         if opened and stored == reply:  # else another process has answered meanwhile, and its keys are the round's
             self._masking.keep(request, opened)
         return stored
+
+    def _written(self, request: pb.Request, terms: PlanTerms, update: Arrays, dtype: UpdateDtype) -> Written:
+        """An update as its plan or its request has it travel."""
+        if terms.compression is None:
+            return Written(encoded(update, dtype), {})
+        bodies = self.ledger.journal.bodies()
+        run = Runs(bodies).of(request.run_id, request.coordinator)
+        return self._remainders.written(update, terms.compression, run, bodies)
 
     def _aggregate(self, request: pb.Request, digest: str) -> bytes:
         """This silo's next message of a sum that it is in, as policy, roster and ledger are now."""

@@ -40,7 +40,7 @@ FLOORS = {
         "synthesis",
     ),
     "privacy": (
-        "accounting clipping secure_sum signing",
+        "accounting clipping compression metric_release secure_sum signing",
         "secagg",
         "distributed",
         "declaration plan register",

@@ -28,6 +28,12 @@ _REFUSED = (
         "'average' or 'ffa'",
     ),
     ("update_dtype", ("float32",), "under masks a value travels as a word of 32 bits, whatever it was", "'float32'"),
+    (
+        "update_share",
+        (1.0,),
+        "which values are sent would be seen, and tells of the data (Zhang et al. 2025)",
+        "1",
+    ),
 )
 
 

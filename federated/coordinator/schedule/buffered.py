@@ -82,7 +82,7 @@ class BufferedRounds:
         models: makes requests.
         present: gives the silos that are there.
         take_receipt: keeps a silo's receipt.
-        read: gives the update that a silo's bytes are.
+        read: gives the update that a silo's bytes are, of arrays like those that it was asked to train.
         updates: what the step at hand is made of.
     """
 
@@ -92,7 +92,7 @@ class BufferedRounds:
     models: Models
     present: Callable[[], list[str]]
     take_receipt: Callable[[str, bytes], None]
-    read: Callable[[bytes], Arrays]
+    read: Callable[[bytes, Arrays], Arrays]
     updates: list[UpdateDigest] = field(default_factory=list)
     _step: int = 0
     _resting: set[str] = field(default_factory=set)
@@ -199,7 +199,8 @@ class BufferedRounds:
                     f"its update is from the model of {staleness} steps ago, federated.max_staleness is {most}; it "
                     "stays charged"
                 )
-            self._aggregation.add(silo, self.read(answer.reply.trained.update), weight)
+            like = self._aggregation.travels(silo)
+            self._aggregation.add(silo, self.read(answer.reply.trained.update, like), weight)
             sound.append(answer)
 
         step = str(self._step), "trained"
@@ -215,7 +216,8 @@ class BufferedRounds:
         found = self.arrivals.reply(position, update)
         trained = pb.Reply.FromString(found or self._asked_again(update)).trained
         self.take_receipt(update.silo, trained.receipt)
-        self._aggregation.add(update.silo, self.read(trained.update), update.weight)
+        like = self._aggregation.travels(update.silo)
+        self._aggregation.add(update.silo, self.read(trained.update, like), update.weight)
         self._quorum.answered.append(update.silo)
         self.updates.append(update)
 

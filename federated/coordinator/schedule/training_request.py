@@ -9,6 +9,8 @@ from configs.schema.stages import frozen_below
 from configs.schema.tasks import TaskSpec
 from federated.adapters.arrays import Arrays, to_bytes
 from federated.adapters.lora_factors import frozen_digest
+from federated.adapters.packed_updates import unpacked
+from federated.adapters.update_codec import decoded
 from federated.adapters.warm_model import adaptation
 from federated.aggregation.aggregation import Sent
 from federated.protocol import silo_pb2 as pb
@@ -64,6 +66,23 @@ class TrainingRequests:
         rate, steps = self.config.privacy.sampling_rate, self.config.federated.local_steps
         return {"contribute": pb.Contribute(train=train, local_steps=steps, sampling_rate=rate)}
 
+    def update(self, content: bytes, like: Arrays, most_bytes: int) -> Arrays:
+        """The update in a silo's reply.
+
+        Args:
+            content: what the silo sent, whatever it is.
+            like: what it was asked to train.
+            most_bytes: what an update may have as float32 arrays.
+
+        Raises:
+            ValueError: it is something else than the plan, or the request, has asked for.
+        """
+        if self.plan.compression is not None:
+            shapes = {name: array.shape for name, array in like.items()}
+            return unpacked(content, self.plan.compression, shapes)
+        settings = self.config.federated
+        return decoded(content, "float32" if settings.compressed else settings.update_dtype, most_bytes)
+
     def frozen_part(self, adapter: Arrays) -> dict[str, Any]:
         """What a request says of the matrices A that don't train (FFA-LoRA)."""
         if self.config.federated.adapters != "ffa":
@@ -102,5 +121,5 @@ def _training(settings: FederatedSettings, round_number: int, sent: Sent, **froz
         "frozen_below": frozen_below(stage.frozen),
         "frozen": to_bytes(sent.frozen) if sent.frozen else b"",
         "context_length": stage.context_length or 0,
-        "update_dtype": "" if settings.update_dtype == "float32" else settings.update_dtype,
+        "update_dtype": "" if settings.compressed or settings.update_dtype == "float32" else settings.update_dtype,
     }

@@ -12,12 +12,15 @@ from configs.errors import InputError
 from configs.storage.files import digest_bytes, private_folder, write_atomic
 from configs.storage.layout import SiloFiles
 from configs.storage.manifests import Manifest, commit_manifest, damaged_file, read_manifest
-from federated.adapters.arrays import Arrays
+from federated.adapters.arrays import Arrays, from_bytes
+from federated.adapters.packed_updates import unpacked
 from federated.adapters.update_codec import decoded
 from federated.protocol import silo_pb2 as pb
 from federated.silo.requests import update_dtype_of
+from privacy.compression import Compression
 from privacy.ledger.client_runs import UNNOISED
 from privacy.ledger.runs import Body, Run
+from privacy.plan import PlanTerms
 
 _KIND, _REQUEST, _REPLY, _MEMBERS = "released", "request", "reply", "members"
 _OWNERS_FILE, _ANY_SIZE = 0o600, 2**63
@@ -33,6 +36,7 @@ class ReleasedRound:
         folder: where it lies.
         request_digest: as the ledger has signed it.
         reply_digest: as well; empty for an update without noise, which the ledger knows by its request alone.
+        compression: of the run's plan.
     """
 
     number: int
@@ -40,6 +44,7 @@ class ReleasedRound:
     folder: Path
     request_digest: str
     reply_digest: str
+    compression: Compression | None
 
     def read(self) -> tuple[pb.Train, Arrays]:
         """What was asked for, with the weights that it began with; and weights after minus weights before.
@@ -52,8 +57,11 @@ class ReleasedRound:
             raise _not_what_left(self.folder)
         asked = pb.Request.FromString(request)
         train = asked.contribute.train if asked.WhichOneof("kind") == "contribute" else asked.train
-        update = decoded(pb.Reply.FromString(reply).trained.update, update_dtype_of(train), _ANY_SIZE)
-        return train, update
+        content = pb.Reply.FromString(reply).trained.update
+        if self.compression is None:
+            return train, decoded(content, update_dtype_of(train, None), _ANY_SIZE)
+        shapes = {name: array.shape for name, array in from_bytes(train.adapter).items()}
+        return train, unpacked(content, self.compression, shapes)
 
 
 def asks_for_update(request: pb.Request) -> bool:
@@ -96,10 +104,13 @@ class Released:
             InputError: a file is damaged.
         """
         left, charges = left_rounds(run, bodies), {body["round"]: body for body in run.charges}
-        found = (self._found(number, charges[number]["digest"], left[number]) for number in sorted(left))
+        how = PlanTerms.model_validate(run.opening["plan"]).compression
+        found = (self._found(number, charges[number]["digest"], left[number], how) for number in sorted(left))
         return [one for one in found if one is not None]
 
-    def _found(self, number: int, request_digest: str, reply_digest: str) -> ReleasedRound | None:
+    def _found(
+        self, number: int, request_digest: str, reply_digest: str, how: Compression | None
+    ) -> ReleasedRound | None:
         folder = self._folder / request_digest
         manifest = read_manifest(folder, _KIND) if folder.is_dir() else None
         if manifest is None:
@@ -110,7 +121,7 @@ class Released:
             or damaged_file(folder, manifest)
         ):
             raise _not_what_left(folder)
-        return ReleasedRound(number, manifest.inputs[_MEMBERS], folder, request_digest, reply_digest)
+        return ReleasedRound(number, manifest.inputs[_MEMBERS], folder, request_digest, reply_digest, how)
 
 
 def left_rounds(run: Run, bodies: Sequence[Body]) -> dict[int, str]:

@@ -7,6 +7,7 @@ from silo_requests import signer_of
 from configs.errors import InputError
 from configs.load import load
 from federated.adapters.arrays import to_bytes
+from federated.adapters.packed_updates import packed
 from federated.adapters.update_codec import encoded
 from federated.aggregation.aggregation import RoundAggregation
 from federated.aggregation.message_sizes import (
@@ -50,6 +51,9 @@ def test_arrays_have_as_many_bytes_as_safetensors_writes(shapes):
         ["federated.anchor=0.5"],
         ['federated.update_dtype="bfloat16"'],
         ['federated.update_dtype="int8"'],
+        ['federated.update_dtype="int8"', "federated.update_block=16"],
+        ['federated.update_dtype="int4"', "federated.update_block=16", "federated.update_share=0.2"],
+        ["federated.update_share=0.9"],
     ],
 )
 def test_a_rounds_messages_weigh_what_is_said(changes):
@@ -61,7 +65,9 @@ def test_a_rounds_messages_weigh_what_is_said(changes):
     requests = TrainingRequests(config, plan_terms(config), "a" * 64)
     asked = requests.kind(1, sent, requests.frozen_part(sent.adapter), to_bytes(sent.adapter))
     request = len(seal_request(SIGNER, pb.Request(**asked).SerializeToString(), b"r" * 2000))
-    trained = pb.Trained(update=encoded(sent.adapter, settings.update_dtype), receipt=b"r" * 2000)
+    how = requests.plan.compression
+    update = packed(sent.adapter, how) if how else encoded(sent.adapter, settings.update_dtype)
+    trained = pb.Trained(update=update, receipt=b"r" * 2000)
     reply = len(seal_reply(SIGNER, pb.Reply(trained=trained).SerializeToString()))
     assert sizes.request - BESIDE_BYTES < request <= sizes.request
     assert sizes.reply - BESIDE_BYTES < reply <= sizes.reply
@@ -75,6 +81,20 @@ def test_a_reply_weighs_what_its_type_takes(dtype, each):
     said = message_sizes(settings, large).reply
     assert said >= len(encoded(arrays(large), dtype)) > said - 2 * BESIDE_BYTES
     assert 0 < said - each * values < 2 * BESIDE_BYTES
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize("share", [1, 0.1, 0.003])
+def test_a_packed_reply_weighs_what_its_values_scales_and_positions_take(dtype, bits, share):
+    few = (f"federated.update_dtype={dtype}", "federated.update_block=64", f"federated.update_share={share}")
+    config = load("tiny", list(few))
+    large = {name: (2000, *shape) for name, shape in SHAPES.items()}
+    values = sum(np.prod(shape) for shape in large.values())
+    said = message_sizes(config.federated, large).reply - BESIDE_BYTES
+    content = packed(arrays(large), plan_terms(config).compression)
+    assert 0 <= said - len(content) < 320
+    of_position = 0 if share == 1 else 2 + np.log2(1 / share)
+    assert 8 * said <= share * values * (bits + 32 / 64 + of_position) + 8 * 400
 
 
 def test_what_is_frozen_in_a_stage_travels_there_alone():

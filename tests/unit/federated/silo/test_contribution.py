@@ -12,10 +12,12 @@ from configs.errors import InputError
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from federated.adapters.arrays import from_bytes, to_bytes
+from federated.adapters.packed_updates import unpacked
 from federated.adapters.warm_model import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
 from federated.silo.silo import Silo
+from privacy.compression import Compression
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.replay import replay
 from privacy.plan import PlanTerms
@@ -98,6 +100,22 @@ def test_a_record_only_silo_refuses_a_client_plan_by_its_rule(silo_with, adapter
     assert (refusal.rule, refusal.asked, refusal.allowed) == ("units", "client", "record")
     assert contribute(silo, adapter).refusal.rule == "reservation"
     assert kinds(silo) == ["open"]
+
+
+def test_an_update_without_noise_is_rounded_where_its_plan_says_so_and_nothing_of_it_is_kept(silo_with, adapter):
+    """What it would leave out is private, and no plan has that (``share`` below 1 with clients as units)."""
+    silo, how = silo_with(**BOTH), Compression(dtype="int8", block=64)
+    plan = CLIENTS.model_copy(update={"compression": how})
+    assert reserve(silo, plan).WhichOneof("kind") == "reserved"
+    reply = contribute(silo, adapter, train=train(silo, adapter, plan))
+    shapes = {name: array.shape for name, array in from_bytes(adapter).items()}
+    update = unpacked(reply.trained.update, how, shapes)
+    norm = math.sqrt(sum(float((array.astype(np.float64) ** 2).sum()) for array in update.values()))
+    assert norm == pytest.approx(C, rel=0.01)  # up to the rounding, after which the aggregator clips again
+    assert contribute(silo, adapter, train=train(silo, adapter, plan)) == reply
+    assert not (silo.ledger.path.parent / "remainders").exists()
+    with pytest.raises(ValueError, match="has no noise, and would be kept"):
+        PlanTerms(**{**plan.model_dump(), "compression": {**how.model_dump(), "share": 0.5}})
 
 
 def test_an_update_leaves_clipped_and_the_ledger_says_that_it_had_no_noise(silo_with, adapter, siloweave, tmp_path):
