@@ -5,7 +5,7 @@ from hashlib import shake_256
 
 PROTOCOL_VERSION = 3
 ROUNDED_VERSION = 4  # of a run whose updates travel rounded: a silo that does not know of it has to refuse
-SECURE_VERSION = 5  # of a run with secure aggregation, for the same reason
+SECURE_VERSION = 6  # of a run with secure aggregation, for the same reason; with 5, evaluations were not added up
 SPOKEN = (PROTOCOL_VERSION, ROUNDED_VERSION, SECURE_VERSION)
 SERVICE = "siloweave.v1.Silo"  # the name under which the health service tells of it
 CHUNK_BYTES = 2**20

@@ -15,7 +15,7 @@ from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import Arrays
 from federated.adapters.update_codec import encoded
-from federated.aggregation.secure_sum import length_of, members
+from federated.aggregation.secure_sum import length_of, members, written
 from federated.evaluation.label_counts import examples_of
 from federated.evaluation.private_sums import bounds_of, evaluated, private_sums
 from federated.identity.trust import confirmed_silos, trusted_coordinators
@@ -26,7 +26,7 @@ from federated.silo.contribution import contribution
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import LocalSettings, PrivateUpdate
 from federated.silo.mandates.coverage import covering
-from federated.silo.masking.masking import Masking
+from federated.silo.masking.masking import Masking, OpenSum
 from federated.silo.masking.terms import agreed, check_roster, shared_noise
 from federated.silo.policy import check_model, check_optimizer
 from federated.silo.rehearsal.rehearsal import Rehearsals, facts
@@ -263,10 +263,7 @@ class Silo:
             leaves = {"keys": opened.keys}
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
         reply = _serialized(self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), **leaves)))
-        stored = self.ledger.release(charge.number, request.run_id, reply)
-        if opened and stored == reply:  # else another process has answered meanwhile, and its keys are the round's
-            self._masking.keep(request, opened)
-        return stored
+        return self._released_as(reply, charge, request, opened)
 
     def _aggregate(self, request: pb.Request, digest: str) -> bytes:
         """This silo's next message of a sum that it is in, as policy, roster and ledger are now."""
@@ -299,17 +296,32 @@ class Silo:
         check_model(asked, self.config.policy, self.workbench.base_model.content_digest)
         bench = self.workbench
         model, adapter = bench.fitted(asked, self.config.policy) if asked.adapter else (bench.model(asked), None)
-        charge = self.ledger.charge(*self._release(request, digest, asked.number, asked.metric))
+        spec, multiplier = self.config.policy.task_spec, release.noise_multiplier
+        bounds = bounds_of(bench.base_model, spec, release.labels, release.max_new_tokens)
+        summed = agreed(request, plan.terms, self.roster, bounds.num_sums)
+        charged = self._release(request, digest, asked.number, asked.metric)
+        charge = self.ledger.charge(*charged)
         if charge.reply is not None:
             return charge.reply
         streams = _streams(charge, digest)
         with evaluated(model, adapter):
-            spec, multiplier = self.config.policy.task_spec, release.noise_multiplier
-            bounds = bounds_of(bench.base_model, spec, release.labels, release.max_new_tokens)
             examples = examples_of(bench.task, bench.held_out_texts, release.labels) if release.labels else []
             sums = private_sums(model, bench.task, bench.held_out, examples, bounds, multiplier, streams)
-        reply = _serialized(self._reply(digest, evaluated=pb.Evaluated(receipt=self._receipt(request), sums=sums)))
-        return self.ledger.release(charge.number, request.run_id, reply)
+        opened, leaves = None, pb.Evaluated(receipt=self._receipt(request))
+        if summed is None:
+            leaves.sums.extend(sums)
+        else:
+            opened = self._masking.begun(summed, written(sums, summed.encoding), asked.plan_digest, charged)
+            leaves.keys = opened.keys
+        reply = _serialized(self._reply(digest, evaluated=leaves))
+        return self._released_as(reply, charge, request, opened)
+
+    def _released_as(self, reply: bytes, charge: Charge, request: pb.Request, opened: OpenSum | None) -> bytes:
+        """The reply that is stored, and so may leave; a sum is kept if it is this one whose keys are in it."""
+        stored = self.ledger.release(charge.number, request.run_id, reply)
+        if opened and stored == reply:  # else another process has answered meanwhile, and its keys are the round's
+            self._masking.keep(request, opened)
+        return stored
 
     @staticmethod
     def _release(
