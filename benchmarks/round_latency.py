@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,27 @@ WAIT_S = 300.0
 
 
 class FederationFolder:
-    """Two silos and their coordinator on this machine, made by the product's own commands."""
+    """Silos and their coordinator on this machine, made by the product's own commands.
 
-    def __init__(self, root: Path, model: Path) -> None:
+    Args:
+        root: an empty folder.
+        model: an exported model.
+        names: of the silos.
+        listen: where nginx listens; whoever asks for localhost is to get there.
+        stock: whether Flower's own SuperLink and SuperNodes are started, too.
+        policy: of each silo, beside its budget.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        model: Path,
+        names: Sequence[str] = SILOS,
+        listen: str = "127.0.0.1",
+        *,
+        stock: bool = True,
+        policy: Mapping[str, Any] | None = None,
+    ) -> None:
         from federated.deployment.flower_programs import flower_environment
         from federated.deployment.ports import free_port
 
@@ -44,12 +63,15 @@ class FederationFolder:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.flower = {**self.environment, **flower_environment(root / "stock")}
         self.processes: list[psutil.Popen] = []
-        host = ["--host", "localhost", "--listen", "127.0.0.1", "--port", str(free_port())]
+        self.marks: dict[str, str] = {}
+        self.port, self.policy = free_port(), {"budget_epsilon": 100.0, **(policy or {})}
+        host = ["--host", "localhost", "--listen", listen, "--port", str(self.port)]
         self.fingerprint = self.call("federation", "init", str(self.folder), "--name", "bench", *host).split()[-1]
-        for name in SILOS:
+        for name in names:
             self._add(name)
         self.start("federation", "serve", str(self.folder))
-        self.serve_stock()
+        if stock:
+            self.serve_stock()
         self._wait()
 
     def _add(self, name: str) -> None:
@@ -61,7 +83,7 @@ class FederationFolder:
         folder.mkdir()
         config = simulated_silo(load("tiny"), name, self.model)
         state = config.silo.model_copy(update={"state_dir": str(folder / "state")})
-        policy = config.policy.model_copy(update={"budget_epsilon": 100.0})
+        policy = config.policy.model_copy(update=self.policy)
         silo, relay, socket = folder / "silo.toml", folder / "relay.toml", folder / "run" / "silo.sock"
         silo.write_text(to_toml(config.model_copy(update={"silo": state, "policy": policy})))
         card = self.folder / "coordinator.json"
@@ -72,6 +94,7 @@ class FederationFolder:
         self.call("silo", "trust", "-c", str(silo), str(card), "--fingerprint", self.fingerprint)
         enrolment = str(folder / "state" / "enrolment.json")
         self.call("federation", "enrol", str(self.folder), enrolment, "--fingerprint", mark)
+        self.marks[name] = mark
         self.start("silo", "serve", "-c", str(silo), "--socket", str(socket))
         self.start("silo", "relay", "-c", str(relay))
 

@@ -9,6 +9,7 @@ from configs.storage.files import digest_bytes
 CONFIG, EVENTS, CERTIFICATE = "config.toml", "events.jsonl", "certificate.json"
 EARLIER_CERTIFICATE = "earlier-certificate.json"  # of the run that a federation continues, in that federation's folder
 ARRIVALS, ARRIVED = "arrivals.jsonl", "arrived"  # of buffered rounds: the order of updates, and the newest of them
+SECURE_EVALUATION = "secure-evaluation.json"  # the same of its newest private evaluation
 SECURE_SUM = "secure-sum.json"  # of a run with secure aggregation: who has answered in which phase of its newest sum
 CALIBRATION = "calibration.json"  # beside a finished model: how its answers are read
 FEDERATED, NO_DP = "federated", "federated-no-dp"  # a federation's stage, and its folder

@@ -4,7 +4,7 @@ The agreement's context is all that a request for training says, the coordinator
 for anything else, be it a learning rate, have another digest, and nothing of theirs is unmasked together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from math import prod, sqrt
 
@@ -16,7 +16,7 @@ from federated.adapters.arrays import Arrays
 from federated.protocol import silo_pb2 as pb
 from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement, least_survivors
-from privacy.secagg.encoding import Encoding
+from privacy.secagg.encoding import Encoding, Words
 from privacy.secagg.messages import pack
 from privacy.secure_sum import SecureSum
 
@@ -27,25 +27,29 @@ _ADAM_BC = _ADAM * sqrt(11)  # its second moment is lowered to 1/11 of itself at
 _SGD_GRADIENT, _SGD_NOISE = 10, 10  # expected batches in a batch; standard deviations of the noise
 
 
-def agreement(train: pb.Train, terms: SecureSum, coordinator: str, run_id: str, length: int) -> Agreement:
-    """What a request for training makes all silos of a round agree on.
+def agreement(
+    request: pb.Train | pb.Evaluate, terms: SecureSum, coordinator: str, run_id: str, length: int
+) -> Agreement:
+    """What a request for training, or for a private evaluation, makes all silos that are in its sum agree on.
 
     Args:
-        train: the request's, the same for all of them.
+        request: the same for all of them.
         terms: of the plan that they have reserved.
         coordinator: public key of whoever asks.
         run_id: the run.
-        length: values in an update.
+        length: values in an update, or sums of an evaluation.
 
     Raises:
         InputError: it would not be secure, or is nothing that can be computed.
     """
-    roster = {member.silo: member.public_key for member in train.secure.roster}
-    asked = train.SerializeToString(deterministic=True)
-    context = sha256(b"siloweave secure round 1\n" + pack(coordinator.encode(), run_id.encode(), asked)).digest()
+    roster = {member.silo: member.public_key for member in request.secure.roster}
+    asked, evaluates = request.SerializeToString(deterministic=True), isinstance(request, pb.Evaluate)
+    kind = b"evaluation" if evaluates else b"round"
+    said = b"siloweave secure %s 1\n" % kind + pack(coordinator.encode(), run_id.encode(), asked)
+    context = sha256(said).digest()
     fewest = max(terms.fewest, least_survivors(len(roster), terms.colluders))
-    if terms.noise is None:
-        encoding = Encoding(train.secure.clip, len(roster))
+    if terms.noise is None or evaluates:  # each silo adds all noise to an evaluation itself
+        encoding = Encoding(request.secure.clip, len(roster))
     else:  # how values become words is the noise's, and its numbers are the plan's, whose digest is in the request
         encoding = Encoding(terms.noise.reach, terms.most, terms.noise.word_bits)
     return Agreement(roster, terms.colluders, fewest, encoding, length, context)
@@ -85,6 +89,21 @@ def vector(update: Arrays, bound: float) -> npt.NDArray[np.float64]:
     if not np.isfinite(flat).all():
         raise ValueError("an update has a value that is not finite")
     return flat.clip(-bound, bound)
+
+
+def sums_bound(counts: Iterable[int], sums_std: float) -> float:
+    """What no value of an honest silo's noised sums exceeds: there it is cut, which costs quality alone.
+
+    Args:
+        counts: the silos' public counts of units; a held-out unit adds 1 to a sum at most, and there are fewer of them.
+        sums_std: standard deviation of the noise on a sum.
+    """
+    return max(counts) + _SGD_NOISE * sums_std
+
+
+def written(sums: Sequence[float], encoding: Encoding) -> Words:
+    """Noised sums as words, cut to what these can say."""
+    return encoding.encode(np.asarray(sums, np.float64).clip(-encoding.clip, encoding.clip))
 
 
 def length_of(like: Arrays) -> int:

@@ -296,8 +296,8 @@ class Coordinator:
 
     def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:
         if self.certify:
-            take_receipt = self.silo_records.take_receipt
-            evaluations = PrivateEvaluations(self.exchange, self.requests, self.config, self.base, take_receipt)
+            told = self.config, self.base, self.silo_records.take_receipt, self.secure
+            evaluations = PrivateEvaluations(self.exchange, self.requests, *told)
             evaluations.after(round_number, adapter, self._bodies)
 
     def _bodies(self, request_id: str, shared: bytes = b"", **kind: Any) -> Bodies:

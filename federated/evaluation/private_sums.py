@@ -190,17 +190,20 @@ def checked_sums(sums: Sequence[float], bounds: Bounds) -> list[float]:
     return list(sums)
 
 
-def figures(sums: Sequence[Sequence[float]], bounds: Bounds, noise_multiplier: float) -> dict[str, Any]:
+def figures(
+    sums: Sequence[Sequence[float]], bounds: Bounds, noise_multiplier: float, summed: int = 0
+) -> dict[str, Any]:
     """The task's figures over all silos, with the standard errors due to the noise.
 
     Args:
         sums: the noised sums of each silo.
         bounds: as the silos used them.
         noise_multiplier: of the plan's release.
+        summed: silos in the sums, where these are one row for all; 0: each has a row.
 
     Returns:
         As ``Measures.figures``.
     """
     total = np.reshape(sums, (len(sums), bounds.num_sums)).sum(axis=0)
-    error = math.sqrt(len(sums)) * noise_multiplier * bounds.sensitivity
+    error = math.sqrt(summed or len(sums)) * noise_multiplier * bounds.sensitivity
     return bounds.measures.figures(total * bounds.scale, error)

@@ -5,8 +5,8 @@ from hashlib import shake_256
 
 PROTOCOL_VERSION = 3
 ROUNDED_VERSION = 4  # of a run whose updates travel rounded: a silo that does not know of it has to refuse
-SECURE_VERSION = 5  # of a run with secure aggregation, for the same reason
-COMPRESSED_VERSION = 6  # of a run whose plan says how updates become few bytes
+SECURE_VERSION = 6  # of a run with secure aggregation, for the same reason; with 5, evaluations were not added up
+COMPRESSED_VERSION = 7  # of a run whose plan says how updates become few bytes
 SPOKEN = (PROTOCOL_VERSION, ROUNDED_VERSION, SECURE_VERSION, COMPRESSED_VERSION)
 SERVICE = "siloweave.v1.Silo"  # the name under which the health service tells of it
 CHUNK_BYTES = 2**20

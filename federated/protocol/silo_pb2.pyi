@@ -125,14 +125,16 @@ class Member(_message.Message):
     def __init__(self, silo: _Optional[str] = ..., public_key: _Optional[str] = ...) -> None: ...
 
 class Aggregate(_message.Message):
-    __slots__ = ("round", "phase", "message")
+    __slots__ = ("round", "phase", "message", "metric")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
     round: int
     phase: int
     message: bytes
-    def __init__(self, round: _Optional[int] = ..., phase: _Optional[int] = ..., message: _Optional[bytes] = ...) -> None: ...
+    metric: str
+    def __init__(self, round: _Optional[int] = ..., phase: _Optional[int] = ..., message: _Optional[bytes] = ..., metric: _Optional[str] = ...) -> None: ...
 
 class Augmentation(_message.Message):
     __slots__ = ("dropout", "swap", "mask")
@@ -183,7 +185,7 @@ class AdapterSpec(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., frozen_digest: _Optional[str] = ..., frozen_seed: _Optional[int] = ..., train: _Optional[str] = ..., targets: _Optional[_Iterable[str]] = ..., base_dtype: _Optional[str] = ...) -> None: ...
 
 class Evaluate(_message.Message):
-    __slots__ = ("number", "metric", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "task_spec")
+    __slots__ = ("number", "metric", "plan_digest", "base_model_digest", "task", "adapter_spec", "adapter", "task_spec", "secure")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +194,7 @@ class Evaluate(_message.Message):
     ADAPTER_SPEC_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TASK_SPEC_FIELD_NUMBER: _ClassVar[int]
+    SECURE_FIELD_NUMBER: _ClassVar[int]
     number: int
     metric: str
     plan_digest: str
@@ -200,7 +203,8 @@ class Evaluate(_message.Message):
     adapter_spec: AdapterSpec
     adapter: bytes
     task_spec: TaskSpec
-    def __init__(self, number: _Optional[int] = ..., metric: _Optional[str] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ...) -> None: ...
+    secure: Secure
+    def __init__(self, number: _Optional[int] = ..., metric: _Optional[str] = ..., plan_digest: _Optional[str] = ..., base_model_digest: _Optional[str] = ..., task: _Optional[str] = ..., adapter_spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., adapter: _Optional[bytes] = ..., task_spec: _Optional[_Union[TaskSpec, _Mapping]] = ..., secure: _Optional[_Union[Secure, _Mapping]] = ...) -> None: ...
 
 class Rehearse(_message.Message):
     __slots__ = ("reserve", "train", "filler_bytes", "trial")
@@ -281,12 +285,14 @@ class Aggregated(_message.Message):
     def __init__(self, message: _Optional[bytes] = ...) -> None: ...
 
 class Evaluated(_message.Message):
-    __slots__ = ("receipt", "sums")
+    __slots__ = ("receipt", "sums", "keys")
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
     receipt: bytes
     sums: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, receipt: _Optional[bytes] = ..., sums: _Optional[_Iterable[float]] = ...) -> None: ...
+    keys: bytes
+    def __init__(self, receipt: _Optional[bytes] = ..., sums: _Optional[_Iterable[float]] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class Closed(_message.Message):
     __slots__ = ("receipt", "statement")

@@ -5,11 +5,13 @@ They are taken with DP, or without it for the comparison on public data and wher
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from logging import Logger
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
+from configs.errors import InputError, PolicyRefusal
 from configs.schema.federated import ClippingMethod, Optimizer
 from federated.adapters.arrays import Arrays
 from federated.adapters.warm_model import put_on
@@ -101,6 +103,23 @@ class PrivateUpdate:
             sums = self._training.clipped_sum(streams, units)
         flat = np.concatenate([sums[name].cpu().numpy().reshape(-1) for name in sorted(sums)])
         return noise.encode(flat, streams.generator("share", 0))
+
+
+def proved(
+    plan: PrivacyPlan, model: Any, task: Task, adapter: Arrays, settings: LocalSettings, log: Logger
+) -> PrivateUpdate:
+    """A round's steps, ready to be charged: all that a request alone can make fail lies behind.
+
+    Raises:
+        PolicyRefusal: the proof fails with the request's adapter; only the silo's own log has the reason.
+    """
+    try:
+        return PrivateUpdate(plan, model, task, adapter, settings)
+    except InputError as error:
+        log.warning("no proof with a request's adapter: %s", error)
+        raise PolicyRefusal.of(
+            "adapter", "values with which the start-up proof fails", "values for which it holds"
+        ) from None
 
 
 def public_update(

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
-from configs.schema.federated import UpdateDtype
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import Arrays
-from federated.adapters.update_codec import encoded
-from federated.aggregation.secure_sum import length_of, members
+from federated.aggregation.secure_sum import length_of, members, written
 from federated.evaluation.label_counts import examples_of
 from federated.evaluation.private_sums import bounds_of, evaluated, private_sums
 from federated.identity.trust import confirmed_silos, trusted_coordinators
@@ -25,14 +23,14 @@ from federated.protocol.envelope import seal_reply
 from federated.protocol.framing import PROTOCOL_VERSION
 from federated.silo.contribution import contribution
 from federated.silo.line_file import close_log, private_log
-from federated.silo.local_training import LocalSettings, PrivateUpdate
+from federated.silo.local_training import proved
 from federated.silo.mandates.coverage import covering
-from federated.silo.masking.masking import Masking
+from federated.silo.masking.masking import Masking, OpenSum
 from federated.silo.masking.terms import agreed, check_roster, shared_noise
 from federated.silo.policy import check_model, check_optimizer
 from federated.silo.rehearsal.rehearsal import Rehearsals, facts
 from federated.silo.released.released import Released, asks_for_update
-from federated.silo.remainders.remainders import Remainders, Written
+from federated.silo.remainders.remainders import Remainders
 from federated.silo.requests import (
     check_sender,
     decode,
@@ -46,10 +44,8 @@ from federated.silo.traffic_log import TrafficLog, UnloggedError
 from federated.silo.units import load_units, split_key
 from federated.silo.workbench import Workbench, public_base_model
 from privacy.ledger.ledger import Charge, Ledger
-from privacy.ledger.runs import Runs
 from privacy.mechanism.streams import Streams, injected_seeds
-from privacy.plan import METRIC, PlanTerms, PrivacyPlan
-from trainer.tasks.task import Task
+from privacy.plan import METRIC
 
 FAILED = "FAILED"
 
@@ -211,7 +207,8 @@ class Silo:
             plan = entrusted_plan(self.ledger, self.config, request, request.contribute.train.plan_digest)
             dtype = update_dtype_of(request.contribute.train, plan.compression)
             update = contribution(self.workbench, self.ledger.journal, self.config, plan, request, digest)
-            content = self._written(request, plan, update, dtype).content
+            how = plan.compression or dtype
+            content, _ = self._remainders.written(update, how, request, self.ledger.journal)
             reply = self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), update=content))
         elif kind == "reserve":
             reply = self._reply(digest, reserved=reserve(self.ledger, self.config, request, mandate))
@@ -254,7 +251,7 @@ class Silo:
         stored = self.ledger.reply(*release)
         if stored is not None:
             return stored
-        ready = self._proved(plan, model, examples.task, adapter, settings)
+        ready = proved(plan, model, examples.task, adapter, settings, self._log)
         # 2. Charge.
         charge = self.ledger.charge(*release)
         if charge.reply is not None:  # by another process, meanwhile
@@ -262,7 +259,8 @@ class Silo:
         # 3. Train under the charge's own randomness.
         opened, left, streams, records = None, Arrays(), _streams(charge, digest), examples.records
         if summed is None:
-            content, left = self._written(request, plan.terms, ready.run(streams, records), dtype)
+            update, how = ready.run(streams, records), plan.terms.compression or dtype
+            content, left = self._remainders.written(update, how, request, self.ledger.journal)
             leaves = {"update": content}
         else:
             part = ready.run(streams, records) if noise is None else ready.share(streams, records, noise)
@@ -272,20 +270,10 @@ class Silo:
         reply = _serialized(self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), **leaves)))
         if left:
             self._remainders.keep(reply, left, self.ledger.journal.bodies())
-        stored = self.ledger.release(charge.number, request.run_id, reply)
+        stored = self._released_as(reply, charge, request, opened)
         if left:
             self._remainders.drop_old(self.ledger.journal.bodies())
-        if opened and stored == reply:  # else another process has answered meanwhile, and its keys are the round's
-            self._masking.keep(request, opened)
         return stored
-
-    def _written(self, request: pb.Request, terms: PlanTerms, update: Arrays, dtype: UpdateDtype) -> Written:
-        """An update as its plan or its request has it travel."""
-        if terms.compression is None:
-            return Written(encoded(update, dtype), {})
-        bodies = self.ledger.journal.bodies()
-        run = Runs(bodies).of(request.run_id, request.coordinator)
-        return self._remainders.written(update, terms.compression, run, bodies)
 
     def _aggregate(self, request: pb.Request, digest: str) -> bytes:
         """This silo's next message of a sum that it is in, as policy, roster and ledger are now."""
@@ -295,18 +283,6 @@ class Silo:
         self.ledger.reply(*opened.release)  # refuses a run that was ended meanwhile
         message = opened.answer(request.aggregate, digest)
         return _serialized(self._reply(digest, aggregated=pb.Aggregated(message=message)))
-
-    def _proved(
-        self, plan: PrivacyPlan, model: Any, task: Task, adapter: Arrays, settings: LocalSettings
-    ) -> PrivateUpdate:
-        """A round's steps, ready to be charged: all that a request alone can make fail lies behind."""
-        try:
-            return PrivateUpdate(plan, model, task, adapter, settings)
-        except InputError as error:
-            self._log.warning("no proof with a request's adapter: %s", error)
-            raise PolicyRefusal.of(
-                "adapter", "values with which the start-up proof fails", "values for which it holds"
-            ) from None
 
     def _evaluate(self, request: pb.Request, digest: str) -> bytes:
         """Answers like ``_train``, in the same order; what is read are the held-out units."""
@@ -318,17 +294,32 @@ class Silo:
         check_model(asked, self.config.policy, self.workbench.base_model.content_digest)
         bench = self.workbench
         model, adapter = bench.fitted(asked, self.config.policy) if asked.adapter else (bench.model(asked), None)
-        charge = self.ledger.charge(*self._release(request, digest, asked.number, asked.metric))
+        spec, multiplier = self.config.policy.task_spec, release.noise_multiplier
+        bounds = bounds_of(bench.base_model, spec, release.labels, release.max_new_tokens)
+        summed = agreed(request, plan.terms, self.roster, bounds.num_sums)
+        charged = self._release(request, digest, asked.number, asked.metric)
+        charge = self.ledger.charge(*charged)
         if charge.reply is not None:
             return charge.reply
         streams = _streams(charge, digest)
         with evaluated(model, adapter):
-            spec, multiplier = self.config.policy.task_spec, release.noise_multiplier
-            bounds = bounds_of(bench.base_model, spec, release.labels, release.max_new_tokens)
             examples = examples_of(bench.task, bench.held_out_texts, release.labels) if release.labels else []
             sums = private_sums(model, bench.task, bench.held_out, examples, bounds, multiplier, streams)
-        reply = _serialized(self._reply(digest, evaluated=pb.Evaluated(receipt=self._receipt(request), sums=sums)))
-        return self.ledger.release(charge.number, request.run_id, reply)
+        opened, leaves = None, pb.Evaluated(receipt=self._receipt(request))
+        if summed is None:
+            leaves.sums.extend(sums)
+        else:
+            opened = self._masking.begun(summed, written(sums, summed.encoding), asked.plan_digest, charged)
+            leaves.keys = opened.keys
+        reply = _serialized(self._reply(digest, evaluated=leaves))
+        return self._released_as(reply, charge, request, opened)
+
+    def _released_as(self, reply: bytes, charge: Charge, request: pb.Request, opened: OpenSum | None) -> bytes:
+        """The reply that is stored, and so may leave; a sum is kept if it is this one whose keys are in it."""
+        stored = self.ledger.release(charge.number, request.run_id, reply)
+        if opened and stored == reply:  # else another process has answered meanwhile, and its keys are the round's
+            self._masking.keep(request, opened)
+        return stored
 
     @staticmethod
     def _release(

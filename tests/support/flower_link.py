@@ -58,8 +58,9 @@ class FlowerLink:
         whose = (NOOP_FEDERATION_ID, None, "<id:none>", TaskType.SERVER_APP)
         self.run_id = state.create_run("a/b", "1", "0" * 64, {}, *whose)
         (task,) = state.get_tasks(run_ids=[self.run_id])
-        token = state.claim_task(task.task_id)
+        token, self.task_id = state.claim_task(task.task_id), task.task_id
         assert state.activate_task(task.task_id)
+        self.token = token
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = self.run_id, 1, task.task_id
         certificate = (self.folder / "ca.pem").read_bytes()
         self.grid = HttpGrid(f"127.0.0.1:{self.port}", root_certificates=certificate, token=token)

@@ -73,9 +73,8 @@ def rounds_problem(federated: Mapping[str, Any], privacy: Mapping[str, Any]) -> 
         return evaluation_problem(federated["schedule"], privacy["evaluations"])
     if privacy["unit"] == "client":
         return (
-            "privacy.unit is 'client' with federated.secure_aggregation: rounding under masks would change how far a "
-            "client moves the sum that the aggregator adds noise to; give 'record', or leave "
-            "federated.secure_aggregation out"
+            "privacy.unit is 'client' with federated.secure_aggregation: the aggregator shortens each client's update "
+            "itself, which it could not under masks; give 'record', or leave federated.secure_aggregation out"
         )
     if federated["optimizer"] == "sgd" and privacy["clipping_function"] == "quantile":
         return (

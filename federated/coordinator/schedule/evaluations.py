@@ -12,7 +12,9 @@ from federated.coordinator.replies import Answer
 from federated.coordinator.schedule.mail import TRAIN
 from federated.coordinator.schedule.quorum import Quorum
 from federated.coordinator.schedule.training_request import TrainingRequests
-from federated.evaluation.private_sums import bounds_of, checked_sums, evaluation_after, figures
+from federated.coordinator.secure.secure_evaluation import evaluation_sum
+from federated.coordinator.secure.secure_rounds import SecureRounds
+from federated.evaluation.private_sums import Bounds, bounds_of, checked_sums, evaluation_after, figures
 from federated.protocol import silo_pb2 as pb
 from privacy.plan import METRIC
 
@@ -27,6 +29,7 @@ class PrivateEvaluations:
         config: the run's settings.
         base: the base model's manifest.
         take_receipt: takes a silo's receipt in; raises where it is not sound.
+        secure: adds the silos' sums up under masks; None: each silo's are seen.
     """
 
     exchange: SiloExchange
@@ -34,6 +37,7 @@ class PrivateEvaluations:
     config: RunConfig
     base: Manifest
     take_receipt: Callable[[str, bytes], None]
+    secure: SecureRounds | None = None
 
     def after(self, round_number: int, adapter: Arrays | None, bodies: Callable[..., Bodies]) -> None:
         """Asks for the noised sums after a round that is to be evaluated; before its commit: a restart asks again.
@@ -54,16 +58,31 @@ class PrivateEvaluations:
             adapter_spec=self.requests.shared_spec(),
             adapter=to_bytes(adapter) if adapter else b"",
         )
-        sums: dict[str, list[float]] = {}
         released = privacy.evaluation_labels, privacy.evaluation_max_new_tokens
         bounds = bounds_of(self.base, federated.task_spec, *released)
+        multiplier, told = privacy.evaluation_noise_multiplier, dict[str, Any]()
+        if self.secure:
+            std = multiplier * bounds.sensitivity
+            found = evaluation_sum(self.secure, evaluate, (bounds.num_sums, std), self.take_receipt)
+            if found is None:
+                return
+            answered, rows, told = found.answered, [found.sums], {"error_bound": found.error_bound}
+        else:
+            answered, rows = self._each(number, evaluate, bounds, bodies)
+        told |= figures(rows, bounds, multiplier, len(answered))
+        self.exchange.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **told)
+
+    def _each(
+        self, number: int, evaluate: pb.Evaluate, bounds: Bounds, bodies: Callable[..., Bodies]
+    ) -> tuple[list[str], list[list[float]]]:
+        """Who has answered, and what each has sent by itself."""
+        sums: dict[str, list[float]] = {}
 
         def take(answer: Answer) -> None:
             self.take_receipt(answer.silo, answer.reply.evaluated.receipt)
             sums[answer.silo] = checked_sums(answer.reply.evaluated.sums, bounds)
 
         asked = bodies(f"evaluation-{number}", evaluate.adapter, evaluate=evaluate)
-        needs = Quorum(federated.min_silos)
+        needs = Quorum(self.config.federated.min_silos)
         answered = self.exchange.collect(asked, TRAIN, f"evaluation-{number}", "evaluated", take, needs)
-        found: dict[str, Any] = figures([sums[silo] for silo in answered], bounds, privacy.evaluation_noise_multiplier)
-        self.exchange.log.emit("federate", "private_evaluation", round=round_number, silos=answered, **found)
+        return answered, [sums[silo] for silo in answered]

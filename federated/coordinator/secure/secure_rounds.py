@@ -81,18 +81,20 @@ class SecureRounds:
         Raises:
             InputError: a silo is larger than the plan has room for.
         """
-        check_room(self.plan, {silo: self._count(silo) for silo in self.exchange.nodes})
+        check_room(self.plan, {silo: self.count(silo) for silo in self.exchange.nodes})
         return pb.Secure(roster=members(self.exchange.enrolled()))
 
     def fewest(self) -> int:
         """Silos that have to be in a sum."""
-        return fewest(self._terms, self.exchange.parties.size)
+        return fewest(self.terms, self.exchange.parties.size)
 
-    def _count(self, silo: str) -> int:
+    def count(self, silo: str) -> int:
+        """What a silo has declared as its number of units."""
         return int(self.silo_records.silos[silo]["public_record_count"])
 
     @property
-    def _terms(self) -> SecureSum:
+    def terms(self) -> SecureSum:
+        """What the plan says of its sums."""
         if self.plan.secure_sum is None:
             raise TypeError("the plan has no secure sum")
         return self.plan.secure_sum
@@ -118,8 +120,8 @@ class SecureRounds:
         content, asked = to_bytes(sent.adapter), sent if step is None else replace(sent, correction={})
         train = self.requests.kind(number, asked, self.requests.frozen_part(adapter), content, secure)["train"]
         who = self.exchange.parties.signer.public_key, self.exchange.run.id
-        agreed = agreement(train, self._terms, *who, length_of(sent.adapter))
-        one = _Sum(self.exchange, self.settings, self.record, Server(agreed), agreed, time.monotonic())
+        agreed = agreement(train, self.terms, *who, length_of(sent.adapter))
+        one = MaskedSum(self.exchange, self.settings, self.record, Server(agreed), agreed, time.monotonic())
         releases: dict[str, str] = {}
 
         def trained(answer: Answer) -> bytes:
@@ -130,9 +132,7 @@ class SecureRounds:
         def body(silo: str) -> tuple[bytes, bytes]:
             return self.exchange.body(f"round-{number}", silo, train=train), content
 
-        one.ask(Phase.KEYS, Bodies(self.present(), body), (TRAIN, "trained"), trained)
-        for phase in list(Phase)[1:]:
-            one.next(phase)
+        one.run(Bodies(self.present(), body), "trained", trained)
         return self._summed(one, releases, sent, step)
 
     def _step(self, settings: FederatedSettings, sent: Sent) -> SharedStep | None:
@@ -143,14 +143,14 @@ class SecureRounds:
         check_values(self.plan, length)
         return SharedStep(of_length(noise, length), self.plan.sampling_rate, settings.learning_rate)
 
-    def _summed(self, one: "_Sum", releases: Mapping[str, str], sent: Sent, step: SharedStep | None) -> Summed:
+    def _summed(self, one: "MaskedSum", releases: Mapping[str, str], sent: Sent, step: SharedStep | None) -> Summed:
         total, survivors = one.unmasked()
         if step is None:
             encoding, number = one.agreement.encoding, len(survivors)
             mean = arrays_of(encoding.decode(total) / number, sent.adapter)
             error = {"error_bound": encoding.error_bound(number) / number}
         else:
-            counts = {silo: self._count(silo) for silo in survivors}
+            counts = {silo: self.count(silo) for silo in survivors}
             mean = step.update(total, counts, sent.correction, sent.adapter)
             error = step.told(counts)
         dropped = sorted(set(releases) - set(survivors))
@@ -160,14 +160,15 @@ class SecureRounds:
 
 
 @dataclass
-class _Sum:
-    """One round's sum on its way.
+class MaskedSum:
+    """The sum of one round, or of one private evaluation, on its way.
 
     Attributes:
         exchange, settings, record: as above.
         server: adds up.
         agreement: what all its silos agree on.
-        began: when the round has begun, by the monotonic clock.
+        began: when it has begun, by the monotonic clock.
+        metric: of the evaluation; empty: it is a round's.
         inbox: what is for each silo that has answered in the phase before.
     """
 
@@ -177,15 +178,32 @@ class _Sum:
     server: Server
     agreement: Agreement
     began: float
+    metric: str = ""
     inbox: Mapping[str, bytes] | None = None
+
+    def run(self, bodies: Bodies, expected: str, keys_of: Callable[[Answer], bytes]) -> None:
+        """All five exchanges; ``unmasked`` gives what has come of them.
+
+        Args:
+            bodies: what the silos are asked to add up.
+            expected: kind of their reply to it.
+            keys_of: takes such a reply, and gives the first message in it.
+
+        Raises:
+            PolicyRefusal: too few have answered, because policies refuse.
+            SiloweaveError: too few have, or the sum is lost.
+        """
+        self.ask(Phase.KEYS, bodies, (TRAIN, expected), keys_of)
+        for phase in list(Phase)[1:]:
+            self.next(phase)
 
     def next(self, phase: Phase) -> None:
         """Passes on what the silos have sent, and takes what they answer."""
         number, inbox = self.record.round, self.inbox or {}
 
         def body(silo: str) -> tuple[bytes, bytes]:
-            asked = pb.Aggregate(round=number, phase=phase, message=inbox[silo])
-            return self.exchange.body(f"round-{number}-{phase.name.lower()}", silo, aggregate=asked), b""
+            asked = pb.Aggregate(round=number, phase=phase, message=inbox[silo], metric=self.metric)
+            return self.exchange.body(f"{self._kind}-{number}-{phase.name.lower()}", silo, aggregate=asked), b""
 
         room = 2 * self.agreement.length * self.agreement.encoding.dtype.itemsize
         bodies = Bodies(list(inbox), body, self._patience_s, reply_bytes=room)
@@ -223,8 +241,12 @@ class _Sum:
         """The sum, and whose updates are in it."""
         return self.server.total(), self.server.survivors
 
+    @property
+    def _kind(self) -> str:
+        return "evaluation" if self.metric else "round"
+
     def _step(self, phase: Phase) -> str:
-        return f"{self.record.round}/{phase.name.lower()}"
+        return f"{'evaluation-' if self.metric else ''}{self.record.round}/{phase.name.lower()}"
 
     def _needs(self, before: list[str] | None) -> Quorum:
         """All that were told of before a restart: others would make another message, which no silo answers."""
@@ -254,8 +276,8 @@ class _Sum:
             return
         self.record.give_up(str(error))
         raise SiloweaveError(
-            f"{error}; so the sum of round {self.record.round} is lost: nothing was unmasked, and its charges stay "
-            "spent; the same command again goes on with the next round"
+            f"{error}; so the sum of {self._kind} {self.record.round} is lost: nothing was unmasked, and its charges "
+            f"stay spent; the same command again goes on {'without it' if self.metric else 'with the next round'}"
         ) from None
 
 

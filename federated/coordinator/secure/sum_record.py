@@ -24,7 +24,8 @@ class SumRecord:
 
     Attributes:
         directory: the federation's.
-        round: the sum's; 0 where there was none.
+        name: of the file there: rounds have one, and private evaluations another.
+        round: the sum's, or the evaluation's number; 0 where there was none.
         answered: names of the silos whose messages of a phase were passed on, by phase.
         lost: why it can't be had any more; empty where it may.
 
@@ -33,12 +34,13 @@ class SumRecord:
     """
 
     directory: Path
+    name: str = SECURE_SUM
     round: int = field(init=False, default=0)
     answered: dict[Phase, list[str]] = field(init=False, default_factory=dict)
     lost: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        path = self.directory / SECURE_SUM
+        path = self.directory / self.name
         if not path.exists():
             return
         with reading(path, _FIX):
@@ -83,4 +85,4 @@ class SumRecord:
     def _write(self) -> None:
         answered = {str(int(phase)): names for phase, names in self.answered.items()}
         tree: dict[str, Any] = {"round": self.round, "answered": answered, "lost": self.lost}
-        write_atomic(self.directory / SECURE_SUM, json.dumps(tree, sort_keys=True).encode())
+        write_atomic(self.directory / self.name, json.dumps(tree, sort_keys=True).encode())

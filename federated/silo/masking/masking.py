@@ -1,8 +1,8 @@
 """The secure sums that a silo is in, in memory alone: a silo that starts again drops out of those that had begun.
 
-A charged round has one client, ever. It is made before the round's reply is stored, which has its keys; it is lost with
-the process; and there is no second one, since the stored reply answers whoever asks the round again. An answer of a
-later phase is given again to the very same request, and to no other one of its phase.
+A charged round or evaluation has one client, ever. It is made before its reply is stored, which has its keys; it is
+lost with the process; and there is no second one, since the stored reply answers whoever asks for the same again. An
+answer of a later phase is given again to the very same request, and to no other one of its phase.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class OpenSum:
     """One silo in one round's sum.
 
     Attributes:
-        round: the round.
+        round: the round, or the number of a private evaluation.
         plan_digest: of the plan that it was charged to.
         release: the round's charge, as the ledger is asked for it.
         agreement: what it is a sum of, and with whom.
@@ -82,7 +82,9 @@ class OpenSum:
 
 
 class Masking:
-    """The open sums of a silo, one for each run of a coordinator: that of its newest round.
+    """The open sums of a silo: for each run of a coordinator that of its newest round, and of its newest evaluation.
+
+    A round's is kept beside its evaluation's: a coordinator that died before it could commit both asks for both again.
 
     Args:
         name: the silo's.
@@ -91,7 +93,7 @@ class Masking:
 
     def __init__(self, name: str, signer: Signer) -> None:
         self._name, self._signer = name, signer
-        self._open: dict[tuple[str, str], OpenSum] = {}
+        self._open: dict[tuple[str, str, str], OpenSum] = {}
 
     def begun(
         self,
@@ -104,7 +106,7 @@ class Masking:
 
         Args:
             agreement: what it is a sum of, and with whom.
-            update: a noised update; or words, which have a share of the sum's noise.
+            update: a noised update; or words, of noised sums or with a share of the sum's noise.
             plan_digest: of the plan that the round was charged to.
             release: the round's charge.
 
@@ -119,11 +121,12 @@ class Masking:
 
     def keep(self, request: pb.Request, opened: OpenSum) -> None:
         """Keeps a sum whose first message may be sent; an earlier round of the run is over."""
-        self._open[request.coordinator, request.run_id] = opened
+        self._open[request.coordinator, request.run_id, opened.release[4]] = opened
 
     def forget(self, request: pb.Request) -> None:
         """Drops what is there of a run that has ended."""
-        self._open.pop((request.coordinator, request.run_id), None)
+        for key in [key for key in self._open if key[:2] == (request.coordinator, request.run_id)]:
+            del self._open[key]
 
     def of(self, request: pb.Request) -> OpenSum:
         """The sum that a request goes on with.
@@ -131,11 +134,13 @@ class Masking:
         Raises:
             PolicyRefusal: this silo is in no such sum.
         """
-        found = self._open.get((request.coordinator, request.run_id))
-        if found is None or found.round != request.aggregate.round:
+        metric, number = request.aggregate.metric, request.aggregate.round
+        found = self._open.get((request.coordinator, request.run_id, metric))
+        if found is None or found.round != number:
+            what = f"evaluation {number}" if metric else f"round {number}"
             words = (
-                f"this silo is in no sum of round {request.aggregate.round}: it has not trained in it, or was started "
-                "again since and so drops out of it"
+                f"this silo is in no sum of {what}: it has not {'evaluated' if metric else 'trained'} in it, or was "
+                "started again since and so drops out of it"
             )
-            raise PolicyRefusal.of(RULE, f"round {request.aggregate.round}", "a sum that this silo is in", words)
+            raise PolicyRefusal.of(RULE, what, "a sum that this silo is in", words)
         return found

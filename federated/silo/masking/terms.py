@@ -77,18 +77,19 @@ def _check_number(terms: SecureSum, silos: int) -> None:
 
 
 def agreed(request: pb.Request, terms: PlanTerms, known_now: Known, length: int) -> Agreement | None:
-    """What a request to train makes this silo agree to; None where updates leave by themselves.
+    """What a request to train or to evaluate makes this silo agree to; None where what it sends leaves by itself.
 
     Raises:
         PolicyRefusal: the roster is another one, or such a sum would not be secure.
     """
-    check_roster(terms, request.train.secure.roster, known_now)
+    asked: pb.Train | pb.Evaluate = request.evaluate if request.WhichOneof("kind") == "evaluate" else request.train
+    check_roster(terms, asked.secure.roster, known_now)
     if terms.secure_sum is None:
         return None
-    if terms.secure_sum.noise is not None and request.train.secure.clip:
-        raise PolicyRefusal.of("clip", f"{request.train.secure.clip:g}", "0: the plan says how sums are written")
+    if terms.secure_sum.noise is not None and asked.secure.clip and isinstance(asked, pb.Train):
+        raise PolicyRefusal.of("clip", f"{asked.secure.clip:g}", "0: the plan says how sums are written")
     try:
-        return agreement(request.train, terms.secure_sum, request.coordinator, request.run_id, length)
+        return agreement(asked, terms.secure_sum, request.coordinator, request.run_id, length)
     except InputError as error:
         raise PolicyRefusal.of("secure_aggregation", "a sum", "a secure one", str(error)) from None
 

@@ -14,11 +14,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from configs.schema.federated import UpdateDtype
 from configs.storage.files import digest_bytes, private_folder, write_atomic
 from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import Arrays, from_bytes, to_bytes
 from federated.adapters.packed_updates import packed, unpacked
+from federated.adapters.update_codec import encoded
+from federated.protocol import silo_pb2 as pb
 from privacy.compression import Compression
+from privacy.ledger.journal import Journal
 from privacy.ledger.runs import Body, Run, Runs
 
 _OWNERS_FILE, _DIGEST = 0o600, 64
@@ -43,21 +47,25 @@ class Remainders:
         self._folder, self._log = SiloFiles(state_dir).remainders, log
         self._tried: set[str] = set()
 
-    def written(self, update: Arrays, compression: Compression, run: Run | None, bodies: Sequence[Body]) -> Written:
-        """A noised update in few bytes, with what the run's earlier ones left out.
+    def written(self, update: Arrays, how: Compression | UpdateDtype, request: pb.Request, journal: Journal) -> Written:
+        """A noised update as it travels: in few bytes, with what the run's earlier ones left out, or as arrays.
 
         Args:
             update: the round's.
-            compression: the plan's.
-            run: the run; None where there is none that is charged here.
-            bodies: what the ledger's entries say.
+            how: the plan's compression, or the type of the request's arrays.
+            request: which round of which run.
+            journal: of the silo's ledger.
 
         Raises:
             ValueError: a value is not finite.
         """
-        if run is None or not compression.leaves_out:
-            return Written(packed(update, compression), {})
-        return with_feedback(update, compression, self._before(run, bodies))
+        if not isinstance(how, Compression):
+            return Written(encoded(update, how), {})
+        bodies = journal.bodies() if how.leaves_out else ()
+        run = Runs(bodies).of(request.run_id, request.coordinator)
+        if run is None:
+            return Written(packed(update, how), {})
+        return with_feedback(update, how, self._before(run, bodies))
 
     def keep(self, reply: bytes, left: Arrays, bodies: Sequence[Body]) -> None:
         """Keeps what an update left out whose reply is about to be stored.

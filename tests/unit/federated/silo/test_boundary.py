@@ -109,9 +109,11 @@ def test_a_trusted_file_that_is_none_stops_the_start(open_silo, tmp_path):
         open_silo(trusted=None)
 
 
-@pytest.mark.parametrize(("version", "whom"), [(2, "the coordinator"), (7, "this silo"), (2**32 - 1, "this silo")])
+@pytest.mark.parametrize(
+    ("version", "whom"), [(2, "the coordinator"), (5, "the coordinator"), (8, "this silo"), (2**32 - 1, "this silo")]
+)
 def test_a_version_that_is_not_spoken_is_refused_with_who_has_to_be_upgraded(version, whom):
-    with pytest.raises(PolicyRefusal, match=rf"^version: asked {version}, allowed 3 or 4 or 5 or 6: upgrade {whom}$"):
+    with pytest.raises(PolicyRefusal, match=rf"^version: asked {version}, allowed 3 or 4 or 6 or 7: upgrade {whom}$"):
         decode(body_of("reserve", version=version, reserve=pb.Reserve()), "north")
 
 

@@ -222,7 +222,7 @@ def test_a_later_restart_does_not_take_in_who_was_not_there(tmp_path):
     silos = silos_of()
     silos[4].gone = {"train"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(secure_rounds._Sum, "next", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(secure_rounds.MaskedSum, "next", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run(silos, tmp_path, "federated.rounds=1")
     silos[4].gone = set()
@@ -341,7 +341,7 @@ def test_a_silo_of_an_earlier_version_is_named_with_the_setting(tmp_path):
                 return
             super().answer(request, reply)
 
-    with pytest.raises(PolicyRefusal, match=r"asked 5, allowed 3 or 4; federated\.secure_aggregation is true: have"):
+    with pytest.raises(PolicyRefusal, match=r"asked 6, allowed 3 or 4; federated\.secure_aggregation is true: have"):
         run([Earlier(name) for name in NAMES[:3]], tmp_path / "all")
     mixed = [*silos_of(NAMES[:3]), Earlier("d")]
     for silo in mixed[:3]:

@@ -199,7 +199,7 @@ def test_silos_draw_noise_of_their_own_and_one_more_time_the_same(four):
     train, words = four.train(), {}
     for name in NAMES:
         four.keys(name, train)
-        words[name] = four.silos[name]._masking._open[COORDINATOR.public_key, "run-1"].words
+        words[name] = four.silos[name]._masking._open[COORDINATOR.public_key, "run-1", ""].words
     spread = four.noise().noise_std(1)
     for one, other in (("east", "north"), ("east", "south")):
         difference = four.noise().decode(words[one]) - four.noise().decode(words[other])

@@ -333,7 +333,8 @@ def test_what_was_left_out_of_frozen_or_other_arrays_waits_or_is_dropped(tmp_pat
     before = found._before(run, bodies)
     first, second, *_ = sorted(before)
     ones = {first: np.ones_like(before[first]), second: np.ones((3, 3), np.float32)}
-    written = found.written(ones, HOW, run, bodies)
+    request = pb.Request(run_id="run-1", coordinator=COORDINATOR.public_key)
+    written = found.written(ones, HOW, request, silo.ledger.journal)
     sent = unpacked(written.content, HOW, {name: array.shape for name, array in ones.items()})
     assert np.allclose(written.left[first] + sent[first], 1 + before[first], atol=1e-6)
     assert np.allclose(written.left[second] + sent[second], 1)
