@@ -93,7 +93,7 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of a whole round: the line, the silo's work, and until the coordinator looks again, half a pause on average."""
+        """Of a whole round: the line, the silo's work, and half a pause, on average, until the coordinator looks."""
         work = self.prepare_s + self.steps * self.step_s
         return self.latency_s + self.down_s + work + pause_s(work) / 2 + self.up_s
 
