@@ -121,7 +121,7 @@ class Sites:
                 "base_model": str(self.other_model if name == "model" else self.model),
                 "public_record_count": 6000,
             },
-            data={"source": str(place / "data.jsonl")},
+            data={"source": str(place / "data.jsonl"), "public": True},  # which lets the relay be this same user
             policy={"budget_epsilon": 100.0, "budget_delta": 1e-4, "max_steps_per_round": 1000, **POLICY.get(name, {})},
         )
         silo, relay, card = place / "silo.toml", place / "relay.toml", self.card[name]

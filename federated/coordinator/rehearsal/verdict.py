@@ -9,6 +9,7 @@ from configs.findings import Finding
 from configs.schema.federated import FederatedSettings
 from configs.schema.schema import RunConfig
 from federated.coordinator.rehearsal.rehearsal import AGAIN, FACTS, REPLY, REQUEST, TRIAL, Heard
+from federated.coordinator.schedule.mail import pause_s
 from federated.protocol.clocks import CLOCK_RULE, MOST_AHEAD_S, MOST_BEHIND_S
 
 _DIGITS = 12  # of a digest, for people
@@ -92,8 +93,9 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of a whole round."""
-        return self.latency_s + self.down_s + self.prepare_s + self.steps * self.step_s + self.up_s
+        """Of a whole round: the line, the silo's work, and half a pause, on average, until the coordinator looks."""
+        work = self.prepare_s + self.steps * self.step_s
+        return self.latency_s + self.down_s + work + pause_s(work) / 2 + self.up_s
 
 
 @dataclass(frozen=True)

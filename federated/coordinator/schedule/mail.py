@@ -19,6 +19,11 @@ POLL_S, LONGEST_POLL_S = 0.05, 1.0
 TRAIN, QUERY = "train", "query"
 
 
+def pause_s(waited_s: float) -> float:
+    """Seconds between two looks for replies, after so many of waiting."""
+    return min(max(POLL_S, POLL_S * waited_s), LONGEST_POLL_S)
+
+
 @dataclass(frozen=True)
 class Posted:
     """A request whose reply may come while others are waited for.
@@ -90,7 +95,7 @@ class Mail:
                     if over():
                         return
             if waiting and not came:
-                time.sleep(min(max(POLL_S, POLL_S * waited_s), LONGEST_POLL_S))
+                time.sleep(pause_s(waited_s))
 
     def _pushed(
         self,

@@ -48,7 +48,7 @@ def served(federation, monkeypatch):
     online = {name: {"node": number, "status": "online"} for number, name in enumerate(federation.silos(), 1)}
     online["south"]["status"] = "offline"
     programs = {"superlink": {"healthy": True, "restarts": 0, "process": None}}
-    monkeypatch.setattr(federation_status, "nodes", lambda _: online)
+    monkeypatch.setattr(federation_status, "nodes", lambda *_: online)
     monkeypatch.setattr(federation_status, "read_state", lambda _: {"programs": programs})
     return federation
 

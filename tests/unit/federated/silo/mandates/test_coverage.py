@@ -241,8 +241,9 @@ REQUESTS = {
     ),
     "noise that silos make together": (
         noisy(
+            noise_multiplier=4.0,
             steps_per_round=1,
-            secure_sum=SecureSum(colluders=1, noise=SharedNoise(min_honest=2, reach=1.0, values=9000)),
+            secure_sum=SecureSum(colluders=1, noise=SharedNoise(min_honest=2, reach=2.0, values=9000)),
         ),
         "honest_silos",
     ),

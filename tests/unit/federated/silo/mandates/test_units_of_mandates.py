@@ -231,7 +231,7 @@ def test_a_ledger_that_counts_less_for_a_study_is_not_believed(silo, claimed):
 
 
 def shared(min_honest):
-    noise = SharedNoise(min_honest=min_honest, reach=1.0, values=9000)
+    noise = SharedNoise(min_honest=min_honest, reach=2.0, values=9000)
     return RECORDS.model_copy(update={"noise_multiplier": 4.0, "secure_sum": SecureSum(colluders=1, noise=noise)})
 
 
