@@ -26,6 +26,7 @@ from typing import Any
 from figures import setting
 from utility_data import DELTA, STUDIES, Records, Study, settings_of
 
+os.environ |= {"RAY_worker_niceness": "0"}  # or its process waits for all else on a busy machine
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])  # of Ray's
 
 import numpy as np
@@ -175,6 +176,9 @@ def measured(
             return alone(config, records)
         case "pooled":
             return pooled(config, records, seed)
+    if way == "no DP":
+        settings = config.federated.model_copy(update={"learning_rate": study.rate_without})
+        config = config.model_copy(update={"federated": settings})
     return federations.figures(_folder(cell), config, with_dp=way != "no DP")
 
 

@@ -55,7 +55,8 @@ class Study:
         held_out: of a silo.
         sampling_rate: of a step.
         steps: of the whole run; a round of a federation is one.
-        rate: of plain steps. It is one that is good for data in one place, with noise and without.
+        rate: of plain steps on clipped gradients: one that is good for data in one place.
+        rate_without: of steps without DP, whose gradients are longer, since nothing clips them.
         norm: that gradients are clipped to.
     """
 
@@ -70,6 +71,7 @@ class Study:
     sampling_rate: float
     steps: int
     rate: float
+    rate_without: float
     norm: float = 1.0
 
     @property
@@ -98,8 +100,9 @@ STUDIES = {
         records=1000,
         held_out=400,
         sampling_rate=0.1,
-        steps=40,
-        rate=1.0,
+        steps=20,
+        rate=1.5,
+        rate_without=1.5,
     ),
     "plays": Study(
         "Plays, 6 genres (Llama, LoRA)",
@@ -113,6 +116,7 @@ STUDIES = {
         sampling_rate=0.02,
         steps=20,
         rate=0.5,
+        rate_without=0.1,
     ),
 }
 

@@ -51,13 +51,12 @@ def evaluation_sum(
     """
     exchange, number, (length, std) = secure.exchange, asked.number, of
     record = SumRecord(secure.record.directory, SECURE_EVALUATION)
-    record.begin(number)
+    record.begin(number, sums_bound((secure.count(silo) for silo in exchange.nodes), std))
     if record.lost:
         message = f"evaluation {number} is lost ({record.lost}): it has no figures, and its charges stay spent"
         exchange.log.emit("federate", "lost", evaluation=number, message=message)
         return None
-    clip = sums_bound((secure.count(silo) for silo in exchange.nodes), std)
-    asked.secure.CopyFrom(pb.Secure(roster=members(exchange.enrolled()), clip=clip))
+    asked.secure.CopyFrom(pb.Secure(roster=members(exchange.enrolled()), clip=record.clip))
     agreed = agreement(asked, secure.terms, exchange.parties.signer.public_key, exchange.run.id, length)
     one = MaskedSum(exchange, secure.settings, record, Server(agreed), agreed, time.monotonic(), asked.metric)
 

@@ -28,6 +28,7 @@ class SumRecord:
         round: the sum's, or the evaluation's number; 0 where there was none.
         answered: names of the silos whose messages of a phase were passed on, by phase.
         lost: why it can't be had any more; empty where it may.
+        clip: what an evaluation's request says of its values, whoever is there after a restart; 0 of a round.
 
     Raises:
         InputError: what is on disk can't be read.
@@ -38,6 +39,7 @@ class SumRecord:
     round: int = field(init=False, default=0)
     answered: dict[Phase, list[str]] = field(init=False, default_factory=dict)
     lost: str = field(init=False, default="")
+    clip: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         path = self.directory / self.name
@@ -46,10 +48,11 @@ class SumRecord:
         with reading(path, _FIX):
             found = json_object(path.read_bytes(), str(path))
             self.round, self.lost = int(found["round"]), str(found["lost"])
+            self.clip = float(found.get("clip", 0.0))
             self.answered = {Phase(int(phase)): list(map(str, names)) for phase, names in found["answered"].items()}
 
-    def begin(self, round_number: int) -> None:
-        """Goes on with a round's sum, or begins it.
+    def begin(self, round_number: int, clip: float = 0.0) -> None:
+        """Goes on with a sum, whose clip stays, or begins it.
 
         Raises:
             InputError: a later round was begun before: what silos sent of this one is no longer kept.
@@ -61,7 +64,7 @@ class SumRecord:
                 "added up under masks, which silos do once; put the backup of the commits in between back"
             )
         if round_number > self.round:
-            self.round, self.answered, self.lost = round_number, {}, ""
+            self.round, self.answered, self.lost, self.clip = round_number, {}, "", clip
             self._write()
 
     def passed_on(self, phase: Phase, names: list[str]) -> None:
@@ -84,5 +87,5 @@ class SumRecord:
 
     def _write(self) -> None:
         answered = {str(int(phase)): names for phase, names in self.answered.items()}
-        tree: dict[str, Any] = {"round": self.round, "answered": answered, "lost": self.lost}
+        tree: dict[str, Any] = {"round": self.round, "answered": answered, "lost": self.lost, "clip": self.clip}
         write_atomic(self.directory / self.name, json.dumps(tree, sort_keys=True).encode())

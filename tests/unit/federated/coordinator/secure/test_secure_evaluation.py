@@ -10,7 +10,7 @@ from signed_silos import COUNT, adapter, coordinator
 
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import read_events
-from federated.coordinator.secure import secure_rounds
+from federated.coordinator.secure import secure_evaluation, secure_rounds
 from federated.evaluation.private_sums import bounds_of, figures
 from federated.silo.masking.terms import agreed
 from privacy.certificate.check import check_certificate
@@ -125,8 +125,13 @@ def test_an_evaluation_with_too_few_is_lost_and_the_run_goes_on_without_it(step,
 
 
 @pytest.mark.parametrize("mode", [(), TOGETHER], ids=["record", "distributed"])
-def test_a_coordinator_that_dies_in_an_evaluation_has_round_and_evaluation_from_the_same_sums(mode, tmp_path):
-    """The round before the evaluation is not committed yet, and silos answer its phases again."""
+def test_a_coordinator_that_dies_in_an_evaluation_has_round_and_evaluation_from_the_same_sums(
+    mode, tmp_path, monkeypatch
+):
+    """The round before the evaluation is not committed yet, and silos answer its phases again; to the same request.
+
+    What the request says must not hang on who is there: a silo with more records is, at the second start.
+    """
 
     class Killed(Exception):
         pass
@@ -143,6 +148,7 @@ def test_a_coordinator_that_dies_in_an_evaluation_has_round_and_evaluation_from_
         patch.setattr(secure_rounds.MaskedSum, "next", dies)
         with pytest.raises(Killed):
             run(silos, tmp_path, *given)
+    monkeypatch.setattr(secure_evaluation, "sums_bound", lambda *_: 2.0 * COUNT)
     run(silos, tmp_path, *given)
     assert [silo.trained for silo in silos] == [[1]] * 4 and [len(silo.evaluations) for silo in silos] == [1] * 4
     assert len(events(tmp_path, "private_evaluation")) == 1 and not events(tmp_path, "refused")
