@@ -74,6 +74,7 @@ def estimate(config: RunConfig, *, memory: bool = False) -> dict[str, Any]:
                 "steps_per_round": plan.steps_per_round,
                 "metric_releases": [metric.model_dump() for metric in plan.metric_releases],
                 "secure_sum": plan.secure_sum.model_dump() if plan.secure_sum else None,
+                "compression": plan.compression.model_dump() if plan.compression else None,
             },
             "noise_multiplier": plan.noise_multiplier,
             "steps": plan.steps,

@@ -209,6 +209,9 @@ def _left_each_silo(plan: PlanTerms) -> str:
     update = "one noised adapter update a charged round"
     if plan.noise is not None:
         update = "one sum of clipped gradients a charged round, with this silo's share of the noise alone"
+    if plan.compression is not None:
+        update += ", rounded as plan.compression says"
+        update += ", of it and of what earlier ones left out the largest values" if plan.compression.leaves_out else ""
     left = f"{update}{', under masks (secure_sum)' if plan.secure_sum else ''}; no loss, norm or count"
     for metric in plan.metric_releases:
         left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"

@@ -74,6 +74,8 @@ def test_a_federation_learns_from_few_bytes_and_a_restart_sends_the_same_ones(
     certificate = json.loads((folder / "certificate.json").read_text())
     check_certificate(certificate, "test")
     assert certificate["plan"]["compression"] == {"dtype": "int4", "block": 64, "share": 0.25}
+    said = "rounded as plan.compression says, of it and of what earlier ones left out the largest values"
+    assert said in certificate["left_each_silo"]
     for silo in NAMES:
         entries = ledger(config, silo)
         assert [body["kind"] for body in entries] == ["open", "reserve", *["charge", "release"] * 3, "close"]

@@ -60,6 +60,7 @@ ON_DISK = {
         "strangers": "strangers.jsonl",
         "personal": "personal",
         "released": "released",
+        "remainders": "remainders",
         "attack_report": "attack/attack.json",
         "attack_page": "attack/attack.html",
         "enrolment": "enrolment.json",
