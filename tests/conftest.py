@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import same_everywhere  # noqa: F401  # before what reads the environment at its import
+import warm_commands
 from hypothesis import HealthCheck, settings
 from installed import install, outside_the_checkout
 
@@ -63,9 +63,9 @@ def own_state(tmp_path_factory, monkeypatch):
 def run_siloweave(
     *arguments: str, cwd: Path, timeout_s: float = 600, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """The installed command, as a user would run it."""
-    return subprocess.run(
-        [str(Path(sys.executable).with_name("siloweave")), *arguments],
+    """The installed command, as a user would run it; from a warm process where that makes no difference."""
+    return warm_commands.run(
+        [warm_commands.PROGRAM, *arguments],
         cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,

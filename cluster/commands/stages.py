@@ -150,6 +150,8 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Audits the engine with canaries at a finished run's plan, and attacks public silos. Exit status 1 if it fails."""
+    quiet_libraries()
+    import_large("cluster.checks.audit")
     from cluster.checks import audit as audits
     from configs.errors import SiloweaveError
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_commands
 from repository import SUPPORT
 from small_corpus import write_corpus
 
@@ -42,7 +43,9 @@ def prepared(tiny_run, tmp_path):
         run.mkdir(parents=True)
         if data:
             write_corpus(tmp_path / "corpus.jsonl")
-            subprocess.run([SILOWEAVE, "prepare", "-c", "tiny", *options(data)], cwd=tmp_path, check=True, timeout=600)
+            warm_commands.run(
+                [SILOWEAVE, "prepare", "-c", "tiny", *options(data)], cwd=tmp_path, check=True, timeout=600
+            )
         else:
             for name in ("corpus", "tokenizer"):
                 shutil.copytree(tiny_run.directory / name, run / name)
@@ -62,7 +65,7 @@ def losses(run):
 def test_one_rank_two_four_a_kill_and_two_again(prepared, tmp_path):
     run = prepared(*DATA)
     settings = ("cluster.world_size=4", "pretrain.micro_batch_size=1", *DATA)
-    done = subprocess.run(
+    done = warm_commands.run(
         [SILOWEAVE, "pretrain", "--verify-resume", "--json", "-c", "tiny", *options(settings)],
         cwd=tmp_path,
         capture_output=True,
@@ -156,7 +159,7 @@ class Elastic:
     def __init__(self, root, run, address):
         self.run = run
         settings = ("cluster.min_world_size=1", "cluster.max_failures=4", "pretrain.validate_every=40")
-        self.process = subprocess.Popen(
+        self.process = warm_commands.Popen(
             [SILOWEAVE, "pretrain", "-c", "tiny", *options(settings), "--address", address],
             cwd=root,
             stdout=subprocess.PIPE,

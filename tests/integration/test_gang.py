@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import warm_commands
 from plain_training import plain_losses
 from ports import free_port
 
@@ -63,7 +64,7 @@ def prepared(tiny_run, tmp_path):
 
 
 def start(arguments, cwd):
-    return subprocess.Popen(
+    return warm_commands.Popen(
         [SILOWEAVE, "pretrain", *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm_commands
 from plain_training import plain_losses
 from repository import SUPPORT
 
@@ -50,7 +51,7 @@ def prepared(tiny_run, root):
 
 def start(cwd, *arguments, **environment):
     settings = (part for setting in SETTINGS for part in ("--set", setting))
-    return subprocess.Popen(
+    return warm_commands.Popen(
         [SILOWEAVE, "pretrain", "-c", "tiny", *settings, *arguments],
         cwd=cwd,
         env={**os.environ, **environment},

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm_commands
 from repository import SUPPORT
 from small_corpus import write_corpus
 
@@ -90,7 +91,7 @@ class Machine:
 
     def start(self, command, *options):
         overrides = (part for setting in self.settings for part in ("--set", setting))
-        return subprocess.Popen(
+        return warm_commands.Popen(
             [SILOWEAVE, command, "-c", "tiny", *overrides, *options],
             cwd=self.root,
             stdout=subprocess.PIPE,

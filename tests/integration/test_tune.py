@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm_commands
 from small_corpus import write_corpus
 
 from cluster.monitoring.status import lines, status
@@ -55,7 +56,7 @@ def test_a_killed_search_goes_on_and_leaves_the_best_settings(tmp_path):
     write_corpus(tmp_path / "corpus.jsonl")
     document = run / "tune" / "tune.json"
     # 1. Killed as soon as a trial has ended, while another one is at work.
-    first = subprocess.Popen(command(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = warm_commands.Popen(command(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 400
     while not (document.exists() and ended(document)):
         assert first.poll() is None, first.communicate()[1]
@@ -68,7 +69,7 @@ def test_a_killed_search_goes_on_and_leaves_the_best_settings(tmp_path):
     before = ended(document)
     assert len(before) < TRIALS
     # 2. Given again: what has ended is not done again, the rest is.
-    second = subprocess.run(command(), cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    second = warm_commands.run(command(), cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert second.returncode == 0, second.stderr
     found = json.loads(second.stdout)
     assert found == json.loads(document.read_text())
@@ -97,7 +98,7 @@ def test_a_killed_search_goes_on_and_leaves_the_best_settings(tmp_path):
     assert (run / "tune" / "trials.svg").read_text().rstrip().endswith("</svg>")
     assert not (run / "tune" / "ray").exists()
     # 5. Another search has no place there.
-    other = subprocess.run(
+    other = warm_commands.run(
         command("--metric", "validation_bits_per_char"), cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert other.returncode == 2

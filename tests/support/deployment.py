@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import warm_commands
 from lines import ConnectProxy
 from ports import free_port
 
@@ -259,7 +260,7 @@ class Deployment:
     def siloweave(
         self, *arguments: str, user: str | None = None, at: str = "", check: bool = True
     ) -> subprocess.CompletedProcess:
-        done = subprocess.run(
+        done = warm_commands.run(
             self.command(list(arguments), user, at),
             env=self._environment(user, at),
             cwd=self.root,
@@ -277,7 +278,7 @@ class Deployment:
     def popen(self, name: str, command: list[str], environment: dict[str, str]) -> psutil.Popen:
         """Starts a process with a log of its own, which ``end`` ends."""
         with (self.root / f"{name}.log").open("ab") as log:
-            process = psutil.Popen(
+            process = warm_commands.watched(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=self.root
             )
         self.started.append(process)
