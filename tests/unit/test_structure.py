@@ -63,7 +63,7 @@ FLOORS = {
         "finished run",
         "public_records",
         "calibrating checks optimising serving",
-        "showing",
+        "exporting showing",
         "dashboard pipeline synthesising",
         "tuning",
         "commands",
