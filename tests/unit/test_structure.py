@@ -62,7 +62,7 @@ FLOORS = {
         "monitoring report runtime",
         "finished run",
         "public_records",
-        "calibrating checks optimising serving",
+        "calibrating checks optimising predicting serving",
         "exporting showing",
         "dashboard pipeline synthesising",
         "tuning",
