@@ -90,10 +90,7 @@ def main() -> None:
         **setting(["torch", "transformers"]),
         "settings": {"texts": TEXTS, "batch": BATCH, **{k: v for k, v in vars(given).items() if k != "json"}},
         "seconds": spreads(runs),
-        "times_faster": {
-            name: spreads([{"of like length": run[name] / run["of like length"]} for run in runs])["of like length"]
-            for name in made
-        },
+        "times_as_long": spreads([{name: run[name] / run["of like length"] for name in made} for run in runs]),
         "largest_difference_of_a_probability": largest,
     }
     print(json.dumps(document, indent=2))
