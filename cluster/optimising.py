@@ -134,7 +134,7 @@ def optimise(
     order = order.filled()
     read, units = public_records(found, records, found.config.evaluate.max_records_per_silo)
     key = load_key(found.config.run.encryption_key_file)
-    model, base, inputs = _plain(found, key)
+    model, base, inputs = plain(found, key)
     if is_quantised(model):
         raise InputError(f"{found.made}: its weights are quantised already; give the model that it was made from")
     smaller, more = _smaller(found, model, order, on_step)
@@ -147,7 +147,7 @@ def optimise(
     )
     done = Optimised(**asdict(order), read=read if examples else "", records=len(examples), before=before, after=after)
     texts = {"README.md": _CARD, OPTIMISATION: json.dumps(asdict(done), indent=2) + "\n"}
-    digests = {**inputs, **more, **_origin(found)}
+    digests = {**inputs, **more, **origin(found)}
     return done, write_whole(smaller, base, found.made, output, key, digests, texts)
 
 
@@ -176,7 +176,7 @@ def _figures(found: Finished, model: Any, examples: Sequence[Any]) -> dict[str, 
     return {name: value for name, value in figures.items() if not isinstance(value, dict)}
 
 
-def _plain(found: Finished, key: MasterKey | None) -> tuple[Any, Path, dict[str, str]]:
+def plain(found: Finished, key: MasterKey | None) -> tuple[Any, Path, dict[str, str]]:
     """The model without peft, the folder of its tokenizer, and digests back to the base model, as a certificate has."""
     if found.manifest.kind == "merged":
         return found.model, found.made, found.manifest.inputs
@@ -185,7 +185,7 @@ def _plain(found: Finished, key: MasterKey | None) -> tuple[Any, Path, dict[str,
     return model, federation[2], inputs
 
 
-def _origin(found: Finished) -> dict[str, str]:
+def origin(found: Finished) -> dict[str, str]:
     """Digests of the folder that the model was made from, and of the certificate there."""
     certificate = found.made / CERTIFICATE
     certified = {"certificate": digest_file(certificate)} if certificate.is_file() else {}

@@ -1,11 +1,10 @@
 """``siloweave serve``."""
 
-import os
 import socket
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +12,12 @@ from cluster.commands.stages import JsonOption, quiet_libraries
 from configs.errors import InputError
 from configs.printing import answer, say
 
-_WAITING = 8  # requests that may wait, for each slot
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cluster.serving.claims import Claim
+    from cluster.serving.keys import ApiKeys
+    from cluster.serving.replicas.offer import Offer
 
 
 def serve(  # noqa: PLR0913, PLR0917  # a command's options are its arguments
@@ -51,6 +55,18 @@ def serve(  # noqa: PLR0913, PLR0917  # a command's options are its arguments
             "longest ago makes room. Default: all stay.",
         ),
     ] = None,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1024,
+            help="Processes that serve the same models, by Ray Serve on the Ray of RAY_ADDRESS, else on one of this "
+            "command's own. Slots are those of each. Default: this process alone.",
+        ),
+    ] = 0,
+    cpus: Annotated[
+        int, typer.Option("--replica-cpus", min=1, max=1024, help="CPUs that each replica reserves; its threads.")
+    ] = 1,
     key_file: Annotated[
         str, typer.Option(help="Key of encrypted runs. Default: SILOWEAVE_ENCRYPTION_KEY, where it is set.")
     ] = "",
@@ -69,30 +85,31 @@ def serve(  # noqa: PLR0913, PLR0917  # a command's options are its arguments
         raise InputError(f"--host {host}: others reach the service there, and nobody needs a key; give --api-keys too")
     try:
         from cluster.serving import server
-        from cluster.serving.app import Service
+        from cluster.serving.replicas.offer import Offer
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is not installed; `pip install 'siloweave[serve]'`") from None
-    from cluster.serving.models import ServedModel, find, load
-    from configs.storage.sealing import ENVIRONMENT, FROM_ENVIRONMENT, load_key
-    from trainer.inference.batching import Engine, EngineLimits
-
     keys = None if api_keys is None else ApiKeys(api_keys)
+    if replicas and grpc_port is not None:
+        raise InputError("--grpc-port: replicas are asked over HTTP alone; leave it out, or --replicas")
+    most = None if adapters_memory is None else adapters_memory * 2**20
+    offer = Offer(tuple(models), slots, timeout_s, most, str(Path(key_file).resolve()) if key_file else "")
     listener = server.listen(host, port, timeout_s)  # before minutes of loading, and nobody else gets it meanwhile
     rpc_listener = None if grpc_port is None else server.listen(host, grpc_port, timeout_s, "--grpc-port")
-    key = load_key(key_file or (FROM_ENVIRONMENT if os.environ.get(ENVIRONMENT) else ""))
-    most = None if adapters_memory is None else adapters_memory * 2**20
-    served = load([find(model, key) for model in models], key, most)
-    writing = {name: one for name, one in served.items() if isinstance(one, ServedModel)}
-    room = slots * max((model.context_length for model in writing.values()), default=1)
-    engine = Engine({name: one.voice for name, one in writing.items()}, EngineLimits(slots, room, _WAITING * slots))
-    service = Service(served, engine, keys, timeout_s, (1 + _WAITING) * slots)
-    claims = {name: one.claim for name, one in served.items()}
-    document = {
-        "url": f"http://{_shown(listener)}",
-        "models": {name: {"privacy": claim.document()} for name, claim in claims.items()},
-    }
-    lines = [f"{name}: {claim.line}" for name, claim in claims.items()]
-    lines.append(f"serving at {document['url']}")
+    if replicas:
+        _by_replicas(offer.everywhere(), keys, listener, replicas, cpus, as_json)
+    else:
+        _here(offer, keys, listener, rpc_listener, as_json)
+    say("serve: stopped", err=True)
+
+
+def _here(
+    offer: "Offer", keys: "ApiKeys | None", listener: socket.socket, rpc_listener: socket.socket | None, as_json: bool
+) -> None:
+    from cluster.serving import server
+    from cluster.serving.replicas.offer import service_of
+
+    service = service_of(offer, keys)
+    document, lines = _about(service.claims, listener)
     beside: server.Beside = nullcontext
     if rpc_listener is not None:
         from cluster.serving.rpc import service as rpc
@@ -101,9 +118,30 @@ def serve(  # noqa: PLR0913, PLR0917  # a command's options are its arguments
         lines.append(f"serving gRPC at {address}")
         rpc_listener.close()  # which has kept the port: gRPC takes no socket that listens already
         beside = partial(rpc.serving, service, address)
-    server.serve(service.guard, listener, timeout_s, lambda: answer(as_json, document, *lines), beside)
-    engine.close()
-    say("serve: stopped", err=True)
+    server.serve(service.guard, listener, offer.timeout_s, lambda: answer(as_json, document, *lines), beside)
+    service.close()
+
+
+def _by_replicas(
+    offer: "Offer", keys: "ApiKeys | None", listener: socket.socket, count: int, cpus: int, as_json: bool
+) -> None:
+    from cluster.serving import server
+    from cluster.serving.replicas.door import Door
+    from cluster.serving.replicas.running import replicas
+
+    claims = {place.name: place.claim for place in offer.places()}  # what is wrong is said before anything is started
+    document, lines = _about(claims, listener)
+    with replicas(offer, count, cpus) as (handle, office):
+        door = Door(handle, office, claims, keys, offer.timeout_s, offer.most * count, count)
+        server.serve(door.guard, listener, offer.timeout_s, lambda: answer(as_json, document, *lines))
+
+
+def _about(claims: "Mapping[str, Claim]", listener: socket.socket) -> tuple[dict[str, Any], list[str]]:
+    document = {
+        "url": f"http://{_shown(listener)}",
+        "models": {name: {"privacy": claim.document()} for name, claim in claims.items()},
+    }
+    return document, [*(f"{name}: {claim.line}" for name, claim in claims.items()), f"serving at {document['url']}"]
 
 
 def _shown(listener: socket.socket) -> str:

@@ -94,6 +94,25 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
         yield ray
 
 
+def refuse_without_room(ray: Any, option: str, processes: int, cpus: int) -> None:
+    """Refuses to start what the cluster has no room for just now, and would wait for without a word.
+
+    Args:
+        ray: connected.
+        option: that said how many.
+        processes: how many.
+        cpus: of each.
+
+    Raises:
+        InputError: fewer CPUs are free.
+    """
+    free = int(ray.available_resources().get("CPU", 0))
+    if free < processes * cpus:
+        raise InputError(
+            f"{option} {processes}: they need {processes * cpus} CPUs, and the cluster has {free} free ones; give fewer"
+        )
+
+
 def address_of(settings: ClusterSettings) -> str:
     """Where the Ray to join is; empty for one of our own."""
     return settings.address or os.environ.get("RAY_ADDRESS", "")

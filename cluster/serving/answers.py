@@ -175,10 +175,12 @@ class Stream(StreamingResponse):
 
 async def _events(answer: Answer) -> AsyncIterator[str]:
     frame = _frame(answer, "chat.completion.chunk")
-    if answer.question.chat:
-        yield _event({**frame, "choices": [_choice(answer, {"role": "assistant", "content": ""})]})
+    begun = not answer.question.chat
     try:
         async for output in answer.outputs():
+            if not begun:  # with the first token and no sooner: what waits can still be given to another replica
+                yield _event({**frame, "choices": [_choice(answer, {"role": "assistant", "content": ""})]})
+                begun = True
             for choice in _choices(answer, output):
                 yield _event({**frame, "choices": [choice]})
     except ApiError as error:

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from cluster.serving.answers import Answer, Question, Stream, unless_gone, whole
+from cluster.serving.claims import Claim
 from cluster.serving.errors import FAILED, ApiError
 from cluster.serving.guard import Guard
 from cluster.serving.keys import ApiKeys
@@ -25,9 +26,9 @@ from configs.errors import InputError
 from trainer.inference.batching import Engine
 
 LARGEST_BODY = 2**20
-_SPARE = 32  # requests that are being read, or refused
+SPARE = 32  # requests that are being read, or refused
 _CALLS = ("ListModels", "Complete", "StreamComplete", "Chat", "StreamChat", "Predict", "Explain")
-_PATHS = (
+PATHS = (
     *(f"grpc {call}" for call in _CALLS),
     "/",
     "/health",
@@ -63,16 +64,35 @@ class Service:
     ) -> None:
         self._models, self._engine, self.timeout_s = dict(models), engine, timeout_s
         self._began = int(time.time())
-        self.metrics = ServingMetrics(lambda: engine.waiting, lambda: engine.running)
-        self.guard = Guard(self._app(), keys, LARGEST_BODY, most + _SPARE)
+        self.metrics = ServingMetrics(lambda: self.waiting, lambda: self.running)
+        self.guard = Guard(self._app(), keys, LARGEST_BODY, most + SPARE)
         self.guard.count = self._counted
         self.guard.failed = engine.on_failure = self._failed
+
+    @property
+    def claims(self) -> dict[str, Claim]:
+        """What is claimed of the models' privacy, by name."""
+        return {name: served.claim for name, served in self._models.items()}
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot."""
+        return self._engine.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests with a slot."""
+        return self._engine.running
+
+    def close(self) -> None:
+        """Ends the thread that decodes."""
+        self._engine.close()
 
     def _failed(self, kind: str) -> None:
         self.metrics.failures.labels(kind).inc()
 
     def _counted(self, path: str, status: int | str) -> None:
-        known = path if path in _PATHS or path.removeprefix("/v1/models/") in self._models else "other"
+        known = path if path in PATHS or path.removeprefix("/v1/models/") in self._models else "other"
         self.metrics.requests.labels(known, status).inc()
 
     def _app(self) -> FastAPI:
@@ -177,9 +197,9 @@ class Service:
         status = "failed" if not self._engine.alive else "stopping" if self.guard.stopping else "ok"
         document = {
             "status": status,
-            "waiting": self._engine.waiting,
-            "running": self._engine.running,
-            "models": {name: {"privacy": served.claim.document()} for name, served in self._models.items()},
+            "waiting": self.waiting,
+            "running": self.running,
+            "models": {name: {"privacy": claim.document()} for name, claim in self.claims.items()},
         }
         return JSONResponse(document, 200 if status == "ok" else 503)
 

@@ -107,7 +107,7 @@ def find(argument: str, key: MasterKey | None) -> Place:
         InputError: no whole model is there, a file of it was changed, its certificate is about another one, or it
             gives labels and lies in no run.
     """
-    name, path = _named(argument)
+    name, path = named(argument)
     kind = _kind(path)
     if kind == "merged":
         manifest = require_manifest(path, kind, "merge")
@@ -229,7 +229,12 @@ def _shared(federation: Path) -> Path:
     return federation / (WHOLE if (federation / WHOLE).is_dir() else ADAPTER)
 
 
-def _named(argument: str) -> tuple[str, Path]:
+def named(argument: str) -> tuple[str, Path]:
+    """What ``PATH`` or ``NAME=PATH`` names: a model's name, and its folder.
+
+    Raises:
+        InputError: there is no such folder, or that can't be a name.
+    """
     name, sign, rest = argument.partition("=")
     path = Path(rest if sign and not Path(argument).exists() else argument)
     name = name if sign and not Path(argument).exists() else path.resolve().name

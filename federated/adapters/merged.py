@@ -192,7 +192,12 @@ def write_whole(
 
 def write_model(model: Any, base: Path, folder: Path) -> None:
     """Writes a model that was made of a base model, with that one's tokenizer, chat template and licence."""
+    copy_of_base(base, folder)
+    model.save_pretrained(folder, max_shard_size="1TB")  # one file, which a certificate can name
+
+
+def copy_of_base(base: Path, folder: Path) -> None:
+    """A base model's tokenizer, chat template and licence, for a model that was made of it."""
     for path in base.iterdir():
         if path.is_file() and path.name not in _OF_THE_BASE and path.suffix != ".safetensors":
             shutil.copyfile(path, folder / path.name)
-    model.save_pretrained(folder, max_shard_size="1TB")  # one file, which a certificate can name

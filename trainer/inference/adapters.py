@@ -72,7 +72,8 @@ class Adapters:
         model = self._base if self._wrapped is None else self._wrapped.get_base_model()
         if name is None:
             return Lane(model, partial(self._put_on, None), shown)
-        lane = self._lanes[name] = Lane(model, partial(self._put_on, name), shown, partial(self._fits, name))
+        fits = partial(self._fits, name)
+        lane = self._lanes[name] = Lane(model, partial(self._put_on, name), shown, fits, room=self)
         return lane
 
     def _answers(self, name: str) -> bool:

@@ -203,18 +203,28 @@ class Engine:
         """The oldest first: a large request is not passed by small ones for ever."""
         while True:
             with self._changed:
-                if not self._waiting or not (self._gone(self._waiting[0], told=False) or self._fits(self._waiting[0])):
+                if (job := self._next()) is None:
                     return
-                job = self._waiting.popleft()
+                self._waiting.remove(job)
                 if self._gone(job):
                     continue
                 self._running[job.voice].append(job)
             self._start(job)
 
-    def _fits(self, job: Job) -> bool:
+    def _next(self) -> Job | None:
+        """The oldest request; one that waits for its adapter's room is passed by those that need none of that room."""
         taken = sum(other.size for jobs in self._running.values() for other in jobs)
-        room = self.running < self._limits.slots and taken + job.size <= self._limits.tokens
-        return room and self._voices[job.voice].lane.fits()
+        held = list[object]()
+        for job in self._waiting:
+            if self._gone(job, told=False):
+                return job
+            if self.running >= self._limits.slots or taken + job.size > self._limits.tokens:
+                return None
+            lane = self._voices[job.voice].lane
+            if lane.room is None or (lane.room not in held and lane.fits()):
+                return job
+            held.append(lane.room)
+        return None
 
     @staticmethod
     def _gone(job: Job, *, told: bool = True) -> bool:

@@ -20,6 +20,7 @@ class Lane:
         activate: puts this lane's adapter on the model, before each computation.
         name: for messages.
         fits: whether there is room for this lane's adapter just now, before a row joins an empty lane.
+        room: what it shares with other adapters' lanes; None: it needs none.
 
     Raises:
         InputError: the model has no cache of keys and values alone.
@@ -31,11 +32,12 @@ class Lane:
         activate: Callable[[], None] = lambda: None,
         name: str = "model",
         fits: Callable[[], bool] = lambda: True,
+        room: object | None = None,
     ) -> None:
         takes = inspect.signature(model.forward).parameters
         if model.config.is_encoder_decoder or not model.can_generate() or "past_key_values" not in takes:
             raise InputError(f"{name}: a {type(model).__name__} can't be served; give a decoder with attention")
-        self.device, self.fits = where(model), fits
+        self.device, self.fits, self.room = where(model), fits, room
         self._model, self._activate = model, activate
         self._positions, self._last_alone = "position_ids" in takes, "logits_to_keep" in takes
         self._cache = DynamicCache()

@@ -7,7 +7,8 @@ output is the same, byte for byte, however often it was interrupted.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,12 +18,13 @@ from configs.errors import InputError
 from configs.storage.files import digest_file, digest_json, write_failure
 from trainer.inference import part_files
 from trainer.inference.asking import Asking
-from trainer.inference.tables import Numbered, check_kind, json_line, rows_of, write_rows
+from trainer.inference.tables import Numbered, check_kind, count_of, json_line, rows_of, write_rows
 from trainer.tasks.task import Encoded, Prediction
 
 CHUNK = 256
 ANSWER, PROBABILITIES = "prediction", "probabilities"
 _DIGITS = 6
+Answered = Callable[[Path, int], Generator[list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def predict(
     output: Path,
     asked_by: Mapping[str, Any],
     on_progress: Callable[[int, int], None] = lambda _done, _of: None,
+    by: Answered | None = None,
 ) -> Predicted:
     """Answers a file's records.
 
@@ -59,6 +62,7 @@ def predict(
         output: the same, where nothing is yet.
         asked_by: model and settings: an earlier try goes on only with the same ones.
         on_progress: told how many records are done, and how many there are.
+        by: answers the source's chunks from a record on, in their order, elsewhere; None: this process does.
 
     Raises:
         InputError: the source can't be read or lacks a column, the output exists or is being made by another command,
@@ -70,7 +74,7 @@ def predict(
     if output.exists():
         raise InputError(f"{output}: exists; give a path where nothing is yet, by --output")
     _check_columns(source, asking)
-    total = sum(1 for _ in rows_of(source))
+    total = count_of(source)
     part, bad = output.with_name(f"{output.name}.part"), output.with_name(f"{output.name}.bad.jsonl")
     try:
         with part.open("a+b") as file:
@@ -78,7 +82,9 @@ def predict(
             identity = digest_json({**asked_by, "input": digest_file(source), "chunk": CHUNK})
             resumed = part_files.resumed(file, identity, part, CHUNK)
             on_progress(resumed, total)
-            _go_on(file, asking, labels, source, resumed, lambda done: on_progress(done, total))
+            answered = by(source, resumed) if by else here(asking, labels, chunks(source, resumed))
+            with closing(answered):  # an error may be kept with all that its frames hold: workers' cores, too
+                _go_on(file, answered, resumed, lambda done: on_progress(done, total))
             faults = _finish(part, bad, output)
             part.unlink()
     except OSError as error:
@@ -102,20 +108,26 @@ def _taken(row: Mapping[str, Any]) -> str:
     return name and f"has a column {name!r} already; rename it"
 
 
-def _go_on(
-    file: BinaryIO,
-    asking: Asking,
-    labels: Sequence[str],
-    source: Path,
-    begun: int,
-    on_done: Callable[[int], None],
-) -> None:
+def chunks(source: Path, begun: int) -> Iterator[list[Numbered]]:
+    """The records that are asked together, from a record on."""
     left = islice(rows_of(source), begun, None)
     while chunk := list(islice(left, CHUNK)):
-        file.writelines(map(json_line, _answered(asking, labels, chunk)))
+        yield chunk
+
+
+def here(asking: Asking, labels: Sequence[str], asked: Iterable[Sequence[Numbered]]) -> Generator[list[dict[str, Any]]]:
+    """The lines that answer chunks, in their order: a record with its answer, or why it has none."""
+    return (_answered(asking, labels, chunk) for chunk in asked)
+
+
+def _go_on(
+    file: BinaryIO, answered: Iterator[list[dict[str, Any]]], begun: int, on_done: Callable[[int], None]
+) -> None:
+    for lines in answered:
+        file.writelines(map(json_line, lines))
         file.flush()
         os.fsync(file.fileno())
-        begun += len(chunk)
+        begun += len(lines)
         on_done(begun)
 
 

@@ -15,6 +15,7 @@ from trainer.data.reading.files import opened
 Numbered = tuple[int, dict[str, Any] | str]
 """A record's line, or its row in Parquet; and its columns, or what is wrong with it."""
 KINDS = (".jsonl", ".csv", ".parquet")
+_BLANK = " \t\r\n"
 
 
 def check_kind(path: Path, option: str) -> None:
@@ -37,9 +38,34 @@ def rows_of(path: Path) -> Iterator[Numbered]:
         yield from _READERS[path.suffix](file, path)
 
 
+def count_of(path: Path) -> int:
+    """How many records ``rows_of`` gives of a file, bad ones included, without parsing what needn't be.
+
+    Raises:
+        InputError: the file can't be read at all, or a table of it.
+    """
+    if path.suffix == ".csv":  # a record may be several lines
+        return sum(1 for _ in rows_of(path))
+    with opened(path) as file:
+        if path.suffix == ".jsonl":
+            return sum(1 for line in read_lines(file, str(path), "utf-8", "\n") if line.strip(_BLANK))
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return int(pq.ParquetFile(file).metadata.num_rows)
+        except (pa.ArrowException, OSError):
+            raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> InputError:
+    """Of Parquet, whose own words may quote the content."""
+    return InputError(f"{path}: damaged, or no Parquet file; write it again")
+
+
 def _jsonl(file: Any, path: Path) -> Iterator[Numbered]:
     for number, line in enumerate(read_lines(file, str(path), "utf-8", "\n"), 1):
-        if content := line.strip(" \t\r\n"):
+        if content := line.strip(_BLANK):
             row, fault = json_rows.parsed(content)
             if not fault and not isinstance(row, dict):
                 fault = "is not a JSON object; write one object per line"
@@ -73,8 +99,8 @@ def _parquet(file: Any, path: Path) -> Iterator[Numbered]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pa.ArrowException, OSError):  # whose words may quote the content
-        raise InputError(f"{path}: damaged, or no Parquet file; write it again") from None
+    except (pa.ArrowException, OSError):
+        raise _damaged(path) from None
 
 
 def _as_json(kind: Any) -> bool:

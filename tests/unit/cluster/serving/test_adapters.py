@@ -2,6 +2,7 @@
 
 import queue
 import shutil
+import threading
 
 import pytest
 import torch
@@ -132,6 +133,31 @@ def test_one_that_answers_is_not_dropped_and_who_needs_its_room_waits(asked, siz
     assert ended(short) == (alone["run.2"], "length")
     order = [name for name, _ in told]
     assert order == sorted(order)  # nothing of the second one came before the first one's end
+
+
+class HeldUp(list):
+    """The thread that decodes waits at its first token, until all have asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.all_have_asked = threading.Event()
+
+    def append(self, one):
+        super().append(one)
+        assert self.all_have_asked.wait(timeout=300)
+
+
+def test_who_waits_for_an_adapters_room_holds_up_nobody_who_needs_none_of_it(asked, size, alone):
+    service, told = asked(size), HeldUp()
+    first = ("run.1", "run.2", "run.1", "model")
+    going = [service.ask(name, written=30 if place == 0 else WRITTEN, told=told) for place, name in enumerate(first)]
+    told.all_have_asked.set()
+    for name, pieces in list(zip(first, going, strict=True))[1:]:
+        assert ended(pieces) == (alone[name], "length")
+    order = [name for name, _ in told]
+    assert order.index("run.2") > max(place for place, name in enumerate(order) if name == "model")
+    # Whoever came later for the same room came behind, or the first one could wait for ever.
+    assert order[-WRITTEN:] == ["run.1"] * WRITTEN
 
 
 def test_an_adapter_that_has_changed_or_gone_fails_and_the_others_go_on(base, runs, asked, size, alone, tmp_path):

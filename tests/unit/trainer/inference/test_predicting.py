@@ -78,6 +78,25 @@ def test_the_answer_is_the_one_that_an_evaluation_sees_though_the_row_has_none(n
     assert asking.answers([asking.example(asked, "here")]) == expected
 
 
+@pytest.mark.parametrize("name", ["classification", "multilabel", "entities", "qa"])
+def test_what_is_asked_together_changes_no_answer(name, base):
+    """Padding is unseen: probabilities are the same up to float32's rounding, and nothing else of an answer differs."""
+    asking, *_ = asking_for(base, name)
+    text = {"classification": "text", "multilabel": "text", "entities": "tokens", "qa": "context"}[name]
+    given = []
+    for number in range(20):
+        words = ["the", "old", "ship", "sails", "to", "island", "7"] * (1 + number * 7 % 5)
+        said = words[: 3 + number * 5 % 17]
+        given.append({text: said if name == "entities" else " ".join(said), "question": "which ship?"})
+    rows = [{field: row[field] for field in asking.columns} for row in given]
+    examples = [asking.example(row, "here") for row in rows]
+    together, alone = asking.answers(examples), [asking.answers([one])[0] for one in examples]
+    assert [one.answer for one in together] == [one.answer for one in alone]
+    for mine, other in zip(together, alone, strict=True):
+        assert mine.probabilities == pytest.approx(other.probabilities, abs=1e-6)
+    assert len({str(one) for one in alone}) > 1
+
+
 def test_of_a_text_the_model_writes_what_follows(base):
     asking, task, model, _ = asking_for(base, "causal")
     ids = list(task.opening("the old ship").ids)

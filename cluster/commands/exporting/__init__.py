@@ -1,0 +1,1 @@
+"""Commands that write a finished model for other programs."""

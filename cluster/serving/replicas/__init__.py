@@ -1,0 +1,1 @@
+"""The same service in several processes of a Ray cluster, behind one door."""
