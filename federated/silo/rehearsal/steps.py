@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.printing import say
 
-_FOR_PROOFS_S, _FOR_PASSES_S = 5.0, 20.0  # the proof after the last one takes twice as long as all before
+_FOR_PROOFS_S, _FOR_PASSES_S = 4.0, 12.0  # the proof after the last one takes twice as long as all before
 _REPEATED_S, _MOST_REPEATED = 0.2, 10
 _STEPS = 9  # without records, which take milliseconds
 _WANTS_MEMORY = ("alloc", "failed to map", "can't start new thread")
