@@ -101,8 +101,8 @@ STUDIES = {
         held_out=400,
         sampling_rate=0.1,
         steps=20,
-        rate=1.5,
-        rate_without=1.5,
+        rate=1.0,
+        rate_without=1.0,
     ),
     "plays": Study(
         "Plays, 6 genres (Llama, LoRA)",
