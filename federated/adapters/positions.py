@@ -1,7 +1,7 @@
 """Which values of an update travel: their positions in few bits (Elias 1974, Fano 1971).
 
 A position's low bits stand there as they are. The high ones are a bitmap in which each position is a 1 and each step
-to the next high part a 0. Where one in 2^b values travels that is b + 2 bits for each, half a bit more than the least.
+to the next high part a 0. Where one in 2^b values travels that is b + 2 bits each, half a bit above the least if few.
 """
 
 import numpy as np
