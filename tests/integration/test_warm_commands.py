@@ -138,7 +138,8 @@ def test_a_forked_program_ends_as_one_that_was_started(program, forks, how):
 
 
 def test_numbers_that_are_drawn_are_other_ones_in_each_fork(program, forks):
-    draw = "import random, uuid, os, numpy\nprint(random.random(), uuid.uuid4(), os.urandom(4), numpy.random.random())"
+    draw = "import random, uuid, os, numpy\nprint(random.random(), uuid.uuid4(), os.urandom(16).hex(), end=' ')"
+    draw += "\nprint(numpy.random.random())"
     command = [program(draw), "predict"]
     said = {warm_commands.run(command, capture_output=True, check=True, text=True).stdout for _ in range(3)}
     assert len(said) == len(forks) == 3

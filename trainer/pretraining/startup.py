@@ -16,8 +16,9 @@ def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
 
     DeepSpeed's autotuner imports mlflow where it is installed (two seconds), and its Muon optimizer, which every first
     backward imports, has its kernels compiled by torch's inductor (another one and a half). Transformers takes scipy's
-    optimizers for losses of object detection (half a second), and accelerate boto3, for machines that it would rent (a
-    fifth of one). None of them is used here.
+    optimizers for losses of object detection (half a second) and torchao for quantised weights (a quarter of one), and
+    accelerate boto3, for machines that it would rent (a fifth of one). None of them is used here. A rank reads no
+    weights but its own commits; for the rest of its process, transformers takes torchao for not installed.
     """
     with uncollected():
         tell("import of torch")
@@ -30,7 +31,7 @@ def import_libraries(tell: Callable[[str], None] = lambda _: None) -> None:
             import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
         tell("import of transformers")
-        with _hidden("scipy"), _hidden("boto3"):
+        with _hidden("scipy"), _hidden("boto3"), _hidden("torchao"):
             import_large("transformers.models.llama.modeling_llama")
 
 

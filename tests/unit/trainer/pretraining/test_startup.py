@@ -16,7 +16,7 @@ from trainer.pretraining.startup import import_libraries
 
 assert "torch" not in sys.modules, "imported before the collector rests, and before anybody is told"
 import_libraries()
-assert not {"boto3", "mlflow", "scipy"} & set(sys.modules), "hidden, and not left hidden"
+assert not {"boto3", "mlflow", "scipy", "torchao"} & set(sys.modules), "hidden, and not left hidden"
 assert "torch._inductor.lowering" not in sys.modules
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero.muon.original_muon import zeropower_via_newtonschulz5
