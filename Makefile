@@ -13,10 +13,10 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --ignore=tests/hosts --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# A federation over several hosts, which are namespaces of this machine, and its faults; as root, in some minutes. What
-# can't be had here is skipped with its reason; after a test that fails the others would wait in vain.
+# A federation over several hosts, which are namespaces of this machine, its faults and its upgrade, and the shipped units
+# on a booted system; as root, in some minutes. What can't be had here is skipped with its reason.
 hosts: $(INSTALLED)
-	$(BIN)/python -m pytest --exitfirst tests/hosts
+	$(BIN)/python -m pytest tests/hosts
 
 # Checks and measures all that needs a GPU, in some minutes. Where there is none, see benchmarks/gpu.py --help.
 gpu: $(INSTALLED)

@@ -9,8 +9,25 @@ import pytest
 from host_deployment import HostDeployment
 from hosts import lan, why_no_hosts
 
+FAILED = pytest.StashKey[dict[Path, str]]()
 SILOS = ("comedies", "histories", "roman")
 BEHIND_PROXY, SMALL_DISK = "histories", "roman"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Remembers the first test of a file that fails."""
+    report = yield
+    if report.failed:
+        item.config.stash.setdefault(FAILED, {}).setdefault(item.path, item.name)
+    return report
+
+
+def pytest_runtest_setup(item):
+    """A file is one story: after a test that has failed, the others would wait in vain for what it should have left."""
+    failed = item.config.stash.get(FAILED, {}).get(item.path)
+    if failed:
+        pytest.skip(f"goes on from where {failed} should have ended, which failed")
 
 
 @pytest.fixture(scope="session")
