@@ -196,7 +196,8 @@ def _ends(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tor
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if (getattr(model.config, "type_vocab_size", None) or 0) > 1:
         inputs["token_type_ids"] = batch["token_type_ids"]
-    found, elsewhere = model(**inputs), batch["candidates"] == 0
+    bare = getattr(model, "get_base_model", lambda: model)()  # with its adapter: peft's own class drops the types
+    found, elsewhere = bare(**inputs), batch["candidates"] == 0
     start_BT, end_BT = (
         logits_BT.float().masked_fill(elsewhere, -torch.inf) for logits_BT in (found.start_logits, found.end_logits)
     )

@@ -19,7 +19,7 @@ from configs.printing import say
 _FOR_PROOFS_S, _FOR_PASSES_S = 4.0, 12.0  # the proof after the last one takes twice as long as all before
 _REPEATED_S, _MOST_REPEATED = 0.2, 10
 _STEPS = 9  # without records, which take milliseconds
-_WANTS_MEMORY = ("alloc", "failed to map", "can't start new thread")
+WANTS_MEMORY = ("memory", "alloc", "failed to map", "can't start new thread")
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         said = {"rule": refusal.rule, "asked": refusal.asked, "allowed": refusal.allowed, "message": str(refusal)}
         found = {"refusal": said}
     except (MemoryError, RuntimeError, OSError, ImportError) as error:
-        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in _WANTS_MEMORY):
+        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in WANTS_MEMORY):
             raise
         found = {"outcome": "memory"}
     say(json.dumps(found))

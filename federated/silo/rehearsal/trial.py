@@ -17,11 +17,13 @@ import psutil
 from configs.errors import PolicyRefusal
 from configs.schema.silo import SiloConfig
 from federated.protocol import silo_pb2 as pb
+from federated.silo.rehearsal.steps import WANTS_MEMORY
 from privacy.plan import PlanTerms
 
 TRIAL_S = 90.0
 MEMORY, SLOW, FAILED = "memory", "slow", "failed"
-_FOR_WANT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGABRT)  # by the system, and by what C++ does where none is left
+# By the system, by what C++ does where none is left, and by a library that did not look whether it got some.
+_FOR_WANT_OF_MEMORY = (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGSEGV)
 _STEPS = "federated.silo.rehearsal.steps"
 
 
@@ -50,13 +52,20 @@ def take(config: SiloConfig, plan: PlanTerms, train: pb.Train, log: Logger) -> p
         return pb.Trial(outcome=SLOW)
     found = _result(done.stdout)
     if found is None:
-        log.error("a rehearsal's steps failed (%d): %s", done.returncode, done.stderr.decode(errors="replace")[-4000:])
-        return pb.Trial(outcome=MEMORY if done.returncode in _FOR_WANT_OF_MEMORY else FAILED)
+        said = done.stderr.decode(errors="replace")
+        log.error("a rehearsal's steps failed (%d): %s", done.returncode, said[-4000:])
+        return pb.Trial(outcome=MEMORY if done.returncode in _FOR_WANT_OF_MEMORY or _wants_memory(said) else FAILED)
     return PolicyRefusal(**found["refusal"]) if "refusal" in found else pb.Trial(**found)
 
 
 def _without_records(config: SiloConfig) -> SiloConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"source": "none"})})
+
+
+def _wants_memory(said: str) -> bool:
+    """Whether one of the errors says so: what runs out of memory may fail by another one, in a half-made import."""
+    errors = (line.lower() for line in said.splitlines() if line[:1].strip())  # and not the code in a traceback
+    return any(word in line for line in errors for word in WANTS_MEMORY)
 
 
 def _result(said: bytes) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_bert import CONTEXT, word_pieces
+from tiny_bert import CONTEXT, published, word_pieces
 
 from configs.errors import InputError
 from configs.load import load
@@ -17,6 +17,8 @@ from configs.schema.tasks import TaskSpec
 from federated.silo.units import rows_of
 from federated.simulation.simulated_places import simulated_silo
 from trainer.data.tokenizer import train_tokenizer
+from trainer.models.adapters import Adaptation, adapted, trainable
+from trainer.models.load import load_model
 from trainer.scoring.score import score
 from trainer.tasks.fields import Answers, with_texts
 from trainer.tasks.qa import AnswersTask
@@ -83,6 +85,22 @@ def test_question_and_context_are_told_apart(task):
     batch = task.collate([window])
     assert batch["candidates"][0].tolist()[: window.first + 1] == [1] + [0] * (window.first - 1) + [1]
     assert batch["candidates"][0, -1] == 0  # [SEP]
+
+
+@pytest.mark.parametrize("train", ["lora", "head"])
+def test_a_model_that_is_trained_sees_question_and_context_apart_as_the_merged_one_does(task, tmp_path, train):
+    """peft's class for question answering takes the types of tokens and drops them."""
+    published(tmp_path, [CONTEXT_TEXT, QUESTION])
+    model = adapted(load_model(tmp_path, head=task.head), Adaptation(2, 4.0, train), seed=0).eval()
+    with torch.no_grad():
+        for name, value in trainable(model).items():
+            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
+    batch = task.collate(task.examples([row("Denver")]))
+    losses = task.record_losses(model, batch)
+    bare = model.merge_and_unload() if train == "lora" else model
+    assert torch.allclose(task.record_losses(bare, batch), losses, atol=1e-5)
+    without = {**batch, "token_type_ids": torch.zeros_like(batch["token_type_ids"])}
+    assert not torch.allclose(task.record_losses(bare, without), losses, atol=1e-5)
 
 
 def test_a_long_question_leaves_half_of_the_room(task):
