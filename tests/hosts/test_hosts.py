@@ -27,15 +27,20 @@ from host_faults import (
     SUPERLINK,
     Faults,
     kill_in_training,
+    reconciled,
     refusal_of,
+    refused_start,
     serve,
     stop_relay,
+    stop_service,
 )
 from hosts import BRIDGE, LINK, has_firewall
 from repository import SUPPORT
 
 from federated.deployment.federation_folder import REVOKED
 from privacy.certificate.check import check_certificate
+from privacy.ledger.chain import left
+from privacy.ledger.journal import default_anchor_dir
 
 
 def connects(federation: HostDeployment, at: str, address: str, port: int, within_s: float) -> bool:
@@ -85,7 +90,13 @@ def test_a_site_behind_a_proxy_can_resolve_no_name_and_took_part(federation, fir
 
 
 @pytest.fixture(scope="module")
-def faults(federation, first) -> Faults:
+def backup(federation, first) -> Path:
+    """Of one silo's ledger, from before it has reserved the run to which everything happens."""
+    return federation.back_up("histories")
+
+
+@pytest.fixture(scope="module")
+def faults(federation, backup) -> Faults:
     running = Faults(federation)
     running.next_round(*ALL)
     return running
@@ -227,6 +238,65 @@ def test_after_all_of_this_no_spend_is_lost_and_none_is_there_twice(federation, 
         charged = Counter(body["round"] for body in entries if body["kind"] == "charge" and body["run"] == run)
         assert {number for number, _ in mine} <= set(charged)
         assert set(charged.values()) == {1}
+
+
+def test_a_ledger_that_is_put_back_from_a_backup_is_refused_until_its_anchor_has_told_what_it_lacks(
+    federation, faults, backup
+):
+    stop_service(federation, "histories")
+    before = left(federation.entries("histories")).epsilon
+    first, lost = (body["epsilon"] for body in federation.entries("histories") if body["kind"] == "reserve")
+    federation.put_back_ledger("histories", backup)
+    assert left(federation.entries("histories")).epsilon > before
+    said = refused_start(federation, "histories")
+    assert "an old or other ledger was put back" in said and "`siloweave silo budget reconcile`" in said
+    faults.next_round("comedies", "roman", without="histories")  # which commits what it has told last
+    mended = reconciled(federation, "histories", federation.newest_receipts(faults.name))
+    # The run that was over by then counts once more for each receipt: nobody can tell where the two ledgers parted.
+    again = mended["reservations_charged_again"]
+    assert again >= 1 and mended["epsilon_charged"] == pytest.approx(lost + again * first)
+    assert mended["epsilon_left"] == pytest.approx(before - again * first)
+    serve(federation, "histories")
+    assert refusal_of(federation, faults.name, "histories")["rule"] != "rollback"  # the run is over there
+    faults.next_round("comedies", "roman", without="histories")
+
+
+def test_a_machine_that_is_put_back_with_its_anchor_is_found_out_by_the_coordinators_receipt(
+    federation, faults, tmp_path
+):
+    state = federation.sites["comedies"].state_dir
+    places = (state, default_anchor_dir(state))
+    stop_service(federation, "comedies")
+    for place in places:
+        shutil.copytree(federation.hosts["comedies"].path(place), tmp_path / place.name)
+    before = left(federation.entries("comedies")).epsilon
+    serve(federation, "comedies")
+    faults.next_round("comedies", "roman")
+    stop_service(federation, "comedies")
+    federation.put_back("comedies", tmp_path, *places)
+    serve(federation, "comedies")
+    assert refusal_of(federation, faults.name, "comedies")["rule"] == "rollback"
+    faults.next_round("roman", without="comedies")
+    stop_service(federation, "comedies")
+    mended = reconciled(federation, "comedies", federation.newest_receipts(faults.name))
+    assert mended["reservations_charged_again"] == 1  # which round it has released twice, nobody can tell
+    assert mended["epsilon_left"] == pytest.approx(before - mended["epsilon_charged"]) and mended["epsilon_charged"] > 0
+    serve(federation, "comedies")
+
+
+def test_silos_that_were_put_back_take_part_in_the_next_run_and_no_spend_that_was_shown_is_lost(federation, faults):
+    federation.process("", "siloweave federation run").terminate()
+    federation.let_end(faults.process)
+    run = federation.run("next", *FIRST)
+    assert run.wait(RUN_S) == 0, federation.logs()
+    assert [set(event["answered"]) for event in federation.rounds("next")] == [set(ALL)] * 2
+    shown = [told for name in ("first", faults.name, "next") for told in federation.receipts(name)]
+    for silo in ALL:
+        entries, heads = federation.entries(silo), [entry["hash"] for entry in federation.chain(silo)]
+        charged = {heads[body["number"] - 1] for body in entries if body["kind"] == "reserve"}
+        charged |= {spend["entry"] for body in entries if body["kind"] == "reconcile" for spend in body["spends"]}
+        spent = {spend["entry"] for _, name, receipt in shown if name == silo for spend in receipt["spends"]}
+        assert len(spent) >= 3 and spent <= charged
 
 
 def test_a_session_that_is_killed_leaves_nothing_behind():

@@ -184,6 +184,26 @@ class HostDeployment(Deployment):
         for site in self.sites.values():
             self.start_site(site)
 
+    def back_up(self, name: str) -> Path:
+        """Its steward's backup of the ledger."""
+        copy = self.sites[name].folder / "backup.sqlite"
+        self.siloweave("ledger", "backup", str(self.sites[name].state_dir), "--to", str(copy), at=name)
+        return copy
+
+    def put_back_ledger(self, name: str, copy: Path) -> None:
+        """A backup of the ledger, in the place of the file and of what was not yet in it."""
+        ledger = self.state(name).ledger
+        for path in ledger.parent.glob(f"{ledger.name}*"):
+            path.unlink()
+        shutil.copyfile(copy, ledger)
+
+    def put_back(self, name: str, copy: Path, *places: Path) -> None:
+        """Folders of a silo as they were when a copy was made."""
+        for place in places:
+            there = self.hosts[name].path(place)
+            shutil.rmtree(there)
+            shutil.copytree(copy / place.name, there)
+
     # Rounds and ledgers
 
     def rounds(self, run: str) -> list[dict]:
@@ -227,3 +247,7 @@ class HostDeployment(Deployment):
             number = int(path.parent.name.removeprefix("round-"))
             found += [(number, name, silo["receipt"]) for name, silo in told.items()]
         return found
+
+    def newest_receipts(self, run: str) -> Path:
+        """The file in which a coordinator has committed them."""
+        return max((self.root / "runs" / run / "federated").glob(f"round-*/{COMMITTED}")).with_name(SILOS)

@@ -1,6 +1,8 @@
 """The run of a federation on several hosts to which everything happens, and what is done to its silos."""
 
+import json
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 from host_deployment import HostDeployment
@@ -31,6 +33,12 @@ class Faults:
 def serve(federation: HostDeployment, silo: str) -> None:
     """systemd's part."""
     federation.start_service(federation.sites[silo])
+
+
+def stop_service(federation: HostDeployment, silo: str) -> None:
+    """systemd's other part."""
+    federation.process(silo, SERVICE).terminate()
+    federation.let_end(federation.sites[silo].service_process)
 
 
 def stop_relay(federation: HostDeployment, silo: str) -> None:
@@ -67,3 +75,18 @@ def refusal_of(federation: HostDeployment, run: str, silo: str) -> dict:
 
     federation.wait_until(f"a refusal of {silo}", lambda: bool(found()))
     return found()[0]
+
+
+def refused_start(federation: HostDeployment, silo: str) -> str:
+    """What a service says that does not start."""
+    site = federation.sites[silo]
+    started = ["silo", "serve", "-c", str(site.settings), "--socket", str(site.socket)]
+    done = federation.siloweave(*started, at=silo, check=False)
+    assert done.returncode == 2
+    return done.stderr
+
+
+def reconciled(federation: HostDeployment, silo: str, *receipts: Path) -> dict:
+    """What the steward's command says."""
+    command = ["silo", "budget", "reconcile", str(federation.sites[silo].settings), *map(str, receipts), "--json"]
+    return json.loads(federation.siloweave(*command, at=silo).stdout)
