@@ -91,7 +91,7 @@ def test_question_and_context_are_told_apart(task):
 def test_a_model_that_is_trained_sees_question_and_context_apart_as_the_merged_one_does(task, tmp_path, train):
     """peft's class for question answering takes the types of tokens and drops them."""
     published(tmp_path, [CONTEXT_TEXT, QUESTION])
-    model = adapted(load_model(tmp_path, head=task.head), Adaptation(2, 4.0, train), seed=0).eval()
+    model = adapted(load_model(tmp_path, head=task.head), Adaptation(2, 4.0, train, head=task.head), seed=0).eval()
     with torch.no_grad():
         for name, value in trainable(model).items():
             value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))))
