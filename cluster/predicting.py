@@ -17,6 +17,8 @@ from configs.schema.schema import RunConfig
 from trainer.inference.asking import Asking, with_columns
 from trainer.inference.predicting import Answered, chunks, here
 
+_AGAIN = 3  # times that a worker is started anew, and that a chunk is tried again; Ray Data's own numbers have no end
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -90,6 +92,8 @@ def _answers(ray: Any, asked: Asked, workers: int, source: Path, begun: int) -> 
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
+        max_restarts=_AGAIN,
+        max_task_retries=_AGAIN,
     )
     try:
         for row in dataset.iter_rows():
@@ -98,7 +102,11 @@ def _answers(ray: Any, asked: Asked, workers: int, source: Path, begun: int) -> 
                 raise InputError(read["fault"])
             yield read["lines"]
     except ray.exceptions.RayError as error:
-        raise SiloweaveError(f"a worker has failed: {str(error).strip().splitlines()[-1]}") from error
+        raise SiloweaveError(f"a worker has failed: {_last_line(error)}") from error
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _of_chunks(ray: Any, source: Path, begun: int) -> Any:

@@ -5,7 +5,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -29,6 +30,8 @@ _ENVIRONMENT = {
     "RAY_max_direct_call_object_size": str(2**20),
 }
 _KILLED_S = 5.0  # until a killed process is gone
+_ROOM_S = 30.0
+_LOOK_S = 0.2
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
@@ -97,20 +100,31 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
 def refuse_without_room(ray: Any, option: str, processes: int, cpus: int) -> None:
     """Refuses to start what the cluster has no room for just now, and would wait for without a word.
 
+    What earlier processes had is free again some time after they have ended, so that room is waited for a while
+    where the cluster's nodes would have it.
+
     Args:
         ray: connected.
         option: that said how many.
         processes: how many.
-        cpus: of each.
+        cpus: of each, on one node.
 
     Raises:
         InputError: fewer CPUs are free.
     """
-    free = int(ray.available_resources().get("CPU", 0))
-    if free < processes * cpus:
-        raise InputError(
-            f"{option} {processes}: they need {processes * cpus} CPUs, and the cluster has {free} free ones; give fewer"
-        )
+    until = time.monotonic() + _ROOM_S
+    while (room := _room(ray._private.state.available_resources_per_node().values(), cpus)) < processes:
+        whole = _room((node["Resources"] for node in ray.nodes() if node["Alive"]), cpus)
+        if whole < processes or time.monotonic() > until:
+            raise InputError(
+                f"{option} {processes}: they need {processes * cpus} CPUs, {cpus} on a node for each, and the cluster "
+                f"has room for {room} of them now; give fewer"
+            )
+        time.sleep(_LOOK_S)
+
+
+def _room(nodes: Iterable[Mapping[str, float]], cpus: int) -> int:
+    return sum(int(node.get("CPU", 0) // cpus) for node in nodes)
 
 
 def address_of(settings: ClusterSettings) -> str:

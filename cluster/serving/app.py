@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from cluster.serving.answers import Answer, Question, Stream, unless_gone, whole
 from cluster.serving.claims import Claim
-from cluster.serving.errors import FAILED, ApiError
+from cluster.serving.errors import FAILED, NO_SUCH_METHOD, ApiError
 from cluster.serving.guard import Guard
 from cluster.serving.keys import ApiKeys
 from cluster.serving.labels import LabelModel
@@ -288,7 +288,7 @@ async def _failed(_request: Request, _error: Exception) -> Response:
 
 async def _plain(_request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    said = {404: "no such path; see /docs", 405: "no such method at this path; see /docs"}
+    said = {404: "no such path; see /docs", 405: NO_SUCH_METHOD}
     return ApiError(status, said.get(status, "the body can't be read as JSON"), "invalid_request").response()
 
 

@@ -37,6 +37,9 @@ class ApiError(Exception):
 FAILED = ApiError(500, "the service failed at this request", "failed")
 
 
+NO_SUCH_METHOD = "no such method at this path; see /docs"
+
+
 def too_many() -> ApiError:
     """The refusal of whoever comes while there is no room."""
     return ApiError(429, "too many requests at one time; try again later", "rate_limit_exceeded")

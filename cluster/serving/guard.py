@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cluster.serving.errors import FAILED, ApiError, stopping, too_many
 from cluster.serving.keys import LOOPBACK, ApiKeys
 
-OPEN = ("/", "/health")  # of these two nobody needs a key
+OPEN = ("/", "/health")  # to read these two nobody needs a key
+_READING = ("GET", "HEAD")
 ARRIVAL_S = 20.0
 
 
@@ -111,7 +112,7 @@ class Guard:
         if self._keys is None and not _from_here(scope):
             said = f"sender, Host or Origin is none of this machine's; {self._otherwise}"
             raise ApiError(403, said, "not_from_here")
-        if scope["path"] in OPEN:
+        if scope["path"] in OPEN and scope["method"] in _READING:
             return
         self.admit(headers.get(b"authorization", b""))
         announced = headers.get(b"content-length", b"0")

@@ -1,12 +1,14 @@
 """`siloweave predict --workers`: real processes of Ray Data answer a file, to the bytes that one process writes."""
 
 import json
+import os
 
 import pytest
 from served_models import a_labelling_run, a_model
 
+from cluster import predicting
 from cluster.predicting import Asked, by_workers
-from configs.errors import InputError
+from configs.errors import InputError, SiloweaveError
 from federated.adapters.merged import merge
 from trainer.inference.predicting import CHUNK, predict
 
@@ -60,3 +62,25 @@ def test_a_file_that_has_gone_is_named_as_one_process_would(run, tmp_path, share
             list(by(source, 0))
     with pytest.raises(InputError, match="--workers 1000: they need 1000 CPUs"), by_workers(asked, 1000):
         pass
+
+
+def test_a_chunk_that_kills_its_worker_ends_the_command(tmp_path, shared_ray, monkeypatch):
+    source, deaths = tmp_path / "in.jsonl", tmp_path / "deaths"
+    source.write_text('{"text": "the ship"}\n')
+
+    class Dying:
+        def __init__(self, asked):
+            pass
+
+        def __call__(self, batch):
+            with deaths.open("a") as file:
+                file.write("x")
+            os._exit(1)
+
+    monkeypatch.setattr(predicting, "_Worker", Dying)
+    monkeypatch.setattr(predicting, "_AGAIN", 1)
+    failing = pytest.raises(SiloweaveError, match="a worker has failed: ")
+    with by_workers(Asked(tmp_path, None, (), 4), 1) as by, failing as failure:
+        list(by(source, 0))
+    assert "\n" not in str(failure.value)
+    assert deaths.read_text() == "xx"

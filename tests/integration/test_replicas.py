@@ -132,5 +132,5 @@ def test_replicas_that_can_not_be_are_refused_in_one_line(siloweave, base, tmp_p
     address = shared_ray.get_runtime_context().gcs_address
     found = siloweave("serve", str(base), "--replicas", "1000", "--port", "0", cwd=tmp_path, RAY_ADDRESS=address)
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.startswith("error: --replicas 1000: they need 1000 CPUs, and the cluster has ")
+    assert found.stderr.startswith("error: --replicas 1000: they need 1000 CPUs, 1 on a node for each, and the ")
     assert found.stderr.count("\n") == 1

@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def write_onnx(model: Any, task: Any, path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: torch's exporter can't take this model, or what it needs is not installed.
-        SiloweaveError: the file answers otherwise than the model.
+        SiloweaveError: the file answers otherwise than the model, or onnxruntime can't run it.
     """
     inputs, outputs = _names(model, task)
     named = _Named(model, inputs, outputs).eval()
@@ -110,7 +111,8 @@ def _compared(model: torch.nn.Module, task: Any, inputs: Sequence[str], outputs:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise InputError(_NOT_INSTALLED.format(error.name)) from None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with _one_line():
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     largest = 0.0
     for shape, number in (
         (min(3, task.context_length), 1),
@@ -118,7 +120,9 @@ def _compared(model: torch.nn.Module, task: Any, inputs: Sequence[str], outputs:
         (task.context_length, 2),
     ):
         batch = _batch(task, inputs, task.made_up(shape, number))
-        found = session.run(list(outputs), {name: value.numpy() for name, value in zip(inputs, batch, strict=True)})
+        given = {name: value.numpy() for name, value in zip(inputs, batch, strict=True)}
+        with _one_line():
+            found = session.run(list(outputs), given)
         with torch.no_grad():
             expected = model(*batch)
         for one, other in zip(expected, found, strict=True):
@@ -127,3 +131,13 @@ def _compared(model: torch.nn.Module, task: Any, inputs: Sequence[str], outputs:
                 raise SiloweaveError(f"onnxruntime's logits differ by {float(beside.max()):g}; the file is not kept")
             largest = max(largest, float(beside.max()))
     return largest
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Onnxruntime's errors have no class in common, and take several lines."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise SiloweaveError(f"onnxruntime can't run the file ({reason}); it is not kept") from error

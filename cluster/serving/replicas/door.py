@@ -6,9 +6,12 @@ a stream that has begun can't be, and ends with an error.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, suppress
+import math
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
+from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -16,16 +19,19 @@ from starlette.types import Message, Receive, Scope, Send
 from cluster.serving.answers import GONE, SLOW_S
 from cluster.serving.app import LARGEST_BODY, PATHS, SPARE
 from cluster.serving.claims import Claim
-from cluster.serving.errors import FAILED, ApiError, too_many
+from cluster.serving.errors import FAILED, NO_SUCH_METHOD, ApiError, too_many
 from cluster.serving.guard import Guard
 from cluster.serving.keys import ApiKeys
 from cluster.serving.replicas.figures import DoorMetrics
-from cluster.serving.replicas.replica import Report, report
+from cluster.serving.replicas.reports import Reports
+from cluster.serving.replicas.shared import Shared
 
-_TRIES = 3  # of a request; one that three replicas have died of is not given to a fourth
-_REPORT_S = 5.0
+_DEATHS = 3  # what three replicas have died of is not given to a fourth
+_TRIES = 8  # of a request whose replicas can't be reached: each pause is longer than the last, 7 s in all
+_PAUSE_S = 0.25
 _STILL = ("/", "/docs", "/openapi.json", "/v1/models")  # the same from every replica, as long as they live
 _DIED = ApiError(500, "the process that wrote this has died; ask again", "failed")
+_UNREACHED = ApiError(500, "the process that wrote this can't be reached; ask again", "failed")
 
 
 class Door:
@@ -52,9 +58,12 @@ class Door:
         wanted: int,
     ) -> None:
         self._asking = handle.options(stream=True, method_name="asgi")
-        self._office, self._claims, self._timeout_s, self._most, self._wanted = office, claims, timeout_s, most, wanted
+        self._claims, self._timeout_s, self._most, self._wanted = claims, timeout_s, most, wanted
         self._taken = 0
-        self._still = {path: list[Message]() for path in (*_STILL, *(f"/v1/models/{name}" for name in claims))}
+        self._reports = Reports(office, lambda: self._taken)
+        paths = (*_STILL, *(f"/v1/models/{name}" for name in claims))
+        self._still = {path: Shared(partial(self._fetched, path), math.inf) for path in paths}
+        self._shown = {"/health": self._health, "/metrics": self._metrics, **dict.fromkeys(paths, self._page)}
         self.metrics = DoorMetrics(wanted)
         self.guard = Guard(self, keys, LARGEST_BODY, most + SPARE)
         self.guard.count = self._counted
@@ -70,26 +79,31 @@ class Door:
         """Answers, or has it answered."""
         if scope["type"] != "http":
             return
-        asked = scope["method"], scope["path"]
-        if asked == ("GET", "/health"):
-            await (await self._health())(scope, receive, send)
-        elif asked == ("GET", "/metrics"):
-            page = self.metrics.page({name: one.metrics for name, one in (await self._reports()).items()})
-            await Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")(scope, receive, send)
-        elif asked[0] == "GET" and asked[1] in self._still:  # these wait for no slot
-            await self._shown(scope, send)
-        else:
+        if scope["path"] not in self._shown:
             await self._handed_on(scope, receive, send)
+        elif scope["method"] == "GET":  # these wait for no slot
+            await self._shown[scope["path"]](scope, receive, send)
+        else:
+            raise ApiError(405, NO_SUCH_METHOD, "invalid_request")
 
-    async def _shown(self, scope: Scope, send: Send) -> None:
-        kept = self._still[scope["path"]]
-        if not kept:
-            found = [message async for message in self._asking.remote(_of_the_door(scope), b"")]
-            if found[0]["status"] != 200:
-                raise FAILED
-            kept[:] = found
-        for message in kept:
+    async def _page(self, scope: Scope, _: Receive, send: Send) -> None:
+        for message in await self._still[scope["path"]].get():
             await send(message)
+
+    async def _fetched(self, path: str) -> list[Message]:
+        """A page, whole, however many replicas die meanwhile."""
+        found = list[Message]()
+        asked = {"method": "GET", "path": path, "raw_path": quote(path).encode(), "query_string": b"", "headers": []}
+        with self._plainly():
+            async with (
+                asyncio.timeout(self._timeout_s),
+                aclosing(self._asked(_of_the_door(asked), b"", lambda: False)) as messages,
+            ):
+                async for message in messages:
+                    found = [*found, message] if message else []
+        if found[0]["status"] != 200:
+            raise FAILED
+        return found
 
     async def _handed_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._taken >= self._most:
@@ -113,31 +127,61 @@ class Door:
                     await task
 
     async def _answered(self, scope: Scope, body: bytes, answer: "_Sent") -> None:
-        from ray.exceptions import RayActorError
-
         end = asyncio.get_running_loop().time() + self._timeout_s
-        tries = 0
         try:
-            async with asyncio.timeout_at(end) as limit:
-                while True:
-                    try:
-                        async with aclosing(self._one_try(scope, body)) as messages:
-                            async for message in messages:
-                                await answer.add(message)
-                                if answer.begun:
-                                    limit.reschedule(end + SLOW_S)
-                        return
-                    except RayActorError:
-                        tries += 1
-                        if answer.begun or tries == _TRIES:
-                            raise
-                        answer.forget()
-                        self.metrics.moved.inc()
+            with self._plainly():
+                async with (
+                    asyncio.timeout_at(end) as limit,
+                    aclosing(self._asked(scope, body, lambda: answer.begun)) as messages,
+                ):
+                    async for message in messages:
+                        if message is None:
+                            answer.forget()
+                            continue
+                        await answer.add(message)
+                        if answer.begun:
+                            limit.reschedule(end + SLOW_S)
+        except ApiError as error:
+            await answer.end(error)
+
+    @contextmanager
+    def _plainly(self) -> Iterator[None]:
+        """What Ray and the clock raise, as a client is told it."""
+        from ray.exceptions import ActorUnavailableError, RayActorError
+
+        try:
+            yield
         except TimeoutError:
-            await answer.end(ApiError(504, "the answer took too long; ask for less", "timeout"))
+            raise ApiError(504, "the answer took too long; ask for less", "timeout") from None
         except RayActorError as error:
             self._failed(type(error).__name__)
-            await answer.end(_DIED)
+            raise (_UNREACHED if isinstance(error, ActorUnavailableError) else _DIED) from None
+
+    async def _asked(self, scope: Scope, body: bytes, begun: Callable[[], bool]) -> AsyncGenerator[Message | None]:
+        """Asks, and asks again where a replica dies before the answer has begun.
+
+        Yields:
+            ASGI's messages; None: those until now don't count.
+
+        Raises:
+            RayActorError: the answer had begun, or too many replicas have died or not been reached.
+        """
+        from ray.exceptions import ActorUnavailableError, RayActorError
+
+        deaths = 0
+        for tries in range(1, _TRIES + 1):
+            try:
+                async with aclosing(self._one_try(scope, body)) as messages:
+                    async for message in messages:
+                        yield message
+                return
+            except RayActorError as error:
+                deaths += not isinstance(error, ActorUnavailableError)
+                if begun() or deaths == _DEATHS or tries == _TRIES:
+                    raise
+            yield None
+            self.metrics.moved.inc()
+            await asyncio.sleep(_PAUSE_S * tries)
 
     async def _one_try(self, scope: Scope, body: bytes) -> AsyncGenerator[Message]:
         stream = self._asking.remote(scope, body)
@@ -147,42 +191,28 @@ class Door:
         finally:
             stream.cancel()
 
-    async def _reports(self) -> dict[str, Report]:
-        """Of the replicas that answer."""
-        known: dict[str, Any] = await self._office.known.remote()
-        found = await asyncio.gather(*(self._report(name, actor) for name, actor in known.items()))
-        return {name: one for name, one in zip(known, found, strict=True) if one is not None}
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        seen = await self._reports.seen()
+        page = self.metrics.page({name: one.metrics for name, one in seen.replicas.items()})
+        await Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")(scope, receive, send)
 
-    async def _report(self, name: str, actor: Any) -> Report | None:
-        from ray.exceptions import RayActorError
-
-        try:
-            async with asyncio.timeout(_REPORT_S):
-                said: Report = await actor.__ray_call__.remote(report)
-                return said
-        except TimeoutError:
-            return None
-        except RayActorError:
-            await self._office.leave.remote(name)
-            return None
-
-    async def _health(self) -> JSONResponse:
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """200 as long as one replica takes requests, and the service doesn't stop."""
-        reports = await self._reports()
-        ready = [one for one in reports.values() if one.ready]
+        seen = await self._reports.seen()
+        ready = any(one.ready for one in seen.replicas.values())
         status = "stopping" if self.guard.stopping else "ok" if ready else "failed"
         document = {
             "status": status,
-            "waiting": self._taken - sum(one.running for one in ready),
-            "running": sum(one.running for one in ready),
+            "waiting": seen.waiting,
+            "running": seen.running,
             "replicas": {
                 name: {"ready": one.ready, "waiting": one.waiting, "running": one.running}
-                for name, one in reports.items()
+                for name, one in seen.replicas.items()
             },
             "replicas_wanted": self._wanted,
             "models": {name: {"privacy": claim.document()} for name, claim in self._claims.items()},
         }
-        return JSONResponse(document, 200 if status == "ok" else 503)
+        await JSONResponse(document, 200 if status == "ok" else 503)(scope, receive, send)
 
 
 class _Sent:
@@ -221,7 +251,9 @@ class _Sent:
             raise error
         if self._events:
             event = f"data: {json.dumps(error.document)}\n\n".encode()
-            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+            with suppress(TimeoutError):  # who reads nothing is not waited for
+                async with asyncio.timeout(SLOW_S):
+                    await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 def _of_the_door(scope: Scope) -> dict[str, Any]:

@@ -35,10 +35,15 @@ def replicas(offer: Offer, count: int, cpus: int) -> Iterator[tuple[Any, Any]]:
     with ray_session(settings, count) as ray:
         refuse_without_room(ray, "--replicas", count, cpus)
         from ray import serve
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         name = f"siloweave-{uuid.uuid4().hex[:12]}"
-        office: Any = ray.remote(Office).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
+        # On this node: with another one the door would lose what tells it of its replicas, though all of them live.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        placed = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+        office: Any = ray.remote(Office).options(**placed).remote()
+        found = _there(ray)
         # No proxy of Ray's: it would take bodies of any size, from anybody, and its requests die with a replica.
         serve.start(proxy_location="Disabled", logging_config=dict(_QUIET))
         try:
@@ -46,8 +51,20 @@ def replicas(offer: Offer, count: int, cpus: int) -> Iterator[tuple[Any, Any]]:
         finally:
             with suppress(Exception):  # the cluster itself may be gone
                 serve.delete(name)
-                if address_of(settings) and not serve.status().applications:  # with our own Ray all of it ends
+                # With our own Ray all of it ends; a Serve that was there before is others'.
+                if address_of(settings) and not found and not serve.status().applications:
                     serve.shutdown()
+
+
+def _there(ray: Any) -> bool:
+    """Whether Ray Serve runs on this Ray already."""
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
 
 
 def _deployment(serve: Any, offer: Offer, name: str, count: int, cpus: int) -> Any:
@@ -70,4 +87,8 @@ def _run(ray: Any, serve: Any, name: str, office: Any, bound: Any) -> Any:
     except RuntimeError as error:
         if line := ray.get(office.refusal.remote()):
             raise InputError(line) from None
-        raise SiloweaveError(f"the replicas can't be started: {str(error).splitlines()[0]}") from error
+        raise SiloweaveError(f"the replicas can't be started: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,7 @@
 """A finished encoder as an ONNX folder: the same logits in another runtime, and what leads back to its run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from cluster.exporting import ONNX, export_onnx
 from cluster.finished import finished_model
-from configs.errors import InputError
+from configs.errors import InputError, SiloweaveError
 from configs.load import load
 from configs.run_directory import to_toml
 from configs.storage.files import digest_file
@@ -81,12 +82,24 @@ def test_another_runtime_gives_the_same_logits_and_the_manifest_leads_back(name,
     assert not [word for word in (b"site-packages", b".py", str(tmp_path).encode()) if word in content]
 
 
+class Broken:
+    """Stands for a file that torch has written and onnxruntime doesn't take."""
+
+    @staticmethod
+    def save(path, **_):
+        Path(path).write_bytes(b"no model")
+
+
 def test_what_can_not_be_written_is_refused_and_leaves_nothing(base, tmp_path, monkeypatch):
     run, *_ = a_labelling_run(tmp_path / "run", base, "classification", LABELS)
     found = finished_model(merge(run, None, None)[0])
     monkeypatch.setattr(onnx_file, "_program", lambda *_: (_ for _ in ()).throw(ModuleNotFoundError(name="onnxscript")))
     with pytest.raises(InputError, match=r"onnxscript is not installed; `pip install 'siloweave\[onnx\]'`"):
         export_onnx(found, tmp_path / "onnx")
+    monkeypatch.setattr(onnx_file, "_program", lambda *_: Broken)
+    with pytest.raises(SiloweaveError, match=r"onnxruntime can't run the file \(.*\); it is not kept") as refusal:
+        export_onnx(found, tmp_path / "onnx")
+    assert "\n" not in str(refusal.value)
     (tmp_path / "there").mkdir()
     with pytest.raises(InputError, match="there: exists; give a path"):
         export_onnx(found, tmp_path / "there")

@@ -179,7 +179,9 @@ def test_any_bytes_are_answered_by_a_refusal(service_of):
 
 def test_other_paths_and_methods_are_refused(service_of):
     service = service_of()
-    refused(*ask(service, ("GET", "/v1/completions", {})), 405, "no such method")
+    for method, path in (("GET", "/v1/completions"), ("POST", "/"), ("PUT", "/health")):
+        refused(*ask(service, (method, path, {})), 405, "no such method")
+    assert [one.status_code for one in ask(service, ("HEAD", "/", {}), ("HEAD", "/health", {}))] == [405, 405]
     refused(*ask(service, ("GET", f"/{SECRET}", {})), 404, "no such path")
     refused(*ask(service, ("GET", "/v1/models/none", {})), 404, "no such model")
     assert SECRET.encode() not in service.metrics.page()
@@ -192,6 +194,9 @@ def test_a_key_is_needed_for_all_but_health(service_of, tmp_path):
     service = service_of(ApiKeys(path))
     for paths in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/v1/completions"):
         refused(*ask(service, ("GET", paths, {})), 401, "missing or wrong")
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        refused(*ask(service, (method, "/", {})), 401, "missing or wrong")
+        refused(*ask(service, (method, "/health", {})), 401, "missing or wrong")
     for header in (
         "Bearer key-of-the-clinic-0003",
         "Bearer ",
