@@ -117,7 +117,7 @@ class Mandate(Signed):
     def limit(self) -> Study:
         """What the ledger has to keep to."""
         terms = self.terms
-        return Study(terms.study, self.digest, terms.budget_epsilon, terms.budget_delta)
+        return Study(terms.study, self.digest, self.issued.timestamp(), terms.budget_epsilon, terms.budget_delta)
 
     def is_over(self, now: float) -> bool:
         """Whether its last day has passed at a time, in seconds since 1970."""

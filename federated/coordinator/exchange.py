@@ -277,9 +277,11 @@ class SiloExchange:
             message += f"without {', '.join(missing)}, and federated.required_silos names them: the step does not count"
         else:
             message += f"{quorum.rule} {quorum.fewest}"
+        quorum.unmet = message
         if refusals := [*quorum.refusals, *(("", refusal) for refusal in self._refused)]:
             silo, first = min(refusals, key=lambda one: one[0] not in missing)  # of a silo that is missing, if one is
             told = f"{message}; {f'{silo} refuses: ' if silo else ''}{first}"
+            quorum.unmet = told
             raise PolicyRefusal(told, rule=first.rule, asked=first.asked, allowed=first.allowed)
         raise SiloweaveError(f"{message}; see {self.log.path} and the silos' own logs, then run the same command again")
 

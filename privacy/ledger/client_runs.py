@@ -6,6 +6,7 @@ of what it spends: ``entrust``, with the plan that it took part in, and ``unnois
 first byte of it is sent.
 """
 
+from datetime import UTC, datetime
 from typing import Any
 
 from configs.errors import PolicyRefusal
@@ -30,7 +31,7 @@ def entrust(journal: Journal, run_id: str, plan: PlanTerms, aggregator: str, lim
 
     Raises:
         PolicyRefusal: the run reserved another plan, the aggregator has as many runs as it may, or its study
-            has no room.
+            has no room, or may have lost what it has used.
     """
     with journal.transaction():
         bodies = journal.bodies()
@@ -38,6 +39,7 @@ def entrust(journal: Journal, run_id: str, plan: PlanTerms, aggregator: str, lim
         if before is None:
             check_runs(bodies, aggregator, limits)
             if limits.study is not None:
+                _check_nothing_lost(bodies, limits.study)
                 check_study(bodies, plan.epsilon, plan.delta, limits.study)
             journal.append(
                 ENTRUST,
@@ -51,6 +53,31 @@ def entrust(journal: Journal, run_id: str, plan: PlanTerms, aggregator: str, lim
         elif (before.opening["kind"], before.opening["plan_digest"]) != (ENTRUST, plan.digest):
             reserved = before.opening["plan_digest"]
             raise PolicyRefusal.of("reservation", plan.digest, reserved, f"run {run_id} has another plan")
+
+
+def _check_nothing_lost(bodies: list[dict[str, Any]], study: Study) -> None:
+    """Refuses a mandate from before a reconciliation.
+
+    What runs with clients as units claim is in no receipt, since it is nobody's spend but the study's. So what of it
+    was lost with a ledger can't be charged again, and a mandate that may have been used then has no room that anybody
+    can tell. One that was there at a reconciliation is named by its entry; times, which a clock may have wrong, are
+    for files that were put back later, and for entries of before that name none.
+
+    Raises:
+        PolicyRefusal: it is one.
+    """
+    for body in bodies:
+        if body["kind"] == "reconcile" and (study.mandate in body.get("mandates", ()) or study.issued <= body["time"]):
+            issued, since = (
+                datetime.fromtimestamp(time, tz=UTC).isoformat(" ", "seconds") for time in (study.issued, body["time"])
+            )
+            raise PolicyRefusal.of(
+                "mandate.issued",
+                issued,
+                f"after {since}",
+                f"study {study.name} has a mandate of {issued}, and the silo's ledger was reconciled at {since}: what "
+                "its runs claimed before may be lost; ask the silo's steward to revoke it, and to issue a new one",
+            )
 
 
 def _claimed(plan: PlanTerms, study: Study | None) -> dict[str, Any]:

@@ -21,12 +21,14 @@ class Study:
     Attributes:
         name: the study's.
         mandate: digest of the mandate in force.
+        issued: when the silo signed it, in seconds since 1970.
         epsilon: of all reservations in the study's name, under whichever mandate.
         delta: the same.
     """
 
     name: str
     mandate: str
+    issued: float
     epsilon: float
     delta: float
 
@@ -127,7 +129,7 @@ def spent_by(bodies: list[dict[str, Any]], study: str) -> Budget:
 
 def _counted(body: dict[str, Any], name: str) -> float:
     """What an entry counts for in its study: a run with clients as units takes nothing of the dataset's own budget."""
-    return float(body[f"study_{name}"] if f"study_{name}" in body else body[name])
+    return float(body[f"study_{name}" if body["kind"] == "entrust" else name])
 
 
 def check_unit(bodies: list[dict[str, Any]], unit: str) -> None:

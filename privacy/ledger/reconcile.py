@@ -4,6 +4,7 @@ What is lost is known from two sides: the anchor, which is the silo's own last r
 coordinators hold. Every spend in them that the file doesn't know is charged, once. Every reservation whose run may have
 released rounds both in the file and in the branch that is lost is charged once more. Lost charges can't be told from
 charges that never were: so every run that is open is closed, and nothing can be asked for again under its reservation.
+No receipt tells of runs with clients as units: a mandate that they may have used covers no more of them afterwards.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 from configs.errors import InputError
 from configs.parse import parse
+from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
 from privacy.ledger.anchor import Anchor, against, missing
 from privacy.ledger.chain import Budget, left, policy_budget, verify_entries
@@ -91,11 +93,17 @@ def _take_in(journal: Journal, doubt: str | None, receipts: list[Receipt]) -> Re
         spends=[spend.model_dump() for spend in lost.values()],
         epsilon=sum(spend.epsilon for spend in lost.values()),
         delta=sum(spend.delta for spend in lost.values()),
+        mandates=_mandates(SiloFiles(journal.path.parent)),
     )
     closed = tuple(run.name for run in runs)
     return Reconciled(
         doubt, len(receipts), tuple(lost.values()), len(lost.keys() - proven), closed, left(journal.bodies())
     )
+
+
+def _mandates(files: SiloFiles) -> list[str]:
+    """Digests of the mandates that are there: what runs without noise claimed under them may be lost for good."""
+    return sorted(digest_bytes(path.read_bytes()) for path in files.mandates.glob("*.json") if path.is_file())
 
 
 def _check_own(journal: Journal, receipt: Receipt, keys: set[str]) -> None:

@@ -37,6 +37,8 @@ def replay(bodies: list[Body], origin: str) -> None:
             problem = rule(state, body)
             if body["kind"] == "reserve" and not problem:
                 problem = _overspent(bodies[:position])
+            if body["kind"] != "entrust" and body.keys() & {"study_epsilon", "study_delta"}:
+                problem = "counts something else for its study than it spends"
         except (InputError, PolicyRefusal) as error:
             problem = str(error)
         except (LookupError, TypeError, ValueError, ArithmeticError):

@@ -39,6 +39,7 @@ class Quorum:
         missing: the silos that the step can't do without, beside those that it is given.
         answered: whose replies were accepted.
         refusals: silos, and what their policies have refused.
+        unmet: what is wrong, once the step has ended without what it needs.
     """
 
     fewest: int
@@ -49,6 +50,7 @@ class Quorum:
     missing: Callable[[Iterable[str]], list[str]] = lambda _: []
     answered: list[str] = field(default_factory=list)
     refusals: list[tuple[str, PolicyRefusal]] = field(default_factory=list)
+    unmet: str = ""
     _enough_at: float | None = None
 
     def over(self) -> bool:

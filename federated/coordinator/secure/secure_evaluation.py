@@ -6,13 +6,14 @@ rests on no other silo.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from configs.storage.layout import SECURE_EVALUATION
 from federated.aggregation.secure_sum import agreement, members, sums_bound
 from federated.coordinator.exchange import Bodies
 from federated.coordinator.replies import Answer
-from federated.coordinator.secure.secure_rounds import MaskedSum, SecureRounds
+from federated.coordinator.secure.secure_rounds import LostSum, MaskedSum, SecureRounds
 from federated.coordinator.secure.sum_record import SumRecord
 from federated.protocol import silo_pb2 as pb
 from privacy.secagg.server import Server
@@ -36,7 +37,9 @@ class EvaluationSum:
 def evaluation_sum(
     secure: SecureRounds, asked: pb.Evaluate, of: tuple[int, float], take_receipt: Callable[[str, bytes], None]
 ) -> EvaluationSum | None:
-    """Has the silos evaluate and adds their noised sums up; None for an evaluation that was lost in an earlier start.
+    """Has the silos evaluate and adds their noised sums up; None for one that is lost, or was told before.
+
+    With few silos left it is: the round before it is summed, and is not to be lost with it.
 
     Args:
         secure: of the run.
@@ -45,17 +48,14 @@ def evaluation_sum(
         take_receipt: takes a silo's receipt in; raises where it is not sound.
 
     Raises:
-        InputError: a later evaluation was summed before.
-        PolicyRefusal: too few have evaluated, because policies refuse.
-        SiloweaveError: too few are left, or the sum is lost.
+        SiloweaveError: no silo's doing: the disk is full, or what carries the messages fails.
     """
     exchange, number, (length, std) = secure.exchange, asked.number, of
     record = SumRecord(secure.record.directory, SECURE_EVALUATION)
-    record.begin(number, sums_bound((secure.count(silo) for silo in exchange.nodes), std))
-    if record.lost:
-        message = f"evaluation {number} is lost ({record.lost}): it has no figures, and its charges stay spent"
-        exchange.log.emit("federate", "lost", evaluation=number, message=message)
+    if number < record.round:  # the first round is not committed, and so the evaluation before it is asked for again
         return None
+    # What a silo has declared is signed with its reservation, and nobody's word before.
+    record.begin(number, sums_bound((secure.count(silo) for silo in secure.present()), std))
     asked.secure.CopyFrom(pb.Secure(roster=members(exchange.enrolled()), clip=record.clip))
     agreed = agreement(asked, secure.terms, exchange.parties.signer.public_key, exchange.run.id, length)
     one = MaskedSum(exchange, secure.settings, record, Server(agreed), agreed, time.monotonic(), asked.metric)
@@ -67,6 +67,12 @@ def evaluation_sum(
     def body(silo: str) -> tuple[bytes, bytes]:
         return exchange.body(f"evaluation-{number}", silo, evaluate=asked), asked.adapter
 
-    one.run(Bodies(secure.present(), body), "evaluated", evaluated)
+    with suppress(LostSum):
+        if not record.lost:
+            one.run(Bodies(secure.present(), body), "evaluated", evaluated)
+    if record.lost:
+        message = f"evaluation {number} is lost ({record.lost}): it has no figures, and its charges stay spent"
+        exchange.log.emit("federate", "lost", evaluation=number, message=message)
+        return None
     total, survivors = one.unmasked()
     return EvaluationSum(survivors, agreed.encoding.decode(total).tolist(), agreed.encoding.error_bound(len(survivors)))

@@ -29,13 +29,17 @@ from privacy.distributed.planned import of_length
 from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement, least_survivors
 from privacy.secagg.encoding import Words
-from privacy.secagg.failures import ForgedMessage
+from privacy.secagg.failures import ForgedMessage, TooFewSilos
 from privacy.secagg.messages import Phase, open_silo_message
 from privacy.secagg.server import Server
 from privacy.secure_sum import SecureSum
 
 SUM_TAKES = "a secure sum takes"
 _LEAST_PATIENCE_S = 60.0  # of an exchange without training
+
+
+class LostSum(SiloweaveError):
+    """A sum that can't be had any more."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,9 @@ class MaskedSum:
             keys_of: takes such a reply, and gives the first message in it.
 
         Raises:
-            PolicyRefusal: too few have answered, because policies refuse.
-            SiloweaveError: too few have, or the sum is lost.
+            LostSum: too few have answered, and the sum is lost.
+            PolicyRefusal: too few have, because policies refuse.
+            SiloweaveError: too few have.
         """
         self.ask(Phase.KEYS, bodies, (TRAIN, expected), keys_of)
         for phase in list(Phase)[1:]:
@@ -213,8 +218,9 @@ class MaskedSum:
         """One exchange with these silos; with those that have answered it before a restart, where some have.
 
         Raises:
-            PolicyRefusal: too few have answered, because policies refuse.
-            SiloweaveError: too few have, or the sum is lost.
+            LostSum: too few have answered, and the sum is lost.
+            PolicyRefusal: too few have, because policies refuse.
+            SiloweaveError: too few have.
         """
         before, (kind, expected) = self.record.answered.get(phase), kinds
         asked = replace(bodies, silos=[silo for silo in bodies.silos if before is None or silo in before])
@@ -229,7 +235,8 @@ class MaskedSum:
 
         try:
             if len(asked.silos) < needs.fewest:
-                raise SiloweaveError(f"{len(asked.silos)} of the {needs.fewest} silos that it takes are there")
+                needs.unmet = f"{len(asked.silos)} of the {needs.fewest} silos that it takes are there"
+                raise SiloweaveError(needs.unmet)
             answered = self.exchange.collect(asked, kind, self._step(phase), expected, accept, needs)
             self.inbox = self.server.advance()
         except SiloweaveError as error:
@@ -262,22 +269,26 @@ class MaskedSum:
         return max(left, min(self.settings.round_timeout_s, _LEAST_PATIENCE_S))
 
     def _give_up_if_lost(self, error: SiloweaveError, needs: Quorum, asked: Sequence[str]) -> None:
-        """Ends a sum for good where those that may still answer are too few.
+        """Ends a sum for good where those that may still answer are too few, and one of an evaluation where any are.
 
         Who refuses has dropped out: it was started again, or was told something that silos have not signed. Who is
-        late may still answer when it is asked again.
+        late may still answer a round when it is asked again. An evaluation is not waited for: the round before it is
+        summed and not committed, and whoever was started again would not add that up a second time.
 
         Raises:
-            SiloweaveError: the sum has begun, and is lost.
+            LostSum: it has ended.
         """
+        if not needs.unmet and not isinstance(error, ForgedMessage | TooFewSilos):
+            return
         left = set(asked) - {silo for silo, _ in needs.refusals}
         may_come = len(left) >= needs.fewest and not needs.missing(left)
-        if not self.record.answered or (may_come and not isinstance(error, ForgedMessage)):
+        for_good = self.record.answered and (not may_come or isinstance(error, ForgedMessage))
+        if not for_good and not self.metric:
             return
-        self.record.give_up(str(error))
-        raise SiloweaveError(
-            f"{error}; so the sum of {self._kind} {self.record.round} is lost: nothing was unmasked, and its charges "
-            f"stay spent; the same command again goes on {'without it' if self.metric else 'with the next round'}"
+        self.record.give_up(needs.unmet or str(error))
+        raise LostSum(
+            f"{error}; so the sum of round {self.record.round} is lost: nothing was unmasked, and its charges stay "
+            "spent; the same command again goes on with the next round"
         ) from None
 
 

@@ -6,6 +6,7 @@ from unicodedata import normalize
 from pydantic import TypeAdapter, ValidationError
 
 from configs.errors import PolicyRefusal
+from configs.parse import parse
 from configs.schema.base import StudyName
 from configs.schema.silo import SiloConfig
 from federated.protocol import silo_pb2 as pb
@@ -14,6 +15,7 @@ from federated.silo.policy import plan_of
 from privacy.ledger.journal import Journal
 from privacy.ledger.runs import Run, Runs
 from privacy.mandate import Mandate, UnsoundMandateError
+from privacy.plan import PlanTerms
 
 _NAME = TypeAdapter(StudyName)
 _IN_FORCE = "a study with a mandate in force at this silo"
@@ -75,9 +77,14 @@ def _in_force(study: str, mandates: Mandates, log: Logger, now: float) -> Mandat
 
 
 def _check_run(run: Run, mandate: Mandate) -> None:
-    """Raises a PolicyRefusal where a run was opened under another mandate, or under none."""
+    """Raises a PolicyRefusal where a run was opened under another mandate, or none, or goes beyond what this one says.
+
+    An older version may have opened it that took the mandate to cover more.
+    """
     if run.opening.get("mandate") != mandate.digest:
         raise _refusal("run", f"run {run.name}, opened under another mandate or none", "a run opened under this one")
+    if found := mandate.beyond(parse(PlanTerms, run.opening["plan"], "ledger")):
+        raise _refusal(*found)
 
 
 def _check_unit(request: pb.Request, mandate: Mandate) -> None:

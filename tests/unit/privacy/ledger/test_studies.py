@@ -28,7 +28,7 @@ def opened(folder):
 
 
 def under(name):
-    return Limits(study=Study(name, "ab" * 32, *CAPS[name])) if name else Limits()
+    return Limits(study=Study(name, "ab" * 32, 0.0, *CAPS[name])) if name else Limits()
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -13,6 +13,7 @@ from configs.events import read_events
 from federated.coordinator.secure import secure_evaluation, secure_rounds
 from federated.evaluation.private_sums import bounds_of, figures
 from federated.silo.masking.terms import agreed
+from federated.transport.flower_messages import unpack
 from privacy.certificate.check import check_certificate
 
 NAMES = ("a", "b", "c", "d")
@@ -22,17 +23,29 @@ STEPS = ("evaluate", *(f"evaluation {phase}" for phase in range(2, 6)))
 
 
 class EvaluatingSilo(MaskedSilo):
-    """Answers an evaluation, too, by four sums of its own, once; ``skips`` are its steps that it does not answer."""
+    """Answers an evaluation, too, by four sums of its own, once.
+
+    ``skips`` are its steps that it does not answer, ``restarts`` the one at which it is another process; each a pair of
+    the evaluation's number and the step.
+    """
 
     def __init__(self, name, sums):
         super().__init__(name)
         self.sums, self.skips, self.evaluations = np.array(sums), set(), {}
+        self.restarts = ()
 
     def masked(self, request, reply):
         kind = request.WhichOneof("kind")
-        step = kind if kind == "evaluate" else f"evaluation {request.aggregate.phase}"
-        if (kind == "evaluate" or request.aggregate.metric) and step in self.skips:
-            raise ConnectionError("no answer")
+        if kind == "evaluate":
+            step = request.evaluate.number, kind
+        else:
+            step = request.aggregate.round, f"evaluation {request.aggregate.phase}"
+        if kind == "evaluate" or request.aggregate.metric:
+            if step in self.skips:
+                raise ConnectionError("no answer")
+            if step == self.restarts:
+                self.restart()
+                self.restarts = ()
         if kind != "evaluate":
             super().masked(request, reply)
             return
@@ -98,30 +111,75 @@ def test_the_figures_are_those_of_the_plain_sum(mode, tmp_path):
 @pytest.mark.parametrize("step", STEPS)
 def test_who_is_gone_from_a_phase_on_is_left_out_of_the_sum(step, tmp_path):
     silos = silos_of()
-    silos[3].skips = set(STEPS[STEPS.index(step) :])
+    silos[3].skips = {(1, one) for one in STEPS[STEPS.index(step) :]}
     run(silos, tmp_path, "federated.rounds=1", "privacy.evaluations=1")
     (told,) = events(tmp_path, "private_evaluation")
     assert told["silos"] == list(NAMES[:3] if step in STEPS[:3] else NAMES)
     assert events(tmp_path, "secure_sum")[-1]["summed"] == list(NAMES)  # the round had all of them
 
 
-@pytest.mark.parametrize("step", STEPS[1:])
+@pytest.mark.parametrize("step", STEPS)
 def test_an_evaluation_with_too_few_is_lost_and_the_run_goes_on_without_it(step, tmp_path):
     silos, given = silos_of(), ("federated.rounds=2", "privacy.evaluations=3")
     for silo in silos[:2]:
-        silo.skips = set(STEPS[STEPS.index(step) :])
-    with pytest.raises(SiloweaveError, match="2 of 4 silos answered, a secure sum takes 3"):
-        run(silos, tmp_path, *given)
-    for silo in silos[:2]:
-        silo.skips = set()
-        silo.restart()
-    with pytest.raises(SiloweaveError, match=r"the sum of evaluation 1 is lost: nothing was unmasked, .* without it"):
-        run(silos, tmp_path, *given)
+        silo.skips = {(1, one) for one in STEPS[STEPS.index(step) :]}
     one = run(silos, tmp_path, *given)
     assert [event["round"] for event in events(tmp_path, "private_evaluation")] == [1, 2]
-    assert "evaluation 1 is lost" in events(tmp_path, "lost")[0]["message"]
-    assert [sorted(silo.evaluations) for silo in silos] == [[1, 2, 3]] * 4
+    (lost,) = events(tmp_path, "lost")
+    assert "evaluation 1 is lost (step evaluation-1/" in lost["message"]
+    assert "2 of 4 silos answered, a secure sum takes 3): it has no figures" in lost["message"]
+    assert [silo.trained for silo in silos] == [[1, 2]] * 4
     check_certificate(one.certify_model(FILES), "test")
+
+
+@pytest.mark.parametrize("mode", [(), (*TOGETHER, "privacy.min_honest=2")], ids=["record", "distributed"])
+@pytest.mark.parametrize("step", STEPS[1:])
+def test_a_silo_that_is_started_again_in_an_evaluation_costs_the_round_before_nothing(step, mode, tmp_path):
+    """All three are needed, and one can unmask neither of both sums any more; the round's is known by then."""
+    silos, given = silos_of()[:3], ("federated.rounds=2", "privacy.evaluations=3", "federated.min_silos=3", *mode)
+    silos[2].restarts = (2, step)
+    one = run(silos, tmp_path, *given)
+    assert [event["round"] for event in events(tmp_path, "round")] == [1, 2]
+    assert [silo.trained for silo in silos] == [[1, 2]] * 3 and not silos[2].restarts
+    assert [event["evaluation"] for event in events(tmp_path, "lost")] == [2]
+    assert [event["round"] for event in events(tmp_path, "private_evaluation")] == [0, 2]
+    assert [digests.releases.keys() for digests in one.digests] == [set(NAMES[:3])] * 2
+    check_certificate(one.certify_model(FILES), "test")
+
+
+def test_what_is_no_silos_doing_ends_an_evaluation_as_it_did(tmp_path):
+    class Cut(MaskedGrid):
+        def push_messages(self, messages):
+            if self.cut and b"evaluation-2" in unpack(next(iter(messages)).content):
+                raise SiloweaveError("the SuperLink is gone")
+            return super().push_messages(messages)
+
+    silos, given = silos_of(), (*MASKED, "federated.rounds=1")
+    grid = Cut(silos)
+    grid.cut = True
+    with pytest.raises(SiloweaveError, match="the SuperLink is gone"):
+        coordinator(grid, tmp_path, *given).run(adapter)
+    assert not events(tmp_path, "lost") and not events(tmp_path, "round")
+    grid.cut = False
+    coordinator(grid, tmp_path, *given).run(adapter)
+    assert [event["round"] for event in events(tmp_path, "private_evaluation")] == [0, 1]
+
+
+def test_a_silo_that_has_signed_nothing_does_not_say_how_sums_are_written(tmp_path):
+    """Its count may be anything, and words that have room for it would have none for the figures."""
+
+    class Boasts(EvaluatingSilo):
+        def masked(self, request, reply):
+            if request.WhichOneof("kind") == "reserve":
+                raise PolicyRefusal.of("unit", "record", "none")
+            super().masked(request, reply)
+            if request.WhichOneof("kind") == "describe":
+                reply.described.public_record_count = 10**12
+
+    silos = [*silos_of(), Boasts("e", [0.0] * 4)]
+    run(silos, tmp_path, "federated.rounds=1", "privacy.evaluations=1")
+    (told,) = events(tmp_path, "private_evaluation")
+    assert told["silos"] == list(NAMES) and told["error_bound"] < 0.01
 
 
 @pytest.mark.parametrize("mode", [(), TOGETHER], ids=["record", "distributed"])

@@ -1,7 +1,10 @@
 """Mandates for clients as units, for noise that silos make together, and of before there were either."""
 
 import json
+import time
 from copy import deepcopy
+from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 from mandates import STUDY, signed, terms
@@ -13,6 +16,7 @@ from configs.errors import InputError
 from configs.events import EventLog
 from configs.load import load
 from configs.storage.files import canonical_json
+from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import to_bytes
 from federated.adapters.warm_model import initial_adapter
 from federated.coordinator.parties import Parties
@@ -24,7 +28,10 @@ from federated.protocol.envelope import seal_request
 from federated.silo.mandates.folder import Mandates
 from federated.silo.silo import Silo
 from privacy.certificate.check import check_certificate
-from privacy.ledger.chain import verify_entries
+from privacy.ledger.chain import Budget, verify_entries
+from privacy.ledger.journal import Journal, default_anchor_dir
+from privacy.ledger.limits import Limits, spent_by
+from privacy.ledger.reconcile import reconcile
 from privacy.ledger.replay import replay
 from privacy.mandate import Mandate, UnsoundMandateError, read_mandate
 from privacy.plan import PlanTerms
@@ -218,12 +225,89 @@ def test_a_whole_run_for_clients_that_a_mandate_covers(silo, tiny_run, tiny_mode
     assert kinds == ["open", "entrust", "unnoised", "unnoised", "close"]
 
 
+def put_back(silo, content):
+    """The silo again, with a ledger of before, reconciled with all that there is: no receipt tells of clients."""
+    receipt = silo.ledger.receipt("run-1", COORDINATOR.public_key)
+    silo.close()
+    place = SiloFiles(Path(silo.config.silo.state_dir)).ledger
+    for path in place.parent.glob("ledger.sqlite-*"):
+        path.unlink()
+    place.write_bytes(content)
+    journal = Journal(place.parent, default_anchor_dir(place.parent), "north", "ward")
+    done = reconcile(journal, Budget(20.0, 1e-4), [receipt])
+    assert (done.doubt is None, done.spends) == (False, ())
+    journal.db.close()
+    return Silo(silo.config, TRUSTED)
+
+
+@pytest.mark.parametrize(
+    ("clock", "there"),
+    [
+        ("right", "as it was"),
+        ("right", "brought back later"),
+        ("ahead when the mandate was issued", "as it was"),
+    ],
+)
+def test_a_ledger_that_is_put_back_gives_a_study_for_clients_nothing_back(
+    tmp_path, tiny_model, monkeypatch, clock, there
+):
+    """What such runs claim is in no receipt. So no mandate that they may have used covers another one."""
+    silo = Silo(ward(tmp_path, tiny_model, units=["record", "client"], max_rounds_per_run=50), TRUSTED)
+    reserve(silo, study="", run_id="before")
+    silo.ledger.journal.scrub()
+    content = SiloFiles(Path(silo.config.silo.state_dir)).ledger.read_bytes()
+    with monkeypatch.context() as patched:
+        if clock != "right":
+            patched.setattr("federated.silo.mandates.folder.datetime", Ahead)
+        mandated(silo, budget_epsilon=1.5 * CLIENTS.epsilon)
+    assert reserve(silo).WhichOneof("kind") == "reserved"
+    assert refused(silo, lambda one: reserve(one, run_id="run-2")) == "mandate.budget_epsilon"
+    path = mandates(silo).files.mandates / f"{STUDY}.json"
+    kept = path.read_bytes()
+    if there != "as it was":
+        path.unlink()
+    silo = put_back(silo, content)
+    path.write_bytes(kept)
+    if (clock, there) == ("right", "as it was"):
+        found = reserve(silo, run_id="run-2").refusal.message
+        assert "was reconciled at" in found and "revoke it, and to issue a new one" in found and "\n" not in found
+    assert refused(silo, lambda one: reserve(one, run_id="run-2")) == "mandate.issued"
+    assert spent_by(silo.ledger.journal.bodies(), STUDY).epsilon == 0  # which is why
+    mandates(silo).revoke(STUDY)
+    while time.time() <= silo.ledger.journal.bodies()[-1]["time"]:
+        time.sleep(0.001)
+    mandated(silo, budget_epsilon=1.5 * CLIENTS.epsilon)
+    assert reserve(silo, run_id="run-2").WhichOneof("kind") == "reserved"
+    replay(bodies(silo), "test")
+    silo.close()
+
+
+class Ahead(datetime):
+    """A clock that is a day fast."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) + timedelta(days=1)
+
+
 @pytest.mark.parametrize("claimed", [{"study_epsilon": 0.0}, {"study_delta": 0.0}])
 def test_a_ledger_that_counts_less_for_a_study_is_not_believed(silo, claimed):
     mandated(silo)
     reserve(silo)
     forged = [{**body, **claimed} if body["kind"] == "entrust" else body for body in deepcopy(bodies(silo))]
     with pytest.raises(InputError, match="for its study"):
+        replay(forged, "test")
+
+
+def test_no_other_entry_counts_something_else_for_its_study(silo):
+    """What a study has left is by what its entries spend, whatever else is written into them."""
+    mandate = mandated(silo, unit="record", min_noise_multiplier=0.8)
+    reserve(silo, RECORDS)
+    forged = deepcopy(bodies(silo))
+    forged[-1] |= {"study_epsilon": 0.0, "study_delta": 0.0}
+    assert forged[-1]["mandate"] == mandate.digest
+    assert spent_by(forged, STUDY) == Budget(RECORDS.epsilon, RECORDS.delta)
+    with pytest.raises(InputError, match="entry 2: counts something else for its study than it spends"):
         replay(forged, "test")
 
 
@@ -242,6 +326,21 @@ def test_a_mandate_says_on_how_many_honest_silos_epsilon_may_rest(silo):
     assert two.beyond(shared(2)) is None
     assert two.beyond(shared(3)) == ("honest_silos", "3", "at most 2")
     assert two.beyond(RECORDS) is None
+
+
+def test_a_run_that_a_version_before_opened_under_a_mandate_of_its_time_ends_with_its_consent(silo):
+    """Until version 2 silence on honest silos was taken for consent, so such runs are open in silos' ledgers."""
+    content = first_version(silo.ledger.journal.signer, base_models=[silo.workbench.base_model.content_digest])
+    path = mandates(silo).files.mandates / f"{STUDY}.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    limits = Limits(study=read_mandate(content, "file").limit)
+    silo.ledger.reserve("run-1", shared(2).bind(100), limits, COORDINATOR.public_key)
+    for number in (1, 2):
+        asked = train(silo, plan=shared(2), number=number)
+        assert refused(silo, lambda one, asked=asked: ask(one, "train", train=asked)) == "mandate.honest_silos"
+    assert refused(silo, lambda one: ask(one, "a", aggregate=pb.Aggregate(round=1))) == "mandate.honest_silos"
+    assert ask(silo, "close", close=pb.Close()).WhichOneof("kind") == "closed"
 
 
 # Mandates of version 1
