@@ -63,8 +63,8 @@ def prepared(tiny_run, tmp_path):
     return prepare
 
 
-def start(arguments, cwd):
-    return warm_commands.Popen(
+def start(arguments, cwd, popen=warm_commands.Popen):
+    return popen(
         [SILOWEAVE, "pretrain", *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
@@ -103,7 +103,7 @@ def test_killed_ranks_and_a_killed_driver_resume_exactly(prepared, tiny_run, tmp
     assert not psutil.wait_procs(ours, timeout=300)[1]
     reported = max(losses(run))
     committed = max(int(path.parent.name[5:]) for path in run.glob("pretrain/checkpoints/step-*/COMMITTED"))
-    second = start([*arguments, "--set", "cluster.max_failures=0"], tmp_path)
+    second = start([*arguments, "--set", "cluster.max_failures=0"], tmp_path, subprocess.Popen)  # other hashes
     _, errors = second.communicate(timeout=600)
     assert second.returncode == 0, errors
     assert events(run, "resume")[-1]["step"] == committed

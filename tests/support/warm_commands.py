@@ -40,7 +40,7 @@ WITH_MODELS = {"audit", "evaluate", "explain", "export", "federate", "generate",
 WITH_MODELS |= {"predict", "prepare"}
 _ENVIRONMENT = dict(os.environ)  # of the session, and not of the test that is the first to start a command
 _STATE = ("Umask", "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "CapEff", "CapBnd", "NoNewPrivs", "Cpus_allowed")
-_LONGEST = 2**18
+_LONGEST = 2**17  # bytes of a request; Linux takes a message of 208 KiB
 _NAME, _SUBREAPER = 15, 36  # of prctl(2)
 _LIBRARIES = {
     "plain": (
@@ -91,7 +91,11 @@ class Popen(subprocess.Popen):
         ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         words, new_session = [os.fsdecode(word) for word in given["args"]], given["start_new_session"]
         request = {"words": words, "cwd": place, "environment": environment, "new_session": new_session}
-        self.pid = warm.fork(request, [number if end == -1 else end for number, end in enumerate(ends)])
+        pid = warm.fork(request, [number if end == -1 else end for number, end in enumerate(ends)])
+        if pid is None:
+            super()._execute_child(*values)
+            return
+        self.pid = pid
         self._child_created = True
         self._close_pipe_fds(*values[10:16])
 
@@ -177,13 +181,23 @@ class Warm:
                 stdout=subprocess.DEVNULL,
             )
 
-    def fork(self, request: dict[str, Any], files: list[int]) -> int:
-        """Its process id, once it is a child of this process."""
+    def fork(self, request: dict[str, Any], files: list[int]) -> int | None:
+        """Its process id, once it is a child of this process; None where the warm process has forked none.
+
+        That is so where it has just been ended, or the request is longer than `_LONGEST`. The process between the two
+        holds the other end of the line until it has told the id, whatever has become of the warm process.
+        """
+        message = json.dumps(request).encode()
+        if len(message) > _LONGEST:
+            return None
         with self._one, _parent_of_orphans():
-            socket.send_fds(self._requests, [json.dumps(request).encode()], files)
-            told = [self._requests.recv(100) for _ in range(2)]
-        assert all(told), f"the warm process has ended with status {self.process.wait()}"
-        return int(told[0])
+            try:
+                socket.send_fds(self._requests, [message], files)
+                pid = self._requests.recv(100)
+            except (BrokenPipeError, ConnectionResetError):
+                return None
+            self._requests.recv(100)  # nothing, where the warm process has ended: both have let go of the line by then
+        return int(pid) if pid else None
 
 
 _running: dict[str, Warm] = {}

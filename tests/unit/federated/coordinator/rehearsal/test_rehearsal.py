@@ -59,7 +59,9 @@ def test_the_whole_path(tmp_path, tiny_model):
     heard, found = rehearsal.heard["north"], site.prediction
     assert list(heard.steps) == [FACTS, REQUEST, REPLY, *AGAIN, TRIAL]
     assert (heard.records, found.steps) == (1, 2)
-    assert min(found.step_s, found.prepare_s, found.first_s) > 0
+    assert min(found.step_s, found.first_s) > 0
+    # A difference of two measured times, which is none where the longer one was held up less.
+    assert heard.prepare_s == found.prepare_s >= 0
     # An update weighs what the request's adapter does, so that a reply is as long as a round's.
     assert abs(heard.steps[REPLY].reply_bytes - heard.steps[REQUEST].request_bytes) < BESIDE_BYTES / 8
 
