@@ -30,8 +30,8 @@ _DEATHS = 3  # what three replicas have died of is not given to a fourth
 _TRIES = 8  # of a request whose replicas can't be reached: each pause is longer than the last, 7 s in all
 _PAUSE_S = 0.25
 _STILL = ("/", "/docs", "/openapi.json", "/v1/models")  # the same from every replica, as long as they live
-_DIED = ApiError(500, "the process that wrote this has died; ask again", "failed")
-_UNREACHED = ApiError(500, "the process that wrote this can't be reached; ask again", "failed")
+DIED = ApiError(500, "the process that wrote this has died; ask again", "failed")
+UNREACHED = ApiError(500, "the process that wrote this can't be reached; ask again", "failed")
 
 
 class Door:
@@ -155,7 +155,7 @@ class Door:
             raise ApiError(504, "the answer took too long; ask for less", "timeout") from None
         except RayActorError as error:
             self._failed(type(error).__name__)
-            raise (_UNREACHED if isinstance(error, ActorUnavailableError) else _DIED) from None
+            raise (UNREACHED if isinstance(error, ActorUnavailableError) else DIED) from None
 
     async def _asked(self, scope: Scope, body: bytes, begun: Callable[[], bool]) -> AsyncGenerator[Message | None]:
         """Asks, and asks again where a replica dies before the answer has begun.
