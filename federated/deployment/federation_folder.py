@@ -10,7 +10,12 @@ from functools import cached_property
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    SSHPublicKeyTypes,
+    load_ssh_public_key,
+)
 
 from configs.errors import InputError
 from configs.parse import to_toml
@@ -125,7 +130,7 @@ class FederationFolder:
         Raises:
             InputError: a silo of that name, or with one of its keys, is there; or its relay's key was revoked.
         """
-        if self._revoked_path(card).exists():
+        if self._is_revoked(card):
             raise InputError(f"silo {card.silo!r}: its relay's key was revoked, and no key is taken twice; {FRESH}")
         for known in self.silos().values():
             if known == card:
@@ -157,17 +162,32 @@ class FederationFolder:
     def _card_path(self, name: str) -> Path:
         return self.folder / ENROLLED / f"{name_on_disk(name, safe=' ')}.json"
 
+    def _is_revoked(self, card: EnrolledSilo) -> bool:
+        """Whether its relay's key was; versions of before named a document by the key as the card spelt it."""
+        if self._revoked_path(card).exists():
+            return True
+        for known in read_folder(EnrolledSilo, self.folder / REVOKED).values():
+            with contextlib.suppress(InputError):  # what is no key is nobody's
+                if _key(known) == _key(card):
+                    return True
+        return False
+
     def _revoked_path(self, card: EnrolledSilo) -> Path:
         return self.folder / REVOKED / f"{digest_bytes(_key(card))}.json"
 
 
-def _key(card: EnrolledSilo) -> bytes:
-    """Its relay's key as OpenSSH writes it, without a comment: one text for each key, however a card spells it.
+def node_key(card: EnrolledSilo) -> SSHPublicKeyTypes:
+    """Its relay's key.
 
     Raises:
         InputError: it is none.
     """
     try:
-        return load_ssh_public_key(card.node_key.encode()).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+        return load_ssh_public_key(card.node_key.encode())
     except (ValueError, UnsupportedAlgorithm):
         raise InputError(f"silo {card.silo!r}: its node_key is no OpenSSH public key") from None
+
+
+def _key(card: EnrolledSilo) -> bytes:
+    """Its relay's key as OpenSSH writes it, without a comment: one text for each key, however a card spells it."""
+    return node_key(card).public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)

@@ -7,14 +7,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from configs.errors import SiloweaveError
+from configs.errors import InputError, SiloweaveError
 from configs.events import is_number
 from configs.salvage import Salvage, read_json
 from configs.storage.layout import CERTIFICATE, EVENTS
 from configs.storage.storage import COMMITTED
 from federated.coordinator.outcome import LOCK, worked_on_by
 from federated.coordinator.round_commits import SILOS
-from federated.deployment.federation_folder import FederationFolder
+from federated.deployment.federation_folder import FederationFolder, node_key
 from federated.deployment.served_run import CURRENT, read_current
 from federated.deployment.steward.entries import at
 from federated.deployment.superlink import nodes
@@ -82,10 +82,19 @@ def _silos(
 
 
 def _enrolled(federation: FederationFolder, salvage: Salvage) -> dict[str, EnrolledSilo]:
-    """The silos whose documents can be read."""
+    """The silos whose documents can be read, and have a key."""
     paths = sorted((federation.folder / ENROLLED).glob("*.json"))
-    found = [salvage.tried(path, partial(read_document, EnrolledSilo, path), None) for path in paths]
+    found = [salvage.tried(path, partial(_card, path), None) for path in paths]
     return {card.silo: card for card in found if card is not None}
+
+
+def _card(path: Path) -> EnrolledSilo:
+    card = read_document(EnrolledSilo, path)
+    try:
+        node_key(card)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return card
 
 
 def _newest_receipts(directory: Path | None, salvage: Salvage) -> dict[str, dict[str, float]]:

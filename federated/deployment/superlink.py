@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from configs.errors import SiloweaveError
 from configs.parse import read_toml
 from configs.storage.files import write_atomic
-from federated.deployment.federation_folder import FederationFolder
+from federated.deployment.federation_folder import FederationFolder, node_key
 from federated.deployment.flower_programs import BIN, LOOPBACK, flower_environment, without_proxy
 from federated.deployment.ports import free_port
 from federated.deployment.supervisor import Program
@@ -86,13 +86,17 @@ def nodes(federation: FederationFolder, cards: Mapping[str, EnrolledSilo] | None
     Args:
         federation: the coordinator's, being served.
         cards: of the silos; None: of all that are enrolled.
+
+    Raises:
+        InputError: a card has no key.
+        SiloweaveError: the SuperLink doesn't answer.
     """
     from flwr.proto.control_pb2 import ListNodesRequest
 
     with control(federation) as client:
         found = {node.public_key: node for node in client.ListNodes(ListNodesRequest()).nodes_info}
     cards = federation.silos() if cards is None else cards
-    known = {name: found.get(pem(card.node_key)) for name, card in cards.items()}
+    known = {name: found.get(_pem(card)) for name, card in cards.items()}
     return {name: {"node": node.node_id, "status": node.status} for name, node in known.items() if node is not None}
 
 
@@ -101,10 +105,14 @@ def reconcile(federation: FederationFolder) -> list[str]:
 
     Returns:
         Enrolled silos whose nodes Flower takes no more: it has unregistered them before.
+
+    Raises:
+        InputError: a card has no key.
+        SiloweaveError: the SuperLink doesn't answer.
     """
     from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 
-    wanted = {pem(card.node_key): name for name, card in federation.silos().items()}
+    wanted = {_pem(card): name for name, card in federation.silos().items()}
     with control(federation) as client:
         known = {node.public_key: node for node in client.ListNodes(ListNodesRequest()).nodes_info}
         gone = {key for key, node in known.items() if node.status == "unregistered"}
@@ -115,10 +123,9 @@ def reconcile(federation: FederationFolder) -> list[str]:
     return sorted(wanted[key] for key in gone & wanted.keys())
 
 
-def pem(ssh_key: str) -> bytes:
-    """A public key as Flower keeps it."""
-    key = load_ssh_public_key(ssh_key.encode())
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+def _pem(card: EnrolledSilo) -> bytes:
+    """The public key of a silo's relay as Flower keeps it."""
+    return node_key(card).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def start_run(federation: FederationFolder, settings: Path) -> int:

@@ -15,8 +15,8 @@ from privacy.ledger.statements import AuditStatement
 from privacy.plan import PlanTerms
 from privacy.secure_sum import SecureSum
 
-CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL, FIRST_WITH_SUMS = 9, (3, 4, 5, 6, 7, 8, 9), 4, 8
-FIRST_WITH_SHARED_NOISE = 9
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL, FIRST_WITH_SUMS = 10, (3, 4, 5, 6, 7, 8, 9, 10), 4, 8
+FIRST_WITH_SHARED_NOISE, _FIRST_WITH_MASKED_EVALUATIONS = 9, 10
 NOT_AUDITED = "not audited"
 AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
@@ -58,6 +58,7 @@ _NOT_COVERED = {
     7: _NOT_COVERED_IN_7,
     8: _NOT_COVERED_IN_7,
     9: _NOT_COVERED_IN_7,
+    10: _NOT_COVERED_IN_7,
 }
 _TRUSTED = (
     "the aggregator, which sees every client's update without noise and adds the noise to their sum: this holds "
@@ -122,7 +123,7 @@ def certificate(
         "accountant": "dp-accounting PLD, pessimistic",
         "audited": _audited(plan, guarantee.epsilon, ledgers),
         "seeds": _seeds(ledgers, statements),
-        "left_each_silo": _left_each_silo(plan),
+        "left_each_silo": _left_each_silo(plan, form),
         **({} if form < FIRST_WITH_SUMS or plan.secure_sum is None else {"secure_sum": _of_sums(plan.secure_sum)}),
         **_signed_by(plan, ledgers),
         **({} if form < FIRST_WITH_MODEL else {"model": _model(model)}),
@@ -201,7 +202,7 @@ def library_versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def _left_each_silo(plan: PlanTerms) -> str:
+def _left_each_silo(plan: PlanTerms, form: int) -> str:
     if plan.unit == "client":
         return (
             "to the aggregator: one clipped adapter update a round, WITHOUT noise of the silo's own; no loss or count"
@@ -213,8 +214,10 @@ def _left_each_silo(plan: PlanTerms) -> str:
         update += ", rounded as plan.compression says"
         update += ", of it and of what earlier ones left out the largest values" if plan.compression.leaves_out else ""
     left = f"{update}{', under masks (secure_sum)' if plan.secure_sum else ''}; no loss, norm or count"
+    masked = plan.secure_sum is not None and form >= _FIRST_WITH_MASKED_EVALUATIONS
+    how = ", under masks (secure_sum)," if masked else ""
     for metric in plan.metric_releases:
-        left += f"; at most {metric.releases} times the noised sums of the metric {metric.name}"
+        left += f"; at most {metric.releases} times{how} the noised sums of the metric {metric.name}"
         left += f" with counts of the labels {', '.join(metric.labels)}" if metric.labels else ""
         written = f" with what answers of up to {metric.max_new_tokens} tokens have in common with the right ones"
         left += written if metric.max_new_tokens else ""

@@ -4,9 +4,10 @@ import pytest
 
 from configs.errors import InputError
 from configs.schema.deployment import FederationConfig
-from federated.deployment.federation_folder import FederationFolder
+from configs.storage.files import digest_bytes
+from federated.deployment.federation_folder import REVOKED, FederationFolder
 from federated.deployment.relay import SUPERNODE_CURVE
-from federated.identity.cards import EnrolledSilo
+from federated.identity.cards import EnrolledSilo, write_document
 from federated.identity.keys import load_or_create_key, ssh_public_key
 
 
@@ -51,6 +52,20 @@ def test_a_relays_key_that_was_revoked_is_never_taken_again(federation, card, ag
     for relay in (1, 2):
         with pytest.raises(InputError, match="revoked"):
             federation.enrol(card("north", relay))
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_key_that_a_version_before_revoked_stays_revoked(federation, card, place):
+    """That one named the document by the key as its card spelt it."""
+    north = card("north", 1)
+    old = north.model_copy(update={"node_key": spellings(north.node_key)[place]})
+    folder = federation.folder / REVOKED
+    write_document(folder / "other.json", north.model_copy(update={"node_key": "ssh-ed25519 AAAA"}))  # is no key
+    write_document(folder / f"{digest_bytes(old.node_key.encode())}.json", old)
+    for key in spellings(north.node_key):
+        with pytest.raises(InputError, match="its relay's key was revoked"):
+            federation.enrol(card("south", 1).model_copy(update={"node_key": key}))
+    federation.enrol(card("north", 2))
 
 
 def test_two_silos_never_have_one_key_however_it_is_written(federation, card):

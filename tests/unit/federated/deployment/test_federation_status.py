@@ -1,9 +1,14 @@
 """`siloweave federation status` of a federation whose files are damaged, foreign, or no files at all."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from damage import KINDS, command, damaged, is_clear
+from flwr.proto.control_pb2 import ListNodesResponse
+from flwr.proto.node_pb2 import NodeInfo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from signed_silos import InProcess, SignedSilo, adapter, coordinator
@@ -12,12 +17,13 @@ from configs.errors import InputError
 from configs.storage.storage import COMMITTED
 from federated.coordinator import outcome
 from federated.coordinator.round_commits import SILOS
+from federated.deployment import federation_status, superlink
 from federated.deployment.federation_folder import FederationFolder
 from federated.deployment.federation_status import overview, status
 from federated.deployment.relay import SUPERNODE_CURVE
 from federated.deployment.served_run import CURRENT
 from federated.deployment.supervisor import STATE
-from federated.identity.cards import EnrolledSilo
+from federated.identity.cards import EnrolledSilo, write_document
 from federated.identity.keys import load_or_create_key, ssh_public_key
 from federated.identity.trust import ENROLLED
 
@@ -100,5 +106,30 @@ def test_one_damaged_enrolment_hides_no_other_silo(federation, content):
             assert found["silos"]["one"]["epsilon_left"] == pytest.approx(30, abs=0.1)
             (told,) = found["unreadable"]
             assert told.startswith(str(path))
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("key", ["", "a key", "ecdsa-sha2-nistp384 AAAA", "ssh-ed25519 " + "A" * 200])
+def test_an_enrolment_whose_key_is_none_is_named_and_hides_no_other_silo(federation, monkeypatch, key):
+    """Before: no page at all where the federation is served, since the SuperLink's keys are compared with it."""
+    path = federation.folder / ENROLLED / "two.json"
+    card = federation.silos()["one"].model_copy(update={"silo": "two", "node_key": key})
+    pem = load_ssh_public_key(federation.silos()["one"].node_key.encode()).public_bytes(
+        Encoding.PEM, PublicFormat.SubjectPublicKeyInfo
+    )
+    listed = ListNodesResponse(nodes_info=[NodeInfo(node_id=7, status="online", public_key=pem)])
+    client = SimpleNamespace(ListNodes=lambda _: listed)
+    monkeypatch.setattr(superlink, "control", lambda _: nullcontext(client))
+    monkeypatch.setattr(federation_status, "read_state", lambda _: json.loads((federation.state / STATE).read_text()))
+    write_document(path, card)
+    try:
+        for look in (status, overview):
+            found = look(federation)
+            assert {name: silo["status"] for name, silo in found["silos"].items()} == {"one": "online"}
+            assert found["unreadable"] == [f"{path}: silo 'two': its node_key is no OpenSSH public key"]
+        for ask in (superlink.nodes, superlink.reconcile):
+            with pytest.raises(InputError, match="silo 'two': its node_key is no OpenSSH public key"):
+                ask(federation)
     finally:
         path.unlink()

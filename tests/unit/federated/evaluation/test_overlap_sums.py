@@ -20,7 +20,7 @@ from configs.storage.manifests import Manifest, commit_manifest
 from federated.evaluation.private_sums import bounds_of, figures, private_sums
 from federated.protocol import silo_pb2 as pb
 from federated.silo.silo import Silo
-from privacy.certificate.certificate import _left_each_silo
+from privacy.certificate.certificate import CERTIFICATE_VERSION, _left_each_silo
 from privacy.mechanism.noise import noised_sums
 from privacy.mechanism.streams import Streams
 from privacy.plan import METRIC, MetricRelease, PlanTerms
@@ -196,7 +196,7 @@ def test_a_silo_refuses_to_write_more_than_its_steward_allows(tmp_path, folder, 
 
 
 def test_the_certificate_says_that_it_left():
-    assert _left_each_silo(PLAN).endswith(
+    assert _left_each_silo(PLAN, CERTIFICATE_VERSION).endswith(
         "of the metric held_out with what answers of up to 6 tokens have in common with the right ones"
     )
 

@@ -16,6 +16,7 @@ from privacy.certificate.check import check_certificate, check_in_ledger
 from privacy.certificate.headline import everywhere
 from privacy.ledger.chain import Budget, verify_entries
 from privacy.ledger.ledger import Ledger
+from privacy.metric_release import MetricRelease
 from privacy.plan import PlanTerms
 from privacy.secure_sum import SecureSum, SharedNoise
 
@@ -178,7 +179,7 @@ def test_any_edited_number_is_found_and_its_place_is_named(sound):
         (("audited",), "yes", "audited"),
         (("extra",), 1, "extra: no such field"),
         (("version",), 1, "version is 1"),
-        (("version",), 10, "version is 10, this Siloweave reads 3 to 9; a newer one needs a newer Siloweave"),
+        (("version",), 11, "version is 11, this Siloweave reads 3 to 10; a newer one needs a newer Siloweave"),
         (("version",), True, "version is True"),
         (("version",), 3, "model: no such field"),
         (("model",), None, "model: NoneType, expected an object"),
@@ -229,7 +230,7 @@ def test_one_that_an_earlier_version_has_made_verifies_as_it_was():
 def test_one_of_before_secure_aggregation_verifies_as_it_was(sound):
     document = json.loads(json.dumps(certificate("run-1", REQUEST, sound["silos"], MODEL, form=7)))
     check_certificate(document, "test")
-    assert {**document, "version": 9} == sound and "secure_sum" not in sound
+    assert {**document, "version": 10} == sound and "secure_sum" not in sound
 
 
 def test_secure_aggregation_is_claimed_with_what_it_rests_on(tmp_path, monkeypatch):
@@ -264,7 +265,25 @@ def test_secure_aggregation_is_claimed_with_what_it_rests_on(tmp_path, monkeypat
 def test_one_of_before_silos_made_noise_together_verifies_as_it_was(sound):
     document = json.loads(json.dumps(certificate("run-1", REQUEST, sound["silos"], MODEL, form=8)))
     check_certificate(document, "test")
-    assert {**document, "version": 9} == sound
+    assert {**document, "version": 10} == sound
+
+
+def test_evaluations_are_said_to_be_under_masks_since_they_are(tmp_path, monkeypatch):
+    """Until version 9 each silo of such a run released its noised sums by itself, and its certificate says no more."""
+    metric = MetricRelease(name="held_out", releases=2, noise_multiplier=8.0)
+    plain = REQUEST.model_copy(update={"metric_releases": (metric,)})
+    request = plain.model_copy(update={"secure_sum": SecureSum(colluders=1, min_survivors=4)})
+    monkeypatch.setitem(globals(), "PLAN", request.bind(5000))
+    silos = {name: close_run(tmp_path, name) for name in ("a", "b", "c", "d")}
+    model = model_of(*({s: digest_bytes(reply_of(s, n)) for s in silos} for n in (1, 2)), {})
+    left = {}
+    for form in (9, 10):
+        document = json.loads(json.dumps(certificate("run-1", request, silos, model, form=form)))
+        check_certificate(document, "test")
+        left[form] = document["left_each_silo"].partition("count; ")[2]
+    assert left[10] == "at most 2 times, under masks (secure_sum), the noised sums of the metric held_out"
+    assert left[9] == "at most 2 times the noised sums of the metric held_out"
+    assert certificate("run-1", plain, silos, None)["left_each_silo"].endswith(left[9])
 
 
 def test_noise_that_silos_made_together_is_claimed_with_the_silos_that_it_rests_on(tmp_path, monkeypatch):
