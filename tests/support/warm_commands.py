@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -184,20 +184,20 @@ class Warm:
     def fork(self, request: dict[str, Any], files: list[int]) -> int | None:
         """Its process id, once it is a child of this process; None where the warm process has forked none.
 
-        That is so where it has just been ended, or the request is longer than `_LONGEST`. The process between the two
+        That is so where it has just been killed, or the request is longer than `_LONGEST`. The process between the two
         holds the other end of the line until it has told the id, whatever has become of the warm process.
         """
-        message = json.dumps(request).encode()
+        message, pid = json.dumps(request).encode(), b""
         if len(message) > _LONGEST:
             return None
-        with self._one, _parent_of_orphans():
-            try:
-                socket.send_fds(self._requests, [message], files)
-                pid = self._requests.recv(100)
-            except (BrokenPipeError, ConnectionResetError):
-                return None
+        with self._one, _parent_of_orphans(), suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._requests, [message], files)
+            pid = self._requests.recv(100)
             self._requests.recv(100)  # nothing, where the warm process has ended: both have let go of the line by then
-        return int(pid) if pid else None
+        if pid:
+            return int(pid)
+        assert self.process.wait() < 0, f"the warm process has ended with status {self.process.returncode}"
+        return None
 
 
 _running: dict[str, Warm] = {}
