@@ -1,12 +1,13 @@
 """What a silo computes of made-up records, on the processor and on another device."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from model_families import VOCABULARY, bert, llama
+from per_record import alike_here
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -81,6 +82,7 @@ def compared(device: str) -> dict[str, float]:
             found[f"{name}, {what}"] = float(np.abs(there[what] - value).max() / np.abs(value).max())
         if name == "labels":
             found["proved"] = float(together(task, elsewhere))
+            found["alike"] = float(alike_here(model, _losses(task, model), task.made_up(16, 4)))
     return found
 
 
@@ -103,12 +105,12 @@ def computed(task: Any, model: Any) -> dict[str, Any]:
 
 def together(task: Any, model: Any) -> int:
     """Most units of a shape that are computed together where the model is."""
-
-    def losses(units: Sequence[Any]) -> torch.Tensor:
-        return task.record_losses(model, task.collate(units))
-
     with beside(model.train()), clipping(model, 1.0) as clipper:
-        return Together(clipper, losses, task.shape, task.made_up, 4).proved(16)
+        return Together(clipper, _losses(task, model), task.shape, task.made_up, 4).proved(16)
+
+
+def _losses(task: Any, model: Any) -> Callable[[Sequence[Any]], torch.Tensor]:
+    return lambda units: task.record_losses(model, task.collate(units))
 
 
 def _question(window: Any) -> Question:

@@ -64,7 +64,7 @@ def test_a_smaller_model_leads_back_to_its_run(method, run, records):
     ids = torch.arange(3, 19).view(2, 8)
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(output).eval()(ids).logits
-        assert torch.allclose(again.model(ids).logits, plain, atol=1e-5)
+        assert torch.allclose(again.model(ids).logits, plain, atol=1e-3)
         assert not torch.allclose(found.model(ids).logits, plain, atol=1e-2)
     assert find(str(output), None).manifest.content_digest == manifest.content_digest
     twice, last = optimise(again, Order("prune", 0.9), run / f"twice-{method}", records)

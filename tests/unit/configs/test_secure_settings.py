@@ -27,7 +27,7 @@ SECURE = "federated.secure_aggregation=true"
         (("federated.update_dtype=bfloat16",), "'bfloat16' with .*: under masks"),
         (
             ("privacy.unit=client", "privacy.num_clients=3", "evaluate.without_dp=false"),
-            "'client' with .*rounding under",
+            "'client' with .*the aggregator shortens each",
         ),
         (
             ("privacy.clipping_function=quantile", "privacy.target_quantile=0.5", "federated.optimizer=sgd"),

