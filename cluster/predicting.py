@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.finished import Finished, calibrated, finished_model
 from cluster.runtime.session import ray_session, refuse_without_room
-from configs.errors import InputError, SiloweaveError
+from configs.errors import InputError, SiloweaveError, lines_of
 from configs.schema.pretrain import ClusterSettings
 from configs.schema.schema import RunConfig
 from trainer.inference.asking import Asking, with_columns
@@ -102,11 +102,7 @@ def _answers(ray: Any, asked: Asked, workers: int, source: Path, begun: int) -> 
                 raise InputError(read["fault"])
             yield read["lines"]
     except ray.exceptions.RayError as error:
-        raise SiloweaveError(f"a worker has failed: {_last_line(error)}") from error
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise SiloweaveError(f"a worker has failed: {lines_of(error)[-1]}") from error
 
 
 def _of_chunks(ray: Any, source: Path, begun: int) -> Any:

@@ -8,6 +8,11 @@ from functools import partial
 LARGEST_ECHO = 100  # characters of a request that a refusal repeats
 
 
+def lines_of(error: BaseException) -> list[str]:
+    """What another library's error says, by lines: one at least, its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()
+
+
 class SiloweaveError(Exception):
     """The run failed; exit status 1."""
 

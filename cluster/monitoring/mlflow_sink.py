@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from cluster.monitoring.scalars import position, scalars
-from configs.errors import InputError
+from configs.errors import InputError, lines_of
 from configs.printing import say
 from configs.run_directory import flatten
 from configs.schema.schema import RunConfig
@@ -59,7 +59,7 @@ class MLflow:
             self._run = self._open(config, RunFiles(run_directory).mlflow)
         except Exception as error:  # SQLAlchemy's, requests' and MLflow's own: the address is what they share
             raise InputError(
-                f"monitoring.mlflow is {self._uri!r}: no MLflow answers there ({_first_line(error)}); "
+                f"monitoring.mlflow is {self._uri!r}: no MLflow answers there ({lines_of(error)[0][:300]}); "
                 "correct it or leave it empty"
             ) from None
         self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -137,12 +137,8 @@ class MLflow:
             call()
         except Exception as error:  # whatever the network or a database raises: training goes on
             if not self._lost:
-                say(f"mlflow: {self._uri}: {_first_line(error)}; training goes on", err=True)
+                say(f"mlflow: {self._uri}: {lines_of(error)[0][:300]}; training goes on", err=True)
             self._lost = True
             return False
         self._lost = False
         return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from configs.errors import InputError, SiloweaveError
+from configs.errors import InputError, SiloweaveError, lines_of
 from configs.parse import to_toml
 from configs.run_directory import run_directory
 from configs.schema.schema import RunConfig
@@ -116,7 +116,7 @@ class Jobs:
         try:
             yield
         except (RuntimeError, ConnectionError, OSError) as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
+            line = lines_of(error)[0]
             if "does not exist" in line:
                 raise InputError(f"{line} (asked at {self.address}); see the id that `siloweave submit` gave") from None
             raise SiloweaveError(f"{self.address}: the job server says: {line}") from error

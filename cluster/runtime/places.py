@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from cluster.runtime.rank_actor import Endpoint, RankActor
+from configs.errors import lines_of
 from configs.events import Listener
 from configs.schema.schema import RunConfig
 from trainer.rank import Rank
@@ -63,7 +64,7 @@ class Places:
             try:
                 ray.get(answered)
             except ray.exceptions.RayActorError as error:
-                raise PlaceLost(f"a rank's process died before it started ({str(error).splitlines()[0]})") from error
+                raise PlaceLost(f"a rank's process died before it started ({lines_of(error)[0]})") from error
             if not missing:
                 found: list[Endpoint] = ray.get(asked)
                 self._nodes = {endpoint.node for endpoint in found}
@@ -104,7 +105,7 @@ class Places:
         except ray.exceptions.RayError as error:
             # Another one would fail, too, so there is none until the next restart.
             self._standbys[index] = None
-            self._report({"event": "standby_died", "rank": index, "cause": str(error).splitlines()[0]})
+            self._report({"event": "standby_died", "rank": index, "cause": lines_of(error)[0]})
             return
         standby: Any = self._standbys[index]
         self._waiting[standby.stand_by.remote()] = index

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from cluster.runtime import limits
-from configs.errors import InputError
+from configs.errors import InputError, lines_of
 from configs.schema.pretrain import ClusterSettings
 from trainer.pretraining.startup import replaced
 
@@ -194,7 +194,7 @@ def _join(settings: ClusterSettings) -> None:
     try:
         ray.init(address=address, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise no_ray(settings, str(error).splitlines()[0]) from error
+        raise no_ray(settings, lines_of(error)[0]) from error
 
 
 def _start(cpus: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.runtime.places import Places
 from cluster.runtime.rank_actor import QUIET_S, Beat, News
-from configs.errors import SiloweaveError
+from configs.errors import SiloweaveError, lines_of
 from configs.events import Listener
 from trainer.pretraining.rollback import RollBack
 
@@ -184,5 +184,5 @@ def _failure(rank: int, reference: Any) -> str | None:
             raise cause from None
         return f"rank {rank} raised {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
     except ray.exceptions.RayActorError as error:
-        return f"rank {rank}'s process died ({str(error).splitlines()[0]})"
+        return f"rank {rank}'s process died ({lines_of(error)[0]})"
     return None

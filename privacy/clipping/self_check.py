@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from configs.errors import InputError
+from configs.errors import InputError, lines_of
 from privacy.clipping.clipping import Clipper, Losses, Unit, check_arithmetic
 
 _TOLERANCE, _TOLERANCE_BF16, _SMALL_SHARE = 1e-4, 3e-2, 1e-2
@@ -50,7 +50,7 @@ def prove_per_record_gradients(clipper: Clipper, unit_losses: Losses[Unit], synt
             ValueError,
             IndexError,
         ) as error:  # of torch and Opacus
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = lines_of(error)[0]
             raise InputError(f"clipping: this method can't take this model ({reason}); set another one") from error
     _compare(clipper, alone, found, squares_B, whole)
     if closely:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs.errors import SiloweaveError
+from configs.errors import SiloweaveError, lines_of
 from configs.events import Listener
 from configs.schema.schema import RunConfig
 from configs.storage.manifests import Manifest
@@ -96,7 +96,7 @@ class Committer:
             if isinstance(error, RuntimeError) and not _WRITE_ERROR.search(str(error)):
                 raise
             raise SiloweaveError(
-                f"{self._scratch / name}: the checkpoint could not be written ({str(error).splitlines()[0]}); the "
+                f"{self._scratch / name}: the checkpoint could not be written ({lines_of(error)[0]}); the "
                 "commit before it is intact: see to that (room, rights) or set cluster.scratch_dir, then run the same "
                 "command again"
             ) from error

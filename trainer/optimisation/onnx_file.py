@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from configs.errors import InputError, SiloweaveError
+from configs.errors import InputError, SiloweaveError, lines_of
+from trainer.tasks.qa import tells_parts_apart
 
 TOLERANCE = 1e-4
 """How far logits of the file may be from the model's, beside a hundred-thousandth of their own size."""
@@ -62,13 +63,11 @@ def _names(model: Any, task: Any) -> tuple[list[str], list[str]]:
     inputs = ["input_ids", "attention_mask"]
     if task.head.kind != "question answering":
         return inputs, ["logits"]
-    pairs = (getattr(model.config, "type_vocab_size", None) or 0) > 1
-    return [*inputs, *["token_type_ids"] * pairs], ["start_logits", "end_logits"]
+    return [*inputs, *["token_type_ids"] * tells_parts_apart(model)], ["start_logits", "end_logits"]
 
 
 def _batch(task: Any, inputs: Sequence[str], examples: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-    ids = task.inputs(examples)
-    known = {**ids, "token_type_ids": torch.zeros_like(ids["input_ids"])}
+    known = task.collate(examples)
     return tuple(known[name] for name in inputs)
 
 
@@ -139,5 +138,4 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise SiloweaveError(f"onnxruntime can't run the file ({reason}); it is not kept") from error
+        raise SiloweaveError(f"onnxruntime can't run the file ({lines_of(error)[0][:300]}); it is not kept") from error

@@ -191,10 +191,15 @@ class AnswersTask(HeadedTask):
         return answer
 
 
+def tells_parts_apart(model: Any) -> bool:
+    """Whether a model is told which tokens are the question's and which the context's."""
+    return (getattr(model.config, "type_vocab_size", None) or 0) > 1
+
+
 def _ends(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of an answer's first and last token, each (B, T), where there may be one."""
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if (getattr(model.config, "type_vocab_size", None) or 0) > 1:
+    if tells_parts_apart(model):
         inputs["token_type_ids"] = batch["token_type_ids"]
     bare = getattr(model, "get_base_model", lambda: model)()  # with its adapter: peft's own class drops the types
     found, elsewhere = bare(**inputs), batch["candidates"] == 0

@@ -9,7 +9,7 @@ from typing import Any
 from cluster.runtime.session import address_of, ray_session, refuse_without_room
 from cluster.serving.replicas.offer import Offer
 from cluster.serving.replicas.replica import NAMESPACE, Office, Replica
-from configs.errors import InputError, SiloweaveError
+from configs.errors import InputError, SiloweaveError, lines_of
 from configs.schema.pretrain import ClusterSettings
 
 _QUIET = {"enable_access_log": False, "log_level": "ERROR"}  # no path and no word of a request is written anywhere
@@ -87,8 +87,4 @@ def _run(ray: Any, serve: Any, name: str, office: Any, bound: Any) -> Any:
     except RuntimeError as error:
         if line := ray.get(office.refusal.remote()):
             raise InputError(line) from None
-        raise SiloweaveError(f"the replicas can't be started: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SiloweaveError(f"the replicas can't be started: {lines_of(error)[0]}") from error
