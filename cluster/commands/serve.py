@@ -137,10 +137,9 @@ def _by_replicas(
 
 
 def _about(claims: "Mapping[str, Claim]", listener: socket.socket) -> tuple[dict[str, Any], list[str]]:
-    document = {
-        "url": f"http://{_shown(listener)}",
-        "models": {name: {"privacy": claim.document()} for name, claim in claims.items()},
-    }
+    from cluster.serving.claims import documents
+
+    document = {"url": f"http://{_shown(listener)}", "models": documents(claims)}
     return document, [*(f"{name}: {claim.line}" for name, claim in claims.items()), f"serving at {document['url']}"]
 
 

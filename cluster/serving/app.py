@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from cluster.serving.answers import Answer, Question, Stream, unless_gone, whole
-from cluster.serving.claims import Claim
+from cluster.serving.claims import Claim, documents
 from cluster.serving.errors import FAILED, NO_SUCH_METHOD, ApiError
 from cluster.serving.guard import Guard
 from cluster.serving.keys import ApiKeys
@@ -199,7 +199,7 @@ class Service:
             "status": status,
             "waiting": self.waiting,
             "running": self.running,
-            "models": {name: {"privacy": claim.document()} for name, claim in self.claims.items()},
+            "models": documents(self.claims),
         }
         return JSONResponse(document, 200 if status == "ok" else 503)
 

@@ -39,6 +39,11 @@ class Claim:
         return asdict(self)
 
 
+def documents(claims: Mapping[str, Claim]) -> dict[str, Any]:
+    """The same of each model, by name, as the service tells it."""
+    return {name: {"privacy": claim.document()} for name, claim in claims.items()}
+
+
 def of_federation(federation: Path, shared: Path, base_digest: str, key: MasterKey | None) -> Claim:
     """What is claimed of what a federation has published.
 

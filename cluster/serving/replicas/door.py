@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.serving.answers import GONE, SLOW_S
 from cluster.serving.app import LARGEST_BODY, PATHS, SPARE
-from cluster.serving.claims import Claim
+from cluster.serving.claims import Claim, documents
 from cluster.serving.errors import FAILED, NO_SUCH_METHOD, ApiError, too_many
 from cluster.serving.guard import Guard
 from cluster.serving.keys import ApiKeys
@@ -210,7 +210,7 @@ class Door:
                 for name, one in seen.replicas.items()
             },
             "replicas_wanted": self._wanted,
-            "models": {name: {"privacy": claim.document()} for name, claim in self._claims.items()},
+            "models": documents(self._claims),
         }
         await JSONResponse(document, 200 if status == "ok" else 503)(scope, receive, send)
 
