@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster.finished import Finished
 from cluster.optimising import origin, plain, refuse_existing
 from configs.errors import InputError
-from configs.storage.files import write_failure
+from configs.storage.files import whole_folder
 from configs.storage.layout import CERTIFICATE
 from configs.storage.manifests import Manifest, commit_manifest
 from configs.storage.sealing import load_key
@@ -45,10 +45,7 @@ def export_onnx(found: Finished, output: Path) -> Manifest:
     refuse_existing(output)
     _refuse(found)
     model, base, inputs = plain(found, None)
-    part = output.with_name(f".{output.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with whole_folder(output) as part:
         copy_of_base(base, part)
         facts = write_onnx(model, found.task, part / ONNX)
         (part / "README.md").write_text(_card(found, facts), encoding="utf-8")
@@ -60,13 +57,7 @@ def export_onnx(found: Finished, output: Path) -> Manifest:
             "context_length": found.task.context_length,
             "privacy": found.privacy.partition(", by ")[0],
         }
-        manifest = commit_manifest(part, Manifest("onnx", "", inputs={**inputs, **origin(found)}, metadata=metadata))
-        part.rename(output)
-    except OSError as error:
-        raise write_failure(output, error) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return manifest
+        return commit_manifest(part, Manifest("onnx", "", inputs={**inputs, **origin(found)}, metadata=metadata))
 
 
 def _refuse(found: Finished) -> None:

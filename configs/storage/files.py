@@ -7,7 +7,9 @@ import os
 import pwd
 import resource
 import secrets
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import InputError, SiloweaveError
@@ -110,6 +112,25 @@ def _write(path: Path, content: bytes, mode: int, put: Callable[[Path, Path], ob
         sync_directory(path.parent)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to be filled, which becomes the target at the end of the context; else nothing is left of it.
+
+    Raises:
+        SiloweaveError: the disk is full or not writable.
+    """
+    part = target.with_name(f".{target.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        part.rename(target)
+    except OSError as error:
+        raise write_failure(target, error) from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def private_folder(path: Path) -> Path:

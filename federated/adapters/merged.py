@@ -7,8 +7,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from configs.errors import InputError
-from configs.storage.files import digest_file, write_failure
+from configs.errors import InputError, lines_of
+from configs.storage.files import digest_file, whole_folder
 from configs.storage.layout import CALIBRATION, CERTIFICATE, FEDERATED, NO_DP, RunFiles
 from configs.storage.manifests import MANIFEST, Manifest, commit_manifest, require_manifest
 from configs.storage.sealing import MasterKey, opened, sealing
@@ -54,7 +54,7 @@ def with_shared(base: Any, shared: Path, key: MasterKey | None = None, context: 
                 return PeftModel.from_pretrained(base, folder, local_files_only=True).merge_and_unload().eval()
             found = load_model(folder)
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            reason = lines_of(error)[0]
             raise InputError(f"{shared}: is no adapter of this base model ({reason}); give the right folder") from None
     if shapes(dict(found.named_parameters())) != shapes(dict(base.named_parameters())):
         raise InputError(f"{shared}: is a model of other shapes than this base model; give the right folder")
@@ -171,10 +171,7 @@ def write_whole(
     Raises:
         SiloweaveError: the disk is full or not writable.
     """
-    part = target.with_name(f".{target.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with whole_folder(target) as part:
         with sealing(part, key, f"{target.name}/{WHOLE}") as folder:
             write_model(model, base, folder)
         for name, text in texts.items():
@@ -182,12 +179,7 @@ def write_whole(
         if (made / CERTIFICATE).is_file():
             shutil.copyfile(made / CERTIFICATE, part / CERTIFICATE)
         parameters = sum(value.numel() for value in model.parameters())
-        manifest = commit_manifest(part, Manifest("merged", "", inputs=inputs, metadata={"parameters": parameters}))
-        part.rename(target)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise write_failure(target, error) from None
-    return manifest
+        return commit_manifest(part, Manifest("merged", "", inputs=inputs, metadata={"parameters": parameters}))
 
 
 def write_model(model: Any, base: Path, folder: Path) -> None:
