@@ -23,8 +23,8 @@ from figures import setting, spreads
 
 from configs.schema.federated import FederatedSettings
 from federated.adapters.arrays import Arrays, to_bytes
-from federated.adapters.packed_updates import unpacked
-from federated.adapters.update_codec import decoded, encoded
+from federated.adapters.packed_updates import read_update
+from federated.adapters.update_codec import encoded
 from federated.adapters.warm_model import adaptation, warm_model
 from federated.aggregation.aggregation import RoundAggregation
 from federated.silo.local_training import LocalSettings, PrivateUpdate
@@ -76,13 +76,12 @@ def bits(model: Path, settings: FederatedSettings, weights: Arrays) -> dict[str,
 
 def travelled(update: Arrays, settings: FederatedSettings, left: Arrays) -> tuple[int, Arrays, Arrays]:
     """Bytes of an update, what its receiver reads, and what it has left out for the next one."""
-    how = Compression.of(settings)
-    if how is None:
-        content = encoded(update, settings.update_dtype)
-        return len(content), decoded(content, settings.update_dtype, 2**40), {}
-    content, still_left = with_feedback(update, how, left)
-    shapes = {name: array.shape for name, array in update.items()}
-    return len(content), unpacked(content, how, shapes), still_left if how.leaves_out else {}
+    how, still_left = Compression.of(settings) or settings.update_dtype, Arrays()
+    if isinstance(how, Compression):
+        content, still_left = with_feedback(update, how, left if how.leaves_out else {})
+    else:
+        content = encoded(update, how)
+    return len(content), read_update(content, how, update, 2**40), still_left
 
 
 def federate(model: Path, way: str, seed: int) -> dict[str, float]:

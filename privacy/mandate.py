@@ -143,17 +143,14 @@ class Mandate(Signed):
         shared = plan.secure_sum.noise if plan.secure_sum else None
         # A plan for clients samples all of them in one step; what a client does itself, each request says.
         of_steps = () if plan.unit == "client" else self._of_steps(plan.steps_per_round, plan.sampling_rate)
-        for field, asked, most in (
+        return _first_beyond(
             *of_steps,
             ("honest_silos", shared.min_honest if shared else 0, terms.honest_silos),
             ("max_rounds_per_run", plan.rounds, terms.max_rounds_per_run),
             ("max_rounds_per_run", evaluations, terms.max_rounds_per_run + 1),
             ("budget_epsilon", epsilon, terms.budget_epsilon * (1 + 1e-12)),
             ("budget_delta", plan.delta, terms.budget_delta * (1 + 1e-12)),
-        ):
-            if asked > most:
-                return field, f"{asked:g}", f"at most {most:g}"
-        return None
+        )
 
     def beyond_work(self, steps: int, sampling_rate: float) -> tuple[str, str, str] | None:
         """The first of its bounds that the work of one round goes beyond whose update leaves without noise.
@@ -165,16 +162,21 @@ class Mandate(Signed):
         Returns:
             As ``beyond``.
         """
-        for field, asked, most in self._of_steps(steps, sampling_rate):
-            if not asked <= most:  # true for a NaN, too
-                return field, f"{asked:g}", f"at most {most:g}"
-        return None
+        return _first_beyond(*self._of_steps(steps, sampling_rate))
 
     def _of_steps(self, steps: int, sampling_rate: float) -> tuple[tuple[str, float, float], ...]:
         return (
             ("max_sampling_rate", sampling_rate, self.terms.max_sampling_rate),
             ("max_steps_per_round", steps, self.terms.max_steps_per_round),
         )
+
+
+def _first_beyond(*bounds: tuple[str, float, float]) -> tuple[str, str, str] | None:
+    """Of fields, what is asked and the most that is allowed: the first of which too much is."""
+    for field, asked, most in bounds:
+        if not asked <= most:  # true for a NaN, too
+            return field, f"{asked:g}", f"at most {most:g}"
+    return None
 
 
 class UnsoundMandateError(InputError):

@@ -14,8 +14,10 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save
 
-from federated.adapters.arrays import Arrays, read_arrays
+from configs.schema.federated import UpdateDtype
+from federated.adapters.arrays import Arrays, flat, read_arrays, shaped
 from federated.adapters.positions import positions_bytes, read, written
+from federated.adapters.update_codec import decoded
 from privacy.compression import SCALED, Compression
 
 Vector = npt.NDArray[np.float32]
@@ -67,19 +69,6 @@ def packed(update: Arrays, compression: Compression) -> bytes:
     else:
         parts[_VALUES] = vector
     return save({name: np.ascontiguousarray(parts[name]) for name in sorted(parts)})
-
-
-def flat(update: Arrays) -> Vector:
-    """All values, in the order of the names."""
-    arrays = [np.asarray(update[name], np.float32).reshape(-1) for name in sorted(update)]
-    return np.concatenate(arrays) if arrays else np.zeros(0, np.float32)
-
-
-def shaped(vector: Vector, shapes: Mapping[str, Sequence[int]]) -> Arrays:
-    """The arrays whose values these are."""
-    ends = np.cumsum([prod(shapes[name]) for name in sorted(shapes)])[:-1]
-    parts = zip(sorted(shapes), np.split(vector, ends), strict=True)
-    return {name: part.reshape(tuple(shapes[name])) for name, part in parts}
 
 
 def _largest(vector: Vector, count: int) -> npt.NDArray[np.int64]:
@@ -139,6 +128,23 @@ def unpacked(content: bytes, compression: Compression, shapes: Mapping[str, Sequ
     vector = np.zeros(values, np.float32)
     vector[read(found[_POSITIONS], len(kept), values)] = kept
     return shaped(vector, shapes)
+
+
+def read_update(content: bytes, how: Compression | UpdateDtype, like: Arrays, most_bytes: int) -> Arrays:
+    """The update of bytes that a silo sent, whatever they are.
+
+    Args:
+        content: the bytes.
+        how: it was asked for: as a plan says, or as arrays of a type.
+        like: the arrays that the silo was asked to train.
+        most_bytes: what arrays of a type may have as float32.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if isinstance(how, Compression):
+        return unpacked(content, how, {name: array.shape for name, array in like.items()})
+    return decoded(content, how, most_bytes)
 
 
 def _values(found: dict[str, npt.NDArray[Any]], compression: Compression, count: int) -> Vector:

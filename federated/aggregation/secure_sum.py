@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.schema.federated import FederatedSettings
-from federated.adapters.arrays import Arrays
+from federated.adapters.arrays import Arrays, flat, shaped
 from federated.protocol import silo_pb2 as pb
 from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement, least_survivors
@@ -85,10 +85,10 @@ def vector(update: Arrays, bound: float) -> npt.NDArray[np.float64]:
     Raises:
         ValueError: one is not finite.
     """
-    flat = np.concatenate([update[name].reshape(-1) for name in sorted(update)]).astype(np.float64)
-    if not np.isfinite(flat).all():
+    values = flat(update).astype(np.float64)
+    if not np.isfinite(values).all():
         raise ValueError("an update has a value that is not finite")
-    return flat.clip(-bound, bound)
+    return values.clip(-bound, bound)
 
 
 def sums_bound(counts: Iterable[int], sums_std: float) -> float:
@@ -113,6 +113,4 @@ def length_of(like: Arrays) -> int:
 
 def arrays_of(values: npt.NDArray[np.float64], like: Arrays) -> Arrays:
     """A vector's values as the arrays that they were of."""
-    ends = np.cumsum([like[name].size for name in sorted(like)])[:-1]
-    parts = zip(sorted(like), np.split(values.astype(np.float32), ends), strict=True)
-    return {name: part.reshape(like[name].shape) for name, part in parts}
+    return shaped(values.astype(np.float32), {name: array.shape for name, array in like.items()})

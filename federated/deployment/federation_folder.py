@@ -164,11 +164,10 @@ class FederationFolder:
 
     def _is_revoked(self, card: EnrolledSilo) -> bool:
         """Whether its relay's key was; versions of before named a document by the key as the card spelt it."""
-        if self._revoked_path(card).exists():
-            return True
+        key = _key(card)
         for known in read_folder(EnrolledSilo, self.folder / REVOKED).values():
             with contextlib.suppress(InputError):  # what is no key is nobody's
-                if _key(known) == _key(card):
+                if _key(known) == key:
                     return True
         return False
 

@@ -133,15 +133,27 @@ def adaptation_of(spec: pb.AdapterSpec) -> Adaptation:
     return Adaptation(spec.rank, spec.alpha, cast("Train", train), tuple(spec.targets), cast("BaseDtype", base_dtype))
 
 
-def update_dtype_of(train: pb.Train, compression: Compression | None) -> UpdateDtype:
-    """What the update of a request is to travel in, where its plan doesn't say so.
+def travels_in(train: pb.Train, compression: Compression | None) -> Compression | UpdateDtype:
+    """How the update of a request is to travel: as its plan says, or in the request's type.
 
     Raises:
-        PolicyRefusal: nothing that this silo knows, or the plan says it.
+        PolicyRefusal: both say it, or the request names nothing that this silo knows.
+    """
+    if compression is None:
+        return update_dtype_of(train)
+    if train.update_dtype:
+        asked = train.update_dtype
+        raise PolicyRefusal.of("update_dtype", asked, "none: the plan's compression says how updates travel")
+    return compression
+
+
+def update_dtype_of(train: pb.Train) -> UpdateDtype:
+    """What the arrays of an update are to travel in.
+
+    Raises:
+        PolicyRefusal: nothing that this silo knows.
     """
     dtype = train.update_dtype or "float32"
-    if compression is not None and train.update_dtype:
-        raise PolicyRefusal.of("update_dtype", dtype, "none: the plan's compression says how updates travel")
     if dtype not in UPDATE_DTYPES:
         raise PolicyRefusal.of("update_dtype", dtype, ", ".join(UPDATE_DTYPES))
     return dtype

@@ -37,7 +37,7 @@ from federated.silo.requests import (
     open_envelope,
     receipt_of,
     refusal_message,
-    update_dtype_of,
+    travels_in,
 )
 from federated.silo.reservations import account, budget_of, close, entrusted_plan, policy_now, reserve, reserved_plan
 from federated.silo.traffic_log import TrafficLog, UnloggedError
@@ -96,7 +96,7 @@ class Silo:
         self._rehearsals = Rehearsals(self.ledger, base_model.content_digest, self._log, self.roster, *locks)
         self._masking = Masking(config.silo.id, self.ledger.journal.signer)
         self._remainders = Remainders(self._state_dir, self._log)
-        self._remainders.drop_old(self.ledger.journal.bodies(), strays=True)
+        self._remainders.drop_old(self.ledger.journal, strays=True)
 
     def trusted(self) -> frozenset[str]:
         """Public keys of the coordinators that may ask now."""
@@ -205,9 +205,8 @@ class Silo:
             return self._aggregate(request, digest)
         if kind == "contribute":
             plan = entrusted_plan(self.ledger, self.config, request, request.contribute.train.plan_digest)
-            dtype = update_dtype_of(request.contribute.train, plan.compression)
+            how = travels_in(request.contribute.train, plan.compression)
             update = contribution(self.workbench, self.ledger.journal, self.config, plan, request, digest)
-            how = plan.compression or dtype
             content, _ = self._remainders.written(update, how, request, self.ledger.journal)
             reply = self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), update=content))
         elif kind == "reserve":
@@ -215,7 +214,7 @@ class Silo:
         elif kind == "close":
             reply = self._reply(digest, closed=close(self.ledger, self.config, request))
             self._masking.forget(request)
-            self._remainders.drop_old(self.ledger.journal.bodies())
+            self._remainders.drop_old(self.ledger.journal)
         else:
             reply = self._reply(digest, described=self.describe())
         return _serialized(reply)
@@ -242,7 +241,7 @@ class Silo:
         plan = reserved_plan(self.ledger, self.config, request, train.plan_digest)
         check_model(train, self.config.policy, self.workbench.base_model.content_digest)
         check_optimizer(train, self.config.policy)
-        dtype = update_dtype_of(train, plan.terms.compression)
+        how = travels_in(train, plan.terms.compression)
         model, adapter = self.workbench.fitted(train, self.config.policy)
         settings, examples = self.workbench.local_settings(train, self.config.policy), self.workbench.examples(train)
         summed = agreed(request, plan.terms, self.roster, length_of(adapter))
@@ -259,7 +258,7 @@ class Silo:
         # 3. Train under the charge's own randomness.
         opened, left, streams, records = None, Arrays(), _streams(charge, digest), examples.records
         if summed is None:
-            update, how = ready.run(streams, records), plan.terms.compression or dtype
+            update = ready.run(streams, records)
             content, left = self._remainders.written(update, how, request, self.ledger.journal)
             leaves = {"update": content}
         else:
@@ -269,10 +268,10 @@ class Silo:
         # 4. Store the reply, erase the seed; only then may a byte of it leave.
         reply = _serialized(self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), **leaves)))
         if left:
-            self._remainders.keep(reply, left, self.ledger.journal.bodies())
+            self._remainders.keep(reply, left, self.ledger.journal)
         stored = self._released_as(reply, charge, request, opened)
         if left:
-            self._remainders.drop_old(self.ledger.journal.bodies())
+            self._remainders.drop_old(self.ledger.journal)
         return stored
 
     def _aggregate(self, request: pb.Request, digest: str) -> bytes:

@@ -78,7 +78,7 @@ class PublicSilo:
         model, adapter = bench.fitted(train, self._config.policy)
         settings, examples = bench.local_settings(train, self._config.policy), bench.examples(train)
         update = public_update(self._plan, streams, model, examples.task, adapter, examples.records, settings)
-        return encoded(update, update_dtype_of(train, None))
+        return encoded(update, update_dtype_of(train))
 
 
 def _own_keys(config: SiloConfig) -> tuple[Signer, bytes]:

@@ -268,10 +268,8 @@ def _note(heard: Heard, told: pb.Rehearsed, window: tuple[float, float]) -> None
     heard.template, heard.room = one_line(told.task_spec.template), told.room
     heard.ahead_s = told.clock - latest if told.clock > latest else min(told.clock - earliest, 0.0)
     heard.outcome, heard.records = told.trial.outcome, told.trial.records
-    heard.prepare_s, heard.step_s, heard.first_s = (
-        *(told.trial.prepare_seconds, told.trial.step_seconds),
-        told.trial.first_seconds,
-    )
+    heard.prepare_s, heard.step_s = told.trial.prepare_seconds, told.trial.step_seconds
+    heard.first_s = told.trial.first_seconds
 
 
 def _lines(lines: Sequence[str]) -> list[str]:

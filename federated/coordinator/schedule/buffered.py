@@ -199,8 +199,7 @@ class BufferedRounds:
                     f"its update is from the model of {staleness} steps ago, federated.max_staleness is {most}; it "
                     "stays charged"
                 )
-            like = self._aggregation.travels(silo)
-            self._aggregation.add(silo, self.read(answer.reply.trained.update, like), weight)
+            self._fold(silo, answer.reply.trained, weight)
             sound.append(answer)
 
         step = str(self._step), "trained"
@@ -211,13 +210,16 @@ class BufferedRounds:
         self.arrivals.arrived(self._step, update, sound[0].body)
         self.updates.append(update)
 
+    def _fold(self, silo: str, trained: pb.Trained, weight: float) -> None:
+        update = self.read(trained.update, self._aggregation.travels(silo))
+        self._aggregation.add(silo, update, weight)
+
     def _fold_again(self, position: int, update: UpdateDigest) -> None:
         """Folds an update that the record has: as it was kept, or as its silo has kept it."""
         found = self.arrivals.reply(position, update)
         trained = pb.Reply.FromString(found or self._asked_again(update)).trained
         self.take_receipt(update.silo, trained.receipt)
-        like = self._aggregation.travels(update.silo)
-        self._aggregation.add(update.silo, self.read(trained.update, like), update.weight)
+        self._fold(update.silo, trained, update.weight)
         self._quorum.answered.append(update.silo)
         self.updates.append(update)
 

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from configs.schema.federated import FederatedSettings
+from configs.schema.federated import FederatedSettings, UpdateDtype
 from configs.schema.schema import RunConfig
 from configs.schema.stages import frozen_below
 from configs.schema.tasks import TaskSpec
 from federated.adapters.arrays import Arrays, to_bytes
 from federated.adapters.lora_factors import frozen_digest
-from federated.adapters.packed_updates import unpacked
-from federated.adapters.update_codec import decoded
+from federated.adapters.packed_updates import read_update
 from federated.adapters.warm_model import adaptation
 from federated.aggregation.aggregation import Sent
 from federated.protocol import silo_pb2 as pb
@@ -77,11 +76,9 @@ class TrainingRequests:
         Raises:
             ValueError: it is something else than the plan, or the request, has asked for.
         """
-        if self.plan.compression is not None:
-            shapes = {name: array.shape for name, array in like.items()}
-            return unpacked(content, self.plan.compression, shapes)
         settings = self.config.federated
-        return decoded(content, "float32" if settings.compressed else settings.update_dtype, most_bytes)
+        dtype: UpdateDtype = "float32" if settings.compressed else settings.update_dtype
+        return read_update(content, self.plan.compression or dtype, like, most_bytes)
 
     def frozen_part(self, adapter: Arrays) -> dict[str, Any]:
         """What a request says of the matrices A that don't train (FFA-LoRA)."""

@@ -124,7 +124,7 @@ class Rehearsals:
             lambda: self._check_plan(config, request, mandate),
             lambda: check_model(asked.train, policy, self._base_model),
             lambda: check_optimizer(asked.train, policy),
-            lambda: update_dtype_of(asked.train, None),
+            lambda: update_dtype_of(asked.train),
         )
         return [said for check in checks if (said := _refused(check))]
 

@@ -13,10 +13,9 @@ from configs.storage.files import digest_bytes, private_folder, write_atomic
 from configs.storage.layout import SiloFiles
 from configs.storage.manifests import Manifest, commit_manifest, damaged_file, read_manifest
 from federated.adapters.arrays import Arrays, from_bytes
-from federated.adapters.packed_updates import unpacked
-from federated.adapters.update_codec import decoded
+from federated.adapters.packed_updates import read_update
 from federated.protocol import silo_pb2 as pb
-from federated.silo.requests import update_dtype_of
+from federated.silo.requests import travels_in
 from privacy.compression import Compression
 from privacy.ledger.client_runs import UNNOISED
 from privacy.ledger.runs import Body, Run
@@ -58,10 +57,7 @@ class ReleasedRound:
         asked = pb.Request.FromString(request)
         train = asked.contribute.train if asked.WhichOneof("kind") == "contribute" else asked.train
         content = pb.Reply.FromString(reply).trained.update
-        if self.compression is None:
-            return train, decoded(content, update_dtype_of(train, None), _ANY_SIZE)
-        shapes = {name: array.shape for name, array in from_bytes(train.adapter).items()}
-        return train, unpacked(content, self.compression, shapes)
+        return train, read_update(content, travels_in(train, self.compression), from_bytes(train.adapter), _ANY_SIZE)
 
 
 def asks_for_update(request: pb.Request) -> bool:

@@ -67,36 +67,36 @@ class Remainders:
             return Written(packed(update, how), {})
         return with_feedback(update, how, self._before(run, bodies))
 
-    def keep(self, reply: bytes, left: Arrays, bodies: Sequence[Body]) -> None:
+    def keep(self, reply: bytes, left: Arrays, journal: Journal) -> None:
         """Keeps what an update left out whose reply is about to be stored.
 
         Args:
             reply: what will be stored.
             left: what it leaves out.
-            bodies: what the ledger's entries say: replies that could not be stored may have been tried before, with
-                another receipt in each, and their files would fill the disk.
+            journal: of the silo's ledger: replies that could not be stored may have been tried before, with another
+                receipt in each, and their files would fill the disk.
 
         Raises:
             SiloweaveError: the disk is full or not writable.
         """
-        for name in self._tried - _stored(bodies):
+        for name in self._tried - _stored(journal.bodies()):
             (self._folder / name).unlink(missing_ok=True)
         self._tried = {name := digest_bytes(reply)}
         content = to_bytes(left)
         write_atomic(private_folder(self._folder) / name, digest_bytes(content).encode() + content, _OWNERS_FILE)
 
-    def drop_old(self, bodies: Sequence[Body], *, strays: bool = False) -> None:
+    def drop_old(self, journal: Journal, *, strays: bool = False) -> None:
         """Deletes what no round of an open run continues from.
 
         Args:
-            bodies: what the ledger's entries say.
+            journal: of the silo's ledger.
             strays: also what lies beside no reply: a crash may have come before its reply was stored. Another process
                 that is at work on this silo may be about to store one.
         """
         if not self._folder.is_dir():
             return
-        needed = {newest_release(run, bodies) for run in Runs(bodies).open()}
-        stored = _stored(bodies)
+        bodies = journal.bodies()
+        needed, stored = {newest_release(run, bodies) for run in Runs(bodies).open()}, _stored(bodies)
         for path in list(self._folder.iterdir()):
             if path.name not in needed and (strays or path.name in stored):
                 path.unlink(missing_ok=True)

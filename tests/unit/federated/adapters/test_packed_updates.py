@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from federated.adapters.packed_updates import flat, packed, packed_bytes, unpacked
+from federated.adapters.arrays import flat
+from federated.adapters.packed_updates import packed, packed_bytes, unpacked
 from federated.adapters.positions import positions_bytes, read, written
 from privacy.compression import Compression
 

@@ -8,8 +8,8 @@ from safetensors.numpy import load, save
 from signed_silos import InProcess, SignedSilo, adapter, coordinator
 
 from configs.errors import PolicyRefusal
-from federated.adapters.arrays import from_bytes, to_bytes
-from federated.adapters.packed_updates import flat, packed, unpacked
+from federated.adapters.arrays import flat, from_bytes, to_bytes
+from federated.adapters.packed_updates import packed, unpacked
 from federated.adapters.positions import written
 from federated.coordinator import round_commits as commits
 from federated.protocol.framing import COMPRESSED_VERSION, PROTOCOL_VERSION, ROUNDED_VERSION

@@ -8,8 +8,8 @@ import pytest
 from silo_requests import COORDINATOR, TRUSTED, ask, body_of, ward
 
 from configs.storage.files import digest_bytes, private_folder
-from federated.adapters.arrays import from_bytes, to_bytes
-from federated.adapters.packed_updates import flat, packed, unpacked
+from federated.adapters.arrays import flat, from_bytes, to_bytes
+from federated.adapters.packed_updates import packed, unpacked
 from federated.adapters.warm_model import initial_adapter
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_request
