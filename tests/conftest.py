@@ -27,9 +27,16 @@ settings.load_profile("certain")
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Thousands of tests and what they import stay to the end: Python need not look for garbage among them."""
+    """Thousands of tests and what they import stay to the end: Python need not look for garbage among them.
+
+    Commands find the environment that a user's do: without what libraries put there at their imports.
+    """
+    before = dict(os.environ)
     with uncollected():
-        return (yield)
+        collected = yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    return collected
 
 
 def pytest_collection_modifyitems(items):

@@ -5,6 +5,7 @@ records of a few lengths and numbers, and so of a step whose batch is as ``batch
 """
 
 import json
+import mmap
 import resource
 import sys
 import time
@@ -19,7 +20,8 @@ from configs.printing import say
 _FOR_PROOFS_S, _FOR_PASSES_S = 4.0, 12.0  # the proof after the last one takes twice as long as all before
 _REPEATED_S, _MOST_REPEATED = 0.2, 10
 _STEPS = 9  # without records, which take milliseconds
-WANTS_MEMORY = ("memory", "alloc", "failed to map", "can't start new thread")
+_WANTS_MEMORY = ("alloc", "failed to map", "can't start new thread")
+_RESERVE = 2**25  # bytes that are never written to: room for whatever has to be said where no other is left
 
 
 def main() -> None:
@@ -29,8 +31,10 @@ def main() -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short this process goes, and not the silo
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)  # the service's own unit may have set a lower one
-    most = given["most_bytes"] if hard == resource.RLIM_INFINITY else min(given["most_bytes"], hard)
+    most = given["most_bytes"] + _RESERVE
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    reserve = _taken_up(_RESERVE)
     from configs.errors import PolicyRefusal
 
     try:
@@ -38,11 +42,30 @@ def main() -> None:
     except PolicyRefusal as refusal:
         said = {"rule": refusal.rule, "asked": refusal.asked, "allowed": refusal.allowed, "message": str(refusal)}
         found = {"refusal": said}
-    except (MemoryError, RuntimeError, OSError, ImportError) as error:
-        if not isinstance(error, MemoryError) and not any(word in str(error).lower() for word in WANTS_MEMORY):
+    except Exception as error:
+        reserve.close()
+        if not _wants_memory(error):
             raise
         found = {"outcome": "memory"}
     say(json.dumps(found))
+
+
+def _taken_up(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _wants_memory(error: Exception) -> bool:
+    """Whether an error came for want of memory.
+
+    Python, and libraries in a half-made import, say all kinds of things then; so what is left counts, too.
+    """
+    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in _WANTS_MEMORY):
+        return True
+    try:
+        _taken_up(2 * _RESERVE).close()
+    except OSError:
+        return True
+    return False
 
 
 def _taken(given: dict[str, Any], content: bytes) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import psutil
 from configs.errors import PolicyRefusal
 from configs.schema.silo import SiloConfig
 from federated.protocol import silo_pb2 as pb
-from federated.silo.rehearsal.steps import WANTS_MEMORY
 from privacy.plan import PlanTerms
 
 TRIAL_S = 90.0
@@ -52,20 +51,13 @@ def take(config: SiloConfig, plan: PlanTerms, train: pb.Train, log: Logger) -> p
         return pb.Trial(outcome=SLOW)
     found = _result(done.stdout)
     if found is None:
-        said = done.stderr.decode(errors="replace")
-        log.error("a rehearsal's steps failed (%d): %s", done.returncode, said[-4000:])
-        return pb.Trial(outcome=MEMORY if done.returncode in _FOR_WANT_OF_MEMORY or _wants_memory(said) else FAILED)
+        log.error("a rehearsal's steps failed (%d): %s", done.returncode, done.stderr.decode(errors="replace")[-4000:])
+        return pb.Trial(outcome=MEMORY if done.returncode in _FOR_WANT_OF_MEMORY else FAILED)
     return PolicyRefusal(**found["refusal"]) if "refusal" in found else pb.Trial(**found)
 
 
 def _without_records(config: SiloConfig) -> SiloConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"source": "none"})})
-
-
-def _wants_memory(said: str) -> bool:
-    """Whether one of the errors says so: what runs out of memory may fail by another one, in a half-made import."""
-    errors = (line.lower() for line in said.splitlines() if line[:1].strip())  # and not the code in a traceback
-    return any(word in line for line in errors for word in WANTS_MEMORY)
 
 
 def _result(said: bytes) -> dict[str, Any] | None:
