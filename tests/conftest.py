@@ -160,14 +160,21 @@ def shared_ray():
     """One embedded Ray for all in-process federations of the session."""
     from cluster.runtime.session import ray_session
 
+    before = dict(os.environ)
     with ray_session(load("tiny").cluster, 2) as ray:
+        # Commands find nothing of it, and may be forked; those that join it are given it.
+        ray.environment = {name: os.environ.pop(name) for name in os.environ.keys() - before.keys()}
         yield ray
 
 
 @pytest.fixture
 def joined_ray(shared_ray, monkeypatch):
     """The test's commands join that Ray, where it isn't their own start of one that is looked at."""
+    for name, value in shared_ray.environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_ADDRESS", shared_ray.get_runtime_context().gcs_address)
+    # By itself Ray takes another address of this machine for 127.0.0.1, where a Ray of our own does not listen.
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 @pytest.fixture(scope="session")

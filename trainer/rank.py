@@ -1,8 +1,10 @@
 """One rank's place in the gang, and its process."""
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -72,5 +74,23 @@ def join_process_group(rank: Rank, timeout_s: float) -> None:
         deepspeed.ops.__dict__["__compatible_ops__"] = {}
     else:
         torch.cuda.set_device(device_index(rank))
-    backend = "gloo" if rank.device == "cpu" else "nccl"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s))
+    backend, timeout = "gloo" if rank.device == "cpu" else "nccl", timedelta(seconds=timeout_s)
+    if rank.device == "cpu" and rank.master_address == "127.0.0.1":
+        _join_on_this_machine(rank, timeout)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+
+
+def _join_on_this_machine(rank: Rank, timeout: timedelta) -> None:
+    """Makes the group that DeepSpeed would make, at ports that no other machine reaches.
+
+    Torch's store would listen on all addresses of the machine, and gloo at that of its host name.
+    """
+    import torch
+
+    distributed: Any = torch.distributed
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    place, first = (rank.master_address, rank.master_port), rank.rank == 0
+    listening = socket.create_server(place).detach() if first else None
+    store = distributed.TCPStore(*place, rank.world_size, first, timeout, master_listen_fd=listening)
+    distributed.init_process_group("gloo", store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout)

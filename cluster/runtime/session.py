@@ -1,21 +1,19 @@
 """Joins a Ray cluster, or starts one of our own on this machine for as long as it is needed."""
 
-import logging
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import psutil
 
-from cluster.runtime import limits
+from cluster.runtime import limits, own_ray
 from configs.errors import InputError, lines_of
 from configs.schema.pretrain import ClusterSettings
-from trainer.pretraining.startup import replaced
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -32,7 +30,6 @@ _ENVIRONMENT = {
 _KILLED_S = 5.0  # until a killed process is gone
 _ROOM_S = 30.0
 _LOOK_S = 0.2
-_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 def unreachable(address: str) -> str | None:
@@ -48,30 +45,6 @@ def unreachable(address: str) -> str | None:
 
 
 @contextmanager
-def _only_what_is_used() -> Iterator[None]:
-    """Leaves out processes that an embedded Ray starts and nothing here uses: they take a second or two of every start.
-
-    They are the dashboard's server, for which ``ray.init`` waits even where ``include_dashboard`` is false, and the
-    monitors of autoscaling and of logs. Ray has no setting for it; a version that this was not tried with starts
-    all of them.
-    """
-    import ray
-    import ray._private.node
-    from ray._private import services
-
-    if not ray.__version__.startswith("2.55."):
-        yield
-        return
-    node: Any = ray._private.node.Node
-    with (
-        replaced(services, "start_api_server", lambda *_, **__: (None, None)),
-        replaced(node, "start_monitor", lambda _: None),
-        replaced(node, "start_log_monitor", lambda _: None),
-    ):
-        yield
-
-
-@contextmanager
 def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
     """A connected Ray: ``cluster.address``, else RAY_ADDRESS, else an embedded one with the CPUs that are needed.
 
@@ -82,19 +55,21 @@ def ray_session(settings: ClusterSettings, processes: int) -> Iterator[Any]:
     Raises:
         InputError: no Ray answers at the address.
     """
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    import ray
+    with own_ray.environment({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}):
+        import ray
 
-    if ray.is_initialized():  # a stage inside a pipeline that holds the session already
-        yield ray
-        return
-    with _nothing_left():
-        with _our_sigterm():
-            if address_of(settings):
-                _join(settings)
-            else:
-                _start(processes * settings.threads_per_rank)
-        yield ray
+        if ray.is_initialized():  # a stage inside a pipeline that holds the session already
+            yield ray
+            return
+        address = address_of(settings)
+        with nullcontext() if address else own_ray.own_token(), _nothing_left():
+            with _our_sigterm():
+                if address:
+                    _join(settings)
+                else:
+                    limits.refuse_narrow()
+                    own_ray.start(processes * settings.threads_per_rank)
+            yield ray
 
 
 def refuse_without_room(ray: Any, option: str, processes: int, cpus: int) -> None:
@@ -192,15 +167,6 @@ def _join(settings: ClusterSettings) -> None:
     if reason:  # Ray itself would try for minutes
         raise no_ray(settings, reason)
     try:
-        ray.init(address=address, **_QUIET)
+        ray.init(address=address, **own_ray.QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise no_ray(settings, lines_of(error)[0]) from error
-
-
-def _start(cpus: int) -> None:
-    import ray
-
-    limits.refuse_narrow()
-    with _only_what_is_used():
-        # `address="local"`: never join another Ray of this machine by accident.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **_QUIET)

@@ -94,8 +94,9 @@ def both(command, forks, **given):
     return started, forked
 
 
-@pytest.mark.parametrize("way", [{}, {"start_new_session": True}, {"env": {**os.environ, "SILOWEAVE_CACHE": "ö"}}])
+@pytest.mark.parametrize("way", [{}, {"start_new_session": True}, {"more": {"SILOWEAVE_CACHE": "ö"}}])
 def test_a_forked_program_finds_the_state_of_one_that_was_started(program, forks, tmp_path, way):
+    way = {"env": {**os.environ, **way["more"]}} if "more" in way else way
     (tmp_path / "elsewhere").mkdir()
     command = [program(LIBRARIES + TELL), "a", "b c", "ö\udcff"]
     started, forked = both(command, forks, cwd=tmp_path / "elsewhere", input=b"said\n\xc3\xb6", **way)

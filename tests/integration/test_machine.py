@@ -40,6 +40,12 @@ def with_few_files(files, command):
     return [sys.executable, "-c", _WITH_FEW_FILES, str(files), *command]
 
 
+def addresses_of(processes):
+    """Where they listen."""
+    listening = [each for one in processes for each in one.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    return {each.laddr.ip.removeprefix("::ffff:") for each in listening}
+
+
 @pytest.mark.parametrize(
     ("number", "awaited", "status"), [(signal.SIGTERM, "commit", 143), (signal.SIGINT, "start", 130)]
 )
@@ -68,6 +74,7 @@ def test_a_run_on_a_narrow_machine_goes_and_ends_when_it_is_told_to(tiny_run, tm
         assert time.monotonic() < deadline, f"no {awaited} in time"
         time.sleep(0.05)
     started = process.children(recursive=True)
+    assert addresses_of([process, *started]) <= {"127.0.0.1"}, "other machines reach it"
     process.send_signal(number)
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == status, errors
@@ -107,3 +114,53 @@ def test_what_the_machine_does_not_allow_is_said_before_ray_starts(tmp_path, env
     )
     assert done.returncode == 1
     assert re.search(f"InputError: .*{told}", done.stderr), done.stderr
+
+
+_HOLD = """
+import os, sys
+from cluster.runtime.session import ray_session
+from configs.load import load
+before = dict(os.environ)
+for _ in range(2):
+    with ray_session(load("tiny").cluster, 1) as ray:
+        print(ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"], flush=True)
+        sys.stdin.readline()
+print({name for name in os.environ if name.startswith("RAY_AUTH") and os.environ[name] != before.get(name)})
+"""
+_SEND = """
+import logging, os, ray, sys
+ray.init(sys.argv[1], logging_level=logging.CRITICAL, log_to_driver=False)
+print(ray.get(ray.remote(lambda: os.getpid()).remote()))
+"""
+
+
+def test_a_ray_of_our_own_takes_code_from_nobody_else(tmp_path):
+    """Before: from whoever reached one of its ports, which were open on all addresses of the machine."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = psutil.Popen(
+        [sys.executable, "-c", _HOLD], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    tokens = []
+    for _ in range(2):
+        address, token = process.stdout.readline().split()
+        tokens.append(token)
+        assert addresses_of([process, *process.children(recursive=True)]) == {"127.0.0.1"}
+        there = {**environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # 127.0.0.1 is not to be another address
+        others = {"no token": {}, "another": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}}
+        for other, more in others.items():
+            sent = _sent(address, {**there, **more}, tmp_path)
+            assert (sent.returncode, "ConnectionError" in sent.stderr) == (1, True), (other, sent)
+        mine = _sent(address, {**there, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}, tmp_path)
+        assert (mine.returncode, mine.stdout.strip().isdigit()) == (0, True), mine
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert process.communicate(timeout=60)[0] == "set()\n"
+    assert len({*tokens}) == 2
+    assert all(re.fullmatch("[0-9a-f]{64}", token) for token in tokens)
+
+
+def _sent(address, environment, folder):
+    command = [sys.executable, "-c", _SEND, address]
+    return subprocess.run(
+        command, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=120
+    )

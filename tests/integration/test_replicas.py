@@ -170,9 +170,8 @@ def test_one_of_two_replicas_is_killed_under_load_and_nothing_is_lost_that_had_n
         assert ended(other)
 
 
-def test_replicas_that_can_not_be_are_refused_in_one_line(siloweave, base, tmp_path, shared_ray):
-    address = shared_ray.get_runtime_context().gcs_address
-    found = siloweave("serve", str(base), "--replicas", "1000", "--port", "0", cwd=tmp_path, RAY_ADDRESS=address)
+def test_replicas_that_can_not_be_are_refused_in_one_line(siloweave, base, tmp_path, joined_ray):
+    found = siloweave("serve", str(base), "--replicas", "1000", "--port", "0", cwd=tmp_path)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith("error: --replicas 1000: they need 1000 CPUs, 1 on a node for each, and the ")
     assert found.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import uvicorn
@@ -70,8 +71,8 @@ class FlowerLink:
         return self.grid
 
     def _start(self) -> None:
-        os.environ["FLWR_DATABASE"] = f"sqlite:///{self.folder}/superlink.sqlite"
-        self.app = create_app()
+        with patch.dict(os.environ, FLWR_DATABASE=f"sqlite:///{self.folder}/superlink.sqlite"):
+            self.app = create_app()
         files = {"ssl_keyfile": str(self.folder / "server.key"), "ssl_certfile": str(self.folder / "server.pem")}
         config = uvicorn.Config(self.app, host="127.0.0.1", port=self.port, log_level="warning", **files)
         self.server = uvicorn.Server(config)
