@@ -182,10 +182,10 @@ class Coordinator:
         said["continues"] = commits.earlier_certificate(self.directory)
         model = ModelDigests(base_model=base, rounds=self.digests, adapter=files, **said)
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
-            reserved = {AGGREGATOR: self.aggregator.close()}
+            reserved, mandated = {AGGREGATOR: self.aggregator.close()}, self.silo_records.mandated()
         else:
-            reserved = self.silo_records.for_certificate(model.contributors())
-        document = certificate(self.exchange.run.id, self.plan, reserved, model)
+            reserved, mandated = self.silo_records.for_certificate(model.contributors()), {}
+        document = certificate(self.exchange.run.id, self.plan, reserved, model, mandated=mandated)
         write_atomic(self.directory / CERTIFICATE, json.dumps(document, indent=2, sort_keys=True).encode())
         return document
 

@@ -14,11 +14,11 @@ from configs.storage.files import canonical_json
 from federated.protocol import silo_pb2 as pb
 from privacy.certificate.signed_parts import (
     check_closing,
+    check_entrusted,
     check_history,
     check_mandate,
     check_receipt,
     check_statement,
-    expect,
     position,
 )
 from privacy.ledger.statements import Receipt, RunStatement
@@ -64,7 +64,7 @@ class SiloRecords:
         """The receipt of what was committed of a silo, once it and the statement are found sound."""
         where = f"{origin}.receipt"
         receipt = parse(Receipt, silo["receipt"], where)
-        check_mandate(silo, name, self._plan, receipt.epsilon_reserved, f"{origin}.mandate")
+        check_mandate(silo, name, self._plan, self._spent(receipt), f"{origin}.mandate")
         self._check(name, silo, receipt, where)
         if "statement" in silo:
             where = f"{origin}.statement"
@@ -105,7 +105,7 @@ class SiloRecords:
             where = f"mandate of silo {silo}"
             facts = {**self.silos[silo], "mandate": json_object(reserved.mandate, where)}
             receipt = Receipt.from_bytes(reserved.receipt, f"receipt of silo {silo}")
-            check_mandate(facts, silo, self._plan, receipt.epsilon_reserved, where)
+            check_mandate(facts, silo, self._plan, self._spent(receipt), where)
             for field, asked in (("study", study), ("coordinator", coordinator)):
                 if (found := facts["mandate"]["terms"][field]) != asked:
                     raise InputError(f"{where}.terms.{field} is {found!r}, and the run asks as {asked or 'none'!r}")
@@ -199,6 +199,16 @@ class SiloRecords:
             )
         return reserved
 
+    def mandated(self) -> dict[str, dict[str, Any]]:
+        """What shows that the mandate of each silo that has one covers a run with clients as units."""
+        fields = ("dataset_id", "public_key", "mandate", "receipt")
+        under = {name: silo for name, silo in self.silos.items() if "mandate" in silo and "receipt" in silo}
+        return {name: {field: silo[field] for field in fields} for name, silo in under.items()}
+
+    def _spent(self, receipt: Receipt) -> float:
+        """What counts for a mandate's budget; with clients as units, what the aggregator's plan claims."""
+        return receipt.epsilon_reserved if self._plan.unit == "record" else self._plan.epsilon
+
     def _receipt(self, silo: str) -> Receipt | None:
         found = self.silos[silo].get("receipt")
         return Receipt.model_validate(found) if found else None
@@ -207,10 +217,7 @@ class SiloRecords:
         if self._plan.unit == "record":
             check_receipt(receipt, silo, name, self._run_id, self._plan, where)
             return
-        # Entrusted, not reserved: such a run spends nothing of the silo's own budget, and its receipt says so.
-        owner = {"silo": name, "dataset": silo["dataset_id"], "public_key": silo["public_key"], "run": self._run_id}
-        nothing = {"plan_digest": "", "public_record_count": 0, "epsilon_reserved": 0.0, "delta_reserved": 0.0}
-        expect(receipt, {**owner, **nothing}, where)
+        check_entrusted(receipt, silo, name, self._run_id, self._plan, where)
 
     def _check_statement(
         self, name: str, silo: Mapping[str, Any], statement: RunStatement, receipt: Receipt, where: str

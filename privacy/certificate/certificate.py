@@ -15,8 +15,8 @@ from privacy.ledger.statements import AuditStatement
 from privacy.plan import PlanTerms
 from privacy.secure_sum import SecureSum
 
-CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL, FIRST_WITH_SUMS = 10, (3, 4, 5, 6, 7, 8, 9, 10), 4, 8
-FIRST_WITH_SHARED_NOISE, _FIRST_WITH_MASKED_EVALUATIONS = 9, 10
+CERTIFICATE_VERSION, READABLE, FIRST_WITH_MODEL, FIRST_WITH_SUMS = 11, (3, 4, 5, 6, 7, 8, 9, 10, 11), 4, 8
+FIRST_WITH_SHARED_NOISE, _FIRST_WITH_MASKED_EVALUATIONS, FIRST_WITH_MANDATES_OF_CLIENTS = 9, 10, 11
 NOT_AUDITED = "not audited"
 AGGREGATOR = "aggregator"
 _LIBRARIES = ("siloweave", "torch", "numpy", "randomgen", "opacus", "dp-accounting", "transformers", "peft")
@@ -59,6 +59,7 @@ _NOT_COVERED = {
     8: _NOT_COVERED_IN_7,
     9: _NOT_COVERED_IN_7,
     10: _NOT_COVERED_IN_7,
+    11: _NOT_COVERED_IN_7,
 }
 _TRUSTED = (
     "the aggregator, which sees every client's update without noise and adds the noise to their sum: this holds "
@@ -74,6 +75,8 @@ _CLIENTS_NOT_COVERED = (
     "who takes part, and in which round: membership and participation are public",
 )
 
+_MANDATES_NOT_COVERED = ("a client's mandate that the coordinator leaves out: only that client's own ledger names it",)
+
 
 def certificate(
     run_id: str,
@@ -81,6 +84,7 @@ def certificate(
     ledgers: Mapping[str, Mapping[str, Any]],
     model: ModelDigests | None,
     *,
+    mandated: Mapping[str, Mapping[str, Any]] | None = None,
     versions: Mapping[str, str] | None = None,
     form: int = CERTIFICATE_VERSION,
 ) -> dict[str, Any]:
@@ -93,6 +97,8 @@ def certificate(
             run, its ``statement``; the one silo of an audit's run also has the ``audit``. With clients as units, of the
             aggregator alone.
         model: what was made; None for an audit, of which nothing is published.
+        mandated: with clients as units, of each silo that had a mandate, by name: ``dataset_id``, ``public_key``, the
+            ``mandate``, and the ``receipt`` that names it.
         versions: of the libraries; None takes those that are installed.
         form: version of the document.
 
@@ -126,9 +132,11 @@ def certificate(
         "left_each_silo": _left_each_silo(plan, form),
         **({} if form < FIRST_WITH_SUMS or plan.secure_sum is None else {"secure_sum": _of_sums(plan.secure_sum)}),
         **_signed_by(plan, ledgers),
+        **({"mandates": {name: dict(part) for name, part in mandated.items()}} if mandated else {}),
         **({} if form < FIRST_WITH_MODEL else {"model": _model(model)}),
         "not_covered": [
             *(_CLIENTS_NOT_COVERED if plan.unit == "client" else ()),
+            *(_MANDATES_NOT_COVERED if plan.unit == "client" and form >= FIRST_WITH_MANDATES_OF_CLIENTS else ()),
             *(_SHARED_NOT_COVERED if plan.noise is not None else ()),
             *_NOT_COVERED[form],
         ],

@@ -9,6 +9,7 @@ from privacy.accounting.size import check_size
 from privacy.certificate.certificate import (
     AGGREGATOR,
     CERTIFICATE_VERSION,
+    FIRST_WITH_MANDATES_OF_CLIENTS,
     FIRST_WITH_MODEL,
     FIRST_WITH_SHARED_NOISE,
     NOT_AUDITED,
@@ -21,6 +22,7 @@ from privacy.certificate.signed_parts import (
     TOLERANCE,
     check_closing,
     check_mandate,
+    check_mandated,
     check_receipt,
     check_statement,
     expect,
@@ -32,6 +34,7 @@ from privacy.ledger.statements import AuditStatement, Receipt, RunStatement
 from privacy.plan import PlanTerms
 
 _SILO_FIELDS = {"dataset_id", "public_key", "public_record_count", "receipt", "statement", "audit", "mandate"}
+_MANDATE_FIELDS = {"dataset_id", "public_key", "mandate", "receipt"}
 
 
 def check_certificate(document: Mapping[str, Any], origin: str) -> None:
@@ -71,7 +74,8 @@ def check_certificate(document: Mapping[str, Any], origin: str) -> None:
     if not all(isinstance(version, str) for version in versions.values()):
         raise InputError(f"{origin}: versions: not all are strings; the certificate was edited")
     model = _model(document, signed, plan, f"{origin}: model") if form >= FIRST_WITH_MODEL else None
-    again = certificate(run, plan, signed, model, versions=versions, form=form)
+    mandated = _mandated(document, signed, plan, form, origin)
+    again = certificate(run, plan, signed, model, mandated=mandated, versions=versions, form=form)
     _compare(document, again, "", origin)
     if again["audited"] != NOT_AUDITED and (bound := again["audited"]["epsilon_lower_bound_99_9"]) > plan.epsilon:
         raise InputError(f"{origin}: audited: epsilon is at least {bound:.4g} (99.9% confidence): its claim is false")
@@ -126,6 +130,23 @@ def _check_sums(model: ModelDigests, plan: PlanTerms, ledgers: Mapping[str, Any]
                 f"{where}.rounds.{number - 1}: {summed} releases, and with secure aggregation there are none or at "
                 f"least {plan.secure_sum.fewest}; do not trust it"
             )
+
+
+def _mandated(
+    document: Mapping[str, Any], ledgers: Mapping[str, Mapping[str, Any]], plan: PlanTerms, form: int, origin: str
+) -> dict[str, dict[str, Any]]:
+    """The mandates of the silos of a run with clients as units, whose noise and ledger are the aggregator's."""
+    if "mandates" not in document or plan.unit != "client" or form < FIRST_WITH_MANDATES_OF_CLIENTS:
+        return {}
+    found = _mapping(document["mandates"], f"{origin}: mandates")
+    for name, value in found.items():
+        where = f"{origin}: mandates.{name}"
+        part = _mapping(value, where)
+        for field in sorted(part.keys() ^ _MANDATE_FIELDS):
+            raise InputError(f"{where}.{field}: {'no such field' if field in part else 'missing'}; edited")
+        receipt = parse(Receipt, part["receipt"], f"{where}.receipt")
+        check_mandated(part, receipt, name, document["run_id"], plan, ledgers[AGGREGATOR]["public_key"], where)
+    return {name: dict(value) for name, value in found.items()}
 
 
 def _where(origin: str, unit: str, name: str) -> str:

@@ -60,6 +60,46 @@ def check_mandate(
     return mandate.model_dump(mode="json")
 
 
+def check_mandated(
+    part: Mapping[str, Any], receipt: Receipt, name: str, run: str, plan: PlanTerms, aggregator: str, where: str
+) -> None:
+    """Checks what a silo has signed of a run with clients as units: that its mandate covers the plan.
+
+    Args:
+        part: ``dataset_id``, ``public_key`` and ``mandate`` of the silo.
+        receipt: its receipt.
+        name: the silo's.
+        run: the run.
+        plan: the run's.
+        aggregator: public key of who has asked.
+        where: what is checked, for the message.
+
+    Raises:
+        InputError: the mandate was edited, is another silo's or for another coordinator, or does not cover the plan; or
+            the receipt is not of this run under this mandate, or says that the silo's own budget was spent.
+    """
+    mandate = check_mandate(part, name, plan, plan.epsilon, f"{where}.mandate")
+    if mandate is None:
+        raise InputError(f"{where}.mandate: missing; only a silo with a mandate stands here")
+    if (found := mandate["terms"]["coordinator"]) != aggregator:
+        raise InputError(f"{where}.mandate.terms.coordinator is {found!r}, and the run is {aggregator!r}'s")
+    check_entrusted(receipt, part, name, run, plan, f"{where}.receipt")
+
+
+def check_entrusted(
+    receipt: Receipt, silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str
+) -> None:
+    """Checks the receipt of a silo whose updates leave without noise: such a run spends nothing of its own budget.
+
+    Raises:
+        InputError: a field is not as expected, or the signature doesn't hold.
+    """
+    owner = {"silo": name, "dataset": silo.get("dataset_id"), "public_key": silo.get("public_key"), "run": run}
+    nothing = {"public_record_count": 0, "epsilon_reserved": 0.0, "delta_reserved": 0.0}
+    under = {"mandate": digest_json(silo["mandate"]), "plan_digest": plan.digest} if "mandate" in silo else None
+    expect(receipt, {**owner, **nothing, **(under or {"mandate": "", "plan_digest": ""})}, where)
+
+
 def check_receipt(receipt: Receipt, silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str) -> None:
     """Checks every field of a receipt that is known from elsewhere; see ``in_both``.
 

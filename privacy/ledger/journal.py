@@ -156,7 +156,8 @@ class Journal:
         history = self.history()
         entries, bodies = history.entries, history.bodies
         remaining, run = left(bodies), Runs(bodies).of(run_id, coordinator)
-        reservation = run.opening if run is not None and run.opening["kind"] == "reserve" else {}
+        opening = run.opening if run is not None else {}
+        reservation = opening if opening.get("kind") == "reserve" else {}
         return Receipt(
             silo=self.silo_id,
             dataset=self.dataset_id,
@@ -165,13 +166,13 @@ class Journal:
             number=len(entries),
             head=entries[-1]["hash"],
             epoch=history.epoch,
-            plan_digest=reservation.get("plan_digest", ""),
+            plan_digest=(opening if "mandate" in opening else reservation).get("plan_digest", ""),
             public_record_count=reservation.get("public_record_count", 0),
             epsilon_reserved=reservation.get("epsilon", 0.0),
             delta_reserved=reservation.get("delta", 0.0),
             epsilon_left=remaining.epsilon,
             delta_left=remaining.delta,
-            mandate=reservation.get("mandate", ""),
+            mandate=opening.get("mandate", ""),
             spends=history.spends,
         ).signed(self.signer)
 

@@ -85,8 +85,8 @@ class Receipt(Signed):
         number: the newest entry.
         head: hash of that entry.
         epoch: how often the ledger has been reconciled.
-        plan_digest: of the plan that the run reserved; empty where it has reserved none, and then the next three are
-            zero.
+        plan_digest: of the plan that the run reserved. Where it has reserved none the next three are zero, and this is
+            of the plan for clients that it was entrusted with under a mandate, or empty.
         public_record_count: what the steward declared then.
         epsilon_reserved: of the run.
         delta_reserved: of the run.

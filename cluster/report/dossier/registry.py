@@ -57,5 +57,6 @@ def entry(sources: Sources) -> dict[str, Any]:
 
 
 def _purposes(sources: Sources) -> list[str]:
-    found = (ledger["mandate"]["terms"]["purpose"] for ledger in sources.ledgers.values() if "mandate" in ledger)
+    signed = (*sources.ledgers.values(), *sources.clients.values())
+    found = (part["mandate"]["terms"]["purpose"] for part in signed if "mandate" in part)
     return list(dict.fromkeys(found))

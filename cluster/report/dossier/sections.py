@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from cluster.report.dossier.sources import AUDIT, COORDINATOR, Sentence, Sources, Traffic, cited
 from privacy.certificate.certificate import NOT_AUDITED
@@ -66,15 +67,15 @@ def _data(sources: Sources) -> Iterator[Sentence]:
             says = "states" if statement["attests_disjoint_units"] else "does not state"
             said = f"The steward of {name} {says} that its units are in no other silo"
             yield cited(f"{said}.", *at, "statement", "attests_disjoint_units")
-        yield from _mandate(sources, name)
+        if "mandate" in ledger:
+            yield from _mandate(name, ledger["mandate"]["terms"], (*at, "mandate"))
+        else:
+            yield cited(f"{name} has signed no mandate for this run.", *at, "receipt")
+    for name, part in sources.clients.items():
+        yield from _mandate(name, part["mandate"]["terms"], ("mandates", name, "mandate"))
 
 
-def _mandate(sources: Sources, name: str) -> Iterator[Sentence]:
-    at, mandate = (*sources.path_of(name), "mandate"), sources.ledgers[name].get("mandate")
-    if mandate is None:
-        yield cited(f"{name} has signed no mandate for this run.", *at[:-1], "receipt")
-        return
-    terms = mandate["terms"]
+def _mandate(name: str, terms: Mapping[str, Any], at: tuple[str, ...]) -> Iterator[Sentence]:
     purpose = f"{name} was asked in the name of the study {terms['study']}, whose purpose is: {terms['purpose']}"
     yield cited(f"{purpose}.", *at, "terms", "purpose")
     who = f"{name} agreed that these may be given the model: {'; '.join(terms['recipients'])}"
@@ -193,10 +194,9 @@ def _outputs(sources: Sources) -> Iterator[Sentence]:
             "head",
         )
         if "mandate" in ledger:
-            said = (
-                f"The third one, at {name}: its steward's mandate covers the run's plan, as every check computes anew"
-            )
-            yield cited(f"{said}.", *at, "mandate", "terms")
+            yield _third(name, *at)
+    for name in sources.clients:
+        yield _third(name, "mandates", name)
     yield cited(
         "What leaves is known by its digests: a file that is not among them is another model.", "model", "adapter"
     )
@@ -205,6 +205,11 @@ def _outputs(sources: Sources) -> Iterator[Sentence]:
         "policy, not for this answer to it.",
         "plan_digest",
     )
+
+
+def _third(name: str, *at: str) -> Sentence:
+    said = f"The third one, at {name}: its steward's mandate covers the run's plan, as every check computes anew"
+    return cited(f"{said}.", *at, "mandate", "terms")
 
 
 def _covered(sources: Sources) -> Iterator[Sentence]:
@@ -255,8 +260,13 @@ def _audit(sources: Sources) -> Iterator[Sentence]:
 
 def _signatures(sources: Sources) -> Iterator[Sentence]:
     for name, ledger in sources.ledgers.items():
-        at = sources.path_of(name)
-        signed = [part for part in ("receipt", "statement", "mandate") if part in ledger]
-        said = f"{name} signed its {', '.join(signed)} with key {ledger['public_key']}"
-        yield cited(f"{said}: compare it with what its steward reads out.", *at, "receipt", "signature")
+        yield _signature(name, ledger, *sources.path_of(name))
+    for name, part in sources.clients.items():
+        yield _signature(name, part, "mandates", name)
     yield cited("The coordinator signs nothing of this.", "run", file=COORDINATOR)
+
+
+def _signature(name: str, signed: Mapping[str, Any], *at: str) -> Sentence:
+    parts = [part for part in ("receipt", "statement", "mandate") if part in signed]
+    said = f"{name} signed its {', '.join(parts)} with key {signed['public_key']}"
+    return cited(f"{said}: compare it with what its steward reads out.", *at, "receipt", "signature")

@@ -80,6 +80,11 @@ class Sources:
         """What each ledger behind the certificate has signed."""
         return ledgers_of(self.certificate)
 
+    @property
+    def clients(self) -> Mapping[str, Any]:
+        """With clients as units, what each silo that had a mandate has signed of it."""
+        return dict(self.certificate.get("mandates", {}))
+
     def path_of(self, ledger: str) -> tuple[str, ...]:
         """Where the certificate has a ledger's part."""
         return (AGGREGATOR,) if self.certificate["unit"] == "client" else ("silos", ledger)
@@ -111,8 +116,8 @@ def cited(text: str, *path: str | int, file: str = CERTIFICATE) -> Sentence:
 def _standing(file: str, path: tuple[str | int, ...]) -> str:
     if file == COORDINATOR:
         return "the coordinator's word, known by the file's digest"
-    if path[0] in ("silos", AGGREGATOR) and any(part in _SIGNED for part in path):
-        return f"signed by {path[1] if path[0] == 'silos' else path[0]}"
+    if path[0] in ("silos", "mandates", AGGREGATOR) and any(part in _SIGNED for part in path):
+        return f"signed by {path[0] if path[0] == AGGREGATOR else path[1]}"
     if path[0] == "model":  # no silo signs the whole of it
         held = ", which the site's own signed ledger holds" if len(path) > _OF_A_ROUND else ""
         return f"a digest that the coordinator states, for everybody to compare{held}"

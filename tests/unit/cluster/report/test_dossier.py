@@ -21,7 +21,9 @@ from federated.audit.audit_silo import AuditSilo
 from privacy.audit.bound import Finding
 from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.ledger.chain import Budget
+from privacy.ledger.client_runs import entrust
 from privacy.ledger.ledger import Ledger
+from privacy.ledger.limits import Limits
 from privacy.plan import PlanTerms
 
 FILES = (CERTIFICATE, COORDINATOR, DOCUMENT, PAGE, REGISTRY, SUMS)
@@ -296,6 +298,29 @@ def test_with_clients_as_units_the_aggregator_is_named_as_trusted(tmp_path):
     assert any(text.startswith("The trust model: trusted is the aggregator") for text in texts)
     assert not any("has its noise already" in text for text in texts)
     assert "50 clients took part; the ledger is the aggregator's." in texts
+
+
+def test_the_mandates_of_a_run_over_clients_are_told(tmp_path):
+    of_ledger = aggregated(tmp_path)
+    north = Ledger.open(tmp_path / "north", NAME, "ward", Budget(20.0, 3e-5))
+    allowed = {"unit": "client", "budget_epsilon": 40.0, "coordinator": of_ledger["public_key"]}
+    mandate = signed(north.journal.signer, terms(**allowed), silo=NAME)
+    entrust(north.journal, "run-1", CLIENTS, of_ledger["public_key"], Limits(study=mandate.limit))
+    receipt = north.receipt("run-1", of_ledger["public_key"])
+    north.close_file()
+    documents = {"mandate": mandate.model_dump(mode="json"), "receipt": receipt.model_dump(mode="json")}
+    part = {"dataset_id": "ward", "public_key": receipt.public_key, **documents}
+    document = certificate("run-1", CLIENTS, {AGGREGATOR: of_ledger}, model_of({}, {}), mandated={NAME: part})
+    made = written(tmp_path / "dossier", document)
+    verify(made)
+    texts = {one["text"]: one for one in sentences(made)}
+    for one in texts.values():
+        looked_up(made, one)
+    purpose = f"{NAME} was asked in the name of the study {STUDY}, whose purpose is: {terms().purpose}."
+    assert texts[purpose]["standing"] == f"signed by {NAME}"
+    assert any(text.startswith(f"{NAME} signed its receipt, mandate with key {receipt.public_key}") for text in texts)
+    assert any(text.startswith(f"The third one, at {NAME}: its steward's mandate covers") for text in texts)
+    assert json.loads((made / REGISTRY).read_bytes())["deployment"]["basic"]["intended_use"] == terms().purpose
 
 
 @pytest.mark.parametrize(

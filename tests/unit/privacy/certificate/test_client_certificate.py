@@ -5,13 +5,16 @@ import json
 
 import pytest
 from client_plans import client_plan
+from mandates import STUDY, signed, terms
 from model_parts import model_of
 
 from configs.errors import InputError
 from privacy.certificate.certificate import AGGREGATOR, certificate
 from privacy.certificate.check import check_certificate, check_in_ledger
 from privacy.ledger.chain import Budget, verify_entries
+from privacy.ledger.client_runs import entrust
 from privacy.ledger.ledger import Ledger
+from privacy.ledger.limits import Limits
 from privacy.plan import PlanTerms
 
 CLIENTS = client_plan(noise_multiplier=2.0, rounds=3, num_clients=50)
@@ -135,3 +138,110 @@ def test_the_run_is_looked_for_in_the_aggregators_ledger(sound, folder, siloweav
     bodies, hashes = verify_entries(other.entries(), "test"), [entry["hash"] for entry in other.entries()]
     with pytest.raises(InputError, match="none has the ledger's key"):
         check_in_ledger(sound, bodies, hashes, "test")
+
+
+def part_of(folder, name, coordinator, plan=CLIENTS, run="run-1", **changes):
+    """What a silo signs of a run for clients, whose mandate says these terms."""
+    ledger = Ledger.open(folder / name, name, "ward", Budget(20.0, 3e-5))
+    wide = {"unit": "client", "budget_epsilon": 40.0, "min_noise_multiplier": 1.0}
+    allowed = terms(coordinator=coordinator, **{**wide, **changes})
+    mandate = signed(ledger.journal.signer, allowed, silo=name)
+    entrust(ledger.journal, run, plan, coordinator, Limits(study=mandate.limit))
+    receipt = ledger.receipt(run, coordinator)
+    ledger.close_file()
+    documents = {"mandate": mandate.model_dump(mode="json"), "receipt": receipt.model_dump(mode="json")}
+    return {"dataset_id": "ward", "public_key": receipt.public_key, **documents}
+
+
+def with_mandates(sound, mandated):
+    return json.loads(
+        json.dumps(certificate("run-1", CLIENTS, {AGGREGATOR: sound[AGGREGATOR]}, MODEL, mandated=mandated))
+    )
+
+
+@pytest.fixture(scope="module")
+def mandated(sound, folder):
+    return with_mandates(sound, {"east": part_of(folder, "east", sound[AGGREGATOR]["public_key"])})
+
+
+def leaves(value, path=()):
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*path, key))
+    else:
+        yield path, value
+
+
+def other(value):
+    if isinstance(value, bool | None):
+        return "x"
+    return value + 1 if isinstance(value, int | float) else f"{value[:-1]}{'0' if value[-1:] != '0' else '1'}"
+
+
+def test_the_mandates_of_its_silos_are_in_it_and_no_field_of_them_can_be_changed(mandated):
+    check_certificate(mandated, "test")
+    east = mandated["mandates"]["east"]
+    assert east["mandate"]["terms"]["study"] == STUDY
+    assert east["receipt"]["plan_digest"] == mandated["plan_digest"]
+    assert any("mandate that the coordinator leaves out" in line for line in mandated["not_covered"])
+    found = list(leaves(east))
+    assert len(found) > 30
+    for path, value in found:
+        changed = copy.deepcopy(mandated)
+        place = changed["mandates"]["east"]
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = other(value)
+        with pytest.raises(InputError, match=r"mandates\.east"):
+            check_certificate(changed, "test")
+
+
+def test_a_mandate_that_does_not_cover_the_run_stands_in_no_certificate(sound, tmp_path, mandated):
+    key, east = sound[AGGREGATOR]["public_key"], mandated["mandates"]["east"]
+    beyond = {
+        r"terms\.unit": {"unit": "record"},
+        r"terms\.max_rounds_per_run": {"max_rounds_per_run": 2},
+        r"terms\.min_noise_multiplier": {"min_noise_multiplier": 2.1},
+        r"terms\.budget_epsilon": {"budget_epsilon": CLIENTS.epsilon * 0.99},
+        r"terms\.coordinator is '(ab)+', and the run is": {"coordinator": "ab" * 32},
+        "plan_digest": {"plan": CLIENTS.model_copy(update={"noise_multiplier": 2.5})},
+        r"receipt\.run is 'run-2'": {"run": "run-2"},
+    }
+    for number, (said, changes) in enumerate(beyond.items()):
+        given = {"coordinator": key, **changes}
+        part = signed_anew(tmp_path / str(number), given)
+        with pytest.raises(InputError, match=rf"mandates\.east\..*{said}"):
+            check_certificate(with_mandates(sound, {"east": part}), "test")
+    for part in ({**east, "statement": {}}, {name: east[name] for name in ("dataset_id", "public_key", "receipt")}):
+        with pytest.raises(InputError, match=r"mandates\.east\.(statement: no such field|mandate: missing)"):
+            check_certificate({**mandated, "mandates": {"east": part}}, "test")
+    with pytest.raises(InputError, match=r"mandates\.west\.mandate: silo is 'east'"):
+        check_certificate({**mandated, "mandates": {"west": east}}, "test")
+    with pytest.raises(InputError, match="mandates: no such field"):
+        check_certificate({**mandated, "mandates": {}}, "test")
+
+
+def signed_anew(folder, changes):
+    """A part whose signatures all hold, though the silo itself would have refused the run."""
+    given = dict(changes)
+    coordinator, plan, run = given.pop("coordinator"), given.pop("plan", CLIENTS), given.pop("run", "run-1")
+    wide = {"unit": "client", "budget_epsilon": 40.0, "min_noise_multiplier": 1.0}
+    part = part_of(folder, "east", coordinator, plan, run)
+    if not given:
+        return part
+    ledger = Ledger.open(folder / "east", "east", "ward", Budget(20.0, 3e-5))
+    signer = ledger.journal.signer
+    mandate = signed(signer, terms(coordinator=coordinator, **{**wide, **given}), silo="east")
+    receipt = ledger.receipt(run, coordinator).model_copy(update={"mandate": mandate.digest, "signature": ""})
+    ledger.close_file()
+    documents = {"mandate": mandate, "receipt": receipt.signed(signer)}
+    return {**part, **{name: one.model_dump(mode="json") for name, one in documents.items()}}
+
+
+def test_a_version_before_had_no_mandates_of_clients(mandated):
+    earlier = {**mandated, "version": 10}
+    earlier["not_covered"] = [line for line in mandated["not_covered"] if "leaves out: only that client" not in line]
+    with pytest.raises(InputError, match="mandates: no such field"):
+        check_certificate(earlier, "test")
+    del earlier["mandates"]
+    check_certificate(earlier, "test")

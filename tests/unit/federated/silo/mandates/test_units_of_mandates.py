@@ -204,7 +204,7 @@ def test_the_studys_budget_counts_what_plans_for_clients_claim(silo):
 
 
 def test_a_whole_run_for_clients_that_a_mandate_covers(silo, tiny_run, tiny_model, tmp_path):
-    """The coordinator takes the reservation with its mandate; the run's certificate is of its own ledger, and holds."""
+    """The run's certificate is of the coordinator's own ledger, and has the mandate that the silo's receipt names."""
     overrides = (
         *("federated.study=ward-notes", "federated.rounds=2", "federated.local_steps=2", "federated.min_silos=1"),
         *("privacy.unit=client", "privacy.num_clients=10", "privacy.epsilon=1"),
@@ -219,8 +219,12 @@ def test_a_whole_run_for_clients_that_a_mandate_covers(silo, tiny_run, tiny_mode
     mandate, log = mandated(silo), EventLog(tmp_path / "run" / "events.jsonl")
     run = Coordinator(InProcess([silo]), config, tiny_model, tmp_path / "run", parties, log)
     run.run(lambda: initial_adapter(config, tiny_model))
-    check_certificate(run.certify_model(FILES), "test")
-    assert run.silo_records.silos["north"]["mandate"] == mandate.model_dump(mode="json")
+    document = run.certify_model(FILES)
+    check_certificate(document, "test")
+    north = document["mandates"]["north"]
+    assert north["mandate"] == mandate.model_dump(mode="json")
+    assert (north["receipt"]["mandate"], north["receipt"]["plan_digest"]) == (mandate.digest, document["plan_digest"])
+    assert north["receipt"]["spends"] == []
     kinds = [body["kind"] for body in bodies(silo)]
     assert kinds == ["open", "entrust", "unnoised", "unnoised", "close"]
 
