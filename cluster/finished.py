@@ -8,6 +8,7 @@ from typing import Any
 from configs.errors import InputError
 from configs.parse import json_object, parse, read_toml, reading
 from configs.schema.schema import RunConfig
+from configs.schema.tasks import WRITTEN
 from configs.storage.files import digest_bytes
 from configs.storage.layout import CALIBRATION, CERTIFICATE, NO_DP, RunFiles
 from configs.storage.manifests import Manifest, require_manifest
@@ -136,7 +137,7 @@ def check_head(model: Any, task: Any, place: Path) -> None:
 
 
 def calibrated(task: Any, made: Path, digest: str) -> tuple[Any, str]:
-    """A task whose answers are read as `siloweave calibrate` has found best, and that file's digest.
+    """A task whose answers are read or written as `siloweave calibrate` has found best, and that file's digest.
 
     Args:
         task: as it is; returned without a digest where nothing was calibrated.
@@ -149,19 +150,34 @@ def calibrated(task: Any, made: Path, digest: str) -> tuple[Any, str]:
     path = made / CALIBRATION
     if not path.is_file():
         return task, ""
-    from trainer.tasks.task import Calibration, LabellingTask
-
     with reading(path, "run `siloweave calibrate` again, or delete it"):
         content = path.read_bytes()
         document = json_object(content, str(path))
         if document["model"] != digest:
             raise InputError(f"{path}: is of another model; run `siloweave calibrate` again, or delete it")
-        temperature, thresholds = document["temperature"], tuple(document["thresholds"])
-        known = all(isinstance(one, float) and math.isfinite(one) for one in (temperature, *thresholds))
-        known = known and isinstance(task, LabellingTask) and temperature > 0
-        if not known or len(thresholds) not in (0, len(task.head.labels)):
-            raise ValueError
-    return task.calibrated(Calibration(temperature, thresholds)), digest_bytes(content)
+        found = _answering(task, document) if "decoding" in document else _reading(task, document)
+    return found, digest_bytes(content)
+
+
+def _reading(task: Any, document: dict[str, Any]) -> Any:
+    from trainer.tasks.task import Calibration, LabellingTask
+
+    temperature, thresholds = document["temperature"], tuple(document["thresholds"])
+    known = all(isinstance(one, float) and math.isfinite(one) for one in (temperature, *thresholds))
+    known = known and isinstance(task, LabellingTask) and temperature > 0
+    if not known or len(thresholds) not in (0, len(task.head.labels)):
+        raise ValueError
+    return task.calibrated(Calibration(temperature, thresholds))
+
+
+def _answering(task: Any, document: dict[str, Any]) -> Any:
+    from trainer.inference.decoding import Decoding
+
+    beams, penalty = document["decoding"]["beams"], document["decoding"]["repetition_penalty"]
+    if type(beams) is not int or type(penalty) is not float or task.name not in WRITTEN:
+        raise ValueError
+    Decoding(beams=beams, repetition_penalty=penalty)  # which refuses what is out of range
+    return task.decoded(beams, penalty)
 
 
 def _privacy(place: Path) -> str:

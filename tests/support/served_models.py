@@ -52,7 +52,7 @@ def a_federation(run, base, seed):
 
 
 def a_labelling_run(run, base, task, labels=()):
-    """A run whose federation has left an adapter and a head for a task, and the model with both, which peft holds."""
+    """A run whose federation has left an adapter and a task's head, if it has one, and the model with both in peft."""
     settings = [f"federated.task={task}", f"federated.labels={list(labels)}", f"model.context_length={CONTEXT}"]
     config = load("tiny", settings)
     shutil.copytree(base, run / "model")
@@ -65,6 +65,7 @@ def a_labelling_run(run, base, task, labels=()):
     federation = run / "federated"
     model.save_pretrained(federation / "adapter", save_embedding_layers=False)
     digest = require_manifest(run / "model", "model", "export").content_digest
-    made = Manifest("federated", "made-up", inputs={"model": digest}, metadata={"head": asdict(head)})
+    of_head = {"head": asdict(head)} if head else {}
+    made = Manifest("federated", "made-up", inputs={"model": digest}, metadata=of_head)
     commit_manifest(federation, made)
     return run, model.eval(), config.federated.task_spec

@@ -155,6 +155,14 @@ class LabellingTask(Task, Protocol):
 
 
 @runtime_checkable
+class DecodedTask(Task, Protocol):
+    """A task whose answers are written token by token."""
+
+    def decoded(self, beams: int, repetition_penalty: float, /) -> Task:
+        """The same task, whose predictions are written by a search with so many beams and such a penalty."""
+
+
+@runtime_checkable
 class PromptedTask(Task, Protocol):
     """A task that asks for an answer, and can show before that what answers are."""
 

@@ -23,6 +23,9 @@ from trainer.tasks.text import padded, random_ids, token_nats
 _GREEDY = {
     "do_sample": False,
     "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
     "num_return_sequences": 1,
     "min_length": 0,
     "min_new_tokens": None,
@@ -42,7 +45,7 @@ class WrittenAnswerTask:
     def __init__(self, tokenizer: Any, context_length: int, spec: TaskSpec) -> None:
         self._tokenizer, self.context_length = tokenizer, context_length
         self._template = spec.template or self.default_template
-        self._shown = ""
+        self._shown, self._how = "", _GREEDY
         self.measures = self.measured(spec, context_length)
 
     @classmethod
@@ -97,6 +100,12 @@ class WrittenAnswerTask:
         """The same task, with these worked examples before each prompt."""
         found = copy(self)
         found._shown = "".join(f"{''.join(filled(self._template, row))}\n\n" for row in rows)
+        return found
+
+    def decoded(self, beams: int, repetition_penalty: float) -> Self:
+        """The same task, whose predictions are written by a search with so many beams and such a penalty."""
+        found = copy(self)
+        found._how = {**_GREEDY, "num_beams": beams, "repetition_penalty": repetition_penalty}
         return found
 
     def _encoded(self, row: Row) -> Encoded | None:
@@ -169,14 +178,14 @@ class WrittenAnswerTask:
 
     def predictions(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int) -> list[Prediction]:
         """What the model writes by itself where each example's last answer stands, always its likeliest token."""
-        return [Prediction(self._written(model, example, max_new_tokens, stops=True)) for example in examples]
+        return [Prediction(self._written(model, example, max_new_tokens, self.ends, self._how)) for example in examples]
 
     def overlaps(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int) -> list[float]:
         """What the same texts have in common with the right answers, by chrF.
 
         It writes as many tokens for each, also after it has ended its answer: how long that takes does not tell where.
         """
-        written = [self._written(model, example, max_new_tokens, stops=False) for example in examples]
+        written = [self._written(model, example, max_new_tokens, (), _GREEDY) for example in examples]
         return [chrf(mine, right) for mine, right in zip(written, self.references(examples), strict=True)]
 
     def references(self, examples: Sequence[Encoded]) -> list[str]:
@@ -198,10 +207,12 @@ class WrittenAnswerTask:
         """How many of the tokens that transformers gives back were not written: it repeats what a decoder has read."""
         return len(asked)
 
-    def _written(self, model: Any, example: Encoded, max_new_tokens: int, *, stops: bool) -> str:
+    def _written(
+        self, model: Any, example: Encoded, max_new_tokens: int, ends: Sequence[int], how: Mapping[str, Any]
+    ) -> str:
         asked = self.asked(example)
         most = min(max_new_tokens, self.room(example))
-        tokens = _greedy(model, asked, most, self.ends if stops else ())[self.read(asked) :]
+        tokens = _generated(model, asked, most, ends, how)[self.read(asked) :]
         ended = next((place for place, token in enumerate(tokens) if token in self.ends), len(tokens))
         return self._text(tokens[:ended])
 
@@ -210,8 +221,10 @@ class WrittenAnswerTask:
         return str(text).strip()
 
 
-def _greedy(model: Any, ids: Sequence[int], max_new_tokens: int, ends: Sequence[int]) -> list[int]:
-    """Tokens that a model holds likeliest, one by one, for one text alone: no other one, and no padding, is near it."""
+def _generated(
+    model: Any, ids: Sequence[int], max_new_tokens: int, ends: Sequence[int], how: Mapping[str, Any]
+) -> list[int]:
+    """What a model goes on with, for one text alone: no other one, and no padding, is near it."""
     read = torch.tensor([list(ids)])
     with torch.no_grad():
         found = model.generate(
@@ -221,7 +234,7 @@ def _greedy(model: Any, ids: Sequence[int], max_new_tokens: int, ends: Sequence[
             eos_token_id=list(ends) or None,
             pad_token_id=ends[0] if ends else None,
             use_cache=True,
-            **_GREEDY,
+            **how,
         )
     tokens: list[int] = found[0].tolist()
     return tokens
