@@ -4,6 +4,8 @@ import json
 import tempfile
 from pathlib import Path
 
+import tomli_w
+
 from configs.schema.silo import SiloConfig
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import reply_holds, seal_request
@@ -37,6 +39,20 @@ def ward(folder, model, rows=60, **policy):
         data={"source": str(data)},
         policy={"budget_epsilon": 20.0, "budget_delta": 1e-4, "max_epsilon_per_run": 10.0, **policy},
     )
+
+
+def silo_toml(folder, name="north", **policy):
+    """The file ``silo.toml`` of a silo whose records and base model are not there yet."""
+    places = {one: str(folder / one) for one in ("state", "model", "data.jsonl")}
+    silo = {"id": name, "dataset_id": "ward", "state_dir": places["state"], "base_model": places["model"]}
+    tree = {
+        "silo": {**silo, "public_record_count": 100},
+        "data": {"source": places["data.jsonl"]},
+        "policy": {"budget_epsilon": 20.0, "budget_delta": 1e-4, **policy},
+    }
+    path = folder / "silo.toml"
+    path.write_text(tomli_w.dumps(tree))
+    return path
 
 
 COORDINATOR = signer_of(bytes(range(32)))

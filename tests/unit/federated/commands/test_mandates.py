@@ -6,7 +6,7 @@ import os
 import pytest
 import tomli_w
 from mandates import STUDY, terms
-from silo_requests import COORDINATOR
+from silo_requests import COORDINATOR, silo_toml
 from typer.testing import CliRunner
 
 from configs.errors import InputError
@@ -20,21 +20,7 @@ from privacy.mandate import read_mandate
 
 @pytest.fixture
 def toml(tmp_path):
-    path = tmp_path / "silo.toml"
-    path.write_text(
-        f"""[silo]
-id = "north"
-dataset_id = "ward"
-state_dir = "{tmp_path / "state"}"
-base_model = "{tmp_path / "model"}"
-public_record_count = 100
-[data]
-source = "{tmp_path / "data.jsonl"}"
-[policy]
-budget_epsilon = 20.0
-budget_delta = 1e-4
-"""
-    )
+    path = silo_toml(tmp_path)
     Ledger.open(tmp_path / "state", "north", "ward", Budget(20.0, 1e-4)).close_file()
     trust(tmp_path / "state", TrustedCoordinator(name="oncology", public_key=COORDINATOR.public_key))
     return path
@@ -160,20 +146,6 @@ def test_one_that_has_expired_makes_room_for_another(toml, tmp_path, write, monk
 
 
 def test_looking_at_a_silo_that_has_not_started_makes_nothing(tmp_path):
-    path = tmp_path / "silo.toml"
-    path.write_text(
-        f"""[silo]
-id = "north"
-dataset_id = "ward"
-state_dir = "{tmp_path / "state"}"
-base_model = "{tmp_path / "model"}"
-public_record_count = 100
-[data]
-source = "{tmp_path / "data.jsonl"}"
-[policy]
-budget_epsilon = 20.0
-budget_delta = 1e-4
-"""
-    )
+    path = silo_toml(tmp_path)
     assert "no ledger yet" in failed(path, "list")
     assert [found.name for found in tmp_path.iterdir()] == ["silo.toml"]

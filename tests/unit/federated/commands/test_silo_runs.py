@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from silo_requests import COORDINATOR, body_of
+from silo_requests import COORDINATOR, body_of, silo_toml
 from typer.testing import CliRunner
 
 from configs.errors import InputError, PolicyRefusal
@@ -19,23 +19,7 @@ PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=2.0, ro
 
 @pytest.fixture
 def toml(tmp_path):
-    path = tmp_path / "silo.toml"
-    path.write_text(
-        f"""[silo]
-id = "north"
-dataset_id = "ward"
-state_dir = "{tmp_path / "state"}"
-base_model = "{tmp_path / "model"}"
-public_record_count = 100
-[data]
-source = "{tmp_path / "data.jsonl"}"
-[policy]
-budget_epsilon = 20.0
-budget_delta = 1e-4
-max_epsilon_per_run = 10.0
-"""
-    )
-    return path
+    return silo_toml(tmp_path, max_epsilon_per_run=10.0)
 
 
 def silo(toml, *arguments):

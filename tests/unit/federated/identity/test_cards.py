@@ -9,6 +9,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from silo_requests import silo_toml
 from typer.testing import CliRunner
 
 from configs.errors import InputError
@@ -78,22 +79,8 @@ def test_private_keys_are_their_owners_alone_and_never_made_twice(federation, si
     ("name", "fix"), [("north ", "write 'north'"), ("17.0", "write '17'"), (" ", "that is no name")]
 )
 def test_a_new_silo_is_called_by_a_canonical_name_and_else_nothing_is_made(tmp_path, name, fix):
-    relay, settings = tmp_path / "relay.json", tmp_path / "silo.toml"
+    relay, settings = tmp_path / "relay.json", silo_toml(tmp_path, name)
     write_document(relay, relay_card(tmp_path))
-    settings.write_text(
-        f"""[silo]
-id = "{name}"
-dataset_id = "ward"
-state_dir = "{tmp_path / "state"}"
-base_model = "{tmp_path / "model"}"
-public_record_count = 100
-[data]
-source = "{tmp_path / "data.jsonl"}"
-[policy]
-budget_epsilon = 20.0
-budget_delta = 1e-4
-"""
-    )
     command = ["init", "-c", str(settings), "--relay", str(relay)]
     failed = CliRunner().invoke(silo_app, command).exception
     assert isinstance(failed, InputError)

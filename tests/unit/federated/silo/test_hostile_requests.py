@@ -8,6 +8,7 @@ import threading
 
 import grpc
 import pytest
+from client_plans import client_plan
 from silo_requests import COORDINATOR, TRUSTED, body_of, opened, signer_of
 from typer.testing import CliRunner
 
@@ -37,18 +38,7 @@ NOTHING = PLAN.model_copy(update={"sampling_rate": 1e-4, "noise_multiplier": 1e6
 ENDLESS = PLAN.model_copy(
     update={"sampling_rate": 1e-6, "noise_multiplier": 0.3, "rounds": 100_000, "steps_per_round": 1000}
 )
-CLIENTS = PlanTerms(
-    unit="client",
-    relation="zero_out",
-    sampler="all",
-    sampling_rate=1.0,
-    max_grad_norm=1.0,
-    noise_multiplier=4.0,
-    rounds=2,
-    steps_per_round=1,
-    delta=1e-6,
-    num_clients=10,
-)
+CLIENTS = client_plan(noise_multiplier=4.0, rounds=2, num_clients=10, delta=1e-6)
 OTHER = signer_of(bytes(range(1, 33)))
 POLICY = {"budget_epsilon": 20.0, "budget_delta": 1e-4, "max_epsilon_per_run": 10.0}
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from client_plans import client_plan
 from mandates import STUDY, signed, terms
 from signed_silos import InProcess, coordinator
 from signed_silos import adapter as shared
@@ -28,18 +29,7 @@ from privacy.plan import METRIC, MetricRelease, PlanTerms
 from privacy.secure_sum import SecureSum, SharedNoise
 
 PLAN = PlanTerms(sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=2, delta=1e-5)
-CLIENTS = PlanTerms(
-    unit="client",
-    relation="zero_out",
-    sampler="all",
-    sampling_rate=1.0,
-    max_grad_norm=1.0,
-    noise_multiplier=4.0,
-    rounds=2,
-    steps_per_round=1,
-    delta=1e-6,
-    num_clients=10,
-)
+CLIENTS = client_plan(noise_multiplier=4.0, rounds=2, num_clients=10, delta=1e-6)
 OTHER = signer_of(bytes(range(1, 33)))
 
 

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from client_plans import client_plan
 from mandates import STUDY, signed, terms
 from model_parts import FILES
 from signed_silos import InProcess
@@ -38,18 +39,7 @@ from privacy.plan import PlanTerms
 from privacy.secure_sum import SecureSum, SharedNoise
 from privacy.signing import signature_holds
 
-CLIENTS = PlanTerms(
-    unit="client",
-    relation="zero_out",
-    sampler="all",
-    sampling_rate=1.0,
-    max_grad_norm=1.0,
-    noise_multiplier=4.0,
-    rounds=2,
-    steps_per_round=1,
-    delta=1e-6,
-    num_clients=10,
-)
+CLIENTS = client_plan(noise_multiplier=4.0, rounds=2, num_clients=10, delta=1e-6)
 RECORDS = PlanTerms(
     sampling_rate=0.05, max_grad_norm=1.0, noise_multiplier=0.8, rounds=2, steps_per_round=1, delta=1e-5
 )
