@@ -5,6 +5,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 from trainer.pretraining.startup import replaced
@@ -69,7 +70,7 @@ def start(cpus: int) -> None:
     with _only_what_is_used(), replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
         # `address="local"`: never join another Ray of this machine by accident.
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **QUIET)
-    if (place := ray.util.get_node_ip_address()) != "127.0.0.1":
+    if not ip_address(place := ray.util.get_node_ip_address()).is_loopback:
         raise RuntimeError(f"Ray {ray.__version__} listens at {place}, where other machines may reach it")
 
 

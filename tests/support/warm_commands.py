@@ -33,7 +33,10 @@ import psutil
 
 PROGRAM = str(Path(sys.executable).with_name("siloweave"))
 # What a command reads when it runs, and neither it nor its libraries when they are imported.
-LATE = re.compile(r"SILOWEAVE_(?!TEST_)\w+|XDG_STATE_HOME|RAY_ADDRESS|HTTPS_PROXY|COLUMNS|LINES|PYTEST_CURRENT_TEST")
+LATE = re.compile(
+    r"SILOWEAVE_(?!TEST_)\w+|XDG_STATE_HOME|RAY_ADDRESS|HTTPS_PROXY|NO_PROXY|no_proxy|AWS_\w+|COLUMNS|LINES"
+    r"|PYTEST_CURRENT_TEST|PYTORCH_NVML_BASED_CUDA_CHECK"
+)
 # They load a model, and first of all have the libraries that they import be quiet; of a silo's service, which does not,
 # the log lacks what these say.
 WITH_MODELS = {"audit", "evaluate", "explain", "export", "federate", "generate", "merge", "optimise", "plan"}
