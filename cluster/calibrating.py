@@ -13,7 +13,7 @@ from configs.schema.tasks import WRITTEN
 from configs.storage.files import write_atomic
 from configs.storage.layout import CALIBRATION
 from trainer.scoring.calibrating import figures, fit, judged
-from trainer.scoring.decodings import WAYS, best_way
+from trainer.scoring.decodings import best_way, ways_of
 from trainer.tasks.task import Calibration
 
 _MOST, _MOST_WRITTEN = 10_000, 200  # records
@@ -96,6 +96,6 @@ def _written(found: Finished, read: str, examples: Sequence[Any], most: int, tel
     examples = examples[:_MOST_WRITTEN]
     way, before, after = best_way(found.model, found.task, examples, most, tell)
     fitted = len(examples[::2])
-    kept = {"decoding": way._asdict(), "max_new_tokens": most, "ways": len(WAYS)}
+    kept = {"decoding": way._asdict(), "max_new_tokens": most, "ways": len(ways_of(found.model))}
     counts = (fitted, len(examples) - fitted)
     return Calibrated(found.digest, read, *counts, kept, {"chrf": before}, {"chrf": after})

@@ -20,6 +20,11 @@ class Way(NamedTuple):
 WAYS = tuple(Way(beams, penalty) for penalty in (1.0, 1.1, 1.3) for beams in (1, 2, 4))
 
 
+def ways_of(model: Any) -> list[Way]:
+    """What is tried with a model; a recurrent one has no beams, which its state would not follow."""
+    return [way for way in WAYS if way.beams == 1 or not getattr(model, "_is_stateful", False)]
+
+
 def best_way(
     model: Any, task: Any, examples: Sequence[Encoded], most: int, tell: Callable[[int, int], None]
 ) -> tuple[Way, float, float]:
@@ -40,7 +45,7 @@ def best_way(
     """
     if len(examples) < LEAST:
         raise InputError(f"{len(examples)} records are too few to compare answers on; give {LEAST} or more")
-    ways = [way for way in WAYS if way.beams == 1 or not getattr(model, "_is_stateful", False)]
+    ways = ways_of(model)
     compared, others = examples[::2], examples[1::2]
     whole, done = len(ways) * len(compared) + 2 * len(others), 0
 
