@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 import warm_commands
+from clusters import ray_cluster
 from repository import SUPPORT
 from small_corpus import write_corpus
 
@@ -195,17 +197,14 @@ def slow(tmp_path, monkeypatch):
 
 
 def test_a_lost_node_takes_a_rank_and_a_new_one_gives_it_back(tiny_run, prepared, slow, tmp_path):
-    from ray.cluster_utils import Cluster
-
     run = prepared()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    gang = None
-    try:
+    with ray_cluster() as (cluster, add_node), ExitStack() as ending:
         gang = Elastic(tmp_path, run, cluster.address)
+        ending.callback(gang.process.kill)
         # 1. More ranks than there is room for: it says so and waits; a node comes.
         (waiting,) = gang.wait(lambda: events(run, "waiting"))
         assert "the gang needs 2 CPU, the Ray cluster has 1" in waiting["message"]
-        node = cluster.add_node(num_cpus=1)
+        node = add_node()
         assert gang.gang(1)["world_size"] == 2
         gang.commits(10)
         # 2. The node is lost: one rank goes on from the last commit.
@@ -215,16 +214,12 @@ def test_a_lost_node_takes_a_rank_and_a_new_one_gives_it_back(tiny_run, prepared
         assert re.search(r"rank \d's process (died|does not answer any more)", lost["cause"])
         gang.commits(20)
         # 3. Another one comes: the next restart has two ranks again.
-        cluster.add_node(num_cpus=1)
+        add_node()
         os.kill(gang.gang(2)["pids"][0], signal.SIGKILL)
         assert gang.gang(3)["world_size"] == 2
         slow.unlink()
         _, errors = gang.process.communicate(timeout=400)
         assert gang.process.returncode == 0, errors
-    finally:
-        if gang is not None:
-            gang.process.kill()
-        cluster.shutdown()
     resized = [(event["from_ranks"], event["to_ranks"]) for event in events(run, "convert")]
     assert resized == [(2, 1), (1, 2)]
     # 4. The reference: the same steps on two ranks that nothing happens to.

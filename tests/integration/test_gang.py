@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 import warm_commands
+from clusters import ray_cluster
 from plain_training import plain_losses
 from ports import free_port
 
@@ -191,14 +192,9 @@ def test_a_full_disk_leaves_the_last_commit_intact(tmp_path):
 
 
 def test_more_ranks_than_the_cluster_has_is_said_before_anything_starts(prepared, tmp_path):
-    from ray.cluster_utils import Cluster
-
     arguments, run = prepared("cluster.placement_timeout_s=3")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
+    with ray_cluster() as (cluster, _):
         errors = finish([*arguments, "--address", cluster.address], tmp_path, 2)
-    finally:
-        cluster.shutdown()
     assert "the gang needs 2 CPU, the Ray cluster has 1; waiting up to 3 s for nodes, then giving up" in errors
     assert (
         "error: cluster.world_size 2: the gang needs 2 CPU, the Ray cluster has 1; lower cluster.world_size" in errors

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import warm_commands
+from clusters import ray_cluster
 from plain_training import plain_losses
 from repository import SUPPORT
 
@@ -199,12 +200,9 @@ def checkpoints_of(run):
 
 
 def test_a_lost_node_costs_one_restart_elsewhere(tiny_run, uninterrupted, tmp_path):
-    from ray.cluster_utils import Cluster
-
     run = prepared(tiny_run, tmp_path)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    with ray_cluster() as (cluster, add_node):
+        nodes = [add_node() for _ in range(2)]
         process = start(tmp_path, "--address", cluster.address, "--set", "cluster.standbys=true")
         wait_for(lambda: len(events(run, "commit")) >= 1, process)
         pids = events(run, "gang")[0]["pids"]
@@ -212,8 +210,6 @@ def test_a_lost_node_costs_one_restart_elsewhere(tiny_run, uninterrupted, tmp_pa
         cluster.remove_node(victim, allow_graceful=False)
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
-    finally:
-        cluster.shutdown()
     assert len(events(run, "restart")) == 1
     for event in events(run, "step"):
         assert event["loss"] == pytest.approx(uninterrupted[event["step"]], rel=1e-6)
