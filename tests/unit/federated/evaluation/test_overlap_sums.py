@@ -122,8 +122,9 @@ def test_no_unit_moves_the_sums_by_more_than_the_sensitivity(pairs, nats):
         def record_scores(self, _model, _examples):
             return torch.tensor([[nats, 1.0, 1.0]], dtype=torch.float64)
 
-        def _written(self, _model, example, _most, *, stops):
-            assert not stops
+        def _written(self, _model, example, _most, ends, how):
+            assert not ends
+            assert (how["num_beams"], how["repetition_penalty"], how["do_sample"]) == (1, 1.0, False)
             return example[0]
 
         def references(self, examples):
