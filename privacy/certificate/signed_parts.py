@@ -94,10 +94,9 @@ def check_entrusted(
     Raises:
         InputError: a field is not as expected, or the signature doesn't hold.
     """
-    owner = {"silo": name, "dataset": silo.get("dataset_id"), "public_key": silo.get("public_key"), "run": run}
     nothing = {"public_record_count": 0, "epsilon_reserved": 0.0, "delta_reserved": 0.0}
-    under = {"mandate": digest_json(silo["mandate"]), "plan_digest": plan.digest} if "mandate" in silo else None
-    expect(receipt, {**owner, **nothing, **(under or {"mandate": "", "plan_digest": ""})}, where)
+    unnamed = {} if "mandate" in silo else {"plan_digest": ""}
+    expect(receipt, {**in_both(silo, name, run, plan), **nothing, **unnamed}, where)
 
 
 def check_receipt(receipt: Receipt, silo: Mapping[str, Any], name: str, run: str, plan: PlanTerms, where: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from configs.errors import InputError
 from trainer.metrics.chrf import chrf
-from trainer.tasks.task import AnsweringTask, Encoded
+from trainer.tasks.task import AnsweringTask, DecodedTask, Encoded
 
 LEAST = 20
 
@@ -26,7 +26,7 @@ def ways_of(model: Any) -> list[Way]:
 
 
 def best_way(
-    model: Any, task: Any, examples: Sequence[Encoded], most: int, tell: Callable[[int, int], None]
+    model: Any, task: DecodedTask, examples: Sequence[Encoded], most: int, tell: Callable[[int, int], None]
 ) -> tuple[Way, float, float]:
     """The way with which answers have most in common with the right ones, by mean chrF (Popović 2015).
 

@@ -154,11 +154,10 @@ class LabellingTask(Task, Protocol):
         """What the model says of each label (B, L), and whether each is right (B, L)."""
 
 
-@runtime_checkable
-class DecodedTask(Task, Protocol):
+class DecodedTask(AnsweringTask, Protocol):
     """A task whose answers are written token by token."""
 
-    def decoded(self, beams: int, repetition_penalty: float, /) -> Task:
+    def decoded(self, beams: int, repetition_penalty: float, /) -> AnsweringTask:
         """The same task, whose predictions are written by a search with so many beams and such a penalty."""
 
 

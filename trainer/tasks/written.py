@@ -177,7 +177,7 @@ class WrittenAnswerTask:
         return torch.stack([values_B.double() for values_B in found], dim=1)
 
     def predictions(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int) -> list[Prediction]:
-        """What the model writes by itself where each example's last answer stands, always its likeliest token."""
+        """What the model writes where each example's last answer stands: likeliest tokens, or as ``decoded`` says."""
         return [Prediction(self._written(model, example, max_new_tokens, self.ends, self._how)) for example in examples]
 
     def overlaps(self, model: Any, examples: Sequence[Encoded], max_new_tokens: int) -> list[float]:

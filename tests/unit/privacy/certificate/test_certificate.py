@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+from edits import edited, leaves
 from model_parts import model_of
 
 from configs.errors import InputError
@@ -111,28 +112,8 @@ def test_attestation_and_seeds_are_those_of_the_signed_statements(tmp_path, opti
     assert document["seeds"].startswith(seeds)
 
 
-def numbers(value, path=()):
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from numbers(item, (*path, key))
-    elif isinstance(value, list):
-        for key, item in enumerate(value):
-            yield from numbers(item, (*path, key))
-    elif isinstance(value, bool | int | float):
-        yield path, value
-
-
-def edited(document, path, value):
-    changed = copy.deepcopy(document)
-    place = changed
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return changed
-
-
 def test_any_edited_number_is_found_and_its_place_is_named(sound):
-    found = list(numbers(sound))
+    found = [(path, value) for path, value in leaves(sound) if isinstance(value, bool | int | float)]
     assert len(found) > 50
     for path, value in found:
         other = (

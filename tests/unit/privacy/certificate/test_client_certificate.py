@@ -5,6 +5,7 @@ import json
 
 import pytest
 from client_plans import client_plan
+from edits import another, edited, leaves
 from mandates import STUDY, signed, terms
 from model_parts import model_of
 
@@ -23,6 +24,7 @@ RECORDS = PlanTerms(
 )
 DIGEST = "aa" * 32
 MODEL = model_of({}, {}, {})
+WIDE = {"unit": "client", "budget_epsilon": 40.0, "min_noise_multiplier": 1.0}
 
 
 def signed_by(folder, name, plan):
@@ -103,13 +105,8 @@ def test_neither_kind_passes_for_the_other(sound, of_records):
     ],
 )
 def test_edits_are_refused_with_the_field(sound, path, value, message):
-    changed = copy.deepcopy(sound)
-    place = changed
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
     with pytest.raises(InputError, match=message):
-        check_certificate(changed, "test")
+        check_certificate(edited(sound, path, value), "test")
 
 
 def test_without_the_aggregators_statement_it_is_refused(sound):
@@ -143,8 +140,7 @@ def test_the_run_is_looked_for_in_the_aggregators_ledger(sound, folder, siloweav
 def part_of(folder, name, coordinator, plan=CLIENTS, run="run-1", **changes):
     """What a silo signs of a run for clients, whose mandate says these terms."""
     ledger = Ledger.open(folder / name, name, "ward", Budget(20.0, 3e-5))
-    wide = {"unit": "client", "budget_epsilon": 40.0, "min_noise_multiplier": 1.0}
-    allowed = terms(coordinator=coordinator, **{**wide, **changes})
+    allowed = terms(coordinator=coordinator, **{**WIDE, **changes})
     mandate = signed(ledger.journal.signer, allowed, silo=name)
     entrust(ledger.journal, run, plan, coordinator, Limits(study=mandate.limit))
     receipt = ledger.receipt(run, coordinator)
@@ -164,20 +160,6 @@ def mandated(sound, folder):
     return with_mandates(sound, {"east": part_of(folder, "east", sound[AGGREGATOR]["public_key"])})
 
 
-def leaves(value, path=()):
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(item, (*path, key))
-    else:
-        yield path, value
-
-
-def other(value):
-    if isinstance(value, bool | None):
-        return "x"
-    return value + 1 if isinstance(value, int | float) else f"{value[:-1]}{'0' if value[-1:] != '0' else '1'}"
-
-
 def test_the_mandates_of_its_silos_are_in_it_and_no_field_of_them_can_be_changed(mandated):
     check_certificate(mandated, "test")
     east = mandated["mandates"]["east"]
@@ -187,13 +169,8 @@ def test_the_mandates_of_its_silos_are_in_it_and_no_field_of_them_can_be_changed
     found = list(leaves(east))
     assert len(found) > 30
     for path, value in found:
-        changed = copy.deepcopy(mandated)
-        place = changed["mandates"]["east"]
-        for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = other(value)
         with pytest.raises(InputError, match=r"mandates\.east"):
-            check_certificate(changed, "test")
+            check_certificate(edited(mandated, ("mandates", "east", *path), another(value)), "test")
 
 
 def test_a_mandate_that_does_not_cover_the_run_stands_in_no_certificate(sound, tmp_path, mandated):
@@ -225,13 +202,12 @@ def signed_anew(folder, changes):
     """A part whose signatures all hold, though the silo itself would have refused the run."""
     given = dict(changes)
     coordinator, plan, run = given.pop("coordinator"), given.pop("plan", CLIENTS), given.pop("run", "run-1")
-    wide = {"unit": "client", "budget_epsilon": 40.0, "min_noise_multiplier": 1.0}
     part = part_of(folder, "east", coordinator, plan, run)
     if not given:
         return part
     ledger = Ledger.open(folder / "east", "east", "ward", Budget(20.0, 3e-5))
     signer = ledger.journal.signer
-    mandate = signed(signer, terms(coordinator=coordinator, **{**wide, **given}), silo="east")
+    mandate = signed(signer, terms(coordinator=coordinator, **{**WIDE, **given}), silo="east")
     receipt = ledger.receipt(run, coordinator).model_copy(update={"mandate": mandate.digest, "signature": ""})
     ledger.close_file()
     documents = {"mandate": mandate, "receipt": receipt.signed(signer)}

@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from edits import another, edited, leaves
 from mandates import signed, stated, terms
 from model_parts import model_of
 from silo_requests import signer_of
@@ -51,25 +52,9 @@ def test_receipt_and_statement_name_the_mandate_that_is_beside_them(sound, ledge
     assert check_in_ledger(sound, bodies, [entry["hash"] for entry in entries], "test") == "north"
 
 
-def leaves(value, path=()):
-    if isinstance(value, dict | list):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(item, (*path, key))
-    else:
-        yield path, value
-
-
-def other(value):
-    return value + 1 if isinstance(value, int | float) else f"{value[:-1]}{'0' if value[-1:] != '0' else '1'}"
-
-
-def edited(sound, path, value):
-    document = copy.deepcopy(sound)
-    at = document["silos"]["north"]
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    return document
+def changed(sound, path, value):
+    """The certificate with another value in the silo's part."""
+    return edited(sound, ("silos", "north", *path), value)
 
 
 def test_no_field_of_the_mandate_can_be_changed(sound):
@@ -77,20 +62,20 @@ def test_no_field_of_the_mandate_can_be_changed(sound):
     assert len(found) > 15
     for path, value in found:
         with pytest.raises(InputError, match=r"silos\.north\.mandate"):
-            check_certificate(edited(sound, ("mandate", *path), other(value)), "test")
+            check_certificate(changed(sound, ("mandate", *path), another(value)), "test")
 
 
 @pytest.mark.parametrize("value", [None, [], "x", {}, float("nan"), {"version": 2}, {"version": float("nan")}])
 def test_something_else_in_its_place_is_found(sound, value):
     with pytest.raises(InputError, match=r"silos\.north\.mandate"):
-        check_certificate(edited(sound, ("mandate",), value), "test")
+        check_certificate(changed(sound, ("mandate",), value), "test")
 
 
 @pytest.mark.parametrize("part", ["receipt", "statement"])
 def test_a_digest_in_what_the_silo_signed_cannot_be_changed(sound, part):
     for value in ("", "ab" * 32):
         with pytest.raises(InputError, match=rf"silos\.north\.{part}\.mandate"):
-            check_certificate(edited(sound, (part, "mandate"), value), "test")
+            check_certificate(changed(sound, (part, "mandate"), value), "test")
 
 
 def test_a_mandate_that_was_left_out_is_missed(sound):
@@ -114,9 +99,9 @@ def test_a_mandate_that_does_not_cover_the_run_is_found_whoever_signed_it(sound,
     """A silo in the hands of an adversary signs anything: the plan is compared all the same."""
     found = signed(ledger.journal.signer, **changes).model_dump(mode="json")
     with pytest.raises(InputError, match=field):
-        check_certificate(edited(sound, ("mandate",), found), "test")
+        check_certificate(changed(sound, ("mandate",), found), "test")
 
 
 def test_a_mandate_of_another_key_is_found(sound):
     with pytest.raises(InputError, match="public_key is"):
-        check_certificate(edited(sound, ("mandate",), signed(OTHER).model_dump(mode="json")), "test")
+        check_certificate(changed(sound, ("mandate",), signed(OTHER).model_dump(mode="json")), "test")
