@@ -116,7 +116,7 @@ class PlanTerms(BaseModel):
                     "'poisson' or 'truncated_poisson' and a sampling_rate below 1"
                 )
         else:
-            fixed = {"relation": "zero_out", "sampler": "all", "steps_per_round": 1, "secure_sum": None}
+            fixed = {"relation": "zero_out", "sampler": "all", "steps_per_round": 1}
             if self.sampling_rate != 1:
                 return (
                     f"sampling_rate is {self.sampling_rate:g}: who takes part is not secret, and so sampling clients "

@@ -28,12 +28,12 @@ _SGD_GRADIENT, _SGD_NOISE = 10, 10  # expected batches in a batch; standard devi
 
 
 def agreement(
-    request: pb.Train | pb.Evaluate, terms: SecureSum, coordinator: str, run_id: str, length: int
+    request: pb.Train | pb.Contribute | pb.Evaluate, terms: SecureSum, coordinator: str, run_id: str, length: int
 ) -> Agreement:
     """What a request for training, or for a private evaluation, makes all silos that are in its sum agree on.
 
     Args:
-        request: the same for all of them.
+        request: the same for all of them, whole.
         terms: of the plan that they have reserved.
         coordinator: public key of whoever asks.
         run_id: the run.
@@ -42,17 +42,23 @@ def agreement(
     Raises:
         InputError: it would not be secure, or is nothing that can be computed.
     """
-    roster = {member.silo: member.public_key for member in request.secure.roster}
+    secure = secure_of(request)
+    roster = {member.silo: member.public_key for member in secure.roster}
     asked, evaluates = request.SerializeToString(deterministic=True), isinstance(request, pb.Evaluate)
     kind = b"evaluation" if evaluates else b"round"
     said = b"siloweave secure %s 1\n" % kind + pack(coordinator.encode(), run_id.encode(), asked)
     context = sha256(said).digest()
     fewest = max(terms.fewest, least_survivors(len(roster), terms.colluders))
     if terms.noise is None or evaluates:  # each silo adds all noise to an evaluation itself
-        encoding = Encoding(request.secure.clip, len(roster))
+        encoding = Encoding(secure.clip, len(roster))
     else:  # how values become words is the noise's, and its numbers are the plan's, whose digest is in the request
         encoding = Encoding(terms.noise.reach, terms.most, terms.noise.word_bits)
     return Agreement(roster, terms.colluders, fewest, encoding, length, context)
+
+
+def secure_of(request: pb.Train | pb.Contribute | pb.Evaluate) -> pb.Secure:
+    """What a request says of who adds up."""
+    return request.train.secure if isinstance(request, pb.Contribute) else request.secure
 
 
 def members(roster: Mapping[str, str]) -> list[pb.Member]:

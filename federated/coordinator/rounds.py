@@ -34,7 +34,9 @@ from federated.coordinator.schedule.evaluations import PrivateEvaluations
 from federated.coordinator.schedule.mail import QUERY, TRAIN
 from federated.coordinator.schedule.quorum import Quorum
 from federated.coordinator.schedule.training_request import TrainingRequests
-from federated.coordinator.secure.secure_rounds import SUM_TAKES, SecureRounds, check_silos
+from federated.coordinator.secure.masked_clients import MaskedClients
+from federated.coordinator.secure.masked_sum import SUM_TAKES
+from federated.coordinator.secure.secure_rounds import SecureRounds, check_silos
 from federated.coordinator.secure.shared_step import check_values
 from federated.coordinator.secure.sum_record import SumRecord
 from federated.coordinator.silo_records import SiloRecords
@@ -97,8 +99,7 @@ class Coordinator:
         run = open_run(self.directory, federated.run_lifetime_h)
         self.plan = plan_terms(self.config, compressed=self.certify)
         self.silo_records = SiloRecords(run.id, self.plan, signed=self.certify)
-        secure = federated.secure_aggregation and self.certify
-        held = self.silo_records.held
+        secure, held = federated.secure_aggregation and self.certify, self.silo_records.held
         self.exchange = SiloExchange(self.grid, run, self.parties, federated, self.log, held, secure)
         self.base = require_manifest(self.base_model, "model", self.config.model.made_by)
         self.requests = TrainingRequests(self.config, self.plan, self.base.content_digest)
@@ -140,18 +141,12 @@ class Coordinator:
             began, self.exchange.mail.bytes_moved = time.perf_counter(), 0
             adapter, answered = self._round(round_number, adapter)
             self._evaluate(round_number, adapter)
-            self.log.emit(
-                "federate",
-                "round",
-                round=round_number,
-                rounds=self.plan.rounds,
-                **numbered([stage.rounds for stage in self.config.federated.stages], round_number - 1),
-                answered=answered,
-                bytes=self.exchange.mail.bytes_moved,
-                seconds=time.perf_counter() - began,
-                epsilon_left=self.silo_records.epsilon_left(),
-                **(self.buffered.said() if self.buffered else {}),
-            )
+            in_stage = numbered([stage.rounds for stage in self.config.federated.stages], round_number - 1)
+            took = {"bytes": self.exchange.mail.bytes_moved, "seconds": time.perf_counter() - began}
+            said = {"round": round_number, "rounds": self.plan.rounds, **in_stage, "answered": answered, **took}
+            said["epsilon_left"] = self.silo_records.epsilon_left()
+            said |= self.buffered.said() if self.buffered else {}
+            self.log.emit("federate", "round", **said)
             state = to_bytes(self.server_state) if self.server_state else b""
             silos, content = self.silo_records.silos, to_bytes(adapter)
             done = commits.Round(round_number, content, silos, state, self.released, self.digests)
@@ -178,8 +173,8 @@ class Coordinator:
         Raises:
             SiloweaveError: the model has an update of a silo that has not signed what it spent.
         """
-        base, said = self.base.content_digest, {"declared_public_by": declared_by(self.base_model, self.base)}
-        said["continues"] = commits.earlier_certificate(self.directory)
+        base, declared = self.base.content_digest, declared_by(self.base_model, self.base)
+        said = {"declared_public_by": declared, "continues": commits.earlier_certificate(self.directory)}
         model = ModelDigests(base_model=base, rounds=self.digests, adapter=files, **said)
         if self.aggregator is not None:  # its ledger, and no silo's, stands for the guarantee
             reserved, mandated = {AGGREGATOR: self.aggregator.close()}, self.silo_records.mandated()
@@ -246,25 +241,32 @@ class Coordinator:
         silos, held_back = len(self.silo_records.silos), self.held_back(round_number)
         aggregation = RoundAggregation(federated, adapter, self.server_state, silos, clients, held_back)
         self.released = {}
+        if self.aggregator is not None:
+            return self._client_round(self.aggregator, round_number, aggregation, adapter)
         if self.secure:
             summed = self.secure.round(round_number, aggregation, adapter)
             if summed is None:
                 return adapter, []
             self.released, (adapter, self.server_state) = summed.releases, aggregation.after(summed.mean)
             return adapter, summed.answered
-        if self.aggregator is None:
-            ask = self.buffered.ask if self.buffered else partial(self._ask, adapter=adapter)
-            if answered := ask(round_number, aggregation):
-                adapter, self.server_state = aggregation.result()
-            return adapter, answered
-        inputs = {
-            "plan": self.plan.digest,
-            "base_model": self.base.content_digest,
-            "settings": config_digest(self.config),
-            "adapter": digest_bytes(to_bytes(adapter)),
-        }
-        asked = partial(self._ask, round_number, aggregation, adapter)
-        released = self.aggregator.round(round_number, inputs, aggregation.clipped_sum, asked)
+        ask = self.buffered.ask if self.buffered else partial(self._ask, adapter=adapter)
+        if answered := ask(round_number, aggregation):
+            adapter, self.server_state = aggregation.result()
+        return adapter, answered
+
+    def _client_round(
+        self, aggregator: TrustedAggregator, number: int, aggregation: RoundAggregation, adapter: Arrays
+    ) -> tuple[Arrays, list[str]]:
+        inputs = {"plan": self.plan.digest, "base_model": self.base.content_digest}
+        inputs |= {"settings": config_digest(self.config), "adapter": digest_bytes(to_bytes(adapter))}
+        if self.secure is None:
+            ask = partial(self._ask, number, aggregation, adapter)
+            released = aggregator.round(number, inputs, ask, aggregation.clipped_sum.noised_mean)
+        elif (opened := self.secure.opened(number, aggregation, adapter)) is None:
+            return adapter, []
+        else:
+            masked = MaskedClients(opened, aggregator.plan)
+            released = aggregator.round(number, inputs, masked.ask, masked.noised_mean)
         adapter, self.server_state = aggregation.after(released.mean)
         self.released = {AGGREGATOR: digest_bytes(to_bytes(released.mean))}  # of what has noise; no client's update
         return adapter, released.answered
@@ -289,9 +291,8 @@ class Coordinator:
             return self.exchange.body(f"round-{round_number}", silo, **kind), adapters[sent.rank]
 
         # With clients as units at most the plan's number are asked, chosen by name: the choice must not depend on data.
-        silos = self._present()[: self.config.privacy.num_clients or None]
-        enough, grace_s = federated.enough_silos, federated.grace_s
-        needs = Quorum(federated.min_silos, enough=enough, grace_s=grace_s, missing=federated.missing)
+        silos, told = self._present()[: self.config.privacy.num_clients or None], federated.missing
+        needs = Quorum(federated.min_silos, enough=federated.enough_silos, grace_s=federated.grace_s, missing=told)
         return self.exchange.collect(Bodies(silos, body), TRAIN, str(round_number), "trained", fold, needs)
 
     def _evaluate(self, round_number: int, adapter: Arrays | None) -> None:

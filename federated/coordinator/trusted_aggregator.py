@@ -21,7 +21,6 @@ from federated.identity.trust import COORDINATOR_KEY, coordinator_signer
 from privacy.certificate.certificate import AGGREGATOR, library_versions
 from privacy.ledger.chain import Budget
 from privacy.ledger.ledger import Ledger, SeedSource
-from privacy.mechanism.client_sum import ClippedSum
 from privacy.mechanism.streams import Streams
 from privacy.plan import PlanTerms, PrivacyPlan
 
@@ -83,16 +82,20 @@ class TrustedAggregator:
         self._ledger.reserve(run_id, plan)
 
     def round(
-        self, round_number: int, inputs: dict[str, str], total: ClippedSum, ask: Callable[[], list[str]]
+        self,
+        round_number: int,
+        inputs: dict[str, str],
+        ask: Callable[[], list[str]],
+        noised_mean: Callable[[Streams], Arrays],
     ) -> Released:
         """Charges a round, has the clients asked, and releases the noised mean of what they sent.
 
         Args:
             round_number: 1 to the plan's rounds.
             inputs: digests of everything that the round starts from; the seed is bound to them.
-            total: takes the updates.
-            ask: asks the silos, folds their updates into ``total``, and returns those who answered; raises where they
-                are too few. Not called where the round was released before.
+            ask: asks the silos, adds their updates up, and returns those who answered; raises where they are too few.
+                Not called where the round was released before.
+            noised_mean: gives the mean of what was added up, with the noise of the charge's streams.
 
         Raises:
             PolicyRefusal: the round was charged with other inputs, or the run is closed.
@@ -101,10 +104,8 @@ class TrustedAggregator:
         charge = self._ledger.charge(self._run_id, f"round-{round_number}", digest, round_number)
         if charge.reply is not None:
             return Released(from_bytes(charge.reply), [])
-        if charge.seed is None:
-            raise SiloweaveError(f"charge {charge.number} has neither seed nor reply")
-        answered = ask()
-        mean = to_bytes(total.noised_mean(Streams(charge.seed, digest)))
+        streams, answered = charge.streams(digest), ask()
+        mean = to_bytes(noised_mean(streams))
         # What is stored is what counts, should another process have been faster.
         return Released(from_bytes(self._ledger.release(charge.number, self._run_id, mean)), answered)
 

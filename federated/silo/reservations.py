@@ -16,7 +16,7 @@ from federated.silo.masking.terms import Known, check_roster
 from federated.silo.policy import check_epsilon, check_new_plan, check_plan, plan_of
 from privacy.certificate.certificate import library_versions
 from privacy.ledger.chain import Budget
-from privacy.ledger.client_runs import entrust, entrusted
+from privacy.ledger.client_runs import entrust, entrusted, record_update
 from privacy.ledger.ledger import Ledger
 from privacy.ledger.limits import Limits
 from privacy.mandate import Mandate
@@ -171,6 +171,35 @@ def entrusted_plan(ledger: Ledger, config: SiloConfig, request: pb.Request, plan
     check_plan(asked, config.policy, config.silo.public_record_count)
     check_epsilon(asked.epsilon, config.policy)
     return asked
+
+
+def plan_of_sum(
+    ledger: Ledger,
+    config: SiloConfig,
+    request: pb.Request,
+    plan_digest: str,
+    release: tuple[str, str, str, int, str, str],
+) -> PlanTerms:
+    """The plan of a run with an open sum, if the policy of today would still allow it.
+
+    Args:
+        ledger: the silo's.
+        config: the silo, with its policy of now.
+        request: what goes on with the sum.
+        plan_digest: of the plan that the sum was begun under.
+        release: what has begun it, as the ledger has it: run, request, digest, round, metric, coordinator.
+
+    Raises:
+        PolicyRefusal: it would not, or the run was ended meanwhile.
+    """
+    run, request_id, digest, number, _, coordinator = release
+    if entrusted(ledger.journal, run, coordinator) is None:
+        terms = reserved_plan(ledger, config, request, plan_digest).terms
+        ledger.reply(*release)
+        return terms
+    terms = entrusted_plan(ledger, config, request, plan_digest)
+    record_update(ledger.journal, run, coordinator, request_id, digest, number)
+    return terms
 
 
 def close(ledger: Ledger, config: SiloConfig, request: pb.Request) -> pb.Closed:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, PolicyRefusal, SiloweaveError
+from configs.errors import PolicyRefusal
 from configs.schema.silo import SiloConfig
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
@@ -17,16 +17,16 @@ from federated.adapters.arrays import Arrays
 from federated.aggregation.secure_sum import length_of, members, written
 from federated.evaluation.label_counts import examples_of
 from federated.evaluation.private_sums import bounds_of, evaluated, private_sums
-from federated.identity.trust import confirmed_silos, trusted_coordinators
+from federated.identity.trust import trusted_coordinators
 from federated.protocol import silo_pb2 as pb
 from federated.protocol.envelope import seal_reply
 from federated.protocol.framing import PROTOCOL_VERSION
-from federated.silo.contribution import contribution
+from federated.silo.contribution import Contribution
 from federated.silo.line_file import close_log, private_log
 from federated.silo.local_training import proved
 from federated.silo.mandates.coverage import covering
 from federated.silo.masking.masking import Masking, OpenSum
-from federated.silo.masking.terms import agreed, check_roster, shared_noise
+from federated.silo.masking.terms import agreed, check_roster, confirmed_now, shared_noise
 from federated.silo.policy import check_model, check_optimizer
 from federated.silo.rehearsal.rehearsal import Rehearsals, facts
 from federated.silo.released.released import Released, asks_for_update
@@ -39,12 +39,21 @@ from federated.silo.requests import (
     refusal_message,
     travels_in,
 )
-from federated.silo.reservations import account, budget_of, close, entrusted_plan, policy_now, reserve, reserved_plan
+from federated.silo.reservations import (
+    account,
+    budget_of,
+    close,
+    entrusted_plan,
+    plan_of_sum,
+    policy_now,
+    reserve,
+    reserved_plan,
+)
 from federated.silo.traffic_log import TrafficLog, UnloggedError
 from federated.silo.units import load_units, split_key
 from federated.silo.workbench import Workbench, public_base_model
 from privacy.ledger.ledger import Charge, Ledger
-from privacy.mechanism.streams import Streams, injected_seeds
+from privacy.mechanism.streams import injected_seeds
 from privacy.plan import METRIC
 
 FAILED = "FAILED"
@@ -110,12 +119,7 @@ class Silo:
         """
         if self._roster is not None:
             return self._roster
-        try:
-            known = confirmed_silos(self._state_dir)
-        except InputError as error:
-            self._log.error("no updates are added up until this is mended: %s", error)
-            raise PolicyRefusal.of("roster", "a sum", "none until the silo's steward has mended its roster") from None
-        return {name: silo.public_key for name, silo in known.items()} | {self.config.silo.id: self.ledger.public_key}
+        return confirmed_now(self._state_dir, self._log) | {self.config.silo.id: self.ledger.public_key}
 
     def close(self) -> None:
         """Closes the files of ledger and log. A host of many silos keeps few open."""
@@ -204,11 +208,7 @@ class Silo:
         if kind == "aggregate":
             return self._aggregate(request, digest)
         if kind == "contribute":
-            plan = entrusted_plan(self.ledger, self.config, request, request.contribute.train.plan_digest)
-            how = travels_in(request.contribute.train, plan.compression)
-            update = contribution(self.workbench, self.ledger.journal, self.config, plan, request, digest)
-            content, _ = self._remainders.written(update, how, request, self.ledger.journal)
-            reply = self._reply(digest, trained=pb.Trained(receipt=self._receipt(request), update=content))
+            reply = self._reply(digest, trained=self._contribute(request, digest))
         elif kind == "reserve":
             reply = self._reply(digest, reserved=reserve(self.ledger, self.config, request, mandate))
         elif kind == "close":
@@ -256,7 +256,7 @@ class Silo:
         if charge.reply is not None:  # by another process, meanwhile
             return charge.reply
         # 3. Train under the charge's own randomness.
-        opened, left, streams, records = None, Arrays(), _streams(charge, digest), examples.records
+        opened, left, streams, records = None, Arrays(), charge.streams(digest), examples.records
         if summed is None:
             update = ready.run(streams, records)
             content, left = self._remainders.written(update, how, request, self.ledger.journal)
@@ -274,12 +274,26 @@ class Silo:
             self._remainders.drop_old(self.ledger.journal)
         return stored
 
+    def _contribute(self, request: pb.Request, digest: str) -> pb.Trained:
+        """An update without noise of the silo's own, or its keys, where it leaves under masks alone."""
+        asked, journal = request.contribute.train, self.ledger.journal
+        plan = entrusted_plan(self.ledger, self.config, request, asked.plan_digest)
+        how = travels_in(asked, plan.compression)
+        given = Contribution(self.workbench, self.config, plan, request, digest)
+        summed = agreed(request, plan, self.roster, length_of(given.adapter))
+        if summed is None:
+            content, _ = self._remainders.written(given.update(journal), how, request, journal)
+            return pb.Trained(receipt=self._receipt(request), update=content)
+        if (opened := self._masking.same(request, digest)) is None:
+            told, words = self._release(request, digest, asked.round), given.words(journal, summed.encoding)
+            self._masking.keep(request, opened := self._masking.begun(summed, words, asked.plan_digest, told))
+        return pb.Trained(receipt=self._receipt(request), keys=opened.keys)
+
     def _aggregate(self, request: pb.Request, digest: str) -> bytes:
         """This silo's next message of a sum that it is in, as policy, roster and ledger are now."""
         opened = self._masking.of(request)
-        terms = reserved_plan(self.ledger, self.config, request, opened.plan_digest).terms
+        terms = plan_of_sum(self.ledger, self.config, request, opened.plan_digest, opened.release)
         check_roster(terms, members(opened.agreement.roster), self.roster)
-        self.ledger.reply(*opened.release)  # refuses a run that was ended meanwhile
         message = opened.answer(request.aggregate, digest)
         return _serialized(self._reply(digest, aggregated=pb.Aggregated(message=message)))
 
@@ -300,7 +314,7 @@ class Silo:
         charge = self.ledger.charge(*charged)
         if charge.reply is not None:
             return charge.reply
-        streams = _streams(charge, digest)
+        streams = charge.streams(digest)
         with evaluated(model, adapter):
             examples = examples_of(bench.task, bench.held_out_texts, release.labels) if release.labels else []
             sums = private_sums(model, bench.task, bench.held_out, examples, bounds, multiplier, streams)
@@ -326,13 +340,6 @@ class Silo:
     ) -> tuple[str, str, str, int, str, str]:
         """What the ledger is asked to charge."""
         return request.run_id, request.request_id, digest, number, metric, request.coordinator
-
-
-def _streams(charge: Charge, digest: str) -> Streams:
-    """The randomness of a charge that was not answered yet."""
-    if charge.seed is None:
-        raise SiloweaveError(f"charge {charge.number} has neither seed nor reply")
-    return Streams(charge.seed, digest)
 
 
 def _serialized(reply: pb.Reply) -> bytes:

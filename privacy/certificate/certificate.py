@@ -130,7 +130,7 @@ def certificate(
         "audited": _audited(plan, guarantee.epsilon, ledgers),
         "seeds": _seeds(ledgers, statements),
         "left_each_silo": _left_each_silo(plan, form),
-        **({} if form < FIRST_WITH_SUMS or plan.secure_sum is None else {"secure_sum": _of_sums(plan.secure_sum)}),
+        **({} if form < FIRST_WITH_SUMS or (sums := plan.secure_sum) is None else {"secure_sum": _of_sums(plan, sums)}),
         **_signed_by(plan, ledgers),
         **({"mandates": {name: dict(part) for name, part in mandated.items()}} if mandated else {}),
         **({} if form < FIRST_WITH_MODEL else {"model": _model(model)}),
@@ -212,9 +212,9 @@ def library_versions() -> dict[str, str]:
 
 def _left_each_silo(plan: PlanTerms, form: int) -> str:
     if plan.unit == "client":
-        return (
-            "to the aggregator: one clipped adapter update a round, WITHOUT noise of the silo's own; no loss or count"
-        )
+        how = ", under masks (secure_sum)" if plan.secure_sum else ""
+        left = f"one clipped adapter update a round{how}, WITHOUT noise of the silo's own; no loss or count"
+        return f"to the aggregator: {left}"
     update = "one noised adapter update a charged round"
     if plan.noise is not None:
         update = "one sum of clipped gradients a charged round, with this silo's share of the noise alone"
@@ -232,8 +232,16 @@ def _left_each_silo(plan: PlanTerms, form: int) -> str:
     return left
 
 
-def _of_sums(terms: SecureSum) -> str:
+def _of_sums(plan: PlanTerms, terms: SecureSum) -> str:
     """What secure aggregation promises beside epsilon, and what it rests on, in one sentence."""
+    if plan.unit == "client":
+        return (
+            f"each update left under masks, and the aggregator learnt no more of a round's updates than the sum of "
+            f"{terms.fewest} or more clients', as long as it kept to the protocol (two rounds from the same model with "
+            f"a client in one of them alone would tell it that client's update), at most {terms.colluders} clients "
+            "collude with it and each steward's roster has the clients' true keys; epsilon does not rest on it, but on "
+            "the aggregator"
+        )
     if terms.noise is not None:
         return (
             f"the silos of each sum made its noise together, and epsilon rests on it that at least "

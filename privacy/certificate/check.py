@@ -123,12 +123,13 @@ def _check_sums(model: ModelDigests, plan: PlanTerms, ledgers: Mapping[str, Any]
             f"{where}: {len(ledgers)} silos, and each sum had the noise of {plan.secure_sum.fewest} or more; do not "
             "trust it"
         )
+    fewest = 1 if plan.unit == "client" else plan.secure_sum.fewest  # the aggregator's, who alone knows of whom
     for number, one in enumerate(model.rounds, 1):
         summed = len(one.counts)
-        if one.updates or 0 < summed < plan.secure_sum.fewest:
+        if one.updates or 0 < summed < fewest:
             raise InputError(
                 f"{where}.rounds.{number - 1}: {summed} releases, and with secure aggregation there are none or at "
-                f"least {plan.secure_sum.fewest}; do not trust it"
+                f"least {fewest}; do not trust it"
             )
 
 

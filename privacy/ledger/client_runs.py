@@ -98,8 +98,11 @@ def _run(journal: Journal, run_id: str, aggregator: str) -> Run | None:
 
 def record_update(
     journal: Journal, run_id: str, aggregator: str, request_id: str, request_digest: str, round_number: int
-) -> None:
+) -> bool:
     """Records an update that is about to leave without noise; the same request again is the same update.
+
+    Returns:
+        Whether it was not recorded before.
 
     Raises:
         PolicyRefusal: the run is not entrusted, or closed; the id or the round was another request's; or there is no
@@ -119,7 +122,7 @@ def record_update(
                 raise PolicyRefusal.of(
                     "request_id", request_digest, before["digest"], f"request {request_id} was another one"
                 )
-            return
+            return False
         most = run.opening["plan"]["rounds"]
         if not 1 <= round_number <= most:
             raise PolicyRefusal.of(
@@ -138,3 +141,4 @@ def record_update(
             round=round_number,
             noise=_NOISE,
         )
+    return True

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError, PolicyRefusal
+from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.storage.files import digest_bytes
 from privacy.ledger.chain import Budget, left, policy_budget, releases, verify_entries
 from privacy.ledger.journal import RECONCILE, Journal, default_anchor_dir
@@ -23,7 +23,7 @@ from privacy.ledger.kept_replies import gone, too_old
 from privacy.ledger.limits import Limits, check_new, under
 from privacy.ledger.runs import Run, Runs, named
 from privacy.ledger.statements import Receipt, RunStatement
-from privacy.mechanism.streams import SEED_BYTES
+from privacy.mechanism.streams import SEED_BYTES, Streams
 from privacy.plan import PlanTerms, PrivacyPlan
 
 SeedSource = Callable[[str], bytes]
@@ -37,6 +37,12 @@ class Charge:
     number: int
     seed: bytes | None
     reply: bytes | None
+
+    def streams(self, digest: str) -> Streams:
+        """The randomness of a reply that is not stored yet, for the request of this digest."""
+        if self.seed is None:
+            raise SiloweaveError(f"charge {self.number} has neither seed nor reply")
+        return Streams(self.seed, digest)
 
 
 class Ledger:

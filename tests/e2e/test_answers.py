@@ -4,6 +4,8 @@ import json
 import subprocess
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.serving.models import find
 from configs.storage.files import digest_file
@@ -12,6 +14,20 @@ from configs.storage.manifests import require_manifest
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def greedy(model, tokenizer, prompt, tokens):
+    """What a model may answer greedily: with all tokens that tie, up to how merging and batches round."""
+    paths = [prompt]
+    for _ in range(tokens):
+        with torch.no_grad():
+            scores = [(path, model(input_ids=path).logits[0, -1]) for path in paths]
+        paths = [
+            torch.cat([path, next_one.view(1, 1)], dim=1)
+            for path, found in scores
+            for next_one in (found >= found.max() - 1e-4).nonzero()
+        ]
+    return [tokenizer.decode(path[0, prompt.shape[1] :], skip_special_tokens=True) for path in paths]
 
 
 def test_a_run_and_its_merged_model_answer_a_file_alike(tiny_run, siloweave, tmp_path):
@@ -24,10 +40,14 @@ def test_a_run_and_its_merged_model_answer_a_file_alike(tiny_run, siloweave, tmp
         done = siloweave("predict", *model, *files, "--json", cwd=tmp_path)
         said = json.loads(done.stdout)
         assert (said["records"], said["bad"]) == (3, 1)
-    ours, merged = (rows_of(tmp_path / f"{name}.jsonl") for name in ("run", "merged"))
-    assert ours == merged
-    assert [row["text"] for row in ours] == ["What is", "the <|endoftext|> king"]
-    assert all(row["prediction"] for row in ours)
+    model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    for name in ("run", "merged"):
+        rows = rows_of(tmp_path / f"{name}.jsonl")
+        assert [row["text"] for row in rows] == ["What is", "the <|endoftext|> king"]
+        assert all(row["prediction"] for row in rows)
+        said, prompt = rows[0]["prediction"], tokenizer("What is", return_tensors="pt").input_ids
+        assert said in greedy(model.eval(), tokenizer, prompt, 8)
+        assert said + "x" not in greedy(model, tokenizer, prompt, 8)
 
 
 def test_a_run_is_pruned_and_its_certificate_speaks_of_the_result(tiny_run, siloweave, tmp_path):

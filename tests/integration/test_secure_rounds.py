@@ -16,14 +16,17 @@ from flower_link import FlowerLink
 from flower_processes import federation as federation_folder
 from flower_processes import silo_toml
 
+from configs.errors import SiloweaveError
 from configs.events import read_events
 from configs.load import load
 from configs.schema.silo import load_silo
 from federated.adapters.arrays import from_bytes, to_bytes
+from federated.aggregation.secure_sum import arrays_of
 from federated.coordinator import round_commits as commits
 from federated.coordinator.flower_grid import OneByOne
 from federated.coordinator.parties import Parties
 from federated.coordinator.rounds import run_federation
+from federated.coordinator.trusted_aggregator import open_ledger
 from federated.deployment.silo_site import confirm_silo
 from federated.deployment.supervisor import end_tree
 from federated.identity.cards import EnrolledSilo, read_document
@@ -37,8 +40,12 @@ from federated.transport.service import serve
 from privacy.certificate.check import check_certificate
 from privacy.ledger.chain import verify_entries
 from privacy.ledger.file import read_only
+from privacy.mechanism.masked_clients import client_encoding, noised_client_mean
+from privacy.mechanism.streams import Streams, injected_seeds
+from privacy.plan_from_settings import plan_terms
 
 NAMES = ("east", "north", "south")
+SEED = bytes(range(32))
 WHOLE_RUN = ["open", "reserve", "charge", "release", "close"]
 # It ends itself, as a kill -9 would, when the request for its masked update has come and before it answers.
 DYING_SERVICE = """
@@ -68,7 +75,8 @@ class WatchedSilo(Silo):
         begun, folder = self._masking.begun, Path(self.config.silo.state_dir)
 
         def watched(agreement, update, plan_digest, release):
-            (folder / f"update-{release[3]}").write_bytes(to_bytes(update))
+            content = to_bytes(update) if isinstance(update, dict) else update.tobytes()
+            (folder / f"update-{release[3]}").write_bytes(content)
             return begun(agreement, update, plan_digest, release)
 
         self._masking.begun = watched
@@ -110,9 +118,13 @@ def settings(tmp_path):
     return made
 
 
-def kinds(state_dir):
+def bodies(state_dir):
     path = state_dir / "ledger.sqlite"
-    return [body["kind"] for body in verify_entries(read_only(path), str(path))]
+    return verify_entries(read_only(path), str(path))
+
+
+def kinds(state_dir):
+    return [body["kind"] for body in bodies(state_dir)]
 
 
 def events(folder, kind):
@@ -155,6 +167,49 @@ def test_a_federation_learns_the_mean_and_commits_nothing_else(settings, tiny_mo
     for name, state in states.items():
         assert kinds(state) == ["open", "reserve", *["charge", "release"] * 2, "close"]
         assert certificate["silos"][name]["statement"]["rounds_charged"] == 2
+
+
+def test_clients_are_added_up_and_their_aggregator_adds_the_noise_to_a_sum(settings, tiny_model, warm_ray, tmp_path):
+    """Round one is lost with the silos' processes; round two is of two of three, and its outcome is computed again."""
+    given = ("privacy.unit=client", "privacy.num_clients=3", "evaluate.without_dp=false", "federated.rounds=2")
+    config = settings(*given, "federated.min_silos=2", "privacy.max_grad_norm=0.2", "privacy.sampling_rate=0.5")
+    run, home = tmp_path / "run", tmp_path / "state"
+    silos = {name: simulated_silo(config, name, tiny_model) for name in NAMES}
+    states = {name: Path(silo.silo.state_dir) for name, silo in silos.items()}
+    roster = {name: own_signer(silo).public_key for name, silo in silos.items()}
+    signer, seeds = coordinator_signer(home), injected_seeds(SEED, "x")
+    warm_ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def start(*silent):
+        opener = partial(open_silo, silos, frozenset({signer.public_key}), roster, silent)
+        ledger = partial(open_ledger, home, tmp_path / "ledger", "notes", config.privacy, seeds)
+        with LocalGrid(warm_ray, opener, NAMES, workers=2, threads=1, kept=True) as grid:
+            run_federation(grid, config, tiny_model, run, Parties(signer, 3, open_ledger=ledger), lambda _: None)
+
+    with pytest.raises(SiloweaveError, match="1 of 3 silos answered, a secure sum takes 2"):
+        start("north", "south")
+    with pytest.raises(SiloweaveError, match="the sum of round 1 is lost"):
+        start()  # all silos are other processes now
+    start("south")
+    (lost,), (told,) = events(run, "lost"), events(run, "secure_sum")
+    assert lost["round"] == 1 and (told["summed"], told["dropped"]) == (["east", "north"], ["south"])
+    rounds = {found.round_number: from_bytes(found.adapter) for found in commits.all_rounds(run)}
+    assert all((rounds[1][name] == rounds[0][name]).all() for name in rounds[0])
+    words = [np.frombuffer((states[name] / "update-2").read_bytes(), "<u4") for name in ("east", "north")]
+    plan, written = plan_terms(config).for_clients(), [path.read_bytes() for path in run.rglob("*") if path.is_file()]
+    assert all(one[-64:].any() for one in words)
+    assert not any(one.tobytes()[-256:] in content for one in words for content in written)
+    charge = next(body for body in bodies(tmp_path / "ledger") if body["kind"] == "charge" and body["round"] == 2)
+    streams = Streams(seeds(charge["digest"]), charge["digest"])
+    mean = noised_client_mean(words[0] + words[1], plan, client_encoding(plan, 3), streams)
+    moved = arrays_of(mean, rounds[1])
+    assert all((rounds[2][name] == rounds[1][name] + moved[name]).all() for name in moved)
+    certificate = json.loads((run / "certificate.json").read_text())
+    check_certificate(certificate, "test")
+    assert "under masks" in certificate["left_each_silo"] and "kept to the protocol" in certificate["secure_sum"]
+    assert [sorted(one["releases"]) for one in certificate["model"]["rounds"]] == [[], ["aggregator"]]
+    assert kinds(tmp_path / "ledger") == ["open", "reserve", "charge", "charge", "release", "close"]
+    assert [kinds(states[name]) for name in NAMES] == [["open", "entrust", "unnoised", "unnoised", "close"]] * 3
 
 
 def test_a_simulation_does_all_of_it_by_itself(settings, tiny_model, warm_ray, tmp_path):

@@ -12,7 +12,8 @@ class PrivacySettings(Settings):
 
     unit: Literal["record", "client"] = "record"
     """What is protected. ``record``: one unit of one silo (see ``data.private.unit``), by noise that the silo adds.
-    ``client``: all of a silo, by noise that the aggregator adds; it sees the updates and has to be trusted."""
+    ``client``: all of a silo, by noise that the aggregator adds; it sees the updates, or with
+    ``federated.secure_aggregation`` their sum, and has to be trusted."""
     mode: Literal["single", "distributed"] = "single"
     """Who makes the noise. ``single``: whoever adds noise adds all that is charged. ``distributed``: the silos of a
     secure sum together, each a share, so that a round is one step over all silos' records and has the noise once.

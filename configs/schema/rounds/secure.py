@@ -71,11 +71,6 @@ def rounds_problem(federated: Mapping[str, Any], privacy: Mapping[str, Any]) -> 
         return problem
     if not federated["secure_aggregation"]:
         return evaluation_problem(federated["schedule"], privacy["evaluations"])
-    if privacy["unit"] == "client":
-        return (
-            "privacy.unit is 'client' with federated.secure_aggregation: the aggregator shortens each client's update "
-            "itself, which it could not under masks; give 'record', or leave federated.secure_aggregation out"
-        )
     if federated["optimizer"] == "sgd" and privacy["clipping_function"] == "quantile":
         return (
             "privacy.clipping_function is 'quantile' with federated.optimizer 'sgd' and federated.secure_aggregation: "

@@ -13,7 +13,8 @@ from configs.storage.layout import SECURE_EVALUATION
 from federated.aggregation.secure_sum import agreement, members, sums_bound
 from federated.coordinator.exchange import Bodies
 from federated.coordinator.replies import Answer
-from federated.coordinator.secure.secure_rounds import LostSum, MaskedSum, SecureRounds
+from federated.coordinator.secure.masked_sum import LostSum, MaskedSum
+from federated.coordinator.secure.secure_rounds import SecureRounds
 from federated.coordinator.secure.sum_record import SumRecord
 from federated.protocol import silo_pb2 as pb
 from privacy.secagg.server import Server

@@ -90,7 +90,7 @@ def _check_run(run: Run, mandate: Mandate) -> None:
 def _check_unit(request: pb.Request, mandate: Mandate) -> None:
     """Raises a PolicyRefusal where an update without noise is asked for and not allowed, or more work than is."""
     kind, unit = request.WhichOneof("kind"), mandate.terms.unit
-    of_unit = {"contribute": "client", "train": "record", "evaluate": "record", "aggregate": "record"}
+    of_unit = {"contribute": "client", "train": "record", "evaluate": "record"}
     if of_unit.get(kind or "", unit) != unit:
         raise _refusal("unit", of_unit[kind or ""], unit)
     work = request.contribute

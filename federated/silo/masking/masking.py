@@ -119,6 +119,11 @@ class Masking:
         client = Client(self._name, self._signer, agreement)
         return OpenSum(release[3], plan_digest, release, agreement, client, words, client.advertise())
 
+    def same(self, request: pb.Request, digest: str) -> OpenSum | None:
+        """The open sum that this very request for training has begun."""
+        found = self._open.get((request.coordinator, request.run_id, ""))
+        return found if found is not None and found.release[2] == digest else None
+
     def keep(self, request: pb.Request, opened: OpenSum) -> None:
         """Keeps a sum whose first message may be sent; an earlier round of the run is over."""
         self._open[request.coordinator, request.run_id, opened.release[4]] = opened

@@ -1,13 +1,17 @@
 """What a secure sum needs before a silo takes part: plan and policy, and the roster as its steward knows it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from logging import Logger
+from pathlib import Path
 
 from configs.errors import InputError, PolicyRefusal
 from configs.schema.silo import SiloPolicy
-from federated.aggregation.secure_sum import agreement
+from federated.aggregation.secure_sum import agreement, secure_of
+from federated.identity.trust import confirmed_silos
 from federated.protocol import silo_pb2 as pb
 from privacy.distributed.distributed import DistributedNoise
 from privacy.distributed.planned import of_length
+from privacy.mechanism.masked_clients import client_encoding
 from privacy.plan import PlanTerms
 from privacy.secagg.agreement import Agreement
 from privacy.secure_sum import SecureSum
@@ -36,6 +40,19 @@ def check_secure(terms: PlanTerms, policy: SiloPolicy) -> None:
             "(policy.honest_silos)"
         )
         raise PolicyRefusal.of("honest_silos", asked, allowed, message)
+
+
+def confirmed_now(state_dir: Path, log: Logger) -> dict[str, str]:
+    """Public keys of the other silos that the steward has confirmed, by name.
+
+    Raises:
+        PolicyRefusal: a file can't be read; which one is told to the silo's own log alone.
+    """
+    try:
+        return {name: silo.public_key for name, silo in confirmed_silos(state_dir).items()}
+    except InputError as error:
+        log.error("no updates are added up until this is mended: %s", error)
+        raise PolicyRefusal.of("roster", "a sum", "none until the silo's steward has mended its roster") from None
 
 
 def check_roster(terms: PlanTerms, roster: Sequence[pb.Member], known_now: Known) -> None:
@@ -82,13 +99,18 @@ def agreed(request: pb.Request, terms: PlanTerms, known_now: Known, length: int)
     Raises:
         PolicyRefusal: the roster is another one, or such a sum would not be secure.
     """
-    asked: pb.Train | pb.Evaluate = request.evaluate if request.WhichOneof("kind") == "evaluate" else request.train
-    check_roster(terms, asked.secure.roster, known_now)
+    asked: pb.Train | pb.Contribute | pb.Evaluate = getattr(request, request.WhichOneof("kind") or "train")
+    secure = secure_of(asked)
+    check_roster(terms, secure.roster, known_now)
     if terms.secure_sum is None:
         return None
-    if terms.secure_sum.noise is not None and asked.secure.clip and isinstance(asked, pb.Train):
-        raise PolicyRefusal.of("clip", f"{asked.secure.clip:g}", "0: the plan says how sums are written")
+    if terms.secure_sum.noise is not None and secure.clip and isinstance(asked, pb.Train):
+        raise PolicyRefusal.of("clip", f"{secure.clip:g}", "0: the plan says how sums are written")
     try:
+        if isinstance(asked, pb.Contribute):
+            fits = client_encoding(terms.for_clients(), len(secure.roster)).clip
+            if secure.clip != fits:
+                raise PolicyRefusal.of("clip", f"{secure.clip!r}", f"{fits!r}, which follows from the plan")
         return agreement(asked, terms.secure_sum, request.coordinator, request.run_id, length)
     except InputError as error:
         raise PolicyRefusal.of("secure_aggregation", "a sum", "a secure one", str(error)) from None

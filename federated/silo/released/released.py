@@ -14,6 +14,7 @@ from configs.storage.layout import SiloFiles
 from configs.storage.manifests import Manifest, commit_manifest, damaged_file, read_manifest
 from federated.adapters.arrays import Arrays, from_bytes
 from federated.adapters.packed_updates import read_update
+from federated.aggregation.secure_sum import secure_of
 from federated.protocol import silo_pb2 as pb
 from federated.silo.requests import travels_in
 from privacy.compression import Compression
@@ -66,7 +67,7 @@ def asks_for_update(request: pb.Request) -> bool:
     A request has a roster where the plan has masks, and nowhere else: all others were refused.
     """
     kind = request.WhichOneof("kind")
-    return kind == "contribute" or (kind == "train" and not request.train.secure.roster)
+    return kind in ("train", "contribute") and not secure_of(getattr(request, kind)).roster
 
 
 class Released:

@@ -26,8 +26,13 @@ SECURE = "federated.secure_aggregation=true"
         (("federated.update_dtype=int8",), "'int8' with .*: under masks a value travels as a word of 32 bits"),
         (("federated.update_dtype=bfloat16",), "'bfloat16' with .*: under masks"),
         (
-            ("privacy.unit=client", "privacy.num_clients=3", "evaluate.without_dp=false"),
-            "'client' with .*the aggregator shortens each",
+            (
+                "privacy.unit=client",
+                "privacy.num_clients=3",
+                "evaluate.without_dp=false",
+                "federated.schedule=buffered",
+            ),
+            "'buffered'",
         ),
         (
             ("privacy.clipping_function=quantile", "privacy.target_quantile=0.5", "federated.optimizer=sgd"),
@@ -46,6 +51,13 @@ def test_what_needs_single_updates_is_refused_with_the_reason(settings, said):
 def test_colluders_mean_nothing_without_it():
     with pytest.raises(InputError, match=r"federated\.colluders is 1: without secure aggregation the coordinator sees"):
         load("tiny", ["federated.colluders=1"])
+
+
+def test_clients_are_added_up_too():
+    clients = ("privacy.unit=client", "privacy.num_clients=3", "evaluate.without_dp=false")
+    config = load("tiny", [SECURE, *clients, "federated.min_silos=3"])
+    assert plan_terms(config).secure_sum == SecureSum(min_survivors=3)
+    assert plan_terms(config).epsilon == plan_terms(load("tiny", [*clients, "federated.min_silos=3"])).epsilon
 
 
 def test_it_is_in_the_plan_and_in_what_is_told_of_the_rounds():

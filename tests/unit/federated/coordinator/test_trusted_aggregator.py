@@ -58,7 +58,7 @@ def asks(total, answers=("north", "south", "west")):
 
 def run_round(aggregator, number=1, inputs=INPUTS, **options):
     total = ClippedSum(TEMPLATE, PLAN)
-    return aggregator.round(number, inputs, total, asks(total, **options))
+    return aggregator.round(number, inputs, asks(total, **options), total.noised_mean)
 
 
 def kinds(ledger):
@@ -75,11 +75,11 @@ def test_a_round_is_charged_before_it_is_asked_for_and_stored_before_it_is_used(
         seen.append(kinds(ledger))
         return asks(total)()
 
-    first = aggregator.round(1, INPUTS, total, ask)
+    first = aggregator.round(1, INPUTS, ask, total.noised_mean)
     assert seen == [["open", "reserve", "charge"]]
     assert kinds(ledger) == ["open", "reserve", "charge", "release"]
     assert first.answered == ["north", "south", "west"]
-    again = aggregator.round(1, INPUTS, ClippedSum(TEMPLATE, PLAN), lambda: pytest.fail("asked twice"))
+    again = aggregator.round(1, INPUTS, lambda: pytest.fail("asked twice"), ClippedSum(TEMPLATE, PLAN).noised_mean)
     assert to_bytes(again.mean) == to_bytes(first.mean)
     with pytest.raises(PolicyRefusal, match="request_id"):
         run_round(aggregator, inputs={"adapter": "cd" * 32})
@@ -102,7 +102,7 @@ def test_a_round_that_too_few_answer_is_abandoned_and_stays_charged(tmp_path):
         raise SiloweaveError("1 of 4 silos answered")
 
     with pytest.raises(SiloweaveError, match="1 of 4"):
-        aggregator.round(1, INPUTS, ClippedSum(TEMPLATE, PLAN), too_few)
+        aggregator.round(1, INPUTS, too_few, ClippedSum(TEMPLATE, PLAN).noised_mean)
     assert kinds(ledger) == ["open", "reserve", "charge"]
     assert ledger.left().epsilon == pytest.approx(20 - REQUEST.epsilon)
     run_round(aggregator)

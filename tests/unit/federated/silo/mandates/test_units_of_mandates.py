@@ -119,7 +119,10 @@ HOSTILE = {
         ),
         "unit",
     ),
-    "to unmask a sum": (lambda silo: ask(silo, "a", aggregate=pb.Aggregate(round=1)), "unit"),
+    "to unmask a sum that it is in none of": (
+        lambda silo: ask(silo, "a", aggregate=pb.Aggregate(round=1)),
+        "secure_aggregation",
+    ),
     "less noise": (
         lambda silo: reserve(silo, CLIENTS.model_copy(update={"noise_multiplier": 3.9})),
         "min_noise_multiplier",
@@ -144,7 +147,7 @@ def test_what_a_mandate_for_clients_does_not_cover_is_refused_before_anything_is
     mandated(silo)
     reserve(silo)
     reply, field = HOSTILE[name]
-    assert refused(silo, reply) == (field if field == "plan" else f"mandate.{field}")
+    assert refused(silo, reply) == (field if field in ("plan", "secure_aggregation") else f"mandate.{field}")
 
 
 def test_a_mandate_widens_no_policy(tmp_path, tiny_model):
