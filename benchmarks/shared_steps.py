@@ -46,7 +46,11 @@ class LongLine:
     def _accept(self) -> None:
         while True:
             near, _ = self._server.accept()
-            far = socket.create_connection((BEHIND, self._port))
+            try:
+                far = socket.create_connection((BEHIND, self._port))
+            except OSError:  # nginx is not there yet: relays ask again
+                near.close()
+                continue
             for source, target in ((near, far), (far, near)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 blocks: queue.Queue[tuple[float, bytes]] = queue.Queue()
