@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -183,3 +184,21 @@ def warm_ray(shared_ray):
     from warm_hosts import WarmRay
 
     return WarmRay(shared_ray)
+
+
+@pytest.fixture
+def sockets():
+    """A folder for sockets: pytest's own paths may be too long for one."""
+    with tempfile.TemporaryDirectory(prefix="sw-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def link(tmp_path, sockets):
+    """Flower's SuperLink with nodes, for silos' services in ``sockets``."""
+    from flower_link import FlowerLink
+
+    (tmp_path / "link").mkdir()
+    started = FlowerLink(tmp_path / "link", f"unix:{sockets}/none")
+    yield started
+    started.end()

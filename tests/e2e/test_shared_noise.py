@@ -7,16 +7,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from flower_link import FlowerLink
 from flower_processes import RUN_S, silo_toml
 from flower_processes import federation as federation_folder
 
@@ -115,20 +112,6 @@ def settings(tmp_path):
             "privacy.sampling_rate=0.1",
         ],
     )
-
-
-@pytest.fixture
-def sockets():
-    with tempfile.TemporaryDirectory(prefix="sw-") as folder:
-        yield Path(folder)
-
-
-@pytest.fixture
-def link(tmp_path, sockets):
-    (tmp_path / "link").mkdir()
-    started = FlowerLink(tmp_path / "link", f"unix:{sockets}/none")
-    yield started
-    started.end()
 
 
 def coordinate(link, settings, model, folder, killed):

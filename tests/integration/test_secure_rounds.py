@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from flower_link import FlowerLink
 from flower_processes import federation as federation_folder
 from flower_processes import silo_toml
 
@@ -238,20 +236,6 @@ def test_silos_make_the_noise_together_in_a_simulation(settings, tiny_model, war
     assert events(run, "private_evaluation")[0]["silos"] == list(NAMES)
     rounds = {found.round_number: from_bytes(found.adapter) for found in commits.all_rounds(run)}
     assert all((rounds[1][name] != rounds[0][name]).any() for name in rounds[0])
-
-
-@pytest.fixture
-def sockets():
-    with tempfile.TemporaryDirectory(prefix="sw-") as folder:  # pytest's own paths may be too long for a socket
-        yield Path(folder)
-
-
-@pytest.fixture
-def link(tmp_path, sockets):
-    (tmp_path / "link").mkdir()
-    started = FlowerLink(tmp_path / "link", f"unix:{sockets}/none")
-    yield started
-    started.end()
 
 
 class Service:
