@@ -36,6 +36,8 @@ class MaskedSum:
         agreement: what all its silos agree on.
         began: when it has begun, by the monotonic clock.
         metric: of the evaluation; empty: it is a round's.
+        own_time: whether each exchange has the round's whole time, however long the one before took: with clients as
+            units one's slowness must not decide whether another one is in the sum.
         inbox: what is for each silo that has answered in the phase before.
     """
 
@@ -46,6 +48,7 @@ class MaskedSum:
     agreement: Agreement
     began: float
     metric: str = ""
+    own_time: bool = False
     inbox: Mapping[str, bytes] | None = None
 
     def run(self, bodies: Bodies, expected: str, keys_of: Callable[[Answer], bytes]) -> None:
@@ -128,6 +131,8 @@ class MaskedSum:
 
     def _patience_s(self) -> float:
         """What is left of the round's time; an exchange without training has a minute in any case."""
+        if self.own_time:
+            return self.settings.round_timeout_s
         left = self.settings.round_timeout_s - (time.monotonic() - self.began)
         return max(left, min(self.settings.round_timeout_s, _LEAST_PATIENCE_S))
 

@@ -133,7 +133,8 @@ class SecureRounds:
         kind = self.requests.kind(number, asked, self.requests.frozen_part(adapter), content, secure)
         who, (whole,) = (self.exchange.parties.signer.public_key, self.exchange.run.id), kind.values()
         agreed = agreement(whole, self.terms, *who, length_of(sent.adapter))
-        one = MaskedSum(self.exchange, self.settings, self.record, Server(agreed), agreed, time.monotonic())
+        told = self.exchange, self.settings, self.record, Server(agreed), agreed, time.monotonic()
+        one = MaskedSum(*told, own_time=self.plan.unit == "client")
 
         def body(silo: str) -> tuple[bytes, bytes]:
             return self.exchange.body(f"round-{number}", silo, **kind), content

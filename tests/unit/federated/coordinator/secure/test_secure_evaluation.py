@@ -10,7 +10,8 @@ from signed_silos import COUNT, adapter, coordinator
 
 from configs.errors import PolicyRefusal, SiloweaveError
 from configs.events import read_events
-from federated.coordinator.secure import secure_evaluation, secure_rounds
+from federated.coordinator.secure import secure_evaluation
+from federated.coordinator.secure.masked_sum import MaskedSum
 from federated.evaluation.private_sums import bounds_of, figures
 from federated.silo.masking.terms import agreed
 from federated.transport.flower_messages import unpack
@@ -196,14 +197,14 @@ def test_a_coordinator_that_dies_in_an_evaluation_has_round_and_evaluation_from_
 
     silos, given = silos_of(), ("federated.rounds=1", "privacy.evaluations=1", *mode)
     with pytest.MonkeyPatch.context() as patch:
-        go_on = secure_rounds.MaskedSum.next
+        go_on = MaskedSum.next
 
         def dies(one, phase):
             if one.metric and phase == 4:
                 raise Killed
             go_on(one, phase)
 
-        patch.setattr(secure_rounds.MaskedSum, "next", dies)
+        patch.setattr(MaskedSum, "next", dies)
         with pytest.raises(Killed):
             run(silos, tmp_path, *given)
     monkeypatch.setattr(secure_evaluation, "sums_bound", lambda *_: 2.0 * COUNT)

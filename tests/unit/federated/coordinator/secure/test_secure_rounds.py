@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from signed_silos import InProcess, SignedSilo, adapter, coordinator
 from configs.errors import InputError, PolicyRefusal, SiloweaveError
 from configs.events import read_events
 from configs.load import load
+from configs.schema.federated import FederatedSettings
 from configs.storage.layout import SECURE_SUM
 from federated.adapters.arrays import from_bytes, to_bytes
 from federated.coordinator import round_commits as commits
-from federated.coordinator.secure import secure_rounds, sum_record
+from federated.coordinator.secure import sum_record
+from federated.coordinator.secure.masked_sum import MaskedSum
 from federated.coordinator.secure.secure_rounds import check_silos
 from federated.protocol import silo_pb2 as pb
 from privacy.certificate.check import check_certificate
@@ -222,7 +225,7 @@ def test_a_later_restart_does_not_take_in_who_was_not_there(tmp_path):
     silos = silos_of()
     silos[4].gone = {"train"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(secure_rounds.MaskedSum, "next", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(MaskedSum, "next", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run(silos, tmp_path, "federated.rounds=1")
     silos[4].gone = set()
@@ -376,3 +379,11 @@ def test_silos_that_are_too_few_are_told_before_anybody_is_asked(settings, silos
         return
     with pytest.raises(InputError, match=said):
         check_silos(config, silos)
+
+
+@pytest.mark.parametrize(("own_time", "patience_s"), [(False, 60.0), (True, 600.0)])
+def test_with_clients_as_units_nobodys_slowness_shortens_the_time_of_others(own_time, patience_s):
+    """Else one client's speed would decide whether another one is in the sum, and the first would move it by 2 C."""
+    settings = FederatedSettings(round_timeout_s=600.0)
+    one = MaskedSum(None, settings, None, None, None, time.monotonic() - 590, own_time=own_time)
+    assert one._patience_s() == patience_s
