@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import tomli_w
@@ -39,6 +40,23 @@ def ward(folder, model, rows=60, **policy):
         data={"source": str(data)},
         policy={"budget_epsilon": 20.0, "budget_delta": 1e-4, "max_epsilon_per_run": 10.0, **policy},
     )
+
+
+@contextmanager
+def acquainted(folder, model, names, seed=None, **policy):
+    """Silos of such wards by name, and their keys, which all of them know."""
+    from federated.silo.silo import Silo  # which imports torch, and not all who ask silos do
+
+    roster, silos = {}, {}
+    for name in names:
+        (folder / name).mkdir()
+        config = ward(folder / name, model, **policy)
+        config = config.model_copy(update={"silo": config.silo.model_copy(update={"id": name})})
+        silos[name] = Silo(config, TRUSTED, seed, roster=roster)
+        roster[name] = silos[name].ledger.public_key
+    yield silos, roster
+    for silo in silos.values():
+        silo.close()
 
 
 def silo_toml(folder, name="north", **policy):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from client_plans import client_plan
-from silo_requests import COORDINATOR, TRUSTED, ask, body_of, ward
+from silo_requests import COORDINATOR, TRUSTED, acquainted, ask, body_of
 
 from configs.storage.files import digest_bytes
 from configs.storage.layout import SiloFiles
@@ -38,16 +38,8 @@ def adapter(tiny_run):
 
 @pytest.fixture
 def silos(tmp_path, tiny_model):
-    roster, found = {}, {}
-    for name in NAMES:
-        (tmp_path / name).mkdir()
-        config = ward(tmp_path / name, tiny_model, units=["record", "client"])
-        config = config.model_copy(update={"silo": config.silo.model_copy(update={"id": name})})
-        found[name] = Silo(config, TRUSTED, roster=roster)
-        roster[name] = found[name].ledger.public_key
-    yield found
-    for silo in found.values():
-        silo.close()
+    with acquainted(tmp_path, tiny_model, NAMES, units=["record", "client"]) as (found, _):
+        yield found
 
 
 @pytest.fixture

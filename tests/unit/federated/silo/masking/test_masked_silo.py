@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from silo_requests import COORDINATOR, TRUSTED, ask, body_of, opened, ward
+from silo_requests import COORDINATOR, TRUSTED, acquainted, ask, body_of, opened, ward
 
 from configs.storage.layout import SiloFiles
 from federated.adapters.arrays import from_bytes, to_bytes
@@ -92,16 +92,8 @@ def adapter(tiny_run):
 
 @pytest.fixture
 def pair(tmp_path, tiny_model, adapter):
-    roster, silos = {}, {}
-    for name in NAMES:
-        (tmp_path / name).mkdir()
-        config = ward(tmp_path / name, tiny_model)
-        config = config.model_copy(update={"silo": config.silo.model_copy(update={"id": name})})
-        silos[name] = Silo(config, TRUSTED, roster=roster)
-        roster[name] = silos[name].ledger.public_key
-    yield Pair(silos, roster, adapter)
-    for silo in silos.values():
-        silo.close()
+    with acquainted(tmp_path, tiny_model, NAMES) as (silos, roster):
+        yield Pair(silos, roster, adapter)
 
 
 @pytest.fixture

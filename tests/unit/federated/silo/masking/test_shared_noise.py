@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from silo_requests import COORDINATOR, TRUSTED, ask, ward
+from silo_requests import COORDINATOR, TRUSTED, acquainted, ask
 
 from configs.schema.silo import SiloPolicy
 from configs.storage.files import digest_bytes
@@ -116,16 +116,8 @@ def adapter(tiny_run):
 
 @pytest.fixture
 def four(tmp_path, tiny_model, adapter):
-    roster, silos = {}, {}
-    for name in NAMES:
-        (tmp_path / name).mkdir()
-        config = ward(tmp_path / name, tiny_model, max_sampling_rate=0.5, honest_silos=2)
-        config = config.model_copy(update={"silo": config.silo.model_copy(update={"id": name})})
-        silos[name] = Silo(config, TRUSTED, SEED, roster=roster)
-        roster[name] = silos[name].ledger.public_key
-    yield Silos(silos, roster, adapter)
-    for silo in silos.values():
-        silo.close()
+    with acquainted(tmp_path, tiny_model, NAMES, SEED, max_sampling_rate=0.5, honest_silos=2) as (silos, roster):
+        yield Silos(silos, roster, adapter)
 
 
 def kinds(silo):
