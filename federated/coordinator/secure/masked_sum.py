@@ -31,7 +31,9 @@ class MaskedSum:
     """The sum of one round, or of one private evaluation, on its way.
 
     Attributes:
-        exchange, settings, record: as above.
+        exchange: asks the silos.
+        settings: of the rounds.
+        record: what is kept of the newest sum.
         server: adds up.
         agreement: what all its silos agree on.
         began: when it has begun, by the monotonic clock.
