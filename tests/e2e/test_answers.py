@@ -41,13 +41,15 @@ def test_a_run_and_its_merged_model_answer_a_file_alike(tiny_run, siloweave, tmp
         said = json.loads(done.stdout)
         assert (said["records"], said["bad"]) == (3, 1)
     model, tokenizer = (kind.from_pretrained(tmp_path / "merged") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    for name in ("run", "merged"):
-        rows = rows_of(tmp_path / f"{name}.jsonl")
-        assert [row["text"] for row in rows] == ["What is", "the <|endoftext|> king"]
-        assert all(row["prediction"] for row in rows)
-        said, prompt = rows[0]["prediction"], tokenizer("What is", return_tensors="pt").input_ids
-        assert said in greedy(model.eval(), tokenizer, prompt, 8)
-        assert said + "x" not in greedy(model, tokenizer, prompt, 8)
+    tokenizer.backend_tokenizer.encode_special_tokens = True  # in a text they are text
+    ours, merged = (rows_of(tmp_path / f"{name}.jsonl") for name in ("run", "merged"))
+    assert [row["text"] for row in ours] == [row["text"] for row in merged] == ["What is", "the <|endoftext|> king"]
+    for one, other in zip(ours, merged, strict=True):
+        prompt = tokenizer(one["text"], return_tensors="pt").input_ids
+        may_be = greedy(model.eval(), tokenizer, prompt, 8)
+        assert one.keys() == other.keys()
+        assert {one["prediction"], other["prediction"]} <= set(may_be) - {""}
+        assert one["prediction"] + "x" not in may_be
 
 
 def test_a_run_is_pruned_and_its_certificate_speaks_of_the_result(tiny_run, siloweave, tmp_path):
