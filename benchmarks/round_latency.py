@@ -102,6 +102,7 @@ class FederationFolder:
         deadline = time.monotonic() + WAIT_S
         while True:
             if time.monotonic() > deadline:
+                self.end()
                 raise SystemExit(f"the silos are not online after {WAIT_S:g} s; see {self.root}")
             time.sleep(2)
             if not (self.folder / "state" / "processes.json").exists():

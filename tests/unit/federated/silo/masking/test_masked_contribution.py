@@ -18,6 +18,7 @@ from federated.silo.contribution import Contribution
 from federated.silo.masking import masking
 from federated.silo.silo import Silo
 from privacy.mechanism.masked_clients import client_encoding
+from privacy.secagg.failures import SecureAggregationError
 from privacy.secagg.messages import Phase
 from privacy.secagg.server import Server
 from privacy.secure_sum import SharedNoise
@@ -177,7 +178,7 @@ def test_silos_that_were_asked_for_different_work_have_no_sum_in_common(silos, a
         reserve(silos, name)
         keys = told(silos, name, "round-1", contribute=work).trained.keys
         if name == "south":
-            with pytest.raises(Exception, match="another"):
+            with pytest.raises(SecureAggregationError, match="another"):
                 server.receive(keys)
         else:
             server.receive(keys)
